@@ -1,0 +1,18 @@
+"""Influence-SSL: how much each training image shaped a self-supervised encoder, without labels.
+
+An open reproduction of arXiv 2412.17170. Start with `issl.load`, `issl.load_encoder` and
+`issl.self_influence`; the notebooks show each step.
+"""
+
+from issl.curvature import Exact, Identity, LoGra
+from issl.datasets import load
+from issl.encoder import load_encoder
+from issl.errors import IsslError
+from issl.images import Images
+from issl.influence import self_influence
+from issl.views import GaussianNoise
+
+__version__ = "0.1.0"
+__all__ = [
+    "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra", "load", "load_encoder", "self_influence",
+]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Encoders: networks from float pixels in [0, 1] to features, normalisation included.
+
+Ours is ResNet-18 for small images: 3×3 stem, no max-pooling (Chen et al. 2020, arXiv 2002.05709, B.9),
+with a chosen width. Any other nn.Module of the same kind is welcome in `issl.self_influence`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from issl.errors import IsslError
+from issl.files import atomic
+
+# channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalize(nn.Module):
+    """(x − mean) / std per channel, as a layer, so that an encoder carries its own normalisation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...] = PIXEL_MEAN, std: tuple[float, ...] = PIXEL_STD):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        return (x - self.mean) / self.std
+
+
+def resnet18(width: int = 64) -> nn.Sequential:
+    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the usual one."""
+    if width < 1:
+        raise IsslError(f"width={width}: the first stage needs 1 channel or more (64 is ResNet-18's own)")
+    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    stages: list[nn.Module] = []
+    inside = width
+    for stage in range(4):
+        outside, stride = width * 2**stage, 1 if stage == 0 else 2
+        down = None
+        if stride != 1 or inside != outside:
+            down = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+        stages.append(
+            nn.Sequential(BasicBlock(inside, outside, stride, down), BasicBlock(outside, outside))
+        )
+        inside = outside
+    return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Encoder(nn.Module):
+    """`backbone` (pixels to features) and `projector` (features to the space of the SSL loss); calling it
+    gives the projector's output. What downstream tasks and influence use is the backbone."""
+
+    def __init__(self, width: int = 64, projection: int = 128):
+        super().__init__()
+        dim = 8 * width
+        self.width, self.projection = width, projection
+        self.backbone = resnet18(width)
+        # two layers, hidden as wide as the features (Chen et al. 2020, §4.2)
+        self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, projection))
+
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p"]:
+        projected: Tensor = self.projector(self.backbone(x))
+        return projected
+
+
+def new_encoder(width: int, projection: int, seed: int) -> Encoder:
+    """A freshly initialised encoder; `seed` decides its weights, the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Encoder(width, projection)
+    for module in encoder.modules():
+        # the last normalisation of a residual block starts at zero: each block starts as the identity
+        if isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+    return encoder
+
+
+def save_encoder(path: Path, encoder: Encoder, about: dict[str, Any]) -> None:
+    """One safetensors file: the weights, and in its header what is needed to build the network again."""
+    header = {"width": encoder.width, "projection": encoder.projection, **about}
+    with atomic(path) as part:
+        save_file(encoder.state_dict(), part, {"issl": json.dumps(header)})
+
+
+def load_encoder(path: str | Path, output: Literal["features", "projector"] = "features") -> nn.Module:
+    """An encoder that `save_encoder` wrote, in eval mode, ready for `issl.self_influence`.
+
+    output="features" gives the backbone alone (its weights are those that are scored); "projector" the
+    whole. Raises IsslError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("issl", "null"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise IsslError(f"encoder {str(path)!r} is damaged ({error}); delete it and run again") from error
+    if header is None:
+        raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
+    encoder = Encoder(header["width"], header["projection"])
+    encoder.load_state_dict(state)
+    return (encoder if output == "projector" else encoder.backbone).eval()

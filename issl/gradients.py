@@ -1,0 +1,296 @@
+"""Per-example gradients of the stability loss, layer by layer, without ever forming a weight gradient.
+
+For one call of a layer with weight W (as a matrix c_out × d_in), let a_t be the input (patch) and d_t the
+gradient of the loss with respect to the output at position t. Then the example's weight gradient is
+Σ_t d_t a_tᵀ (both views are positions of the same example), and what is kept of it, its *sketch*, is
+
+    G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the identity)
+    ‖Σ_t d_t a_tᵀ‖² = Σ_{t,t'} (d_t·d_t')(a_t·a_t')              (SquaredNorm)
+
+A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel (design.md §1).
+Groups of a grouped convolution share P_in and enter the sum over t like positions.
+Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv 1510.01799.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from issl.errors import IsslError
+
+Layer = nn.Linear | nn.Conv2d
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Keep P_out (Σ d aᵀ) P_inᵀ, flattened to k_out·k_in numbers per example."""
+
+    p_in: Float[Tensor, "k_in d_in"] | None = None
+    p_out: Float[Tensor, "k_out c_out"] | None = None
+
+
+@dataclass(frozen=True)
+class SquaredNorm:
+    """Keep ‖Σ d aᵀ‖² alone, one number per example."""
+
+
+Sketch = Projected | SquaredNorm
+
+
+def stability_loss(features: Float[Tensor, "b d"], perturbed: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)), one per example (arXiv 2412.17170, §3).
+
+    Computed as ½‖u − v‖² of the unit vectors, the same number without the cancellation near cos = 1.
+    """
+    return (F.normalize(features, dim=1) - F.normalize(perturbed, dim=1)).square().sum(1) / 2
+
+
+def weight_shape(layer: Layer) -> tuple[int, int]:
+    """(c_out, d_in) of the weight as a matrix."""
+    return len(layer.weight), layer.weight[0].numel()
+
+
+def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
+    """The Linear and Conv2d layers by name, without those below a name in `skip`.
+
+    Raises IsslError where the encoder cannot be scored: no such layer, train mode, weights that are not
+    finite, normalisation by batch statistics or never trained, weights of a kind that is not supported.
+    """
+    training = [name or "(the encoder itself)" for name, m in encoder.named_modules() if m.training]
+    if training:
+        raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
+    for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise IsslError(f"encoder: {name} holds NaN or infinite values; load a sound checkpoint")
+    for name, m in encoder.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if m.running_mean is None or m.running_var is None:
+                raise IsslError(
+                    f"encoder: {name} normalises by the batch (track_running_stats=False), so examples see each "
+                    "other; use running statistics"
+                )
+            if not m.running_mean.any() and bool((m.running_var == 1).all()):
+                raise IsslError(f"encoder: {name} was never trained (running mean 0, variance 1); load trained weights")
+
+    def skipped(name: str) -> bool:
+        return any(name == s or name.startswith(s + ".") for s in skip)
+
+    unknown = [s for s in skip if not _exists(encoder, s)]
+    if unknown:
+        raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
+    layers: dict[str, Layer] = {}
+    unsupported, owners = [], {}
+    for name, m in encoder.named_modules():
+        if isinstance(m, Layer):
+            if skipped(name):
+                continue
+            layers[name] = m
+            if id(m.weight) in owners:
+                raise IsslError(
+                    f"encoder: {owners[id(m.weight)]} and {name} share one weight; call one module twice instead, or "
+                    f"skip both: skip={[owners[id(m.weight)], name]}"
+                )
+            owners[id(m.weight)] = name
+        elif not isinstance(m, NORMS):
+            for own, p in m.named_parameters(recurse=False):
+                full = f"{name}.{own}" if name else own
+                if p.ndim >= 2 and not skipped(full):
+                    unsupported.append(f"{full} ({type(m).__name__})")
+    if unsupported:
+        names = [u.split(" ")[0] for u in unsupported]
+        raise IsslError(
+            f"encoder: weights outside Linear and Conv2d are not supported: {_some(unsupported)}; leave them out of "
+            f"the score with skip={names}"
+        )
+    if not layers:
+        raise IsslError("encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else ""))
+    return layers
+
+
+def _exists(encoder: nn.Module, name: str) -> bool:
+    return name in dict(encoder.named_modules()) or name in dict(encoder.named_parameters())
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
+    """A copy to hook into, parameters frozen: the user's model is never touched."""
+    try:
+        model = copy.deepcopy(encoder)
+    except Exception as error:
+        raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
+    return model.to(device).requires_grad_(False)
+
+
+@dataclass
+class _Tap:
+    """Gathers the sketch of one layer over all its calls in one forward and backward."""
+
+    name: str
+    layer: Layer
+    sketch: Sketch
+    examples: int = 0
+    calls: int = 0
+    total: Tensor | None = None
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def on_forward(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if len(args[0]) != 2 * self.examples or output.ndim < 2:
+            raise IsslError(
+                f"encoder: layer {self.name} sees {len(args[0])} rows for {2 * self.examples} views; the first dimension "
+                f"must be the example. Leave the layer out with skip=['{self.name}']"
+            )
+        self.calls += 1
+        p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
+        inputs = read_inputs(self.layer, args[0].detach(), p_in)
+        if not output.requires_grad:
+            # nothing before this layer needs a gradient: the backward pass may end here. The clone is what
+            # later in-place operations change, they may not change a leaf.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(partial(self.on_gradient, inputs))
+        return output
+
+    @torch.no_grad()
+    def on_gradient(self, inputs: Tensor, gradient: Tensor) -> None:
+        p_out = self.sketch.p_out if isinstance(self.sketch, Projected) else None
+        outputs = read_outputs(self.layer, gradient, p_out)
+        if isinstance(self.sketch, SquaredNorm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
+            self.pairs.append((inputs, outputs))
+            return
+        self._add(_sum_positions(inputs, outputs, self.layer))
+
+    def _add(self, both: Tensor) -> None:
+        gradient = both.unflatten(0, (2, self.examples)).sum(0)
+        self.total = gradient if self.total is None else self.total + gradient
+
+    @torch.no_grad()
+    def result(self, like: Tensor) -> Float[Tensor, "b r"]:
+        """The finished sketch of each example."""
+        if self.calls == 0:
+            raise IsslError(
+                f"encoder: layer {self.name} was never called in the forward pass, so it cannot be scored (is it a "
+                f"head that is not used, or called by a function?). Leave it out with skip=['{self.name}']"
+            )
+        if isinstance(self.sketch, SquaredNorm):
+            if self.pairs:
+                return _gram_norm(*self.pairs[0], self.examples)[:, None]
+            size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2))
+            return size[:, None]
+        if self.total is None:  # called, but the loss does not depend on it
+            out, inside = weight_shape(self.layer)
+            out = out if self.sketch.p_out is None else len(self.sketch.p_out)
+            inside = inside if self.sketch.p_in is None else len(self.sketch.p_in)
+            return like.new_zeros(self.examples, out * inside)
+        return self.total.flatten(1)
+
+
+def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
+    """P a_t for every example, group and position t; the patches themselves where P is None."""
+    if isinstance(layer, nn.Linear):
+        x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+        return (x if p is None else x @ p.T).mT[:, None]
+    g, inside = layer.groups, layer.weight.shape[1:]
+    if p is None:
+        p = torch.eye(inside.numel(), dtype=x.dtype, device=x.device)
+    padding: str | tuple[int, ...] = layer.padding
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0, 0)
+    kernel = p.unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
+    patches = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, g)
+    return patches.flatten(2).unflatten(1, (g, len(p)))
+
+
+def read_outputs(layer: Layer, d: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
+    """P d_t for every example, group and position t; the output gradients themselves where P is None."""
+    if isinstance(layer, nn.Linear):
+        d = d.flatten(1, -2) if d.ndim > 2 else d[:, None]
+        return (d if p is None else d @ p.T).mT[:, None]
+    g = layer.groups
+    if p is None:
+        return d.flatten(2).unflatten(1, (g, -1))
+    # the columns of P_out that belong to a group act on that group's outputs
+    kernel = p.unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 1)[:, :, None, None]
+    return F.conv2d(d, kernel, groups=g).flatten(2).unflatten(1, (g, len(p)))
+
+
+def _sum_positions(inputs: Tensor, outputs: Tensor, layer: Layer) -> Float[Tensor, "b o i"]:
+    """Σ_t d_t a_tᵀ. With P_out the groups share their rows and are summed; without, each has rows of its own."""
+    if outputs.shape[1] > 1 and outputs.shape[1] * outputs.shape[2] == len(layer.weight):
+        return (outputs @ inputs.mT).flatten(1, 2)
+    return outputs.transpose(1, 2).flatten(2) @ inputs.transpose(1, 2).flatten(2).mT
+
+
+def _gram_is_cheaper(inputs: Tensor, outputs: Tensor) -> bool:
+    positions, d_in, c_out = 2 * inputs.shape[-1], inputs.shape[-2], outputs.shape[-2]
+    return positions * (d_in + c_out) < d_in * c_out
+
+
+def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, " b"]:
+    """Σ_{t,t'} (d_t·d_t')(a_t·a_t'), the positions of both views of an example side by side."""
+    a, d = (torch.cat(v.split(examples), dim=-1) for v in (inputs, outputs))
+    return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 means fp32: no TF32 in matrix products or convolutions on the GPU."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def per_example(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    sketches: Mapping[str, Sketch],
+    x: Float[Tensor, "b 3 h w"],
+    perturbed: Float[Tensor, "b 3 h w"],
+) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, "b r"]]]:
+    """The stability losses of a batch and, per layer, the sketch of each example's gradient.
+
+    model   a `frozen_copy`, in eval mode; its hooks are removed again.
+    Raises IsslError for features that are not (b, d), zero or not finite, and for layers it cannot follow.
+    """
+    b = len(x)
+    taps = {name: _Tap(name, layers[name], sketches[name], b) for name in layers}
+    handles = [layers[name].register_forward_hook(tap.on_forward) for name, tap in taps.items()]
+    try:
+        with torch.enable_grad():
+            features = model(torch.cat([x, perturbed]))
+            check_features(features, 2 * b)
+            losses = stability_loss(features[:b], features[b:])
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return losses.detach(), {name: tap.result(losses) for name, tap in taps.items()}
+
+
+def check_features(features: object, rows: int) -> None:
+    """An encoder's output must be (rows, d), finite, and not zero, or the cosine means nothing."""
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")
+    if not bool(torch.isfinite(features).all()):
+        bad = int((~torch.isfinite(features).all(1)).nonzero()[0]) % (rows // 2 or 1)
+        raise IsslError(f"encoder gives NaN or infinite features (first at position {bad} of the batch)")
+    if not bool(features.any(1).all()):
+        bad = int((~features.any(1)).nonzero()[0]) % (rows // 2 or 1)
+        raise IsslError(f"encoder gives an all-zero feature vector (position {bad} of the batch): its cosine is undefined")

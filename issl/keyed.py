@@ -1,0 +1,41 @@
+"""Random numbers that belong to one example: a function of (seed, example index) and of nothing else.
+
+A score must not depend on batch size, order or device (design.md §1), so no draw may come from a stream
+that several examples share. Philox is a counter-based generator: a key selects an independent stream
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the key here is (seed, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from issl.errors import IsslError
+
+
+def generator(seed: int, index: int) -> np.random.Generator:
+    """The stream of example `index` under `seed`; both must be ≥ 0."""
+    if seed < 0 or index < 0:
+        raise IsslError(f"seed {seed}, index {index}: both must be ≥ 0, they key the random stream")
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+
+
+def normal(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[Tensor, "b ..."]:
+    """Standard normal values, one block of `shape` per example, drawn on the CPU in float32."""
+    return _stack(index, shape, lambda i: generator(seed, i).standard_normal(shape, dtype=np.float32))
+
+
+def uniform(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[Tensor, "b ..."]:
+    """Uniform values in [0, 1), one block of `shape` per example, drawn on the CPU in float32."""
+    return _stack(index, shape, lambda i: generator(seed, i).random(shape, dtype=np.float32))
+
+
+def _stack(index: Tensor, shape: Sequence[int], draw) -> Tensor:  # type: ignore[no-untyped-def]
+    out = np.empty((len(index), *shape), dtype=np.float32)
+    for row, i in enumerate(index.tolist()):
+        out[row] = draw(i)
+    return torch.from_numpy(out)
