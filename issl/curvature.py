@@ -26,9 +26,10 @@ Rows = Callable[[], Iterable[Float[Tensor, "b r"]]]  # a layer's rows, batch by 
 
 @dataclass(frozen=True)
 class Block:
-    """A layer's share of the scores, and the damping that was added to its curvature."""
+    """A layer's share of the scores, the squared norms of its rows, and the damping of its curvature."""
 
     scores: Float[Tensor, " n"]
+    squares: Float[Tensor, " n"]
     damping: float
 
 
@@ -43,7 +44,8 @@ class Identity:
         return 1.0
 
     def weigh(self, rows: Rows) -> Block:
-        return Block(torch.cat([r[:, 0].double() for r in rows()]), 0.0)
+        squares = torch.cat([r[:, 0].double() for r in rows()])
+        return Block(squares, squares, 0.0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def damped_scores(rows: Rows, damping: float) -> Block:
             return _degenerate(k.diagonal(), damping)
         # K(K + nλ)⁻¹ = I − nλ(K + nλ)⁻¹ cancels; solving for K's columns does not
         solved = torch.linalg.solve(k + n * damp * torch.eye(n, dtype=k.dtype, device=k.device), k)
-        return Block(n * solved.diagonal(), damp)
+        return Block(n * solved.diagonal(), k.diagonal(), damp)
     h: Tensor | None = None
     for batch in rows():
         g = batch.double()
@@ -132,18 +134,19 @@ def damped_scores(rows: Rows, damping: float) -> Block:
         raise IsslError("no images to score")
     h = h / n
     damp = damping * float(h.diagonal().mean())
+    squares = torch.cat([b.double().square().sum(1) for b in rows()])
     if damp == 0:
-        return _degenerate(torch.cat([b.double().square().sum(1) for b in rows()]), damping)
+        return _degenerate(squares, damping)
     factor = torch.linalg.cholesky(h + damp * torch.eye(width, dtype=h.dtype, device=h.device))
     parts = [torch.linalg.solve_triangular(factor, b.double().T, upper=False).square().sum(0) for b in rows()]
-    return Block(torch.cat(parts), damp)
+    return Block(torch.cat(parts), squares, damp)
 
 
 def _degenerate(squares: Tensor, damping: float) -> Block:
     """λ = 0: a layer on which no image has any gradient adds nothing; without damping H has no inverse."""
     if bool(squares.any()):
         raise IsslError(f"damping={damping}: the curvature cannot be inverted without damping; use 0.1")
-    return Block(torch.zeros_like(squares), 0.0)
+    return Block(squares, squares, 0.0)
 
 
 def _check_damping(name: str, damping: float) -> None:

@@ -11,10 +11,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,8 @@ from PIL import Image, UnidentifiedImageError
 from issl import scenes
 from issl.errors import IsslError
 from issl.images import Images, sample_positions
+
+T = TypeVar("T")
 
 ENVIRONMENT = "ISSL_DATA"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -126,6 +129,18 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
     return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in files)
 
 
+def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
+    """How many images there are, without reading them; None for `scenes`, which draws any number."""
+    if name == "scenes":
+        return None
+    if name.startswith("folder:"):
+        return len(_image_files(_folder_path(name)))
+    _, files = _locate(name, split, root)
+    if not files:
+        return 50_000 if split == "train" else 10_000  # torchvision's layout is the whole set or nothing
+    return sum(_opened(path, pq.read_metadata).num_rows for path in files)
+
+
 @lru_cache(maxsize=64)
 def _digest(path: Path, size: int, mtime: int) -> str:
     with path.open("rb") as file:
@@ -217,13 +232,7 @@ def _torchvision(name: str, split: str, root: Path | None, n: int | None, seed: 
 
 
 def _parquet(name: str, source: Source, files: Sequence[Path], n: int | None, seed: int, size: int) -> Images:
-    tables = []
-    for path in files:
-        try:
-            tables.append(pq.read_table(path))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise IsslError(f"{path} is not a readable parquet file ({error}); copy or download it again") from error
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables([_opened(path, pq.read_table) for path in files])
     missing = {source.image, source.label} - set(table.column_names)
     if missing:
         raise IsslError(f"{files[0]}: no column {sorted(missing)}; {name} has {table.column_names}")
@@ -240,6 +249,13 @@ def _parquet(name: str, source: Source, files: Sequence[Path], n: int | None, se
     attributes["label_name"] = attributes[source.label]
     labels = torch.from_numpy(table.column(source.label).to_numpy().astype(np.int64))
     return Images(torch.from_numpy(pixels), labels, attributes, name)
+
+
+def _opened(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IsslError(f"{path} is not a readable parquet file ({error}); copy or download it again") from error
 
 
 def _named(name: str, table: pa.Table, column: str) -> np.ndarray:

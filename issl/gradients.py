@@ -169,9 +169,7 @@ class _Tap:
         if isinstance(self.sketch, SquaredNorm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
             self.pairs.append((inputs, outputs))
             return
-        self._add(_sum_positions(inputs, outputs, self.layer))
-
-    def _add(self, both: Tensor) -> None:
+        both = _sum_positions(inputs, outputs, shared_rows=p_out is not None)
         gradient = both.unflatten(0, (2, self.examples)).sum(0)
         self.total = gradient if self.total is None else self.total + gradient
 
@@ -226,9 +224,9 @@ def read_outputs(layer: Layer, d: Tensor, p: Tensor | None) -> Float[Tensor, "b 
     return F.conv2d(d, kernel, groups=g).flatten(2).unflatten(1, (g, len(p)))
 
 
-def _sum_positions(inputs: Tensor, outputs: Tensor, layer: Layer) -> Float[Tensor, "b o i"]:
-    """Σ_t d_t a_tᵀ. With P_out the groups share their rows and are summed; without, each has rows of its own."""
-    if outputs.shape[1] > 1 and outputs.shape[1] * outputs.shape[2] == len(layer.weight):
+def _sum_positions(inputs: Tensor, outputs: Tensor, shared_rows: bool) -> Float[Tensor, "b o i"]:
+    """Σ_t d_t a_tᵀ. Under a P_out the groups share their rows and are summed; without, each has its own."""
+    if not shared_rows:
         return (outputs @ inputs.mT).flatten(1, 2)
     return outputs.transpose(1, 2).flatten(2) @ inputs.transpose(1, 2).flatten(2).mT
 

@@ -46,7 +46,7 @@ def self_influence(
     """The influence of each image on the encoder; one row an image, in the order given.
 
     encoder       any nn.Module, eval mode, from float pixels in [0, 1] to features (n, d); left untouched
-    images        `issl.Images`, or pixels (n, 3, H, W) as uint8 or as float in [0, 1], indexed 0 … n−1
+    images        `issl.Images`, or a uint8 tensor (n, 3, H, W), indexed 0 … n−1
     perturbation  GaussianNoise, or a callable (pixels, index) → pixels that treats each image by itself
     curvature     LoGra, Exact or Identity
     seed          of the perturbation; an image's draw depends on (seed, its index) and nothing else
@@ -101,8 +101,7 @@ def self_influence(
             block = curvature.weigh(rows)
             influence += block.scores.cpu()
             damping[name] = block.damping
-            kept = [r if r.shape[1] == 1 and type(sketches[name]).__name__ == "SquaredNorm" else r.square() for r in rows()]
-            square += torch.cat([k.double().sum(1) for k in kept]).cpu() * curvature.norm_scale(layer)
+            square += block.squares.cpu() * curvature.norm_scale(layer)
     result = pd.DataFrame(
         {
             "index": data.index.numpy(), "influence": influence.numpy(), "stability_loss": loss.numpy(),

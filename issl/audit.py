@@ -1,0 +1,160 @@
+"""Audit: what a score goes along with. Simple image statistics, and the tests that the notebooks use.
+
+Statistics are scipy's; every number comes as an Estimate with a 95% confidence interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from scipy import stats
+from torch import Tensor
+
+from issl.errors import IsslError
+from issl.images import Images
+from issl.views import luma
+
+BORDER = 2  # px: how wide a frame is looked at to judge a background
+UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% confidence interval and the count of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def image_statistics(images: Images) -> pd.DataFrame:
+    """Per image, pixels in [0, 1]: brightness (mean grey), contrast (standard deviation of grey),
+    pixel_variance (over all pixels and channels), border_std, border_grey, uniform.
+
+    border_std is the root mean square over channels of the standard deviation of the outer BORDER px;
+    uniform says border_std < UNIFORM_STD. The object rarely fills the frame of an image, so a flat frame
+    stands for a flat background; notebook 03 measures how well it does where the truth is known.
+    """
+    parts = []
+    for pixels in images.pixels.split(2048):
+        x = pixels.float() / 255
+        grey = luma(x).flatten(1)
+        frame = torch.ones(x.shape[-2:], dtype=torch.bool)
+        frame[BORDER:-BORDER, BORDER:-BORDER] = False
+        border = x[:, :, frame]
+        border_std = border.var(2, correction=0).mean(1).sqrt()
+        parts.append(
+            {
+                "brightness": grey.mean(1), "contrast": grey.std(1, correction=0),
+                "pixel_variance": x.flatten(1).var(1, correction=0), "border_std": border_std,
+                "border_grey": luma(border[..., None]).mean((1, 2, 3)), "uniform": border_std < UNIFORM_STD,
+            }
+        )  # fmt: skip
+    return pd.DataFrame({k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]}).assign(
+        index=images.index.numpy()
+    )
+
+
+def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
+    """True for the ⌈share · n⌉ largest scores."""
+    score = np.asarray(score)
+    if not 0 < share < 1:
+        raise IsslError(f"share={share}: must lie between 0 and 1")
+    chosen = np.zeros(len(score), bool)
+    chosen[np.argsort(-score, kind="stable")[: int(np.ceil(share * len(score)))]] = True
+    return chosen
+
+
+def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
+    """How many times as frequent `flag` is in the top share as in the rest (relative risk; 1 = no relation).
+
+    The interval is Katz's log interval (scipy.stats.contingency.relative_risk).
+    """
+    score, flag = np.asarray(score), _flag(flag)
+    head = top(score, share)
+    risk = stats.contingency.relative_risk(
+        int(flag[head].sum()), int(head.sum()), int(flag[~head].sum()), int((~head).sum())
+    )
+    interval = risk.confidence_interval()
+    return Estimate(float(risk.relative_risk), float(interval.low), float(interval.high), len(score))
+
+
+def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
+    """P(score of a flagged image > score of another one), ties half; 0.5 = no relation.
+
+    The Mann-Whitney statistic over the number of pairs; percentile bootstrap over both groups.
+    """
+    score, flag = np.asarray(score, dtype=float), _flag(flag)
+    yes, no = score[flag], score[~flag]
+
+    def statistic(a: np.ndarray, b: np.ndarray) -> float:
+        return float(stats.mannwhitneyu(a, b, method="asymptotic").statistic) / (len(a) * len(b))
+
+    interval = stats.bootstrap(
+        (yes, no), statistic, n_resamples=RESAMPLES, vectorized=False, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(statistic(yes, no), float(interval.low), float(interval.high), len(score))
+
+
+def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estimate:
+    """Rank correlation of a and b that the given columns do not explain, in [−1, 1].
+
+    All are ranked, the ranks of a and b regressed on those of the columns, the residuals correlated;
+    Fisher's interval with the degrees of freedom less one per column.
+    """
+    n = len(a)
+    ranked = np.column_stack([np.ones(n), *(stats.rankdata(given[c]) for c in given)])
+    residuals = []
+    for values in (a, b):
+        r = stats.rankdata(values)
+        residuals.append(r - ranked @ np.linalg.lstsq(ranked, r, rcond=None)[0])
+    value = float(stats.pearsonr(*residuals).statistic)
+    half = 1.96 / np.sqrt(n - given.shape[1] - 3)
+    centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
+    return Estimate(value, float(np.tanh(centre - half)), float(np.tanh(centre + half)), n)
+
+
+def proportion(hits: np.ndarray) -> Estimate:
+    """A share with its Wilson interval."""
+    result = stats.binomtest(int(np.sum(hits)), len(hits))
+    interval = result.proportion_ci(method="wilson")
+    return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
+
+
+def knn_hits(
+    train: Float[Tensor, "n d"], labels: Int64[Tensor, " n"],
+    test: Float[Tensor, "m d"], truth: Int64[Tensor, " m"], k: int = 200, temperature: float = 0.1,
+) -> np.ndarray:  # fmt: skip
+    """Is each test image's class the weighted vote of its k nearest training images?
+
+    Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4).
+    """
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    near, rows = similarity.topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(test), int(labels.max()) + 1).scatter_add_(1, labels[rows], (near / temperature).exp())
+    return (votes.argmax(1) == truth).numpy()
+
+
+def _flag(flag: np.ndarray) -> np.ndarray:
+    flag = np.asarray(flag, dtype=bool)
+    if flag.all() or not flag.any():
+        raise IsslError(
+            f"the property is {'true of all' if flag.all() else 'true of none'} of the {len(flag)} images, so nothing can "
+            "be compared; take more images"
+        )
+    return flag

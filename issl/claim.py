@@ -1,0 +1,124 @@
+"""Claims: what the paper says, the test that decides, and the record that a notebook leaves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from issl.audit import Estimate
+from issl.errors import IsslError
+from issl.files import atomic
+from issl.stages import Config, device_name, explain
+
+UNTESTED = "not tested at this scale"
+
+
+class Condition(Config):
+    """One condition: a bound of a metric's interval above or below a threshold."""
+
+    metric: str
+    bound: Literal["value", "low", "high"]
+    above: float | None = None
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Condition:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give exactly one of `above` and `below`")
+        return self
+
+    def holds(self, metrics: dict[str, Estimate]) -> bool:
+        if self.metric not in metrics:
+            raise IsslError(f"claim test: metric {self.metric!r} was not measured; there are {sorted(metrics)}")
+        value: float = getattr(metrics[self.metric], self.bound)
+        return value > self.above if self.above is not None else value < self.below  # type: ignore[operator]
+
+
+class Claim(Config):
+    """One entry of claims.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    notebook: str
+    claim: str
+    paper: str | float | None
+    ours: bool = Field(description="true for a claim of this project, not of the paper")
+    profiles: list[str]
+    tests: list[Condition] = Field(min_length=1)
+
+
+@lru_cache
+def claims() -> dict[str, Claim]:
+    """All claims by name."""
+    raw = yaml.safe_load(files("issl").joinpath("claims.yaml").read_text())
+    try:
+        return {name: Claim(**entry) for name, entry in raw.items()}
+    except ValidationError as error:
+        raise explain(error, "claims.yaml") from error
+
+
+def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, Any]:
+    """Outcome of the claim's tests, and its verdict at this profile."""
+    if name not in claims():
+        raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
+    claim = claims()[name]
+    passed = [test.holds(metrics) for test in claim.tests]
+    outcome = "reproduced" if all(passed) else "partly" if any(passed) else "not reproduced"
+    return {
+        "tests": [t.model_dump(exclude_none=True) | {"holds": p} for t, p in zip(claim.tests, passed, strict=True)],
+        "outcome": outcome,
+        "verdict": outcome if profile in claim.profiles else UNTESTED,
+    }
+
+
+def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
+    """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware, time."""
+    return {
+        "profile": profile, "parameters": parameters, "artifacts": artifacts, "commit": commit(),
+        "hardware": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def record(
+    name: str, metrics: dict[str, Estimate], source: dict[str, Any], folder: Path, **about: Any
+) -> dict[str, Any]:
+    """Judge a claim and write FOLDER/claim_NAME.json; returns what was written.
+
+    source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    """
+    claim = claims().get(name)
+    verdict = judge(name, metrics, source["profile"])
+    assert claim is not None  # judge has checked it
+    content = {
+        "name": name, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper, "ours": claim.ours,
+        **about, "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
+    }  # fmt: skip
+    with atomic(folder / f"claim_{name}.json") as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+@lru_cache
+def commit() -> str:
+    """The code's commit, marked where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent.parent
+    try:
+        head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "-C", here, "status", "--porcelain", "--untracked-files=no", "--", "issl", "notebooks"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if status.stdout.strip() else "")

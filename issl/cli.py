@@ -1,0 +1,47 @@
+"""The command line: `issl run`, `issl download`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from issl import __version__
+from issl.errors import IsslError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="issl", description="Label-free influence for self-supervised learning.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")
+    run.add_argument("--profile", default="quick", help="quick (default), mini or paper")
+    run.add_argument("--only", metavar="03,…", help="these notebooks alone, by number or name")
+    run.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    run.add_argument("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    download = commands.add_parser("download", help="fetch a data set from its public home")
+    download.add_argument("name", help="cifar10, cifar100 or fairface")
+    download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends in one line on stderr and exit code 2."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "download":
+            from issl.datasets import download
+
+            print(download(options.name, options.data_root))
+            return 0
+        from issl.run import run  # papermill is slow to import, and needed here alone
+
+        return run(options.profile, options.only, options.data_root, options.device, options.out)
+    except IsslError as error:
+        print(f"issl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("issl: stopped; run the same command again to go on from here", file=sys.stderr)
+        return 130

@@ -1,0 +1,67 @@
+"""Figures: one style, and one way to save them with the numbers behind them and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from issl.files import atomic
+from issl.images import Images
+
+COLUMN, PAGE = 3.4, 7.0  # inches: widths of one and two columns of a paper
+PALETTE = "colorblind"
+
+
+def style() -> None:
+    """Legible at column width, colour-blind safe, text in the PDF as text."""
+    sns.set_theme(context="paper", style="ticks", palette=PALETTE)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110, "savefig.dpi": 220, "savefig.bbox": "tight", "pdf.fonttype": 42, "font.size": 8,
+            "axes.titlesize": 8.5, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+            "legend.fontsize": 7.5, "axes.spines.top": False, "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+        }
+    )  # fmt: skip
+
+
+def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path, provenance: dict[str, Any]) -> list[Path]:
+    """Write NAME.png, NAME.pdf, NAME.csv (the numbers drawn) and NAME.json (where they come from)."""
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv", "json")]
+    with atomic(paths[0]) as part:
+        figure.savefig(part, format="png")
+    with atomic(paths[1]) as part:
+        figure.savefig(part, format="pdf", metadata={"CreationDate": None})
+    with atomic(paths[2]) as part:
+        data.to_csv(part, index=False)
+    with atomic(paths[3]) as part:
+        part.write_text(json.dumps(provenance, indent=1) + "\n")
+    return paths
+
+
+def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:
+    """Images in reading order, as many as given; those with a true entry in `frames` get a border."""
+    axes.set_title(title, loc="left")
+    rows = -(-len(images) // columns)
+    side, gap = images.pixels.shape[-1], 3
+    canvas = np.full((rows * (side + gap), columns * (side + gap), 3), 255, np.uint8)
+    for k, pixels in enumerate(images.pixels.numpy()):
+        y, x = divmod(k, columns)
+        y, x = y * (side + gap), x * (side + gap)
+        canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)
+        if frames is not None and frames[k]:
+            axes.add_patch(
+                plt.Rectangle((x - 1.5, y - 1.5), side + 2, side + 2, fill=False, lw=1.3, ec=sns.color_palette(PALETTE)[1])
+            )
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_axis_off()

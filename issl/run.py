@@ -1,0 +1,174 @@
+"""`issl run`: compute the stages of a profile, then execute its notebooks, one line each."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from pydantic import ValidationError
+
+from issl.errors import IsslError
+from issl.plans import PLANS, Plan, pick_device
+from issl.stages import Data, Stage, explain
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of this checkout."""
+    folder = REPOSITORY / "notebooks"
+    if not folder.is_dir():
+        raise IsslError(f"no notebooks at {folder}: `issl run` needs the repository (git clone, then ./run_all.sh)")
+    return folder
+
+
+def profiles() -> dict[str, Path]:
+    return {p.stem: p for p in sorted((notebooks_folder() / "profiles").glob("*.yaml"))}
+
+
+def select(only: str | None) -> list[str]:
+    """Notebook names from a list such as `03,00_method`; all of them where there is none."""
+    if only is None:
+        return list(PLANS)
+    chosen = []
+    for want in (w.strip() for w in only.split(",") if w.strip()):
+        found = [name for name in PLANS if name == want or name.split("_")[0] == want]
+        if not found:
+            raise IsslError(f"notebook {want!r}: there are {', '.join(PLANS)} (a number is enough)")
+        chosen += found
+    if not chosen:
+        raise IsslError(f"--only {only!r} names no notebook; there are {', '.join(PLANS)}")
+    return sorted(set(chosen))
+
+
+def read_profile(profile: str, names: Sequence[str], **common: str | None) -> dict[str, Plan]:
+    """The plans of the named notebooks under a profile; every field is checked.
+
+    A profile's file has `common` (for all notebooks) and one entry a notebook, both field: value.
+    """
+    paths = profiles()
+    if profile not in paths:
+        raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
+    content = yaml.safe_load(paths[profile].read_text()) or {}
+    unknown = set(content) - {"common", *PLANS}
+    if unknown:
+        raise IsslError(f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(PLANS)}")
+    plans = {}
+    for name in names:
+        fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
+        try:
+            plans[name] = PLANS[name](**fields)
+        except ValidationError as error:
+            raise explain(error, f"{paths[profile].name}, notebook {name}") from error
+    return plans
+
+
+def check(plans: dict[str, Plan], out: Path) -> None:
+    """All that can be wrong before any long work: device, output folder, data present and large enough."""
+    for folder in ("artifacts", "figures", "results"):
+        try:
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise IsslError(f"output folder {out / folder} cannot be written ({error}); choose another with --out DIR") from error
+        if not os.access(out / folder, os.W_OK):
+            raise IsslError(f"output folder {out / folder} is not writable; choose another with --out DIR")
+    for plan in plans.values():
+        pick_device(plan.device)
+        for stage in plan.stages().values():
+            for data in _data_of(stage):
+                available = data.available()
+                if data.n is not None and available is not None and data.n > available:
+                    raise IsslError(
+                        f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} images here"
+                    )
+
+
+def _data_of(stage: Stage) -> list[Data]:
+    return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]
+
+
+@dataclass
+class Outcome:
+    """What became of one notebook."""
+
+    name: str
+    seconds: float
+    error: str | None = None
+
+
+def run(
+    profile: str = "quick",
+    only: str | None = None,
+    data_root: Path | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+) -> int:
+    """Run a profile; returns the exit code: 0 where every notebook ended well, else 1.
+
+    Raises IsslError for input that is wrong, before any long work.
+    """
+    began, names = time.monotonic(), select(only)
+    out = (REPOSITORY if out is None else out).resolve()
+    root = data_root or (Path(os.environ["ISSL_DATA"]) if os.environ.get("ISSL_DATA") else None)
+    plans = read_profile(
+        profile, names, out=str(out), data_root=None if root is None else str(root.expanduser().resolve()), device=device
+    )
+    check(plans, out)
+    target = pick_device(device)
+    print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
+    artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
+    outcomes = []
+    for name, plan in plans.items():
+        start = time.monotonic()
+        error = _compute(plan, artifacts) or _execute(name, plan)
+        outcomes.append(Outcome(name, time.monotonic() - start, error))
+        print(f"{'FAILED' if error else 'ok':6}  {name:24} {outcomes[-1].seconds:6.1f} s", flush=True)
+        if error:
+            print("        " + error.replace("\n", "\n        "), flush=True)
+    failed = [o.name for o in outcomes if o.error]
+    print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} notebooks ended well in {time.monotonic() - began:.0f} s; "
+        f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
+        f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}",
+        flush=True,
+    )
+    return 1 if failed else 0
+
+
+def _compute(plan: Plan, artifacts) -> str | None:  # type: ignore[no-untyped-def]
+    """Make what the notebook will read; returns the error, if any, as the reader should see it."""
+    try:
+        for label, stage in plan.stages().items():
+            known, start = len(artifacts.computed), time.monotonic()
+            artifacts.get(stage)
+            if len(artifacts.computed) > known:
+                print(f"        {label}: {stage.name} {stage.key}, {time.monotonic() - start:.1f} s", flush=True)
+    except IsslError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001 (the other notebooks go on; this one's error is shown whole)
+        return traceback.format_exc()
+    return None
+
+
+def _execute(name: str, plan: Plan) -> str | None:
+    """Run a notebook by papermill; the executed copy stays under results/, errors and all."""
+    plan.results.mkdir(parents=True, exist_ok=True)
+    source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
+    try:
+        papermill.execute_notebook(
+            source, target, parameters=plan.model_dump(), progress_bar=False, cwd=str(plan.results),
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
+    except (nbformat.ValidationError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

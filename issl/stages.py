@@ -1,0 +1,329 @@
+"""Stages: the heavy steps, each a validated config in and files in open formats out, cached by content.
+
+An artifact lies in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
+it depends on (nested stages, the data's own bytes). It appears in one step, with a manifest of checksums:
+it is whole or it is not there, and a damaged one is found, named and made again. While it is made, its
+files are in <key>.part, under a lock, so a killed run resumes there and a second process waits.
+
+(Why not a caching library: the one that fits best, exca, keeps job results as pickles and checks no
+checksums. The locks are filelock's, the configs pydantic's.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from issl import curvature as curvatures
+from issl import datasets, views
+from issl.encoder import load_encoder, save_encoder
+from issl.errors import IsslError
+from issl.files import atomic
+from issl.images import Images
+from issl.influence import self_influence
+from issl.pretrain import pretrain
+
+MANIFEST = "manifest.json"
+
+
+class Config(BaseModel):
+    """Frozen, and strict about its fields: a typo is an error, not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Config):
+    """Which images. `root` says where they lie and is no part of what they are; `fingerprint` is."""
+
+    name: str
+    split: str = "train"
+    n: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    size: int | None = None
+    root: Path | None = Field(None, exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @cached_property
+    def fingerprint(self) -> str:
+        return datasets.fingerprint(self.name, self.split, self.root)
+
+    def available(self) -> int | None:
+        """How many images the source holds; None where any number can be drawn."""
+        return datasets.count(self.name, self.split, self.root)
+
+    def load(self) -> Images:
+        return datasets.load(self.name, self.split, self.n, self.root, self.seed, self.size)
+
+
+class Noise(Config):
+    """Gaussian noise of the perturbed view (the paper's default)."""
+
+    mean: float = 0.05
+    std: float = Field(0.2, ge=0)
+
+    def build(self) -> views.GaussianNoise:
+        return views.GaussianNoise(self.mean, self.std)
+
+
+class Curvature(Config):
+    """The inverse curvature that weighs the gradients."""
+
+    kind: Literal["logra", "identity", "exact"] = "logra"
+    rank: int = Field(16, ge=1)
+    damping: float = Field(0.1, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def build(self) -> curvatures.Curvature:
+        if self.kind == "identity":
+            return curvatures.Identity()
+        if self.kind == "exact":
+            return curvatures.Exact(self.damping)
+        return curvatures.LoGra(self.rank, self.damping, self.seed)
+
+
+class Stage(Config):
+    """A step with a config and an artifact; `make` writes the artifact's files into a folder."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # raise it when the same config should give other numbers
+
+    @cached_property
+    def key(self) -> str:
+        """Sixteen hex digits: the hash of this config and all it depends on."""
+        content = {"stage": self.name, "version": self.version, "config": self.model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def needs(self) -> list[Stage]:
+        """The stages whose artifacts this one reads."""
+        return [v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)]
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        raise NotImplementedError
+
+
+class Pretrain(Stage):
+    """Train an encoder: encoder.safetensors, history.csv."""
+
+    name: ClassVar[str] = "pretrain"
+
+    data: Data
+    method: Literal["simclr"] = "simclr"
+    width: int = Field(64, ge=1)
+    projection: int = Field(128, ge=1)
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(256, ge=2)
+    peak_lr: float = Field(0.5, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    temperature: float = Field(0.5, gt=0)
+    warmup_epochs: int = Field(5, ge=0)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        checkpoint = folder / "checkpoint.safetensors"
+        encoder, history = pretrain(
+            self.data.load(), **self.model_dump(exclude={"data"}), device=artifacts.device, checkpoint=checkpoint,
+            checkpoint_seconds=artifacts.checkpoint_seconds, progress=artifacts.progress,
+        )  # fmt: skip
+        with atomic(folder / "history.csv") as part:
+            history.to_csv(part, index=False)
+        save_encoder(folder / "encoder.safetensors", encoder, {"config": self.model_dump(mode="json")})
+        checkpoint.unlink(missing_ok=True)
+
+
+class Influence(Stage):
+    """Score images under an encoder: influence.parquet, settings.json (with the damping per layer)."""
+
+    name: ClassVar[str] = "influence"
+
+    pretrain: Pretrain
+    data: Data
+    perturbation: Noise = Noise()
+    curvature: Curvature = Curvature()
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder = load_encoder(artifacts.get(self.pretrain) / "encoder.safetensors")
+        scores = self_influence(
+            encoder, self.data.load(), self.perturbation.build(), self.curvature.build(), self.seed,
+            device=artifacts.device, store=folder / "rows", progress=artifacts.progress,
+        )  # fmt: skip
+        with atomic(folder / "settings.json") as part:
+            part.write_text(json.dumps(scores.attrs, indent=1))
+        with atomic(folder / "influence.parquet") as part:
+            scores.to_parquet(part, index=False)
+        shutil.rmtree(folder / "rows")
+
+
+class Embed(Stage):
+    """Features of images under an encoder: features.safetensors (`features`, `index`)."""
+
+    name: ClassVar[str] = "embed"
+
+    pretrain: Pretrain
+    data: Data
+
+    @torch.no_grad()
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder = load_encoder(artifacts.get(self.pretrain) / "encoder.safetensors").to(artifacts.device)
+        images = self.data.load()
+        batches = images.pixels.split(512)
+        features = torch.cat([encoder(b.to(artifacts.device).float() / 255).cpu() for b in batches])
+        with atomic(folder / "features.safetensors") as part:
+            save_file({"features": features, "index": images.index}, part)
+
+
+STAGES: tuple[type[Stage], ...] = (Pretrain, Influence, Embed)
+
+
+@dataclass
+class Artifacts:
+    """The cache: `get` gives a stage's folder, made first where it is not there.
+
+    computed, cached   the stages that this object had to make, and those it found
+    """
+
+    root: Path
+    device: torch.device = torch.device("cpu")
+    progress: bool = False
+    checkpoint_seconds: float = 20.0
+    computed: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+
+    def folder(self, stage: Stage) -> Path:
+        return self.root / stage.name / stage.key
+
+    def get(self, stage: Stage) -> Path:
+        """The folder of the stage's files, checked against their checksums."""
+        final, label = self.folder(stage), f"{stage.name}/{stage.key}"
+        if label in self.computed or label in self.cached:
+            return final
+        if not self._sound(final):
+            work = final.with_name(final.name + ".part")
+            _make_folder(work.parent)
+            with _locked(final.with_name(final.name + ".lock"), label):
+                if not self._sound(final):  # another process may have made it while we waited
+                    _make_folder(work)
+                    began = time.time()
+                    stage.make(work, self)
+                    _write_manifest(work, stage, self.device, time.time() - began)
+                    work.replace(final)
+                    self.computed.append(label)
+                    return final
+        self.cached.append(label)
+        return final
+
+    def _sound(self, folder: Path) -> bool:
+        """Is the artifact there and whole? A damaged one is named, removed, and then is not there."""
+        if not folder.is_dir():
+            return False
+        damage = damaged(folder)
+        if damage is not None:
+            print(f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
+            return False
+        return True
+
+    # --- readers of the artifacts, for notebooks ---
+
+    def encoder(self, stage: Pretrain) -> torch.nn.Module:
+        return load_encoder(self.get(stage) / "encoder.safetensors")
+
+    def history(self, stage: Pretrain) -> pd.DataFrame:
+        return pd.read_csv(self.get(stage) / "history.csv")
+
+    def scores(self, stage: Influence) -> pd.DataFrame:
+        return pd.read_parquet(self.get(stage) / "influence.parquet")
+
+    def features(self, stage: Embed) -> Tensor:
+        with safe_open(self.get(stage) / "features.safetensors", framework="pt") as file:
+            tensor: Tensor = file.get_tensor("features")
+            return tensor
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with an artifact, in words; None where every file is as its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} is missing or unreadable ({error})"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
+    files = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    content: dict[str, Any] = {
+        "stage": stage.name, "version": stage.version, "config": stage.model_dump(mode="json"), "files": files,
+        "made_with": {
+            "torch": torch.__version__, "python": platform.python_version(), "device": device_name(device),
+            "seconds": round(seconds, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }  # fmt: skip
+    with atomic(folder / MANIFEST) as part:
+        part.write_text(json.dumps(content, indent=1))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(f"folder {folder} cannot be written ({error}); choose another place with --out DIR") from error
+
+
+@contextmanager
+def _locked(path: Path, label: str) -> Iterator[None]:
+    """Hold the stage's lock; says so when another process has it. The system frees it if its owner dies."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{label} is being made by another process; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def explain(error: ValidationError, what: str) -> IsslError:
+    """A pydantic error as one line that names the field, the value and the remedy."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return IsslError(f"{what}: unknown field {where!r} (value {first['input']!r}); remove it or correct its name")
+    return IsslError(f"{what}: {where} = {first.get('input')!r}: {first['msg']}")

@@ -1,0 +1,101 @@
+"""Small networks and images, and the per-example autograd loop that the engine is tested against."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from issl import Images
+
+
+class Reused(nn.Module):
+    """One convolution called twice, one Linear called twice on two different inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1, bias=False)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.twice(F.relu(self.twice(x)))).mean((2, 3))
+        return self.head(F.silu(self.head(x)))
+
+
+class Tokens(nn.Module):
+    """Linear layers on sequences, LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm, self.mlp, self.out = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.patch(x).flatten(2).mT
+        return self.out((t + F.gelu(self.mlp(self.norm(t)))).mean(1))
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A network by name: random weights, BatchNorm statistics taken from images, eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net: nn.Module = {
+            "stride": lambda: nn.Sequential(
+                nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(5, 6, (3, 2), (1, 2), (0, 1)), nn.Tanh(),
+                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+            ),
+            "dilated": lambda: nn.Sequential(
+                nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"), nn.ReLU(inplace=True),
+                nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            ),
+            "grouped": lambda: nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.ReLU(),
+                nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+            ),
+            "batchnorm": lambda: nn.Sequential(
+                nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+                nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 6),
+            ),
+            "reused": Reused,
+            "tokens": Tokens,
+        }[name]()  # fmt: skip
+        net = net.to(dtype).train()
+        with torch.no_grad():
+            for _ in range(30):
+                net(torch.rand(16, 3, 12, 12, dtype=dtype))
+    return net.eval()
+
+
+NETS = ("stride", "dilated", "grouped", "batchnorm", "reused", "tokens")
+
+
+def pictures(n: int, seed: int = 0, side: int = 12) -> Images:
+    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Images(pixels, None, pd.DataFrame({"index": range(n)}), "random pictures")
+
+
+def loop_gradients(net: nn.Module, images: Images, perturb) -> tuple[dict[str, Tensor], Tensor]:
+    """Per-example weight gradients by plain autograd, one image at a time, and the losses 1 − cos."""
+    weights = {n: m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    rows: dict[str, list[Tensor]] = {n: [] for n in weights}
+    losses = []
+    for k in range(len(images)):
+        x = images.pixels[k : k + 1].to(next(iter(weights.values())).dtype) / 255
+        loss = 1 - F.cosine_similarity(net(x), net(perturb(x, images.index[k : k + 1]))).squeeze()
+        for name, g in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            rows[name].append(g.flatten())
+        losses.append(loss.detach())
+    return {n: torch.stack(r) for n, r in rows.items()}, torch.stack(losses)
+
+
+def exact_scores(gradients: dict[str, Tensor], damping: float) -> Tensor:
+    """Σ_l g_iᵀ (mean g gᵀ + damping · mean diagonal · I)⁻¹ g_i, with a dense inverse per layer."""
+    total = torch.zeros(len(next(iter(gradients.values()))), dtype=torch.float64)
+    for g in (v.double() for v in gradients.values()):
+        h = torch.stack([torch.outer(r, r) for r in g]).mean(0)
+        inverse = torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
+        total += torch.stack([r @ inverse @ r for r in g])
+    return total

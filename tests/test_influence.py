@@ -1,0 +1,257 @@
+"""The engine against a per-example autograd loop, and the laws that a score obeys."""
+
+from __future__ import annotations
+
+import copy
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS, exact_scores, loop_gradients, make, pictures
+from torch import nn
+
+import issl
+from issl import Exact, GaussianNoise, Identity, LoGra, self_influence
+from issl.encoder import resnet18
+
+NOISE = GaussianNoise()
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("n", [9, 70])  # fewer rows than columns in every layer, and more than in some
+def test_exact_equals_the_autograd_loop(name: str, n: int) -> None:
+    net, images = make(name), pictures(n)
+    gradients, losses = loop_gradients(net, images, NOISE.keyed(3))
+    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, batch_size=32)
+    np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)  # the loop's own cancellation
+    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.1), rtol=1e-8)
+    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-9)
+    for layer, g in gradients.items():
+        assert got.attrs["damping"][layer] == pytest.approx(0.1 * float(g.square().mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_full_rank_logra_equals_exact(name: str) -> None:
+    net, images = make(name), pictures(40)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    got = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.05))
+    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.05), rtol=1e-7)
+    exact = self_influence(net, images, NOISE, Exact(0.05))
+    np.testing.assert_allclose(got["grad_norm"], exact["grad_norm"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
+    """G = P_out M P_inᵀ of the loop's weight gradient M, with the projections that LoGra itself draws."""
+    from issl.gradients import scored_layers
+
+    net, images, curvature = make(name), pictures(30), LoGra(rank=4, damping=0.1, seed=5)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    projected = {}
+    for k, (layer, module) in enumerate(scored_layers(net).items()):
+        sketch = curvature.sketch(module, k)
+        matrix = gradients[layer].unflatten(1, (len(module.weight), -1))
+        projected[layer] = (sketch.p_out @ matrix @ sketch.p_in.T).flatten(1)
+    got = self_influence(net, images, NOISE, curvature)
+    np.testing.assert_allclose(got["influence"], exact_scores(projected, 0.1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_identity_is_the_squared_norm(name: str) -> None:
+    net, images = make(name), pictures(12)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    got = self_influence(net, images, NOISE, Identity())
+    squared = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0)
+    np.testing.assert_allclose(got["influence"], squared, rtol=1e-9)
+    np.testing.assert_allclose(got["grad_norm"] ** 2, squared, rtol=1e-9)
+
+
+def test_projected_norm_is_unbiased() -> None:
+    net, images = make("batchnorm"), pictures(6)
+    true = self_influence(net, images, NOISE, Identity())["grad_norm"] ** 2
+    draws = [self_influence(net, images, NOISE, LoGra(3, seed=s))["grad_norm"] ** 2 for s in range(150)]
+    error = (np.mean(draws, axis=0) - true) / (np.std(draws, axis=0) / np.sqrt(150))
+    assert np.abs(error).max() < 4.5
+
+
+def resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = resnet18(8).to(dtype).train()
+        with torch.no_grad():
+            for _ in range(10):
+                net(torch.rand(32, 3, 32, 32, dtype=dtype))
+    return net.eval()
+
+
+@pytest.mark.parametrize("curvature", [LoGra(4), Identity()], ids=["logra", "identity"])
+def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
+    net, images = resnet(), issl.load("scenes", n=60)
+    base = self_influence(net, images, curvature=curvature, batch_size=60)["influence"].to_numpy()
+    for batch_size in (7, 64):
+        other = self_influence(net, images, curvature=curvature, batch_size=batch_size)
+        np.testing.assert_allclose(other["influence"], base, rtol=1e-5)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    other = self_influence(net, images.subset(order), curvature=curvature, batch_size=25)
+    assert other["index"].tolist() == order.tolist()
+    np.testing.assert_allclose(other["influence"], base[order], rtol=1e-5)
+    for _ in range(2):  # written, then read back
+        stored = self_influence(net, images, curvature=curvature, batch_size=60, store=tmp_path / "rows")
+        np.testing.assert_allclose(stored["influence"], base, rtol=1e-5)
+    with pytest.raises(issl.IsslError, match="another encoder"):
+        self_influence(net, images, curvature=curvature, seed=1, store=tmp_path / "rows")
+
+
+@settings(max_examples=10, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**20))
+def test_scaling_the_features_scales_nothing(scale: float, seed: int) -> None:
+    """The cosine ignores the length of the features; relative damping ignores the gradients' scale."""
+
+    class Scaled(nn.Module):
+        def __init__(self, net: nn.Module):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return scale * self.net(x)
+
+    images = pictures(12)
+    a = self_influence(make("stride"), images, seed=seed)
+    b = self_influence(Scaled(make("stride")).eval(), images, seed=seed)
+    np.testing.assert_allclose(a["influence"], b["influence"], rtol=1e-6)
+
+
+def test_noise_belongs_to_seed_and_index() -> None:
+    x, index = torch.zeros(4, 3, 5, 5), torch.tensor([3, 1, 8, 1_000_000])
+    a = NOISE.keyed(0)(x, index)
+    torch.testing.assert_close(a[[2, 0]], NOISE.keyed(0)(x[:2], index[[2, 0]]), rtol=0, atol=0)
+    assert (a != NOISE.keyed(1)(x, index)).any(1).all()
+    many = NOISE.keyed(7)(torch.zeros(400, 3, 16, 16), torch.arange(400))
+    assert float(many.mean()) == pytest.approx(0.05, abs=0.002)
+    assert float(many.std()) == pytest.approx(0.2, abs=0.002)
+
+
+def test_a_plain_callable_is_a_perturbation() -> None:
+    net, images = make("stride"), pictures(8)
+    by_object = self_influence(net, images, NOISE, seed=4)
+    by_function = self_influence(net, images, lambda x, index: NOISE.keyed(4)(x, index))
+    np.testing.assert_array_equal(by_object["influence"], by_function["influence"])
+    still = self_influence(net, images, lambda x, index: x)
+    assert (still[["influence", "stability_loss", "grad_norm"]].to_numpy() == 0).all()
+
+
+def test_the_encoder_is_left_as_it_was() -> None:
+    net = make("batchnorm")
+    net[0].weight.requires_grad_(False)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    before, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in net.modules()]
+    self_influence(net, pictures(5))
+    with pytest.raises(issl.IsslError):
+        self_influence(net, pictures(5), lambda x, index: x * float("nan"))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert flags == [p.requires_grad for p in net.parameters()]
+    assert hooks == [len(m._forward_hooks) + len(m._backward_hooks) for m in net.modules()]
+    assert not any(m.training for m in net.modules()) and all(p.grad is None for p in net.parameters())
+
+
+def nan_weights() -> nn.Module:
+    net = make("stride")
+    with torch.no_grad():
+        net[0].weight[0] = float("nan")
+    return net
+
+
+class Mixing(nn.Module):
+    """Features that depend on the neighbours in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make("stride")
+
+    def forward(self, x):
+        z = self.net(x)
+        return z - 0.5 * z.mean(0)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = make("stride"), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+BAD_ENCODERS = {
+    "train mode": (lambda: make("stride").train(), "train mode.*encoder.eval"),
+    "no layers": (lambda: nn.Flatten().eval(), "no Linear or Conv2d"),
+    "nan": (nan_weights, "0.weight holds NaN"),
+    "untrained": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval(), "1 was never trained"),
+    "batch statistics": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()).eval(),
+        "track_running_stats",
+    ),
+    "unsupported": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Flatten()).eval(),
+        r"1.weight \(ConvTranspose2d\).*skip",
+    ),
+    "mixing": (lambda: Mixing().eval(), "not per example"),
+    "unused layer": (lambda: Unused().eval(), "head was never called.*skip"),
+    "maps": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), r"features of shape"),
+    "zero": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(1e9, 0.0), nn.Flatten()).eval(), "all-zero feature",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ENCODERS)
+def test_encoders_that_cannot_be_scored(case: str) -> None:
+    build, message = BAD_ENCODERS[case]
+    with pytest.raises(issl.IsslError, match=message):
+        self_influence(build(), pictures(6))
+
+
+def test_skip_leaves_a_layer_out() -> None:
+    net, images = Unused().eval(), pictures(6)
+    got = self_influence(net, images, skip=["head"])
+    np.testing.assert_allclose(got["influence"], self_influence(net.net, images)["influence"])
+    with pytest.raises(issl.IsslError, match="no module or parameter"):
+        self_influence(net, images, skip=["nothing"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": torch.zeros(3, 4, 4)}, "need issl.Images or a tensor"),
+        ({"images": torch.rand(3, 3, 4, 4)}, "give uint8"),
+        ({"images": pictures(4).subset([])}, "empty"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed -1"),
+        ({"perturbation": 3}, "perturbation 3"),
+        ({"perturbation": lambda x, i: x[:, :, :2]}, "must keep the shape"),
+        ({"perturbation": lambda x, i: x / 0}, "NaN or infinite pixels for image index"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
+    with pytest.raises(issl.IsslError, match=message):
+        self_influence(make("stride"), **{"images": pictures(5), **arguments})
+
+
+@pytest.mark.parametrize("build", [lambda: LoGra(0), lambda: LoGra(4, 0.0), lambda: Exact(-1.0), lambda: GaussianNoise(0.0, -1.0)])
+def test_bad_settings(build) -> None:
+    with pytest.raises(issl.IsslError, match="="):
+        build()
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    net, images = resnet(), issl.load("scenes", n=200)
+    cpu, gpu = self_influence(net, images), self_influence(net, images, device="cuda")
+    np.testing.assert_allclose(gpu["influence"], cpu["influence"], rtol=1e-3)
