@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from issl.curvature import Curvature, LoGra
 from issl.errors import IsslError

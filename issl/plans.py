@@ -27,13 +27,13 @@ class Plan(Config):
     data_root: str | None = None
     device: str = "auto"
     dataset: str = "scenes"
-    n: int = Field(1200, ge=16)
+    n: int = Field(800, ge=16)
     method: str = "simclr"
     width: int = Field(8, ge=1)
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(128, ge=2)
-    peak_lr: float = Field(0.4, gt=0)
-    warmup_epochs: int = Field(2, ge=0)
+    epochs: int = Field(8, ge=1)
+    batch_size: int = Field(64, ge=2)
+    peak_lr: float = Field(0.2, gt=0)
+    warmup_epochs: int = Field(1, ge=0)
     seed: int = Field(0, ge=0)
 
     def data(self, split: str = "train", n: int | None = None) -> Data:
@@ -77,7 +77,7 @@ class BackgroundBias(Plan):
 
     notebook: ClassVar[str] = "03_background_bias"
 
-    n_test: int = Field(500, ge=16)
+    n_test: int = Field(300, ge=16)
     mean: float = 0.05
     std: float = Field(0.2, ge=0)
     rank: int = Field(16, ge=1)
@@ -87,20 +87,15 @@ class BackgroundBias(Plan):
 
     def stages(self) -> dict[str, Stage]:
         encoder, train = self.pretrain(), self.data()
-        noise = Noise(mean=self.mean, std=self.std)
-
-        def scored(curvature: Curvature) -> Influence:
-            return Influence(
-                pretrain=encoder, data=train, perturbation=noise, curvature=curvature, seed=self.noise_seed
-            )
-
         return {
             "encoder": encoder,
-            "influence": scored(Curvature(rank=self.rank, damping=self.damping)),
-            "gradient": scored(Curvature(kind="identity")),
+            "influence": Influence(
+                pretrain=encoder, data=train, perturbation=Noise(mean=self.mean, std=self.std),
+                curvature=Curvature(rank=self.rank, damping=self.damping), seed=self.noise_seed,
+            ),
             "train_features": Embed(pretrain=encoder, data=train),
             "test_features": Embed(pretrain=encoder, data=self.data("test", self.n_test)),
-        }
+        }  # fmt: skip
 
 
 PLANS: dict[str, type[Plan]] = {plan.notebook: plan for plan in (Method, BackgroundBias)}

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from issl.encoder import Encoder, new_encoder
 from issl.errors import IsslError

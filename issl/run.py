@@ -166,6 +166,8 @@ def _execute(name: str, plan: Plan) -> str | None:
     try:
         papermill.execute_notebook(
             source, target, parameters=plan.model_dump(), progress_bar=False, cwd=str(plan.results),
+            # the kernel's own notices about its transport are not for the reader
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )  # fmt: skip
     except PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"

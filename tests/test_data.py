@@ -1,0 +1,226 @@
+"""Data sets: the drawn world's promises, the layouts on disk, and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import issl
+from issl import datasets, scenes
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(out, "png")
+    return out.getvalue()
+
+
+# --- scenes ---
+
+
+def test_scenes_are_deterministic_and_nested() -> None:
+    a, b = scenes.draw(300), scenes.draw(120)
+    assert torch.equal(a.pixels[:120], b.pixels) and torch.equal(a.masks[:120], b.masks)
+    assert a.attributes[:120].equals(b.attributes)
+    assert not torch.equal(b.pixels, scenes.draw(120, seed=1).pixels)
+    assert not torch.equal(b.pixels, scenes.draw(120, split="test").pixels)
+
+
+def test_scenes_keep_their_shares() -> None:
+    config = scenes.ScenesConfig(uniform=0.5, minority=0.1, exact_duplicates=0.05, near_duplicates=0.05, atypical=0.1)
+    a = scenes.draw(3000, config=config).attributes
+    plain = a[a["atypical"] == ""]
+    assert plain["uniform"].mean() == pytest.approx(0.5, abs=0.04)
+    assert (plain["group"] == "cool").mean() == pytest.approx(0.1, abs=0.03)
+    assert (a["duplicate_kind"] == "exact").mean() == pytest.approx(0.05, abs=0.015)
+    assert (a["duplicate_kind"] == "near").mean() == pytest.approx(0.05, abs=0.015)
+    assert (a["atypical"] != "").mean() == pytest.approx(0.1, abs=0.02)
+    assert set(a["atypical"]) == {"", *scenes.ATYPICAL} and a["label_name"].nunique() == 10
+
+
+def test_duplicates_are_what_they_say() -> None:
+    images = scenes.draw(1500, config=scenes.ScenesConfig(exact_duplicates=0.05, near_duplicates=0.05))
+    a = images.attributes
+    copies = a[a["duplicate_of"] >= 0]
+    assert (copies["duplicate_of"] < copies["index"]).all()
+    originals = a.loc[copies["duplicate_of"]]
+    assert (originals["duplicate_of"] == -1).all() and (originals["atypical"] == "").all()
+    assert (originals["label_name"].to_numpy() == copies["label_name"].to_numpy()).all()
+    same = (images.pixels[copies.index] == images.pixels[originals.index]).flatten(1).all(1).numpy()
+    assert (same == (copies["duplicate_kind"] == "exact").to_numpy()).all()
+
+
+def test_another_background_changes_the_background_alone() -> None:
+    a = scenes.draw(200, config=scenes.ScenesConfig(background="white"))
+    b = scenes.draw(200, config=scenes.ScenesConfig(background="texture"))
+    plain = (a.attributes["duplicate_of"] < 0) & (a.attributes["atypical"] == "")
+    inside = (a.masks == 255) & torch.from_numpy(plain.to_numpy())[:, None, None]
+    assert torch.equal(a.masks, b.masks)
+    assert torch.equal(a.pixels.movedim(1, 3)[inside], b.pixels.movedim(1, 3)[inside])
+    assert (a.pixels.movedim(1, 3)[(a.masks == 0) & inside.any(1).any(1)[:, None, None]] > 225).all()
+
+
+def test_scenes_bad_input() -> None:
+    for arguments, message in [({"split": "val"}, "split 'val'"), ({"n": 0}, "n=0")]:
+        with pytest.raises(issl.IsslError, match=message):
+            scenes.draw(**arguments)
+    with pytest.raises(issl.IsslError, match="more than 1"):
+        scenes.draw(5, config=scenes.ScenesConfig(exact_duplicates=0.6, near_duplicates=0.6))
+
+
+# --- Images ---
+
+
+def test_subset_keeps_identity() -> None:
+    images = issl.load("scenes", n=50)
+    part = images.subset([7, 3, -1])
+    assert part.index.tolist() == [7, 3, 49] and torch.equal(part.pixels[1], images.pixels[3])
+    mask = np.zeros(50, bool)
+    mask[[4, 9]] = True
+    assert images.subset(mask).index.tolist() == [4, 9]
+    with pytest.raises(issl.IsslError, match="position 50"):
+        images.subset([50])
+    with pytest.raises(issl.IsslError, match="occurs twice"):
+        images.subset([1, 1])
+
+
+# --- on disk ---
+
+
+def write_parquet(root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, metadata=None) -> Path:
+    path = root / folder / f"{prefix}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({image: [{"bytes": png(p), "path": None} for p in pixels], **columns})
+    pq.write_table(table.replace_schema_metadata(metadata or {}), path)
+    return path
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+
+
+def test_cifar100_parquet(tmp_path: Path, pixels: np.ndarray) -> None:
+    names = [f"kind {k}" for k in range(100)]
+    metadata = {"huggingface": json.dumps({"info": {"features": {"fine_label": {"names": names}}}})}
+    columns = {"fine_label": list(range(12)), "coarse_label": [0] * 12}
+    write_parquet(tmp_path, "cifar100/cifar100", "train", "img", columns, pixels, metadata)
+    images = issl.load("cifar100", root=tmp_path)
+    np.testing.assert_array_equal(images.pixels, pixels)
+    assert images.labels.tolist() == list(range(12)) and images.attributes["label_name"][3] == "kind 3"
+    assert datasets.count("cifar100", root=tmp_path) == 12
+    some = issl.load("cifar100", n=5, root=tmp_path, seed=3)
+    np.testing.assert_array_equal(some.pixels, pixels[some.index])
+    assert (np.diff(some.index) > 0).all() and len(some) == 5
+    with pytest.raises(issl.IsslError, match="n=13: data set 'cifar100' has 12"):
+        issl.load("cifar100", n=13, root=tmp_path)
+
+
+def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small archive with the real structure; the checksums that torchvision verifies are those of its files."""
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    flat = pixels.reshape(12, -1)
+    batches = {f"data_batch_{k}": (flat[k - 1 : k], [k]) for k in range(1, 6)} | {"test_batch": (flat[5:], list(range(7)))}
+    meta = {"label_names": list("abcdefghij")}
+    sums = {}
+    for name, content in {**{k: {"data": d, "labels": y} for k, (d, y) in batches.items()}, "batches.meta": meta}.items():
+        (base / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    kind = datasets.TORCHVISION["cifar10"]
+    monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    train, test = issl.load("cifar10", root=tmp_path), issl.load("cifar10", "test", root=tmp_path)
+    np.testing.assert_array_equal(np.concatenate([train.pixels, test.pixels]), pixels)
+    assert train.attributes["label_name"].tolist() == list("bcdef")
+    before = datasets.fingerprint("cifar10", root=tmp_path)
+    (base / "data_batch_2").write_bytes(b"damaged")
+    assert datasets.fingerprint("cifar10", root=tmp_path) != before
+    with pytest.raises(issl.IsslError, match="checksum differs"):
+        issl.load("cifar10", root=tmp_path)
+
+
+def test_image_folder(tmp_path: Path, pixels: np.ndarray) -> None:
+    for k, name in enumerate(["a/1.png", "a/2.png", "b/1.png"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(pixels[k]))
+    images = issl.load(f"folder:{tmp_path}")
+    np.testing.assert_array_equal(images.pixels, pixels[:3])
+    assert images.labels.tolist() == [0, 0, 1] and images.attributes["label_name"].tolist() == ["a", "a", "b"]
+    (tmp_path / "wide.png").write_bytes(png(np.tile(pixels[0], (1, 1, 3))))  # 96 wide: the middle third is kept
+    images = issl.load(f"folder:{tmp_path}", size=32)
+    assert images.labels is None
+    np.testing.assert_array_equal(images.pixels[-1], pixels[0])
+    with pytest.raises(issl.IsslError, match="have no labels"):
+        images.require_labels()
+    assert issl.load(f"folder:{tmp_path}", n=2, size=16).pixels.shape == (2, 3, 16, 16)
+
+
+def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
+    def fails(message: str, name: str = "cifar10", **arguments) -> None:
+        with pytest.raises(issl.IsslError, match=message):
+            issl.load(name, **{"root": tmp_path, **arguments})
+
+    fails("data set 'mnist': known are", "mnist")
+    fails("split 'val': cifar10 has train and test", split="val")
+    fails("is not a folder", root=tmp_path / "nowhere")
+    fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10", "cifar10")
+    fails("size=16: 'cifar10' has a fixed size", size=16)
+    path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", {"label": [1] * 12}, pixels)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    fails("not a readable parquet file")
+    pq.write_table(pa.table({"picture": [1]}), path)
+    fails("no column")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails("has no images", f"folder:{empty}")
+    fails("does not exist", f"folder:{empty}/x")
+    (empty / "notes.txt").write_text("no image")
+    fails("has no images", f"folder:{empty}")
+    out = io.BytesIO()
+    Image.fromarray(pixels[0].transpose(1, 2, 0)).resize((200, 200)).save(out, "jpeg")
+    (empty / "half.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
+    fails("half.jpg cannot be decoded", f"folder:{empty}")
+
+
+def test_no_data_root_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    with pytest.raises(issl.IsslError, match="--data-root"):
+        issl.load("fairface")
+    with pytest.raises(issl.IsslError, match="only cifar10, cifar100, fairface"):
+        datasets.download("mnist", "x")
+
+
+def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.TORCHVISION["cifar10"], "download", refuse)
+    with pytest.raises(issl.IsslError, match=r"no route to host.*Expected: .*cifar10/plain_text"):
+        datasets.download("cifar10", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(issl.IsslError, match=r"no route to host.*fairface/0.25"):
+        datasets.download("fairface", tmp_path)
+
+
+@pytest.mark.data
+def test_real_cifar10_and_fairface(data_root: Path) -> None:
+    images = issl.load("cifar10", n=300, root=data_root)
+    assert images.pixels.shape == (300, 3, 32, 32) and images.attributes["label_name"].nunique() == 10
+    assert 100 < float(images.pixels.float().mean()) < 140
+    assert datasets.count("cifar10", "test", data_root) == 10_000
+    faces = issl.load("fairface", n=100, root=data_root)
+    assert faces.pixels.shape == (100, 3, 64, 64)
+    assert set(faces.attributes["gender"]) == {"Male", "Female"} and faces.attributes["race"].nunique() > 4

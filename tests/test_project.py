@@ -1,0 +1,72 @@
+"""The repository itself: one truth for Python and packages, a lock without addresses, the shell script."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import issl
+
+
+def project(repository: Path) -> dict:
+    return tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+
+
+def locked(repository: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;\\]+)", (repository / "requirements.lock").read_text(), re.M))
+
+
+def test_environment_yml_agrees_with_pyproject(repository: Path) -> None:
+    environment = yaml.safe_load((repository / "environment.yml").read_text())
+    assert environment["name"] == project(repository)["name"] == "issl"
+    python, pip, packages = environment["dependencies"]
+    assert python == "python" + project(repository)["requires-python"] and pip == "pip"
+    assert packages == {"pip": ["-r requirements.lock"]} and (repository / "requirements.lock").is_file()
+    assert "pip install --no-deps -e ." in (repository / "environment.yml").read_text()
+
+
+def test_the_lock_holds_every_dependency_with_hashes_and_no_address(repository: Path) -> None:
+    about, pins = project(repository), locked(repository)
+    wanted = [*about["dependencies"], *about["optional-dependencies"]["test"], *about["optional-dependencies"]["dev"][1:]]
+    for requirement in wanted:
+        name = re.match(r"[A-Za-z0-9-]+", requirement).group().lower()
+        assert name in pins, f"{name} is not in requirements.lock"
+    text = (repository / "requirements.lock").read_text()
+    assert "://" not in text and "--index" not in text
+    entries = re.split(r"^(?=[a-z0-9-]+==)", text, flags=re.M)[1:]
+    assert all("--hash=sha256:" in e for e in entries)
+
+
+def test_version_is_one(repository: Path) -> None:
+    assert project(repository)["version"] == issl.__version__
+
+
+def test_run_all_help_and_bad_options(repository: Path, tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([repository / "run_all.sh", *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    shown = call("--help")
+    assert shown.returncode == 0 and "--test" in shown.stdout and "--profile" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_names_a_machine_or_a_registry_host(repository: Path) -> None:
+    found = subprocess.run(["git", "-C", repository, "ls-files"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"/(?:work|farm)/|py" + r"pi\.org|npm" + r"js\.org|deb\.deb" + r"ian\.org")
+    for name in found.stdout.split():
+        path = repository / name
+        if path.suffix in (".png", ".pdf") or not path.is_file():
+            continue
+        assert not pattern.search(path.read_text()), name
+
+
+def test_files_stay_small(repository: Path) -> None:
+    for path in (repository / "issl").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name

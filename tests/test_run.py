@@ -1,0 +1,137 @@
+"""The runner: notebooks end to end at a tiny setting, failures, bad input; the notebooks' own form."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from issl import cli, run
+from issl.plans import PLANS
+
+TINY = {
+    "common": {"n": 96, "width": 1, "epochs": 1, "batch_size": 32, "warmup_epochs": 0},
+    "00_method": {"images": 16},
+    "03_background_bias": {"n_test": 32},
+}
+
+
+def cells(name: str) -> list:
+    return nbformat.read(run.notebooks_folder() / f"{name}.ipynb", as_version=4).cells
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A profile of the smallest sizes; real notebooks."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    monkeypatch.setattr(run, "profiles", lambda: {"tiny": path})
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    return path
+
+
+def test_notebooks_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run.run("tiny", out=out) == 0, capsys.readouterr().out
+    assert "stages: 4 computed" in capsys.readouterr().out
+    for name in PLANS:
+        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} == {".png", ".pdf", ".csv", ".json"}
+        assert (out / f"results/tiny/{name}.ipynb").exists()
+    method = json.loads((out / "results/tiny/claim_method_exact.json").read_text())
+    assert method["outcome"] == "reproduced" and method["metrics"]["relative_difference"]["value"] < 1e-6
+    bias = json.loads((out / "results/tiny/claim_uniform_backgrounds.json").read_text())
+    assert bias["verdict"] == "not tested at this scale" and bias["n"] == 96
+    table = pd.read_csv(out / "figures/tiny/03_background_bias.csv")
+    assert len(table) == 5 * 3 + 3 and (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    assert run.run("tiny", only="03", out=out) == 0
+    assert "stages: 0 computed" in capsys.readouterr().out
+
+
+def test_a_failing_notebook_shows_its_error_and_the_others_go_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name, code in (("00_method", "raise ValueError('the cat sat on the tensor')"), ("03_background_bias", "print(n)")):
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 0", metadata={"tags": ["parameters"]})])
+        book.cells.append(nbformat.v4.new_code_cell(code))
+        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(book, folder / f"{name}.ipynb")
+    monkeypatch.setattr(run, "notebooks_folder", lambda: folder)
+    assert run.run("tiny", out=tmp_path / "out") == 1
+    printed = capsys.readouterr().out
+    assert "ValueError: the cat sat on the tensor" in printed and "FAILED  00_method" in printed
+    assert "ok      03_background_bias" in printed and "1 of 2 notebooks ended well" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "huge"], "profile 'huge': there are mini, paper, quick"),
+        (["--only", "99"], "notebook '99': there are 00_method"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),
+        (["--out", "/proc/nothing"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(run, "_compute", lambda *_: pytest.fail("work was started"))
+    assert cli.main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"common": {"epoch": 3}}, "tiny.yaml, notebook 00_method: unknown field 'epoch'"),
+        ({"common": {"n": 3}}, "n = 3"),
+        ({"04_cats": {}}, "unknown entry '04_cats'"),
+        ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),
+    ],
+)
+def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> None:
+    tiny.write_text(yaml.safe_dump(content))
+    assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.data
+def test_more_images_than_there_are(tiny: Path, tmp_path: Path, data_root: Path, capsys) -> None:
+    tiny.write_text(yaml.safe_dump({"common": {"dataset": "cifar10", "n": 50_001}}))
+    assert cli.main(["run", "--profile", "tiny", "--data-root", str(data_root), "--out", str(tmp_path)]) == 2
+    assert "n=50001" in capsys.readouterr().err
+
+
+@pytest.mark.data
+def test_background_bias_on_real_images(tiny: Path, tmp_path: Path, data_root: Path) -> None:
+    tiny.write_text(yaml.safe_dump({**TINY, "common": {**TINY["common"], "dataset": "cifar10", "n": 200}}))
+    assert run.run("tiny", only="03", data_root=data_root, out=tmp_path) == 0
+    record = json.loads((tmp_path / "results/tiny/claim_uniform_backgrounds.json").read_text())
+    assert record["dataset"] == "cifar10" and 0.02 < record["share_uniform"] < 0.6
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in run.notebooks_folder().glob("*.ipynb")))
+def test_notebooks_are_clean_and_declare_their_plan(name: str) -> None:
+    code = [c for c in cells(name) if c.cell_type == "code"]
+    assert all(not c.outputs and c.execution_count is None for c in code), "clear the outputs before committing"
+    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    declared = {
+        line.targets[0].id: ast.literal_eval(line.value)  # type: ignore[attr-defined]
+        for line in ast.parse(tagged[0].source).body
+    }
+    assert declared.keys() == PLANS[name].model_fields.keys()
+    here = {"out": "."}  # a notebook lies one folder below
+    assert PLANS[name](**{**declared, **here}) == PLANS[name]()
+
+
+@pytest.mark.parametrize("profile", ["quick", "mini", "paper"])
+def test_profiles_are_valid(profile: str) -> None:
+    plans = run.read_profile(profile, list(PLANS))
+    assert set(plans) == set(PLANS) and all(p.profile == profile for p in plans.values())

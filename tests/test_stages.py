@@ -1,0 +1,106 @@
+"""The cache: what is computed again and what is not, damage, and two processes at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import issl
+from issl.stages import Artifacts, Curvature, Data, Embed, Influence, Noise, Pretrain, damaged, explain
+
+DATA = Data(name="scenes", n=48)
+TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16, warmup_epochs=0)
+
+
+def influence(**changes) -> Influence:
+    return Influence(**{"pretrain": TRAIN, "data": DATA, "curvature": Curvature(rank=2), **changes})
+
+
+def test_the_second_time_nothing_is_computed(tmp_path: Path) -> None:
+    first, again = Artifacts(tmp_path), Artifacts(tmp_path)
+    scores = first.scores(influence())
+    assert [c.split("/")[0] for c in first.computed] == ["pretrain", "influence"]
+    assert again.scores(influence()).equals(scores) and again.computed == []
+    settings = json.loads((again.get(influence()) / "settings.json").read_text())
+    assert len(settings["damping"]) == 20 and all(v >= 0 for v in settings["damping"].values())
+    assert sorted(p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock") == sorted(
+        [".safetensors", ".csv", ".json", ".json", ".json", ".parquet"]
+    )
+
+
+def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
+    Artifacts(tmp_path).get(influence())
+
+    def computed(stage) -> list[str]:
+        artifacts = Artifacts(tmp_path)
+        artifacts.get(stage)
+        return [c.split("/")[0] for c in artifacts.computed]
+
+    assert computed(influence(seed=1)) == ["influence"]
+    assert computed(influence(perturbation=Noise(std=0.1))) == ["influence"]
+    assert computed(influence(pretrain=TRAIN.model_copy(update={"seed": 1}))) == ["pretrain", "influence"]
+    assert computed(Embed(pretrain=TRAIN, data=DATA)) == ["embed"]
+    assert computed(influence()) == []
+
+
+def test_keys_hold_all_that_matters(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    keys = {influence().key, influence(seed=1).key, TRAIN.key, Embed(pretrain=TRAIN, data=DATA).key}
+    keys |= {influence(pretrain=TRAIN.model_copy(update={"epochs": 2})).key, influence(data=Data(name="scenes", n=32)).key}
+    assert len(keys) == 6
+    from test_data import png  # one picture, then another of the same name: other data
+
+    import numpy as np
+
+    for fill in (0, 9):
+        (tmp_path / "a" / "1.png").write_bytes(png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill)
+        keys.add(Data(name=f"folder:{tmp_path}/a").fingerprint)
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize("how", ["changed", "removed", "manifest"])
+def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = Artifacts(tmp_path).scores(influence())
+    folder = Artifacts(tmp_path).get(influence())
+    victim = folder / ("manifest.json" if how == "manifest" else "influence.parquet")
+    if how == "removed":
+        victim.unlink()
+    else:
+        victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    assert damaged(folder)
+    artifacts = Artifacts(tmp_path)
+    assert artifacts.scores(influence()).equals(scores)
+    assert [c.split("/")[0] for c in artifacts.computed] == ["influence"]
+    assert victim.name in capsys.readouterr().err and damaged(folder) is None
+
+
+def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from issl.stages import *; a = Artifacts(Path(sys.argv[1]));"
+        "a.get(Pretrain(data=Data(name='scenes', n=256), width=2, epochs=3, batch_size=32)); print(len(a.computed))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(p.communicate(timeout=300)[0].strip() for p in both) == ["0", "1"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_configs_refuse_what_they_do_not_know() -> None:
+    for build, message in [
+        (lambda: Pretrain(data=DATA, epoch=3), "unknown field 'epoch'"),
+        (lambda: Pretrain(data=DATA, epochs=0), "epochs = 0"),
+        (lambda: Curvature(kind="hessian"), "kind = 'hessian'"),
+    ]:
+        with pytest.raises(ValidationError) as caught:
+            build()
+        assert message in str(explain(caught.value, "config"))
+
+
+def test_an_unwritable_cache_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(issl.IsslError, match="choose another place"):
+        Artifacts(tmp_path / "file").get(TRAIN)
