@@ -154,7 +154,7 @@ def _flag(flag: np.ndarray) -> np.ndarray:
     flag = np.asarray(flag, dtype=bool)
     if flag.all() or not flag.any():
         raise IsslError(
-            f"the property is {'true of all' if flag.all() else 'true of none'} of the {len(flag)} images, so nothing can "
-            "be compared; take more images"
+            f"the property is {'true of all' if flag.all() else 'true of none'} of the {len(flag)} images, so "
+            "nothing can be compared; take more images"
         )
     return flag

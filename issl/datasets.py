@@ -60,14 +60,17 @@ class Source:
 
 
 SOURCES = {
-    "cifar10": Source(
-        "cifar10/plain_text", "img", "label", {"train": "train", "test": "test"}, "uoft-cs/cifar10", 32
-    ),
+    "cifar10": Source("cifar10/plain_text", "img", "label", {"train": "train", "test": "test"}, "uoft-cs/cifar10", 32),
     "cifar100": Source(
         "cifar100/cifar100", "img", "fine_label", {"train": "train", "test": "test"}, "uoft-cs/cifar100", 32
     ),
     "fairface": Source(
-        "fairface/0.25", "image", "race", {"train": "train", "test": "validation"}, "HuggingFaceM4/FairFace", 64
+        "fairface/0.25",
+        "image",
+        "race",
+        {"train": "train", "test": "validation"},
+        "HuggingFaceM4/FairFace",
+        64,
     ),
 }
 TORCHVISION = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}

@@ -51,9 +51,7 @@ def resnet18(width: int = 64) -> nn.Sequential:
         down = None
         if stride != 1 or inside != outside:
             down = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-        stages.append(
-            nn.Sequential(BasicBlock(inside, outside, stride, down), BasicBlock(outside, outside))
-        )
+        stages.append(nn.Sequential(BasicBlock(inside, outside, stride, down), BasicBlock(outside, outside)))
         inside = outside
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

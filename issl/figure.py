@@ -61,7 +61,14 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
         canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)
         if frames is not None and frames[k]:
             axes.add_patch(
-                plt.Rectangle((x - 1.5, y - 1.5), side + 2, side + 2, fill=False, lw=1.3, ec=sns.color_palette(PALETTE)[1])
+                plt.Rectangle(
+                    (x - 1.5, y - 1.5),
+                    side + 2,
+                    side + 2,
+                    fill=False,
+                    lw=1.3,
+                    ec=sns.color_palette(PALETTE)[1],
+                )
             )
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()

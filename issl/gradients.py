@@ -113,7 +113,9 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Lay
             f"the score with skip={names}"
         )
     if not layers:
-        raise IsslError("encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else ""))
+        raise IsslError(
+            "encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else "")
+        )
     return layers
 
 
@@ -150,8 +152,8 @@ class _Tap:
     def on_forward(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if len(args[0]) != 2 * self.examples or output.ndim < 2:
             raise IsslError(
-                f"encoder: layer {self.name} sees {len(args[0])} rows for {2 * self.examples} views; the first dimension "
-                f"must be the example. Leave the layer out with skip=['{self.name}']"
+                f"encoder: layer {self.name} sees {len(args[0])} rows for {2 * self.examples} views; the first "
+                f"dimension must be the example. Leave the layer out with skip=['{self.name}']"
             )
         self.calls += 1
         p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
@@ -292,4 +294,6 @@ def check_features(features: object, rows: int) -> None:
         raise IsslError(f"encoder gives NaN or infinite features (first at position {bad} of the batch)")
     if not bool(features.any(1).all()):
         bad = int((~features.any(1)).nonzero()[0]) % (rows // 2 or 1)
-        raise IsslError(f"encoder gives an all-zero feature vector (position {bad} of the batch): its cosine is undefined")
+        raise IsslError(
+            f"encoder gives an all-zero feature vector (position {bad} of the batch): its cosine is undefined"
+        )

@@ -95,6 +95,7 @@ def self_influence(
         influence, square = torch.zeros_like(loss), torch.zeros_like(loss)
         damping = {}
         for name, layer in layers.items():
+
             def rows(name: str = name) -> Iterator[Tensor]:
                 return (c.get(f"layer.{name}").to(target) for c in chunks)
 
@@ -179,7 +180,9 @@ def _as_images(pixels: Tensor) -> Images:
         shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
         raise IsslError(f"images: got {shape}, need issl.Images or a tensor (n, 3, H, W)")
     if pixels.dtype != torch.uint8:
-        raise IsslError(f"images: pixels are {pixels.dtype}; give uint8, 0 to 255 (for floats: (255 * x).round().byte())")
+        raise IsslError(
+            f"images: pixels are {pixels.dtype}; give uint8, 0 to 255 (for floats: (255 * x).round().byte())"
+        )
     return Images(pixels.cpu(), None, pd.DataFrame({"index": range(len(pixels))}), "tensor")
 
 

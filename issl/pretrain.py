@@ -109,9 +109,7 @@ def pretrain(
     device = torch.device(device)
     objective, view = OBJECTIVES[method], view or SimCLRView()
     encoder = new_encoder(width, projection, seed).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(
-        _groups(encoder, weight_decay), lr=peak_lr, momentum=0.9, nesterov=True, foreach=True
-    )
+    optimizer = torch.optim.SGD(_groups(encoder, weight_decay), lr=peak_lr, momentum=0.9, nesterov=True, foreach=True)
     steps_per_epoch = kept // batch_size
     identity = {
         "method": method, "width": width, "projection": projection, "epochs": epochs, "batch_size": batch_size,
@@ -134,13 +132,22 @@ def pretrain(
             losses, spread = [], []
             for k in range(steps_per_epoch):
                 lr = learning_rate(
-                    epoch * steps_per_epoch + k, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, peak_lr
+                    epoch * steps_per_epoch + k,
+                    epochs * steps_per_epoch,
+                    warmup_epochs * steps_per_epoch,
+                    peak_lr,
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 rows = order[k * batch_size : (k + 1) * batch_size]
                 loss, std = _step(
-                    encoder, optimizer, objective, view, pixels[rows.to(device)], uniforms[rows].to(device), temperature
+                    encoder,
+                    optimizer,
+                    objective,
+                    view,
+                    pixels[rows.to(device)],
+                    uniforms[rows].to(device),
+                    temperature,
                 )
                 losses.append(loss)
                 spread.append(std)

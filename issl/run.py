@@ -61,7 +61,9 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
     content = yaml.safe_load(paths[profile].read_text()) or {}
     unknown = set(content) - {"common", *PLANS}
     if unknown:
-        raise IsslError(f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(PLANS)}")
+        raise IsslError(
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(PLANS)}"
+        )
     plans = {}
     for name in names:
         fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
@@ -78,7 +80,9 @@ def check(plans: dict[str, Plan], out: Path) -> None:
         try:
             (out / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise IsslError(f"output folder {out / folder} cannot be written ({error}); choose another with --out DIR") from error
+            raise IsslError(
+                f"output folder {out / folder} cannot be written ({error}); choose another with --out DIR"
+            ) from error
         if not os.access(out / folder, os.W_OK):
             raise IsslError(f"output folder {out / folder} is not writable; choose another with --out DIR")
     for plan in plans.values():
@@ -88,7 +92,8 @@ def check(plans: dict[str, Plan], out: Path) -> None:
                 available = data.available()
                 if data.n is not None and available is not None and data.n > available:
                     raise IsslError(
-                        f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} images here"
+                        f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} here; "
+                        "lower n in the profile"
                     )
 
 
@@ -120,7 +125,11 @@ def run(
     out = (REPOSITORY if out is None else out).resolve()
     root = data_root or (Path(os.environ["ISSL_DATA"]) if os.environ.get("ISSL_DATA") else None)
     plans = read_profile(
-        profile, names, out=str(out), data_root=None if root is None else str(root.expanduser().resolve()), device=device
+        profile,
+        names,
+        out=str(out),
+        data_root=None if root is None else str(root.expanduser().resolve()),
+        device=device,
     )
     check(plans, out)
     target = pick_device(device)

@@ -47,9 +47,7 @@ class ScenesConfig(BaseModel):
     background: Background | None = Field(None, description="give every image this background instead")
 
 
-def draw(
-    n: int | None = None, split: str = "train", seed: int = 0, config: ScenesConfig | None = None
-) -> Images:
+def draw(n: int | None = None, split: str = "train", seed: int = 0, config: ScenesConfig | None = None) -> Images:
     """Draw the first `n` images of the set (`seed`, `split`); n=None gives 10,000 train or 2,000 test.
 
     Attributes: index, label_name, background ("none" for static and shuffled images), uniform, group,
@@ -73,8 +71,9 @@ def draw(
         background = np.full(n, BACKGROUNDS.index(config.background))
     group = (stream("group").random(n) < config.minority).astype(int)
     # one uniform number decides all three injections, so that they exclude each other
-    u, edges = stream("inject").random(n), np.cumsum(
-        [config.exact_duplicates, config.near_duplicates, config.atypical]
+    u, edges = (
+        stream("inject").random(n),
+        np.cumsum([config.exact_duplicates, config.near_duplicates, config.atypical]),
     )
     if edges[-1] > 1:
         raise IsslError(f"shares of duplicates and atypical images add up to {edges[-1]:.2f}, more than 1")
@@ -156,7 +155,10 @@ def _mask(label: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
     """Foreground opacity in [0, 1], (n, SIDE, SIDE): signed distance to each shape, one pixel of soft edge."""
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE * 2 - 1  # image spans [-1, 1]
     column = {k: v[:, None, None] for k, v in pose.items()}
-    x, y = (axis[None, None, :] - 0.4 * (column["x"] - 0.5)), (axis[None, :, None] - 0.4 * (column["y"] - 0.5))
+    x, y = (
+        (axis[None, None, :] - 0.4 * (column["x"] - 0.5)),
+        (axis[None, :, None] - 0.4 * (column["y"] - 0.5)),
+    )
     angle, size = 2 * np.pi * column["angle"], 0.55 + 0.3 * column["size"]
     x, y = (np.cos(angle) * x + np.sin(angle) * y) / size, (np.cos(angle) * y - np.sin(angle) * x) / size
     distance = np.empty((len(label), SIDE, SIDE), np.float32)

@@ -86,9 +86,7 @@ def grayscale(x: Pixels, yes: Bool[Tensor, " b"]) -> Pixels:
 JITTERS = (brightness, contrast, saturation, hue)
 
 
-def jitter(
-    x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], yes: Bool[Tensor, " b"]
-) -> Pixels:
+def jitter(x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], yes: Bool[Tensor, " b"]) -> Pixels:
     """Colour jitter: the four JITTERS with each image's own factors in its own order, where `yes`."""
     out = x.clone()
     for step in range(4):

@@ -29,7 +29,12 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.norm, self.mlp, self.out = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.patch, self.norm, self.mlp, self.out = (
+            nn.Conv2d(3, 6, 4, 4),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.patch(x).flatten(2).mT
@@ -52,7 +57,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
             ),
             "grouped": lambda: nn.Sequential(
                 nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.ReLU(),
-                nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+                nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
             ),
             "batchnorm": lambda: nn.Sequential(
                 nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True),

@@ -97,7 +97,9 @@ def test_subset_keeps_identity() -> None:
 # --- on disk ---
 
 
-def write_parquet(root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, metadata=None) -> Path:
+def write_parquet(
+    root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, metadata=None
+) -> Path:
     path = root / folder / f"{prefix}-00000-of-00001.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({image: [{"bytes": png(p), "path": None} for p in pixels], **columns})
@@ -131,10 +133,15 @@ def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monk
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     flat = pixels.reshape(12, -1)
-    batches = {f"data_batch_{k}": (flat[k - 1 : k], [k]) for k in range(1, 6)} | {"test_batch": (flat[5:], list(range(7)))}
+    batches = {f"data_batch_{k}": (flat[k - 1 : k], [k]) for k in range(1, 6)} | {
+        "test_batch": (flat[5:], list(range(7)))
+    }
     meta = {"label_names": list("abcdefghij")}
     sums = {}
-    for name, content in {**{k: {"data": d, "labels": y} for k, (d, y) in batches.items()}, "batches.meta": meta}.items():
+    for name, content in {
+        **{k: {"data": d, "labels": y} for k, (d, y) in batches.items()},
+        "batches.meta": meta,
+    }.items():
         (base / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
     kind = datasets.TORCHVISION["cifar10"]

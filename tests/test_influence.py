@@ -138,7 +138,7 @@ def test_noise_belongs_to_seed_and_index() -> None:
 def test_a_plain_callable_is_a_perturbation() -> None:
     net, images = make("stride"), pictures(8)
     by_object = self_influence(net, images, NOISE, seed=4)
-    by_function = self_influence(net, images, lambda x, index: NOISE.keyed(4)(x, index))
+    by_function = self_influence(net, images, NOISE.keyed(4))
     np.testing.assert_array_equal(by_object["influence"], by_function["influence"])
     still = self_influence(net, images, lambda x, index: x)
     assert (still[["influence", "stability_loss", "grad_norm"]].to_numpy() == 0).all()
@@ -192,7 +192,9 @@ BAD_ENCODERS = {
     "train mode": (lambda: make("stride").train(), "train mode.*encoder.eval"),
     "no layers": (lambda: nn.Flatten().eval(), "no Linear or Conv2d"),
     "nan": (nan_weights, "0.weight holds NaN"),
-    "untrained": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval(), "1 was never trained"),
+    "untrained": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval(), "1 was never trained",
+    ),
     "batch statistics": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()).eval(),
         "track_running_stats",
@@ -244,7 +246,9 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
         self_influence(make("stride"), **{"images": pictures(5), **arguments})
 
 
-@pytest.mark.parametrize("build", [lambda: LoGra(0), lambda: LoGra(4, 0.0), lambda: Exact(-1.0), lambda: GaussianNoise(0.0, -1.0)])
+@pytest.mark.parametrize(
+    "build", [lambda: LoGra(0), lambda: LoGra(4, 0.0), lambda: Exact(-1.0), lambda: GaussianNoise(0.0, -1.0)]
+)
 def test_bad_settings(build) -> None:
     with pytest.raises(issl.IsslError, match="="):
         build()

@@ -55,7 +55,9 @@ def test_grayscale_and_flip(x: torch.Tensor) -> None:
     yes = torch.arange(len(x)) % 2 == 0
     torch.testing.assert_close(views.grayscale(x, yes)[::2], TF.rgb_to_grayscale(x[::2], 3), rtol=0, atol=1e-3)
     assert torch.equal(views.grayscale(x, yes)[1::2], x[1::2])
-    assert torch.equal(views.flip(x, yes)[::2], TF.horizontal_flip(x[::2])) and torch.equal(views.flip(x, yes)[1::2], x[1::2])
+    assert torch.equal(views.flip(x, yes)[::2], TF.horizontal_flip(x[::2])) and torch.equal(
+        views.flip(x, yes)[1::2], x[1::2]
+    )
 
 
 def test_crop_equals_torchvisions(x: torch.Tensor) -> None:
@@ -78,7 +80,10 @@ def test_crop_boxes_lie_inside_and_have_their_area() -> None:
 
 def test_a_view_depends_on_its_own_numbers_alone(x: torch.Tensor) -> None:
     u = torch.rand(len(x), views.VIEW_UNIFORMS, generator=torch.Generator().manual_seed(0))
-    together, alone = views.SimCLRView()(x, u), torch.cat([views.SimCLRView()(x[k : k + 1], u[k : k + 1]) for k in range(len(x))])
+    together, alone = (
+        views.SimCLRView()(x, u),
+        torch.cat([views.SimCLRView()(x[k : k + 1], u[k : k + 1]) for k in range(len(x))]),
+    )
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert float(together.min()) >= 0 and float(together.max()) <= 1
 
@@ -97,7 +102,9 @@ def test_simclr_loss_is_the_formula() -> None:
 
 def test_learning_rate() -> None:
     rates = [learning_rate(k, 100, 10, 2.0) for k in range(100)]
-    assert rates[9] == 2.0 and rates[0] == pytest.approx(0.2) and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    assert (
+        rates[9] == 2.0 and rates[0] == pytest.approx(0.2) and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    )
 
 
 def test_leaving_an_image_out_changes_nothing_else() -> None:
@@ -186,11 +193,15 @@ print(artifacts.get(stage), flush=True)
 def test_killed_and_resumed_equals_uninterrupted(stage: str, tmp_path: Path) -> None:
     def start(root: str) -> subprocess.Popen:
         command = [sys.executable, "-c", RUN, str(tmp_path / root), stage]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+        )
 
     whole = start("whole")
     killed = start("killed")
-    pattern = "pretrain/*.part/checkpoint.safetensors" if stage == "pretrain" else "influence/*.part/rows/rows-*.safetensors"
+    pattern = (
+        "pretrain/*.part/checkpoint.safetensors" if stage == "pretrain" else "influence/*.part/rows/rows-*.safetensors"
+    )
     deadline = time.monotonic() + 300
     while not (found := list((tmp_path / "killed").glob(pattern))):
         assert time.monotonic() < deadline and killed.poll() is None, "ended before it could be killed"

@@ -40,14 +40,21 @@ def test_notebooks_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert run.run("tiny", out=out) == 0, capsys.readouterr().out
     assert "stages: 4 computed" in capsys.readouterr().out
     for name in PLANS:
-        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} == {".png", ".pdf", ".csv", ".json"}
+        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} == {
+            ".png",
+            ".pdf",
+            ".csv",
+            ".json",
+        }
         assert (out / f"results/tiny/{name}.ipynb").exists()
     method = json.loads((out / "results/tiny/claim_method_exact.json").read_text())
     assert method["outcome"] == "reproduced" and method["metrics"]["relative_difference"]["value"] < 1e-6
     bias = json.loads((out / "results/tiny/claim_uniform_backgrounds.json").read_text())
     assert bias["verdict"] == "not tested at this scale" and bias["n"] == 96
     table = pd.read_csv(out / "figures/tiny/03_background_bias.csv")
-    assert len(table) == 5 * 3 + 3 and (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    assert (
+        len(table) == 5 * 3 + 3 and (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    )
     assert run.run("tiny", only="03", out=out) == 0
     assert "stages: 0 computed" in capsys.readouterr().out
 
@@ -57,7 +64,10 @@ def test_a_failing_notebook_shows_its_error_and_the_others_go_on(
 ) -> None:
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    for name, code in (("00_method", "raise ValueError('the cat sat on the tensor')"), ("03_background_bias", "print(n)")):
+    for name, code in (
+        ("00_method", "raise ValueError('the cat sat on the tensor')"),
+        ("03_background_bias", "print(n)"),
+    ):
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 0", metadata={"tags": ["parameters"]})])
         book.cells.append(nbformat.v4.new_code_cell(code))
         book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

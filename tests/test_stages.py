@@ -51,11 +51,13 @@ def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
 def test_keys_hold_all_that_matters(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     keys = {influence().key, influence(seed=1).key, TRAIN.key, Embed(pretrain=TRAIN, data=DATA).key}
-    keys |= {influence(pretrain=TRAIN.model_copy(update={"epochs": 2})).key, influence(data=Data(name="scenes", n=32)).key}
+    keys |= {
+        influence(pretrain=TRAIN.model_copy(update={"epochs": 2})).key,
+        influence(data=Data(name="scenes", n=32)).key,
+    }
     assert len(keys) == 6
-    from test_data import png  # one picture, then another of the same name: other data
-
     import numpy as np
+    from test_data import png  # one picture, then another of the same name: other data
 
     for fill in (0, 9):
         (tmp_path / "a" / "1.png").write_bytes(png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill)
@@ -84,7 +86,10 @@ def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from issl.stages import *; a = Artifacts(Path(sys.argv[1]));"
         "a.get(Pretrain(data=Data(name='scenes', n=256), width=2, epochs=3, batch_size=32)); print(len(a.computed))"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     assert sorted(p.communicate(timeout=300)[0].strip() for p in both) == ["0", "1"]
     assert not list(tmp_path.rglob("*.part"))
 
