@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import atomic, read_safetensors
 
 # channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,12 +100,8 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
     path = Path(path)
     if not path.is_file():
         raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("issl", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise IsslError(f"encoder {str(path)!r} is damaged ({error}); delete it and run again") from error
+    metadata, state = read_safetensors(path, "encoder")
+    header = json.loads(metadata.get("issl", "null"))
     if header is None:
         raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
     encoder = Encoder(header["width"], header["projection"])

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from issl.files import atomic
 from issl.images import Images
@@ -61,7 +61,7 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
         canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)
         if frames is not None and frames[k]:
             axes.add_patch(
-                plt.Rectangle(
+                Rectangle(
                     (x - 1.5, y - 1.5),
                     side + 2,
                     side + 2,

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from issl.errors import IsslError
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -25,3 +30,12 @@ def atomic(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file; IsslError, naming `what` it is, where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise IsslError(f"{what} {path} is damaged ({error}); delete it and run again") from error

@@ -134,7 +134,7 @@ def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
         model = copy.deepcopy(encoder)
     except Exception as error:
         raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
-    return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 @dataclass
@@ -277,7 +277,7 @@ def per_example(
             features = model(torch.cat([x, perturbed]).contiguous(memory_format=torch.channels_last))
             check_features(features, 2 * b)
             losses = stability_loss(features[:b], features[b:])
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
     finally:
         for handle in handles:
             handle.remove()

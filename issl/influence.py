@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,8 @@ from issl.files import atomic
 from issl.gradients import check_features, frozen_copy, full_precision, per_example, scored_layers
 from issl.images import Images
 from issl.views import GaussianNoise, Perturb, Perturbation, as_perturb
+
+Chunk = Callable[[str], Tensor]  # a chunk's rows by name: `stability_loss`, `layer.NAME`
 
 CHUNK = 512  # images whose gradients are kept together, and saved together where there is a store
 
@@ -91,13 +94,13 @@ def self_influence(
         if store is not None:
             identity = _identity(model, data, repr(perturbation), repr(curvature), seed, list(skip))
         chunks = list(_chunks(measure, data, batch_size, Path(store) if store else None, identity, progress))
-        loss = torch.cat([c.get("stability_loss") for c in chunks]).double()
+        loss = torch.cat([c("stability_loss") for c in chunks]).double()
         influence, square = torch.zeros_like(loss), torch.zeros_like(loss)
         damping = {}
         for name, layer in layers.items():
 
             def rows(name: str = name) -> Iterator[Tensor]:
-                return (c.get(f"layer.{name}").to(target) for c in chunks)
+                return (c(f"layer.{name}").to(target) for c in chunks)
 
             block = curvature.weigh(rows)
             influence += block.scores.cpu()
@@ -116,25 +119,14 @@ def self_influence(
     return result
 
 
-class _InMemory:
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-
-    def get(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-class _OnDisk:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def get(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-
-def _chunks(measure, data: Images, batch_size: int, store: Path | None, identity: str, progress: bool):  # type: ignore[no-untyped-def]
+def _chunks(
+    measure: Callable[[slice], dict[str, Tensor]],
+    data: Images,
+    batch_size: int,
+    store: Path | None,
+    identity: str,
+    progress: bool,
+) -> Iterator[Chunk]:
     """Each chunk's rows: measured, or found in the store as an earlier, interrupted call left them."""
     if store is not None:
         _open_store(store, identity)
@@ -142,17 +134,21 @@ def _chunks(measure, data: Images, batch_size: int, store: Path | None, identity
         for at in range(0, len(data), CHUNK):
             stop = min(at + CHUNK, len(data))
             path = store / f"rows-{at:08d}-{stop:08d}.safetensors" if store is not None else None
+            tensors = {}
             if path is None or not path.exists():
                 parts = [measure(slice(k, min(k + batch_size, stop))) for k in range(at, stop, batch_size)]
                 tensors = {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
-                if path is None:
-                    bar.update(stop - at)
-                    yield _InMemory(tensors)
-                    continue
-                with atomic(path) as part:
-                    save_file(tensors, part)
+                if path is not None:
+                    with atomic(path) as part:
+                        save_file(tensors, part)
             bar.update(stop - at)
-            yield _OnDisk(path)
+            yield tensors.__getitem__ if path is None else partial(_read_rows, path)
+
+
+def _read_rows(path: Path, name: str) -> Tensor:
+    """One tensor of a chunk in the store, without the others."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _open_store(store: Path, identity: str) -> None:

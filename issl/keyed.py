@@ -7,7 +7,7 @@ that several examples share. Philox is a counter-based generator: a key selects 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def uniform(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[
     return _stack(index, shape, lambda i: generator(seed, i).random(shape, dtype=np.float32))
 
 
-def _stack(index: Tensor, shape: Sequence[int], draw) -> Tensor:  # type: ignore[no-untyped-def]
+def _stack(index: Tensor, shape: Sequence[int], draw: Callable[[int], np.ndarray]) -> Tensor:
     out = np.empty((len(index), *shape), dtype=np.float32)
     for row, i in enumerate(index.tolist()):
         out[row] = draw(i)

@@ -8,7 +8,7 @@ before any notebook starts, and a notebook then only reads.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ class Plan(Config):
     device: str = "auto"
     dataset: str = "scenes"
     n: int = Field(800, ge=16)
-    method: str = "simclr"
+    method: Literal["simclr"] = "simclr"
     width: int = Field(8, ge=1)
     epochs: int = Field(8, ge=1)
     batch_size: int = Field(64, ge=2)

@@ -18,14 +18,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from issl.encoder import Encoder, new_encoder
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import atomic, read_safetensors
 from issl.images import Images
 from issl.views import VIEW_UNIFORMS, SimCLRView
 
@@ -108,7 +107,7 @@ def pretrain(
         raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
     device = torch.device(device)
     objective, view = OBJECTIVES[method], view or SimCLRView()
-    encoder = new_encoder(width, projection, seed).to(device, memory_format=torch.channels_last).train()
+    encoder = new_encoder(width, projection, seed).to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(_groups(encoder, weight_decay), lr=peak_lr, momentum=0.9, nesterov=True, foreach=True)
     steps_per_epoch = kept // batch_size
     identity = {
@@ -152,24 +151,24 @@ def pretrain(
                 losses.append(loss)
                 spread.append(std)
                 bar.update(batch_size)
-            loss = float(torch.stack(losses).mean())  # the one wait for the device in an epoch
-            if not math.isfinite(loss):
+            mean_loss = float(torch.stack(losses).mean())  # the one wait for the device in an epoch
+            if not math.isfinite(mean_loss):
                 raise IsslError(
-                    f"pretraining diverged in epoch {epoch}: loss is {loss}; lower peak_lr={peak_lr} or lengthen "
+                    f"pretraining diverged in epoch {epoch}: loss is {mean_loss}; lower peak_lr={peak_lr} or lengthen "
                     f"warmup_epochs={warmup_epochs}"
                 )
             seconds = time.monotonic() - began
             history.append(
                 {
-                    "epoch": epoch, "loss": loss, "feature_std": float(torch.stack(spread).mean()), "lr": lr,
+                    "epoch": epoch, "loss": mean_loss, "feature_std": float(torch.stack(spread).mean()), "lr": lr,
                     "images_per_second": steps_per_epoch * batch_size / seconds,
                 }
             )  # fmt: skip
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.set_postfix(loss=f"{mean_loss:.3f}")
             if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds:
                 _save(checkpoint, encoder, optimizer, identity, history)
                 saved_at = time.monotonic()
-    return encoder.to("cpu", memory_format=torch.contiguous_format).eval(), pd.DataFrame(history)
+    return encoder.to("cpu").to(memory_format=torch.contiguous_format).eval(), pd.DataFrame(history)
 
 
 def _step(
@@ -191,7 +190,7 @@ def _step(
     za, zb = projected.float().chunk(2)
     loss = objective(za, zb, temperature)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.detach(), F.normalize(features.detach().float(), dim=1).std(0).mean()
 
@@ -233,12 +232,7 @@ def _save(
 def _resume(
     path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> list[dict[str, float]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise IsslError(f"checkpoint {path} is damaged ({error}); delete it to start from the beginning") from error
+    header, tensors = read_safetensors(path, "checkpoint")
     theirs = json.loads(header.get("identity", "{}"))
     if theirs != identity:
         differing = sorted(k for k in {*theirs, *identity} if theirs.get(k) != identity.get(k))

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from issl.errors import IsslError
 from issl.plans import PLANS, Plan, pick_device
-from issl.stages import Data, Stage, explain
+from issl.stages import Artifacts, Data, Stage, explain
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -153,7 +153,7 @@ def run(
     return 1 if failed else 0
 
 
-def _compute(plan: Plan, artifacts) -> str | None:  # type: ignore[no-untyped-def]
+def _compute(plan: Plan, artifacts: Artifacts) -> str | None:
     """Make what the notebook will read; returns the error, if any, as the reader should see it."""
     try:
         for label, stage in plan.stages().items():

@@ -28,7 +28,6 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from issl import curvature as curvatures
 from issl import datasets, views
 from issl.encoder import load_encoder, save_encoder
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import atomic, read_safetensors
 from issl.images import Images
 from issl.influence import self_influence
 from issl.pretrain import pretrain
@@ -253,9 +252,7 @@ class Artifacts:
         return pd.read_parquet(self.get(stage) / "influence.parquet")
 
     def features(self, stage: Embed) -> Tensor:
-        with safe_open(self.get(stage) / "features.safetensors", framework="pt") as file:
-            tensor: Tensor = file.get_tensor("features")
-            return tensor
+        return read_safetensors(self.get(stage) / "features.safetensors", "features")[1]["features"]
 
 
 def damaged(folder: Path) -> str | None:

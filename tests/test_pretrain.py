@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from safetensors import safe_open
 
 import issl
 from issl import views
 from issl.encoder import load_encoder, new_encoder, save_encoder
+from issl.files import read_safetensors
 from issl.pretrain import epoch_order, epoch_uniforms, learning_rate, pretrain, simclr
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "warmup_epochs": 1, "progress": False}
@@ -172,11 +172,6 @@ def test_bad_settings(arguments: dict, message: str) -> None:
         pretrain(issl.load("scenes", n=64), **{**SMALL, **arguments})
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-
-
 RUN = """
 import sys, issl, torch
 from pathlib import Path
@@ -211,7 +206,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage: str, tmp_path: Path) -> 
     assert found[0].exists() and not list((tmp_path / "killed").glob(f"{stage}/*/manifest.json"))  # truly half way
     folders = [Path(p.communicate()[0].strip()) for p in (whole, start("killed"))]
     if stage == "pretrain":
-        a, b = (tensors(f / "encoder.safetensors") for f in folders)
+        a, b = (read_safetensors(f / "encoder.safetensors", "encoder")[1] for f in folders)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     else:
         a, b = (pd.read_parquet(f / "influence.parquet") for f in folders)
