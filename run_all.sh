@@ -39,7 +39,7 @@ find_uv() { # prints the path of uv, installing it into a private venv (.uv/) wh
 }
 
 set_up() { # sets $python
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c 'import issl' 2>/dev/null; then
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c 'import importlib.metadata as m; m.version("issl")' 2>/dev/null; then
         python="$(command -v python)"
         say "using the active environment ($python)"
         return

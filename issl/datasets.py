@@ -99,9 +99,7 @@ def load(
     if size is not None and not name.startswith("folder:") and name != "fairface":
         raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
     if name.startswith("folder:"):
-        if split != "train":
-            raise IsslError(f"split {split!r}: an image folder has no splits; leave it at 'train'")
-        return _folder(_folder_path(name), n, seed, 32 if size is None else size)
+        return _folder(_folder_path(name, split), n, seed, 32 if size is None else size)
     source, files = _locate(name, split, root)
     if files:
         return _parquet(name, source, files, n, seed, source.size if size is None else size)
@@ -122,7 +120,7 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
     if name == "scenes":
         return f"scenes-{scenes.VERSION}"
     if name.startswith("folder:"):
-        folder = _folder_path(name)
+        folder = _folder_path(name, split)
         rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in _image_files(folder)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     _, files = _locate(name, split, root)
@@ -137,7 +135,7 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
     if name == "scenes":
         return None
     if name.startswith("folder:"):
-        return len(_image_files(_folder_path(name)))
+        return len(_image_files(_folder_path(name, split)))
     _, files = _locate(name, split, root)
     if not files:
         return 50_000 if split == "train" else 10_000  # torchvision's layout is the whole set or nothing
@@ -270,7 +268,9 @@ def _named(name: str, table: pa.Table, column: str) -> np.ndarray:
     return values if names is None else np.array(names)[values.astype(np.int64)]
 
 
-def _folder_path(name: str) -> Path:
+def _folder_path(name: str, split: str) -> Path:
+    if split != "train":
+        raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits; use a set that has")
     folder = Path(name.removeprefix("folder:")).expanduser()
     if not folder.is_dir():
         raise IsslError(f"image folder {str(folder)!r} does not exist; write folder:PATH of a folder of images")

@@ -290,10 +290,12 @@ def check_features(features: object, rows: int) -> None:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")
     if not bool(torch.isfinite(features).all()):
-        bad = int((~torch.isfinite(features).all(1)).nonzero()[0]) % (rows // 2 or 1)
-        raise IsslError(f"encoder gives NaN or infinite features (first at position {bad} of the batch)")
+        bad = int((~torch.isfinite(features).all(1)).sum())
+        raise IsslError(
+            f"encoder gives NaN or infinite features for {bad} of {rows} views; check its weights and input"
+        )
     if not bool(features.any(1).all()):
-        bad = int((~features.any(1)).nonzero()[0]) % (rows // 2 or 1)
+        bad = int((~features.any(1)).sum())
         raise IsslError(
             f"encoder gives an all-zero feature vector (position {bad} of the batch): its cosine is undefined"
         )

@@ -8,7 +8,7 @@ before any notebook starts, and a notebook then only reads.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -52,6 +52,10 @@ class Plan(Config):
 
     def artifacts(self, progress: bool = False) -> Artifacts:
         return Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the results; where files lie does not."""
+        return self.model_dump(mode="json", exclude={"out", "data_root", "device"})
 
     @property
     def figures(self) -> Path:

@@ -89,7 +89,10 @@ def check(plans: dict[str, Plan], out: Path) -> None:
         pick_device(plan.device)
         for stage in plan.stages().values():
             for data in _data_of(stage):
-                available = data.available()
+                try:
+                    available = data.available()
+                except IsslError as error:
+                    raise IsslError(f"notebook {plan.notebook}: {error}") from error
                 if data.n is not None and available is not None and data.n > available:
                     raise IsslError(
                         f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} here; "

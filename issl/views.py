@@ -170,9 +170,9 @@ class GaussianNoise:
 
 def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
     """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) → pixels."""
-    if isinstance(perturbation, Perturbation):
+    if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
         return perturbation.keyed(seed)
-    if callable(perturbation):
+    if callable(perturbation) and not isinstance(perturbation, type):
         return perturbation
     raise IsslError(
         f"perturbation {perturbation!r}: need an object with .keyed(seed), such as GaussianNoise(), or a "

@@ -103,6 +103,7 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monke
         ({"common": {"n": 3}}, "n = 3"),
         ({"04_cats": {}}, "unknown entry '04_cats'"),
         ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),
+        ({"common": {"dataset": "folder:/nonexistent"}}, "image folder '/nonexistent' does not exist"),
     ],
 )
 def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> None:
