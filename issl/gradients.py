@@ -296,6 +296,4 @@ def check_features(features: object, rows: int) -> None:
         )
     if not bool(features.any(1).all()):
         bad = int((~features.any(1)).sum())
-        raise IsslError(
-            f"encoder gives an all-zero feature vector (position {bad} of the batch): its cosine is undefined"
-        )
+        raise IsslError(f"encoder gives an all-zero feature vector for {bad} of {rows} views: its cosine is undefined")
