@@ -26,7 +26,7 @@ from issl.errors import IsslError
 from issl.files import atomic
 from issl.gradients import check_features, frozen_copy, full_precision, per_example, scored_layers
 from issl.images import Images
-from issl.views import GaussianNoise, Perturb, Perturbation, as_perturb
+from issl.views import GaussianNoise, Perturb, Perturbation, as_perturb, describe
 
 Chunk = Callable[[str], Tensor]  # a chunk's rows by name: `stability_loss`, `layer.NAME`
 
@@ -92,7 +92,7 @@ def self_influence(
 
         identity = ""
         if store is not None:
-            identity = _identity(model, data, repr(perturbation), repr(curvature), seed, list(skip))
+            identity = _identity(model, data, describe(perturbation), repr(curvature), seed, list(skip))
         chunks = list(_chunks(measure, data, batch_size, Path(store) if store else None, identity, progress))
         loss = torch.cat([c("stability_loss") for c in chunks]).double()
         influence, square = torch.zeros_like(loss), torch.zeros_like(loss)
@@ -113,7 +113,7 @@ def self_influence(
         }
     )  # fmt: skip
     result.attrs = {
-        "curvature": repr(curvature), "perturbation": repr(perturbation), "seed": seed, "images": data.name,
+        "curvature": repr(curvature), "perturbation": describe(perturbation), "seed": seed, "images": data.name,
         "n": len(data), "damping": damping, "skip": list(skip),
     }  # fmt: skip
     return result

@@ -168,6 +168,12 @@ class GaussianNoise:
         return perturb
 
 
+def describe(perturbation: Perturbation | Perturb) -> str:
+    """The same text in every process: a perturbation's settings, or a function's name."""
+    name = getattr(perturbation, "__qualname__", None)
+    return repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
+
+
 def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
     """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) → pixels."""
     if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
