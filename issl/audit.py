@@ -37,8 +37,9 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | None]:
+        """For files: a bound that is infinite (no event in one group, say) is None there."""
+        return {k: v if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
 def image_statistics(images: Images) -> pd.DataFrame:
@@ -82,7 +83,8 @@ def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
 def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
     """How many times as frequent `flag` is in the top share as in the rest (relative risk; 1 = no relation).
 
-    The interval is Katz's log interval (scipy.stats.contingency.relative_risk).
+    The interval is Katz's log interval (scipy.stats.contingency.relative_risk); with no flagged image in one
+    of the two groups it is open on that side: [0, …] or […, ∞].
     """
     score, flag = np.asarray(score), _flag(flag)
     head = top(score, share)
@@ -90,7 +92,8 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
         int(flag[head].sum()), int(head.sum()), int(flag[~head].sum()), int((~head).sum())
     )
     interval = risk.confidence_interval()
-    return Estimate(float(risk.relative_risk), float(interval.low), float(interval.high), len(score))
+    low, high = (end if np.isfinite(end) else other for end, other in ((interval.low, 0.0), (interval.high, np.inf)))
+    return Estimate(float(risk.relative_risk), float(low), float(high), len(score))
 
 
 def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
