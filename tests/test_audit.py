@@ -95,6 +95,14 @@ def test_knn_vote() -> None:
     assert hits.tolist() == [True, False]
 
 
+def test_enrichment_without_events_is_open_ended() -> None:
+    score, flag = np.arange(100.0), np.arange(100) < 50
+    e = audit.enrichment(score, flag, 0.05)
+    assert (e.value, e.low, e.high) == (0, 0, np.inf) and e.as_dict()["high"] is None
+    e = audit.enrichment(-score, np.arange(100) < 3, 0.05)
+    assert e.value == np.inf and e.low == 0 and e.as_dict()["value"] is None
+
+
 def test_nothing_to_compare_is_said() -> None:
     with pytest.raises(issl.IsslError, match="true of none of the 5"):
         audit.auc(np.arange(5.0), np.zeros(5, bool))

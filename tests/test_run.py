@@ -52,9 +52,10 @@ def test_notebooks_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     bias = json.loads((out / "results/tiny/claim_uniform_backgrounds.json").read_text())
     assert bias["verdict"] == "not tested at this scale" and bias["n"] == 96
     table = pd.read_csv(out / "figures/tiny/03_background_bias.csv")
-    assert (
-        len(table) == 5 * 3 + 3 and (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    )
+    assert len(table) == 5 * 3 + 3
+    bounded = table.dropna()
+    assert len(bounded) > 10 and (bounded["low"] <= bounded["value"]).all()
+    assert (bounded["value"] <= bounded["high"]).all()
     assert run.run("tiny", only="03", out=out) == 0
     assert "stages: 0 computed" in capsys.readouterr().out
 
