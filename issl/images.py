@@ -72,7 +72,7 @@ class Images:
 
     def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
         """The images at positions `idx` (or where a boolean mask is true), each keeping its `index`."""
-        rows = torch.from_numpy(np.array(idx))
+        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(np.array(idx))
         if rows.dtype == torch.bool:
             if len(rows) != len(self):
                 raise IsslError(f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images")

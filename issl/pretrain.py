@@ -29,6 +29,7 @@ from issl.images import Images
 from issl.views import VIEW_UNIFORMS, SimCLRView
 
 Objective = Callable[[Tensor, Tensor, float], Tensor]
+History = list[dict[str, int | float]]  # one entry an epoch
 
 
 def simclr(za: Float[Tensor, "b p"], zb: Float[Tensor, "b p"], temperature: float) -> Float[Tensor, ""]:
@@ -115,7 +116,7 @@ def pretrain(
         "peak_lr": peak_lr, "weight_decay": weight_decay, "temperature": temperature,
         "warmup_epochs": warmup_epochs, "seed": seed, "view": repr(view), "n": n, "kept": kept,
     }  # fmt: skip
-    history: list[dict[str, float]] = []
+    history: History = []
     if checkpoint is not None and checkpoint.exists():
         history = _resume(checkpoint, encoder, optimizer, identity)
     pixels, saved_at = images.pixels.to(device), time.monotonic()
@@ -219,7 +220,7 @@ def _save(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
-    history: list[dict[str, float]],
+    history: History,
 ) -> None:
     """All that the loop needs to go on: weights, momenta, history. One file, replaced in one step."""
     tensors = {f"model.{k}": v.contiguous() for k, v in encoder.state_dict().items()}
@@ -229,9 +230,7 @@ def _save(
         save_file(tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)})
 
 
-def _resume(
-    path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> list[dict[str, float]]:
+def _resume(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
     header, tensors = read_safetensors(path, "checkpoint")
     theirs = json.loads(header.get("identity", "{}"))
     if theirs != identity:
@@ -241,5 +240,5 @@ def _resume(
     for name, p in encoder.named_parameters():
         buffer = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
         optimizer.state[p]["momentum_buffer"] = buffer
-    history: list[dict[str, float]] = json.loads(header["history"])
+    history: History = json.loads(header["history"])
     return history

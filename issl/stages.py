@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -60,7 +59,7 @@ class Data(Config):
     root: Path | None = Field(None, exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         return datasets.fingerprint(self.name, self.split, self.root)
 
@@ -104,7 +103,7 @@ class Stage(Config):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same config should give other numbers
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Sixteen hex digits: the hash of this config and all it depends on."""
         content = {"stage": self.name, "version": self.version, "config": self.model_dump(mode="json")}

@@ -44,7 +44,7 @@ def flip(x: Pixels, yes: Bool[Tensor, " b"]) -> Pixels:
 
 
 def luma(x: Pixels) -> Float[Tensor, "b 1 h w"]:
-    """ITU-R BT.601 grey, the weights that PIL and torchvision use."""
+    """ITU-R BT.601 grey, PIL's weights (torchvision's tensor operations round the first to 0.2989)."""
     return (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 

@@ -167,5 +167,5 @@ def test_figures_come_with_their_numbers(tmp_path: Path) -> None:
     figure.gallery(ax, images, "ten", columns=4, frames=[True] + [False] * 9)
     paths = figure.save(fig, "f", pd.DataFrame({"a": [1]}), tmp_path, {"profile": "quick"})
     plt.close(fig)
-    assert [p.suffix for p in paths] == [".png", ".pdf", ".csv", ".json"] and all(p.stat().st_size > 4 for p in paths)
+    assert [p.suffix for p in paths] == [".png", ".pdf", ".csv", ".json"] and all(p.stat().st_size for p in paths)
     assert len(list(tmp_path.iterdir())) == 4  # nothing half-written beside them

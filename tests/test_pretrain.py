@@ -35,7 +35,7 @@ def test_jitters_equal_torchvisions(name: str, x: torch.Tensor) -> None:
     factors = torch.linspace(low, high, len(x))
     got = getattr(views, name)(x, factors)
     want = torch.stack([getattr(TF, f"adjust_{name}")(i, float(f)) for i, f in zip(x, factors, strict=True)])
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # grey: 0.299 here, 0.2989 there
 
 
 def test_jitter_applies_each_order(x: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ def test_jitter_applies_each_order(x: torch.Tensor) -> None:
         want = x[k]
         for which in order[k].tolist() if yes[k] else []:
             want = getattr(TF, f"adjust_{views.JITTERS[which].__name__}")(want, float(factors[k, which]))
-        torch.testing.assert_close(got[k], want, rtol=0, atol=5e-5)
+        torch.testing.assert_close(got[k], want, rtol=0, atol=5e-4)
 
 
 def test_grayscale_and_flip(x: torch.Tensor) -> None:
@@ -178,8 +178,11 @@ from pathlib import Path
 from issl.stages import *
 torch.set_num_threads(1)
 artifacts = Artifacts(Path(sys.argv[1]), checkpoint_seconds=0)
-train = Pretrain(data=Data(name="scenes", n=1536), width=2, epochs=4, batch_size=64, warmup_epochs=1)
-stage = train if sys.argv[2] == "pretrain" else Influence(pretrain=train, data=Data(name="scenes", n=1536))
+if sys.argv[2] == "pretrain":
+    stage = Pretrain(data=Data(name="scenes", n=256), width=1, epochs=5, batch_size=32)
+else:  # three chunks of gradients
+    train = Pretrain(data=Data(name="scenes", n=64), width=1, epochs=1, batch_size=32)
+    stage = Influence(pretrain=train, data=Data(name="scenes", n=1100))
 print(artifacts.get(stage), flush=True)
 """
 

@@ -114,14 +114,14 @@ def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> N
 
 
 @pytest.mark.data
-def test_more_images_than_there_are(tiny: Path, tmp_path: Path, data_root: Path, capsys) -> None:
+def test_more_images_than_there_are(data_root: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     tiny.write_text(yaml.safe_dump({"common": {"dataset": "cifar10", "n": 50_001}}))
     assert cli.main(["run", "--profile", "tiny", "--data-root", str(data_root), "--out", str(tmp_path)]) == 2
     assert "n=50001" in capsys.readouterr().err
 
 
 @pytest.mark.data
-def test_background_bias_on_real_images(tiny: Path, tmp_path: Path, data_root: Path) -> None:
+def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: Path) -> None:
     tiny.write_text(yaml.safe_dump({**TINY, "common": {**TINY["common"], "dataset": "cifar10", "n": 200}}))
     assert run.run("tiny", only="03", data_root=data_root, out=tmp_path) == 0
     record = json.loads((tmp_path / "results/tiny/claim_uniform_backgrounds.json").read_text())

@@ -84,7 +84,7 @@ def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.Cap
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from issl.stages import *; a = Artifacts(Path(sys.argv[1]));"
-        "a.get(Pretrain(data=Data(name='scenes', n=256), width=2, epochs=3, batch_size=32)); print(len(a.computed))"
+        "a.get(Pretrain(data=Data(name='scenes', n=96), width=1, epochs=2, batch_size=32)); print(len(a.computed))"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
