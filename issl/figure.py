@@ -66,6 +66,7 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
                     side + 2,
                     side + 2,
                     fill=False,
+                    clip_on=False,
                     lw=1.3,
                     ec=sns.color_palette(PALETTE)[1],
                 )

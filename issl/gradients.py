@@ -89,7 +89,8 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Lay
     if unknown:
         raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
     layers: dict[str, Layer] = {}
-    unsupported, owners = [], {}
+    unsupported: list[str] = []
+    owners: dict[int, str] = {}
     for name, m in encoder.named_modules():
         if isinstance(m, Layer):
             if skipped(name):
