@@ -177,7 +177,7 @@ def _execute(name: str, plan: Plan) -> str | None:
     source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
     try:
         papermill.execute_notebook(
-            source, target, parameters=plan.model_dump(), progress_bar=False, cwd=str(plan.results),
+            source, target, parameters=plan.model_dump(), progress_bar=False, cwd=str(plan.results), start_timeout=300,
             # the kernel's own notices about its transport are not for the reader
             extra_arguments=["--IPKernelApp.log_level=40"],
         )  # fmt: skip

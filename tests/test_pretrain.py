@@ -200,7 +200,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage: str, tmp_path: Path) -> 
     pattern = (
         "pretrain/*.part/checkpoint.safetensors" if stage == "pretrain" else "influence/*.part/rows/rows-*.safetensors"
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not (found := list((tmp_path / "killed").glob(pattern))):
         assert time.monotonic() < deadline and killed.poll() is None, "ended before it could be killed"
         time.sleep(0.005)

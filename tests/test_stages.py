@@ -90,7 +90,7 @@ def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert sorted(p.communicate(timeout=300)[0].strip() for p in both) == ["0", "1"]
+    assert sorted(p.communicate(timeout=900)[0].strip() for p in both) == ["0", "1"]
     assert not list(tmp_path.rglob("*.part"))
 
 
