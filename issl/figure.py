@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from issl.files import atomic
 from issl.images import Images
 
-COLUMN, PAGE = 3.4, 7.0  # inches: widths of one and two columns of a paper
+PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = "colorblind"
 
 

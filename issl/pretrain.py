@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability() and _cpu_flag("avx512_bf16")
 
 
+@lru_cache
 def _cpu_flag(flag: str) -> bool:
     info = Path("/proc/cpuinfo")  # Linux; elsewhere we train in fp32
     return info.is_file() and flag in info.read_text().split()

@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -16,6 +15,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from pydantic import ValidationError
 
+from issl import datasets
 from issl.errors import IsslError
 from issl.plans import PLANS, Plan, pick_device
 from issl.stages import Artifacts, Data, Stage, explain
@@ -104,15 +104,6 @@ def _data_of(stage: Stage) -> list[Data]:
     return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]
 
 
-@dataclass
-class Outcome:
-    """What became of one notebook."""
-
-    name: str
-    seconds: float
-    error: str | None = None
-
-
 def run(
     profile: str = "quick",
     only: str | None = None,
@@ -126,29 +117,28 @@ def run(
     """
     began, names = time.monotonic(), select(only)
     out = (REPOSITORY if out is None else out).resolve()
-    root = data_root or (Path(os.environ["ISSL_DATA"]) if os.environ.get("ISSL_DATA") else None)
+    root = datasets.data_root(data_root)
     plans = read_profile(
         profile,
         names,
         out=str(out),
-        data_root=None if root is None else str(root.expanduser().resolve()),
+        data_root=None if root is None else str(root.resolve()),
         device=device,
     )
     check(plans, out)
     target = pick_device(device)
     print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
-    outcomes = []
+    failed = []
     for name, plan in plans.items():
         start = time.monotonic()
         error = _compute(plan, artifacts) or _execute(name, plan)
-        outcomes.append(Outcome(name, time.monotonic() - start, error))
-        print(f"{'FAILED' if error else 'ok':6}  {name:24} {outcomes[-1].seconds:6.1f} s", flush=True)
+        print(f"{'FAILED' if error else 'ok':6}  {name:24} {time.monotonic() - start:6.1f} s", flush=True)
         if error:
+            failed.append(name)
             print("        " + error.replace("\n", "\n        "), flush=True)
-    failed = [o.name for o in outcomes if o.error]
     print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} notebooks ended well in {time.monotonic() - began:.0f} s; "
+        f"{len(plans) - len(failed)} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
         f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
         f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}",
         flush=True,

@@ -109,10 +109,6 @@ class Stage(Config):
         content = {"stage": self.name, "version": self.version, "config": self.model_dump(mode="json")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def needs(self) -> list[Stage]:
-        """The stages whose artifacts this one reads."""
-        return [v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)]
-
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         raise NotImplementedError
 
@@ -186,9 +182,6 @@ class Embed(Stage):
         features = torch.cat([encoder(b.to(artifacts.device).float() / 255).cpu() for b in batches])
         with atomic(folder / "features.safetensors") as part:
             save_file({"features": features, "index": images.index}, part)
-
-
-STAGES: tuple[type[Stage], ...] = (Pretrain, Influence, Embed)
 
 
 @dataclass
