@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     run.add_argument("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    run.add_argument("--again", action="store_true", help="run notebooks even where nothing they depend on has changed")
     download = commands.add_parser("download", help="fetch a data set from its public home")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
@@ -51,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(download(options.name, options.data_root))
             return 0
         keep_freed_memory()
-        from issl.run import run  # papermill is slow to import, and needed here alone
+        from issl.run import run
 
-        return run(options.profile, options.only, options.data_root, options.device, options.out)
+        return run(options.profile, options.only, options.data_root, options.device, options.out, options.again)
     except IsslError as error:
         print(f"issl: error: {error}", file=sys.stderr)
         return 2

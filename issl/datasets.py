@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torchvision
 from PIL import Image, UnidentifiedImageError
 
 from issl import scenes
@@ -73,7 +72,13 @@ SOURCES = {
         64,
     ),
 }
-TORCHVISION = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
+
+
+def _torchvision_set(name: str, root: Path | None, train: bool, download: bool) -> Any:
+    import torchvision  # here, not above: it takes longer to import than torch, and few runs read this layout
+
+    return getattr(torchvision.datasets, TORCHVISION[name][0])(root, train=train, download=download)
 
 
 def load(
@@ -125,7 +130,7 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     _, files = _locate(name, split, root)
     if not files:
-        base = TORCHVISION[name].base_folder
+        base = TORCHVISION[name][1]
         files = sorted((_torchvision_root(name, data_root(root)) / base).iterdir())
     return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in files)
 
@@ -158,9 +163,9 @@ def download(name: str, root: str | Path | None = None) -> Path:
     target = base / SOURCES[name].folder
     try:
         if name in TORCHVISION:
-            target = base / TORCHVISION[name].base_folder
+            target = base / TORCHVISION[name][1]
             for train in (True, False):
-                TORCHVISION[name](base, train=train, download=True)
+                _torchvision_set(name, base, train=train, download=True)
         else:
             import huggingface_hub  # slow to import, and needed here alone
 
@@ -197,7 +202,7 @@ def _how_to_get(name: str, base: Path) -> str:
     source = SOURCES[name]
     places = [f"{base / source.folder}/{'|'.join(source.splits.values())}-*.parquet"]
     if name in TORCHVISION:
-        places.append(f"{base / TORCHVISION[name].base_folder}/ (torchvision's layout)")
+        places.append(f"{base / TORCHVISION[name][1]}/ (torchvision's layout)")
     return (
         f"Expected: {' or '.join(places)}. Get it with `issl download {name} --data-root {base}`, or copy the "
         f"parquet files of the Hugging Face data set {source.repository} there."
@@ -208,7 +213,7 @@ def _torchvision_root(name: str, base: Path | None, required: bool = True) -> Pa
     """The folder to hand to torchvision: the root itself or the set's own folder in it."""
     candidates = [] if base is None or name not in TORCHVISION else [base, base / name]
     for candidate in candidates:
-        if (candidate / TORCHVISION[name].base_folder).is_dir():
+        if (candidate / TORCHVISION[name][1]).is_dir():
             return candidate
     if required:
         raise IsslError(f"data set {name!r} is not under {base}")
@@ -217,7 +222,7 @@ def _torchvision_root(name: str, base: Path | None, required: bool = True) -> Pa
 
 def _torchvision(name: str, split: str, root: Path | None, n: int | None, seed: int) -> Images:
     try:
-        data = TORCHVISION[name](root, train=split == "train", download=False)
+        data = _torchvision_set(name, root, train=split == "train", download=False)
     except (RuntimeError, OSError, EOFError) as error:
         raise IsslError(
             f"data set {name!r} under {root}: {error} (a checksum differs or a file is missing); download it again"

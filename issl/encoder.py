@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
@@ -38,6 +37,31 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3×3 convolutions (He et al. 2016, arXiv 1512.03385, §4.1).
+
+    The names of torchvision's block, and the same numbers (tested); importing torchvision itself takes longer
+    than importing torch, and every notebook would wait for it.
+    """
+
+    def __init__(self, inside: int, outside: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inside != outside:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        result: Tensor = self.relu(out + shortcut)
+        return result
+
+
 def resnet18(width: int = 64) -> nn.Sequential:
     """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the usual one."""
     if width < 1:
@@ -47,10 +71,7 @@ def resnet18(width: int = 64) -> nn.Sequential:
     inside = width
     for stage in range(4):
         outside, stride = width * 2**stage, 1 if stage == 0 else 2
-        down = None
-        if stride != 1 or inside != outside:
-            down = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-        stages.append(nn.Sequential(BasicBlock(inside, outside, stride, down), BasicBlock(outside, outside)))
+        stages.append(nn.Sequential(BasicBlock(inside, outside, stride), BasicBlock(outside, outside)))
         inside = outside
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

@@ -6,21 +6,23 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
-import papermill
+import psutil
 import yaml
-from papermill.exceptions import PapermillExecutionError
 from pydantic import ValidationError
 
 from issl import datasets
 from issl.errors import IsslError
+from issl.notebook import execute, fingerprint, is_current, note_made
 from issl.plans import PLANS, Plan, pick_device
-from issl.stages import Artifacts, Data, Stage, explain
+from issl.stages import Artifacts, Data, Stage, device_name, explain
 
 REPOSITORY = Path(__file__).parent.parent
+AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw
 
 
 def notebooks_folder() -> Path:
@@ -110,9 +112,12 @@ def run(
     data_root: Path | None = None,
     device: str = "auto",
     out: Path | None = None,
+    again: bool = False,
 ) -> int:
     """Run a profile; returns the exit code: 0 where every notebook ended well, else 1.
 
+    The stages are computed one after another; a notebook starts when its own are there. One whose outputs
+    were made from the same notebook, plan, artifacts and code is left as it is, unless `again`.
     Raises IsslError for input that is wrong, before any long work.
     """
     began, names = time.monotonic(), select(only)
@@ -129,16 +134,13 @@ def run(
     target = pick_device(device)
     print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
-    failed = []
-    for name, plan in plans.items():
-        start = time.monotonic()
-        error = _compute(plan, artifacts) or _execute(name, plan)
-        print(f"{'FAILED' if error else 'ok':6}  {name:24} {time.monotonic() - start:6.1f} s", flush=True)
-        if error:
-            failed.append(name)
-            print("        " + error.replace("\n", "\n        "), flush=True)
+    with _notebooks_beside_us() as start:
+        waiting = [
+            start(_notebook, name, plan, artifacts, _compute(plan, artifacts), again) for name, plan in plans.items()
+        ]
+        failed = sum(ended() for ended in waiting)
     print(
-        f"{len(plans) - len(failed)} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
+        f"{len(plans) - failed} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
         f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
         f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}",
         flush=True,
@@ -146,8 +148,25 @@ def run(
     return 1 if failed else 0
 
 
-def _compute(plan: Plan, artifacts: Artifacts) -> str | None:
-    """Make what the notebook will read; returns the error, if any, as the reader should see it."""
+@contextmanager
+def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], bool]]]:
+    """Gives start(function, *arguments), which returns the wait for its result. Interrupted, it ends the kernels."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        yield lambda *call: pool.submit(*call).result
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for kernel in psutil.Process().children(recursive=True):
+            kernel.kill()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _compute(plan: Plan, artifacts: Artifacts) -> tuple[str | None, bool]:
+    """Make what the notebook will read; returns the error, if any, as the reader should see it, and whether
+    anything had to be made."""
+    before = len(artifacts.computed)
     try:
         for label, stage in plan.stages().items():
             known, start = len(artifacts.computed), time.monotonic()
@@ -155,24 +174,29 @@ def _compute(plan: Plan, artifacts: Artifacts) -> str | None:
             if len(artifacts.computed) > known:
                 print(f"        {label}: {stage.name} {stage.key}, {time.monotonic() - start:.1f} s", flush=True)
     except IsslError as error:
-        return str(error)
+        return str(error), True
     except Exception:  # noqa: BLE001 (the other notebooks go on; this one's error is shown whole)
-        return traceback.format_exc()
-    return None
+        return traceback.format_exc(), True
+    return None, len(artifacts.computed) > before
 
 
-def _execute(name: str, plan: Plan) -> str | None:
-    """Run a notebook by papermill; the executed copy stays under results/, errors and all."""
-    plan.results.mkdir(parents=True, exist_ok=True)
-    source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
-    try:
-        papermill.execute_notebook(
-            source, target, parameters=plan.model_dump(), progress_bar=False, cwd=str(plan.results), start_timeout=300,
-            # the kernel's own notices about its transport are not for the reader
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )  # fmt: skip
-    except PapermillExecutionError as error:
-        return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
-    except (nbformat.ValidationError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: tuple[str | None, bool], again: bool) -> bool:
+    """Execute a notebook where it must be, and print its line; returns whether it failed."""
+    start, (error, anew) = time.monotonic(), computed
+    word = "FAILED"
+    if error is None:
+        source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
+        key = fingerprint(source, plan, device_name(artifacts.device))
+        if not anew and not again and is_current(name, plan, key):
+            print(f"current {name:24} nothing that it depends on has changed (--again runs it anyway)", flush=True)
+            return False
+        plan.results.mkdir(parents=True, exist_ok=True)
+        error = execute(source, target, plan)
+        if error is None:
+            note_made(name, plan, key)
+            word = "ok"
+    line = f"{word:7} {name:24} {time.monotonic() - start:6.1f} s"
+    if error is not None:
+        line += "\n        " + error.replace("\n", "\n        ")
+    print(line, flush=True)
+    return error is not None

@@ -106,7 +106,10 @@ class Stage(Config):
     @property
     def key(self) -> str:
         """Sixteen hex digits: the hash of this config and all it depends on."""
-        content = {"stage": self.name, "version": self.version, "config": self.model_dump(mode="json")}
+        needs = {k: v.key for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+        content = {
+            "stage": self.name, "version": self.version, "config": self.model_dump(mode="json"), "needs": needs,
+        }  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
@@ -117,6 +120,7 @@ class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv."""
 
     name: ClassVar[str] = "pretrain"
+    version: ClassVar[int] = 2
 
     data: Data
     method: Literal["simclr"] = "simclr"
@@ -257,13 +261,13 @@ def damaged(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if file_digest(path) != digest:
             return f"{name} is damaged (its checksum differs)"
     return None
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
-    files = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     content: dict[str, Any] = {
         "stage": stage.name, "version": stage.version, "config": stage.model_dump(mode="json"), "files": files,
         "made_with": {
@@ -282,7 +286,8 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

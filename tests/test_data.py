@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import issl
@@ -145,10 +146,13 @@ def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monk
     }.items():
         (base / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
-    kind = datasets.TORCHVISION["cifar10"]
+    kind = torchvision.datasets.CIFAR10
     monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    assert (kind.__name__, kind.base_folder) == datasets.TORCHVISION["cifar10"]
+    kind100 = torchvision.datasets.CIFAR100
+    assert (kind100.__name__, kind100.base_folder) == datasets.TORCHVISION["cifar100"]
     train, test = issl.load("cifar10", root=tmp_path), issl.load("cifar10", "test", root=tmp_path)
     np.testing.assert_array_equal(np.concatenate([train.pixels, test.pixels]), pixels)
     assert train.attributes["label_name"].tolist() == list("bcdef")

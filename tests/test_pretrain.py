@@ -17,7 +17,7 @@ import torchvision.transforms.v2.functional as TF
 
 import issl
 from issl import views
-from issl.encoder import load_encoder, new_encoder, save_encoder
+from issl.encoder import BasicBlock, load_encoder, new_encoder, save_encoder
 from issl.files import read_safetensors
 from issl.pretrain import epoch_order, epoch_uniforms, learning_rate, pretrain, simclr
 
@@ -224,3 +224,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(issl.IsslError, match="is damaged"):
         pretrain(images, **SMALL, checkpoint=path)
+
+
+def test_basic_block_equals_torchvisions() -> None:
+    from torchvision.models.resnet import BasicBlock as Theirs
+
+    for inside, outside, stride in ((4, 4, 1), (4, 8, 2)):
+        down = None
+        if inside != outside:
+            down = torch.nn.Sequential(
+                torch.nn.Conv2d(inside, outside, 1, stride, bias=False), torch.nn.BatchNorm2d(outside)
+            )
+        theirs, ours = Theirs(inside, outside, stride, down), BasicBlock(inside, outside, stride)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(3, inside, 8, 8, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            torch.testing.assert_close(ours(x.clone()), theirs(x.clone()), rtol=0, atol=0)
+            ours.eval(), theirs.eval()

@@ -48,7 +48,7 @@ def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
     assert computed(influence()) == []
 
 
-def test_keys_hold_all_that_matters(tmp_path: Path) -> None:
+def test_keys_hold_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     keys = {influence().key, influence(seed=1).key, TRAIN.key, Embed(pretrain=TRAIN, data=DATA).key}
     keys |= {
@@ -63,6 +63,9 @@ def test_keys_hold_all_that_matters(tmp_path: Path) -> None:
         (tmp_path / "a" / "1.png").write_bytes(png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill)
         keys.add(Data(name=f"folder:{tmp_path}/a").fingerprint)
     assert len(keys) == 8
+    before = influence().key
+    monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
+    assert influence().key != before  # what an artifact needs counts with its own version
 
 
 @pytest.mark.parametrize("how", ["changed", "removed", "manifest"])
