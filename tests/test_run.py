@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -11,8 +14,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from issl import cli, run
-from issl.plans import PLANS
+from issl import cli, notebook, run
+from issl.notebook import fingerprint, is_current, note_made
+from issl.plans import PLANS, Plan
 
 TINY = {
     "common": {"n": 96, "width": 1, "epochs": 1, "batch_size": 32, "warmup_epochs": 0},
@@ -57,27 +61,92 @@ def test_notebooks_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(bounded) > 10 and (bounded["low"] <= bounded["value"]).all()
     assert (bounded["value"] <= bounded["high"]).all()
     assert run.run("tiny", only="03", out=out) == 0
-    assert "stages: 0 computed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stages: 0 computed" in printed and "current 03_background_bias" in printed
 
 
-def test_a_failing_notebook_shows_its_error_and_the_others_go_on(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def books(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Replaces the notebooks by two cells each, which start fast: books(name, code)."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    for name, code in (
-        ("00_method", "raise ValueError('the cat sat on the tensor')"),
-        ("03_background_bias", "print(n)"),
-    ):
+    monkeypatch.setattr(run, "notebooks_folder", lambda: folder)
+
+    def write(name: str, code: str) -> None:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 0", metadata={"tags": ["parameters"]})])
         book.cells.append(nbformat.v4.new_code_cell(code))
         book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(book, folder / f"{name}.ipynb")
-    monkeypatch.setattr(run, "notebooks_folder", lambda: folder)
+
+    return write
+
+
+def test_a_failing_notebook_shows_its_error_and_the_others_go_on(books, tmp_path: Path, capsys) -> None:
+    books("00_method", "raise ValueError('the cat sat on the tensor')")
+    books("03_background_bias", "print(n)")
     assert run.run("tiny", out=tmp_path / "out") == 1
     printed = capsys.readouterr().out
     assert "ValueError: the cat sat on the tensor" in printed and "FAILED  00_method" in printed
     assert "ok      03_background_bias" in printed and "1 of 2 notebooks ended well" in printed
+    assert run.run("tiny", out=tmp_path / "out") == 1  # what failed is tried again, what ended well is not
+    printed = capsys.readouterr().out
+    assert "FAILED  00_method" in printed and "current 03_background_bias" in printed
+
+
+def test_a_notebook_runs_again_when_what_it_depends_on_changes(
+    books, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is decided is tested through `is_current`; that a run heeds it, above."""
+    books("00_method", "pass")
+    source, plan = run.notebooks_folder() / "00_method.ipynb", PLANS["00_method"](profile="tiny", out=str(tmp_path))
+    for path in (plan.figures / "00_method.png", plan.results / "00_method.ipynb", plan.results / "claim_x.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"notebook": "00_method"}')
+    (plan.results / "claim_y.json").write_text('{"notebook": "03_background_bias"}')
+
+    def key(plan: Plan = plan, device: str = "a CPU") -> str:
+        return fingerprint(source, plan, device)
+
+    assert not is_current("00_method", plan, key())
+    note_made("00_method", plan, key())
+    assert is_current("00_method", plan, key())
+    (plan.results / "claim_y.json").unlink()  # another notebook's
+    assert is_current("00_method", plan, key())
+    for path in (plan.figures / "00_method.png", plan.results / "claim_x.json", plan.results / "00_method.made.json"):
+        kept = path.read_bytes()
+        for damage in (b"", None):
+            path.write_bytes(damage) if damage is not None else path.unlink()
+            assert not is_current("00_method", plan, key()), path
+        path.write_bytes(kept)
+    assert is_current("00_method", plan, key())
+    keys = {
+        key(),
+        key(device="a GPU"),
+        key(plan.model_copy(update={"rank": 3})),
+        key(plan.model_copy(update={"n": 20})),
+    }
+    books("00_method", "pass  # edited")
+    keys.add(key())
+    monkeypatch.setattr(notebook, "_library", lambda: ["edited"])
+    keys.add(key())
+    assert len(keys) == 6
+    assert key() == key(plan.model_copy(update={"out": "elsewhere"}))
+
+
+def test_an_interrupt_ends_the_kernels_at_once() -> None:
+    kernels: list[subprocess.Popen] = []
+
+    def hang() -> int:
+        kernels.append(subprocess.Popen(["sleep", "120"]))
+        return kernels[-1].wait()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), run._notebooks_beside_us() as start:
+        start(hang)
+        while not kernels:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60 and kernels[0].wait() < 0
 
 
 @pytest.mark.parametrize(
