@@ -4,7 +4,8 @@ An open reproduction of arXiv 2412.17170. Start with `issl.load`, `issl.load_enc
 `issl.self_influence`; the notebooks show each step.
 """
 
-from issl.curvature import Exact, Identity, LoGra
+from issl.cross import cross_influence, top_influences
+from issl.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
 from issl.datasets import load
 from issl.encoder import load_encoder
 from issl.errors import IsslError
@@ -14,5 +15,6 @@ from issl.views import GaussianNoise
 
 __version__ = "0.1.0"
 __all__ = [
-    "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra", "load", "load_encoder", "self_influence",
+    "EKFAC", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra", "cross_influence",
+    "load", "load_encoder", "self_influence", "top_influences",
 ]  # fmt: skip

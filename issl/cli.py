@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `issl download`."""
+"""The command line: `issl run`, `issl influence`, `issl download`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from issl import __version__
 from issl.errors import IsslError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """All commands; the options of `influence` only where it is the one asked for, they need the library."""
     top = argparse.ArgumentParser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -26,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
     download = commands.add_parser("download", help="fetch a data set from its public home")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
+    influence = commands.add_parser("influence", help="score your own images under your own encoder")
+    if command == "influence":
+        from issl.score import add_arguments
+
+        add_arguments(influence)
     return top
 
 
@@ -44,7 +50,8 @@ def keep_freed_memory() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends in one line on stderr and exit code 2."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser(given[0] if given else None).parse_args(given)
     try:
         if options.command == "download":
             from issl.datasets import download
@@ -52,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(download(options.name, options.data_root))
             return 0
         keep_freed_memory()
+        if options.command == "influence":
+            from issl.score import score
+
+            return score(options)
         from issl.run import run
 
         return run(options.profile, options.only, options.data_root, options.device, options.out, options.again)

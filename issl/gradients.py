@@ -5,7 +5,7 @@ gradient of the loss with respect to the output at position t. Then the example'
 Σ_t d_t a_tᵀ (both views are positions of the same example), and what is kept of it, its *sketch*, is
 
     G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the identity)
-    ‖Σ_t d_t a_tᵀ‖² = Σ_{t,t'} (d_t·d_t')(a_t·a_t')              (SquaredNorm)
+    ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper            (Norm)
 
 A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel (design.md §1).
 Groups of a grouped convolution share P_in and enter the sum over t like positions.
@@ -15,7 +15,7 @@ Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,11 +40,20 @@ class Projected:
 
 
 @dataclass(frozen=True)
-class SquaredNorm:
-    """Keep ‖Σ d aᵀ‖² alone, one number per example."""
+class Norm:
+    """Keep ‖Σ d aᵀ‖ alone, one number per example."""
 
 
-Sketch = Projected | SquaredNorm
+Sketch = Projected | Norm
+Loss = Callable[[Tensor, Tensor], Tensor]  # features (b, d) of the images and of their views to losses (b,)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A layer's second moments, summed over positions (of both views) and images: Σ a aᵀ and Σ d dᵀ."""
+
+    inputs: Float[Tensor, "d_in d_in"]
+    outputs: Float[Tensor, "c_out c_out"]
 
 
 def stability_loss(features: Float[Tensor, "b d"], perturbed: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
@@ -169,26 +178,31 @@ class _Tap:
     @torch.no_grad()
     def on_gradient(self, inputs: Tensor, gradient: Tensor) -> None:
         p_out = self.sketch.p_out if isinstance(self.sketch, Projected) else None
-        outputs = read_outputs(self.layer, gradient, p_out)
-        if isinstance(self.sketch, SquaredNorm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
+        # under autocast the reads are bf16; sums over positions are not
+        outputs = read_outputs(self.layer, gradient, p_out).to(self.layer.weight.dtype)
+        inputs = inputs.to(self.layer.weight.dtype)
+        if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
             self.pairs.append((inputs, outputs))
             return
         both = _sum_positions(inputs, outputs, shared_rows=p_out is not None)
         gradient = both.unflatten(0, (2, self.examples)).sum(0)
         self.total = gradient if self.total is None else self.total + gradient
 
-    @torch.no_grad()
-    def result(self, like: Tensor) -> Float[Tensor, "b r"]:
-        """The finished sketch of each example."""
+    def check_called(self) -> None:
         if self.calls == 0:
             raise IsslError(
                 f"encoder: layer {self.name} was never called in the forward pass, so it cannot be scored (is it a "
                 f"head that is not used, or called by a function?). Leave it out with skip=['{self.name}']"
             )
-        if isinstance(self.sketch, SquaredNorm):
+
+    @torch.no_grad()
+    def result(self, like: Tensor) -> Float[Tensor, "b r"]:
+        """The finished sketch of each example."""
+        self.check_called()
+        if isinstance(self.sketch, Norm):
             if self.pairs:
                 return _gram_norm(*self.pairs[0], self.examples)[:, None]
-            size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2))
+            size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2)).sqrt()
             return size[:, None]
         if self.total is None:  # called, but the loss does not depend on it
             out, inside = weight_shape(self.layer)
@@ -198,11 +212,36 @@ class _Tap:
         return self.total.flatten(1)
 
 
+@dataclass
+class _MomentTap(_Tap):
+    """Sums the layer's second moments instead of its examples' gradients."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @torch.no_grad()
+    def on_gradient(self, inputs: Tensor, gradient: Tensor) -> None:
+        outputs = read_outputs(self.layer, gradient, None).flatten(1, 2)
+        a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
+        aa, dd = (a @ a.T).double(), (d @ d.T).double()
+        self.inputs = aa if self.inputs is None else self.inputs + aa
+        self.outputs = dd if self.outputs is None else self.outputs + dd
+
+    def moments(self) -> Moments:
+        self.check_called()
+        out, inside = weight_shape(self.layer)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.layer.weight.device)
+        return Moments(
+            zeros(inside, inside) if self.inputs is None else self.inputs,
+            zeros(out, out) if self.outputs is None else self.outputs,
+        )
+
+
 def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
     """P a_t for every example, group and position t; the patches themselves where P is None."""
     if isinstance(layer, nn.Linear):
         x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-        return (x if p is None else x @ p.T).mT[:, None]
+        return (x if p is None else x @ p.T.to(x.dtype)).mT[:, None]
     g, inside = layer.groups, layer.weight.shape[1:]
     if p is None:
         p = torch.eye(inside.numel(), dtype=x.dtype, device=x.device)
@@ -210,7 +249,7 @@ def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g
     if layer.padding_mode != "zeros":
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = (0, 0)
-    kernel = p.unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
+    kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
     patches = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, g)
     return patches.flatten(2).unflatten(1, (g, len(p)))
 
@@ -219,12 +258,12 @@ def read_outputs(layer: Layer, d: Tensor, p: Tensor | None) -> Float[Tensor, "b 
     """P d_t for every example, group and position t; the output gradients themselves where P is None."""
     if isinstance(layer, nn.Linear):
         d = d.flatten(1, -2) if d.ndim > 2 else d[:, None]
-        return (d if p is None else d @ p.T).mT[:, None]
+        return (d if p is None else d @ p.T.to(d.dtype)).mT[:, None]
     g = layer.groups
     if p is None:
         return d.flatten(2).unflatten(1, (g, -1))
     # the columns of P_out that belong to a group act on that group's outputs
-    kernel = p.unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 1)[:, :, None, None]
+    kernel = p.to(d.dtype).unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 1)[:, :, None, None]
     return F.conv2d(d, kernel, groups=g).flatten(2).unflatten(1, (g, len(p)))
 
 
@@ -241,9 +280,9 @@ def _gram_is_cheaper(inputs: Tensor, outputs: Tensor) -> bool:
 
 
 def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, " b"]:
-    """Σ_{t,t'} (d_t·d_t')(a_t·a_t'), the positions of both views of an example side by side."""
+    """(Σ_{t,t'} (d_t·d_t')(a_t·a_t'))^½, the positions of both views of an example side by side."""
     a, d = (torch.cat(v.split(examples), dim=-1) for v in (inputs, outputs))
-    return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3))
+    return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3)).clamp(min=0).sqrt()
 
 
 @contextmanager
@@ -264,25 +303,55 @@ def per_example(
     sketches: Mapping[str, Sketch],
     x: Float[Tensor, "b 3 h w"],
     perturbed: Float[Tensor, "b 3 h w"],
+    loss: Loss = stability_loss,
+    bf16: bool = False,
 ) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, "b r"]]]:
-    """The stability losses of a batch and, per layer, the sketch of each example's gradient.
+    """The losses of a batch and, per layer, the sketch of each example's gradient.
 
     model   a `frozen_copy`, in eval mode; its hooks are removed again.
     Raises IsslError for features that are not (b, d), zero or not finite, and for layers it cannot follow.
     """
+    taps = {name: _Tap(name, layers[name], sketches[name], len(x)) for name in layers}
+    losses = _backward(model, layers, taps, x, perturbed, loss, bf16)
+    return losses, {name: tap.result(losses) for name, tap in taps.items()}
+
+
+def second_moments(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    x: Float[Tensor, "b 3 h w"],
+    perturbed: Float[Tensor, "b 3 h w"],
+    loss: Loss = stability_loss,
+) -> dict[str, Moments]:
+    """Each layer's second moments over a batch, in double precision. Groups share the inputs' moment."""
+    taps = {name: _MomentTap(name, layers[name], Projected(), len(x)) for name in layers}
+    _backward(model, layers, taps, x, perturbed, loss, bf16=False)
+    return {name: tap.moments() for name, tap in taps.items()}
+
+
+def _backward(
+    model: nn.Module, layers: Mapping[str, Layer], taps: Mapping[str, _Tap], x: Tensor, perturbed: Tensor, loss: Loss,
+    bf16: bool,
+) -> Tensor:  # fmt: skip
+    """One forward and backward with the taps in place; returns the losses."""
     b = len(x)
-    taps = {name: _Tap(name, layers[name], sketches[name], b) for name in layers}
     handles = [layers[name].register_forward_hook(tap.on_forward) for name, tap in taps.items()]
     try:
         with torch.enable_grad():
-            features = model(torch.cat([x, perturbed]).contiguous(memory_format=torch.channels_last))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                features = model(torch.cat([x, perturbed]).contiguous(memory_format=torch.channels_last))
             check_features(features, 2 * b)
-            losses = stability_loss(features[:b], features[b:])
+            features = features.to(x.dtype)
+            losses = loss(features[:b], features[b:])
+            if losses.shape != (b,):
+                raise IsslError(
+                    f"loss gives shape {tuple(losses.shape)} for {b} images; it must give one loss an image"
+                )
             losses.sum().backward()
     finally:
         for handle in handles:
             handle.remove()
-    return losses.detach(), {name: tap.result(losses) for name, tap in taps.items()}
+    return losses.detach()
 
 
 def check_features(features: object, rows: int) -> None:

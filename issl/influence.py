@@ -3,34 +3,46 @@
     influence_i = Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i ≥ 0,   g_i = ∇ ℓ_i,   ℓ_i = 1 − cos(f(x_i), f(x̂_i))
 
 The paper (arXiv 2412.17170, §3) defines I = −g_iᵀH⁻¹g_i; we store the magnitude, so "high" is large.
+Cross-influence of image i on query j: Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i, H that of the training images.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int64
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from issl.curvature import Curvature, LoGra
+from issl import keyed
+from issl.curvature import Curvature, LoGra, Statistic, Weighing, needs_moments
 from issl.errors import IsslError
-from issl.files import atomic
-from issl.gradients import check_features, frozen_copy, full_precision, per_example, scored_layers
+from issl.gradients import (
+    Layer,
+    Loss,
+    Moments,
+    Norm,
+    Sketch,
+    check_features,
+    frozen_copy,
+    full_precision,
+    per_example,
+    scored_layers,
+    second_moments,
+    stability_loss,
+    weight_shape,
+)  # fmt: skip
 from issl.images import Images
+from issl.passes import Measure, Memory, Pass, choose_memory, fingerprint, make_pass, split
+from issl.shards import ONE, Shards
 from issl.views import GaussianNoise, Perturb, Perturbation, as_perturb, describe
 
-Chunk = Callable[[str], Tensor]  # a chunk's rows by name: `stability_loss`, `layer.NAME`
-
-CHUNK = 512  # images whose gradients are kept together, and saved together where there is a store
+FIT_BATCH = 64  # fixed, so that the bases taken from moments do not depend on the caller's batch size
 
 
 def self_influence(
@@ -42,8 +54,16 @@ def self_influence(
     batch_size: int = 256,
     device: str | torch.device | None = None,
     *,
+    draws: int = 1,
+    average: Literal["gradients", "scores"] = "gradients",
+    sweep: Sequence[float] = (),
+    fisher: Loss | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    memory: Memory = "auto",
+    memory_gb: float | None = None,
     skip: Sequence[str] = (),
     store: str | Path | None = None,
+    shards: Shards = ONE,
     progress: bool = False,
 ) -> pd.DataFrame:
     """The influence of each image on the encoder; one row an image, in the order given.
@@ -51,127 +71,254 @@ def self_influence(
     encoder       any nn.Module, eval mode, from float pixels in [0, 1] to features (n, d); left untouched
     images        `issl.Images`, or a uint8 tensor (n, 3, H, W), indexed 0 … n−1
     perturbation  GaussianNoise, or a callable (pixels, index) → pixels that treats each image by itself
-    curvature     LoGra, Exact or Identity
+    curvature     LoGra, EKFAC, Diagonal, Exact or Identity
     seed          of the perturbation; an image's draw depends on (seed, its index) and nothing else
     device        where to compute; default: where the encoder is
+    draws         K perturbation draws an image; draw k of seed s is that of seed s + k·2³²
+    average       "gradients": g_i is the mean gradient over the draws; "scores": the influence is the mean of the
+                  draws' scores, H the mean over images and draws
+    sweep         further damping values: one column `influence@VALUE` each
+    fisher        a per-example loss (features, perturbed features) → (b,) whose gradients make H; default: the
+                  stability loss itself
+    precision     "bf16" computes the features under autocast; sums and curvature stay as they are
+    memory        how the projected gradients are had twice: "ram", "mapped" (files), "recomputed"; "auto" takes the
+                  first that fits `memory_gb` (default: half of the free memory) or the free disk
     skip          names of layers or parameters to leave out of the score
     store         a folder for the projected gradients: an interrupted call resumes from it
+    shards        this process's share of the images, see `issl.shards`; every process returns all scores
 
-    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2]); grad_norm
-    (‖g_i‖ over all scored weights; for LoGra below full rank the unbiased estimate from the projection).
+    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean over draws);
+    grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank the unbiased estimate from the
+    projection, NaN for PCA); standard_error (of the influence, from the spread of the draws; K ≥ 2 only).
     `.attrs` holds the effective damping per layer and the settings.
 
     Raises IsslError for an encoder that cannot be scored, bad images or settings, NaN.
     """
-    data = images if isinstance(images, Images) else _as_images(images)
+    if average not in ("gradients", "scores"):
+        raise IsslError(f"average={average!r}: choose gradients or scores")
+    for value in sweep:
+        if not value > 0:
+            raise IsslError(f"sweep: damping {value} must be > 0")
+    with full_precision():
+        run = prepare(
+            encoder, images, perturbation, curvature, seed, batch_size, device, draws=draws, fisher=fisher,
+            precision=precision, memory=memory, memory_gb=memory_gb, skip=skip, store=store, shards=shards,
+            progress=progress, norms_only=draws == 1 or average == "scores", pooled=average == "scores",
+        )  # fmt: skip
+        dampings = [curvature.damping, *sweep]
+        weighings = run.weighings(dampings)
+        n = len(run.data)
+        loss, squares = np.zeros(n), np.zeros(n)
+        scores, draw_scores = np.zeros((len(dampings), n)), np.zeros((n, draws))
+        for positions, rows in run.rows():
+            loss[positions] = rows("stability_loss").double()
+            for name, layer in run.layers.items():
+                g = rows(f"layer.{name}").to(run.device)  # (b, draws, r)
+                scale = curvature.norm_scale(layer)
+                size = g.double().square().mean(1) if run.pooled else g.double().mean(1).square()
+                squares[positions] += np.nan if scale is None else (size.sum(1) * scale).cpu().numpy()
+                for k, weighing in enumerate(weighings[name]):
+                    w = weighing.whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
+                    center = w.mean(1)
+                    # "scores": each draw's own; "gradients": its share in ‖w̄‖², whose mean over draws is ‖w̄‖²
+                    each = w.square().sum(2) if average == "scores" else (w * center[:, None]).sum(2)
+                    scores[k, positions] += each.mean(1).cpu().numpy()
+                    if k == 0:
+                        draw_scores[positions] += each.cpu().numpy()
+        loss, squares, scores, draw_scores = shards.gather([loss, squares, scores, draw_scores])
+    columns = {
+        "index": run.data.index.numpy(), "influence": scores[0], "stability_loss": loss, "grad_norm": np.sqrt(squares),
+    }  # fmt: skip
+    if draws > 1:
+        # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta method)
+        factor = 1 if average == "scores" else 2
+        columns["standard_error"] = factor * draw_scores.std(1, ddof=1) / np.sqrt(draws)
+    columns |= {f"influence@{value:g}": scores[k + 1] for k, value in enumerate(sweep)}
+    result = pd.DataFrame(columns)
+    result.attrs = {
+        "curvature": repr(curvature), "perturbation": describe(perturbation), "seed": seed, "images": run.data.name,
+        "n": n, "damping": {name: w[0].damping for name, w in weighings.items()}, "skip": list(skip), "draws": draws,
+        "average": average, "precision": precision, "memory": run.memory,
+    }  # fmt: skip
+    return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that one measurement needs, prepared: model, layers, bases, and the pass over the training images."""
+
+    data: Images
+    device: torch.device
+    layers: dict[str, Layer]
+    curvature: Curvature
+    draws: int
+    pooled: bool
+    memory: Memory
+    shards: Shards
+    rows: Pass  # of the training images
+    fisher_rows: Pass | None  # of the loss that makes H, where it is another
+    measure: Callable[[Images], Measure]  # of any images, under the same model and bases
+
+    def weighings(self, dampings: Sequence[float]) -> dict[str, list[Weighing]]:
+        """Each layer's inverse curvature at each damping, over all images and processes."""
+        sums: dict[str, Statistic] = {}
+        count = len(self.data) * (self.draws if self.pooled else 1)
+        for _, rows in (self.fisher_rows or self.rows)():
+            for name in self.layers:
+                g = rows(f"layer.{name}").to(self.device)
+                g = g.flatten(0, 1) if self.pooled else g.mean(1)
+                if name not in sums:
+                    sums[name] = self.curvature.statistic(g.shape[1], count, self.fisher_rows is not None)
+                sums[name].add(g)
+        self.shards.reduce([sums[name] for name in self.layers])
+        absolute = self.curvature.absolute
+        return {name: [sums[name].weigh(d, absolute) for d in dampings] for name in self.layers}
+
+
+def prepare(
+    encoder: nn.Module,
+    images: Images | Tensor,
+    perturbation: Perturbation | Perturb,
+    curvature: Curvature,
+    seed: int,
+    batch_size: int,
+    device: str | torch.device | None,
+    *,
+    draws: int = 1,
+    fisher: Loss | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    memory: Memory = "auto",
+    memory_gb: float | None = None,
+    skip: Sequence[str] = (),
+    store: str | Path | None = None,
+    shards: Shards = ONE,
+    progress: bool = False,
+    norms_only: bool = False,
+    pooled: bool = False,
+) -> Run:
+    """Check everything that can be wrong, and set up the pass over `images`; the arguments are those of
+    `self_influence`. norms_only: no other gradient will be set against an image's."""
+    data = images if isinstance(images, Images) else as_images(images)
     if len(data) == 0:
         raise IsslError(f"images {data.name!r}: the set is empty")
     if batch_size < 1:
         raise IsslError(f"batch_size={batch_size}: must be 1 or more")
+    if precision not in ("fp32", "bf16"):
+        raise IsslError(f"precision={precision!r}: choose fp32 or bf16")
+    perturbs = _draws(perturbation, seed, draws)
     scored_layers(encoder, skip)  # before any work
     first = next(encoder.parameters())
     target = torch.device(device) if device is not None else first.device
     model = frozen_copy(encoder, target)
     layers = scored_layers(model, skip)
-    sketches = {name: curvature.sketch(layer, k) for k, (name, layer) in enumerate(layers.items())}
-    perturb = as_perturb(perturbation, seed)
-    with full_precision():
-        _check_independent(model, data, target, first.dtype)
+    _check_independent(model, data, target, first.dtype)
 
-        def measure(rows: slice) -> dict[str, Tensor]:
-            x = data.pixels[rows].to(target).to(first.dtype) / 255
-            index = data.index[rows]
-            shaken = perturb(x, index)
-            _check_view(shaken, x, index)
-            losses, kept = per_example(model, layers, sketches, x, shaken)
-            for name, value in {"stability loss": losses, **kept}.items():
-                if not bool(torch.isfinite(value).all()):
-                    bad = index[~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1).cpu()]
-                    raise IsslError(f"{name} is not finite for image index {bad[:5].tolist()}")
-            return {"stability_loss": losses, **{f"layer.{k}": v for k, v in kept.items()}}
+    def views(source: Images, rows: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
+        x = source.pixels[rows].to(target).to(first.dtype) / 255
+        shaken = perturb(x, source.index[rows])
+        _check_view(shaken, x, source.index[rows])
+        return x, shaken
 
-        identity = ""
-        if store is not None:
-            identity = _identity(model, data, describe(perturbation), repr(curvature), seed, list(skip))
-        chunks = list(_chunks(measure, data, batch_size, Path(store) if store else None, identity, progress))
-        loss = torch.cat([c("stability_loss") for c in chunks]).double()
-        influence, square = torch.zeros_like(loss), torch.zeros_like(loss)
-        damping = {}
-        for name, layer in layers.items():
+    def measure_with(loss: Loss) -> Callable[[Images], Measure]:
+        def of(source: Images) -> Measure:
+            def measure(rows: slice) -> dict[str, Tensor]:
+                found = []
+                for perturb in perturbs:
+                    losses, kept = per_example(
+                        model, layers, sketches, *views(source, rows, perturb), loss, precision == "bf16"
+                    )
+                    _check_finite({"loss": losses, **kept}, source.index[rows])
+                    found.append((losses, kept))
+                gradients = {f"layer.{k}": torch.stack([kept[k] for _, kept in found], 1) for k in layers}
+                return {"stability_loss": torch.stack([ell for ell, _ in found]).mean(0), **gradients}
 
-            def rows(name: str = name) -> Iterator[Tensor]:
-                return (c(f"layer.{name}").to(target) for c in chunks)
+            return measure
 
-            block = curvature.weigh(rows)
-            influence += block.scores.cpu()
-            damping[name] = block.damping
-            square += block.squares.cpu() * curvature.norm_scale(layer)
-    result = pd.DataFrame(
-        {
-            "index": data.index.numpy(), "influence": influence.numpy(), "stability_loss": loss.numpy(),
-            "grad_norm": square.sqrt().numpy(),
-        }
+        return of
+
+    moments: dict[str, Moments | None] = dict.fromkeys(layers)
+    if needs_moments(curvature):
+        fitted = _fit_rows(data, curvature.fit, getattr(curvature, "seed", 0))
+        batches = [fitted[k : k + FIT_BATCH] for k in range(0, len(fitted), FIT_BATCH)]
+        for batch in batches[shards.rank :: shards.world]:
+            found = second_moments(model, layers, *views(data, batch, perturbs[0]), fisher or stability_loss)
+            for name, new in found.items():
+                old = moments[name]
+                moments[name] = new if old is None else Moments(old.inputs + new.inputs, old.outputs + new.outputs)
+        moments = _summed(moments, layers, shards)
+    sketches: dict[str, Sketch] = {
+        name: curvature.sketch(layer, k, moments[name], norms_only) for k, (name, layer) in enumerate(layers.items())
+    }
+    share = shards.share(len(data))
+    wide = sum(_width(sketches[name], layer) for name, layer in layers.items())
+    need = 4 * wide * draws * (share.stop - share.start)
+    way = choose_memory(memory, memory_gb, need, None if store is None else Path(store))
+    settings = (describe(perturbation), curvature, seed, list(skip), draws, precision, norms_only)
+
+    def make(loss: Loss, folder: str) -> Pass:
+        place = None if store is None else Path(store) / folder
+        return make_pass(
+            measure_with(loss)(data), split(share), batch_size, way, place,
+            lambda: fingerprint(model, data, *settings, getattr(loss, "__qualname__", repr(loss))), progress,
+        )  # fmt: skip
+
+    return Run(
+        data, target, layers, curvature, draws, pooled, way, shards, make(stability_loss, ""),
+        None if fisher is None else make(fisher, "fisher"), measure_with(stability_loss),
     )  # fmt: skip
-    result.attrs = {
-        "curvature": repr(curvature), "perturbation": describe(perturbation), "seed": seed, "images": data.name,
-        "n": len(data), "damping": damping, "skip": list(skip),
-    }  # fmt: skip
-    return result
 
 
-def _chunks(
-    measure: Callable[[slice], dict[str, Tensor]],
-    data: Images,
-    batch_size: int,
-    store: Path | None,
-    identity: str,
-    progress: bool,
-) -> Iterator[Chunk]:
-    """Each chunk's rows: measured, or found in the store as an earlier, interrupted call left them."""
-    if store is not None:
-        _open_store(store, identity)
-    with tqdm(total=len(data), unit="img", desc="influence", disable=not progress) as bar:
-        for at in range(0, len(data), CHUNK):
-            stop = min(at + CHUNK, len(data))
-            path = store / f"rows-{at:08d}-{stop:08d}.safetensors" if store is not None else None
-            tensors = {}
-            if path is None or not path.exists():
-                parts = [measure(slice(k, min(k + batch_size, stop))) for k in range(at, stop, batch_size)]
-                tensors = {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
-                if path is not None:
-                    with atomic(path) as part:
-                        save_file(tensors, part)
-            bar.update(stop - at)
-            yield tensors.__getitem__ if path is None else partial(_read_rows, path)
+def _draws(perturbation: Perturbation | Perturb, seed: int, draws: int) -> list[Perturb]:
+    if draws < 1:
+        raise IsslError(f"draws={draws}: must be 1 or more")
+    if draws > 1 and (not isinstance(perturbation, Perturbation) or seed >= 2**32):
+        raise IsslError(
+            f"draws={draws}: several draws need a perturbation with .keyed(seed), such as GaussianNoise(), and a seed "
+            f"below 2³² (got {describe(perturbation)}, seed {seed})"
+        )
+    return [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
 
 
-def _read_rows(path: Path, name: str) -> Tensor:
-    """One tensor of a chunk in the store, without the others."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+def _fit_rows(data: Images, fit: int | None, seed: int) -> Int64[Tensor, " m"]:
+    """Positions of the images that the moments are taken over, in the order of their index: those whose index
+    draws the smallest numbers, so neither the order of the images nor the batch size decides."""
+    order = data.index.argsort()
+    if fit is None or fit >= len(data):
+        return order
+    drawn = keyed.uniform(seed, data.index[order], (1,)).squeeze(1)
+    return order[drawn.argsort(stable=True)[:fit].sort()[0]]
 
 
-def _open_store(store: Path, identity: str) -> None:
-    """A store belongs to one measurement; another one's rows must not be mixed in."""
-    mark = store / "identity.json"
-    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
-        raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")
-    if not mark.exists():
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
+def _summed(moments: dict[str, Moments | None], layers: dict[str, Layer], shards: Shards) -> dict[str, Moments | None]:
+    """Over all processes; one without a batch brings zeros."""
+    done: dict[str, Moments | None] = {}
+    for name, layer in layers.items():
+        out, inside = weight_shape(layer)
+        own = moments[name]
+        zeros = torch.zeros(0, dtype=torch.float64, device=layer.weight.device)
+        a = zeros.new_zeros(inside, inside) if own is None else own.inputs
+        d = zeros.new_zeros(out, out) if own is None else own.outputs
+        done[name] = Moments(shards.sum(a), shards.sum(d))
+    return done
 
 
-def _identity(model: nn.Module, data: Images, *settings: object) -> str:
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(data.pixels.numpy().tobytes())
-    digest.update(data.index.numpy().tobytes())
-    return digest.hexdigest()
+def _width(sketch: Sketch, layer: Layer) -> int:
+    """How many numbers are kept of each image's gradient in this layer."""
+    if isinstance(sketch, Norm):
+        return 1
+    out, inside = weight_shape(layer)
+    return (out if sketch.p_out is None else len(sketch.p_out)) * (inside if sketch.p_in is None else len(sketch.p_in))
 
 
-def _as_images(pixels: Tensor) -> Images:
+def _check_finite(values: dict[str, Tensor], index: Int64[Tensor, " b"]) -> None:
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            good = torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1).cpu()
+            raise IsslError(f"{name} is not finite for image index {index[~good][:5].tolist()}")
+
+
+def as_images(pixels: Tensor) -> Images:
+    """A bare tensor as `Images`, indexed 0 … n−1."""
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
         raise IsslError(f"images: got {shape}, need issl.Images or a tensor (n, 3, H, W)")

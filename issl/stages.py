@@ -84,16 +84,23 @@ class Noise(Config):
 class Curvature(Config):
     """The inverse curvature that weighs the gradients."""
 
-    kind: Literal["logra", "identity", "exact"] = "logra"
+    kind: Literal["logra", "logra-pca", "ekfac", "diagonal", "identity", "exact"] = "logra"
     rank: int = Field(16, ge=1)
     damping: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
 
     def build(self) -> curvatures.Curvature:
-        if self.kind == "identity":
-            return curvatures.Identity()
-        if self.kind == "exact":
-            return curvatures.Exact(self.damping)
+        match self.kind:
+            case "identity":
+                return curvatures.Identity()
+            case "exact":
+                return curvatures.Exact(self.damping)
+            case "diagonal":
+                return curvatures.Diagonal(self.damping)
+            case "ekfac":
+                return curvatures.EKFAC(self.damping)
+            case "logra-pca":
+                return curvatures.LoGra(self.rank, self.damping, self.seed, projection="pca")
         return curvatures.LoGra(self.rank, self.damping, self.seed)
 
 

@@ -219,7 +219,7 @@ def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatc
     def refuse(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(datasets.TORCHVISION["cifar10"], "download", refuse)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
     with pytest.raises(issl.IsslError, match=r"no route to host.*Expected: .*cifar10/plain_text"):
         datasets.download("cifar10", tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)

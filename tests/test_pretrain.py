@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +18,7 @@ from issl import views
 from issl.encoder import BasicBlock, load_encoder, new_encoder, save_encoder
 from issl.files import read_safetensors
 from issl.pretrain import epoch_order, epoch_uniforms, learning_rate, pretrain, simclr
+from issl.stages import Artifacts, Data, Influence, Pretrain
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "warmup_epochs": 1, "progress": False}
 
@@ -172,47 +171,40 @@ def test_bad_settings(arguments: dict, message: str) -> None:
         pretrain(issl.load("scenes", n=64), **{**SMALL, **arguments})
 
 
-RUN = """
-import sys, issl, torch
-from pathlib import Path
-from issl.stages import *
-torch.set_num_threads(1)
-artifacts = Artifacts(Path(sys.argv[1]), checkpoint_seconds=0)
-if sys.argv[2] == "pretrain":
-    stage = Pretrain(data=Data(name="scenes", n=256), width=1, epochs=5, batch_size=32)
-else:  # three chunks of gradients
-    train = Pretrain(data=Data(name="scenes", n=64), width=1, epochs=1, batch_size=32)
-    stage = Influence(pretrain=train, data=Data(name="scenes", n=1100))
-print(artifacts.get(stage), flush=True)
-"""
+STAGES = {
+    "pretrain": Pretrain(data=Data(name="scenes", n=256), width=1, epochs=5, batch_size=32),
+    "influence": Influence(  # three chunks of gradients
+        pretrain=Pretrain(data=Data(name="scenes", n=64), width=1, epochs=1, batch_size=32),
+        data=Data(name="scenes", n=1100),
+    ),
+}
+HALF_WAY = {
+    "pretrain": "pretrain/*.part/checkpoint.safetensors",
+    "influence": "influence/*.part/rows/rows-*.safetensors",
+}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "influence"])
-def test_killed_and_resumed_equals_uninterrupted(stage: str, tmp_path: Path) -> None:
-    def start(root: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", RUN, str(tmp_path / root), stage]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
-        )
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    def make(root: str) -> Path:
+        return Artifacts(tmp_path / root, checkpoint_seconds=0).get(STAGES[name])
 
-    whole = start("whole")
-    killed = start("killed")
-    pattern = (
-        "pretrain/*.part/checkpoint.safetensors" if stage == "pretrain" else "influence/*.part/rows/rows-*.safetensors"
-    )
+    process = forked.context.Process(target=forked.make, args=(tmp_path / "killed", STAGES[name]))
+    process.start()
     deadline = time.monotonic() + 900
-    while not (found := list((tmp_path / "killed").glob(pattern))):
-        assert time.monotonic() < deadline and killed.poll() is None, "ended before it could be killed"
+    while not (found := list((tmp_path / "killed").glob(HALF_WAY[name]))):
+        assert time.monotonic() < deadline and process.is_alive(), "ended before it could be killed"
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert found[0].exists() and not list((tmp_path / "killed").glob(f"{stage}/*/manifest.json"))  # truly half way
-    folders = [Path(p.communicate()[0].strip()) for p in (whole, start("killed"))]
-    if stage == "pretrain":
-        a, b = (read_safetensors(f / "encoder.safetensors", "encoder")[1] for f in folders)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and found[0].exists()
+    assert not list((tmp_path / "killed").glob(f"{name}/*/manifest.json"))  # truly half way
+    whole, resumed = make("whole"), make("killed")
+    if name == "pretrain":
+        a, b = (read_safetensors(f / "encoder.safetensors", "encoder")[1] for f in (whole, resumed))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     else:
-        a, b = (pd.read_parquet(f / "influence.parquet") for f in folders)
+        a, b = (pd.read_parquet(f / "influence.parquet") for f in (whole, resumed))
         np.testing.assert_array_equal(a.to_numpy(), b.to_numpy())
 
 

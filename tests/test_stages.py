@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from pydantic import ValidationError
 
@@ -85,15 +84,14 @@ def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from issl.stages import *; a = Artifacts(Path(sys.argv[1]));"
-        "a.get(Pretrain(data=Data(name='scenes', n=96), width=1, epochs=2, batch_size=32)); print(len(a.computed))"
-    )
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert sorted(p.communicate(timeout=900)[0].strip() for p in both) == ["0", "1"]
+    stage = Pretrain(data=Data(name="scenes", n=96), width=1, epochs=2, batch_size=32)
+    counts = forked.context.Queue()
+    both = [forked.context.Process(target=forked.report, args=(counts, forked.make, tmp_path, stage)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert sorted(counts.get(timeout=900) for _ in both) == [0, 1]
+    for process in both:
+        process.join()
     assert not list(tmp_path.rglob("*.part"))
 
 

@@ -1,0 +1,121 @@
+"""`issl influence`: score one's own images under one's own encoder, on one process or on several (torchrun)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from pydantic import ValidationError
+
+from issl import datasets
+from issl.errors import IsslError
+from issl.files import atomic
+from issl.foreign import open_encoder
+from issl.gradients import scored_layers
+from issl.influence import self_influence
+from issl.plans import pick_device
+from issl.shards import from_torchrun
+from issl.stages import Curvature, explain
+from issl.views import GaussianNoise
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `issl influence`."""
+    add = command.add_argument
+    add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
+    add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
+    add("--out", required=True, type=Path, metavar="FILE", help="scores, .parquet or .csv")
+    add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
+    add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
+    add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
+    add("--split", default="train", help="train (default) or test")
+    add("--n", type=int, metavar="N", help="so many images (default: all)")
+    add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    kinds = Curvature.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]
+    add("--curvature", default="logra", choices=kinds, help="default: logra")
+    add("--rank", type=int, default=16, help="of logra, per side (16)")
+    add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
+    add("--noise-mean", type=float, default=0.05, help="of the perturbation (0.05)")
+    add("--noise-std", type=float, default=0.2, help="of the perturbation (0.2)")
+    add("--seed", type=int, default=0, help="of the perturbation (0)")
+    add("--draws", type=int, default=1, help="perturbations an image (1)")
+    add("--batch-size", type=int, default=64, help="images at once (64)")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the encoder's pass (fp32)")
+    add("--memory", default="auto", choices=["auto", "ram", "mapped", "recomputed"], help="of gradients (auto)")
+    add("--memory-gb", type=float, help="gigabytes that gradients may take (default: half of the free memory)")
+    add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
+    add("--store", type=Path, metavar="DIR", help="keep gradients here; the same command goes on after a kill")
+    add("--timeout", type=float, default=600, metavar="S", help="how long processes wait for each other (600 s)")
+
+
+def score(options: argparse.Namespace) -> int:
+    """Run the command; raises IsslError for bad input, before any long work."""
+    out: Path = options.out
+    if out.suffix not in (".parquet", ".csv"):
+        raise IsslError(f"--out {out}: give a file name that ends in .parquet or .csv")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise IsslError(f"--out {out}: cannot be written there")
+    device, began = pick_device(options.device), time.monotonic()
+    try:
+        curvature = Curvature(kind=options.curvature, rank=options.rank, damping=options.damping).build()
+    except ValidationError as error:
+        raise explain(error, "issl influence") from error
+    noise = GaussianNoise(options.noise_mean, options.noise_std)
+    skip = [s for s in options.skip.split(",") if s]
+    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    layers = scored_layers(opened.encoder, skip)
+    size = options.size
+    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
+        size = opened.size
+    images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
+    with from_torchrun(device, options.timeout) as shards:
+        first = shards.rank == 0
+        if first:
+            side, many = images.pixels.shape[-1], f" on {shards.world} processes" if shards.world > 1 else ""
+            print(
+                f"{len(images)} images of {images.name} at {side} px, {opened.about}, {len(layers)} layers, "
+                f"{curvature}, {device}{many}",
+                flush=True,
+            )
+        scores = self_influence(
+            opened.encoder, images, noise, curvature, options.seed, options.batch_size,
+            shards.device if shards.world > 1 else device, draws=options.draws, precision=options.precision,
+            memory=options.memory, memory_gb=options.memory_gb, skip=skip, store=options.store, shards=shards,
+            progress=first and sys.stderr.isatty(),
+        )  # fmt: skip
+        if first:
+            _write(out, scores, images.attributes)
+            print(f"{out}: {len(scores)} scores in {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
+    """Scores beside what is known of each image; the settings in the parquet's metadata, or beside a CSV."""
+    table = scores.merge(attributes, on="index", how="left", validate="one_to_one")
+    table.attrs = scores.attrs
+    with atomic(out) as part:
+        if out.suffix == ".parquet":
+            table.to_parquet(part, index=False)
+        else:
+            table.to_csv(part, index=False)
+    if out.suffix == ".csv":
+        with atomic(out.with_suffix(".json")) as part:
+            part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+
+
+def _triple(text: str) -> tuple[float, float, float]:
+    parts = [float(p) for p in text.split(",")]
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B")
+    return parts[0], parts[1], parts[2]

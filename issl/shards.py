@@ -1,0 +1,111 @@
+"""Several processes on one measurement: each has its share of the images, sums are taken over all.
+
+Started by torchrun, over torch.distributed (nccl on GPUs, gloo elsewhere). The scores are those of one process, to
+rounding: the order of a sum is all that differs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from issl.curvature import Statistic
+from issl.errors import IsslError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Process `rank` of `world`; with one process nothing is sent."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, n: int) -> slice:
+        """The positions of this process, contiguous; shares differ by one image at most."""
+        if n < self.world:
+            raise IsslError(
+                f"{n} images on {self.world} processes: start at most as many processes as there are images"
+            )
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes; same shape, same device."""
+        if self.world == 1:
+            return value
+        sent = value.to(self.device).contiguous()
+        self._call(lambda: dist.all_reduce(sent))
+        return sent.to(value.device)
+
+    def reduce(self, sums: Sequence[Statistic]) -> None:
+        """Complete each of these over all processes, in place; every process must come with the same ones."""
+        if self.world == 1:
+            return
+        for item in sums:
+            if item.total is not None:
+                item.total = self.sum(item.total)
+            elif item.rows:
+                parts: list[list[Tensor]] = [[] for _ in range(self.world)]
+                mine = [r.cpu() for r in item.rows]
+                self._call(lambda parts=parts, mine=mine: dist.all_gather_object(parts, mine))  # type: ignore[misc]
+                item.rows = [r.to(item.rows[0].device) for part in parts for r in part]
+
+    def gather(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The arrays with every process's share: each fills its own positions and leaves 0 elsewhere."""
+        return [self.sum(torch.from_numpy(a)).numpy() for a in arrays]
+
+    def objects(self, mine: T) -> list[T]:
+        """What each process brings, in order of rank."""
+        if self.world == 1:
+            return [mine]
+        every: list[T] = [mine] * self.world
+        self._call(lambda: dist.all_gather_object(every, mine))
+        return every
+
+    def _call(self, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise IsslError(
+                f"process {self.rank} of {self.world}: another process died or did not answer in time ({first}); see "
+                "its own error, then start the same command again"
+            ) from error
+
+
+ONE = Shards()
+
+
+@contextmanager
+def from_torchrun(device: torch.device, timeout_s: float = 600) -> Iterator[Shards]:
+    """The shards of this run: `ONE` where torchrun did not start it.
+
+    timeout_s   how long a process waits for the others before it gives up
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ONE
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise IsslError(f"process {rank} of {world}: the others were not found in {timeout_s:g} s ({error})") from error
+    try:
+        yield Shards(rank, world, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,298 @@
+"""Curvatures against brute force, cross-influence, draws, memory, precision: the engine beyond the plain score."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from nets import NETS, exact_scores, loop_gradients, make, pictures
+from test_influence import NOISE, resnet
+from torch import Tensor, nn
+
+import issl
+from issl import EKFAC, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
+from issl.curvature import leading_rows
+from issl.gradients import scored_layers, stability_loss
+
+
+def solve(g: Tensor, others: Tensor, damping: float) -> Tensor:
+    """others_jᵀ (mean g gᵀ + λ)⁻¹ g_i by a dense inverse."""
+    h = g.T @ g / len(g)
+    return others @ torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)) @ g.T
+
+
+def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Tensor]]:
+    """Σ a aᵀ and Σ d dᵀ, one image at a time, by torch's own unfold and a retained graph."""
+    found = {n: [0.0, 0.0] for n in scored_layers(net)}
+    for k in range(len(images)):
+        x = images.pixels[k : k + 1].double() / 255
+        seen: list[tuple[str, Tensor, Tensor]] = []
+        hooks = [
+            # the clone is what an in-place ReLU changes
+            m.register_forward_hook(
+                lambda m, a, out, n=n, seen=seen: (
+                    out.retain_grad(),
+                    seen.append((n, a[0].detach().clone(), out)),
+                    out.clone(),
+                )[2]
+            )
+            for n, m in scored_layers(net).items()
+        ]
+        stability_loss(net(x), net(perturb(x, images.index[k : k + 1]))).sum().backward()
+        for h in hooks:
+            h.remove()
+        layers = scored_layers(net)
+        for n, a, out in seen:
+            if isinstance(layers[n], nn.Conv2d):
+                assert layers[n].padding_mode == "zeros" and layers[n].groups == 1
+                m = layers[n]
+                inside = nn.functional.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride)[0]
+                outside = out.grad.flatten(2)[0]
+            else:
+                inside, outside = a.flatten(0, -2).T, out.grad.flatten(0, -2).T
+            found[n][0] += inside @ inside.T
+            found[n][1] += outside @ outside.T
+    net.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_diagonal_equals_the_autograd_loop(name: str) -> None:
+    net, images = make(name), pictures(20)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    want = sum((g**2 / ((g**2).mean(0) + 0.3 * (g**2).mean())).sum(1) for g in gradients.values())
+    np.testing.assert_allclose(self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["stride", "batchnorm", "tokens"])
+def test_ekfac_equals_brute_force(name: str) -> None:
+    net, images = make(name), pictures(20)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    want: Tensor | float = 0.0
+    for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items():
+        q_in, q_out = torch.linalg.eigh(a).eigenvectors, torch.linalg.eigh(d).eigenvectors
+        g = q_out.T @ gradients[layer].unflatten(1, (len(d), len(a))) @ q_in
+        lam = (g**2).mean(0)
+        want = want + (g**2 / (lam + 0.1 * lam.mean())).sum((1, 2))
+    got = self_influence(net, images, NOISE, EKFAC(0.1))
+    np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
+    np.testing.assert_allclose(got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"])
+
+
+@pytest.mark.parametrize("name", ["stride", "batchnorm"])
+def test_pca_keeps_the_leading_directions(name: str) -> None:
+    net, images = make(name), pictures(20)
+    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    kept = {}
+    for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items():
+        p_in, p_out = (torch.linalg.eigh(m).eigenvectors[:, -3:].T for m in (a, d))
+        kept[layer] = (p_out @ gradients[layer].unflatten(1, (len(d), len(a))) @ p_in.T).flatten(1)
+    got = self_influence(net, images, NOISE, LoGra(3, projection="pca"))
+    np.testing.assert_allclose(got["influence"], exact_scores(kept, 0.1), rtol=1e-6)
+    assert got["grad_norm"].isna().all()
+    full = self_influence(net, images, NOISE, LoGra(10_000, projection="pca"))
+    np.testing.assert_allclose(full["influence"], exact_scores(gradients, 0.1), rtol=1e-6)
+
+
+def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
+    net, images = make("batchnorm"), pictures(30)
+    pca = LoGra(3, projection="pca", fit=10)
+    base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
+    assert not np.allclose(base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"])
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    other = self_influence(net, images.subset(order), NOISE, pca, batch_size=7)
+    np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
+
+
+def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
+    x = torch.randn(400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.linspace(
+        3, 0.1, 300
+    )
+    moment = x.T @ x
+    few, dense = leading_rows(moment, 5), torch.linalg.eigh(moment).eigenvectors[:, -5:].T
+    torch.testing.assert_close(few.T @ few, dense.T @ dense, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(few @ few.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_rank_may_be_a_share_of_the_layer() -> None:
+    net, images = make("stride"), pictures(12)
+    full = self_influence(net, images, NOISE, LoGra(1.0))
+    np.testing.assert_allclose(full["influence"], self_influence(net, images, NOISE, Exact())["influence"], rtol=1e-7)
+    layer = scored_layers(net)["0"]  # 5 × 27
+    assert LoGra(0.5).ranks(layer) == (3, 14) and LoGra(1).ranks(layer) == (1, 1)
+
+
+@pytest.mark.parametrize("curvature", [Exact(), LoGra(3), Diagonal(), EKFAC()], ids=lambda c: type(c).__name__)
+def test_one_damping_rule(curvature) -> None:
+    """Relative λ is a fraction of the mean diagonal; given as a value it gives the same score, as a sweep does."""
+    net, images = make("stride"), pictures(40)
+    base = self_influence(net, images, NOISE, curvature, sweep=(0.01, 2.0))
+    for value in (0.01, 2.0):
+        alone = self_influence(net, images, NOISE, dataclasses.replace(curvature, damping=value))
+        np.testing.assert_allclose(base[f"influence@{value:g}"], alone["influence"], rtol=1e-12)
+        for layer, effective in alone.attrs["damping"].items():
+            assert effective == pytest.approx(base.attrs["damping"][layer] * value / 0.1)
+    assert (base["influence@0.01"] > base["influence"]).all() and (base["influence"] > base["influence@2"]).all()
+    one = dataclasses.replace(curvature, damping=base.attrs["damping"]["0"], absolute=True)
+    others = [n for n in scored_layers(net) if n != "0"]
+    np.testing.assert_allclose(
+        self_influence(net, images, NOISE, one, skip=others)["influence"],
+        self_influence(net, images, NOISE, curvature, skip=others)["influence"],
+    )
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("n", [9, 70])
+def test_cross_influence_equals_a_dense_inverse(name: str, n: int) -> None:
+    net, train, query = make(name), pictures(n), pictures(5, seed=9)
+    g, _ = loop_gradients(net, train, NOISE.keyed(2))
+    q, _ = loop_gradients(net, query, NOISE.keyed(2))
+    want = sum(solve(g[layer], q[layer], 0.1) for layer in g)
+    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, batch_size=4)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
+    want = sum(q[layer] @ g[layer].T for layer in g)
+    got = cross_influence(net, train, query, NOISE, Identity(), seed=2)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "curvature", [LoGra(4), LoGra(4, projection="pca"), EKFAC(), Diagonal(), Exact(), Identity()], ids=repr
+)
+def test_self_influence_is_the_diagonal_and_top_is_the_top(curvature) -> None:
+    net, images = make("batchnorm"), pictures(25)
+    scores = cross_influence(net, images, images, NOISE, curvature)
+    own = self_influence(net, images, NOISE, curvature)["influence"]
+    np.testing.assert_allclose(scores.diagonal(), own, rtol=1e-7)
+    torch.testing.assert_close(scores, scores.T)
+    top = top_influences(net, images, images.subset([3, 7]), 4, NOISE, curvature)
+    assert top["query"].tolist() == [3] * 4 + [7] * 4 and top["rank"].tolist() == [1, 2, 3, 4] * 2
+    for q in (3, 7):
+        want = scores[q].topk(4)
+        mine = top[top["query"] == q]
+        np.testing.assert_allclose(mine["influence"], want.values)
+        assert mine["index"].tolist() == want.indices.tolist()
+
+
+def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("issl.passes.CHUNK", 7)
+    net, images, query = make("stride"), pictures(40), pictures(3, seed=1)
+    scores = cross_influence(net, images, query, NOISE, LoGra(2))
+    top = top_influences(net, images, query, 50, NOISE, LoGra(2))
+    assert len(top) == 3 * 40
+    np.testing.assert_allclose(top["influence"].to_numpy().reshape(3, 40), scores.sort(descending=True)[0])
+
+
+def test_draws() -> None:
+    net, images, k = make("batchnorm"), pictures(30), 5
+    each = [loop_gradients(net, images, NOISE.keyed(3 + (d << 32)))[0] for d in range(k)]
+    mean = {layer: torch.stack([e[layer] for e in each]).mean(0) for layer in each[0]}
+    got = self_influence(net, images, NOISE, Exact(), seed=3, draws=k)
+    np.testing.assert_allclose(got["influence"], exact_scores(mean, 0.1), rtol=1e-8)
+    pooled = {layer: torch.cat([e[layer] for e in each]) for layer in each[0]}
+    per_draw = exact_scores(pooled, 0.1).unflatten(0, (k, 30))
+    got = self_influence(net, images, NOISE, Exact(), seed=3, draws=k, average="scores")
+    np.testing.assert_allclose(got["influence"], per_draw.mean(0), rtol=1e-8)
+    np.testing.assert_allclose(got["standard_error"], per_draw.std(0) / k**0.5, rtol=1e-6)
+    assert "standard_error" not in self_influence(net, images, NOISE, seed=3)
+    one = self_influence(net, images, NOISE, seed=3, draws=1, average="scores")
+    np.testing.assert_allclose(one["influence"], self_influence(net, images, NOISE, seed=3)["influence"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("average", ["gradients", "scores"])
+def test_the_standard_error_is_the_spread_over_repeats(average: str) -> None:
+    """Repeat the whole measurement with other noise: the spread is what the error of each promised."""
+    net, images, k = make("stride"), pictures(12), 24
+    runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k, average=average) for s in range(30)]
+    spread = np.std([r["influence"] for r in runs], axis=0, ddof=1)
+    promised = np.sqrt(np.mean([r["standard_error"] ** 2 for r in runs], axis=0))
+    assert 0.6 < np.median(promised / spread) < 1.6  # H varies a little from run to run, too
+
+
+def test_the_fisher_of_another_loss() -> None:
+    def squares(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(1)
+
+    net, images = make("stride"), pictures(60)
+    g, _ = loop_gradients(net, images, NOISE.keyed(0))
+    other: dict[str, list[Tensor]] = {n: [] for n in g}
+    weights = {n: m.weight for n, m in scored_layers(net).items()}
+    for i in range(60):
+        x = images.pixels[i : i + 1].double() / 255
+        loss = squares(net(x), net(NOISE.keyed(0)(x, images.index[i : i + 1]))).sum()
+        for n, w in zip(g, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            other[n].append(w.flatten())
+    want = 0.0
+    for n in g:
+        f = torch.stack(other[n])
+        h = f.T @ f / 60
+        inverse = torch.linalg.inv(h + 0.1 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
+        want = want + torch.einsum("ni,ij,nj->n", g[n], inverse, g[n])
+    got = self_influence(net, images, NOISE, LoGra(1.0), fisher=squares, skip=[])
+    np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", [LoGra(4), EKFAC()], ids=["logra", "ekfac"])
+def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("issl.passes.CHUNK", 16)
+    net, images = resnet(), issl.load("scenes", n=40)
+    frames = {
+        way: self_influence(net, images, NOISE, curvature, batch_size=16, memory=way)
+        for way in ("ram", "mapped", "recomputed")
+    }
+    for way, frame in frames.items():
+        assert frame.attrs["memory"] == way
+        np.testing.assert_allclose(frame["influence"], frames["ram"]["influence"], rtol=1e-6)
+    auto = self_influence(net, images, NOISE, curvature, memory_gb=1e-6)
+    assert auto.attrs["memory"] == "mapped"
+    assert self_influence(net, images, NOISE, curvature).attrs["memory"] == "ram"
+
+
+def test_bf16_ranks_as_fp32_does() -> None:
+    net, images = resnet(), issl.load("scenes", n=60)
+    exact, low = (self_influence(net, images, NOISE, precision=p)["influence"] for p in ("fp32", "bf16"))
+    assert not np.allclose(exact, low, rtol=1e-6) and exact.corr(low, method="spearman") > 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": 0}, "draws=0"),
+        ({"draws": 2, "perturbation": lambda x, i: x + 0.1}, "need a perturbation with .keyed"),
+        ({"average": "median"}, "average='median'"),
+        ({"sweep": (0.1, 0.0)}, "sweep: damping 0.0"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"memory": "disk"}, "memory='disk'"),
+        ({"memory_gb": 0}, "memory_gb=0"),
+        ({"memory": "ram", "store": "/tmp/x"}, "drop one of them"),
+        ({"fisher": lambda a, b: (a - b).sum()}, "one loss an image"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
+    with pytest.raises(issl.IsslError, match=message):
+        self_influence(make("stride"), pictures(5), **arguments)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: LoGra(1.5), lambda: LoGra(0.0), lambda: LoGra(projection="svd"), lambda: LoGra(fit=0), lambda: EKFAC(0.0),
+     lambda: Diagonal(-1.0)],
+)  # fmt: skip
+def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(issl.IsslError, match="="):
+        build()
+
+
+def test_bad_queries() -> None:
+    net = make("stride")
+    with pytest.raises(issl.IsslError, match=r"query.*empty"):
+        cross_influence(net, pictures(5), pictures(5).subset([]))
+    with pytest.raises(issl.IsslError, match="query images are"):
+        cross_influence(net, pictures(5), pictures(5, side=16))
+    with pytest.raises(issl.IsslError, match="k=0"):
+        top_influences(net, pictures(5), pictures(5), 0)
