@@ -115,7 +115,7 @@ def _blocks(
     weighings = {name: w[0] for name, w in run.weighings([curvature.damping]).items()}
     measure = run.measure(queries)
     asked: list[Tensor] = []
-    for chunk in split(slice(0, len(queries))):
+    for chunk in split(slice(0, len(queries)), run.row_bytes):
         for start in range(chunk.start, chunk.stop, batch_size):
             rows = measure(slice(start, min(start + batch_size, chunk.stop)))
             asked.append(_whitened(weighings, rows.__getitem__, run.device))

@@ -140,6 +140,8 @@ def _prefixes(state: State) -> dict[str, State]:
             prefix = key.removesuffix(end)
             if not key.endswith(end) or (prefix and prefix[-1] != ".") or f"{prefix}{stem}" not in state:
                 continue
+            if places is PLACES["torchvision"] and f"{prefix}2.0.conv1.weight" in state:
+                continue  # place 2 would be the ReLU: it is the other one
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if places is not None:
                 own = {

@@ -154,6 +154,7 @@ class Run:
     draws: int
     pooled: bool
     memory: Memory
+    row_bytes: int  # of one image
     shards: Shards
     rows: Pass  # of the training images
     fisher_rows: Pass | None  # of the loss that makes H, where it is another
@@ -251,19 +252,19 @@ def prepare(
     }
     share = shards.share(len(data))
     wide = sum(_width(sketches[name], layer) for name, layer in layers.items())
-    need = 4 * wide * draws * (share.stop - share.start)
-    way = choose_memory(memory, memory_gb, need, None if store is None else Path(store))
+    row_bytes = first.element_size() * wide * draws
+    way = choose_memory(memory, memory_gb, row_bytes * (share.stop - share.start), None if store is None else Path(store))
     settings = (describe(perturbation), curvature, seed, list(skip), draws, precision, norms_only)
 
     def make(loss: Loss, folder: str) -> Pass:
         place = None if store is None else Path(store) / folder
         return make_pass(
-            measure_with(loss)(data), split(share), batch_size, way, place,
+            measure_with(loss)(data), split(share, row_bytes), batch_size, way, place,
             lambda: fingerprint(model, data, *settings, getattr(loss, "__qualname__", repr(loss))), progress,
         )  # fmt: skip
 
     return Run(
-        data, target, layers, curvature, draws, pooled, way, shards, make(stability_loss, ""),
+        data, target, layers, curvature, draws, pooled, way, row_bytes, shards, make(stability_loss, ""),
         None if fisher is None else make(fisher, "fisher"), measure_with(stability_loss),
     )  # fmt: skip
 

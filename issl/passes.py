@@ -37,7 +37,8 @@ Measure = Callable[[slice], dict[str, Tensor]]  # rows of these images by name
 Chunk = tuple[slice, Callable[[str], Tensor]]  # which images, and their rows by name
 Pass = Callable[[], Iterator[Chunk]]  # may be called again
 
-CHUNK = 512  # images whose rows are kept together, and saved together
+CHUNK = 512  # images whose rows are kept together, and saved together: at most so many,
+CHUNK_BYTES = 2**30  # and fewer where their rows are longer than this
 
 
 def choose_memory(memory: Memory, memory_gb: float | None, need: int, store: Path | None) -> Memory:
@@ -125,9 +126,10 @@ def make_pass(
     return from_disk
 
 
-def split(share: slice) -> list[slice]:
-    """A process's share of the images in steps of CHUNK."""
-    return [slice(k, min(k + CHUNK, share.stop)) for k in range(share.start, share.stop, CHUNK)]
+def split(share: slice, row_bytes: int) -> list[slice]:
+    """A process's share of the images, in steps whose rows (of so many bytes each) can be in memory together."""
+    step = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
+    return [slice(k, min(k + step, share.stop)) for k in range(share.start, share.stop, step)]
 
 
 def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:

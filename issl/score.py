@@ -52,7 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--memory-gb", type=float, help="gigabytes that gradients may take (default: half of the free memory)")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--store", type=Path, metavar="DIR", help="keep gradients here; the same command goes on after a kill")
-    add("--timeout", type=float, default=600, metavar="S", help="how long processes wait for each other (600 s)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
 def score(options: argparse.Namespace) -> int:

@@ -88,7 +88,7 @@ ONE = Shards()
 
 
 @contextmanager
-def from_torchrun(device: torch.device, timeout_s: float = 600) -> Iterator[Shards]:
+def from_torchrun(device: torch.device, timeout_s: float = 600.0) -> Iterator[Shards]:
     """The shards of this run: `ONE` where torchrun did not start it.
 
     timeout_s   how long a process waits for the others before it gives up

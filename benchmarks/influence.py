@@ -1,0 +1,208 @@
+"""Influence scores: time, agreement and memory against the plain pass and other libraries, in one command.
+
+    python benchmarks/influence.py                 # everything that is installed; hours on a slow machine
+    python benchmarks/influence.py --only wide     # one part: wide, narrow, agreement, memory
+    pip install --group peers                      # the other libraries
+
+Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them. Times are taken in
+alternation on one thread (turns.py), so ratios hold where seconds do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch starts its threads
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ours
+import peers
+import torch
+from ours import Task
+from report import write_report
+from scipy.stats import spearmanr
+from turns import Turn, alternate
+
+import issl
+import issl.gradients
+from issl.cli import keep_freed_memory
+from issl.encoder import resnet18
+from issl.run import REPOSITORY, read_profile
+
+HERE = Path(__file__).parent
+WIDE = (
+    "plain forward + backward", "forward + backward by data (the limit)", "LoGra rank 8", "LoGra rank 16",
+    "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
+)  # fmt: skip
+NARROW = (
+    "plain forward + backward", "LoGra rank 16", "LoGra rank 16, PCA", "LoGra rank 16, bf16", "EK-FAC", "LogIX rank 16",
+    "kronfluence EK-FAC", "TRAK", "dattri TRAK", "dattri LoGra",
+)  # fmt: skip
+AGREEMENT = (
+    ("LoGra rank 16", "LoGra rank 64"), ("LoGra rank 16", "Exact"), ("LoGra rank 64", "Exact"), ("EK-FAC", "Exact"),
+    ("LoGra rank 16, PCA", "Exact"), ("LoGra rank 16", "LoGra rank 16, bf16"), ("EK-FAC", "kronfluence EK-FAC"),
+    ("LoGra rank 8, no stem", "LogIX rank 8, no stem, our projections"), ("LoGra rank 16", "TRAK"),
+    ("TRAK", "dattri TRAK"),
+)  # fmt: skip
+
+
+def a_task(width: int, n: int, batch_size: int, encoder: torch.nn.Module | None = None) -> Task:
+    """Random weights with BatchNorm statistics (time does not depend on training), real images where there are any."""
+    images = issl.load("cifar10" if os.environ.get("ISSL_DATA") else "scenes", n=n)
+    if encoder is None:
+        torch.manual_seed(0)
+        encoder = resnet18(width).train()
+        with torch.no_grad():
+            for _ in range(20):
+                encoder(images.pixels[:64].float() / 255)
+        encoder.eval()
+    noise = issl.GaussianNoise(0.05, 0.2).keyed(0)
+    noisy = noise(images.pixels.float() / 255, images.index)
+    return Task(encoder, images, noisy, batch_size)
+
+
+def timed(task: Task, names: Sequence[str]) -> dict[str, Turn]:
+    programs = {**ours.programs(task), **peers.programs(task)}
+    return alternate({name: programs[name] for name in names if name in programs})
+
+
+def table(turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
+    for turn in turns.values():
+        if turn.error is not None:
+            print(turn.name, turn.error, file=sys.stderr)
+    plain = turns["plain forward + backward"].seconds
+    return [
+        {
+            "method": t.name, "seconds": t.seconds, "ratio": t.seconds / plain,
+            "error": None if t.error is None else t.error.strip().splitlines()[-1][:200],
+        }
+        for t in turns.values()
+    ]  # fmt: skip
+
+
+def wide(n: int) -> dict[str, Any]:
+    """ResNet-18 of full width."""
+    task = a_task(64, n, 64)
+    turns = timed(task, WIDE)
+    return {"width": 64, "images": n, "data": task.images.name, "rows": table(turns), "shares": shares(task)}
+
+
+def shares(task: Task) -> dict[str, float]:
+    """Where the time of one batch of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
+    spent = dict.fromkeys(("read_inputs", "read_outputs", "_sum_positions"), 0.0)
+    kept = {name: getattr(issl.gradients, name) for name in spent}
+
+    def counted(name: str) -> Any:
+        def function(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = kept[name](*arguments, **options)
+            spent[name] += time.perf_counter() - began
+            return found
+
+        return function
+
+    few = Task(task.encoder, task.images.subset(range(2 * task.batch_size)), task.noisy, task.batch_size)
+    try:
+        for name in spent:
+            setattr(issl.gradients, name, counted(name))
+        whole = alternate({"one": ours.programs(few)["LoGra rank 16"]})["one"].seconds
+    finally:
+        for name, function in kept.items():
+            setattr(issl.gradients, name, function)
+    labels = {"read_inputs": "P_in a", "read_outputs": "P_out d", "_sum_positions": "sum over positions"}
+    return {labels[name]: seconds / whole for name, seconds in spent.items()}
+
+
+def narrow(n: int) -> dict[str, Any]:
+    """Width 16, for methods that keep whole gradients or decompose whole layers."""
+    task = a_task(16, n, 64)
+    return {"width": 16, "images": n, "data": task.images.name, "rows": table(timed(task, NARROW))}
+
+
+def agreement(n: int) -> dict[str, Any]:
+    """Rank correlations on a trained encoder: the mini profile's (trained first where it is not cached)."""
+    data = os.environ.get("ISSL_DATA")
+    profile, notebook = "mini" if data else "quick", "03_background_bias"
+    plan = read_profile(profile, [notebook], out=str(REPOSITORY), data_root=data)[notebook]
+    encoder = plan.artifacts(progress=True).encoder(plan.pretrain())
+    task = a_task(0, n, 64, encoder)
+    turns = timed(task, sorted({name for pair in AGREEMENT for name in pair}))
+    rows = []
+    for a, b in AGREEMENT:
+        if a in turns and b in turns and turns[a].error is None and turns[b].error is None:
+            rows.append({"a": a, "b": b, "spearman": float(spearmanr(turns[a].result, turns[b].result)[0])})
+    errors = {t.name: t.error.strip().splitlines()[-1][:200] for t in turns.values() if t.error is not None}
+    return {"width": plan.width, "profile": profile, "images": n, "data": task.images.name, "rows": rows, "errors": errors}
+
+
+def memory(n: int) -> dict[str, Any]:
+    """Peak memory and time at n/4, n and 4n images, each in a process of its own; width 8, rank 16."""
+    rows = []
+    for way in ("ram", "mapped", "recomputed"):
+        for many in (n // 4, n, 4 * n):
+            command = [sys.executable, __file__, "--one", way, "--images", str(many)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append({"memory": way, "images": many, **json.loads(done.stdout.splitlines()[-1])})
+    return {"width": 8, "rows": rows}
+
+
+def one(way: str, n: int) -> dict[str, float]:
+    """The child of `memory`. 2,048 pictures are repeated, so that the pictures are not what grows."""
+    keep_freed_memory()
+    task = a_task(8, 2048, 64)
+    index = torch.arange(n) % 2048
+    images = task.images
+    table = issl.self_influence(task.encoder, images.subset(index[:64]), curvature=issl.LoGra(16), batch_size=64)
+    assert len(table) == 64  # a warm-up
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    issl.self_influence(task.encoder, images.subset(index), curvature=issl.LoGra(16), batch_size=64, memory=way)
+    seconds = time.perf_counter() - began
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "before_mb": before / 1024, "s": seconds}
+
+
+PARTS = {"wide": (wide, 512), "narrow": (narrow, 512), "agreement": (agreement, 512), "memory": (memory, 4096)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        print(json.dumps(one(options.one, options.images)))
+        return
+    results = HERE / "measured"
+    results.mkdir(exist_ok=True)
+    for name in options.only or PARTS:
+        part, images = PARTS[name]
+        print(f"{name} …", flush=True)
+        found = part(options.images or images) | machine()
+        (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_report(results, HERE / "RESULTS.md")
+        print(json.dumps(found, indent=1), flush=True)
+
+
+def machine() -> dict[str, str]:
+    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
+    return {
+        "machine": f"{cpu} ({platform.machine()}), one thread", "torch": torch.__version__,
+        "python": platform.python_version(), "peers": peers.versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

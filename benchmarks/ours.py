@@ -1,0 +1,95 @@
+"""What is compared: the plain pass, the limit, and this library. All on the same images and the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from turns import Turn
+
+from issl import EKFAC, Exact, Images, LoGra, self_influence
+from issl.curvature import Curvature
+from issl.gradients import frozen_copy, stability_loss
+
+STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
+Program = Callable[[Turn], np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An encoder, images, and their noisy copies, computed beforehand (n, 3, H, W)."""
+
+    encoder: nn.Module
+    images: Images
+    noisy: Tensor
+    batch_size: int
+
+    def pixels(self) -> Tensor:
+        return self.images.pixels.float() / 255
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.pixels().split(self.batch_size), self.noisy.split(self.batch_size), strict=True))
+
+
+def plain(task: Task) -> Program:
+    """Forward and backward of the summed loss, all weights' gradients: what a training step costs."""
+
+    def program(turn: Turn) -> None:
+        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+        for x, noisy in task.batches():
+            turn.next()
+            features = model(torch.cat([x, noisy]).contiguous(memory_format=torch.channels_last))
+            stability_loss(*features.split(len(x))).sum().backward()
+            model.zero_grad()
+
+    return program
+
+
+def limit(task: Task) -> Program:
+    """Forward, and backward by the data alone, from the first layer's output on: what no method can save."""
+
+    def program(turn: Turn) -> None:
+        model = frozen_copy(task.encoder, torch.device("cpu"))
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        first.register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
+        for x, noisy in task.batches():
+            turn.next()
+            features = model(torch.cat([x, noisy]).contiguous(memory_format=torch.channels_last))
+            stability_loss(*features.split(len(x))).sum().backward()
+
+    return program
+
+
+def score(task: Task, curvature: Curvature, **options: object) -> Program:
+    """`self_influence` as a user calls it, from pixels to scores."""
+
+    def program(turn: Turn) -> np.ndarray:
+        place = {int(k): p for p, k in enumerate(task.images.index)}
+
+        def noise(_: Tensor, index: Tensor) -> Tensor:
+            turn.next()
+            return task.noisy[[place[int(k)] for k in index]]
+
+        table = self_influence(task.encoder, task.images, noise, curvature, batch_size=task.batch_size, **options)
+        return table["influence"].to_numpy()
+
+    return program
+
+
+def programs(task: Task) -> dict[str, Program]:
+    """By the name they have in the table."""
+    return {
+        "plain forward + backward": plain(task),
+        "forward + backward by data (the limit)": limit(task),
+        "LoGra rank 8": score(task, LoGra(8)),
+        "LoGra rank 8, no stem": score(task, LoGra(8), skip=STEM),
+        "LoGra rank 16": score(task, LoGra(16)),
+        "LoGra rank 64": score(task, LoGra(64)),
+        "LoGra rank 16, bf16": score(task, LoGra(16), precision="bf16"),
+        "LoGra rank 16, PCA": score(task, LoGra(16, projection="pca", fit=128)),
+        "EK-FAC": score(task, EKFAC(), memory="recomputed"),
+        "Exact": score(task, Exact()),
+    }

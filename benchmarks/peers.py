@@ -1,0 +1,225 @@
+"""Other libraries on the same task: same encoder, images, noise and loss, through their public interfaces.
+
+None of them knows a loss of two views, so each gets it as a user would write it; what that costs them is theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from ours import STEM, Program, Task
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from turns import Turn
+
+from issl import LoGra
+from issl.gradients import frozen_copy, scored_layers, stability_loss
+
+PROJECTION = 512  # TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
+
+
+class Pairs(Dataset):
+    """(pixels, noisy pixels) of each image; the first of every batch hands the turn over."""
+
+    def __init__(self, task: Task, turn: Turn):
+        self.pixels, self.noisy, self.every, self.turn = task.pixels(), task.noisy, task.batch_size, turn
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        if k % self.every == 0:
+            self.turn.next()
+        return self.pixels[k], self.noisy[k]
+
+
+def loader(task: Task, turn: Turn) -> DataLoader:
+    return DataLoader(Pairs(task, turn), task.batch_size, shuffle=False)
+
+
+def kronfluence(task: Task) -> Program:
+    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores, one pass over the images each (not the
+    eigenvectors). Both views are calls of the same layers, hence has_shared_parameters. Its damping default is ours:
+    0.1 × the mean eigenvalue."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task as KronfluenceTask
+
+    class Stability(KronfluenceTask):
+        def compute_train_loss(self, batch: tuple[Tensor, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+            return stability_loss(model(batch[0]), model(batch[1])).sum()
+
+        def compute_measurement(self, batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+            return self.compute_train_loss(batch, model)
+
+    def program(turn: Turn) -> np.ndarray:
+        model = prepare_model(frozen_copy(task.encoder, torch.device("cpu")), Stability())
+        pairs = Pairs(task, turn)
+        arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True, has_shared_parameters=True)
+        with tempfile.TemporaryDirectory() as folder:
+            analyzer = Analyzer("benchmark", model, Stability(), cpu=True, disable_tqdm=True, output_dir=folder)
+            analyzer.fit_all_factors("f", pairs, per_device_batch_size=task.batch_size, factor_args=arguments)
+            analyzer.compute_self_scores("s", "f", pairs, per_device_train_batch_size=task.batch_size)
+            return analyzer.load_self_scores("s")["all_modules"].numpy()
+
+    return program
+
+
+def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
+    """LoGra as its authors publish it, logs kept in memory. The two views are 2n examples to it (a second call of a
+    layer would do as well, at twice the hooks), so each pair's logs are added before its covariance is taken.
+
+    given   take the projections from this curvature instead of LogIX's own random ones
+    """
+    import logix as library
+    from logix.config import LoRAConfig
+    from logix.utils import merge_logs
+
+    def program(turn: Turn) -> np.ndarray:
+        model = frozen_copy(task.encoder, torch.device("cpu"))
+        scored = list(scored_layers(model, STEM if given else ()))
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "config.yaml"
+            config.write_text(f"root_dir: {folder}\n")
+            run = library.LogIX("benchmark", str(config))
+            run.watch(model, name_filter=scored if given else None)
+            run.add_lora(lora_config=LoRAConfig(init="random", rank=rank))
+            if given is not None:
+                for k, (name, layer) in enumerate(scored_layers(task.encoder, STEM).items()):
+                    sketch = given.sketch(layer, k)
+                    a, c = (model.get_submodule(f"{name}.logix_lora_{p}").weight for p in "AC")
+                    a.data.copy_(sketch.p_in.reshape(a.shape))
+                    c.data.copy_(sketch.p_out.T.reshape(c.shape))
+            run.setup({"grad": ["log", "covariance"]})
+            logs = []
+            for first, (x, noisy) in enumerate(task.batches()):
+                turn.next()
+                ids = [str(first * task.batch_size + k) for k in range(len(x))]
+                with run(data_id=ids):
+                    stability_loss(model(x), model(noisy)).sum().backward()
+                logs.append(run.get_log(copy=True))
+            run.finalize()
+            run.state.covariance_inverse(damping=None)  # 0.1 × the mean of each layer's diagonal, as ours
+            return run.compute_self_influence(merge_logs(logs), hessian="raw")["influence"].numpy()
+
+    return program
+
+
+def trak(task: Task) -> Program:
+    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from its stored features."""
+    from trak import TRAKer
+    from trak.modelout_functions import AbstractModelOutput
+
+    class Stability(AbstractModelOutput):
+        def __init__(self) -> None:
+            pass
+
+        @staticmethod
+        def get_output(model: nn.Module, weights: dict, buffers: dict, x: Tensor, noisy: Tensor) -> Tensor:
+            both = torch.stack([x, noisy])
+            features = torch.func.functional_call(model, (weights, buffers), (both,))
+            return stability_loss(features[:1], features[1:]).sum()
+
+        def get_out_to_loss_grad(self, model: nn.Module, weights: dict, buffers: dict, batch: tuple) -> Tensor:
+            return torch.ones(len(batch[0]), 1)
+
+    def program(turn: Turn) -> np.ndarray:
+        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+        weights = [f"{name}.weight" for name in scored_layers(task.encoder)]
+        n = len(task.images)
+        with tempfile.TemporaryDirectory() as folder:
+            traker = TRAKer(
+                model, Stability(), n, folder, device="cpu", proj_dim=PROJECTION, use_half_precision=False,
+                grad_wrt=weights, lambda_reg=1e-6, logging_level=logging.ERROR,
+            )  # fmt: skip
+            traker.load_checkpoint(model.state_dict(), model_id=0)
+            for batch in loader(task, turn):
+                traker.featurize(batch, num_samples=len(batch[0]))
+            traker.finalize_features()
+            store = traker.saver.current_store
+            return (np.asarray(store["grads"]) * np.asarray(store["features"])).sum(1)
+
+    return program
+
+
+def dattri_trak(task: Task) -> Program:
+    """dattri's TRAK attributor, self-attribution (its LoGra and EK-FAC hook Linear layers alone)."""
+    from dattri.algorithm.trak import TRAKAttributor
+    from dattri.task import AttributionTask
+
+    def program(turn: Turn) -> np.ndarray:
+        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+
+        def loss(parameters: dict, pair: tuple[Tensor, Tensor]) -> Tensor:
+            features = torch.func.functional_call(model, parameters, (torch.stack(pair),))
+            return stability_loss(features[:1], features[1:]).sum()
+
+        attribution = AttributionTask(loss, model, [model.state_dict()])
+        attributor = TRAKAttributor(
+            attribution, lambda parameters, pair: torch.exp(-loss(parameters, pair)), regularization=1e-6,
+            layer_name=[f"{name}.weight" for name in scored_layers(task.encoder)],
+            projector_kwargs={"proj_dim": PROJECTION, "device": "cpu", "proj_max_batch_size": task.batch_size},
+        )  # fmt: skip
+        attributor.cache(loader(task, turn))
+        return attributor.self_attribute().numpy()
+
+    return program
+
+
+def dattri_logra(task: Task) -> Program:
+    """dattri's LoGra attributor, whose hooks know Linear layers alone: asked for the layers that ours scores."""
+    from dattri.algorithm.logra import LoGraAttributor
+    from dattri.task import AttributionTask
+
+    def program(turn: Turn) -> np.ndarray:
+        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+
+        def loss(model: nn.Module, pair: tuple[Tensor, Tensor], device: str) -> Tensor:
+            features = model(torch.cat(pair).to(device))
+            return stability_loss(*features.split(len(pair[0]))).sum()
+
+        attribution = AttributionTask(loss, model, [model.state_dict()])
+        attributor = LoGraAttributor(attribution, list(scored_layers(task.encoder)), proj_dim=16**2, offload="none")
+        attributor.cache(loader(task, turn))
+        return attributor.compute_self_attribution().numpy()
+
+    return program
+
+
+def programs(task: Task) -> dict[str, Program]:
+    """Those that are installed, by the name they have in the table."""
+    found: dict[str, Program] = {}
+    for name, package, build in (
+        ("LogIX rank 8", "logix", lambda: logix(task, 8)),
+        ("LogIX rank 16", "logix", lambda: logix(task, 16)),
+        ("LogIX rank 64", "logix", lambda: logix(task, 64)),
+        ("LogIX rank 8, no stem, our projections", "logix", lambda: logix(task, 8, LoGra(8))),
+        ("kronfluence EK-FAC", "kronfluence", lambda: kronfluence(task)),
+        ("TRAK", "trak", lambda: trak(task)),
+        ("dattri TRAK", "dattri", lambda: dattri_trak(task)),
+        ("dattri LoGra", "dattri", lambda: dattri_logra(task)),
+    ):
+        try:
+            __import__(package)
+        except ImportError as error:
+            print(f"{name}: left out ({error})", file=sys.stderr)
+            continue
+        found[name] = build()
+    return found
+
+
+def versions() -> str:
+    """Of the installed ones, for the report."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("logix-ai", "kronfluence", "traker", "dattri"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)

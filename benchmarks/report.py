@@ -1,0 +1,69 @@
+"""RESULTS.md from the numbers in measured/: what was measured, where, and how to read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Benchmarks of the influence engine
+
+Written by `python benchmarks/influence.py`; do not edit. The ratio is the time over that of a plain forward and
+backward pass of the same loss on the same images. All methods of a table ran in one process on one thread, taking
+turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's.
+"""
+
+
+def write_report(results: Path, out: Path) -> None:
+    """Whatever parts have been measured."""
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
+    parts = [HEAD]
+    for name, write in (("wide", _timings), ("narrow", _timings), ("agreement", _agreement), ("memory", _memory)):
+        if name in found:
+            parts.append(write(found[name]))
+    out.write_text("\n".join(parts))
+
+
+def _where(part: Mapping[str, Any]) -> str:
+    peers = f"; {part['peers']}" if part["peers"] else ""
+    return f"_{part['date']}, {part['machine']}, torch {part['torch']}, Python {part['python']}{peers}._\n"
+
+
+def _timings(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"## ResNet-18, width {part['width']}, {part['images']} images of {part['data']}\n",
+        "| method | time ÷ plain pass | seconds |", "|---|---:|---:|",
+    ]  # fmt: skip
+    for row in part["rows"]:
+        failed = row["error"] is not None
+        cells = (f"cannot: {row['error']}", "") if failed else (f"{row['ratio']:.2f}", f"{row['seconds']:.0f}")
+        lines.append(f"| {row['method']} | {cells[0]} | {cells[1]} |")
+    if "shares" in part:
+        rest = 1 - sum(part["shares"].values())
+        told = [f"{name} {share:.0%}" for name, share in part["shares"].items()]
+        lines.append(f"\nWhere LoGra rank 16 spends its time: {', '.join(told)}, the encoder's passes and all else {rest:.0%}.")
+    return "\n".join([*lines, "", _where(part)])
+
+
+def _agreement(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"## Agreement on a trained encoder\n\nSimCLR, ResNet-18 width {part['width']}, trained by the {part['profile']} "
+        f"profile; {part['images']} images of {part['data']}.\n",
+        "| scores | and | Spearman |", "|---|---|---:|",
+    ]  # fmt: skip
+    lines += [f"| {row['a']} | {row['b']} | {row['spearman']:.4f} |" for row in part["rows"]]
+    lines += [f"\n{name} could not be run: {error}" for name, error in part["errors"].items()]
+    return "\n".join([*lines, "", _where(part)])
+
+
+def _memory(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"## Memory and time against the number of images\n\nResNet-18 width {part['width']}, LoGra rank 16, each row a "
+        "process of its own. The growth is what the pass added to the process's peak.\n",
+        "| gradients are | images | seconds | peak MB | growth MB |", "|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for r in part["rows"]:
+        growth = r["peak_mb"] - r["before_mb"]
+        lines.append(f"| {r['memory']} | {r['images']:,} | {r['s']:.0f} | {r['peak_mb']:.0f} | {growth:.0f} |")
+    return "\n".join([*lines, "", _where(part)])
