@@ -12,6 +12,10 @@ HEAD = """# Benchmarks of the influence engine
 Written by `python benchmarks/influence.py`; do not edit. The ratio is the time over that of a plain forward and
 backward pass of the same loss on the same images. All methods of a table ran in one process on one thread, taking
 turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's.
+
+LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and groups,
+and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers alone, so
+a ResNet leaves them nothing to score; its TRAK is compared.
 """
 
 
@@ -38,7 +42,8 @@ def _timings(part: Mapping[str, Any]) -> str:
     for row in part["rows"]:
         failed = row["error"] is not None
         cells = (f"cannot: {row['error']}", "") if failed else (f"{row['ratio']:.2f}", f"{row['seconds']:.0f}")
-        lines.append(f"| {row['method']} | {cells[0]} | {cells[1]} |")
+        part_of = "" if row["scale"] == 1 else f" (scaled from 1/{row['scale']:g} of the images)"
+        lines.append(f"| {row['method']}{part_of} | {cells[0]} | {cells[1]} |")
     if "shares" in part:
         rest = 1 - sum(part["shares"].values())
         told = [f"{name} {share:.0%}" for name, share in part["shares"].items()]

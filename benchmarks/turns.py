@@ -22,6 +22,7 @@ class Turn:
     table: Table
     name: str
     seconds: float = 0.0
+    scale: float = 1.0  # whole task ÷ the part of it that was run
     began: float = 0.0
     done: bool = False
     result: Any = None

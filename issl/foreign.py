@@ -31,6 +31,7 @@ class Opened:
     encoder: nn.Module
     size: int
     about: str
+    prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
 
 
 def open_encoder(
@@ -127,7 +128,7 @@ def resnet_from(state: State, what: str, mean: Triple = PIXEL_MEAN, std: Triple 
     net.add_module("flatten", nn.Flatten())
     _load(net, {k: v for k, v in own.items() if not k.startswith(("fc.", "linear."))}, what)
     layout = "solo-learn" if solo else f"keys {prefix}…" if prefix else "plain keys"
-    return Opened(nn.Sequential(Normalize(mean, std), net).eval(), 224 if large else 32, f"ResNet, {layout}")
+    return Opened(nn.Sequential(Normalize(mean, std), net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
 
 
 def _prefixes(state: State) -> dict[str, State]:
@@ -194,7 +195,7 @@ def _torchvision(name: str, weights: str | None, mean: Triple, std: Triple) -> O
     setattr(model.get_submodule(parent), last, nn.Identity())
     if state is not None:
         _load(model, {k: v for k, v in state.items() if not k.startswith(f"{head}.")}, f"{weights} for {name}")
-    return Opened(nn.Sequential(Normalize(mean, std), model).eval(), 224, f"torchvision {name} without {head}")
+    return Opened(nn.Sequential(Normalize(mean, std), model).eval(), 224, f"torchvision {name} without {head}", "1.")
 
 
 def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None) -> Opened:
@@ -211,7 +212,7 @@ def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | Non
         _load(model, {k: v for k, v in state.items() if k in known or not k.startswith(("head.", "fc."))}, weights)
     config = timm.data.resolve_model_data_config(model)
     normalize = Normalize(mean or tuple(config["mean"]), std or tuple(config["std"]))
-    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], f"timm {name} without head")
+    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], f"timm {name} without head", "1.")
 
 
 def _built(build: Callable[[], Any], name: str) -> nn.Module:

@@ -7,7 +7,8 @@ gradient of the loss with respect to the output at position t. Then the example'
     G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the identity)
     ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper            (Norm)
 
-A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel (design.md §1).
+A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so patches are never
+formed. Where P is so large that Σ_t d_t a_tᵀ costs less than P_in a_t, the sum is taken first and projected after.
 Groups of a grouped convolution share P_in and enter the sum over t like positions.
 Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv 1510.01799.
 """
@@ -120,7 +121,7 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Lay
         names = [u.split(" ")[0] for u in unsupported]
         raise IsslError(
             f"encoder: weights outside Linear and Conv2d are not supported: {_some(unsupported)}; leave them out of "
-            f"the score with skip={names}"
+            f"the score with skip={names} (--skip {','.join(names)})"
         )
     if not layers:
         raise IsslError(
@@ -166,26 +167,30 @@ class _Tap:
                 f"dimension must be the example. Leave the layer out with skip=['{self.name}']"
             )
         self.calls += 1
-        p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
-        inputs = read_inputs(self.layer, args[0].detach(), p_in)
+        early, late = Projected(), self.sketch
+        if isinstance(late, Projected) and projects_first(self.layer, output, late):
+            early, late = late, Projected()
+        inputs = read_inputs(self.layer, args[0].detach(), early.p_in)
         if not output.requires_grad:
             # nothing before this layer needs a gradient: the backward pass may end here. The clone is what
             # later in-place operations change, they may not change a leaf.
             output = output.detach().requires_grad_().clone()
-        output.register_hook(partial(self.on_gradient, inputs))
+        output.register_hook(partial(self.on_gradient, inputs, early, late))
         return output
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, gradient: Tensor) -> None:
-        p_out = self.sketch.p_out if isinstance(self.sketch, Projected) else None
+    def on_gradient(self, inputs: Tensor, early: Projected, late: Sketch, gradient: Tensor) -> None:
         # under autocast the reads are bf16; sums over positions are not
-        outputs = read_outputs(self.layer, gradient, p_out).to(self.layer.weight.dtype)
+        outputs = read_outputs(self.layer, gradient, early.p_out).to(self.layer.weight.dtype)
         inputs = inputs.to(self.layer.weight.dtype)
         if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
             self.pairs.append((inputs, outputs))
             return
-        both = _sum_positions(inputs, outputs, shared_rows=p_out is not None)
+        both = _sum_positions(inputs, outputs, shared_rows=early.p_out is not None)
         gradient = both.unflatten(0, (2, self.examples)).sum(0)
+        if isinstance(late, Projected):
+            gradient = gradient if late.p_out is None else late.p_out @ gradient
+            gradient = gradient if late.p_in is None else gradient @ late.p_in.T
         self.total = gradient if self.total is None else self.total + gradient
 
     def check_called(self) -> None:
@@ -220,7 +225,7 @@ class _MomentTap(_Tap):
     outputs: Tensor | None = None
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, gradient: Tensor) -> None:
+    def on_gradient(self, inputs: Tensor, early: Projected, late: Sketch, gradient: Tensor) -> None:
         outputs = read_outputs(self.layer, gradient, None).flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
@@ -243,12 +248,14 @@ def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g
         x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
         return (x if p is None else x @ p.T.to(x.dtype)).mT[:, None]
     g, inside = layer.groups, layer.weight.shape[1:]
-    if p is None:
-        p = torch.eye(inside.numel(), dtype=x.dtype, device=x.device)
     padding: str | tuple[int, ...] = layer.padding
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    if layer.padding_mode != "zeros" or (p is None and isinstance(padding, str)):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0, 0)
+    if p is None:
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+        return patches.unflatten(1, (g, inside.numel()))
     kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
     patches = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, g)
     return patches.flatten(2).unflatten(1, (g, len(p)))
@@ -265,6 +272,18 @@ def read_outputs(layer: Layer, d: Tensor, p: Tensor | None) -> Float[Tensor, "b 
     # the columns of P_out that belong to a group act on that group's outputs
     kernel = p.to(d.dtype).unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 1)[:, :, None, None]
     return F.conv2d(d, kernel, groups=g).flatten(2).unflatten(1, (g, len(p)))
+
+
+def projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
+    """Does projecting before the sum over positions take fewer multiplications, per view, than after?"""
+    if sketch.p_in is None or sketch.p_out is None:
+        return True  # there is nothing to project
+    (c_out, d_in), k_in, k_out = weight_shape(layer), len(sketch.p_in), len(sketch.p_out)
+    positions = output[0].numel() // c_out
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    before = positions * (groups * d_in * k_in + c_out * k_out + groups * k_out * k_in)
+    after = positions * c_out * d_in + c_out * d_in * k_out + k_out * d_in * k_in
+    return before <= after
 
 
 def _sum_positions(inputs: Tensor, outputs: Tensor, shared_rows: bool) -> Float[Tensor, "b o i"]:

@@ -74,6 +74,8 @@ def score(options: argparse.Namespace) -> int:
     noise = GaussianNoise(options.noise_mean, options.noise_std)
     skip = [s for s in options.skip.split(",") if s]
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    known = {name for name, _ in [*opened.encoder.named_modules(), *opened.encoder.named_parameters()]}
+    skip = [s if s in known else opened.prefix + s for s in skip]  # the model's own names will do
     layers = scored_layers(opened.encoder, skip)
     size = options.size
     if size is None and (options.data.startswith("folder:") or options.data == "fairface"):

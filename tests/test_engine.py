@@ -205,8 +205,8 @@ def test_draws() -> None:
 @pytest.mark.parametrize("average", ["gradients", "scores"])
 def test_the_standard_error_is_the_spread_over_repeats(average: str) -> None:
     """Repeat the whole measurement with other noise: the spread is what the error of each promised."""
-    net, images, k = make("stride"), pictures(12), 12
-    runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k, average=average) for s in range(24)]
+    net, images, k = make("stride"), pictures(60), 12
+    runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k, average=average) for s in range(16)]
     spread = np.std([r["influence"] for r in runs], axis=0, ddof=1)
     promised = np.sqrt(np.mean([r["standard_error"] ** 2 for r in runs], axis=0))
     assert 0.6 < np.median(promised / spread) < 1.6  # H varies a little from run to run, too
