@@ -141,7 +141,14 @@ def agreement(n: int) -> dict[str, Any]:
         if a in turns and b in turns and turns[a].error is None and turns[b].error is None:
             rows.append({"a": a, "b": b, "spearman": float(spearmanr(turns[a].result, turns[b].result)[0])})
     errors = {t.name: t.error.strip().splitlines()[-1][:200] for t in turns.values() if t.error is not None}
-    return {"width": plan.width, "profile": profile, "images": n, "data": task.images.name, "rows": rows, "errors": errors}
+    return {
+        "width": plan.width,
+        "profile": profile,
+        "images": n,
+        "data": task.images.name,
+        "rows": rows,
+        "errors": errors,
+    }
 
 
 def memory(n: int) -> dict[str, Any]:
@@ -157,7 +164,6 @@ def memory(n: int) -> dict[str, Any]:
 
 def one(way: str, n: int) -> dict[str, float]:
     """The child of `memory`. 2,048 pictures are repeated, so that the pictures are not what grows."""
-    keep_freed_memory()
     task = a_task(8, 2048, 64)
     index = torch.arange(n) % 2048
     images = task.images
@@ -167,7 +173,11 @@ def one(way: str, n: int) -> dict[str, float]:
     began = time.perf_counter()
     issl.self_influence(task.encoder, images.subset(index), curvature=issl.LoGra(16), batch_size=64, memory=way)
     seconds = time.perf_counter() - began
-    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "before_mb": before / 1024, "s": seconds}
+    return {
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "before_mb": before / 1024,
+        "s": seconds,
+    }
 
 
 PARTS = {"wide": (wide, 512), "narrow": (narrow, 128), "agreement": (agreement, 512), "memory": (memory, 4096)}
@@ -180,6 +190,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for all alike: fresh pages would be timed instead of arithmetic
     if options.one:
         print(json.dumps(one(options.one, options.images)))
         return
@@ -195,7 +206,9 @@ def main() -> None:
 
 
 def machine() -> dict[str, str]:
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
+    )
     return {
         "machine": f"{cpu} ({platform.machine()}), one thread", "torch": torch.__version__,
         "python": platform.python_version(), "peers": peers.versions(),

@@ -113,7 +113,7 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
 
 
 def trak(task: Task) -> Program:
-    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from its stored features."""
+    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from its features."""
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
 

@@ -13,8 +13,8 @@ Written by `python benchmarks/influence.py`; do not edit. The ratio is the time 
 backward pass of the same loss on the same images. All methods of a table ran in one process on one thread, taking
 turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's.
 
-LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and groups,
-and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers alone, so
+LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
+groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers alone, so
 a ResNet leaves them nothing to score; its TRAK is compared.
 """
 
@@ -47,14 +47,16 @@ def _timings(part: Mapping[str, Any]) -> str:
     if "shares" in part:
         rest = 1 - sum(part["shares"].values())
         told = [f"{name} {share:.0%}" for name, share in part["shares"].items()]
-        lines.append(f"\nWhere LoGra rank 16 spends its time: {', '.join(told)}, the encoder's passes and all else {rest:.0%}.")
+        lines.append(
+            f"\nWhere LoGra rank 16 spends its time: {', '.join(told)}, the encoder's passes and all else {rest:.0%}."
+        )
     return "\n".join([*lines, "", _where(part)])
 
 
 def _agreement(part: Mapping[str, Any]) -> str:
     lines = [
-        f"## Agreement on a trained encoder\n\nSimCLR, ResNet-18 width {part['width']}, trained by the {part['profile']} "
-        f"profile; {part['images']} images of {part['data']}.\n",
+        f"## Agreement on a trained encoder\n\nSimCLR, ResNet-18 width {part['width']}, trained by the "
+        f"{part['profile']} profile; {part['images']} images of {part['data']}.\n",
         "| scores | and | Spearman |", "|---|---|---:|",
     ]  # fmt: skip
     lines += [f"| {row['a']} | {row['b']} | {row['spearman']:.4f} |" for row in part["rows"]]
@@ -64,8 +66,8 @@ def _agreement(part: Mapping[str, Any]) -> str:
 
 def _memory(part: Mapping[str, Any]) -> str:
     lines = [
-        f"## Memory and time against the number of images\n\nResNet-18 width {part['width']}, LoGra rank 16, each row a "
-        "process of its own. The growth is what the pass added to the process's peak.\n",
+        f"## Memory and time against the number of images\n\nResNet-18 width {part['width']}, LoGra rank 16, each row "
+        "a process of its own. The growth is what the pass added to the process's peak.\n",
         "| gradients are | images | seconds | peak MB | growth MB |", "|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for r in part["rows"]:

@@ -61,6 +61,7 @@ class Table:
             turn.error = traceback.format_exc()
         turn.seconds += time.perf_counter() - turn.began
         turn.done = True
+        print(f"{turn.name}: {turn.seconds:.1f} s", flush=True)
         self.hand_over(turn)
 
 

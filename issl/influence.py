@@ -253,7 +253,9 @@ def prepare(
     share = shards.share(len(data))
     wide = sum(_width(sketches[name], layer) for name, layer in layers.items())
     row_bytes = first.element_size() * wide * draws
-    way = choose_memory(memory, memory_gb, row_bytes * (share.stop - share.start), None if store is None else Path(store))
+    way = choose_memory(
+        memory, memory_gb, row_bytes * (share.stop - share.start), None if store is None else Path(store)
+    )
     settings = (describe(perturbation), curvature, seed, list(skip), draws, precision, norms_only)
 
     def make(loss: Loss, folder: str) -> Pass:

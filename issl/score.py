@@ -39,12 +39,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     kinds = Curvature.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]
     add("--curvature", default="logra", choices=kinds, help="default: logra")
-    add("--rank", type=int, default=16, help="of logra, per side (16)")
+    add("--rank", type=_rank, default=16, help="of logra, per side; with a point, a fraction of the layer (16)")
     add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
     add("--noise-mean", type=float, default=0.05, help="of the perturbation (0.05)")
     add("--noise-std", type=float, default=0.2, help="of the perturbation (0.2)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
     add("--draws", type=int, default=1, help="perturbations an image (1)")
+    add(
+        "--average", default="gradients", choices=["gradients", "scores"], help="what is averaged over them (gradients)"
+    )
     add("--batch-size", type=int, default=64, help="images at once (64)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the encoder's pass (fp32)")
@@ -92,9 +95,9 @@ def score(options: argparse.Namespace) -> int:
             )
         scores = self_influence(
             opened.encoder, images, noise, curvature, options.seed, options.batch_size,
-            shards.device if shards.world > 1 else device, draws=options.draws, precision=options.precision,
-            memory=options.memory, memory_gb=options.memory_gb, skip=skip, store=options.store, shards=shards,
-            progress=first and sys.stderr.isatty(),
+            shards.device if shards.world > 1 else device, draws=options.draws, average=options.average,
+            precision=options.precision, memory=options.memory, memory_gb=options.memory_gb, skip=skip,
+            store=options.store, shards=shards, progress=first and sys.stderr.isatty(),
         )  # fmt: skip
         if first:
             _write(out, scores, images.attributes)
@@ -114,6 +117,10 @@ def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
     if out.suffix == ".csv":
         with atomic(out.with_suffix(".json")) as part:
             part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+
+
+def _rank(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
 
 
 def _triple(text: str) -> tuple[float, float, float]:

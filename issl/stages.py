@@ -85,7 +85,7 @@ class Curvature(Config):
     """The inverse curvature that weighs the gradients."""
 
     kind: Literal["logra", "logra-pca", "ekfac", "diagonal", "identity", "exact"] = "logra"
-    rank: int = Field(16, ge=1)
+    rank: int | float = Field(16, gt=0)  # of logra, per side; below 1 a fraction of the layer
     damping: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
 
