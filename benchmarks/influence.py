@@ -62,7 +62,7 @@ def a_task(width: int, n: int, batch_size: int, encoder: torch.nn.Module | None 
         torch.manual_seed(0)
         encoder = resnet18(width).train()
         with torch.no_grad():
-            for _ in range(20):
+            for _ in range(3):
                 encoder(images.pixels[:64].float() / 255)
         encoder.eval()
     noise = issl.GaussianNoise(0.05, 0.2).keyed(0)

@@ -14,7 +14,8 @@ backward pass of the same loss on the same images. All methods of a table ran in
 turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
-groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers alone, so
+groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers
+alone, so
 a ResNet leaves them nothing to score; its TRAK is compared.
 """
 

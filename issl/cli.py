@@ -43,9 +43,10 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_max, 0)
+        mallopt(m_arena_max, 1)  # a thread's own arena would map large tensors all the same
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
