@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ours
@@ -41,7 +42,8 @@ from issl.run import REPOSITORY, read_profile
 
 HERE = Path(__file__).parent
 WIDE = (
-    "plain forward + backward", "forward + backward by data (the limit)", "LoGra rank 8", "LoGra rank 16",
+    "plain forward + backward", "plain forward + backward, NHWC", "forward + backward by data (the limit)",
+    "LoGra rank 8", "LoGra rank 16",
     "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
 )  # fmt: skip
 NARROW = (
@@ -75,15 +77,17 @@ def timed(task: Task, names: Sequence[str]) -> dict[str, Turn]:
     return alternate({name: programs[name] for name in names if name in programs})
 
 
-def table(turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
+def table(task: Task, turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
     for turn in turns.values():
         if turn.error is not None:
             print(turn.name, turn.error, file=sys.stderr)
-    plain = turns["plain forward + backward"].seconds
+    batches = len(task.batches())
+    plain = turns[WIDE[0]]
     return [
         {
-            "method": t.name, "seconds": t.seconds * t.scale, "ratio": t.seconds * t.scale / plain, "scale": t.scale,
-            "error": None if t.error is None else t.error.strip().splitlines()[-1][:200],
+            "method": t.name, "seconds": t.seconds * t.scale, "ratio": t.seconds * t.scale / plain.seconds,
+            "batch_ratio": median(t.laps[1:]) / median(plain.laps[1:]) if len(t.laps) == batches + 1 else None,
+            "scale": t.scale, "error": None if t.error is None else t.error.strip().splitlines()[-1][:200],
         }
         for t in turns.values()
     ]  # fmt: skip
@@ -91,15 +95,16 @@ def table(turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
 
 def wide(n: int) -> dict[str, Any]:
     """ResNet-18 of full width."""
-    task = a_task(64, n, 64)
+    task = a_task(64, n, 16)
     turns = timed(task, WIDE)
-    return {"width": 64, "images": n, "data": task.images.name, "rows": table(turns), "shares": shares(task)}
+    return {"width": 64, "images": n, "data": task.images.name, "rows": table(task, turns), "shares": shares(task)}
 
 
 def shares(task: Task) -> dict[str, float]:
-    """Where the time of one batch of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
-    spent = dict.fromkeys(("read_inputs", "read_outputs", "_sum_positions"), 0.0)
-    kept = {name: getattr(issl.gradients, name) for name in spent}
+    """Where the time of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
+    spent = {"read_inputs": 0.0, "_Tap.on_gradient": 0.0}
+    places = {"read_inputs": issl.gradients, "_Tap.on_gradient": issl.gradients._Tap}
+    kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
 
     def counted(name: str) -> Any:
         def function(*arguments: Any, **options: Any) -> Any:
@@ -110,22 +115,21 @@ def shares(task: Task) -> dict[str, float]:
 
         return function
 
-    few = Task(task.encoder, task.images.subset(range(2 * task.batch_size)), task.noisy, task.batch_size)
+    few = Task(task.encoder, task.images.subset(range(4 * task.batch_size)), task.noisy, task.batch_size)
     try:
-        for name in spent:
-            setattr(issl.gradients, name, counted(name))
+        for name, place in places.items():
+            setattr(place, name.split(".")[-1], counted(name))
         whole = alternate({"one": ours.programs(few)["LoGra rank 16"]})["one"].seconds
     finally:
-        for name, function in kept.items():
-            setattr(issl.gradients, name, function)
-    labels = {"read_inputs": "P_in a", "read_outputs": "P_out d", "_sum_positions": "sum over positions"}
-    return {labels[name]: seconds / whole for name, seconds in spent.items()}
+        for name, place in places.items():
+            setattr(place, name.split(".")[-1], kept[name])
+    return {"P_in a": spent["read_inputs"] / whole, "P_out Σ d aᵀ": spent["_Tap.on_gradient"] / whole}
 
 
 def narrow(n: int) -> dict[str, Any]:
     """Width 16, for methods that keep whole gradients or decompose whole layers."""
-    task = a_task(16, n, 64)
-    return {"width": 16, "images": n, "data": task.images.name, "rows": table(timed(task, NARROW))}
+    task = a_task(16, n, 32)
+    return {"width": 16, "images": n, "data": task.images.name, "rows": table(task, timed(task, NARROW))}
 
 
 def agreement(n: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ None of them knows a loss of two views, so each gets it as a user would write it
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from turns import Turn
 
 from issl import LoGra
-from issl.gradients import frozen_copy, scored_layers, stability_loss
+from issl.gradients import scored_layers, stability_loss
 
 PROJECTION = 512  # TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
 DATTRI = 16  # images; its gradients by vmap take a minute each on a slow CPU
@@ -60,7 +61,7 @@ def kronfluence(task: Task) -> Program:
             return self.compute_train_loss(batch, model)
 
     def program(turn: Turn) -> np.ndarray:
-        model = prepare_model(frozen_copy(task.encoder, torch.device("cpu")), Stability())
+        model = prepare_model(copy.deepcopy(task.encoder), Stability())
         pairs = Pairs(task, turn)
         arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True, has_shared_parameters=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +84,7 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
     from logix.utils import merge_logs
 
     def program(turn: Turn) -> np.ndarray:
-        model = frozen_copy(task.encoder, torch.device("cpu"))
+        model = copy.deepcopy(task.encoder)
         scored = list(scored_layers(model, STEM if given else ()))
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "config.yaml"
@@ -131,7 +132,7 @@ def trak(task: Task) -> Program:
             return torch.ones(len(batch[0]), 1)
 
     def program(turn: Turn) -> np.ndarray:
-        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+        model = copy.deepcopy(task.encoder)
         weights = [f"{name}.weight" for name in scored_layers(task.encoder)]
         n = len(task.images)
         with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +156,7 @@ def dattri_trak(task: Task) -> Program:
     from dattri.task import AttributionTask
 
     def program(turn: Turn) -> np.ndarray:
-        model = frozen_copy(task.encoder, torch.device("cpu")).requires_grad_(True)
+        model = copy.deepcopy(task.encoder)
 
         def loss(parameters: dict, pair: tuple[Tensor, Tensor]) -> Tensor:
             features = torch.func.functional_call(model, parameters, (torch.stack(pair),))

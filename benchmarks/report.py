@@ -11,7 +11,9 @@ HEAD = """# Benchmarks of the influence engine
 
 Written by `python benchmarks/influence.py`; do not edit. The ratio is the time over that of a plain forward and
 backward pass of the same loss on the same images. All methods of a table ran in one process on one thread, taking
-turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's.
+turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's. The whole
+time is from the encoder to the scores; the median batch, for methods of one pass, is the same without what comes
+before and after, and without the odd batch that the machine was busy elsewhere.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
 groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers
@@ -38,11 +40,14 @@ def _where(part: Mapping[str, Any]) -> str:
 def _timings(part: Mapping[str, Any]) -> str:
     lines = [
         f"## ResNet-18, width {part['width']}, {part['images']} images of {part['data']}\n",
-        "| method | time ÷ plain pass | seconds |", "|---|---:|---:|",
+        "| method | whole time ÷ plain | median batch ÷ plain | seconds |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     for row in part["rows"]:
         failed = row["error"] is not None
-        cells = (f"cannot: {row['error']}", "") if failed else (f"{row['ratio']:.2f}", f"{row['seconds']:.0f}")
+        batch = "" if row["batch_ratio"] is None else f"{row['batch_ratio']:.2f}"
+        cells = (
+            (f"cannot: {row['error']}", "") if failed else (f"{row['ratio']:.2f} | {batch}", f"{row['seconds']:.0f}")
+        )
         part_of = "" if row["scale"] == 1 else f" (scaled from 1/{row['scale']:g} of the images)"
         lines.append(f"| {row['method']}{part_of} | {cells[0]} | {cells[1]} |")
     if "shares" in part:

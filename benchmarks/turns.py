@@ -21,16 +21,20 @@ class Turn:
 
     table: Table
     name: str
-    seconds: float = 0.0
+    laps: list[float] = field(default_factory=list)  # seconds: what came before the first batch, then each batch
     scale: float = 1.0  # whole task ÷ the part of it that was run
     began: float = 0.0
     done: bool = False
     result: Any = None
     error: str | None = None
 
+    @property
+    def seconds(self) -> float:
+        return sum(self.laps)
+
     def next(self) -> None:
         """Hand over to the others; returns when it is this program's turn again."""
-        self.seconds += time.perf_counter() - self.began
+        self.laps.append(time.perf_counter() - self.began)
         self.table.hand_over(self)
         self.began = time.perf_counter()
 
@@ -59,7 +63,7 @@ class Table:
             turn.result = program(turn)
         except BaseException:  # noqa: BLE001  (told in the table, and the others go on)
             turn.error = traceback.format_exc()
-        turn.seconds += time.perf_counter() - turn.began
+        turn.laps.append(time.perf_counter() - turn.began)
         turn.done = True
         print(f"{turn.name}: {turn.seconds:.1f} s", flush=True)
         self.hand_over(turn)

@@ -8,14 +8,13 @@ gradient of the loss with respect to the output at position t. Then the example'
     ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper            (Norm)
 
 A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so patches are never
-formed. Where P is so large that Σ_t d_t a_tᵀ costs less than P_in a_t, the sum is taken first and projected after.
-Groups of a grouped convolution share P_in and enter the sum over t like positions.
+formed; P_out, once per example, is applied after the sum. Where P_in is so large that Σ_t d_t a_tᵀ costs less than
+P_in a_t, it is, too. Groups of a grouped convolution share P_in, and P_out sums over their rows.
 Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv 1510.01799.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,16 +137,6 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
-    """A copy to hook into, parameters frozen: the user's model is never touched. Convolutions in NHWC, which
-    is the faster order on CPUs and GPUs alike."""
-    try:
-        model = copy.deepcopy(encoder)
-    except Exception as error:
-        raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
-    return model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-
-
 @dataclass
 class _Tap:
     """Gathers the sketch of one layer over all its calls in one forward and backward."""
@@ -167,31 +156,32 @@ class _Tap:
                 f"dimension must be the example. Leave the layer out with skip=['{self.name}']"
             )
         self.calls += 1
-        early, late = Projected(), self.sketch
-        if isinstance(late, Projected) and projects_first(self.layer, output, late):
-            early, late = late, Projected()
-        inputs = read_inputs(self.layer, args[0].detach(), early.p_in)
+        projects_first = isinstance(self.sketch, Projected) and _projects_first(self.layer, output, self.sketch)
+        p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
+        inputs = read_inputs(self.layer, args[0].detach(), p_in if projects_first else None)
         if not output.requires_grad:
             # nothing before this layer needs a gradient: the backward pass may end here. The clone is what
             # later in-place operations change, they may not change a leaf.
             output = output.detach().requires_grad_().clone()
-        output.register_hook(partial(self.on_gradient, inputs, early, late))
+        output.register_hook(partial(self.on_gradient, inputs, None if projects_first else p_in))
         return output
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, early: Projected, late: Sketch, gradient: Tensor) -> None:
-        # under autocast the reads are bf16; sums over positions are not
-        outputs = read_outputs(self.layer, gradient, early.p_out).to(self.layer.weight.dtype)
+    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
+        """p_in is what the inputs have not been projected by yet."""
+        # under autocast both are bf16; sums over positions are not
+        outputs = read_outputs(self.layer, gradient).to(self.layer.weight.dtype)
         inputs = inputs.to(self.layer.weight.dtype)
         if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
             self.pairs.append((inputs, outputs))
             return
-        both = _sum_positions(inputs, outputs, shared_rows=early.p_out is not None)
-        gradient = both.unflatten(0, (2, self.examples)).sum(0)
-        if isinstance(late, Projected):
-            gradient = gradient if late.p_out is None else late.p_out @ gradient
-            gradient = gradient if late.p_in is None else gradient @ late.p_in.T
-        self.total = gradient if self.total is None else self.total + gradient
+        both = (outputs @ inputs.mT).flatten(1, 2)  # Σ_t d_t (P_in a_t)ᵀ
+        sums = both.unflatten(0, (2, self.examples)).sum(0)
+        if isinstance(self.sketch, Projected) and self.sketch.p_out is not None:
+            sums = self.sketch.p_out @ sums
+        if p_in is not None:
+            sums = sums @ p_in.T
+        self.total = sums if self.total is None else self.total + sums
 
     def check_called(self) -> None:
         if self.calls == 0:
@@ -225,8 +215,8 @@ class _MomentTap(_Tap):
     outputs: Tensor | None = None
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, early: Projected, late: Sketch, gradient: Tensor) -> None:
-        outputs = read_outputs(self.layer, gradient, None).flatten(1, 2)
+    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
+        outputs = read_outputs(self.layer, gradient).flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
         self.inputs = aa if self.inputs is None else self.inputs + aa
@@ -261,36 +251,22 @@ def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g
     return patches.flatten(2).unflatten(1, (g, len(p)))
 
 
-def read_outputs(layer: Layer, d: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
-    """P d_t for every example, group and position t; the output gradients themselves where P is None."""
+def read_outputs(layer: Layer, d: Tensor) -> Float[Tensor, "b g o t"]:
+    """The output gradient d_t of every example, group and position t."""
     if isinstance(layer, nn.Linear):
-        d = d.flatten(1, -2) if d.ndim > 2 else d[:, None]
-        return (d if p is None else d @ p.T.to(d.dtype)).mT[:, None]
-    g = layer.groups
-    if p is None:
-        return d.flatten(2).unflatten(1, (g, -1))
-    # the columns of P_out that belong to a group act on that group's outputs
-    kernel = p.to(d.dtype).unflatten(1, (g, -1)).transpose(0, 1).flatten(0, 1)[:, :, None, None]
-    return F.conv2d(d, kernel, groups=g).flatten(2).unflatten(1, (g, len(p)))
+        return (d.flatten(1, -2) if d.ndim > 2 else d[:, None]).mT[:, None]
+    return d.flatten(2).unflatten(1, (layer.groups, -1))
 
 
-def projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
-    """Does projecting before the sum over positions take fewer multiplications, per view, than after?"""
-    if sketch.p_in is None or sketch.p_out is None:
+def _projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
+    """Does projecting the inputs before the sum over positions take fewer multiplications, per view, than after?"""
+    if sketch.p_in is None:
         return True  # there is nothing to project
-    (c_out, d_in), k_in, k_out = weight_shape(layer), len(sketch.p_in), len(sketch.p_out)
-    positions = output[0].numel() // c_out
+    (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
+    k_out = c_out if sketch.p_out is None else len(sketch.p_out)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    before = positions * (groups * d_in * k_in + c_out * k_out + groups * k_out * k_in)
-    after = positions * c_out * d_in + c_out * d_in * k_out + k_out * d_in * k_in
-    return before <= after
-
-
-def _sum_positions(inputs: Tensor, outputs: Tensor, shared_rows: bool) -> Float[Tensor, "b o i"]:
-    """Σ_t d_t a_tᵀ. Under a P_out the groups share their rows and are summed; without, each has its own."""
-    if not shared_rows:
-        return (outputs @ inputs.mT).flatten(1, 2)
-    return outputs.transpose(1, 2).flatten(2) @ inputs.transpose(1, 2).flatten(2).mT
+    positions = output[0].numel() // c_out
+    return positions * k_in * (groups * d_in + c_out) <= positions * c_out * d_in + k_out * d_in * (c_out + k_in)
 
 
 def _gram_is_cheaper(inputs: Tensor, outputs: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from issl import keyed
 from issl.curvature import Curvature, LoGra, Statistic, Weighing, needs_moments
 from issl.errors import IsslError
+from issl.frozen import frozen_copy
 from issl.gradients import (
     Layer,
     Loss,
@@ -29,7 +30,6 @@ from issl.gradients import (
     Norm,
     Sketch,
     check_features,
-    frozen_copy,
     full_precision,
     per_example,
     scored_layers,

@@ -1,0 +1,40 @@
+"""The copy of an encoder that is hooked into: the user's model is never touched."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from issl.errors import IsslError
+
+
+def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
+    """The same function in a copy of its own, parameters frozen, made faster where that costs nothing: convolutions in
+    NHWC, the better order on CPUs and GPUs alike, and eval-mode BatchNorm as a product and a sum.
+
+    Raises IsslError for an encoder that cannot be copied.
+    """
+    try:
+        model = copy.deepcopy(encoder)
+    except Exception as error:
+        raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
+    model = model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+    for m in model.modules():
+        if type(m) is nn.BatchNorm2d and not m.training and m.running_mean is not None and m.running_var is not None:
+            scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
+            shift = -m.running_mean * scale + (0 if m.bias is None else m.bias)
+            m.forward = partial(_affine, m, scale[:, None, None], shift[:, None, None])  # type: ignore[method-assign]
+    return model
+
+
+def _affine(
+    norm: nn.BatchNorm2d, scale: Float[Tensor, "c 1 1"], shift: Float[Tensor, "c 1 1"], x: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """x · scale + shift. Its backward is one product, where torch's own took five times as long as the forward pass."""
+    if x.dtype != scale.dtype:  # under autocast the statistics stay in full precision, which torch's own sees to
+        return nn.BatchNorm2d.forward(norm, x)
+    return torch.addcmul(shift, x, scale)
