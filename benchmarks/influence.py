@@ -57,9 +57,13 @@ AGREEMENT = (
 )  # fmt: skip
 
 
-def a_task(width: int, n: int, batch_size: int, encoder: torch.nn.Module | None = None) -> Task:
-    """Random weights with BatchNorm statistics (time does not depend on training), real images where there are any."""
-    images = issl.load("cifar10" if os.environ.get("ISSL_DATA") else "scenes", n=n)
+def some_images(n: int) -> issl.Images:
+    """Real ones where there are any."""
+    return issl.load("cifar10" if os.environ.get("ISSL_DATA") else "scenes", n=n)
+
+
+def a_task(width: int, batch_size: int, encoder: torch.nn.Module | None, images: issl.Images) -> Task:
+    """Without an encoder: random weights with BatchNorm statistics (time does not depend on training)."""
     if encoder is None:
         torch.manual_seed(0)
         encoder = resnet18(width).train()
@@ -95,7 +99,7 @@ def table(task: Task, turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
 
 def wide(n: int) -> dict[str, Any]:
     """ResNet-18 of full width."""
-    task = a_task(64, n, 16)
+    task = a_task(64, 16, None, some_images(n))
     turns = timed(task, WIDE)
     return {"width": 64, "images": n, "data": task.images.name, "rows": table(task, turns), "shares": shares(task)}
 
@@ -128,17 +132,17 @@ def shares(task: Task) -> dict[str, float]:
 
 def narrow(n: int) -> dict[str, Any]:
     """Width 16, for methods that keep whole gradients or decompose whole layers."""
-    task = a_task(16, n, 32)
+    task = a_task(16, 32, None, some_images(n))
     return {"width": 16, "images": n, "data": task.images.name, "rows": table(task, timed(task, NARROW))}
 
 
-def agreement(n: int) -> dict[str, Any]:
-    """Rank correlations on a trained encoder: the mini profile's (trained first where it is not cached)."""
-    data = os.environ.get("ISSL_DATA")
-    profile, notebook = "mini" if data else "quick", "03_background_bias"
-    plan = read_profile(profile, [notebook], out=str(REPOSITORY), data_root=data)[notebook]
+def agreement(n: int, profile: str) -> dict[str, Any]:
+    """Rank correlations on the encoder that a profile trains (made first where it is not cached), on its images."""
+    notebook = "03_background_bias"
+    plan = read_profile(profile, [notebook], out=str(REPOSITORY), data_root=os.environ.get("ISSL_DATA"))[notebook]
     encoder = plan.artifacts(progress=True).encoder(plan.pretrain())
-    task = a_task(0, n, 64, encoder)
+    images = plan.data().load()
+    task = a_task(0, 64, encoder, images.subset(range(min(n, len(images)))))
     turns = timed(task, sorted({name for pair in AGREEMENT for name in pair}))
     rows = []
     for a, b in AGREEMENT:
@@ -148,7 +152,7 @@ def agreement(n: int) -> dict[str, Any]:
     return {
         "width": plan.width,
         "profile": profile,
-        "images": n,
+        "images": len(task.images),
         "data": task.images.name,
         "rows": rows,
         "errors": errors,
@@ -168,7 +172,7 @@ def memory(n: int) -> dict[str, Any]:
 
 def one(way: str, n: int) -> dict[str, float]:
     """The child of `memory`. 2,048 pictures are repeated, so that the pictures are not what grows."""
-    task = a_task(8, 2048, 64)
+    task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
     images = task.images
     table = issl.self_influence(task.encoder, images.subset(index[:64]), curvature=issl.LoGra(16), batch_size=64)
@@ -190,7 +194,8 @@ PARTS = {"wide": (wide, 512), "narrow": (narrow, 128), "agreement": (agreement, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append")
-    parser.add_argument("--images", type=int)
+    parser.add_argument("--images", type=int, help="how many (default: 512, 128, 512, 4096)")
+    parser.add_argument("--profile", default="quick", help="whose encoder and images serve the agreement")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,7 +208,8 @@ def main() -> None:
     for name in options.only or PARTS:
         part, images = PARTS[name]
         print(f"{name} …", flush=True)
-        found = part(options.images or images) | machine()
+        more = {"profile": options.profile} if name == "agreement" else {}
+        found = part(options.images or images, **more) | machine()
         (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         write_report(results, HERE / "RESULTS.md")
         print(json.dumps(found, indent=1), flush=True)
