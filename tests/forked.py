@@ -25,7 +25,7 @@ context.set_forkserver_preload(["issl.stages", "torch.distributed", "forked"])
 def make(root: Path, stage: Stage) -> int:
     """Make a stage, checkpointing at every chance; how many stages had to be computed."""
     torch.set_num_threads(1)
-    artifacts = Artifacts(root, checkpoint_seconds=0)
+    artifacts = Artifacts(root, checkpoint_seconds=0.0)
     artifacts.get(stage)
     return len(artifacts.computed)
 

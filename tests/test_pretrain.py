@@ -187,7 +187,7 @@ HALF_WAY = {
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     def make(root: str) -> Path:
-        return Artifacts(tmp_path / root, checkpoint_seconds=0).get(STAGES[name])
+        return Artifacts(tmp_path / root, checkpoint_seconds=0.0).get(STAGES[name])
 
     process = forked.context.Process(target=forked.make, args=(tmp_path / "killed", STAGES[name]))
     process.start()
