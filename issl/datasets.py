@@ -130,8 +130,9 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     _, files = _locate(name, split, root)
     if not files:
-        base = TORCHVISION[name][1]
-        files = sorted((_torchvision_root(name, data_root(root)) / base).iterdir())
+        place = _torchvision_root(name, data_root(root))
+        assert place is not None  # `_locate` found the set there
+        files = sorted((place / TORCHVISION[name][1]).iterdir())
     return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in files)
 
 

@@ -244,6 +244,7 @@ def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0, 0)
     if p is None:
+        assert not isinstance(padding, str)  # padded above
         patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
         return patches.unflatten(1, (g, inside.numel()))
     kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
