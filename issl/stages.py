@@ -166,8 +166,10 @@ class Influence(Stage):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         encoder = load_encoder(artifacts.get(self.pretrain) / "encoder.safetensors")
+        # on a CPU, what a batch touches should be little: fresh memory is slow, and the caches are small
+        batch_size = 64 if artifacts.device.type == "cpu" else 256
         scores = self_influence(
-            encoder, self.data.load(), self.perturbation.build(), self.curvature.build(), self.seed,
+            encoder, self.data.load(), self.perturbation.build(), self.curvature.build(), self.seed, batch_size,
             device=artifacts.device, store=folder / "rows", progress=artifacts.progress,
         )  # fmt: skip
         with atomic(folder / "settings.json") as part:
