@@ -17,8 +17,7 @@ before and after, and without the odd batch that the machine was busy elsewhere.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
 groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers
-alone, so
-a ResNet leaves them nothing to score; its TRAK is compared.
+alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 """
 
 
