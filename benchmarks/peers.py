@@ -74,8 +74,8 @@ def kronfluence(task: Task) -> Program:
 
 
 def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
-    """LoGra as its authors publish it, logs kept in memory. The two views are 2n examples to it (a second call of a
-    layer would do as well, at twice the hooks), so each pair's logs are added before its covariance is taken.
+    """LoGra as its authors publish it, logs kept in memory. The second view is a second call of each layer, whose
+    gradients it adds to the first's.
 
     given   take the projections from this curvature instead of LogIX's own random ones
     """
