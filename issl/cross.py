@@ -21,7 +21,7 @@ from issl.errors import IsslError
 from issl.gradients import full_precision
 from issl.images import Images
 from issl.influence import Run, as_images, prepare
-from issl.passes import split
+from issl.passes import make_pass, split
 from issl.views import GaussianNoise, Perturb, Perturbation
 
 
@@ -113,13 +113,9 @@ def _blocks(
             f"{tuple(run.data.pixels.shape[2:])}; load both at one size"
         )
     weighings = {name: w[0] for name, w in run.weighings([curvature.damping]).items()}
-    measure = run.measure(queries)
-    asked: list[Tensor] = []
-    for chunk in split(slice(0, len(queries)), run.row_bytes):
-        for start in range(chunk.start, chunk.stop, batch_size):
-            rows = measure(slice(start, min(start + batch_size, chunk.stop)))
-            asked.append(_whitened(weighings, rows.__getitem__, run.device))
-    whitened = torch.cat(asked)
+    chunks = split(slice(0, len(queries)), run.row_bytes)
+    asked = make_pass(run.measure(queries), chunks, batch_size, "recomputed", None, identity=str, progress=False)
+    whitened = torch.cat([_whitened(weighings, rows, run.device) for _, rows in asked()])
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         for positions, rows in run.rows():

@@ -69,6 +69,14 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
     return len(layer.weight), layer.weight[0].numel()
 
 
+def kept_width(layer: Layer, sketch: Sketch) -> int:
+    """How many numbers are kept of each example's gradient in this layer."""
+    if isinstance(sketch, Norm):
+        return 1
+    out, inside = weight_shape(layer)
+    return (out if sketch.p_out is None else len(sketch.p_out)) * (inside if sketch.p_in is None else len(sketch.p_in))
+
+
 def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
     """The Linear and Conv2d layers by name, without those below a name in `skip`.
 
@@ -200,10 +208,7 @@ class _Tap:
             size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2)).sqrt()
             return size[:, None]
         if self.total is None:  # called, but the loss does not depend on it
-            out, inside = weight_shape(self.layer)
-            out = out if self.sketch.p_out is None else len(self.sketch.p_out)
-            inside = inside if self.sketch.p_in is None else len(self.sketch.p_in)
-            return like.new_zeros(self.examples, out * inside)
+            return like.new_zeros(self.examples, kept_width(self.layer, self.sketch))
         return self.total.flatten(1)
 
 

@@ -27,10 +27,10 @@ from issl.gradients import (
     Layer,
     Loss,
     Moments,
-    Norm,
     Sketch,
     check_features,
     full_precision,
+    kept_width,
     per_example,
     scored_layers,
     second_moments,
@@ -251,7 +251,7 @@ def prepare(
         name: curvature.sketch(layer, k, moments[name], norms_only) for k, (name, layer) in enumerate(layers.items())
     }
     share = shards.share(len(data))
-    wide = sum(_width(sketches[name], layer) for name, layer in layers.items())
+    wide = sum(kept_width(layer, sketches[name]) for name, layer in layers.items())
     row_bytes = first.element_size() * wide * draws
     way = choose_memory(
         memory, memory_gb, row_bytes * (share.stop - share.start), None if store is None else Path(store)
@@ -303,14 +303,6 @@ def _summed(moments: dict[str, Moments | None], layers: dict[str, Layer], shards
         d = zeros.new_zeros(out, out) if own is None else own.outputs
         done[name] = Moments(shards.sum(a), shards.sum(d))
     return done
-
-
-def _width(sketch: Sketch, layer: Layer) -> int:
-    """How many numbers are kept of each image's gradient in this layer."""
-    if isinstance(sketch, Norm):
-        return 1
-    out, inside = weight_shape(layer)
-    return (out if sketch.p_out is None else len(sketch.p_out)) * (inside if sketch.p_in is None else len(sketch.p_in))
 
 
 def _check_finite(values: dict[str, Tensor], index: Int64[Tensor, " b"]) -> None:
