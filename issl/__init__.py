@@ -11,7 +11,7 @@ from issl.encoder import load_encoder
 from issl.errors import IsslError
 from issl.images import Images
 from issl.influence import self_influence
-from issl.views import GaussianNoise
+from issl.perturbation import GaussianNoise
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,14 +11,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
 from scipy import stats
-from torch import Tensor
 
 from issl.errors import IsslError
 from issl.images import Images
-from issl.views import luma
+from issl.operations import luma
 
 BORDER = 2  # px: how wide a frame is looked at to judge a background
 UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
@@ -137,20 +134,6 @@ def proportion(hits: np.ndarray) -> Estimate:
     result = stats.binomtest(int(np.sum(hits)), len(hits))
     interval = result.proportion_ci(method="wilson")
     return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
-
-
-def knn_hits(
-    train: Float[Tensor, "n d"], labels: Int64[Tensor, " n"],
-    test: Float[Tensor, "m d"], truth: Int64[Tensor, " m"], k: int = 200, temperature: float = 0.1,
-) -> np.ndarray:  # fmt: skip
-    """Is each test image's class the weighted vote of its k nearest training images?
-
-    Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4).
-    """
-    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    near, rows = similarity.topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(labels.max()) + 1).scatter_add_(1, labels[rows], (near / temperature).exp())
-    return (votes.argmax(1) == truth).numpy()
 
 
 def _flag(flag: np.ndarray) -> np.ndarray:

@@ -16,9 +16,10 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from issl.audit import Estimate
+from issl.config import Config, explain
 from issl.errors import IsslError
 from issl.files import atomic
-from issl.stages import Config, device_name, explain
+from issl.stages import device_name
 
 UNTESTED = "not tested at this scale"
 

@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `issl influence`, `issl download`."""
+"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `download`."""
 
 from __future__ import annotations
 
@@ -9,30 +9,55 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from issl import __version__
-from issl.errors import IsslError
+from issl.errors import IsslError, OutOfTime
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """All commands; the options of `influence` only where it is the one asked for, they need the library."""
+    """All commands; those that need the library to be known, only for the command that is asked for."""
     top = argparse.ArgumentParser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")
-    run.add_argument("--profile", default="quick", help="quick (default), mini or paper")
-    run.add_argument("--only", metavar="03,…", help="these notebooks alone, by number or name")
-    run.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
-    run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    run.add_argument("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    _of_a_profile(run)
     run.add_argument("--again", action="store_true", help="run notebooks even where nothing they depend on has changed")
+    compute = commands.add_parser("compute", help="compute a profile's missing stages alone, side by side or on Slurm")
+    _of_a_profile(compute)
+    compute.add_argument("--jobs", type=int, default=1, metavar="N", help="at most so many stages at once (1)")
+    compute.add_argument("--cluster", default="local", help="local (default) or slurm")
+    compute.add_argument(
+        "--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …"
+    )
     download = commands.add_parser("download", help="fetch a data set from its public home")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
     influence = commands.add_parser("influence", help="score your own images under your own encoder")
+    pretrain = commands.add_parser("pretrain", help="train an encoder on your own images")
     if command == "influence":
-        from issl.score import add_arguments
+        from issl import score
 
-        add_arguments(influence)
+        score.add_arguments(influence)
+    if command == "pretrain":
+        from issl import train
+
+        train.add_arguments(pretrain)
     return top
+
+
+def _of_a_profile(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--profile", default="quick", help="quick (default), mini or paper")
+    add("--only", metavar="03,…", help="these notebooks alone, by number or name")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    add("--time-budget", type=float, metavar="MIN", help="end in time, with checkpoints; the same command goes on")
+
+
+def _pairs(options: Sequence[str]) -> dict[str, str]:
+    for option in options:
+        if "=" not in option:
+            raise IsslError(f"--slurm {option}: write KEY=VALUE, such as partition=gpu")
+    return dict(option.split("=", 1) for option in options)
 
 
 def keep_freed_memory() -> None:
@@ -50,7 +75,7 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends in one line on stderr and exit code 2."""
+    """Run a command; bad input ends in one line on stderr and exit code 2, a spent time budget in exit code 3."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser(given[0] if given else None).parse_args(given)
     try:
@@ -64,9 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from issl.score import score
 
             return score(options)
+        if options.command == "pretrain":
+            from issl.train import train
+
+            return train(options)
+        given_to = (options.profile, options.only, options.data_root, options.device, options.out)
+        if options.command == "compute":
+            from issl.compute import compute
+
+            slurm = _pairs(options.slurm)
+            return compute(*given_to, options.jobs, options.cluster, options.time_budget, slurm)
         from issl.run import run
 
-        return run(options.profile, options.only, options.data_root, options.device, options.out, options.again)
+        return run(*given_to, options.again, options.time_budget)
+    except OutOfTime as late:
+        print(f"issl: {late}", file=sys.stderr)
+        return 3
     except IsslError as error:
         print(f"issl: error: {error}", file=sys.stderr)
         return 2

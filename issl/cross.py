@@ -22,7 +22,7 @@ from issl.gradients import full_precision
 from issl.images import Images
 from issl.influence import Run, as_images, prepare
 from issl.passes import make_pass, split
-from issl.views import GaussianNoise, Perturb, Perturbation
+from issl.perturbation import GaussianNoise, Perturb, Perturbation
 
 
 def cross_influence(

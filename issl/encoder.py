@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from issl.config import Config
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 
@@ -76,28 +78,47 @@ def resnet18(width: int = 64) -> nn.Sequential:
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class Head(Config):
+    """A projector or predictor: `layers` linear layers to `out`, those before the last `hidden` wide and followed
+    by ReLU, with BatchNorm before it where `norm`."""
+
+    hidden: int = Field(2048, ge=1)
+    out: int = Field(256, ge=1)
+    layers: int = Field(2, ge=1)
+    norm: bool = False
+
+    def build(self, inside: int) -> nn.Sequential:
+        """The network, from `inside` values to `out`."""
+        parts: list[nn.Module] = []
+        for _ in range(self.layers - 1):
+            # a bias before BatchNorm would be subtracted again
+            parts.append(nn.Linear(inside, self.hidden, bias=not self.norm))
+            parts += [nn.BatchNorm1d(self.hidden)] if self.norm else []
+            parts.append(nn.ReLU(inplace=True))
+            inside = self.hidden
+        return nn.Sequential(*parts, nn.Linear(inside, self.out))
+
+
 class Encoder(nn.Module):
     """`backbone` (pixels to features) and `projector` (features to the space of the SSL loss); calling it
     gives the projector's output. What downstream tasks and influence use is the backbone."""
 
-    def __init__(self, width: int = 64, projection: int = 128):
+    def __init__(self, width: int = 64, head: Head = Head()):
         super().__init__()
-        dim = 8 * width
-        self.width, self.projection = width, projection
+        self.width, self.head = width, head
         self.backbone = resnet18(width)
-        # two layers, hidden as wide as the features (Chen et al. 2020, §4.2)
-        self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, projection))
+        self.projector = head.build(8 * width)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p"]:
         projected: Tensor = self.projector(self.backbone(x))
         return projected
 
 
-def new_encoder(width: int, projection: int, seed: int) -> Encoder:
+def new_encoder(width: int, head: Head, seed: int) -> Encoder:
     """A freshly initialised encoder; `seed` decides its weights, the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(width, projection)
+        encoder = Encoder(width, head)
     for module in encoder.modules():
         # the last normalisation of a residual block starts at zero: each block starts as the identity
         if isinstance(module, BasicBlock):
@@ -107,7 +128,7 @@ def new_encoder(width: int, projection: int, seed: int) -> Encoder:
 
 def save_encoder(path: Path, encoder: Encoder, about: dict[str, Any]) -> None:
     """One safetensors file: the weights, and in its header what is needed to build the network again."""
-    header = {"width": encoder.width, "projection": encoder.projection, **about}
+    header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
     with atomic(path) as part:
         save_file(encoder.state_dict(), part, {"issl": json.dumps(header)})
 
@@ -125,6 +146,8 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
     header = json.loads(metadata.get("issl", "null"))
     if header is None:
         raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
-    encoder = Encoder(header["width"], header["projection"])
+    if "head" not in header:
+        raise IsslError(f"encoder {str(path)!r} is from an older version of this library; train it again")
+    encoder = Encoder(header["width"], Head(**header["head"]))
     encoder.load_state_dict(state)
     return (encoder if output == "projector" else encoder.backbone).eval()

@@ -1,7 +1,15 @@
-"""The one exception that a user of this library is meant to read."""
+"""The exceptions that a user of this library is meant to read."""
 
 from __future__ import annotations
 
 
 class IsslError(Exception):
     """Bad input. The message names the thing, the value that was given, and what to do about it."""
+
+
+class OutOfTime(IsslError):
+    """The time budget is spent; nothing that was computed is lost where there is a checkpoint."""
+
+    def __init__(self, what: str, resumable: bool = True):
+        remedy = "the same command goes on from here" if resumable else "give a checkpoint file to be able to go on"
+        super().__init__(f"{what}, the time budget is spent; {remedy}")

@@ -39,8 +39,8 @@ from issl.gradients import (
 )  # fmt: skip
 from issl.images import Images
 from issl.passes import Measure, Memory, Pass, choose_memory, fingerprint, make_pass, split
+from issl.perturbation import GaussianNoise, Perturb, Perturbation, as_perturb, describe
 from issl.shards import ONE, Shards
-from issl.views import GaussianNoise, Perturb, Perturbation, as_perturb, describe
 
 FIT_BATCH = 64  # fixed, so that the bases taken from moments do not depend on the caller's batch size
 

@@ -8,13 +8,15 @@ before any notebook starts, and a notebook then only reads.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
+from issl import recipes
+from issl.config import Config
 from issl.errors import IsslError
-from issl.stages import Artifacts, Config, Curvature, Data, Embed, Influence, Noise, Pretrain, Stage
+from issl.stages import Artifacts, Curvature, Data, Embed, Influence, Noise, Pretrain, Stage
 
 
 class Plan(Config):
@@ -28,12 +30,11 @@ class Plan(Config):
     device: str = "auto"
     dataset: str = "scenes"
     n: int = Field(800, ge=16)
-    method: Literal["simclr"] = "simclr"
+    method: recipes.Method = "simclr"
+    recipe: recipes.Variant = "short"
     width: int = Field(8, ge=1)
     epochs: int = Field(8, ge=1)
     batch_size: int = Field(64, ge=2)
-    peak_lr: float = Field(0.2, gt=0)
-    warmup_epochs: int = Field(1, ge=0)
     seed: int = Field(0, ge=0)
 
     def data(self, split: str = "train", n: int | None = None) -> Data:
@@ -42,8 +43,8 @@ class Plan(Config):
 
     def pretrain(self) -> Pretrain:
         return Pretrain(
-            data=self.data(), method=self.method, width=self.width, epochs=self.epochs, batch_size=self.batch_size,
-            peak_lr=self.peak_lr, warmup_epochs=self.warmup_epochs, seed=self.seed,
+            data=self.data(), recipe=recipes.recipe(self.method, self.recipe), width=self.width, epochs=self.epochs,
+            batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
 
     def stages(self) -> dict[str, Stage]:

@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: one plain loop, the objective a function of two views' projections.
+"""Pretraining: one plain loop for every method.
 
 All randomness is a function of (seed, epoch): the order of the images and a table of uniform numbers, one
 row per image and view, both drawn over the whole data set. So a run that is killed and resumed takes the
@@ -11,47 +11,32 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from issl.encoder import Encoder, new_encoder
-from issl.errors import IsslError
+from issl.encoder import Encoder
+from issl.errors import IsslError, OutOfTime
 from issl.files import atomic, read_safetensors
 from issl.images import Images
-from issl.views import VIEW_UNIFORMS, SimCLRView
+from issl.learner import Learner, Precision, computes_bf16, spread
+from issl.optimizer import LARS, groups, learning_rate
+from issl.recipes import Recipe
+from issl.recipes import recipe as published
+from issl.shards import ONE, Shards
+from issl.synchronised import batchnorm_over_all, sum_gradients
+from issl.views import VIEW_UNIFORMS
 
-Objective = Callable[[Tensor, Tensor, float], Tensor]
+COLLAPSED = 0.02  # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
+WORTH_COMPILING = 2_000_000  # images passed, from which the minute of compilation is taken to pay on a GPU
 History = list[dict[str, int | float]]  # one entry an epoch
-
-
-def simclr(za: Float[Tensor, "b p"], zb: Float[Tensor, "b p"], temperature: float) -> Float[Tensor, ""]:
-    """NT-Xent: −log exp(s(z_i, z_j)/τ) / Σ_{k≠i} exp(s(z_i, z_k)/τ), s the cosine, j the other view of i,
-    mean over all 2b views (Chen et al. 2020, arXiv 2002.05709, eq. 1)."""
-    z = F.normalize(torch.cat([za, zb]).float(), dim=1)
-    logits = z @ z.T / temperature
-    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-    other = torch.arange(len(z), device=z.device).roll(len(za))
-    return F.cross_entropy(logits, other)
-
-
-# the seam for further methods: name → objective(za, zb, temperature)
-OBJECTIVES: dict[str, Objective] = {"simclr": simclr}
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+Watch = Callable[[nn.Module], dict[str, float]]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -71,176 +56,186 @@ def _generator(seed: int, epoch: int, what: int) -> torch.Generator:
 
 def pretrain(
     images: Images,
+    recipe: Recipe | None = None,
     *,
-    method: str = "simclr",
     width: int = 64,
-    projection: int = 128,
     epochs: int = 200,
     batch_size: int = 256,
-    peak_lr: float = 0.5,
-    weight_decay: float = 1e-4,
-    temperature: float = 0.5,
-    warmup_epochs: int = 5,
     seed: int = 0,
-    view: SimCLRView | None = None,
+    order_seed: int | None = None,
+    view_seed: int | None = None,
     keep: Bool[Tensor, " n"] | None = None,
     device: str | torch.device = "cpu",
+    precision: Precision = "auto",
+    compiled: Literal["auto", "on", "off"] = "auto",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 20.0,
+    deadline: float | None = None,
+    watch: Watch | None = None,
+    watch_every: int = 1,
+    shards: Shards = ONE,
     progress: bool = True,
 ) -> tuple[Encoder, pd.DataFrame]:
-    """Train an encoder on `images` without labels; returns it (on the CPU, eval mode) and its history.
+    """Train an encoder on `images`; returns it (on the CPU, eval mode) and its history. No labels are used but by
+    the recipe `supervised`.
 
-    peak_lr     the learning rate at the end of the warm-up (SGD, momentum 0.9, Nesterov)
+    recipe      default: SimCLR's published one, see `issl.recipes`
+    seed        of the initial weights; of the order and the views too where theirs are not given
     keep        False leaves an image out and changes nothing else
+    compiled    torch.compile; auto: on a GPU, where the run is long enough to pay for it
     checkpoint  a file to resume from and to write to, at most every `checkpoint_seconds`; with it, a killed
                 run continues where it was and ends with the same weights
-    history     one row an epoch: epoch, loss, feature_std (mean over dimensions of the unit features' standard
-                deviation; near 0 = collapse), lr, images_per_second
-    Raises IsslError: unknown method, too few images for two batches' worth, loss not finite, a foreign or
-    damaged checkpoint.
+    deadline    as of time.monotonic(): an epoch that would end later is not begun, the checkpoint is written and
+                OutOfTime raised
+    watch       called with the backbone in eval mode after every `watch_every` epochs and the last; what it
+                returns joins the history
+    shards      processes that train together: batch_size is that of all, each takes its part
+    history     one row an epoch: epoch, loss, feature_std (see `issl.learner.spread`; near 0 = collapse), lr,
+                images_per_second, and what `watch` gave
+    Raises IsslError: too few images for a batch, missing labels, a loss that is not finite or features that
+    collapsed (with the epoch and what to try), a foreign or damaged checkpoint.
     """
-    if method not in OBJECTIVES:
-        raise IsslError(f"method {method!r}: known are {', '.join(OBJECTIVES)}")
+    recipe = published("simclr") if recipe is None else recipe
     n = len(images)
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
-    kept = int(keep.sum())
+    if len(keep) != n:
+        raise IsslError(f"keep has {len(keep)} entries for {n} images")
+    kept, labels, device = int(keep.sum()), None, torch.device(device)
     if not 2 <= batch_size <= kept:
         raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
-    device = torch.device(device)
-    objective, view = OBJECTIVES[method], view or SimCLRView()
-    encoder = new_encoder(width, projection, seed).to(device).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(_groups(encoder, weight_decay), lr=peak_lr, momentum=0.9, nesterov=True, foreach=True)
-    steps_per_epoch = kept // batch_size
+    if batch_size % shards.world or batch_size // shards.world < 2:
+        raise IsslError(
+            f"batch_size={batch_size} on {shards.world} processes: need a multiple of it, two images a process or more"
+        )
+    if recipe.method == "supervised":
+        labels = images.require_labels().to(device)
+    learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed)
+    learner = learner.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = _optimizer(learner, recipe, batch_size)
     identity = {
-        "method": method, "width": width, "projection": projection, "epochs": epochs, "batch_size": batch_size,
-        "peak_lr": peak_lr, "weight_decay": weight_decay, "temperature": temperature,
-        "warmup_epochs": warmup_epochs, "seed": seed, "view": repr(view), "n": n, "kept": kept,
+        "recipe": recipe.model_dump(mode="json"), "width": width, "epochs": epochs, "batch_size": batch_size,
+        "seed": seed, "order_seed": order_seed, "view_seed": view_seed, "n": n,
+        "left_out": (~keep).nonzero().squeeze(1).tolist(),
+        "bf16": computes_bf16(device, precision),
     }  # fmt: skip
     history: History = []
     if checkpoint is not None and checkpoint.exists():
-        history = _resume(checkpoint, encoder, optimizer, identity)
-    pixels, saved_at = images.pixels.to(device), time.monotonic()
-    bar = tqdm(
-        total=epochs * steps_per_epoch * batch_size, initial=len(history) * steps_per_epoch * batch_size,
-        unit="img", unit_scale=True, desc=f"pretrain {method} seed {seed}", disable=not progress,
+        history = _resume(checkpoint, learner, optimizer, identity)
+    pixels, order_seed, view_seed = (
+        images.pixels.to(device), seed if order_seed is None else order_seed, seed if view_seed is None else view_seed
     )  # fmt: skip
-    with bar:
+    steps = kept // batch_size
+    warmup = min(recipe.warmup, max(1, epochs // 10)) * steps if recipe.warmup else 0
+    view_a, view_b, call = recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
+    if compiled == "on" or (compiled == "auto" and device.type == "cuda" and epochs * kept >= WORTH_COMPILING):
+        if shards.world > 1:
+            raise IsslError("compiled='on' with several processes: not supported; use compiled='off'")
+        view_a, view_b, call = (torch.compile(f, dynamic=False) for f in (view_a, view_b, call))
+    bar = tqdm(
+        total=epochs * steps * batch_size, initial=len(history) * steps * batch_size, unit="img", unit_scale=True,
+        desc=f"pretrain {recipe.method} seed {seed}", disable=not progress or shards.rank > 0,
+    )  # fmt: skip
+    saved_at, took = time.monotonic(), 0.0
+    mine = slice(batch_size // shards.world * shards.rank, batch_size // shards.world * (shards.rank + 1))
+
+    def save() -> None:
+        if checkpoint is not None and shards.rank == 0:
+            _save(checkpoint, learner, optimizer, identity, history)
+
+    with bar, batchnorm_over_all(learner, shards):
         for epoch in range(len(history), epochs):
             began = time.monotonic()
-            order = epoch_order(n, seed, epoch)
-            order, uniforms = order[keep[order]], epoch_uniforms(n, seed, epoch)
-            losses, spread = [], []
-            for k in range(steps_per_epoch):
-                lr = learning_rate(
-                    epoch * steps_per_epoch + k,
-                    epochs * steps_per_epoch,
-                    warmup_epochs * steps_per_epoch,
-                    peak_lr,
-                )
+            late = deadline is not None and began + took > deadline
+            if float(shards.sum(torch.tensor(float(late)))):  # one process' clock decides for all
+                save()
+                raise OutOfTime(f"pretraining stopped after {epoch} of {epochs} epochs", checkpoint is not None)
+            order = epoch_order(n, order_seed, epoch)
+            order = order[keep[order]].to(device)
+            uniforms = epoch_uniforms(n, view_seed, epoch).to(device)
+            losses, spreads = [], []
+            for k in range(steps):
+                at = epoch * steps + k
+                lr = learning_rate(at, epochs * steps, warmup, recipe.lr * batch_size / 256)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                rows = order[k * batch_size : (k + 1) * batch_size]
-                loss, std = _step(
-                    encoder,
-                    optimizer,
-                    objective,
-                    view,
-                    pixels[rows.to(device)],
-                    uniforms[rows].to(device),
-                    temperature,
-                )
-                losses.append(loss)
-                spread.append(std)
+                rows = order[k * batch_size : (k + 1) * batch_size][mine]
+                x, u = pixels[rows].float().div_(255), uniforms[rows]
+                xa, xb = view_a(x, u[:, 0]), None if labels is not None else view_b(x, u[:, 1])
+                loss, features = call(xa, xb, None if labels is None else labels[rows], precision, shards)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                sum_gradients(learner, shards)
+                optimizer.step()
+                learner.follow(at / (epochs * steps))
+                losses.append(loss.detach())
+                spreads.append(spread(features))
                 bar.update(batch_size)
-            mean_loss = float(torch.stack(losses).mean())  # the one wait for the device in an epoch
-            if not math.isfinite(mean_loss):
-                raise IsslError(
-                    f"pretraining diverged in epoch {epoch}: loss is {mean_loss}; lower peak_lr={peak_lr} or lengthen "
-                    f"warmup_epochs={warmup_epochs}"
-                )
-            seconds = time.monotonic() - began
+            # the one wait for the device in an epoch
+            mean_loss, std = float(torch.stack(losses).mean()), float(torch.stack(spreads).mean())
+            trained = time.monotonic() - began
+            _check(recipe, epoch, mean_loss, std, batch_size)
             history.append(
                 {
-                    "epoch": epoch, "loss": mean_loss, "feature_std": float(torch.stack(spread).mean()), "lr": lr,
-                    "images_per_second": steps_per_epoch * batch_size / seconds,
+                    "epoch": epoch, "loss": mean_loss, "feature_std": std, "lr": lr,
+                    "images_per_second": steps * batch_size / trained,
                 }
             )  # fmt: skip
+            if watch is not None and ((epoch + 1) % watch_every == 0 or epoch + 1 == epochs):
+                history[-1] |= watch(learner.encoder.backbone.eval())
+                learner.encoder.backbone.train()
+            took = time.monotonic() - began
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-            if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds:
-                _save(checkpoint, encoder, optimizer, identity, history)
+            if time.monotonic() - saved_at >= checkpoint_seconds:
+                save()
                 saved_at = time.monotonic()
-    return encoder.to("cpu").to(memory_format=torch.contiguous_format).eval(), pd.DataFrame(history)
+    encoder = learner.encoder.to("cpu").to(memory_format=torch.contiguous_format)
+    return encoder.eval(), pd.DataFrame(history)
 
 
-def _step(
-    encoder: Encoder,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    view: SimCLRView,
-    raw: Tensor,
-    uniforms: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """One update; returns the loss and the spread of the features, on the device."""
-    x = raw.float().div_(255)
-    both = torch.cat([view(x, uniforms[:, 0]), view(x, uniforms[:, 1])])
-    # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and on GPUs
-    with torch.autocast(both.device.type, torch.bfloat16, enabled=has_bf16(both.device)):
-        features = encoder.backbone(both.contiguous(memory_format=torch.channels_last))
-        projected = encoder.projector(features)
-    za, zb = projected.float().chunk(2)
-    loss = objective(za, zb, temperature)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), F.normalize(features.detach().float(), dim=1).std(0).mean()
+def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
+    parts, peak = groups(learner, recipe.weight_decay), recipe.lr * batch_size / 256
+    if recipe.optimizer == "lars":
+        return LARS(parts, lr=peak, momentum=recipe.momentum, trust=recipe.trust, clip=recipe.clip)
+    return torch.optim.SGD(parts, lr=peak, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Does the device compute in bfloat16 natively? Without that, autocast would only cost."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability() and _cpu_flag("avx512_bf16")
-
-
-@lru_cache
-def _cpu_flag(flag: str) -> bool:
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere we train in fp32
-    return info.is_file() and flag in info.read_text().split()
-
-
-def _groups(encoder: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for biases and normalisation (Chen et al. 2020, §2.2)."""
-    decayed = [p for p in encoder.parameters() if p.ndim > 1]
-    rest = [p for p in encoder.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _check(recipe: Recipe, epoch: int, loss: float, std: float, batch_size: int) -> None:
+    """Has the run diverged or collapsed?"""
+    advice = f"lower the recipe's lr={recipe.lr:g} (for a batch of 256; {batch_size} here) or lengthen its warm-up"
+    if not math.isfinite(loss) or not math.isfinite(std):
+        raise IsslError(f"pretraining diverged in epoch {epoch}: loss is {loss}; {advice}")
+    if std < COLLAPSED:
+        more = {
+            "byol": f", or let the target follow more slowly (tau={recipe.tau:g})",
+            "barlow_twins": f", or raise off_diagonal={recipe.off_diagonal:g}",
+        }.get(recipe.method, "")
+        raise IsslError(
+            f"pretraining collapsed in epoch {epoch}: all features point the same way (spread {std:.4f}, below "
+            f"{COLLAPSED}); lower weight_decay={recipe.weight_decay:g}{more}, or {advice}"
+        )
 
 
 def _save(
-    path: Path,
-    encoder: Encoder,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    history: History,
+    path: Path, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any], history: History
 ) -> None:
     """All that the loop needs to go on: weights, momenta, history. One file, replaced in one step."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in encoder.state_dict().items()}
-    for name, p in encoder.named_parameters():
-        tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"].contiguous()
+    tensors = {f"model.{k}": v.contiguous() for k, v in learner.state_dict().items()}
+    for name, p in learner.named_parameters():
+        if p.requires_grad and "momentum_buffer" in optimizer.state[p]:
+            tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"].contiguous()
     with atomic(path) as part:
         save_file(tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)})
 
 
-def _resume(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
+def _resume(path: Path, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
     header, tensors = read_safetensors(path, "checkpoint")
     theirs = json.loads(header.get("identity", "{}"))
     if theirs != identity:
         differing = sorted(k for k in {*theirs, *identity} if theirs.get(k) != identity.get(k))
         raise IsslError(f"checkpoint {path} belongs to another run: {', '.join(differing)} differ; delete or move it")
-    encoder.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for name, p in encoder.named_parameters():
-        buffer = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
-        optimizer.state[p]["momentum_buffer"] = buffer
+    learner.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for name, p in learner.named_parameters():
+        if f"momentum.{name}" in tensors:
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
     history: History = json.loads(header["history"])
     return history

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,11 @@ import yaml
 from pydantic import ValidationError
 
 from issl import datasets
-from issl.errors import IsslError
+from issl.config import explain
+from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
 from issl.plans import PLANS, Plan, pick_device
-from issl.stages import Artifacts, Data, Stage, device_name, explain
+from issl.stages import Artifacts, Data, Stage, device_name
 
 REPOSITORY = Path(__file__).parent.parent
 AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw
@@ -76,6 +78,12 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
     return plans
 
 
+def where(out: Path | None, data_root: Path | None) -> tuple[Path, str | None]:
+    """The output folder and the data root that are meant, as absolute paths."""
+    root = datasets.data_root(data_root)
+    return (REPOSITORY if out is None else out).resolve(), None if root is None else str(root.resolve())
+
+
 def check(plans: dict[str, Plan], out: Path) -> None:
     """All that can be wrong before any long work: device, output folder, data present and large enough."""
     for folder in ("artifacts", "figures", "results"):
@@ -113,43 +121,42 @@ def run(
     device: str = "auto",
     out: Path | None = None,
     again: bool = False,
+    minutes: float | None = None,
 ) -> int:
-    """Run a profile; returns the exit code: 0 where every notebook ended well, else 1.
+    """Run a profile; returns the exit code: 0 where every notebook ended well, 3 where time was too short for some
+    (none failed), else 1.
 
     The stages are computed one after another; a notebook starts when its own are there. One whose outputs
     were made from the same notebook, plan, artifacts and code is left as it is, unless `again`.
+
+    minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no stage begins after it
     Raises IsslError for input that is wrong, before any long work.
     """
     began, names = time.monotonic(), select(only)
-    out = (REPOSITORY if out is None else out).resolve()
-    root = datasets.data_root(data_root)
-    plans = read_profile(
-        profile,
-        names,
-        out=str(out),
-        data_root=None if root is None else str(root.resolve()),
-        device=device,
-    )
+    out, root = where(out, data_root)
+    plans = read_profile(profile, names, out=str(out), data_root=root, device=device)
     check(plans, out)
     target = pick_device(device)
     print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
+    artifacts.deadline = None if minutes is None else began + 60 * minutes
     with _notebooks_beside_us() as start:
         waiting = [
             start(_notebook, name, plan, artifacts, _compute(plan, artifacts), again) for name, plan in plans.items()
         ]
-        failed = sum(ended() for ended in waiting)
+        ends = [ended() for ended in waiting]
+    failed, late = ends.count("FAILED"), ends.count("LATE")
     print(
-        f"{len(plans) - failed} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
+        f"{len(plans) - failed - late} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
         f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
         f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}",
         flush=True,
     )
-    return 1 if failed else 0
+    return 1 if failed else 3 if late else 0
 
 
 @contextmanager
-def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], bool]]]:
+def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
     """Gives start(function, *arguments), which returns the wait for its result. Interrupted, it ends the kernels."""
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
@@ -163,9 +170,17 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], bool]]]:
         pool.shutdown()
 
 
-def _compute(plan: Plan, artifacts: Artifacts) -> tuple[str | None, bool]:
-    """Make what the notebook will read; returns the error, if any, as the reader should see it, and whether
-    anything had to be made."""
+@dataclass(frozen=True)
+class Computed:
+    """How the stages of a notebook ended: the error as the reader should see it, if any."""
+
+    error: str | None = None
+    late: bool = False  # the error is that the time budget was spent
+    anew: bool = False  # something had to be made
+
+
+def _compute(plan: Plan, artifacts: Artifacts) -> Computed:
+    """Make what the notebook will read."""
     before = len(artifacts.computed)
     try:
         for label, stage in plan.stages().items():
@@ -174,22 +189,22 @@ def _compute(plan: Plan, artifacts: Artifacts) -> tuple[str | None, bool]:
             if len(artifacts.computed) > known:
                 print(f"        {label}: {stage.name} {stage.key}, {time.monotonic() - start:.1f} s", flush=True)
     except IsslError as error:
-        return str(error), True
+        return Computed(str(error), isinstance(error, OutOfTime))
     except Exception:  # noqa: BLE001 (the other notebooks go on; this one's error is shown whole)
-        return traceback.format_exc(), True
-    return None, len(artifacts.computed) > before
+        return Computed(traceback.format_exc())
+    return Computed(anew=len(artifacts.computed) > before)
 
 
-def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: tuple[str | None, bool], again: bool) -> bool:
-    """Execute a notebook where it must be, and print its line; returns whether it failed."""
-    start, (error, anew) = time.monotonic(), computed
-    word = "FAILED"
+def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: Computed, again: bool) -> str:
+    """Execute a notebook where it must be, and print its line; returns how it ended: ok, current, LATE or FAILED."""
+    start, error = time.monotonic(), computed.error
+    word = "LATE" if computed.late else "FAILED"
     if error is None:
         source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
         key = fingerprint(source, plan, device_name(artifacts.device))
-        if not anew and not again and is_current(name, plan, key):
+        if not computed.anew and not again and is_current(name, plan, key):
             print(f"current {name:24} nothing that it depends on has changed (--again runs it anyway)", flush=True)
-            return False
+            return "current"
         plan.results.mkdir(parents=True, exist_ok=True)
         error = execute(source, target, plan)
         if error is None:
@@ -199,4 +214,4 @@ def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: tuple[str |
     if error is not None:
         line += "\n        " + error.replace("\n", "\n        ")
     print(line, flush=True)
-    return error is not None
+    return word

@@ -13,15 +13,16 @@ import pandas as pd
 from pydantic import ValidationError
 
 from issl import datasets
+from issl.config import explain
 from issl.errors import IsslError
 from issl.files import atomic
 from issl.foreign import open_encoder
 from issl.gradients import scored_layers
 from issl.influence import self_influence
+from issl.perturbation import GaussianNoise
 from issl.plans import pick_device
 from issl.shards import from_torchrun
-from issl.stages import Curvature, explain
-from issl.views import GaussianNoise
+from issl.stages import Curvature
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -11,17 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from issl.curvature import Statistic
 from issl.errors import IsslError
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """What is summed over the images: a total, or while they are few their rows themselves."""
+
+    total: Tensor | None
+    rows: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,10 @@ class Shards:
         if self.world == 1:
             return value
         sent = value.to(self.device).contiguous()
-        self._call(lambda: dist.all_reduce(sent))
+        self.call(lambda: dist.all_reduce(sent))
         return sent.to(value.device)
 
-    def reduce(self, sums: Sequence[Statistic]) -> None:
+    def reduce(self, sums: Sequence[Summed]) -> None:
         """Complete each of these over all processes, in place; every process must come with the same ones."""
         if self.world == 1:
             return
@@ -58,7 +65,7 @@ class Shards:
             elif item.rows:
                 parts: list[list[Tensor]] = [[] for _ in range(self.world)]
                 mine = [r.cpu() for r in item.rows]
-                self._call(lambda parts=parts, mine=mine: dist.all_gather_object(parts, mine))  # type: ignore[misc]
+                self.call(lambda parts=parts, mine=mine: dist.all_gather_object(parts, mine))  # type: ignore[misc]
                 item.rows = [r.to(item.rows[0].device) for part in parts for r in part]
 
     def gather(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -70,10 +77,10 @@ class Shards:
         if self.world == 1:
             return [mine]
         every: list[T] = [mine] * self.world
-        self._call(lambda: dist.all_gather_object(every, mine))
+        self.call(lambda: dist.all_gather_object(every, mine))
         return every
 
-    def _call(self, collective: Callable[[], object]) -> None:
+    def call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
         except RuntimeError as error:

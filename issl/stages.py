@@ -26,26 +26,24 @@ from typing import Any, ClassVar, Literal
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import Field, computed_field
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from issl import curvature as curvatures
-from issl import datasets, views
+from issl import datasets
+from issl import perturbation as perturbations
+from issl.config import Config
 from issl.encoder import load_encoder, save_encoder
-from issl.errors import IsslError
+from issl.errors import IsslError, OutOfTime
+from issl.evaluate import embed, knn_hits, probe_hits
 from issl.files import atomic, read_safetensors
 from issl.images import Images
 from issl.influence import self_influence
-from issl.pretrain import pretrain
+from issl.pretrain import Watch, pretrain
+from issl.recipes import RECIPES, Recipe
 
 MANIFEST = "manifest.json"
-
-
-class Config(BaseModel):
-    """Frozen, and strict about its fields: a typo is an error, not a default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Config):
@@ -77,8 +75,18 @@ class Noise(Config):
     mean: float = 0.05
     std: float = Field(0.2, ge=0)
 
-    def build(self) -> views.GaussianNoise:
-        return views.GaussianNoise(self.mean, self.std)
+    def build(self) -> perturbations.GaussianNoise:
+        return perturbations.GaussianNoise(self.mean, self.std)
+
+
+class Augmentation(Config):
+    """An augmentation in place of the noise, for the ablation; see `issl.perturbation.Augmentation`."""
+
+    kind: perturbations.Kind
+    strength: float = Field(1.0, gt=0, le=1)
+
+    def build(self) -> perturbations.Augmentation:
+        return perturbations.Augmentation(self.kind, self.strength)
 
 
 class Curvature(Config):
@@ -113,11 +121,19 @@ class Stage(Config):
     @property
     def key(self) -> str:
         """Sixteen hex digits: the hash of this config and all it depends on."""
-        needs = {k: v.key for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+        needs = {name: stage.key for name, stage in self.needs().items()}
         content = {
             "stage": self.name, "version": self.version, "config": self.model_dump(mode="json"), "needs": needs,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def needs(self) -> dict[str, Stage]:
+        """The stages whose artifacts this one reads, by field."""
+        return {k: v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.key}"
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         raise NotImplementedError
@@ -127,30 +143,51 @@ class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv."""
 
     name: ClassVar[str] = "pretrain"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     data: Data
-    method: Literal["simclr"] = "simclr"
+    recipe: Recipe = RECIPES["published"]["simclr"]
     width: int = Field(64, ge=1)
-    projection: int = Field(128, ge=1)
-    epochs: int = Field(200, ge=1)
+    epochs: int = Field(200, ge=0)  # 0: the encoder as it is before training
     batch_size: int = Field(256, ge=2)
-    peak_lr: float = Field(0.5, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    temperature: float = Field(0.5, gt=0)
-    warmup_epochs: int = Field(5, ge=0)
     seed: int = Field(0, ge=0)
+    order_seed: int | None = Field(None, ge=0)
+    view_seed: int | None = Field(None, ge=0)
+    left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
+    watch: Data | None = None  # labelled images whose kNN accuracy joins the history
+    watch_every: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        checkpoint = folder / "checkpoint.safetensors"
+        checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
+        settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
         encoder, history = pretrain(
-            self.data.load(), **self.model_dump(exclude={"data"}), device=artifacts.device, checkpoint=checkpoint,
-            checkpoint_seconds=artifacts.checkpoint_seconds, progress=artifacts.progress,
+            images, self.recipe, **settings, keep=self._keep(len(images)), device=artifacts.device,
+            checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
+            watch=self._watch(images, artifacts.device), watch_every=self.watch_every, progress=artifacts.progress,
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
         save_encoder(folder / "encoder.safetensors", encoder, {"config": self.model_dump(mode="json")})
         checkpoint.unlink(missing_ok=True)
+
+    def _keep(self, n: int) -> Tensor:
+        keep = torch.ones(n, dtype=torch.bool)
+        if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
+            raise IsslError(f"left_out holds position {max(self.left_out)} in a set of {n} images")
+        keep[list(self.left_out)] = False
+        return keep
+
+    def _watch(self, images: Images, device: torch.device) -> Watch | None:
+        if self.watch is None:
+            return None
+        test = self.watch.load()
+        labels, truth = images.require_labels(), test.require_labels()
+
+        def accuracy(backbone: nn.Module) -> dict[str, float]:
+            hits = knn_hits(embed(backbone, images, device), labels, embed(backbone, test, device), truth)
+            return {"knn_accuracy": float(hits.mean())}
+
+        return accuracy
 
 
 class Influence(Stage):
@@ -160,12 +197,12 @@ class Influence(Stage):
 
     pretrain: Pretrain
     data: Data
-    perturbation: Noise = Noise()
+    perturbation: Noise | Augmentation = Noise()
     curvature: Curvature = Curvature()
     seed: int = Field(0, ge=0)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder = load_encoder(artifacts.get(self.pretrain) / "encoder.safetensors")
+        encoder = artifacts.encoder(self.pretrain)
         # on a CPU, what a batch touches should be little: fresh memory is slow, and the caches are small
         batch_size = 64 if artifacts.device.type == "cpu" else 256
         scores = self_influence(
@@ -187,20 +224,40 @@ class Embed(Stage):
     pretrain: Pretrain
     data: Data
 
-    @torch.no_grad()
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder = load_encoder(artifacts.get(self.pretrain) / "encoder.safetensors").to(artifacts.device)
-        images = self.data.load()
-        batches = images.pixels.split(512)
-        features = torch.cat([encoder(b.to(artifacts.device).float() / 255).cpu() for b in batches])
+        encoder, images = artifacts.encoder(self.pretrain), self.data.load()
         with atomic(folder / "features.safetensors") as part:
-            save_file({"features": features, "index": images.index}, part)
+            save_file({"features": embed(encoder, images, artifacts.device), "index": images.index}, part)
+
+
+class Evaluate(Stage):
+    """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?), probe.json (its C)."""
+
+    name: ClassVar[str] = "evaluate"
+
+    train: Embed
+    test: Embed
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        train, test = artifacts.features(self.train), artifacts.features(self.test)
+        labels, images = self.train.data.load().require_labels(), self.test.data.load()
+        truth = images.require_labels()
+        probe, c = probe_hits(train, labels, test, truth, self.seed)
+        knn = knn_hits(train, labels, test, truth, self.k, self.temperature)
+        with atomic(folder / "probe.json") as part:
+            part.write_text(json.dumps({"C": c}))
+        with atomic(folder / "hits.parquet") as part:
+            pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe}).to_parquet(part, index=False)
 
 
 @dataclass
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
+    deadline           as of time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -208,6 +265,7 @@ class Artifacts:
     device: torch.device = torch.device("cpu")
     progress: bool = False
     checkpoint_seconds: float = 20.0
+    deadline: float | None = None
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
@@ -216,7 +274,7 @@ class Artifacts:
 
     def get(self, stage: Stage) -> Path:
         """The folder of the stage's files, checked against their checksums."""
-        final, label = self.folder(stage), f"{stage.name}/{stage.key}"
+        final, label = self.folder(stage), stage.label
         if label in self.computed or label in self.cached:
             return final
         if not self._sound(final):
@@ -224,6 +282,8 @@ class Artifacts:
             _make_folder(work.parent)
             with _locked(final.with_name(final.name + ".lock"), label):
                 if not self._sound(final):  # another process may have made it while we waited
+                    if self.deadline is not None and time.monotonic() >= self.deadline:
+                        raise OutOfTime(f"{label} was not begun")
                     _make_folder(work)
                     began = time.time()
                     stage.make(work, self)
@@ -233,6 +293,10 @@ class Artifacts:
                     return final
         self.cached.append(label)
         return final
+
+    def has(self, stage: Stage) -> bool:
+        """Is the artifact there, whole? A damaged one is removed."""
+        return self._sound(self.folder(stage))
 
     def _sound(self, folder: Path) -> bool:
         """Is the artifact there and whole? A damaged one is named, removed, and then is not there."""
@@ -255,6 +319,9 @@ class Artifacts:
 
     def scores(self, stage: Influence) -> pd.DataFrame:
         return pd.read_parquet(self.get(stage) / "influence.parquet")
+
+    def hits(self, stage: Evaluate) -> pd.DataFrame:
+        return pd.read_parquet(self.get(stage) / "hits.parquet")
 
     def features(self, stage: Embed) -> Tensor:
         return read_safetensors(self.get(stage) / "features.safetensors", "features")[1]["features"]
@@ -321,12 +388,3 @@ def _locked(path: Path, label: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def explain(error: ValidationError, what: str) -> IsslError:
-    """A pydantic error as one line that names the field, the value and the remedy."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return IsslError(f"{what}: unknown field {where!r} (value {first['input']!r}); remove it or correct its name")
-    return IsslError(f"{what}: {where} = {first.get('input')!r}: {first['msg']}")

@@ -19,7 +19,7 @@ from issl.notebook import fingerprint, is_current, note_made
 from issl.plans import PLANS, Plan
 
 TINY = {
-    "common": {"n": 96, "width": 1, "epochs": 1, "batch_size": 32, "warmup_epochs": 0},
+    "common": {"n": 96, "width": 1, "epochs": 1, "batch_size": 32},
     "00_method": {"images": 16},
     "03_background_bias": {"n_test": 32},
 }

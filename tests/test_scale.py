@@ -22,7 +22,7 @@ from torchvision.models import resnet
 
 import issl
 from issl import EKFAC, Exact, LoGra, cli, cross_influence, self_influence, top_influences
-from issl.encoder import new_encoder, save_encoder
+from issl.encoder import Head, new_encoder, save_encoder
 from issl.foreign import open_encoder, read_state, resnet_from
 from issl.shards import ONE, Shards
 
@@ -127,7 +127,8 @@ def test_resnets_in_others_layouts(layout: str, tmp_path: Path) -> None:
 
 
 def test_lightlys_own_resnet(tmp_path: Path) -> None:
-    models = pytest.importorskip("lightly.models", reason="needs lightly (pip install lightly), a peer")
+    from lightly import models
+
     net = trained(models.ResNetGenerator("resnet-18", width=0.25))
     body = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1))
     owner = nn.ModuleDict({"backbone": body, "head": nn.Linear(128, 8)})
@@ -203,7 +204,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def ours(path: Path) -> str:
-    encoder = new_encoder(2, 8, 0).train()
+    encoder = new_encoder(2, Head(hidden=8, out=8), 0).train()
     with torch.no_grad():
         encoder(torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     save_encoder(path, encoder, {})

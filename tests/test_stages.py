@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 import issl
-from issl.stages import Artifacts, Curvature, Data, Embed, Influence, Noise, Pretrain, damaged, explain
+from issl.config import explain
+from issl.stages import Artifacts, Curvature, Data, Embed, Influence, Noise, Pretrain, damaged
 
 DATA = Data(name="scenes", n=48)
-TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16, warmup_epochs=0)
+TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16)
 
 
 def influence(**changes) -> Influence:
@@ -98,7 +99,7 @@ def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
 def test_configs_refuse_what_they_do_not_know() -> None:
     for build, message in [
         (lambda: Pretrain(data=DATA, epoch=3), "unknown field 'epoch'"),
-        (lambda: Pretrain(data=DATA, epochs=0), "epochs = 0"),
+        (lambda: Pretrain(data=DATA, epochs=-1), "epochs = -1"),
         (lambda: Curvature(kind="hessian"), "kind = 'hessian'"),
     ]:
         with pytest.raises(ValidationError) as caught:

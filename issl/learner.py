@@ -1,0 +1,114 @@
+"""The learner: the encoder with what its method needs beside it while it is trained, and one update of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from issl import objectives
+from issl.encoder import Head, new_encoder
+from issl.errors import IsslError
+from issl.operations import Pixels
+from issl.recipes import Recipe
+from issl.shards import ONE, Shards
+from issl.synchronised import gather
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Learner(nn.Module):
+    """`encoder`; for BYOL a `predictor` and a `target`, the encoder's moving average. Calling it gives the loss."""
+
+    def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int):
+        super().__init__()
+        self.recipe = recipe
+        features = 8 * width
+        out = max(2, round(recipe.out * features))
+        if recipe.method == "supervised":
+            assert classes is not None  # the caller has the labels
+            out = classes
+        head = Head(hidden=max(2, round(recipe.hidden * features)), out=out, layers=recipe.layers, norm=recipe.norm)
+        self.encoder = new_encoder(width, head, seed)
+        self.predictor: nn.Module | None = None
+        self.target: nn.Module | None = None
+        if recipe.method == "byol":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 1)
+                self.predictor = head.build(out)
+            self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(
+        self, xa: Pixels, xb: Pixels | None, labels: Int64[Tensor, " b"] | None, precision: Precision = "auto",
+        shards: Shards = ONE,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:  # fmt: skip
+        """The loss of the batch (of all processes' batches) and the features of its views, without gradient.
+
+        Both views pass together, so BatchNorm sees them as one batch. Networks run in bf16 where `precision`
+        says so, the loss always in fp32.
+        """
+        recipe, encoder = self.recipe, self.encoder
+        both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=torch.channels_last)
+        device = both.device
+        # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and on GPUs
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device, precision)):
+            features = encoder.backbone(both)
+            z = encoder.projector(features)
+            p = None if self.predictor is None else self.predictor(z)
+            with torch.no_grad():
+                t = None if self.target is None else self.target(both)
+
+        def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = rows.float().chunk(2)
+            return gather(a, shards), gather(b, shards)
+
+        with torch.autocast(device.type, enabled=False):
+            if recipe.method == "supervised":
+                assert labels is not None
+                loss = objectives.supervised(gather(z.float(), shards), gather(labels, shards))
+            elif recipe.method == "byol":
+                assert p is not None and t is not None
+                loss = objectives.byol(*halves(p), *halves(t))
+            elif recipe.method == "barlow_twins":
+                loss = objectives.barlow_twins(*halves(z), recipe.off_diagonal, recipe.scale)
+            else:
+                loss = objectives.simclr(*halves(z), recipe.temperature)
+            return loss, gather(features.detach().float(), shards)
+
+    def follow(self, done: float) -> None:
+        """Move the target towards the encoder: target ← τ · target + (1 − τ) · encoder, with
+        τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2, `done` the part of the run that is over (Grill et al. 2020, §3)."""
+        if self.target is None:
+            return
+        tau = 1 - (1 - self.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
+        torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau)
+
+
+def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """√d times the mean standard deviation of unit features' components: 1 where they point everywhere, 0 where
+    all are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
+    unit = nn.functional.normalize(features, dim=1)
+    return unit.std(0).mean() * math.sqrt(features.shape[1])
+
+
+def computes_bf16(device: torch.device, precision: str) -> bool:
+    """Is bf16 used? auto: where the device computes it natively; without that, autocast would only cost."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise IsslError(f"precision {precision!r}: choose auto, fp32 or bf16")
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability() and _cpu_flag("avx512_bf16")
+
+
+@lru_cache
+def _cpu_flag(flag: str) -> bool:
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere we train in fp32
+    return info.is_file() and flag in info.read_text().split()

@@ -1,0 +1,85 @@
+"""LARS and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose step is scaled, parameter by parameter, to the weights' own size
+    (You et al. 2017, arXiv 1708.03888, eq. 6):
+
+        r = trust · ‖p‖ / (‖g‖ + wd · ‖p‖),   v ← momentum · v + r · (g + wd · p),   p ← p − lr · v
+
+    Groups without weight decay (biases, normalisation) get r = 1, as in SimCLR and BYOL.
+    clip   r ← min(r / lr, 1): LARS may lower the learning rate, not raise it (as in NVIDIA Apex's LARC)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]] | Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+        clip: bool = False,
+    ):
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "clip": clip}
+        super().__init__(params, settings)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            steps = [p.grad for p in params]
+            decay, lr = group["weight_decay"], group["lr"]
+            if decay > 0:
+                sizes, slopes = torch._foreach_norm(params), torch._foreach_norm(steps)
+                size, slope = torch.stack(list(sizes)), torch.stack(list(slopes))
+                ratio = group["trust"] * size / (slope + decay * size + 1e-8)
+                if group["clip"]:
+                    ratio = (ratio / lr).clamp(max=1)
+                moves = (size > 0) & (slope > 0)  # a weight or gradient of 0 gives no scale: a plain step
+                steps = list(torch._foreach_add(steps, torch._foreach_mul(params, list((decay * moves).unbind()))))
+                torch._foreach_mul_(steps, list(torch.where(moves, ratio, 1).unbind()))
+            if not all("momentum_buffer" in self.state[p] for p in params):
+                for p in params:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, steps)
+            torch._foreach_add_(params, momenta, alpha=-lr)
+        return loss
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up that reaches `peak` at its last step, then half a cosine to 0 at the run's last
+    (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup - 1)))
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels, none for biases and normalisation (Chen et al. 2020, §2.2)."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    decayed, rest = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -1,0 +1,87 @@
+"""`issl pretrain`: train an encoder on one's own images, on one process or on several (torchrun)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+from issl import datasets
+from issl.encoder import save_encoder
+from issl.errors import IsslError
+from issl.files import atomic
+from issl.plans import pick_device
+from issl.pretrain import pretrain
+from issl.recipes import Method, Variant, recipe
+from issl.shards import from_torchrun
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `issl pretrain`."""
+    add = command.add_argument
+    add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the encoder, .safetensors; its history beside it (.csv)",
+    )
+    add("--method", default="simclr", choices=get_args(Method), help="default: simclr")
+    add("--recipe", default="published", choices=get_args(Variant), help="published (default) or short")
+    add("--width", type=int, default=64, help="of ResNet-18's first stage (64)")
+    add("--epochs", type=int, default=200, help="default: 200")
+    add("--batch-size", type=int, default=256, help="of all processes together (256)")
+    add("--seed", type=int, default=0, help="of weights, order and views (0)")
+    add("--split", default="train", help="train (default) or test")
+    add("--n", type=int, metavar="N", help="so many images (default: all)")
+    add("--size", type=int, metavar="PX", help="side of the images (folders and fairface; default: 32)")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the networks (auto)")
+    add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile (auto: long runs on a GPU)")
+    add("--time-budget", type=float, metavar="MIN", help="end in time, with a checkpoint; the same command goes on")
+    add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Run the command; raises IsslError for bad input, before any long work."""
+    began, out = time.monotonic(), options.out
+    if out.suffix != ".safetensors":
+        raise IsslError(f"--out {out}: give a file name that ends in .safetensors")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise IsslError(f"--out {out}: cannot be written there")
+    size = options.size
+    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
+        size = 32  # what the encoder's stem is made for
+    how, device = recipe(options.method, options.recipe), pick_device(options.device)
+    images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    with from_torchrun(device, options.timeout) as shards:
+        first = shards.rank == 0
+        if first:
+            many = f" on {shards.world} processes" if shards.world > 1 else ""
+            print(
+                f"{options.method} ({options.recipe} recipe) on {len(images)} images of {images.name}, {device}{many}",
+                flush=True,
+            )
+        encoder, history = pretrain(
+            images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
+            seed=options.seed, device=shards.device if shards.world > 1 else device, precision=options.precision,
+            compiled=options.compile, checkpoint=checkpoint, shards=shards, progress=first and sys.stderr.isatty(),
+            deadline=None if options.time_budget is None else began + 60 * options.time_budget,
+        )  # fmt: skip
+        if first:
+            with atomic(out.with_suffix(".csv")) as part:
+                history.to_csv(part, index=False)
+            save_encoder(out, encoder, {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)})
+            checkpoint.unlink(missing_ok=True)
+            print(f"{out}: {len(history)} epochs in {time.monotonic() - began:.0f} s", flush=True)
+    return 0

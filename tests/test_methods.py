@@ -1,0 +1,176 @@
+"""Objectives, LARS and the schedule against lightly's and against their formulas; the learner of each method."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import issl
+from issl import objectives
+from issl.learner import Learner, computes_bf16, spread
+from issl.optimizer import LARS, groups, learning_rate
+from issl.recipes import RECIPES, recipe
+
+METHODS = list(RECIPES["short"])
+
+
+def rows(n: int = 24, d: int = 7, count: int = 2) -> tuple[torch.Tensor, ...]:
+    return torch.randn(count, n, d, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def test_simclr_is_lightlys_and_the_formula() -> None:
+    from lightly.loss import NTXentLoss
+
+    za, zb = rows()
+    torch.testing.assert_close(objectives.simclr(za, zb, 0.2), NTXentLoss(0.2)(za, zb), rtol=1e-5, atol=0)
+    za, zb = rows(5, 3)
+    z = torch.cat([za, zb])
+    s = torch.nn.functional.cosine_similarity(z[:, None], z[None], dim=2)
+    terms = []
+    for i in range(10):
+        j = (i + 5) % 10
+        others = sum(torch.exp(s[i, k] / 0.5) for k in range(10) if k != i)
+        terms.append(-torch.log(torch.exp(s[i, j] / 0.5) / others))
+    torch.testing.assert_close(objectives.simclr(za, zb, 0.5), torch.stack(terms).mean())
+
+
+def test_byol_is_lightlys() -> None:
+    from lightly.loss import NegativeCosineSimilarity
+
+    pa, pb, ta, tb = (r.requires_grad_() for r in rows(count=4))
+    theirs = NegativeCosineSimilarity()
+    got = objectives.byol(pa, pb, ta, tb)
+    torch.testing.assert_close(got, 4 + 2 * theirs(pa, tb) + 2 * theirs(pb, ta), rtol=1e-5, atol=0)
+    got.backward()
+    assert pa.grad is not None and ta.grad is None and tb.grad is None
+
+
+def test_barlow_twins_is_lightlys() -> None:
+    from lightly.loss import BarlowTwinsLoss
+
+    za, zb = rows()
+    got = objectives.barlow_twins(za, zb, 0.005, 0.1)
+    torch.testing.assert_close(got, 0.1 * BarlowTwinsLoss(0.005)(za, zb), rtol=1e-5, atol=0)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(8, 3, 5, 5, generator=generator)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_lars_is_lightlys() -> None:
+    from lightly.utils.lars import LARS as Theirs
+
+    a, b = net(), net()
+    got = steps(a, LARS(groups(a, 1e-2), lr=0.5, momentum=0.9, trust=0.02))
+    want = steps(b, Theirs(groups(b, 1e-2), lr=0.5, momentum=0.9, trust_coefficient=0.02))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_by_hand_with_clip() -> None:
+    """r = min(trust ‖p‖ / (‖g‖ + wd ‖p‖) / lr, 1): one step, against the formula; zero weights take a plain step."""
+    weights = [torch.tensor([[3.0, 4.0]]), torch.tensor([[300.0, 400.0]]), torch.zeros(1, 2), torch.tensor([1.0, 2.0])]
+    slopes = [torch.tensor([[0.6, 0.8]])] * 3 + [torch.tensor([0.6, 0.8])]
+    params = [nn.Parameter(w.clone()) for w in weights]
+    for p, g in zip(params, slopes, strict=True):
+        p.grad = g.clone()
+    LARS(groups(nn.ParameterList(params), 0.1), lr=0.5, trust=0.02, clip=True).step()
+    for k, (p, w, g) in enumerate(zip(params, weights, slopes, strict=True)):
+        ratio = min(0.02 * float(w.norm()) / (1 + 0.1 * float(w.norm())) / 0.5, 1) if k < 2 else 1
+        decay = 0.1 if k < 2 else 0
+        torch.testing.assert_close(p.detach(), w - 0.5 * ratio * (g + decay * w), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_schedule_is_lightlys(warmup: int) -> None:
+    from lightly.utils.scheduler import CosineWarmupScheduler
+
+    optimizer = torch.optim.SGD(net().parameters(), lr=2.0)
+    theirs = CosineWarmupScheduler(optimizer, warmup, 100, end_value=0.0)
+    for k in range(100):
+        assert learning_rate(k, 100, warmup, 2.0) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5, abs=1e-9)
+        optimizer.step(), theirs.step()
+
+
+def test_the_published_constants() -> None:
+    """The figures of the published CIFAR recipe, at full width."""
+    table = {m: recipe(m) for m in ("simclr", "byol", "barlow_twins")}
+    assert [r.lr for r in table.values()] == [0.4, 1.0, 0.3] and {r.optimizer for r in table.values()} == {"lars"}
+    assert [r.weight_decay for r in table.values()] == [1e-4, 1e-5, 1e-4]
+    assert table["simclr"].temperature == 0.2 and table["byol"].tau == 0.99
+    assert (table["barlow_twins"].off_diagonal, table["barlow_twins"].scale) == (0.0051, 0.1)
+    sizes = {m: [layer for layer in Learner(r, 64, None, 0).encoder.projector if isinstance(layer, nn.Linear)]
+             for m, r in table.items()}  # fmt: skip
+    assert [tuple(layer.weight.shape) for layer in sizes["simclr"]] == [(2048, 512), (256, 2048)]
+    assert [tuple(layer.weight.shape) for layer in sizes["byol"]] == [(4096, 512), (256, 4096)]
+    assert [len(layer.weight) for layer in sizes["barlow_twins"]] == [2048, 2048, 2048]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_a_learner_is_its_objective(method: str) -> None:
+    how = recipe(method, "short")
+    learner = Learner(how, 2, 10, 0).train()
+    xa, xb = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    labels, apart = torch.arange(8), copy.deepcopy(learner)
+    loss, features = learner(xa, None if method == "supervised" else xb, labels, "fp32")
+    if method == "supervised":
+        want = nn.functional.cross_entropy(apart.encoder(xa), labels)
+    else:
+        z = apart.encoder(torch.cat([xa, xb]))
+        za, zb = z.chunk(2)
+        if method == "simclr":
+            want = objectives.simclr(za, zb, how.temperature)
+        elif method == "byol":
+            assert apart.predictor is not None and apart.target is not None
+            want = objectives.byol(*apart.predictor(z).chunk(2), *apart.target(torch.cat([xa, xb])).chunk(2))
+        else:
+            want = objectives.barlow_twins(za, zb, how.off_diagonal, how.scale)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    assert len(features) == (8 if method == "supervised" else 16) and not features.requires_grad
+
+
+def test_byols_target_follows_and_gets_no_gradient() -> None:
+    learner = Learner(recipe("byol", "short"), 1, None, 0).train()
+    assert learner.target is not None
+    start = [p.clone() for p in learner.target.parameters()]
+    with torch.no_grad():
+        for p in learner.encoder.parameters():
+            p.add_(1)
+    learner.follow(0.5)
+    tau = 1 - (1 - learner.recipe.tau) * 0.5
+    for p, was in zip(learner.target.parameters(), start, strict=True):
+        torch.testing.assert_close(p.detach(), was + (1 - tau))
+        assert not p.requires_grad
+    before = [p.clone() for p in learner.target.parameters()]
+    learner.follow(1.0)  # τ = 1 at the end
+    assert all(torch.equal(p, q) for p, q in zip(learner.target.parameters(), before, strict=True))
+
+
+def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
+    z = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    assert float(spread(z)) == pytest.approx(1, abs=0.02) and float(spread(z[:1].expand(50, 16))) < 1e-6
+    assert math.isnan(float(spread(z * torch.nan)))
+
+
+def test_bad_names() -> None:
+    with pytest.raises(issl.IsslError, match="method 'moco': known are simclr"):
+        recipe("moco")
+    with pytest.raises(issl.IsslError, match="recipe 'fast': known are published, short"):
+        recipe("byol", "fast")
+    with pytest.raises(issl.IsslError, match="precision 'fp8': choose auto"):
+        computes_bf16(torch.device("cpu"), "fp8")
