@@ -23,10 +23,18 @@ from issl.plans import Plan, pick_device
 from issl.run import check, read_profile, select, where
 from issl.stages import Artifacts, Data, Pretrain, Stage
 
-Cluster = Literal["local", "slurm"]
 State = Literal["cached", "done", "running", "waiting", "failed", "out of time", "blocked"]
 POLL_SECONDS = 0.5
 SLURM_MINUTES = 24 * 60  # the time limit of a job where none is given
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended; `error` as the reader should see it."""
+
+    seconds: float
+    error: str = ""
+    late: bool = False  # the error is that the time budget was spent
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ class Job:
     threads: int
     deadline: float | None  # seconds since the epoch: a job may run on another machine
 
-    def __call__(self) -> float:
-        """Make it; returns the seconds it took."""
+    def __call__(self) -> Ended:
+        """Make it."""
         from issl.cli import keep_freed_memory
 
         keep_freed_memory()
@@ -48,8 +56,11 @@ class Job:
             torch.set_num_threads(self.threads)
         began = time.monotonic()
         deadline = None if self.deadline is None else began + self.deadline - time.time()
-        Artifacts(self.root, pick_device(self.device), deadline=deadline).get(self.stage)
-        return time.monotonic() - began
+        try:
+            Artifacts(self.root, pick_device(self.device), deadline=deadline).get(self.stage)
+        except IsslError as error:
+            return Ended(time.monotonic() - began, str(error), isinstance(error, OutOfTime))
+        return Ended(time.monotonic() - began)
 
     def checkpoint(self) -> DelayedSubmission:
         """Slurm is about to stop it: the same again, from its last checkpoint."""
@@ -153,7 +164,7 @@ def compute(
     device: str = "auto",
     out: Path | None = None,
     jobs: int = 1,
-    cluster: Cluster = "local",
+    cluster: str = "local",
     minutes: float | None = None,
     slurm: Mapping[str, str] | None = None,
     say: Callable[[str], None] = print,
@@ -220,21 +231,19 @@ def _submit(board: Board, executor: Any, jobs: int, job: Callable[[Stage], Job])
 
 def _finish(work: Work) -> None:
     """Read how a job ended."""
-    work.seconds = time.monotonic() - work.began
     try:
-        error = work.job.exception()
+        crash = work.job.exception()
     except submitit.core.utils.UncompletedJobError as gone:  # it left no result: killed from outside
-        error = gone
-    if error is None:
-        work.state, work.seconds = "done", float(work.job.result())
-        return
-    text = str(error)
-    work.state = "out of time" if OutOfTime.__name__ in text else "failed"
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    work.error = f"            {lines[-1]}\n            its log: {work.job.paths.stderr}"
+        crash = gone
+    ended = Ended(time.monotonic() - work.began, str(crash)) if crash is not None else work.job.result()
+    work.seconds = ended.seconds
+    work.state = "out of time" if ended.late else "failed" if ended.error else "done"
+    if ended.error:
+        lines = [*ended.error.strip().splitlines(), f"its log: {work.job.paths.stderr}"]
+        work.error = "\n".join("            " + line for line in lines)
 
 
-def _executor(cluster: Cluster, folder: Path, jobs: int, minutes: float | None, slurm: Mapping[str, str]) -> Any:
+def _executor(cluster: str, folder: Path, jobs: int, minutes: float | None, slurm: Mapping[str, str]) -> Any:
     """submitit's executor; a Slurm that is not there is an error here, before anything is submitted."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -18,7 +18,7 @@ from issl.errors import IsslError
 from issl.operations import Pixels
 from issl.recipes import Recipe
 from issl.shards import ONE, Shards
-from issl.synchronised import gather
+from issl.synchronised import full, gather
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -51,7 +51,7 @@ class Learner(nn.Module):
         """The loss of the batch (of all processes' batches) and the features of its views, without gradient.
 
         Both views pass together, so BatchNorm sees them as one batch. Networks run in bf16 where `precision`
-        says so, the loss always in fp32.
+        says so, the loss in fp32 (or what is wider).
         """
         recipe, encoder = self.recipe, self.encoder
         both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=torch.channels_last)
@@ -65,13 +65,13 @@ class Learner(nn.Module):
                 t = None if self.target is None else self.target(both)
 
         def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = rows.float().chunk(2)
+            a, b = full(rows).chunk(2)
             return gather(a, shards), gather(b, shards)
 
         with torch.autocast(device.type, enabled=False):
             if recipe.method == "supervised":
                 assert labels is not None
-                loss = objectives.supervised(gather(z.float(), shards), gather(labels, shards))
+                loss = objectives.supervised(gather(full(z), shards), gather(labels, shards))
             elif recipe.method == "byol":
                 assert p is not None and t is not None
                 loss = objectives.byol(*halves(p), *halves(t))
@@ -79,7 +79,7 @@ class Learner(nn.Module):
                 loss = objectives.barlow_twins(*halves(z), recipe.off_diagonal, recipe.scale)
             else:
                 loss = objectives.simclr(*halves(z), recipe.temperature)
-            return loss, gather(features.detach().float(), shards)
+            return loss, gather(full(features.detach()), shards)
 
     def follow(self, done: float) -> None:
         """Move the target towards the encoder: target ← τ · target + (1 − τ) · encoder, with

@@ -75,22 +75,13 @@ class Augmentation:
         crop = {"min_area": 1 - 0.92 * s}
         colours = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
-        match self.kind:
-            case "crop":
-                return View.model_validate(crop)
-            case "flip":
-                return View(flip=s)
-            case "jitter":
-                return View.model_validate({"jitter": 1.0, **colours})
-            case "grayscale":
-                return View(grayscale=s)
-            case "blur":
-                return View.model_validate({"blur": 1.0, **sigma})
-            case "solarize":
-                return View(solarize=s)
-            case "chain":
-                chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
-                return View.model_validate(crop | colours | sigma | chances)
+        chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
+        settings: dict[str, dict[str, float | tuple[float, float]]] = {
+            "crop": {**crop}, "flip": {"flip": s}, "jitter": {"jitter": 1.0, **colours}, "grayscale": {"grayscale": s},
+            "blur": {"blur": 1.0, **sigma}, "solarize": {"solarize": s},
+            "chain": {**crop, **colours, **sigma, **chances},
+        }  # fmt: skip
+        return View.model_validate(settings[self.kind])
 
     def keyed(self, seed: int) -> Perturb:
         """The view of image `index` is a function of (seed, index) alone."""

@@ -35,6 +35,7 @@ from issl.views import VIEW_UNIFORMS
 
 COLLAPSED = 0.02  # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
 WORTH_COMPILING = 2_000_000  # images passed, from which the minute of compilation is taken to pay on a GPU
+COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history; what is watched comes after
 History = list[dict[str, int | float]]  # one entry an epoch
 Watch = Callable[[nn.Module], dict[str, float]]
 
@@ -189,7 +190,7 @@ def pretrain(
                 save()
                 saved_at = time.monotonic()
     encoder = learner.encoder.to("cpu").to(memory_format=torch.contiguous_format)
-    return encoder.eval(), pd.DataFrame(history)
+    return encoder.eval(), pd.DataFrame(history, columns=None if history else list(COLUMNS))
 
 
 def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:

@@ -55,6 +55,11 @@ def gather(x: Tensor, shards: Shards) -> Tensor:
     return result
 
 
+def full(x: Tensor) -> Tensor:
+    """In fp32, or as wide as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sum_gradients(model: nn.Module, shards: Shards) -> None:
     """Replace each gradient by its sum over all processes: one message for all."""
     if shards.world == 1:
@@ -83,7 +88,7 @@ def batchnorm_over_all(model: nn.Module, shards: Shards) -> Iterator[None]:
 
 def _normalise(layer: _BatchNorm, shards: Shards, x: Tensor) -> Tensor:
     dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-    values = x.float()
+    values = full(x)
     count = values.numel() // values.shape[1] * shards.world
     mean = _Sum.apply(values.sum(dims), shards) / count
     centred = values - mean.view(shape)

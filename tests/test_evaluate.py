@@ -1,0 +1,74 @@
+"""kNN and linear probe against brute force and on features whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import issl
+from issl.encoder import Head, new_encoder
+from issl.evaluate import PENALTIES, embed, knn_hits, probe_hits
+from issl.recipes import recipe
+from issl.stages import Artifacts, Data, Embed, Evaluate, Pretrain
+
+
+def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten classes around the axes of a space of 16 dimensions, one of them much larger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    x = 4 * torch.nn.functional.one_hot(labels, 16) + noise * torch.randn(n, 16, generator=generator)
+    return x * torch.tensor([100.0] + [1.0] * 15), labels
+
+
+def test_knn_is_brute_force() -> None:
+    (train, labels), (test, truth) = clusters(60, 0, 2.0), clusters(30, 1, 2.0)
+    want = []
+    for x, y in zip(test, truth, strict=True):
+        s = torch.nn.functional.cosine_similarity(x[None], train)
+        near = s.argsort(descending=True)[:7]
+        votes = [sum(float(torch.exp(s[i] / 0.1)) for i in near if labels[i] == c) for c in range(10)]
+        want.append(int(np.argmax(votes)) == int(y))
+    got = knn_hits(train, labels, test, truth, k=7)
+    np.testing.assert_array_equal(got, want)
+    assert 0 < got.sum() < 30
+    # in parts or at once, and with more neighbours asked for than there are
+    many = knn_hits(train, labels, test.repeat(50, 1), truth.repeat(50), k=7)
+    np.testing.assert_array_equal(many, np.tile(want, 50))
+    assert len(knn_hits(train, labels, test, truth, k=1000)) == 30
+
+
+def test_probe_finds_linear_classes_and_chooses_its_penalty_without_the_test_set() -> None:
+    (train, labels), (test, truth) = clusters(800, 0, 0.5), clusters(300, 1, 0.5)
+    hits, c = probe_hits(train, labels, test, truth)
+    assert hits.mean() > 0.98 and c in PENALTIES
+    wrong = (truth + 1) % 10
+    again, same = probe_hits(train, labels, test, wrong)
+    assert same == c and again.mean() < 0.02  # the same model, whatever the truth is said to be
+    blind, _ = probe_hits(torch.randn(800, 16), labels, torch.randn(300, 16), truth)
+    assert blind.mean() < 0.25
+    with pytest.raises(issl.IsslError, match="all training images have one class"):
+        probe_hits(train, torch.zeros_like(labels), test, truth)
+
+
+def test_embedding_is_the_encoder_batch_by_batch() -> None:
+    images, encoder = issl.load("scenes", n=150), new_encoder(1, Head(), 0).backbone.eval()
+    want = encoder(images.pixels.float() / 255)
+    torch.testing.assert_close(embed(encoder, images), want.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_as_a_stage(tmp_path: Path) -> None:
+    train, test = Data(name="scenes", n=300), Data(name="scenes", split="test", n=100)
+    encoder = Pretrain(data=train, recipe=recipe("simclr", "short"), width=2, epochs=0)
+    stage = Evaluate(train=Embed(pretrain=encoder, data=train), test=Embed(pretrain=encoder, data=test), k=20)
+    artifacts = Artifacts(tmp_path)
+    table = artifacts.hits(stage)
+    assert list(table) == ["index", "knn", "probe"] and len(table) == 100
+    assert [c.split("/")[0] for c in artifacts.computed] == ["pretrain", "embed", "embed", "evaluate"]
+    assert json.loads((artifacts.get(stage) / "probe.json").read_text())["C"] in PENALTIES
+    assert artifacts.history(encoder).empty
+    watched = encoder.model_copy(update={"epochs": 1, "batch_size": 64, "watch": test})
+    assert 0 <= artifacts.history(watched)["knn_accuracy"].iloc[-1] <= 1
