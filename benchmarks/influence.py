@@ -16,7 +16,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before to
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -27,10 +26,11 @@ from statistics import median
 from typing import Any
 
 import ours
+import pandas as pd
 import peers
 import torch
 from ours import Task
-from report import write_report
+from report import machine, write_report
 from scipy.stats import spearmanr
 from turns import Turn, alternate
 
@@ -174,12 +174,12 @@ def one(way: str, n: int) -> dict[str, float]:
     """The child of `memory`. 2,048 pictures are repeated, so that the pictures are not what grows."""
     task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
-    images = task.images
-    table = issl.self_influence(task.encoder, images.subset(index[:64]), curvature=issl.LoGra(16), batch_size=64)
+    images = issl.Images(task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name)
+    table = issl.self_influence(task.encoder, images.subset(range(64)), curvature=issl.LoGra(16), batch_size=64)
     assert len(table) == 64  # a warm-up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    issl.self_influence(task.encoder, images.subset(index), curvature=issl.LoGra(16), batch_size=64, memory=way)
+    issl.self_influence(task.encoder, images, curvature=issl.LoGra(16), batch_size=64, memory=way)
     seconds = time.perf_counter() - began
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -209,21 +209,10 @@ def main() -> None:
         part, images = PARTS[name]
         print(f"{name} …", flush=True)
         more = {"profile": options.profile} if name == "agreement" else {}
-        found = part(options.images or images, **more) | machine()
+        found = part(options.images or images, **more) | machine(peers.versions())
         (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         write_report(results, HERE / "RESULTS.md")
         print(json.dumps(found, indent=1), flush=True)
-
-
-def machine() -> dict[str, str]:
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
-    )
-    return {
-        "machine": f"{cpu} ({platform.machine()}), one thread", "torch": torch.__version__,
-        "python": platform.python_version(), "peers": peers.versions(),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

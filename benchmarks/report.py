@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-HEAD = """# Benchmarks of the influence engine
+import torch
 
-Written by `python benchmarks/influence.py`; do not edit. The ratio is the time over that of a plain forward and
-backward pass of the same loss on the same images. All methods of a table ran in one process on one thread, taking
-turns batch by batch, so the ratios compare methods that met the same machine. Seconds are this machine's. The whole
-time is from the encoder to the scores; the median batch, for methods of one pass, is the same without what comes
-before and after, and without the odd batch that the machine was busy elsewhere.
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/influence.py` and `python benchmarks/pretraining.py`; do not edit. All methods of a table
+ran in one process on one thread, taking turns batch by batch, so the ratios compare methods that met the same machine.
+Seconds are this machine's. For influence, the ratio is the time over that of a plain forward and backward pass of the
+same loss on the same images. The whole time is from the encoder to the scores; the median batch, for methods of one
+pass, is the same without what comes before and after, and without the odd batch that the machine was busy elsewhere.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
 groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers
@@ -24,11 +28,24 @@ alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 def write_report(results: Path, out: Path) -> None:
     """Whatever parts have been measured."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
-    parts = [HEAD]
-    for name, write in (("wide", _timings), ("narrow", _timings), ("agreement", _agreement), ("memory", _memory)):
+    parts, writers = [HEAD], {
+        "wide": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory, "pretraining": _pretraining,
+    }  # fmt: skip
+    for name, write in writers.items():
         if name in found:
             parts.append(write(found[name]))
     out.write_text("\n".join(parts))
+
+
+def machine(peers: str) -> dict[str, str]:
+    """Where and with what it was measured."""
+    told = (
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    )
+    return {
+        "machine": f"{next(told, '?')} ({platform.machine()}), one thread", "torch": torch.__version__,
+        "python": platform.python_version(), "peers": peers, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
 
 
 def _where(part: Mapping[str, Any]) -> str:
@@ -78,4 +95,16 @@ def _memory(part: Mapping[str, Any]) -> str:
     for r in part["rows"]:
         growth = r["peak_mb"] - r["before_mb"]
         lines.append(f"| {r['memory']} | {r['images']:,} | {r['s']:.0f} | {r['peak_mb']:.0f} | {growth:.0f} |")
+    return "\n".join([*lines, "", _where(part)])
+
+
+def _pretraining(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"## SimCLR pretraining, ResNet-18 width {part['width']}, batches of {part['batch_size']} images\n",
+        f"One step on {part['data']}: two views of each image, forward, backward, update; {part['steps']} steps each, "
+        "in turns on one thread. The ratio is that of median steps.\n",
+        "| loop | views/s | × plain |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {r['loop']} | {r['views_per_second']:.0f} | {r['ratio']:.2f} |" for r in part["rows"]]
     return "\n".join([*lines, "", _where(part)])

@@ -11,10 +11,10 @@ from issl.encoder import load_encoder
 from issl.errors import IsslError
 from issl.images import Images
 from issl.influence import self_influence
-from issl.perturbation import GaussianNoise
+from issl.perturbation import Augmentation, GaussianNoise
 
 __version__ = "0.1.0"
 __all__ = [
-    "EKFAC", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra", "cross_influence",
-    "load", "load_encoder", "self_influence", "top_influences",
+    "EKFAC", "Augmentation", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra",
+    "cross_influence", "load", "load_encoder", "self_influence", "top_influences",
 ]  # fmt: skip

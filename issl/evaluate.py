@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.images import Images
+from issl.pretrain import Watch
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # of the probe: C, the inverse of the L2 penalty's weight
 HELD_OUT = 0.2  # the share of train on which the penalty is chosen
@@ -42,6 +43,17 @@ def knn_hits(
         votes.scatter_add_(1, labels[which], (near / temperature).exp())
         hits.append(votes.argmax(1) == wanted)
     return torch.cat(hits).numpy()
+
+
+def knn_watch(train: Images, test: Images, device: torch.device) -> Watch:
+    """For `issl.pretrain.pretrain(watch=…)`: the kNN accuracy on `test` joins the history."""
+    labels, truth = train.require_labels(), test.require_labels()
+
+    def accuracy(backbone: nn.Module) -> dict[str, float]:
+        hits = knn_hits(embed(backbone, train, device), labels, embed(backbone, test, device), truth)
+        return {"knn_accuracy": float(hits.mean())}
+
+    return accuracy
 
 
 def probe_hits(

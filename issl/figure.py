@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from issl.files import atomic
 from issl.images import Images
@@ -47,6 +49,23 @@ def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path, provenance
     with atomic(paths[3]) as part:
         part.write_text(json.dumps(provenance, indent=1) + "\n")
     return paths
+
+
+def training(history: pd.DataFrame, title: str) -> Figure:
+    """A run's curves from the history of `issl.pretrain`: the loss, the features' spread, and the kNN accuracy
+    where it was watched. The last value of each stands in its title."""
+    panels = {"loss": "loss", "feature_std": "spread of the features", "knn_accuracy": "kNN accuracy"}
+    panels = {column: label for column, label in panels.items() if column in history}
+    figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.1), squeeze=False)
+    for ax, (column, label) in zip(axes[0], panels.items(), strict=True):
+        known = history.dropna(subset=[column])
+        ax.plot(known["epoch"] + 1, known[column], marker="o", markersize=2.5, linewidth=1.2)
+        ax.set(xlabel="epoch", ylabel=label, title=f"{label}: {known[column].iloc[-1]:.2f}")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if column != "loss":
+            ax.set_ylim(0, 1.05 * max(1.0 if column == "feature_std" else 0.0, known[column].max()))
+    figure.suptitle(title, fontsize=9)
+    return figure
 
 
 def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:

@@ -122,15 +122,14 @@ def pretrain(
     history: History = []
     if checkpoint is not None and checkpoint.exists():
         history = _resume(checkpoint, learner, optimizer, identity)
-    pixels, order_seed, view_seed = (
-        images.pixels.to(device), seed if order_seed is None else order_seed, seed if view_seed is None else view_seed
-    )  # fmt: skip
-    steps = kept // batch_size
+    order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
+    pixels, steps = images.pixels.to(device), kept // batch_size
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps if recipe.warmup else 0
     view_a, view_b, call = recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
-    if compiled == "on" or (compiled == "auto" and device.type == "cuda" and epochs * kept >= WORTH_COMPILING):
-        if shards.world > 1:
-            raise IsslError("compiled='on' with several processes: not supported; use compiled='off'")
+    if compiled == "on" and shards.world > 1:
+        raise IsslError(f"compiled='on' on {shards.world} processes: choose auto or off, or one process")
+    pays = device.type == "cuda" and shards.world == 1 and epochs * kept >= WORTH_COMPILING
+    if compiled == "on" or (compiled == "auto" and pays):
         view_a, view_b, call = (torch.compile(f, dynamic=False) for f in (view_a, view_b, call))
     bar = tqdm(
         total=epochs * steps * batch_size, initial=len(history) * steps * batch_size, unit="img", unit_scale=True,

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import Field, computed_field
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from issl import curvature as curvatures
 from issl import datasets
@@ -36,11 +36,11 @@ from issl import perturbation as perturbations
 from issl.config import Config
 from issl.encoder import load_encoder, save_encoder
 from issl.errors import IsslError, OutOfTime
-from issl.evaluate import embed, knn_hits, probe_hits
+from issl.evaluate import embed, knn_hits, knn_watch, probe_hits
 from issl.files import atomic, read_safetensors
 from issl.images import Images
 from issl.influence import self_influence
-from issl.pretrain import Watch, pretrain
+from issl.pretrain import pretrain
 from issl.recipes import RECIPES, Recipe
 
 MANIFEST = "manifest.json"
@@ -160,10 +160,11 @@ class Pretrain(Stage):
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
+        watch = None if self.watch is None else knn_watch(images, self.watch.load(), artifacts.device)
         encoder, history = pretrain(
             images, self.recipe, **settings, keep=self._keep(len(images)), device=artifacts.device,
             checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
-            watch=self._watch(images, artifacts.device), watch_every=self.watch_every, progress=artifacts.progress,
+            watch=watch, watch_every=self.watch_every, progress=artifacts.progress,
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
@@ -176,18 +177,6 @@ class Pretrain(Stage):
             raise IsslError(f"left_out holds position {max(self.left_out)} in a set of {n} images")
         keep[list(self.left_out)] = False
         return keep
-
-    def _watch(self, images: Images, device: torch.device) -> Watch | None:
-        if self.watch is None:
-            return None
-        test = self.watch.load()
-        labels, truth = images.require_labels(), test.require_labels()
-
-        def accuracy(backbone: nn.Module) -> dict[str, float]:
-            hits = knn_hits(embed(backbone, images, device), labels, embed(backbone, test, device), truth)
-            return {"knn_accuracy": float(hits.mean())}
-
-        return accuracy
 
 
 class Influence(Stage):

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
+
 from issl import datasets
 from issl.encoder import save_encoder
 from issl.errors import IsslError
+from issl.evaluate import knn_watch
 from issl.files import atomic
 from issl.plans import pick_device
 from issl.pretrain import pretrain
@@ -39,6 +42,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="train (default) or test")
     add("--n", type=int, metavar="N", help="so many images (default: all)")
     add("--size", type=int, metavar="PX", help="side of the images (folders and fairface; default: 32)")
+    add("--watch", type=int, metavar="M", help="kNN accuracy on M test images joins the history (labelled sets)")
+    add("--watch-every", type=int, default=10, metavar="E", help="every so many epochs (10)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the networks (auto)")
@@ -63,6 +68,10 @@ def train(options: argparse.Namespace) -> int:
         size = 32  # what the encoder's stem is made for
     how, device = recipe(options.method, options.recipe), pick_device(options.device)
     images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
+    watch = None
+    if options.watch is not None:
+        test = datasets.load(options.data, "test", options.watch, options.data_root, size=size)
+        watch = knn_watch(images, test, device)
     checkpoint = out.with_name(out.name + ".checkpoint")
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
@@ -75,13 +84,26 @@ def train(options: argparse.Namespace) -> int:
         encoder, history = pretrain(
             images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
             seed=options.seed, device=shards.device if shards.world > 1 else device, precision=options.precision,
-            compiled=options.compile, checkpoint=checkpoint, shards=shards, progress=first and sys.stderr.isatty(),
+            compiled=options.compile, watch=watch, watch_every=options.watch_every, checkpoint=checkpoint,
+            shards=shards, progress=first and sys.stderr.isatty(),
             deadline=None if options.time_budget is None else began + 60 * options.time_budget,
         )  # fmt: skip
         if first:
             with atomic(out.with_suffix(".csv")) as part:
                 history.to_csv(part, index=False)
             save_encoder(out, encoder, {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)})
+            _draw(history, f"{options.method}, {options.recipe} recipe, {len(images):,} images of {images.name}", out)
             checkpoint.unlink(missing_ok=True)
             print(f"{out}: {len(history)} epochs in {time.monotonic() - began:.0f} s", flush=True)
     return 0
+
+
+def _draw(history: pd.DataFrame, title: str, out: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")  # a terminal has no screen
+    from issl import figure
+
+    figure.style()
+    with atomic(out.with_suffix(".png")) as part:
+        figure.training(history, title).savefig(part, format="png")

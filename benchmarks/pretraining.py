@@ -1,0 +1,162 @@
+"""SimCLR pretraining: views a second of our step, of its plain form, and of lightly's loop with its PIL transforms.
+
+    python benchmarks/pretraining.py [--width 16] [--batch-size 128] [--steps 8]
+
+The same network, objective, optimiser and images; all take turns step by step on one thread (turns.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch starts its threads
+
+import argparse
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from influence import some_images
+from PIL import Image
+from report import machine, write_report
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from turns import Turn, alternate
+
+import issl
+from issl import objectives
+from issl.cli import keep_freed_memory
+from issl.learner import Learner
+from issl.optimizer import groups
+from issl.recipes import recipe
+from issl.views import VIEW_UNIFORMS
+
+HERE = Path(__file__).parent
+HOW = recipe("simclr", "short")
+
+
+def new(width: int) -> tuple[Learner, torch.optim.Optimizer]:
+    learner = Learner(HOW, width, None, 0).train()
+    rate = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "foreach": True}
+    return learner, torch.optim.SGD(groups(learner, HOW.weight_decay), **rate)
+
+
+def ours(images: issl.Images, width: int, batch_size: int, steps: int, precision: str) -> Callable[[Turn], None]:
+    """The step of issl.pretrain: views as tensor operations, NHWC, bf16 where the CPU computes it."""
+
+    def program(turn: Turn) -> None:
+        learner, optimizer = new(width)
+        learner = learner.to(memory_format=torch.channels_last)
+        for x, u in batches(images, batch_size, steps, turn):
+            loss, _ = learner(HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1]), None, precision)
+            update(loss, optimizer)
+
+    return program
+
+
+def plain(images: issl.Images, width: int, batch_size: int, steps: int) -> Callable[[Turn], None]:
+    """The same step in torch's defaults: fp32, NCHW."""
+
+    def program(turn: Turn) -> None:
+        learner, optimizer = new(width)
+        for x, u in batches(images, batch_size, steps, turn):
+            both = torch.cat([HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1])])
+            update(objectives.simclr(*learner.encoder(both).chunk(2), HOW.temperature), optimizer)
+
+    return program
+
+
+def lightlys(images: issl.Images, width: int, batch_size: int, steps: int) -> Callable[[Turn], None]:
+    """lightly's example of SimCLR: its transform of PIL images in a DataLoader, its loss; the views one by one."""
+    from lightly.loss import NTXentLoss
+    from lightly.transforms import SimCLRTransform
+
+    view = HOW.view_a
+    transform = SimCLRTransform(
+        input_size=32, cj_prob=view.jitter, cj_strength=1.0, cj_bright=view.brightness, cj_contrast=view.contrast,
+        cj_sat=view.saturation, cj_hue=view.hue, min_scale=view.min_area, random_gray_scale=view.grayscale,
+        gaussian_blur=0.0, hf_prob=view.flip,
+    )  # fmt: skip
+
+    class Pictures(Dataset[list[Tensor]]):
+        def __init__(self) -> None:
+            self.pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
+
+        def __len__(self) -> int:
+            return len(self.pictures)
+
+        def __getitem__(self, k: int) -> list[Tensor]:
+            return list(transform(self.pictures[k]))
+
+    def program(turn: Turn) -> None:
+        learner, optimizer = new(width)
+        criterion = NTXentLoss(HOW.temperature)
+        loader = DataLoader(Pictures(), batch_size, shuffle=True, drop_last=True)
+        done = 0
+        while done < steps:
+            for a, b in loader:
+                update(criterion(learner.encoder(a), learner.encoder(b)), optimizer)
+                done += 1
+                turn.next()
+                if done == steps:
+                    break
+
+    return program
+
+
+def batches(images: issl.Images, batch_size: int, steps: int, turn: Turn) -> Any:
+    """Batches with the uniform numbers of their views; hands over after each."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        yield images.pixels[rows].float() / 255, torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator)
+        turn.next()
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    images = some_images(2048)
+    common = (images, options.width, options.batch_size, options.steps)
+    turns = alternate(
+        {
+            "plain fp32, NCHW": plain(*common),
+            "ours, fp32, NHWC": ours(*common, "fp32"),
+            "ours": ours(*common, "auto"),
+            "lightly's loop, PIL transforms": lightlys(*common),
+        }
+    )
+    for turn in turns.values():
+        if turn.error is not None:
+            raise SystemExit(f"{turn.name}: {turn.error}")
+    # the first laps hold the building of the network and of the libraries' kernels
+    laps = {name: median(turn.laps[2 : options.steps]) for name, turn in turns.items()}
+    base = laps["plain fp32, NCHW"]
+    rows = [
+        {"loop": name, "views_per_second": 2 * options.batch_size / lap, "ratio": base / lap}
+        for name, lap in laps.items()
+    ]
+    found = {**vars(options), "data": images.name, "rows": rows} | machine(f"lightly {version('lightly')}")
+    (HERE / "measured").mkdir(exist_ok=True)
+    (HERE / "measured" / "pretraining.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_report(HERE / "measured", HERE / "RESULTS.md")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
