@@ -87,14 +87,6 @@ def test_image_statistics_by_hand() -> None:
     assert got["contrast"][0] == pytest.approx(np.sqrt(0.25 * 0.75), abs=1e-5)
 
 
-def test_knn_vote() -> None:
-    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    hits = audit.knn_hits(
-        train, torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.05], [0.1, 1.0]]), torch.tensor([0, 0]), k=2
-    )
-    assert hits.tolist() == [True, False]
-
-
 def test_enrichment_without_events_is_open_ended() -> None:
     score, flag = np.arange(100.0), np.arange(100) < 50
     e = audit.enrichment(score, flag, 0.05)
