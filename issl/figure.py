@@ -60,7 +60,7 @@ def training(history: pd.DataFrame, title: str) -> Figure:
     for ax, (column, label) in zip(axes[0], panels.items(), strict=True):
         known = history.dropna(subset=[column])
         ax.plot(known["epoch"] + 1, known[column], marker="o", markersize=2.5, linewidth=1.2)
-        ax.set(xlabel="epoch", ylabel=label, title=f"{label}: {known[column].iloc[-1]:.2f}")
+        ax.set(xlabel="epoch", ylabel=label, title=f"{label}: {known[column].iloc[-1]:.2f} at the end")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if column != "loss":
             ax.set_ylim(0, 1.05 * max(1.0 if column == "feature_std" else 0.0, known[column].max()))

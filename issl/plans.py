@@ -29,7 +29,7 @@ class Plan(Config):
     data_root: str | None = None
     device: str = "auto"
     dataset: str = "scenes"
-    n: int = Field(800, ge=16)
+    n: int = Field(640, ge=16)
     method: recipes.Method = "simclr"
     recipe: recipes.Variant = "short"
     width: int = Field(8, ge=1)
