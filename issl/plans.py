@@ -33,7 +33,7 @@ class Plan(Config):
     method: recipes.Method = "simclr"
     recipe: recipes.Variant = "short"
     width: int = Field(8, ge=1)
-    epochs: int = Field(8, ge=1)
+    epochs: int = Field(5, ge=1)
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
 
