@@ -35,7 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
     add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
     add("--split", default="train", help="train (default) or test")
-    add("--n", type=int, metavar="N", help="so many images (default: all)")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
     add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     kinds = Curvature.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]

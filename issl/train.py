@@ -40,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, help="of all processes together (256)")
     add("--seed", type=int, default=0, help="of weights, order and views (0)")
     add("--split", default="train", help="train (default) or test")
-    add("--n", type=int, metavar="N", help="so many images (default: all)")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
     add("--size", type=int, metavar="PX", help="side of the images (folders and fairface; default: 32)")
     add("--watch", type=int, metavar="M", help="kNN accuracy on M test images joins the history (labelled sets)")
     add("--watch-every", type=int, default=10, metavar="E", help="every so many epochs (10)")

@@ -253,7 +253,7 @@ def test_bad_commands(arguments: list[str], message: str, photos: Path, tmp_path
 @pytest.mark.slow
 def test_under_torchrun(photos: Path, tmp_path: Path) -> None:
     encoder = ours(tmp_path / "e.safetensors")
-    common = ["influence", "--data", f"folder:{photos}", "--encoder", encoder, "--rank", "2", "--out"]
+    common = ["influence", "--data", f"folder:{photos}", "--encoder", encoder, "--rank", "2", "--images", "9", "--out"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "issl"]
     done = subprocess.run([*run, *common, str(tmp_path / "two.parquet")], check=False, capture_output=True, text=True)
     assert done.returncode == 0 and "on 2 processes" in done.stdout, done.stderr

@@ -52,7 +52,9 @@ def test_bad_commands(arguments: list[str], message: str, tmp_path: Path, capsys
 @pytest.mark.slow
 def test_under_torchrun(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "issl"]
-    arguments = [*COMMON, "--epochs", "1", "--precision", "fp32", "--out"]
+    # torchrun would take --n for an abbreviation of its own options
+    common = ["--images" if a == "--n" else a for a in COMMON]
+    arguments = [*common, "--epochs", "1", "--precision", "fp32", "--out"]
     done = subprocess.run(
         [*run, *arguments, str(tmp_path / "two.safetensors")], check=False, capture_output=True, text=True
     )
