@@ -5,8 +5,10 @@ Statistics are scipy's; every number comes as an Estimate with a 95% confidence 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -127,6 +129,87 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estim
     half = 1.96 / np.sqrt(n - given.shape[1] - 3)
     centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
     return Estimate(value, float(np.tanh(centre - half)), float(np.tanh(centre + half)), n)
+
+
+def correlation(
+    a: np.ndarray, b: np.ndarray, kind: Literal["pearson", "spearman"] = "pearson", seed: int = 0
+) -> Estimate:
+    """Correlation of two scores of the same images, in [−1, 1]; bootstrap interval over images (percentile)."""
+    if len(a) != len(b) or len(a) < 3:
+        raise IsslError(f"correlation of {len(a)} and {len(b)} values: need the same number, 3 or more")
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        if kind == "spearman":
+            x, y = stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis)
+        x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+        scale = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+        return (x * y).sum(axis) / np.where(scale > 0, scale, np.inf)
+
+    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed, vectorized=True)
+
+
+def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
+    """The part of a's top `share` that is in b's top, too; `share` itself is what chance gives. Wilson interval."""
+    return proportion(top(b, share)[top(a, share)])
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
+    """Area under the precision-recall curve of finding the positive images by a high score; chance is their share.
+    Bootstrap interval over images (percentile)."""
+    from sklearn.metrics import average_precision_score  # slow to import
+
+    positive = _flag(positive)
+
+    def statistic(y: np.ndarray, s: np.ndarray) -> float:
+        return float(average_precision_score(y, s)) if y.any() else np.nan
+
+    return _bootstrap((positive, np.asarray(score, float)), statistic, seed)
+
+
+def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
+    """AUC of a score less that of another on the same images; paired bootstrap interval over images."""
+    from sklearn.metrics import roc_auc_score
+
+    positive = _flag(positive)
+
+    def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray) -> float:
+        return float(roc_auc_score(y, s) - roc_auc_score(y, t)) if y.any() and not y.all() else np.nan
+
+    return _bootstrap((positive, np.asarray(score, float), np.asarray(other, float)), statistic, seed)
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """The mean, with Student's interval: of differences between paired runs, say. One value has no interval."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return Estimate(float(values.mean()), -np.inf, np.inf, len(values))
+    if np.ptp(values) == 0:
+        return Estimate(float(values[0]), float(values[0]), float(values[0]), len(values))
+    interval = stats.ttest_1samp(values, 0).confidence_interval()
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the number of tests (Holm 1979)."""
+    from statsmodels.stats.multitest import multipletests  # slow to import
+
+    return np.asarray(multipletests(list(p_values), method="holm")[1])
+
+
+def _bootstrap(
+    columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int, vectorized: bool = False
+) -> Estimate:
+    """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
+    resamples = RESAMPLES if vectorized else RESAMPLES // 2  # one by one they take long
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples the same: the interval is a point
+        result = stats.bootstrap(
+            columns, statistic, n_resamples=resamples, vectorized=vectorized, paired=True, method="percentile",
+            batch=max(1, 4_000_000 // len(columns[0])) if vectorized else None, rng=np.random.default_rng(seed),
+        )  # fmt: skip
+    known = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Estimate(float(statistic(*columns)), float(low), float(high), len(columns[0]))
 
 
 def proportion(hits: np.ndarray) -> Estimate:

@@ -15,11 +15,11 @@ import torch
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from issl.artifacts import device_name
 from issl.audit import Estimate
 from issl.config import Config, explain
 from issl.errors import IsslError
 from issl.files import atomic
-from issl.stages import device_name
 
 UNTESTED = "not tested at this scale"
 
@@ -92,20 +92,22 @@ def provenance(profile: str, parameters: dict[str, Any], device: torch.device, a
 
 
 def record(
-    name: str, metrics: dict[str, Estimate], source: dict[str, Any], folder: Path, **about: Any
+    name: str, metrics: dict[str, Estimate], source: dict[str, Any], folder: Path, variant: str = "", **about: Any
 ) -> dict[str, Any]:
-    """Judge a claim and write FOLDER/claim_NAME.json; returns what was written.
+    """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
+    variant  where a claim is tested more than once in a notebook: the method, say
     source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
     """
     claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
     assert claim is not None  # judge has checked it
     content = {
-        "name": name, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper, "ours": claim.ours,
-        **about, "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
+        "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
+        "ours": claim.ours, **about,
+        "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
     }  # fmt: skip
-    with atomic(folder / f"claim_{name}.json") as part:
+    with atomic(folder / f"claim_{name}{'.' if variant else ''}{variant}.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     return content
 

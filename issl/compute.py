@@ -18,10 +18,11 @@ import submitit
 import torch
 from submitit.helpers import DelayedSubmission
 
+from issl.artifacts import Artifacts, Stage
 from issl.errors import IsslError, OutOfTime
 from issl.plans import Plan, pick_device
 from issl.run import check, read_profile, select, where
-from issl.stages import Artifacts, Data, Pretrain, Stage
+from issl.stages import Data, Pretrain
 
 State = Literal["cached", "done", "running", "waiting", "failed", "out of time", "blocked"]
 POLL_SECONDS = 0.5

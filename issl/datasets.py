@@ -29,8 +29,10 @@ from issl.errors import IsslError
 from issl.images import Images, sample_positions
 
 T = TypeVar("T")
+Choose = Callable[[int], np.ndarray]  # from the number of images there are to the positions of those wanted
 
 ENVIRONMENT = "ISSL_DATA"
+DRAWN = ("scenes", "scenes-swapped")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 # names of the label codes, for files that do not carry them in their own metadata (the published ones do)
@@ -72,6 +74,7 @@ SOURCES = {
         64,
     ),
 }
+CIFAR10_TRAIN = 50_000  # images of its training set, judged pairs count from there
 TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
 
 
@@ -89,7 +92,10 @@ def load(
     seed: int = 0,
     size: int | None = None,
 ) -> Images:
-    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface` or `folder:PATH`.
+    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10` or `folder:PATH`.
+
+    scenes-swapped is each of n scenes on four backgrounds, see `issl.scenes.swapped`; cifair10 is
+    CIFAR-10's training set with those test images that people judged to show the same as a training image.
 
     n     how many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in the
           original order, each image keeping its original `index`; `scenes` draws the first n.
@@ -101,14 +107,22 @@ def load(
     """
     if name == "scenes":
         return scenes.draw(n, split=split, seed=seed)
+    if name == "scenes-swapped":
+        return scenes.swapped(n, split=split, seed=seed)
     if size is not None and not name.startswith("folder:") and name != "fairface":
         raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
     if name.startswith("folder:"):
         return _folder(_folder_path(name, split), n, seed, 32 if size is None else size)
+    if name == "cifair10":
+        return _judged_pairs(split, n, root, seed)
+    return _read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
+
+
+def _read(name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None) -> Images:
     source, files = _locate(name, split, root)
     if files:
-        return _parquet(name, source, files, n, seed, source.size if size is None else size)
-    return _torchvision(name, split, _torchvision_root(name, data_root(root)), n, seed)
+        return _parquet(name, source, files, choose, source.size if size is None else size)
+    return _torchvision(name, split, _torchvision_root(name, data_root(root)), choose)
 
 
 def data_root(root: str | Path | None = None) -> Path | None:
@@ -122,12 +136,16 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
 
     Content hash of the source files; of an image folder, the hash of its file names, sizes and times.
     """
-    if name == "scenes":
-        return f"scenes-{scenes.VERSION}"
+    if name in DRAWN:
+        return f"{name}-{scenes.VERSION}"
     if name.startswith("folder:"):
         folder = _folder_path(name, split)
         rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in _image_files(folder)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    if name == "cifair10":
+        pairs = _pairs_file(split, root)
+        digest = _digest(pairs, pairs.stat().st_size, pairs.stat().st_mtime_ns)[:16]
+        return "-".join([fingerprint("cifar10", "train", root), fingerprint("cifar10", "test", root), digest])
     _, files = _locate(name, split, root)
     if not files:
         place = _torchvision_root(name, data_root(root))
@@ -138,10 +156,12 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
     """How many images there are, without reading them; None for `scenes`, which draws any number."""
-    if name == "scenes":
+    if name in DRAWN:
         return None
     if name.startswith("folder:"):
         return len(_image_files(_folder_path(name, split)))
+    if name == "cifair10":
+        return count("cifar10", "train", root)
     _, files = _locate(name, split, root)
     if not files:
         return 50_000 if split == "train" else 10_000  # torchvision's layout is the whole set or nothing
@@ -182,7 +202,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
 def _locate(name: str, split: str, root: str | Path | None) -> tuple[Source, list[Path]]:
     """The parquet files of a set, or an empty list where torchvision's layout is there instead."""
     if name not in SOURCES:
-        raise IsslError(f"data set {name!r}: known are scenes, {', '.join(SOURCES)} and folder:PATH")
+        raise IsslError(f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10 and folder:PATH")
     source, base = SOURCES[name], data_root(root)
     if split not in source.splits:
         raise IsslError(f"split {split!r}: {name} has {' and '.join(source.splits)}")
@@ -221,14 +241,14 @@ def _torchvision_root(name: str, base: Path | None, required: bool = True) -> Pa
     return None
 
 
-def _torchvision(name: str, split: str, root: Path | None, n: int | None, seed: int) -> Images:
+def _torchvision(name: str, split: str, root: Path | None, choose: Choose) -> Images:
     try:
         data = _torchvision_set(name, root, train=split == "train", download=False)
     except (RuntimeError, OSError, EOFError) as error:
         raise IsslError(
             f"data set {name!r} under {root}: {error} (a checksum differs or a file is missing); download it again"
         ) from error
-    rows = sample_positions(name, len(data.data), n, seed)
+    rows = choose(len(data.data))
     labels = np.asarray(data.targets)[rows]
     return Images(
         pixels=torch.from_numpy(np.ascontiguousarray(data.data[rows].transpose(0, 3, 1, 2))),
@@ -238,12 +258,12 @@ def _torchvision(name: str, split: str, root: Path | None, n: int | None, seed: 
     )
 
 
-def _parquet(name: str, source: Source, files: Sequence[Path], n: int | None, seed: int, size: int) -> Images:
+def _parquet(name: str, source: Source, files: Sequence[Path], choose: Choose, size: int) -> Images:
     table = pa.concat_tables([_opened(path, pq.read_table) for path in files])
     missing = {source.image, source.label} - set(table.column_names)
     if missing:
         raise IsslError(f"{files[0]}: no column {sorted(missing)}; {name} has {table.column_names}")
-    rows = sample_positions(name, len(table), n, seed)
+    rows = choose(len(table))
     table = table.take(rows)
     encoded = table.column(source.image).combine_chunks().field("bytes")
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
@@ -256,6 +276,61 @@ def _parquet(name: str, source: Source, files: Sequence[Path], n: int | None, se
     attributes["label_name"] = attributes[source.label]
     labels = torch.from_numpy(table.column(source.label).to_numpy().astype(np.int64))
     return Images(torch.from_numpy(pixels), labels, attributes, name)
+
+
+def _pairs_file(split: str, root: str | Path | None) -> Path:
+    if split != "train":
+        raise IsslError(f"split {split!r}: cifair10 is one set, train")
+    base = data_root(root)
+    path = (base or Path("DIR")) / "cifair" / "duplicates_cifar10.csv"
+    if base is None or not path.is_file():
+        raise IsslError(
+            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/cifair, under "
+            f"the data root (--data-root DIR or {ENVIRONMENT}=DIR)"
+        )
+    return path
+
+
+def _judged_pairs(split: str, n: int | None, root: str | Path | None, seed: int) -> Images:
+    """n training images, the judged ones among them, followed by their test partners (index CIFAR10_TRAIN + TestID).
+
+    Attributes: duplicate_of (of a test image, the index of its training partner; −1), duplicate_kind (near duplicate
+    or very similar, as judged). Source: Barz & Denzler 2020, arXiv 1902.00423.
+    """
+    path = _pairs_file(split, root)
+    table = pd.read_csv(path)
+    missing = {"TestID", "TrainID", "Judgment"} - set(table.columns)
+    if missing:
+        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
+    table, judged = table.sort_values("TestID"), table["TrainID"].unique()
+
+    def choose(total: int) -> np.ndarray:
+        wanted = total if n is None else n
+        if not len(judged) <= wanted <= total:
+            raise IsslError(
+                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as many or more"
+            )
+        others = np.setdiff1d(np.arange(total), judged)
+        drawn = np.random.default_rng(seed).choice(others, wanted - len(judged), replace=False)
+        return np.sort(np.concatenate([judged, drawn]))
+
+    first = _read("cifar10", "train", root, choose)
+    second = _read("cifar10", "test", root, lambda _: table["TestID"].to_numpy())
+    assert first.labels is not None and second.labels is not None  # CIFAR-10 has them
+    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])[table["Judgment"].to_numpy()]
+    attributes = pd.concat(
+        [
+            first.attributes.assign(duplicate_of=-1, duplicate_kind=""),
+            second.attributes.assign(
+                index=second.attributes["index"] + CIFAR10_TRAIN, duplicate_of=table["TrainID"].to_numpy(),
+                duplicate_kind=kinds,
+            ),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+    return Images(
+        torch.cat([first.pixels, second.pixels]), torch.cat([first.labels, second.labels]), attributes, "cifair10"
+    )
 
 
 def _opened(path: Path, read: Callable[[Path], T]) -> T:

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
@@ -46,6 +46,18 @@ class Norm:
 
 Sketch = Projected | Norm
 Loss = Callable[[Tensor, Tensor], Tensor]  # features (b, d) of the images and of their views to losses (b,)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The supervised loss −log softmax(f(x_i))_y of an encoder whose features are class scores; the view is not used.
+
+    It needs labels, so it becomes a Loss for a batch by `on(labels)`.
+    """
+
+    def on(self, labels: Int64[Tensor, " b"]) -> Loss:
+        """The loss of the images of these labels."""
+        return lambda scores, _: F.cross_entropy(scores, labels.to(scores.device), reduction="none")
 
 
 @dataclass(frozen=True)

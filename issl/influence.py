@@ -24,6 +24,7 @@ from issl.curvature import Curvature, LoGra, Statistic, Weighing, needs_moments
 from issl.errors import IsslError
 from issl.frozen import frozen_copy
 from issl.gradients import (
+    CrossEntropy,
     Layer,
     Loss,
     Moments,
@@ -57,7 +58,8 @@ def self_influence(
     draws: int = 1,
     average: Literal["gradients", "scores"] = "gradients",
     sweep: Sequence[float] = (),
-    fisher: Loss | None = None,
+    loss: Loss | CrossEntropy = stability_loss,
+    fisher: Loss | CrossEntropy | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     memory: Memory = "auto",
     memory_gb: float | None = None,
@@ -78,8 +80,9 @@ def self_influence(
     average       "gradients": g_i is the mean gradient over the draws; "scores": the influence is the mean of the
                   draws' scores, H the mean over images and draws
     sweep         further damping values: one column `influence@VALUE` each
-    fisher        a per-example loss (features, perturbed features) → (b,) whose gradients make H; default: the
-                  stability loss itself
+    loss          whose gradients are weighed: a per-example loss (features, perturbed features) → (b,), or
+                  CrossEntropy() for the influence on a supervised model (the images need labels)
+    fisher        such a loss whose gradients make H; default: `loss` itself
     precision     "bf16" computes the features under autocast; sums and curvature stay as they are
     memory        how the projected gradients are had twice: "ram", "mapped" (files), "recomputed"; "auto" takes the
                   first that fits `memory_gb` (default: half of the free memory) or the free disk
@@ -87,7 +90,8 @@ def self_influence(
     store         a folder for the projected gradients: an interrupted call resumes from it
     shards        this process's share of the images, see `issl.shards`; every process returns all scores
 
-    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean over draws);
+    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean over draws;
+    `loss` where it is another);
     grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank the unbiased estimate from the
     projection, NaN for PCA); standard_error (of the influence, from the spread of the draws; K ≥ 2 only).
     `.attrs` holds the effective damping per layer and the settings.
@@ -101,17 +105,17 @@ def self_influence(
             raise IsslError(f"sweep: damping {value} must be > 0")
     with full_precision():
         run = prepare(
-            encoder, images, perturbation, curvature, seed, batch_size, device, draws=draws, fisher=fisher,
+            encoder, images, perturbation, curvature, seed, batch_size, device, draws=draws, loss=loss, fisher=fisher,
             precision=precision, memory=memory, memory_gb=memory_gb, skip=skip, store=store, shards=shards,
             progress=progress, norms_only=draws == 1 or average == "scores", pooled=average == "scores",
         )  # fmt: skip
         dampings = [curvature.damping, *sweep]
         weighings = run.weighings(dampings)
         n = len(run.data)
-        loss, squares = np.zeros(n), np.zeros(n)
+        losses, squares = np.zeros(n), np.zeros(n)
         scores, draw_scores = np.zeros((len(dampings), n)), np.zeros((n, draws))
         for positions, rows in run.rows():
-            loss[positions] = rows("stability_loss").double()
+            losses[positions] = rows("loss").double()
             for name, layer in run.layers.items():
                 g = rows(f"layer.{name}").to(run.device)  # (b, draws, r)
                 scale = curvature.norm_scale(layer)
@@ -125,9 +129,10 @@ def self_influence(
                     scores[k, positions] += each.mean(1).cpu().numpy()
                     if k == 0:
                         draw_scores[positions] += each.cpu().numpy()
-        loss, squares, scores, draw_scores = shards.gather([loss, squares, scores, draw_scores])
+        losses, squares, scores, draw_scores = shards.gather([losses, squares, scores, draw_scores])
     columns = {
-        "index": run.data.index.numpy(), "influence": scores[0], "stability_loss": loss, "grad_norm": np.sqrt(squares),
+        "index": run.data.index.numpy(), "influence": scores[0],
+        "stability_loss" if loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),
     }  # fmt: skip
     if draws > 1:
         # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta method)
@@ -186,7 +191,8 @@ def prepare(
     device: str | torch.device | None,
     *,
     draws: int = 1,
-    fisher: Loss | None = None,
+    loss: Loss | CrossEntropy = stability_loss,
+    fisher: Loss | CrossEntropy | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     memory: Memory = "auto",
     memory_gb: float | None = None,
@@ -220,18 +226,22 @@ def prepare(
         _check_view(shaken, x, source.index[rows])
         return x, shaken
 
-    def measure_with(loss: Loss) -> Callable[[Images], Measure]:
+    def bound(loss: Loss | CrossEntropy, source: Images, rows: slice | Tensor) -> Loss:
+        return loss.on(source.require_labels()[rows]) if isinstance(loss, CrossEntropy) else loss
+
+    def measure_with(loss: Loss | CrossEntropy) -> Callable[[Images], Measure]:
         def of(source: Images) -> Measure:
             def measure(rows: slice) -> dict[str, Tensor]:
                 found = []
+                of_rows = bound(loss, source, rows)
                 for perturb in perturbs:
                     losses, kept = per_example(
-                        model, layers, sketches, *views(source, rows, perturb), loss, precision == "bf16"
+                        model, layers, sketches, *views(source, rows, perturb), of_rows, precision == "bf16"
                     )
                     _check_finite({"loss": losses, **kept}, source.index[rows])
                     found.append((losses, kept))
                 gradients = {f"layer.{k}": torch.stack([kept[k] for _, kept in found], 1) for k in layers}
-                return {"stability_loss": torch.stack([ell for ell, _ in found]).mean(0), **gradients}
+                return {"loss": torch.stack([ell for ell, _ in found]).mean(0), **gradients}
 
             return measure
 
@@ -242,7 +252,8 @@ def prepare(
         fitted = _fit_rows(data, curvature.fit, getattr(curvature, "seed", 0))
         batches = [fitted[k : k + FIT_BATCH] for k in range(0, len(fitted), FIT_BATCH)]
         for batch in batches[shards.rank :: shards.world]:
-            found = second_moments(model, layers, *views(data, batch, perturbs[0]), fisher or stability_loss)
+            weigh = bound(fisher or loss, data, batch)
+            found = second_moments(model, layers, *views(data, batch, perturbs[0]), weigh)
             for name, new in found.items():
                 old = moments[name]
                 moments[name] = new if old is None else Moments(old.inputs + new.inputs, old.outputs + new.outputs)
@@ -258,7 +269,7 @@ def prepare(
     )
     settings = (describe(perturbation), curvature, seed, list(skip), draws, precision, norms_only)
 
-    def make(loss: Loss, folder: str) -> Pass:
+    def make(loss: Loss | CrossEntropy, folder: str) -> Pass:
         place = None if store is None else Path(store) / folder
         return make_pass(
             measure_with(loss)(data), split(share, row_bytes), batch_size, way, place,
@@ -266,8 +277,8 @@ def prepare(
         )  # fmt: skip
 
     return Run(
-        data, target, layers, curvature, draws, pooled, way, row_bytes, shards, make(stability_loss, ""),
-        None if fisher is None else make(fisher, "fisher"), measure_with(stability_loss),
+        data, target, layers, curvature, draws, pooled, way, row_bytes, shards, make(loss, ""),
+        None if fisher is None else make(fisher, "fisher"), measure_with(loss),
     )  # fmt: skip
 
 

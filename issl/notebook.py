@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from issl.artifacts import file_digest
 from issl.files import atomic
 from issl.plans import Plan
-from issl.stages import file_digest
 
 
 def fingerprint(source: Path, plan: Plan, device: str) -> str:
@@ -20,6 +20,7 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     content: dict[str, Any] = {
         "notebook": file_digest(source), "plan": plan.settings(), "device": device, "library": _library(),
         "stages": {label: stage.key for label, stage in plan.stages().items()},
+        "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

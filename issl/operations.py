@@ -19,8 +19,10 @@ Which = Bool[Tensor, " b"]
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the parts of colour jitter, as `order` names them
 
 
-def crop(x: Pixels, box: Float[Tensor, "b 4"], mirror: Which | None = None) -> Pixels:
-    """Resize each image's own box to the full size, bilinear; mirrored left and right where `mirror`.
+def crop(
+    x: Pixels, box: Float[Tensor, "b 4"], mirror: Which | None = None, size: tuple[int, int] | None = None
+) -> Float[Tensor, "b 3 h2 w2"]:
+    """Resize each image's own box to `size` (default: the image's), bilinear; mirrored where `mirror`.
 
     box = (centre_y, centre_x, height, width), as fractions of the image. One affine grid for both, the
     sampling of torchvision's `resized_crop` without antialiasing.
@@ -30,7 +32,7 @@ def crop(x: Pixels, box: Float[Tensor, "b 4"], mirror: Which | None = None) -> P
     theta[:, 0, 0] = w if mirror is None else torch.where(mirror, -w, w)
     theta[:, 0, 2] = 2 * cx - 1
     theta[:, 1, 1], theta[:, 1, 2] = h, 2 * cy - 1
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = F.affine_grid(theta, [len(x), 3, *(size or x.shape[2:])], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -124,6 +124,7 @@ def pretrain(
         history = _resume(checkpoint, learner, optimizer, identity)
     order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
     pixels, steps = images.pixels.to(device), kept // batch_size
+    half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps if recipe.warmup else 0
     view_a, view_b, call = recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
     if compiled == "on" and shards.world > 1:
@@ -160,7 +161,8 @@ def pretrain(
                     group["lr"] = lr
                 rows = order[k * batch_size : (k + 1) * batch_size][mine]
                 x, u = pixels[rows].float().div_(255), uniforms[rows]
-                xa, xb = view_a(x, u[:, 0]), None if labels is not None else view_b(x, u[:, 1])
+                size = half if at < recipe.small * epochs * steps else None
+                xa, xb = view_a(x, u[:, 0], size), None if labels is not None else view_b(x, u[:, 1], size)
                 loss, features = call(xa, xb, None if labels is None else labels[rows], precision, shards)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

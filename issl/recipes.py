@@ -2,7 +2,8 @@
 
 `published` are solo-learn's for CIFAR and ResNet-18 (da Costa et al. 2022, arXiv 2106.01775; its
 scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for some epochs to 200 and for
-narrow encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of 20% of the area or more.
+narrow encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of 20% of the area or more, and views of
+half the side in the first 85% of the run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Recipe(Config):
 
     lr              at the end of the warm-up, for a batch of 256 (scaled linearly with the batch size)
     warmup          epochs; at most a tenth of the run
+    small           the first part of the run, in which views have half the side (a quarter of the cost)
     trust, clip     of LARS: its coefficient, and whether it may only lower the learning rate
     hidden, out     of the projector, in multiples of the feature dimension (512 for ResNet-18 of width 64)
     layers, norm    of the projector: linear layers, and BatchNorm after all but the last
@@ -39,6 +41,7 @@ class Recipe(Config):
     view_a: View
     view_b: View
     warmup: int = Field(10, ge=0)
+    small: float = Field(0.0, ge=0, le=1)
     momentum: float = Field(0.9, ge=0, lt=1)
     trust: float = Field(0.02, gt=0)
     clip: bool = True
@@ -71,13 +74,14 @@ _PUBLISHED = (
 )  # fmt: skip
 
 _SHORT = (
-    Recipe(method="simclr", optimizer="sgd", lr=0.8, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, hidden=1.0,
-           out=1.0, temperature=0.5),
-    Recipe(method="byol", optimizer="sgd", lr=0.4, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, hidden=2.0,
-           out=1.0, norm=True, tau=0.97),
+    Recipe(method="simclr", optimizer="sgd", lr=0.8, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, small=0.85,
+           hidden=1.0, out=1.0, temperature=0.5),
+    Recipe(method="byol", optimizer="sgd", lr=0.4, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, small=0.85,
+           hidden=2.0, out=1.0, norm=True, tau=0.97),
     Recipe(method="barlow_twins", optimizer="sgd", lr=0.2, weight_decay=1e-4, view_a=SHORT, view_b=SHORT,
-           hidden=2.0, out=2.0, norm=True, off_diagonal=0.02),
-    Recipe(method="supervised", optimizer="sgd", lr=0.4, weight_decay=5e-4, view_a=CROPPED, view_b=CROPPED, layers=1),
+           small=0.85, hidden=2.0, out=2.0, norm=True, off_diagonal=0.02),
+    Recipe(method="supervised", optimizer="sgd", lr=0.4, weight_decay=5e-4, view_a=CROPPED, view_b=CROPPED, small=0.85,
+           layers=1),
 )  # fmt: skip
 
 RECIPES: dict[Variant, dict[Method, Recipe]] = {

@@ -28,6 +28,7 @@ BACKGROUNDS = ("white", "black", "colour", "texture")
 GROUPS = ("warm", "cool")
 ATYPICAL = ("static", "shuffled", "empty")
 DEFAULT_SIZE = {"train": 10_000, "test": 2_000}
+SWAPPED = 10_000_000  # more than any number of scenes
 VERSION = 1  # part of every cache key: raise it when a drawn pixel changes
 
 Background = Literal["white", "black", "colour", "texture"]
@@ -128,6 +129,30 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
         ),
         name="scenes",
         masks=torch.from_numpy(masks),
+    )
+
+
+def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images:
+    """Each of the first n scenes on every background: textured, white, black, one colour; 4n images.
+
+    The same objects in the same poses, so an image and its twins differ by the background alone. Attributes: `scene`,
+    the index of the scene they come from, and those of `draw`; index = scene + SWAPPED · (position of the background).
+    No duplicates and no atypical images.
+    """
+    sets = []
+    for k, background in enumerate(BACKGROUNDS):
+        config = ScenesConfig(background=background, exact_duplicates=0, near_duplicates=0, atypical=0)
+        images = draw(n, split, seed, config)
+        scene = images.attributes["index"]
+        attributes = images.attributes.assign(index=scene + SWAPPED * k, scene=scene)
+        sets.append((images, attributes))
+    first = [images for images, _ in sets]
+    return Images(
+        pixels=torch.cat([i.pixels for i in first]),
+        labels=torch.cat([i.require_labels() for i in first]),
+        attributes=pd.concat([a for _, a in sets], ignore_index=True),
+        name="scenes-swapped",
+        masks=torch.cat([i.masks for i in first if i.masks is not None]),
     )
 
 

@@ -42,17 +42,20 @@ class View(Config):
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = Field(0.0, ge=0, le=1)
 
-    def __call__(self, x: Pixels, u: Float[Tensor, "b 18"]) -> Pixels:
-        """One view of each image, its randomness given by its row of uniform numbers."""
+    def __call__(
+        self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b 3 h2 w2"]:
+        """One view of each image, its randomness given by its row of uniform numbers; `size`: default, the image's."""
         if x.device.type != "cpu":
-            return self._view(x, u)
-        return torch.cat([self._view(*part) for part in zip(x.split(ON_CPU), u.split(ON_CPU), strict=True)])
+            return self._view(x, u, size)
+        parts = zip(x.split(ON_CPU), u.split(ON_CPU), strict=True)
+        return torch.cat([self._view(xs, us, size) for xs, us in parts])
 
-    def _view(self, x: Tensor, u: Tensor) -> Tensor:
+    def _view(self, x: Tensor, u: Tensor, size: tuple[int, int] | None) -> Tensor:
         # what a setting turns off is skipped; what it leaves to chance is computed for all and chosen per image
         mirror = u[:, 4] < self.flip
-        if self.min_area < 1:
-            x = crop(x, crop_boxes(u[:, :4], self.min_area), mirror)
+        if self.min_area < 1 or size is not None:
+            x = crop(x, crop_boxes(u[:, :4], self.min_area), mirror, size)
         elif self.flip > 0:
             x = flip(x, mirror)
         if self.jitter > 0:

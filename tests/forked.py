@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from issl.artifacts import Artifacts, Stage
 from issl.errors import IsslError
 from issl.shards import Shards, from_torchrun
-from issl.stages import Artifacts, Stage
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["issl.stages", "torch.distributed", "forked"])

@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from issl import cli, run
+from issl.artifacts import Artifacts
 from issl.compute import Board, Work, closure, compute
 from issl.run import read_profile
-from issl.stages import Artifacts, Data, Embed, Evaluate, Influence, Pretrain
+from issl.stages import Data, Embed, Evaluate, Influence, Pretrain
 
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import issl
+from issl.artifacts import Artifacts
 from issl.encoder import BasicBlock, Head, load_encoder, new_encoder, save_encoder
 from issl.errors import OutOfTime
 from issl.files import read_safetensors
@@ -22,7 +23,7 @@ from issl.learner import Learner
 from issl.pretrain import epoch_order, epoch_uniforms, pretrain
 from issl.recipes import RECIPES, recipe
 from issl.shards import Shards
-from issl.stages import Artifacts, Data, Influence, Pretrain
+from issl.stages import Data, Influence, Pretrain
 from issl.synchronised import batchnorm_over_all, sum_gradients
 from issl.views import View
 

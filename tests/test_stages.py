@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 import issl
+from issl.artifacts import Artifacts, damaged
 from issl.config import explain
-from issl.stages import Artifacts, Curvature, Data, Embed, Influence, Noise, Pretrain, damaged
+from issl.stages import Curvature, Data, Embed, Influence, Noise, Pretrain
 
 DATA = Data(name="scenes", n=48)
 TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16)
