@@ -112,6 +112,21 @@ def record(
     return content
 
 
+def tell(written: dict[str, Any]) -> str:
+    """What `record` wrote, for the reader of a notebook: each number, each test, the verdict."""
+    variant = f" ({written['variant']})" if written["variant"] else ""
+    lines = [f"{written['name']}{variant}: {written['claim']}"]
+    for test in written["tests"]:
+        m = written["metrics"][test["metric"]]
+        low, high = (["−∞", "∞"][k] if m[b] is None else f"{m[b]:.3g}" for k, b in enumerate(("low", "high")))
+        side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
+        bound = "" if test["bound"] == "value" else f"{test['bound']} end "
+        holds = "holds" if test["holds"] else "does not hold"
+        lines.append(f"  {test['metric']:24} {m['value']:.3g} [{low}, {high}]; {bound}{side} {value:g}: {holds}")
+    lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
+    return "\n".join(lines)
+
+
 @lru_cache
 def commit() -> str:
     """The code's commit, marked where files differ from it; "unknown" outside a checkout."""

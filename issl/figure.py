@@ -17,11 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from issl.audit import Estimate
 from issl.files import atomic
 from issl.images import Images
 
 PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = "colorblind"
+NAMES = {"simclr": "SimCLR", "byol": "BYOL", "barlow_twins": "Barlow Twins", "supervised": "supervised"}
+COLOURS = dict(zip(NAMES, sns.color_palette(PALETTE), strict=False))  # of each method, the same in every figure
 
 
 def style() -> None:
@@ -66,6 +69,27 @@ def training(history: pd.DataFrame, title: str) -> Figure:
             ax.set_ylim(0, 1.05 * max(1.0 if column == "feature_std" else 0.0, known[column].max()))
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def forest(
+    axes: Axes, rows: Sequence[tuple[str, Estimate]], label: str, nothing: float | None = None, colours: Any = None
+) -> None:
+    """Estimates with their 95% intervals, one line each, the first on top; a dashed line at `nothing`, no effect.
+
+    colours   one for all, or one a row
+    """
+    at = np.arange(len(rows))[::-1]
+    colours = sns.color_palette(PALETTE)[0] if colours is None else colours
+    values = np.array([[e.value, e.low, e.high] for _, e in rows])
+    low, high = (np.where(np.isfinite(v), v, values[:, 0]) for v in values[:, 1:].T)  # an interval without end: a point
+    axes.hlines(at, low, high, color=colours, lw=1.3)
+    axes.scatter(
+        values[:, 0], at, c=[colours] * len(rows) if isinstance(colours, tuple | str) else colours, s=16, zorder=3
+    )
+    if nothing is not None:
+        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
+    axes.set_yticks(at, [name for name, _ in rows])
+    axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
 
 
 def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:

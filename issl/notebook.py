@@ -73,7 +73,7 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
 
     try:
         papermill.execute_notebook(
-            source, target, parameters=plan.model_dump(), progress_bar=False, start_timeout=300,
+            source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
             # the kernel's own notices about its transport are not for the reader

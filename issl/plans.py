@@ -7,15 +7,16 @@ before any notebook starts, and a notebook then only reads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from issl import recipes
 from issl.artifacts import Artifacts, Stage
-from issl.config import Config
+from issl.config import Config, explain
 from issl.errors import IsslError
 from issl.stages import (
     Augmentation,
@@ -60,6 +61,17 @@ class Plan(Config):
     epochs: int = Field(4, ge=1)
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
+
+    @classmethod
+    def of(cls, cell: Mapping[str, Any]) -> Self:
+        """The plan of a notebook's parameters: `plan = SeedCorrelation.of(globals())`."""
+        missing = [name for name in cls.model_fields if name not in cell]
+        if missing:
+            raise IsslError(f"{cls.notebook}: the parameters cell lacks {', '.join(missing)}")
+        try:
+            return cls(**{name: cell[name] for name in cls.model_fields})
+        except ValidationError as error:
+            raise explain(error, cls.notebook) from error
 
     def data(self, split: str = "train", n: int | None = None) -> Data:
         """The images of this notebook; nothing is injected into a test set."""
