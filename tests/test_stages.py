@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 import issl
 from issl.artifacts import Artifacts, damaged
 from issl.config import explain
-from issl.stages import Curvature, Data, Embed, Influence, Noise, Pretrain
+from issl.gradients import CrossEntropy
+from issl.recipes import recipe
+from issl.stages import Curvature, Data, Embed, Influence, Noise, Pretrain, Prune, Thin
 
 DATA = Data(name="scenes", n=48)
 TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16)
@@ -112,3 +116,50 @@ def test_an_unwritable_cache_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(issl.IsslError, match="choose another place"):
         Artifacts(tmp_path / "file").get(TRAIN)
+
+
+def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
+    artifacts, scored = Artifacts(tmp_path), influence()
+    order = artifacts.scores(scored)["influence"].rank(ascending=False, method="first").to_numpy()
+    top, bottom, some, same, other = (
+        artifacts.positions(Prune(influence=scored, which=which, share=0.25, seed=seed))
+        for which, seed in (("top", 0), ("bottom", 0), ("random", 0), ("random", 0), ("random", 1))
+    )
+    assert sorted(order[top]) == list(range(1, 13)) and sorted(order[bottom]) == list(range(37, 49))
+    assert some == same != other and len(some) == 12
+    thin = {"data": DATA, "attribute": "group", "value": "warm", "keep": 0.25}
+    group = DATA.load().attributes["group"].to_numpy()
+    removed = artifacts.positions(Thin(**thin))
+    assert set(group[removed]) == {"warm"} and len(removed) == round(0.75 * (group == "warm").sum())
+    random = artifacts.positions(Thin(**thin, at_random=True))
+    assert len(random) == len(removed) and set(group[random]) == {"warm", "cool"}
+    with pytest.raises(issl.IsslError, match=r"no image has group='blue'; there are cool, warm"):
+        artifacts.positions(Thin(**{**thin, "value": "blue"}))
+    with pytest.raises(issl.IsslError, match="no attribute 'species'"):
+        artifacts.positions(Thin(**{**thin, "attribute": "species"}))
+
+
+def test_training_without_a_choice_is_training_without_its_positions(tmp_path: Path) -> None:
+    artifacts, scored = Artifacts(tmp_path), influence()
+    pruned = TRAIN.model_copy(update={"without": Prune(influence=scored, which="top", share=0.25)})
+    left_out = TRAIN.model_copy(update={"left_out": tuple(artifacts.positions(pruned.without))})
+    a, b = (artifacts.encoder(p).state_dict() for p in (pruned, left_out))
+    assert all(bool((a[k] == b[k]).all()) for k in a) and len({TRAIN.key, pruned.key, left_out.key}) == 3
+
+
+def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
+    artifacts = Artifacts(tmp_path)
+    model = TRAIN.model_copy(update={"recipe": recipe("supervised", "short")})
+    still = Noise(mean=0.0, std=0.0)
+    scores = artifacts.scores(influence(pretrain=model, loss="cross_entropy", perturbation=still))
+    encoder, images = artifacts.encoder(model, "projector"), DATA.load()
+    losses = torch.nn.functional.cross_entropy(encoder(images.pixels.float() / 255), images.labels, reduction="none")
+    np.testing.assert_allclose(scores["loss"], losses.detach(), rtol=1e-4, atol=1e-5)
+    # the gradient's norm over the same weights, by plain automatic differentiation, one image
+    weights = [m.weight for m in encoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    exact = issl.self_influence(encoder, images, still.build(), issl.Identity(), loss=CrossEntropy())
+    gradient = torch.autograd.grad(losses[0], weights)
+    norm = float(sum(g.square().sum() for g in gradient)) ** 0.5
+    assert exact["grad_norm"][0] == pytest.approx(norm, rel=1e-3)
+    with pytest.raises(issl.IsslError, match="loss='cross_entropy' of a simclr encoder"):
+        artifacts.scores(influence(loss="cross_entropy"))

@@ -145,3 +145,19 @@ def test_influence_takes_an_augmentation() -> None:
 def test_bad_augmentations(make, message: str) -> None:
     with pytest.raises(issl.IsslError, match=message):
         make()
+
+
+def test_a_smaller_view_is_the_same_crop_at_half_the_side(x: torch.Tensor) -> None:
+    box, yes = (
+        crop_boxes(torch.rand(len(x), 4, generator=torch.Generator().manual_seed(2)), 0.3),
+        torch.arange(len(x)) > 9,
+    )
+    small = operations.crop(x, box, yes, (16, 16))
+    assert small.shape == (len(x), 3, 16, 16)
+    # exactly half the side of the whole image is the mean of its 2 × 2 blocks
+    whole = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(len(x), 4)
+    torch.testing.assert_close(operations.crop(x, whole, None, (16, 16)), torch.nn.functional.avg_pool2d(x, 2))
+    u = torch.rand(len(x), VIEW_UNIFORMS, generator=torch.Generator().manual_seed(3))
+    assert View(flip=0.5)(x, u, (16, 16)).shape == small.shape
+    full = operations.crop(x, box, yes)
+    assert float((torch.nn.functional.avg_pool2d(full, 2) - small).abs().mean()) < 0.03

@@ -1,0 +1,78 @@
+"""The neighbour graph and the baselines, against brute force and planted truths."""
+
+from __future__ import annotations
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+import issl
+from issl import baselines, graph
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    return torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_nearest_is_brute_force(features: torch.Tensor) -> None:
+    places, distances = graph.nearest(features, 3)
+    full = cdist(features, features, "cosine")
+    np.fill_diagonal(full, np.inf)
+    np.testing.assert_array_equal(places, np.argsort(full, 1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(full, 1)[:, :3], atol=1e-6)
+    with pytest.raises(issl.IsslError, match="k=60 neighbours among 60"):
+        graph.nearest(features, 60)
+
+
+def test_bridges_between_two_clusters() -> None:
+    """Two classes far apart and one image between them: it has the cross-class edges and the shortest paths."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.tensor([1.0, 0.0]) + 0.05 * torch.randn(10, 2, generator=generator)
+    b = torch.tensor([0.0, 1.0]) + 0.05 * torch.randn(10, 2, generator=generator)
+    net = graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=12)
+    labels = np.array([0] * 10 + [1] * 10 + [0])
+    assert (net != net.T).nnz == 0 and net.diagonal().sum() == 0
+    share = graph.cross_class_share(net, labels)
+    i, j = net.nonzero()
+    for k in range(21):
+        assert share[k] == pytest.approx(np.mean(labels[j[i == k]] != labels[k]))
+    near = graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=3)
+    between = graph.betweenness(near, None)
+    exact = networkx.betweenness_centrality(networkx.from_scipy_sparse_array(near))
+    np.testing.assert_allclose(between, [exact[k] for k in range(21)])
+
+
+def test_matched_controls() -> None:
+    labels = np.repeat([0, 1, 2], 20)
+    chosen = np.array([0, 1, 25, 45, 46, 47])
+    controls = graph.matched(labels, chosen, seed=1)
+    assert (labels[controls] == labels[chosen]).all() and not set(controls) & set(chosen)
+    with pytest.raises(issl.IsslError, match="every image of class 1"):
+        graph.matched(labels, np.arange(20, 40))
+
+
+def test_baselines_find_what_is_planted(features: torch.Tensor) -> None:
+    doubled = torch.cat([features, 2 * features[:1]])  # the same direction
+    close = baselines.embedding_closeness(doubled)
+    assert set(np.argsort(-close)[:2]) == {0, 60} and close[0] == pytest.approx(1, abs=1e-6)
+    far = torch.cat([features.abs(), -20 * torch.ones(1, 8)])
+    assert baselines.knn_distance(far).argmax() == 60 and baselines.isolation(far).argmax() == 60
+    np.testing.assert_array_equal(baselines.isolation(far, 1), baselines.isolation(far, 1))
+
+
+def test_pixel_baselines(features: torch.Tensor) -> None:
+    images = issl.load("scenes", n=40)
+    pixels = images.pixels.clone()
+    pixels[7] = pixels[3]
+    pixels[9] = (0.9 * pixels[4].float()).byte()
+    images = issl.Images(pixels, images.labels, images.attributes, "scenes")
+    by_pixels, by_hash = baselines.pixel_closeness(images), baselines.hash_closeness(images)
+    flat = pixels.flatten(1).double().numpy() / 255
+    full = cdist(flat, flat)
+    np.fill_diagonal(full, np.inf)
+    np.testing.assert_allclose(by_pixels, -full.min(1) / np.sqrt(flat.shape[1]), atol=1e-3)
+    assert by_pixels[3] == by_pixels[7] == pytest.approx(0, abs=1e-3)
+    assert by_hash[3] == by_hash[7] == 0 and by_hash[4] >= -6 and by_hash.min() < -6

@@ -1,0 +1,132 @@
+"""What is put into a set: that it is what it says, where it says, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import issl
+from issl import datasets, scenes
+from issl.injection import ATYPICAL, DUPLICATES, inject
+from issl.stages import Data, Injection
+
+
+@pytest.fixture(scope="module")
+def plain() -> issl.Images:
+    return scenes.draw(200, config=scenes.ScenesConfig(exact_duplicates=0, near_duplicates=0, atypical=0))
+
+
+def place(images: issl.Images, index: int) -> int:
+    return int(np.flatnonzero(images.attributes["index"] == index)[0])
+
+
+def test_duplicates_are_copies_of_their_originals(plain: issl.Images) -> None:
+    mixed = inject(plain, duplicates=0.1, seed=3)
+    known = mixed.attributes
+    copies = known.index[known["duplicate_of"] >= 0]
+    assert len(copies) == 20 and set(known["duplicate_kind"][copies]) == set(DUPLICATES)
+    assert known["duplicate_of"][copies].is_unique
+    for row in copies:
+        original = place(mixed, known["duplicate_of"][row])
+        assert known["duplicate_of"][original] == -1  # an original is never replaced
+        a, b = mixed.pixels[row].float(), mixed.pixels[original].float()
+        kind = known["duplicate_kind"][row]
+        assert torch.equal(a, b) == (kind == "exact")
+        moved = [torch.roll(b, (dy, dx), (1, 2)) for dy in range(-3, 4) for dx in range(-3, 4)]
+        nearest = min(float((a - m)[:, 4:-4, 4:-4].abs().mean()) for m in moved)
+        assert nearest < {"recoloured": 60, "recompressed": 30}.get(kind, 15), kind
+        assert mixed.labels[row] == mixed.labels[original] and torch.equal(mixed.masks[row], mixed.masks[original])
+    assert (known["index"] == plain.attributes["index"]).all()
+
+
+def test_the_rest_stays_as_it_was(plain: issl.Images) -> None:
+    mixed = inject(plain, duplicates=0.1, atypical=0.15)
+    known = mixed.attributes
+    changed = (known["duplicate_of"] >= 0) | (known["atypical"] != "")
+    assert changed.sum() == 20 + 30 and set(known["atypical"]) == {"", *ATYPICAL}
+    untouched = torch.from_numpy(~changed.to_numpy())
+    assert torch.equal(mixed.pixels[untouched], plain.pixels[untouched])
+    pd.testing.assert_frame_equal(
+        known[plain.attributes.columns][~changed], plain.attributes[~changed], check_dtype=False
+    )
+    for row in np.flatnonzero(known["atypical"] == "inverted"):
+        assert torch.equal(mixed.pixels[row], 255 - plain.pixels[row])
+    assert plain.attributes["duplicate_of"].eq(-1).all()  # the input is left alone
+
+
+def test_foreign_images_of_real_sets_are_drawn_ones(plain: issl.Images) -> None:
+    photos = issl.Images(plain.pixels, plain.labels, plain.attributes[["index"]], "photos")
+    mixed = inject(photos, atypical=0.1)
+    rows = np.flatnonzero(mixed.attributes["atypical"] == "foreign")
+    assert len(rows) == 7 and not torch.equal(mixed.pixels[rows], photos.pixels[rows])
+    tiles = inject(plain, atypical=0.1)
+    row = int(np.flatnonzero(tiles.attributes["atypical"] == "foreign")[0])
+    assert torch.equal(tiles.pixels[row].flatten(1).sort().values, plain.pixels[row].flatten(1).sort().values)
+
+
+def test_seed_decides(plain: issl.Images) -> None:
+    a, b, c = (inject(plain, 0.05, 0.05, seed) for seed in (1, 1, 2))
+    assert torch.equal(a.pixels, b.pixels) and a.attributes.equals(b.attributes)
+    assert not torch.equal(a.pixels, c.pixels)
+
+
+def test_shares_that_do_not_fit(plain: issl.Images) -> None:
+    for shares in ({"duplicates": 0.6}, {"atypical": -0.1}, {"duplicates": 0.4, "atypical": 0.3}):
+        with pytest.raises(issl.IsslError, match="shares must be ≥ 0"):
+            inject(plain, **shares)
+
+
+def test_as_data_of_a_stage() -> None:
+    mixed = Data(name="scenes", n=60, inject=Injection(duplicates=0.1), first=20)
+    images = mixed.load()
+    assert len(images) == 20 and "duplicate_kind" in images.attributes
+    assert torch.equal(images.pixels, Data(name="scenes", n=60, inject=Injection(duplicates=0.1)).load().pixels[:20])
+
+
+def test_swapped_twins_differ_by_the_background_alone() -> None:
+    twins = issl.load("scenes-swapped", n=12)
+    known = twins.attributes
+    assert len(twins) == 48 and known["scene"].value_counts().eq(4).all() and known["index"].is_unique
+    assert set(known["background"]) == set(scenes.BACKGROUNDS)
+    first = twins.subset(known["background"].eq("texture").to_numpy())
+    for background in scenes.BACKGROUNDS:
+        other = twins.subset(known["background"].eq(background).to_numpy())
+        assert torch.equal(other.masks, first.masks) and torch.equal(other.labels, first.labels)
+        inside = (first.masks == 255)[:, None].expand(-1, 3, -1, -1)
+        assert torch.equal(other.pixels[inside], first.pixels[inside])
+        assert torch.equal(other.pixels, first.pixels) == (background == "texture")
+
+
+@pytest.mark.data
+def test_judged_pairs(data_root: Path) -> None:
+    images = issl.load("cifair10", n=400, root=data_root)
+    known = images.attributes
+    test = known[known["index"] >= datasets.CIFAR10_TRAIN]
+    assert len(images) == 400 + 286 and len(test) == 286 and test["duplicate_of"].isin(known["index"]).all()
+    assert set(test["duplicate_kind"]) == {"near duplicate", "very similar"}
+    row, original = test.index[0], place(images, test["duplicate_of"].iloc[0])
+    source = issl.load("cifar10", "test", root=data_root)
+    assert torch.equal(images.pixels[row], source.pixels[int(known["index"][row]) - datasets.CIFAR10_TRAIN])
+    # people called them the same: their pixels are far closer than two images of a class usually are
+    pairs = [place(images, o) for o in test["duplicate_of"]]
+    gap = (images.pixels[test.index.to_numpy()].float() - images.pixels[pairs].float()).abs().mean((1, 2, 3))
+    other = (
+        (images.pixels[test.index.to_numpy()].float() - images.pixels[np.roll(pairs, 1)].float()).abs().mean((1, 2, 3))
+    )
+    assert float(gap.median()) < 0.6 * float(other.median()) and images.labels[row] == images.labels[original]
+    with pytest.raises(issl.IsslError, match="279 judged images among 50000"):
+        issl.load("cifair10", n=100, root=data_root)
+    assert Data(name="cifair10", n=400, root=data_root).available() == 50_000
+
+
+def test_judged_pairs_without_their_table(tmp_path: Path) -> None:
+    with pytest.raises(issl.IsslError, match=r"duplicates_cifar10.csv of github.com/cvjena/cifair"):
+        issl.load("cifair10", root=tmp_path)
+    (tmp_path / "cifair").mkdir()
+    (tmp_path / "cifair" / "duplicates_cifar10.csv").write_text("TestID,Other\n1,2\n")
+    with pytest.raises(issl.IsslError, match=r"no column \['Judgment', 'TrainID'\]"):
+        issl.load("cifair10", root=tmp_path)

@@ -1,0 +1,72 @@
+"""The audit's statistics: planted effects, no effect, and other libraries' values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import issl
+from issl import audit
+
+RNG = np.random.default_rng(0)
+A = RNG.standard_normal(400)
+B = 0.8 * A + 0.6 * RNG.standard_normal(400)
+FLAG = RNG.random(400) < 0.1
+
+
+def test_correlation_is_scipys() -> None:
+    for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        got = audit.correlation(A, B, kind)  # type: ignore[arg-type]
+        assert got.value == pytest.approx(reference(A, B).statistic, abs=1e-12)
+        assert got.low < 0.8 < got.high and got.high - got.low < 0.15 and got.n == 400
+    fisher = stats.pearsonr(A, B).confidence_interval()
+    got = audit.correlation(A, B)
+    assert got.low == pytest.approx(fisher.low, abs=0.02) and got.high == pytest.approx(fisher.high, abs=0.02)
+    assert audit.correlation(A, A).low == pytest.approx(1)
+    assert audit.correlation(A, np.zeros(400)).value == 0
+    assert audit.correlation(A, B, seed=1) != audit.correlation(A, B, seed=2)
+    with pytest.raises(issl.IsslError, match="400 and 3 values"):
+        audit.correlation(A, A[:3])
+
+
+def test_interval_covers_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for k in range(60):
+        x = rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])
+        got = audit.correlation(x[:, 0], x[:, 1], seed=k)
+        hits += got.low <= 0.5 <= got.high
+    assert 50 <= hits <= 60
+
+
+def test_overlap() -> None:
+    assert audit.overlap(A, 3 * A + 1, 0.05).value == 1
+    assert audit.overlap(A, -A, 0.05).value == 0
+    assert audit.overlap(A, B, 0.05).n == 20
+
+
+def test_average_precision_and_auc() -> None:
+    assert audit.average_precision(FLAG.astype(float), FLAG).value == 1
+    shuffled = audit.average_precision(A, FLAG)
+    assert shuffled.value == pytest.approx(average_precision_score(FLAG, A))
+    assert shuffled.low < FLAG.mean() + 0.05
+    score = A + 2 * FLAG
+    gain = audit.auc_difference(score, A, FLAG)
+    assert gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A)) and gain.low > 0.2
+    same = audit.auc_difference(A, A, FLAG)
+    assert same.value == same.low == same.high == 0
+    with pytest.raises(issl.IsslError, match="true of none"):
+        audit.average_precision(A, np.zeros(400, bool))
+
+
+def test_mean_is_students() -> None:
+    values = np.array([0.1, 0.3, 0.2])
+    got, want = audit.mean(values), stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert (got.value, got.low, got.high) == pytest.approx((0.2, *want))
+    one, equal = audit.mean(np.array([0.5])), audit.mean(np.array([0.5, 0.5]))
+    assert one.low == -np.inf and one.high == np.inf and equal.low == equal.high == 0.5
+
+
+def test_holm() -> None:
+    np.testing.assert_allclose(audit.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
