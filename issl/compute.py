@@ -20,7 +20,7 @@ from submitit.helpers import DelayedSubmission
 
 from issl.artifacts import Artifacts, Stage
 from issl.errors import IsslError, OutOfTime
-from issl.plans import Plan, pick_device
+from issl.plan import Plan, pick_device
 from issl.run import check, read_profile, select, where
 from issl.stages import Data, Pretrain
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from issl.artifacts import file_digest
 from issl.files import atomic
-from issl.plans import Plan
+from issl.plan import Plan
 
 
 def fingerprint(source: Path, plan: Plan, device: str) -> str:

@@ -21,7 +21,8 @@ from issl.artifacts import Artifacts, Stage, device_name
 from issl.config import explain
 from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
-from issl.plans import PLANS, Plan, pick_device
+from issl.plan import Plan, pick_device
+from issl.plans import PLANS
 from issl.stages import Data
 
 REPOSITORY = Path(__file__).parent.parent

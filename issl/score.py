@@ -20,7 +20,7 @@ from issl.foreign import open_encoder
 from issl.gradients import scored_layers
 from issl.influence import self_influence
 from issl.perturbation import GaussianNoise
-from issl.plans import pick_device
+from issl.plan import pick_device
 from issl.shards import from_torchrun
 from issl.stages import Curvature
 

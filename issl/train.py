@@ -16,7 +16,7 @@ from issl.encoder import save_encoder
 from issl.errors import IsslError
 from issl.evaluate import knn_watch
 from issl.files import atomic
-from issl.plans import pick_device
+from issl.plan import pick_device
 from issl.pretrain import pretrain
 from issl.recipes import Method, Variant, recipe
 from issl.shards import from_torchrun

@@ -24,7 +24,7 @@ from issl.stages import Data, Embed, Evaluate, Influence, Pretrain
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},
     "00_method": {"seed": 1, "images": 16},
-    "03_background_bias": {"n_test": 32},
+    "07_outliers": {"methods": ["simclr"]},
 }
 
 
@@ -43,9 +43,9 @@ def change(path: Path, **common) -> None:
 
 
 def test_what_there_is_to_do_comes_in_order_and_once(tiny: Path, tmp_path: Path) -> None:
-    plans = read_profile("tiny", ["00_method", "03_background_bias"], out=str(tmp_path))
+    plans = read_profile("tiny", ["00_method", "07_outliers"], out=str(tmp_path))
     found = list(closure(plans.values()).values())
-    assert [s.name for s in found].count("pretrain") == 2 and len(found) == len({s.label for s in found}) == 5
+    assert [s.name for s in found].count("pretrain") == 2 and len(found) == len({s.label for s in found}) == 4
     for k, stage in enumerate(found):
         assert all(needed in found[:k] for needed in stage.needs().values())
 
@@ -80,38 +80,38 @@ def test_what_is_ready_what_is_blocked_and_how_long_it_takes() -> None:
 
 def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    arguments = {"only": "03", "out": tmp_path / "out", "jobs": 2, "say": said.append}
+    arguments = {"only": "07", "out": tmp_path / "out", "jobs": 2, "say": said.append}
     assert compute("tiny", **arguments) == 0
-    assert said[0] == "profile tiny: 4 stages, 4 waiting" and "4 done in" in said[-1] and "s left" in "".join(said)
+    assert said[0] == "profile tiny: 3 stages, 3 waiting" and "3 done in" in said[-1] and "s left" in "".join(said)
     assert "simclr seed 0, scenes train n=64" in said[-1]
     again: list[str] = []
     assert compute("tiny", **{**arguments, "say": again.append}) == 0
-    assert again[0] == "profile tiny: 4 stages, 4 cached" and "4 cached in 0 s" in again[-1]
+    assert again[0] == "profile tiny: 3 stages, 3 cached" and "3 cached in 0 s" in again[-1]
     artifacts = Artifacts(tmp_path / "out" / "artifacts")
-    plan = read_profile("tiny", ["03_background_bias"], out=str(tmp_path / "out"))["03_background_bias"]
-    assert [artifacts.get(s).is_dir() for s in plan.stages().values()] == [True] * 4 and artifacts.computed == []
+    plan = read_profile("tiny", ["07_outliers"], out=str(tmp_path / "out"))["07_outliers"]
+    assert [artifacts.get(s).is_dir() for s in plan.stages().values()] == [True] * 3 and artifacts.computed == []
 
 
 def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path: Path) -> None:
     change(tiny, batch_size=65)
     said: list[str] = []
-    assert compute("tiny", only="03", out=tmp_path / "out", say=said.append) == 1
+    assert compute("tiny", only="07", out=tmp_path / "out", say=said.append) == 1
     told = "\n".join(said)
-    assert "batch_size=65: need 2 to 64" in told and "1 failed, 3 blocked" in said[-1]
+    assert "batch_size=65: need 2 to 64" in told and "1 failed, 2 blocked" in said[-1]
     log = next(Path(line.split(": ", 1)[1]) for line in told.splitlines() if "its log: " in line)
     assert log.is_file()
 
 
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert compute("tiny", only="03", out=tmp_path / "out", minutes=0.0, say=said.append) == 3
-    assert "the same command goes on from here" in "\n".join(said) and "1 out of time, 3 blocked" in said[-1]
+    assert compute("tiny", only="07", out=tmp_path / "out", minutes=0.0, say=said.append) == 3
+    assert "the same command goes on from here" in "\n".join(said) and "1 out of time, 2 blocked" in said[-1]
 
 
 def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run", "--profile", "tiny", "--only", "03", "--out", str(tmp_path), "--time-budget", "0"]) == 3
+    assert cli.main(["run", "--profile", "tiny", "--only", "07", "--out", str(tmp_path), "--time-budget", "0"]) == 3
     printed = capsys.readouterr().out
-    assert "LATE    03_background_bias" in printed and "was not begun, the time budget is spent" in printed
+    assert "LATE    07_outliers" in printed and "was not begun, the time budget is spent" in printed
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,11 @@ def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
 def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm, capsys) -> None:
     change(tiny, n=512, epochs=4)
     out, said = tmp_path / "out", []
-    assert compute("tiny", out=out, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append) == 0
-    assert "5 done in" in said[-1]
+    assert (
+        compute("tiny", only="00,07", out=out, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append)
+        == 0
+    )
+    assert "4 done in" in said[-1]
     times = []
     for path in (out / "artifacts" / "pretrain").glob("*/manifest.json"):
         made = json.loads(path.read_text())["made_with"]
@@ -161,5 +164,5 @@ def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm,
         times.append((end - made["seconds"], end))
     (a, b), (c, d) = times
     assert max(a, c) < min(b, d), f"one after the other: {times}"
-    assert run.run("tiny", out=out) == 0
+    assert run.run("tiny", only="00,07", out=out) == 0
     assert "2 of 2 notebooks ended well" in (printed := capsys.readouterr().out) and "stages: 0 computed" in printed
