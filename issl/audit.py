@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from scipy import stats
 
 from issl.errors import IsslError
@@ -148,6 +149,78 @@ def correlation(
     return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed, vectorized=True)
 
 
+def agreement(
+    scores: Float[np.ndarray, "s n"], kind: Literal["pearson", "spearman"] = "pearson", seed: int = 0
+) -> Estimate:
+    """The correlation of any two of s scores of the same images, mean over all pairs, in [−1, 1]; bootstrap interval
+    over images (percentile), the same images for all pairs."""
+    scores = np.asarray(scores, float)
+    if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
+        raise IsslError(f"agreement of scores of shape {scores.shape}: need two or more of the same 3 or more images")
+    pairs = np.triu_indices(len(scores), 1)
+
+    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
+        rows = np.stack([stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns])  # (s, …, n)
+        rows = rows - rows.mean(axis, keepdims=True)
+        size = np.sqrt((rows**2).sum(axis, keepdims=True))
+        rows = rows / np.where(size > 0, size, np.inf)
+        return np.mean([(rows[i] * rows[j]).sum(axis) for i, j in zip(*pairs, strict=True)], axis=0)
+
+    return _bootstrap(tuple(scores), statistic, seed, vectorized=True)
+
+
+def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
+    """Weights of a grid's entries that interpolate linearly in log strength to `target`; beyond the grid's ends, all
+    on the nearest end. strengths > 0, in any order."""
+    logs = np.log(np.asarray(strengths, float))
+    order = np.argsort(logs)
+    return np.array([np.interp(np.log(target), logs[order], unit[order]) for unit in np.eye(len(logs))])
+
+
+def correlation_margin(
+    grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"], seed: int = 0
+) -> Estimate:
+    """Pearson's r between two seeds, weighted over a grid of settings, less that of another setting; paired bootstrap
+    interval over images (percentile)."""
+    grid, other = np.asarray(grid, float), np.asarray(other, float)
+    g = len(grid)
+
+    def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
+        x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+        size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+        return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
+
+    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
+        ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
+        return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
+
+    return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed, vectorized=True)
+
+
+def spearman_brown(r: float, k: float) -> float:
+    """The correlation that means of k independent draws should have, where single draws have r: a common part and
+    independent noise (Spearman 1910, Brown 1910)."""
+    return k * r / (1 + (k - 1) * r)
+
+
+def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
+    """log(mean a / mean b) of paired values ≥ 0; 0 = no difference. Bootstrap interval over pairs (percentile)."""
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a mean of 0: infinite, left out of the interval
+            return np.log(x.mean(axis) / y.mean(axis))
+
+    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed, vectorized=True)
+
+
+def rank_biserial(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> tuple[Estimate, float]:
+    """How much higher flagged images score than the others, in [−1, 1]: P(higher) − P(lower); 0.147 is small, 0.33
+    medium, 0.474 large (Romano et al. 2006). Also the p-value of the two-sided Mann-Whitney test."""
+    a, flag = auc(score, flag, seed), _flag(flag)
+    p = float(stats.mannwhitneyu(np.asarray(score)[flag], np.asarray(score)[~flag], method="asymptotic").pvalue)
+    return Estimate(2 * a.value - 1, 2 * a.low - 1, 2 * a.high - 1, a.n), p
+
+
 def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
     """The part of a's top `share` that is in b's top, too; `share` itself is what chance gives. Wilson interval."""
     return proportion(top(b, share)[top(a, share)])
@@ -164,6 +237,14 @@ def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) ->
         return float(average_precision_score(y, s)) if y.any() else np.nan
 
     return _bootstrap((positive, np.asarray(score, float)), statistic, seed)
+
+
+def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
+    """Of as many images with the highest score as there are positive ones, the share that is positive; chance is their
+    share among all. Wilson interval."""
+    positive = _flag(positive)
+    order = np.argsort(-np.asarray(score, float), kind="stable")
+    return proportion(positive[order[: positive.sum()]])
 
 
 def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:

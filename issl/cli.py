@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `download`."""
+"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `verdicts`, `download`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from issl import __version__
 from issl.errors import IsslError, OutOfTime
+from issl.files import atomic
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -27,6 +28,8 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     compute.add_argument(
         "--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …"
     )
+    verdicts = commands.add_parser("verdicts", help="all verdicts of the records kept under figures/, as one table")
+    verdicts.add_argument("--readme", action="store_true", help="write the table into README.md instead of printing it")
     download = commands.add_parser("download", help="fetch a data set from its public home")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
@@ -60,6 +63,21 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
     return dict(option.split("=", 1) for option in options)
 
 
+def _verdicts(into_readme: bool) -> int:
+    from issl.run import REPOSITORY
+    from issl.verdicts import in_readme, kept_records, markdown
+
+    records, readme = kept_records(REPOSITORY / "figures"), REPOSITORY / "README.md"
+    if into_readme:
+        text = in_readme(readme.read_text(), records)
+        with atomic(readme) as part:
+            part.write_text(text)
+        print(f"{readme}: {len(records)} records")
+    else:
+        print(markdown(records), end="")
+    return 0
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of handing it back to the system.
 
@@ -84,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(download(options.name, options.data_root))
             return 0
+        if options.command == "verdicts":
+            return _verdicts(options.readme)
         keep_freed_memory()
         if options.command == "influence":
             from issl.score import score

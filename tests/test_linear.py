@@ -1,0 +1,86 @@
+"""The closed forms of linear encoders against automatic differentiation and training anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import issl
+from issl import linear
+
+
+def problem(seed: int = 0, n: int = 30, d: int = 5, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(k, d, generator=generator).double(), torch.randn(n, d, generator=generator).double()
+
+
+def objective(weight: torch.Tensor, start: torch.Tensor, delta: torch.Tensor, anchor: float, n: int) -> torch.Tensor:
+    return (delta @ weight.T).square().sum() / 2 / n + anchor / 2 * (weight - start).square().sum()
+
+
+def test_the_fit_is_a_minimum_and_influence_is_what_autograd_says() -> None:
+    start, delta = problem()
+    weight = linear.fit(start, delta, 0.1).requires_grad_()
+    (slope,) = torch.autograd.grad(objective(weight, start, delta, 0.1, 30), weight)
+    assert float(slope.abs().max()) < 1e-12
+    hessian = torch.autograd.functional.hessian(lambda w: objective(w, start, delta, 0.1, 30), weight).reshape(15, 15)
+    want = []
+    for row in delta:
+        (g,) = torch.autograd.grad((weight @ row).square().sum() / 2, weight)
+        want.append(g.flatten() @ torch.linalg.solve(hessian, g.flatten()))
+    torch.testing.assert_close(linear.influence(weight.detach(), delta, 0.1), torch.stack(want), rtol=1e-10, atol=0)
+
+
+def test_without_a_point_is_training_without_it() -> None:
+    start, delta = problem(1)
+    weight = linear.fit(start, delta, 0.1)
+    for i in (0, 7, 29):
+        anew = torch.zeros_like(start).requires_grad_()
+        rest = torch.cat([delta[:i], delta[i + 1 :]])
+        optimizer = torch.optim.LBFGS(
+            [anew], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()  # noqa: B023 (called in this turn alone)
+            loss = objective(anew, start, rest, 0.1, 30)  # noqa: B023
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        torch.testing.assert_close(linear.fit_without(weight, delta, 0.1, i), anew.detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:
+    """With one output that every δ moves by as much, the empirical Fisher is A without its anchor, which is damping."""
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (24, 3, 2, 2), generator=generator).to(torch.uint8)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1, bias=False)).double().eval()
+    shift = torch.randn(24, 3, 2, 2, generator=generator).double()
+    weight = net[1].weight.detach()
+    # each δ scaled so that |W δ_i| = 1: then ∇ℓ_i = ± δ_i, and the Fisher is mean δδᵀ
+    shift = shift / (shift.flatten(1) @ weight.T).abs()[:, :, None, None]
+    got = issl.self_influence(
+        net, pixels, lambda x, index: x + shift[index], issl.Exact(damping=0.3, absolute=True),
+        loss=lambda a, b: (a - b).square().sum(1) / 2,
+    )  # fmt: skip
+    want = linear.influence(weight, shift.flatten(1), 0.3)
+    torch.testing.assert_close(torch.tensor(got["influence"].tolist(), dtype=torch.float64), want, rtol=1e-8, atol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.1, 10), st.permutations(range(30)))
+def test_laws(seed: int, scale: float, order: list[int]) -> None:
+    start, delta = problem(seed)
+    one = linear.influence(start, delta, 0.1)
+    torch.testing.assert_close(linear.influence(start, delta[order], 0.1), one[order])
+    # units: δ → s δ and a → s² a leave the leverage, and multiply the sensitivity by s²
+    torch.testing.assert_close(linear.influence(start, scale * delta, 0.1 * scale**2), scale**2 * one)
+    assert bool((linear.leverage(delta, 0.1) < 30).all())
+
+
+def test_no_anchor_is_refused() -> None:
+    with pytest.raises(issl.IsslError, match=r"anchor=0\.0: must be > 0"):
+        linear.fit(*problem(), 0.0)
