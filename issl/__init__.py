@@ -4,6 +4,12 @@ An open reproduction of arXiv 2412.17170. Start with `issl.load`, `issl.load_enc
 `issl.self_influence`; the notebooks show each step.
 """
 
+import os
+
+# libgomp reads it when torch is imported: threads that wait for each other should soon sleep. By default they spin, and
+# where processes share the cores (notebooks beside a training) each slows the others several times.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from issl.cross import cross_influence, top_influences
 from issl.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
 from issl.datasets import load

@@ -39,7 +39,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, float | None]:
         """For files: a bound that is infinite (no event in one group, say) is None there."""
-        return {k: v if np.isfinite(v) else None for k, v in asdict(self).items()}
+        return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
 def image_statistics(images: Images) -> pd.DataFrame:
@@ -104,14 +104,14 @@ def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
     score, flag = np.asarray(score, dtype=float), _flag(flag)
     yes, no = score[flag], score[~flag]
 
-    def statistic(a: np.ndarray, b: np.ndarray) -> float:
-        return float(stats.mannwhitneyu(a, b, method="asymptotic").statistic) / (len(a) * len(b))
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+        return stats.mannwhitneyu(a, b, method="asymptotic", axis=axis).statistic / (a.shape[axis] * b.shape[axis])
 
     interval = stats.bootstrap(
-        (yes, no), statistic, n_resamples=RESAMPLES, vectorized=False, method="percentile",
-        rng=np.random.default_rng(seed),
+        (yes, no), statistic, n_resamples=RESAMPLES, vectorized=True, method="percentile",
+        batch=max(1, 4_000_000 // len(score)), rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return Estimate(statistic(yes, no), float(interval.low), float(interval.high), len(score))
+    return Estimate(float(statistic(yes, no)), float(interval.low), float(interval.high), len(score))
 
 
 def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estimate:
@@ -146,7 +146,7 @@ def correlation(
         scale = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
         return (x * y).sum(axis) / np.where(scale > 0, scale, np.inf)
 
-    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed, vectorized=True)
+    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed)
 
 
 def agreement(
@@ -166,7 +166,7 @@ def agreement(
         rows = rows / np.where(size > 0, size, np.inf)
         return np.mean([(rows[i] * rows[j]).sum(axis) for i, j in zip(*pairs, strict=True)], axis=0)
 
-    return _bootstrap(tuple(scores), statistic, seed, vectorized=True)
+    return _bootstrap(tuple(scores), statistic, seed)
 
 
 def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
@@ -194,7 +194,7 @@ def correlation_margin(
         ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
         return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
 
-    return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed, vectorized=True)
+    return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
 
 
 def spearman_brown(r: float, k: float) -> float:
@@ -210,7 +210,7 @@ def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
         with np.errstate(divide="ignore", invalid="ignore"):  # a mean of 0: infinite, left out of the interval
             return np.log(x.mean(axis) / y.mean(axis))
 
-    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed, vectorized=True)
+    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed)
 
 
 def rank_biserial(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> tuple[Estimate, float]:
@@ -228,15 +228,22 @@ def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
 
 def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
     """Area under the precision-recall curve of finding the positive images by a high score; chance is their share.
-    Bootstrap interval over images (percentile)."""
-    from sklearn.metrics import average_precision_score  # slow to import
-
+    Equal scores are found together. Bootstrap interval over images (percentile)."""
     positive = _flag(positive)
 
-    def statistic(y: np.ndarray, s: np.ndarray) -> float:
-        return float(average_precision_score(y, s)) if y.any() else np.nan
+    def statistic(y: np.ndarray, s: np.ndarray, axis: int = -1) -> Any:
+        assert axis in (-1, y.ndim - 1)
+        order = np.argsort(-s, axis=-1, kind="stable")
+        y, s = np.take_along_axis(y, order, -1), np.take_along_axis(s, order, -1)
+        n = y.shape[-1]
+        # the last place among equal scores, for every place
+        last = np.concatenate([s[..., 1:] != s[..., :-1], np.ones((*s.shape[:-1], 1), bool)], -1)
+        ends = np.minimum.accumulate(np.where(last, np.arange(n), n)[..., ::-1], -1)[..., ::-1]
+        precision = np.cumsum(y, -1) / np.arange(1, n + 1)
+        with np.errstate(invalid="ignore"):  # a resample without any positive image: left out
+            return (y * np.take_along_axis(precision, ends, -1)).sum(-1) / y.sum(-1)
 
-    return _bootstrap((positive, np.asarray(score, float)), statistic, seed)
+    return _bootstrap((positive.astype(float), np.asarray(score, float)), statistic, seed)
 
 
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
@@ -249,14 +256,15 @@ def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
 
 def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
     """AUC of a score less that of another on the same images; paired bootstrap interval over images."""
-    from sklearn.metrics import roc_auc_score
-
     positive = _flag(positive)
 
-    def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray) -> float:
-        return float(roc_auc_score(y, s) - roc_auc_score(y, t)) if y.any() and not y.all() else np.nan
+    def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
+        rise = stats.rankdata(s, axis=axis) - stats.rankdata(t, axis=axis)
+        with np.errstate(invalid="ignore"):  # a resample of one kind alone: left out
+            return (y * rise).sum(axis) / (y.sum(axis) * (1 - y).sum(axis))
 
-    return _bootstrap((positive, np.asarray(score, float), np.asarray(other, float)), statistic, seed)
+    columns = (positive.astype(float), np.asarray(score, float), np.asarray(other, float))
+    return _bootstrap(columns, statistic, seed)
 
 
 def mean(values: np.ndarray) -> Estimate:
@@ -277,19 +285,16 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.asarray(multipletests(list(p_values), method="holm")[1])
 
 
-def _bootstrap(
-    columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int, vectorized: bool = False
-) -> Estimate:
+def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:
     """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
-    resamples = RESAMPLES if vectorized else RESAMPLES // 2  # one by one they take long
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples the same: the interval is a point
         result = stats.bootstrap(
-            columns, statistic, n_resamples=resamples, vectorized=vectorized, paired=True, method="percentile",
-            batch=max(1, 4_000_000 // len(columns[0])) if vectorized else None, rng=np.random.default_rng(seed),
+            columns, statistic, n_resamples=RESAMPLES, vectorized=True, paired=True, method="percentile",
+            batch=max(1, 4_000_000 // len(columns[0])), rng=np.random.default_rng(seed),
         )  # fmt: skip
     known = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
-    low, high = np.quantile(known, [0.025, 0.975])
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-np.inf, np.inf)
     return Estimate(float(statistic(*columns)), float(low), float(high), len(columns[0]))
 
 

@@ -46,7 +46,7 @@ class Condition(Config):
     def holds(self, metrics: dict[str, Estimate]) -> bool:
         if self.metric not in metrics:
             raise IsslError(f"claim test: metric {self.metric!r} was not measured; there are {sorted(metrics)}")
-        value: float = getattr(metrics[self.metric], self.bound)
+        value = float(getattr(metrics[self.metric], self.bound))
         return value > self.above if self.above is not None else value < self.below  # type: ignore[operator]
 
 
@@ -131,7 +131,8 @@ def tell(written: dict[str, Any]) -> str:
         side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
         bound = "" if test["bound"] == "value" else f"{test['bound']} end "
         holds = "holds" if test["holds"] else "does not hold"
-        lines.append(f"  {test['metric']:24} {m['value']:.3g} [{low}, {high}]; {bound}{side} {value:g}: {holds}")
+        ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
+        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {holds}")
     lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
     return "\n".join(lines)
 

@@ -92,6 +92,23 @@ def forest(
     axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
 
 
+def forests(
+    axes: Axes, names: Sequence[str], by_method: dict[str, Sequence[Estimate]], label: str, nothing: float | None = None
+) -> None:
+    """As `forest`, with several methods a row, in their colours, the first on top."""
+    step = 0.7 / max(1, len(by_method))
+    for k, (method, estimates) in enumerate(by_method.items()):
+        at = np.arange(len(names))[::-1] + step * ((len(by_method) - 1) / 2 - k)
+        values = np.array([[e.value, e.low, e.high] for e in estimates])
+        low, high = (np.where(np.isfinite(v), v, values[:, 0]) for v in values[:, 1:].T)
+        axes.hlines(at, low, high, color=COLOURS[method], lw=1.1)
+        axes.scatter(values[:, 0], at, color=COLOURS[method], s=10, zorder=3, label=NAMES[method])
+    if nothing is not None:
+        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
+    axes.set_yticks(np.arange(len(names))[::-1], list(names))
+    axes.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
+
+
 def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:
     """Images in reading order, as many as given; those with a true entry in `frames` get a border."""
     axes.set_title(title, loc="left")

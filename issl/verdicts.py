@@ -83,8 +83,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list, one a method), n,
-    profile, data, verdict (a list; one where all agree)."""
+    """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
+    n, profile, data, verdict (a list; one where all agree)."""
     rows: list[dict[str, Any]] = []
     for (name, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]

@@ -12,22 +12,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from test_notebooks import TINY
 
 from issl import cli, notebook, run
 from issl.notebook import fingerprint, is_current, note_made
 from issl.plan import Plan
 from issl.plans import PLANS
-
-TINY = {
-    "common": {
-        "n": 96, "n_test": 48, "width": 1, "epochs": 1, "batch_size": 32, "duplicates": 0.1, "atypical": 0.1,
-    },
-    "00_method": {"images": 16},
-    **{name: {"rank": 4} for name, plan in PLANS.items() if "rank" in plan.model_fields and name != "00_method"},
-    "02_augmentation_ablation": {"rank": 4, "scored": 32},
-    "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
-    "09_linear_theory": {"points": 60, "removed": 10},
-}  # fmt: skip
 
 
 def cells(name: str) -> list:

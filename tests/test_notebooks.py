@@ -1,0 +1,211 @@
+"""Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from nbformat import read
+
+import issl
+from issl import audit, baselines, claim, run, verdicts
+from issl.plans import PLANS
+from issl.verdicts import Record
+
+pytestmark = pytest.mark.xdist_group("notebooks")  # one worker runs them, once
+
+TINY: dict[str, Any] = {
+    "common": {
+        "n": 96, "n_test": 48, "width": 1, "epochs": 1, "batch_size": 32, "duplicates": 0.1, "atypical": 0.1,
+    },
+    "00_method": {"images": 16},
+    **{name: {"rank": 4} for name, plan in PLANS.items() if "rank" in plan.model_fields and name != "00_method"},
+    "02_augmentation_ablation": {"rank": 4, "scored": 32},
+    "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
+    "05_fairness": {"rank": 4, "thinned": "cool"},
+    "09_linear_theory": {"points": 60, "removed": 10},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of all notebooks, run once."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    profile = folder / "tiny.yaml"
+    profile.write_text(yaml.safe_dump(TINY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "profiles", lambda: {"tiny": profile})
+        patch.delenv("ISSL_DATA", raising=False)
+        assert run.run("tiny", out=folder) == 0, "a notebook failed; its error is in the captured output"
+        assert run.run("tiny", out=folder, only="03,04") == 0
+    return folder
+
+
+@pytest.fixture
+def plan(out: Path) -> Callable[[str], Any]:
+    def of(name: str) -> Any:
+        fields = {**TINY["common"], **TINY.get(name, {}), "profile": "tiny", "out": str(out)}
+        return PLANS[name](**fields)
+
+    return of
+
+
+def record(out: Path, name: str) -> Record:
+    return json.loads((out / f"results/tiny/claim_{name}.json").read_text())
+
+
+def numbers(out: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(out / f"figures/tiny/{name}.csv")
+
+
+def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
+    for name in PLANS:
+        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} >= {".png", ".pdf", ".csv", ".json"}
+        cells = read(out / f"results/tiny/{name}.ipynb", as_version=4).cells
+        assert all(c.execution_count for c in cells if c.cell_type == "code" and c.source)
+    left = {json.loads(p.read_text())["name"] for p in (out / "results/tiny").glob("claim_*.json")}
+    assert left == set(claim.claims())
+
+
+def test_no_record_passes_for_a_larger_scale(out: Path) -> None:
+    for path in (out / "results/tiny").glob("claim_*.json"):
+        written = json.loads(path.read_text())
+        assert written["provenance"]["profile"] == "tiny" and written["verdict"] == claim.UNTESTED
+        for m in written["metrics"].values():
+            if None not in (m["low"], m["value"], m["high"]):
+                assert m["low"] <= m["value"] + 1e-9 and m["value"] <= m["high"] + 1e-9, path.name
+
+
+def test_00_at_full_rank_logra_is_exact(out: Path) -> None:
+    assert record(out, "method_exact")["metrics"]["relative_difference"]["value"] < 1e-6
+
+
+def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> None:
+    p = plan("01_seed_correlation")
+    stages, artifacts = p.stages(), p.artifacts()
+    for reading, keys in (("noise", ("0 0", "0 1")), ("training", ("0 0", "1 0"))):
+        a, b = (artifacts.scores(stages[f"byol/influence {k}"])["influence"] for k in keys)
+        got = record(out, f"{reading}_seed_correlation.byol")["metrics"]
+        assert got["pearson"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+        assert got["spearman"]["value"] == pytest.approx(a.corr(b, method="spearman"))
+        assert got["pearson"]["value"] < 0.999  # another seed, another score
+
+
+def test_02_compares_with_the_best_augmentation(out: Path) -> None:
+    table, got = numbers(out, "02_augmentation_ablation"), record(out, "gaussian_most_stable.simclr")
+    first = table[(table["draws"] == 1) & (table["metric"] == "pearson")].set_index("perturbation")["value"]
+    others = first[~first.index.str.startswith("noise")]
+    assert got["rival"] == others.idxmax()
+    margin = got["metrics"]["margin_usual"]["value"]
+    assert margin == pytest.approx(first["noise 0.2"] - others.max())
+    assert set(table["draws"]) == {1, 4}
+
+
+def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(out: Path, plan) -> None:
+    p = plan("03_background_bias")
+    images = p.data().load()
+    uniform = audit.image_statistics(images)["uniform"].to_numpy()
+    shuffled = np.random.default_rng(0).permutation(len(images)).astype(float)
+    e = audit.auc(shuffled, uniform)
+    assert e.low < 0.5 < e.high
+    twins = issl.load("scenes-swapped", n=16)
+    masks = twins.masks.view(4, 16, 32, 32)
+    assert bool((masks == masks[:1]).all())
+    inside = (masks[0] == 255)[:, None].expand(-1, 3, -1, -1)
+    pixels = twins.pixels.view(4, 16, 3, 32, 32).float()
+    assert float((pixels[1:] - pixels[:1]).abs()[:, inside].max()) < 40  # sensor noise, no more
+    assert record(out, "causal_background")["n"] == 16
+
+
+def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_precision_1(out: Path, plan) -> None:
+    images = plan("04_duplicates").data().load()
+    kind = images.attributes["duplicate_kind"]
+    assert (kind == "exact").sum() >= 2
+    flag = (kind != "").to_numpy()
+    assert audit.average_precision(flag.astype(float), flag).value == 1.0
+    table = numbers(out, "04_duplicates")
+    exact = table[(table["truth"] == "exact") & (table["metric"] == "auc")].set_index("detector")["value"]
+    assert exact["nearest in pixels"] == 1.0 and exact["perceptual hash"] > 0.95
+    ours = table[(table["truth"] == "injected") & (table["metric"] == "auc") & (table["method"] == "simclr")]
+    got = record(out, "low_influence_duplicates.simclr")
+    assert got["metrics"]["auc_injected"]["value"] == pytest.approx(
+        ours.set_index("detector").loc["low influence", "value"]
+    )
+    assert [t["metric"] for t in got["tests"]] == ["auc_injected", "precision"]  # no judged pairs in this set
+    closeness = baselines.pixel_closeness(images)
+    assert (closeness[(kind == "exact").to_numpy()] == 0).all()
+
+
+def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
+    p = plan("05_fairness")
+    stages, artifacts, groups = p.stages(), p.artifacts(), p.data().load().attributes["group"].to_numpy()
+    thinned = artifacts.positions(stages["simclr/thinned 0 positions"])
+    at_random = artifacts.positions(stages["simclr/random 0 positions"])
+    assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(0.9 * (groups == "cool").sum())
+    table = numbers(out, "05_fairness")
+    assert (table["adjusted_p"] >= table["p"]).all()
+    # two groups: what one gains the other loses
+    effects = table[table["attribute"] == "group"].set_index("group")["value"]
+    assert effects["cool"] == pytest.approx(-effects["warm"])
+
+
+def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
+    for name, figure in (("06_pruning", "06_pruning"), ("08_supervised_vs_ssl", "08_supervised_vs_ssl_pruning")):
+        p = plan(name)
+        stages, artifacts, table = p.stages(), p.artifacts(), numbers(out, figure)
+        runs = table[table["table"] == "runs"]
+        for r in runs.itertuples():
+            label = f"{r.method}/{r.removed} {r.share:g}" if name == "06_pruning" else f"{r.trained}/{r.removed}"
+            hits = artifacts.hits(stages[f"{label}/seed {r.seed}"])
+            assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
+        assert len(runs) == 2 * 4 * (1 if name == "06_pruning" else 2)
+
+
+def test_07_a_score_that_knows_them_finds_all_atypical_images(out: Path, plan) -> None:
+    strange = (plan("07_outliers").data().load().attributes["atypical"] != "").to_numpy()
+    assert strange.sum() >= 9 and audit.auc(strange.astype(float), strange).value == 1.0
+    table = numbers(out, "07_outliers")
+    assert set(table["detector"]) == {
+        "influence",
+        "stability loss ℓ",
+        "gradient norm ‖g‖",
+        "kNN distance",
+        "isolation forest",
+    }
+    difference = record(out, "high_influence_atypical.byol")["metrics"]["auc_less_loss"]["value"]
+    row = table[(table["method"] == "byol") & (table["truth"] == "all") & (table["metric"] == "auc")]
+    row = row.set_index("detector")["value"]
+    assert difference == pytest.approx(row["influence"] - row["stability loss ℓ"])
+
+
+def test_09_closed_form(out: Path) -> None:
+    got = record(out, "linear_closed_form")["metrics"]
+    assert got["relative_difference"]["value"] < 1e-10 and got["retraining_exact_form"]["value"] < 1e-4
+    table = numbers(out, "09_linear_theory")
+    np.testing.assert_allclose(table["change_of_loss"], table["change_by_formula"], rtol=1e-4)
+
+
+def test_11_holds_every_record_in_all_formats(out: Path) -> None:
+    folder = out / "figures/tiny"
+    kept, table = verdicts.read_records([folder / "claims.json"]), numbers(out, "11_claims_audit")
+    assert len(kept) == len(table) == len(list((out / "results/tiny").glob("claim_*.json")))
+    assert set(table["name"]) == set(claim.claims())
+    text, tex = (folder / "11_claims_audit.md").read_text(), (folder / "11_claims_audit.tex").read_text()
+    for entry in claim.claims().values():
+        assert entry.claim in text
+    assert tex.count(r"\\") >= len(claim.claims()) and "_seed" not in tex.replace(r"\_", "")
+
+
+def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "profiles", lambda: {"tiny": out / "tiny.yaml"})
+        patch.delenv("ISSL_DATA", raising=False)
+        assert run.run("tiny", out=out) == 0
+    printed = capsys.readouterr().out
+    assert "stages: 0 computed" in printed and printed.count("current ") == len(PLANS)
