@@ -287,7 +287,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:
     """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # of resamples that have no value
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples the same: the interval is a point
         result = stats.bootstrap(
             columns, statistic, n_resamples=RESAMPLES, vectorized=True, paired=True, method="percentile",

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
+from issl.frozen import FoldedConv2d
 
 Layer = nn.Linear | nn.Conv2d
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
@@ -193,10 +194,14 @@ class _Tap:
         outputs = read_outputs(self.layer, gradient).to(self.layer.weight.dtype)
         inputs = inputs.to(self.layer.weight.dtype)
         if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
+            if isinstance(self.layer, FoldedConv2d):
+                outputs = outputs * self.layer.scale.unflatten(0, outputs.shape[1:3])[..., None]
             self.pairs.append((inputs, outputs))
             return
         both = (outputs @ inputs.mT).flatten(1, 2)  # Σ_t d_t (P_in a_t)ᵀ
         sums = both.unflatten(0, (2, self.examples)).sum(0)
+        if isinstance(self.layer, FoldedConv2d):
+            sums = sums * self.layer.scale[:, None]
         if isinstance(self.sketch, Projected) and self.sketch.p_out is not None:
             sums = self.sketch.p_out @ sums
         if p_in is not None:
@@ -236,6 +241,8 @@ class _MomentTap(_Tap):
         outputs = read_outputs(self.layer, gradient).flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
+        if isinstance(self.layer, FoldedConv2d):
+            dd = dd * torch.outer(self.layer.scale, self.layer.scale).double()
         self.inputs = aa if self.inputs is None else self.inputs + aa
         self.outputs = dd if self.outputs is None else self.outputs + dd
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from issl import keyed
 from issl.curvature import Curvature, LoGra, Statistic, Weighing, needs_moments
 from issl.errors import IsslError
-from issl.frozen import frozen_copy
+from issl.frozen import fold_batchnorm, frozen_copy
 from issl.gradients import (
     CrossEntropy,
     Layer,
@@ -219,6 +219,7 @@ def prepare(
     model = frozen_copy(encoder, target)
     layers = scored_layers(model, skip)
     _check_independent(model, data, target, first.dtype)
+    fold_batchnorm(model, data.pixels[:4].to(target).to(first.dtype) / 255)
 
     def views(source: Images, rows: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         x = source.pixels[rows].to(target).to(first.dtype) / 255

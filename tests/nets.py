@@ -41,6 +41,22 @@ class Tokens(nn.Module):
         return self.out((t + F.gelu(self.mlp(self.norm(t)))).mean(1))
 
 
+class Residual(nn.Module):
+    """BatchNorm after convolutions with bias and groups; `two_users`: a convolution's output is used beside it, too."""
+
+    def __init__(self, two_users: bool = False) -> None:
+        super().__init__()
+        self.two_users = two_users
+        self.stem, self.norm0 = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, 1, 1, groups=3), nn.BatchNorm2d(6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.norm0(self.stem(x)))
+        y = self.conv(x)
+        return self.out(F.relu(self.norm(y) + (y if self.two_users else x)).mean((2, 3)))
+
+
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network by name: random weights, BatchNorm statistics taken from images, eval mode."""
     with torch.random.fork_rng():
@@ -65,6 +81,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
                 nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 6),
             ),
+            "residual": Residual,
+            "two users": lambda: Residual(two_users=True),
             "reused": Reused,
             "tokens": Tokens,
         }[name]()  # fmt: skip
@@ -75,7 +93,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return net.eval()
 
 
-NETS = ("stride", "dilated", "grouped", "batchnorm", "reused", "tokens")
+NETS = ("stride", "dilated", "grouped", "batchnorm", "residual", "two users", "reused", "tokens")
 
 
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:

@@ -70,3 +70,69 @@ def test_mean_is_students() -> None:
 
 def test_holm() -> None:
     np.testing.assert_allclose(audit.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+
+
+def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
+    scores = np.stack([A, B, A + RNG.standard_normal(400)])
+    for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        want = np.mean([reference(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
+        got = audit.agreement(scores, kind)  # type: ignore[arg-type]
+        assert got.value == pytest.approx(want) and got.low < want < got.high
+    two = audit.agreement(scores[:2])
+    assert two.value == pytest.approx(audit.correlation(A, B).value)
+    with pytest.raises(issl.IsslError, match=r"shape \(1, 400\)"):
+        audit.agreement(scores[:1])
+
+
+def test_spearman_brown_is_what_averaging_gives() -> None:
+    rng = np.random.default_rng(3)
+    common = rng.standard_normal(50_000)
+    a, b = (common + rng.standard_normal((8, 50_000)).mean(0) for _ in range(2))
+    assert np.corrcoef(a, b)[0, 1] == pytest.approx(audit.spearman_brown(0.5, 8.0), abs=0.01)
+    assert audit.spearman_brown(0.7, 1.0) == pytest.approx(0.7)
+
+
+def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
+    w = audit.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
+    np.testing.assert_allclose(w, [0.5, 0.5, 0], atol=1e-12)
+    np.testing.assert_allclose(audit.matching_weights([10.0, 0.1, 1.0], 1e-6), [0, 1, 0])  # any order; beyond: the end
+    np.testing.assert_allclose(audit.matching_weights([10.0, 0.1, 1.0], 1e6), [1, 0, 0])
+
+
+def test_correlation_margin_is_a_difference_of_correlations() -> None:
+    noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
+    got = audit.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
+    assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1]) and got.low > 0.3
+    same = audit.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
+    assert same.value == same.low == same.high == 0
+
+
+def test_log_ratio() -> None:
+    rng = np.random.default_rng(4)
+    b = rng.exponential(size=500)
+    got = audit.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
+    assert got.low < np.log(3) < got.high and got.low > 0.9
+    nothing = audit.log_ratio(np.zeros(5), np.ones(5))
+    assert nothing.value == -np.inf and (nothing.low, nothing.high) == (-np.inf, np.inf)
+
+
+def test_rank_biserial_is_somers_d() -> None:
+    score = A + FLAG
+    effect, p = audit.rank_biserial(score, FLAG)
+    assert effect.value == pytest.approx(stats.somersd(FLAG.astype(int), score).statistic)
+    assert p == pytest.approx(stats.mannwhitneyu(score[FLAG], score[~FLAG], method="asymptotic").pvalue)
+    less, _ = audit.rank_biserial(-score, FLAG)
+    assert less.value == pytest.approx(-effect.value)
+
+
+def test_precision_of_as_many_as_there_are() -> None:
+    assert audit.precision(FLAG.astype(float), FLAG).value == 1
+    score = np.arange(10.0)
+    assert audit.precision(score, score >= 6).n == 4
+    assert audit.precision(-score, score >= 8).value == 0
+
+
+def test_average_precision_with_ties_is_scikit_learns() -> None:
+    score = np.round(A)
+    got = audit.average_precision(score, FLAG)
+    assert got.value == pytest.approx(average_precision_score(FLAG, score)) and got.low <= got.value <= got.high

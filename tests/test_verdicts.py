@@ -1,0 +1,81 @@
+"""The table of verdicts: its order, its formats, and the README's copy of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import issl
+from issl import claim, cli, verdicts
+from issl.audit import Estimate
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[verdicts.Record]:
+    source = claim.provenance("mini", {}, torch.device("cpu"), [])
+    about = {"dataset": "cifar10", "n": 2000, "seeds": [0]}
+    for method, value in (("byol", 0.95), ("simclr", 0.8)):
+        e = Estimate(value, value - 0.1, value + 0.1, 2000)
+        claim.record("noise_seed_correlation", {"pearson": e}, source, tmp_path, method, method=method, **about)
+    duplicates = {"auc_injected": Estimate(0.6, 0.55, 0.65, 9), "precision": Estimate(0.2, 0.1, 0.3, 9)}
+    claim.record("low_influence_duplicates", duplicates, source, tmp_path, "simclr", **about)
+    claim.record("method_exact", {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 9)}, source, tmp_path, **about)
+    return verdicts.read_records(tmp_path.glob("claim_*.json"))
+
+
+def test_order_is_that_of_the_claims_then_of_the_methods(records: list[verdicts.Record]) -> None:
+    assert [(r["name"], r["variant"]) for r in records] == [
+        ("method_exact", ""), ("noise_seed_correlation", "simclr"), ("noise_seed_correlation", "byol"),
+        ("low_influence_duplicates", "simclr"),
+    ]  # fmt: skip
+
+
+def test_a_metric_that_a_set_does_not_have_is_not_judged(records: list[verdicts.Record]) -> None:
+    last = records[-1]
+    assert [t["metric"] for t in last["tests"]] == ["auc_injected", "precision"] and last["outcome"] == "partly"
+    with pytest.raises(issl.IsslError, match="'precision' was not measured"):  # but what every set has is
+        claim.judge("low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini")
+
+
+def test_formats(records: list[verdicts.Record]) -> None:
+    lines = verdicts.markdown(records).splitlines()
+    assert len(lines) == 2 + 3 and all(line.count(" | ") == 5 for line in lines if "---" not in line)
+    assert "SimCLR 0.80 [0.70, 0.90]<br>BYOL 0.95 [0.85, 1.05]" in lines[3] and "0.974" in lines[3]
+    assert "SimCLR ○ not reproduced (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
+    assert lines[2].startswith("| The score is") and "(ours)" in lines[2] and "1e-09" in lines[2]
+    tex = verdicts.latex(records)
+    assert tex.count("&") == 7 * 4 and r"auc\_injected" in tex and tex.count(r"\makecell") == 6
+    table = verdicts.table(records)
+    assert table.loc[1, ["low", "high", "tests_held", "verdict"]].tolist() == [
+        pytest.approx(0.7), pytest.approx(0.9), 0, "not reproduced",
+    ]  # fmt: skip
+
+
+def test_kept_records_come_back_as_they_were(records: list[verdicts.Record], tmp_path: Path) -> None:
+    (tmp_path / "mini").mkdir()
+    verdicts.keep(records, tmp_path / "mini")
+    assert verdicts.kept_records(tmp_path) == records
+
+
+def test_bad_records_and_readmes(tmp_path: Path, records: list[verdicts.Record]) -> None:
+    path = tmp_path / "claim_x.json"
+    path.write_text(json.dumps({**records[0], "name": "moon_is_cheese"}))
+    with pytest.raises(issl.IsslError, match=r"claim_x\.json records the claim 'moon_is_cheese'"):
+        verdicts.read_records([path])
+    path.write_text("{")
+    with pytest.raises(issl.IsslError, match="cannot be read"):
+        verdicts.read_records([path])
+    with pytest.raises(issl.IsslError, match="markers"):
+        verdicts.in_readme("# nothing", records)
+    text = f"a\n{verdicts.BEGIN}\nold\n{verdicts.END}\nb"
+    assert verdicts.in_readme(text, records) == f"a\n{verdicts.BEGIN}\n{verdicts.markdown(records)}{verdicts.END}\nb"
+
+
+def test_the_readme_shows_the_records_that_are_kept(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, kept = (repository / "README.md").read_text(), verdicts.kept_records(repository / "figures")
+    assert kept and verdicts.in_readme(text, kept) == text, "run `issl verdicts --readme`"
+    assert cli.main(["verdicts"]) == 0
+    assert capsys.readouterr().out == verdicts.markdown(kept)
