@@ -59,7 +59,7 @@ def fold_batchnorm(model: nn.Module, x: Float[Tensor, "b 3 h w"]) -> list[str]:
     Returns the names of the convolutions that were folded.
     """
     before, pairs = _conv_norm_pairs(model, x)
-    kept = [(conv, conv.weight, conv.bias, norm.__dict__.get("forward")) for _, conv, norm in pairs]
+    kept = [(conv, conv.weight, conv.bias, norm, norm.forward) for _, conv, norm in pairs]
     for _, conv, norm in pairs:
         assert norm.running_mean is not None and norm.running_var is not None  # _conv_norm_pairs has looked
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -69,13 +69,13 @@ def fold_batchnorm(model: nn.Module, x: Float[Tensor, "b 3 h w"]) -> list[str]:
         conv.weight, conv.bias = (nn.Parameter(v, requires_grad=False) for v in (folded, bias))
         conv.__class__ = FoldedConv2d
         conv.scale = scale
-        norm.forward = _same  # type: ignore[method-assign]
+        norm.forward = _same  # type: ignore[method-assign, assignment]
     after = model(x)
     # rounding alone may differ: by far more than its own for the least change of the function
     if torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         return [name for name, _, _ in pairs]
-    for (_, _, norm), (conv, weight, bias, forward) in zip(pairs, kept, strict=True):
-        conv.__class__, conv.weight, conv.bias = nn.Conv2d, weight, bias
+    for conv, own_weight, own_bias, norm, forward in kept:
+        conv.__class__, conv.weight, conv.bias = nn.Conv2d, own_weight, own_bias
         norm.forward = forward  # type: ignore[method-assign]
     return []
 
