@@ -23,7 +23,7 @@ BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit --
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """The records in these files, one or a list in each, in the order of claims.yaml, then of the methods.
+    """The records in these files, one or a list in each, by notebook, in the order of claims.yaml, then of the methods.
 
     Raises IsslError for a file that cannot be read, and for a record of a claim that is no longer stated.
     """
@@ -41,9 +41,9 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     order = {name: k for k, name in enumerate(claims())}
     methods = list(METHODS)
 
-    def place(r: Record) -> tuple[int, int, str]:
+    def place(r: Record) -> tuple[str, int, int, str]:
         known = methods.index(r["variant"]) if r["variant"] in methods else len(methods)
-        return order[r["name"]], known, r["provenance"]["profile"]
+        return claims()[r["name"]].notebook, order[r["name"]], known, r["provenance"]["profile"]
 
     return sorted(found, key=place)
 
@@ -106,7 +106,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 def _number(r: Any) -> str:
     if r.low == r.high == r.value:
         return f"{r.value:.2g}"
-    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
+    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]".replace("inf", "∞").replace("-", "−")
 
 
 def markdown(records: Sequence[Record]) -> str:
