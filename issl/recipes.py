@@ -3,7 +3,8 @@
 `published` are solo-learn's for CIFAR and ResNet-18 (da Costa et al. 2022, arXiv 2106.01775; its
 scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for some epochs to 200 and for
 narrow encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of 20% of the area or more, and views of
-half the side in the first 85% of the run.
+half the side in the first 85% of the run. BYOL's stay small: at the end its target hardly moves, and teaches what it
+learned on small views (10,000 CIFAR-10 images, width 8, 60 epochs: kNN 40.5% before the full-size views, 38.6% after).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ _PUBLISHED = (
 _SHORT = (
     Recipe(method="simclr", optimizer="sgd", lr=0.8, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, small=0.85,
            hidden=1.0, out=1.0, temperature=0.5),
-    Recipe(method="byol", optimizer="sgd", lr=0.4, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, small=0.85,
+    Recipe(method="byol", optimizer="sgd", lr=0.4, weight_decay=1e-4, view_a=SHORT, view_b=SHORT, small=1.0,
            hidden=2.0, out=1.0, norm=True, tau=0.97),
     Recipe(method="barlow_twins", optimizer="sgd", lr=0.2, weight_decay=1e-4, view_a=SHORT, view_b=SHORT,
            small=0.85, hidden=2.0, out=2.0, norm=True, off_diagonal=0.02),
