@@ -81,7 +81,7 @@ def forest(
     at = np.arange(len(rows))[::-1]
     colours = sns.color_palette(PALETTE)[0] if colours is None else colours
     values = np.array([[e.value, e.low, e.high] for _, e in rows])
-    low, high = (np.where(np.isfinite(v), v, values[:, 0]) for v in values[:, 1:].T)  # an interval without end: a point
+    low, high = _ends(axes, values)
     axes.hlines(at, low, high, color=colours, lw=1.3)
     axes.scatter(
         values[:, 0], at, c=[colours] * len(rows) if isinstance(colours, tuple | str) else colours, s=16, zorder=3
@@ -92,6 +92,16 @@ def forest(
     axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
 
 
+def _ends(axes: Axes, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends of intervals; one that is open leaves the panel, whose limits are then those of all that is finite."""
+    low, high = values[:, 1:].T
+    if np.isinf(values).any():
+        known = values[np.isfinite(values)]
+        room = 0.1 * np.ptp(known) or 0.1
+        axes.set_xlim(known.min() - room, known.max() + room)
+    return np.nan_to_num(low, nan=np.nan, neginf=-1e12), np.nan_to_num(high, nan=np.nan, posinf=1e12)
+
+
 def forests(
     axes: Axes, names: Sequence[str], by_method: dict[str, Sequence[Estimate]], label: str, nothing: float | None = None
 ) -> None:
@@ -100,7 +110,7 @@ def forests(
     for k, (method, estimates) in enumerate(by_method.items()):
         at = np.arange(len(names))[::-1] + step * ((len(by_method) - 1) / 2 - k)
         values = np.array([[e.value, e.low, e.high] for e in estimates])
-        low, high = (np.where(np.isfinite(v), v, values[:, 0]) for v in values[:, 1:].T)
+        low, high = _ends(axes, values)
         axes.hlines(at, low, high, color=COLOURS[method], lw=1.1)
         axes.scatter(values[:, 0], at, color=COLOURS[method], s=10, zorder=3, label=NAMES[method])
     if nothing is not None:

@@ -67,6 +67,9 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
         generator = keyed.generator(seed, int(index[place]))
         pixels[place] = _strange(what, images, int(place), generator)
         of[place], kind[place], unusual[place] = -1, "", what
+    # a pair that the set had by itself is none any more where its original was overwritten
+    broken = np.isin(of, index.numpy()[[*copied, *odd]])
+    of[broken], kind[broken] = -1, ""
     attributes = attributes.assign(index=index.numpy(), duplicate_of=of, duplicate_kind=kind, atypical=unusual)
     return Images(pixels, labels, attributes, images.name, masks)
 

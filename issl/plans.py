@@ -40,7 +40,8 @@ class SeedCorrelation(Scored):
             for seed in range(self.train_seeds):
                 encoder = self.pretrain(method, self.seed + seed)
                 found[f"{method}/encoder {seed}"] = encoder
-                for noise in range(self.noise_seeds if seed == 0 else 1):
+                # the first encoder under every noise; another one under the same noise as the first, and under its own
+                for noise in range(self.noise_seeds) if seed == 0 else (0, seed):
                     found[f"{method}/influence {seed} {noise}"] = self.influence(encoder, self.noise_seed + noise)
         return found
 

@@ -130,3 +130,17 @@ def test_judged_pairs_without_their_table(tmp_path: Path) -> None:
     (tmp_path / "cifair" / "duplicates_cifar10.csv").write_text("TestID,Other\n1,2\n")
     with pytest.raises(issl.IsslError, match=r"no column \['Judgment', 'TrainID'\]"):
         issl.load("cifair10", root=tmp_path)
+
+
+def test_a_pair_whose_original_was_overwritten_is_none() -> None:
+    images = issl.load("scenes", n=400)
+    of = images.attributes["duplicate_of"].to_numpy()
+    assert (of >= 0).sum() >= 3
+    for seed in range(5):
+        got = inject(images, duplicates=0.2, atypical=0.3, seed=seed)
+        row = {int(i): k for k, i in enumerate(got.index)}
+        same = (got.pixels == images.pixels).flatten(1).all(1).numpy()
+        kinds, now = got.attributes["duplicate_kind"].to_numpy(), got.attributes["duplicate_of"].to_numpy()
+        kept = (now == of) & (of >= 0)
+        assert all(same[row[int(o)]] for o in of[kept])  # the original is what it was
+        assert ((now >= 0) == (kinds != "")).all()

@@ -84,12 +84,20 @@ def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
         audit.agreement(scores[:1])
 
 
-def test_spearman_brown_is_what_averaging_gives() -> None:
-    rng = np.random.default_rng(3)
-    common = rng.standard_normal(50_000)
-    a, b = (common + rng.standard_normal((8, 50_000)).mean(0) for _ in range(2))
-    assert np.corrcoef(a, b)[0, 1] == pytest.approx(audit.spearman_brown(0.5, 8.0), abs=0.01)
-    assert audit.spearman_brown(0.7, 1.0) == pytest.approx(0.7)
+def test_clustered_auc_is_the_auc_and_counts_pairs_once() -> None:
+    score = A + 0.7 * FLAG
+    alone, plain = audit.clustered_auc(score, FLAG, np.arange(400)), audit.auc(score, FLAG)
+    assert alone.value == pytest.approx(plain.value)
+    assert (alone.low, alone.high) == (pytest.approx(plain.low, abs=0.015), pytest.approx(plain.high, abs=0.015))
+    # every flagged image twice: as independent images the interval shrinks, as pairs it does not
+    twice = np.concatenate([np.arange(400), np.flatnonzero(FLAG)])
+    pairs = audit.clustered_auc(score[twice], FLAG[twice], twice)
+    images = audit.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
+    width, less = pairs.high - pairs.low, images.high - images.low
+    assert pairs.value == pytest.approx(alone.value) and width == pytest.approx(alone.high - alone.low, rel=0.02)
+    assert less < 0.85 * width
+    tied = audit.clustered_auc(np.round(score), FLAG, np.arange(400))
+    assert tied.value == pytest.approx(roc_auc_score(FLAG, np.round(score)))
 
 
 def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
