@@ -157,15 +157,7 @@ def correlation(
     """Correlation of two scores of the same images, in [−1, 1]; bootstrap interval over images (percentile)."""
     if len(a) != len(b) or len(a) < 3:
         raise IsslError(f"correlation of {len(a)} and {len(b)} values: need the same number, 3 or more")
-
-    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
-        if kind == "spearman":
-            x, y = stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis)
-        x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
-        scale = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
-        return (x * y).sum(axis) / np.where(scale > 0, scale, np.inf)
-
-    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed)
+    return agreement(np.stack([np.asarray(a, float), np.asarray(b, float)]), kind, seed)
 
 
 def agreement(
@@ -179,11 +171,8 @@ def agreement(
     pairs = np.triu_indices(len(scores), 1)
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        rows = np.stack([stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns])  # (s, …, n)
-        rows = rows - rows.mean(axis, keepdims=True)
-        size = np.sqrt((rows**2).sum(axis, keepdims=True))
-        rows = rows / np.where(size > 0, size, np.inf)
-        return np.mean([(rows[i] * rows[j]).sum(axis) for i, j in zip(*pairs, strict=True)], axis=0)
+        rows = [stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns]
+        return np.mean([_pearson(rows[i], rows[j], axis) for i, j in zip(*pairs, strict=True)], axis=0)
 
     return _bootstrap(tuple(scores), statistic, seed)
 
@@ -204,14 +193,9 @@ def correlation_margin(
     grid, other = np.asarray(grid, float), np.asarray(other, float)
     g = len(grid)
 
-    def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
-        x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
-        size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
-        return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
-
     def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
-        return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
+        ours = sum(w * _pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
+        return ours - _pearson(columns[2 * g], columns[2 * g + 1], axis)
 
     return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
 
@@ -296,6 +280,13 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     from statsmodels.stats.multitest import multipletests  # slow to import
 
     return np.asarray(multipletests(list(p_values), method="holm")[1])
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
+    """Pearson's r along an axis; 0 where one of the two does not vary."""
+    x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+    size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+    return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
 
 
 def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:

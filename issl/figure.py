@@ -78,28 +78,11 @@ def forest(
 
     colours   one for all, or one a row
     """
-    at = np.arange(len(rows))[::-1]
+    names, estimates = [name for name, _ in rows], [e for _, e in rows]
     colours = sns.color_palette(PALETTE)[0] if colours is None else colours
-    values = np.array([[e.value, e.low, e.high] for _, e in rows])
-    low, high = _ends(axes, values)
-    axes.hlines(at, low, high, color=colours, lw=1.3)
-    axes.scatter(
-        values[:, 0], at, c=[colours] * len(rows) if isinstance(colours, tuple | str) else colours, s=16, zorder=3
-    )
-    if nothing is not None:
-        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
-    axes.set_yticks(at, [name for name, _ in rows])
-    axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
-
-
-def _ends(axes: Axes, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of intervals; one that is open leaves the panel, whose limits are then those of all that is finite."""
-    low, high = values[:, 1:].T
-    if np.isinf(values).any():
-        known = values[np.isfinite(values)]
-        room = 0.1 * np.ptp(known) or 0.1
-        axes.set_xlim(known.min() - room, known.max() + room)
-    return np.nan_to_num(low, nan=np.nan, neginf=-1e12), np.nan_to_num(high, nan=np.nan, posinf=1e12)
+    each = [colours] * len(rows) if isinstance(colours, tuple | str) else colours
+    _intervals(axes, np.arange(len(rows))[::-1], estimates, each, 1.3, 16)
+    _finish(axes, names, estimates, label, nothing)
 
 
 def forests(
@@ -109,14 +92,31 @@ def forests(
     step = 0.7 / max(1, len(by_method))
     for k, (method, estimates) in enumerate(by_method.items()):
         at = np.arange(len(names))[::-1] + step * ((len(by_method) - 1) / 2 - k)
-        values = np.array([[e.value, e.low, e.high] for e in estimates])
-        low, high = _ends(axes, values)
-        axes.hlines(at, low, high, color=COLOURS[method], lw=1.1)
-        axes.scatter(values[:, 0], at, color=COLOURS[method], s=10, zorder=3, label=NAMES[method])
+        _intervals(axes, at, estimates, [COLOURS[method]] * len(names), 1.1, 10, NAMES[method])
+    _finish(axes, names, [e for estimates in by_method.values() for e in estimates], label, nothing)
+
+
+def _intervals(
+    axes: Axes, at: np.ndarray, estimates: Sequence[Estimate], colours: Any, width: float, size: float,
+    label: str | None = None,
+) -> None:  # fmt: skip
+    """Points with their intervals; an open end goes far beyond any panel."""
+    ends = np.clip([[e.low, e.high] for e in estimates], -1e12, 1e12)
+    axes.hlines(at, *ends.T, color=colours, lw=width)
+    axes.scatter([e.value for e in estimates], at, c=colours, s=size, zorder=3, label=label)
+
+
+def _finish(axes: Axes, names: Sequence[str], estimates: Sequence[Estimate], label: str, nothing: float | None) -> None:
+    """Names, label, the line of no effect; where an interval is open, limits that hold all that is finite."""
     if nothing is not None:
         axes.axvline(nothing, color="grey", lw=0.8, ls="--")
     axes.set_yticks(np.arange(len(names))[::-1], list(names))
     axes.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
+    values = np.array([[e.value, e.low, e.high] for e in estimates])
+    if np.isinf(values).any():
+        known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
+        room = 0.1 * np.ptp(known) or 0.1
+        axes.set_xlim(min(known) - room, max(known) + room)
 
 
 def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:

@@ -13,12 +13,12 @@ import pandas as pd
 from issl.audit import Estimate
 from issl.claim import UNTESTED, claims
 from issl.errors import IsslError
+from issl.figure import NAMES
 from issl.files import atomic
 
 Record = dict[str, Any]  # as issl.claim.record writes it
 KEPT = "claims.json"  # a profile's records, beside its figures
 MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "–"}
-METHODS = {"": "", "simclr": "SimCLR", "byol": "BYOL", "barlow_twins": "Barlow Twins", "supervised": "supervised"}
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
 
 
@@ -39,7 +39,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
             raise IsslError(f"{path} records the claim {unknown[0]!r}, which claims.yaml does not state; delete it")
         found += records
     order = {name: k for k, name in enumerate(claims())}
-    methods = list(METHODS)
+    methods = ["", *NAMES]
 
     def place(r: Record) -> tuple[str, int, int, str]:
         known = methods.index(r["variant"]) if r["variant"] in methods else len(methods)
@@ -86,15 +86,15 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
     n, profile, data, verdict (a list; one where all agree)."""
     rows: list[dict[str, Any]] = []
-    for (name, profile), part in table(records).groupby(["name", "profile"], sort=False):
+    for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
-        methods = [METHODS.get(m, m) if len(part) > 1 else "" for m in part["method"]]
+        methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
         numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
         plain = [f"{MARKS[str(r.verdict)]} {r.verdict} ({r.tests_held}/{r.tests})" for r in part.itertuples()]
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
         rows.append(
             {
-                "claim": one["claim"] + (" (ours)" if claims()[str(name)].ours else ""),
+                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""),
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
                 "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1],
@@ -140,16 +140,11 @@ def latex(records: Sequence[Record]) -> str:
 
 
 def _escaped(text: str) -> str:
-    marks = {"●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "–": "--"}
-    for plain, escaped in {
-        "_": r"\_",
-        "%": r"\%",
-        "&": r"\&",
-        "−": "$-$",
-        "⁻¹": "$^{-1}$",
-        "ᵀ": r"$^\top$",
-        **marks,
-    }.items():
+    marks = {
+        "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
+        "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "–": "--",
+    }  # fmt: skip
+    for plain, escaped in marks.items():
         text = text.replace(plain, escaped)
     return text
 
