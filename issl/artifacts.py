@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from issl.config import Config
-from issl.encoder import load_encoder
+from issl.encoder import Encoder, load_encoder
 from issl.errors import IsslError, OutOfTime
 from issl.files import atomic, read_safetensors
 
@@ -123,6 +123,19 @@ class Artifacts:
 
     def encoder(self, stage: Stage, output: Literal["features", "projector"] = "features") -> torch.nn.Module:
         return load_encoder(self.get(stage) / "encoder.safetensors", output)
+
+    def whole_encoder(self, stage: Stage) -> Encoder:
+        """Backbone and projector, to be trained further."""
+        encoder = self.encoder(stage, "projector")
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def pairs(self, stage: Stage) -> Tensor:
+        """Scores (q, n) of queries and training images."""
+        return read_safetensors(self.get(stage) / "pairs.safetensors", "scores")[1]["scores"]
+
+    def losses(self, stage: Stage) -> pd.DataFrame:
+        return pd.read_parquet(self.get(stage) / "losses.parquet")
 
     def positions(self, stage: Stage) -> list[int]:
         chosen: list[int] = json.loads((self.get(stage) / "positions.json").read_text())

@@ -22,7 +22,8 @@ from issl.artifacts import Artifacts, Stage
 from issl.errors import IsslError, OutOfTime
 from issl.plan import Plan, pick_device
 from issl.run import check, read_profile, select, where
-from issl.stages import Data, Pretrain
+from issl.settings import Data
+from issl.stages import Pretrain
 
 State = Literal["cached", "done", "running", "waiting", "failed", "out of time", "blocked"]
 POLL_SECONDS = 0.5

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
+from issl.gradients import stability_loss
 from issl.images import Images
+from issl.perturbation import Perturb, Perturbation, as_perturb
 from issl.pretrain import Watch
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # of the probe: C, the inverse of the L2 penalty's weight
@@ -26,6 +28,25 @@ def embed(encoder: nn.Module, images: Images, device: torch.device | None = None
     device = torch.device("cpu") if device is None else device
     encoder, batch = encoder.to(device), 128 if device.type == "cpu" else 1024
     return torch.cat([encoder(x.to(device).float() / 255).float().cpu() for x in images.pixels.split(batch)])
+
+
+@torch.no_grad()
+def stability_losses(
+    encoder: nn.Module, images: Images, perturbation: Perturbation | Perturb, seed: int = 0, draws: int = 1,
+    device: torch.device | None = None,
+) -> np.ndarray:  # fmt: skip
+    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], mean over the draws: no gradient, so only a forward
+    pass. Draw k of seed s is that of seed s + k·2³², as in `issl.self_influence`."""
+    device = torch.device("cpu") if device is None else device
+    encoder, batch, found = encoder.to(device), 128 if device.type == "cpu" else 1024, []
+    perturbs = [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
+    for pixels, index in zip(images.pixels.split(batch), images.index.split(batch), strict=True):
+        x = pixels.to(device).float() / 255
+        plain = encoder(x)
+        found.append(
+            torch.stack([stability_loss(plain, encoder(p(x, index))) for p in perturbs]).double().mean(0).cpu()
+        )
+    return torch.cat(found).numpy()
 
 
 def knn_hits(

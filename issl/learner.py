@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl import objectives
-from issl.encoder import Head, new_encoder
+from issl.encoder import Encoder, Head, new_encoder
 from issl.errors import IsslError
 from issl.operations import Pixels
 from issl.recipes import Recipe
@@ -24,9 +24,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder`; for BYOL a `predictor` and a `target`, the encoder's moving average. Calling it gives the loss."""
+    """`encoder` (with the weights of `start` where it is given); for BYOL a `predictor` and a `target`, the encoder's
+    moving average. Calling it gives the loss."""
 
-    def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int):
+    def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | None = None):
         super().__init__()
         self.recipe = recipe
         features = 8 * width
@@ -36,6 +37,13 @@ class Learner(nn.Module):
             out = classes
         head = Head(hidden=max(2, round(recipe.hidden * features)), out=out, layers=recipe.layers, norm=recipe.norm)
         self.encoder = new_encoder(width, head, seed)
+        if start is not None:
+            if (start.width, start.head) != (width, head):
+                raise IsslError(
+                    f"start: an encoder of width {start.width} with {start.head}; this run trains width {width} with "
+                    f"{head}; take the same width and method"
+                )
+            self.encoder.load_state_dict(start.state_dict())
         self.predictor: nn.Module | None = None
         self.target: nn.Module | None = None
         if recipe.method == "byol":

@@ -5,10 +5,13 @@ f(x) = W x with W (k, d), views x̂_i = x_i + δ_i, squared stability loss, held
     ℓ_i = ½‖W δ_i‖²,   J(W) = (1/n) Σ_i ℓ_i + ½ a ‖W − W₀‖²,   A = (1/n) Σ_i δ_i δ_iᵀ + a I
     ∇ℓ_i = W δ_i δ_iᵀ,   ∇²J = I ⊗ A,   W* = a W₀ A⁻¹
     influence_i = ⟨∇ℓ_i, (∇²J)⁻¹ ∇ℓ_i⟩ = ‖W δ_i‖² · δ_iᵀ A⁻¹ δ_i = sensitivity · leverage
-    W*₋ᵢ = W* + W* δ_i δ_iᵀ A⁻¹ / (n − leverage_i)      (Sherman and Morrison 1950: trained without image i)
+    influence(i → q) = ⟨∇ℓ_q, (∇²J)⁻¹ ∇ℓ_i⟩ = (W δ_q)ᵀ(W δ_i) · δ_qᵀ A⁻¹ δ_i
+    W*₋S = W* + W* D_Sᵀ (n I − D_S A⁻¹ D_Sᵀ)⁻¹ D_S A⁻¹,  D_S the rows δ_i of S      (Woodbury 1950: trained without S)
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -42,7 +45,15 @@ def influence(weight: Weight, delta: Changes, anchor: float) -> Float[Tensor, " 
     return (delta @ weight.T).square().sum(1) * leverage(delta, anchor)
 
 
-def fit_without(weight: Weight, delta: Changes, anchor: float, i: int) -> Weight:
-    """W*₋ᵢ from W*: what training without image i gives, the other images' weight in J being 1/n still."""
-    toward = torch.linalg.solve(curvature(delta, anchor), delta[i])  # A⁻¹ δ_i
-    return weight + torch.outer(weight @ delta[i], toward) / (len(delta) - delta[i] @ toward)
+def cross_influence(weight: Weight, delta: Changes, query: Float[Tensor, "q d"], anchor: float) -> Float[Tensor, "q n"]:
+    """(W δ_q)ᵀ(W δ_i) · δ_qᵀ A⁻¹ δ_i; its diagonal, with the images as queries, is `influence`."""
+    toward = torch.linalg.solve(curvature(delta, anchor), delta.T)  # A⁻¹ δ_i
+    return (query @ weight.T @ weight @ delta.T) * (query @ toward)
+
+
+def fit_without(weight: Weight, delta: Changes, anchor: float, rows: Sequence[int]) -> Weight:
+    """W*₋S from W*: what training without these images gives, the others' weight in J being 1/n still."""
+    d = delta[list(rows)]
+    toward = torch.linalg.solve(curvature(delta, anchor), d.T).T  # D_S A⁻¹
+    inner = len(delta) * torch.eye(len(d), dtype=d.dtype) - toward @ d.T
+    return weight + weight @ d.T @ torch.linalg.solve(inner, toward)

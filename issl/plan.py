@@ -18,18 +18,8 @@ from issl import recipes
 from issl.artifacts import Artifacts, Stage
 from issl.config import Config, explain
 from issl.errors import IsslError
-from issl.stages import (
-    Curvature,
-    Data,
-    Embed,
-    Evaluate,
-    Influence,
-    Injection,
-    Noise,
-    Pretrain,
-    Prune,
-    Thin,
-)  # fmt: skip
+from issl.settings import Curvature, Data, Injection, Noise
+from issl.stages import Embed, Evaluate, Influence, Pretrain, Prune, Thin
 
 P = TypeVar("P", bound="Plan")  # not typing.Self: a checker of shapes at run time cannot resolve it in a method
 

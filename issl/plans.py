@@ -10,7 +10,8 @@ from pydantic import Field
 from issl import recipes
 from issl.artifacts import Stage
 from issl.plan import Plan, Scored
-from issl.stages import Augmentation, Data, Embed, Noise, Prune, Thin
+from issl.settings import Augmentation, Data, Noise
+from issl.stages import Embed, Prune, Thin
 
 SSL: tuple[recipes.Method, ...] = ("simclr", "byol", "barlow_twins")
 

@@ -7,6 +7,7 @@ same steps, and leaving an image out (`keep`) changes neither the order nor the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -66,6 +67,8 @@ def pretrain(
     order_seed: int | None = None,
     view_seed: int | None = None,
     keep: Bool[Tensor, " n"] | None = None,
+    gaps: bool = False,
+    start: Encoder | None = None,
     device: str | torch.device = "cpu",
     precision: Precision = "auto",
     compiled: Literal["auto", "on", "off"] = "auto",
@@ -82,7 +85,10 @@ def pretrain(
 
     recipe      default: SimCLR's published one, see `issl.recipes`
     seed        of the initial weights; of the order and the views too where theirs are not given
-    keep        False leaves an image out and changes nothing else
+    keep        False leaves an image out and changes neither the order nor the views of the others
+    gaps        what becomes of its place in its batch: it stays empty, so the other batches stay as they were, too
+                (one image less is then the least change); default: the next images move up
+    start       an encoder to go on from (left untouched) instead of fresh weights
     compiled    torch.compile; auto: on a GPU, where the run is long enough to pay for it
     checkpoint  a file to resume from and to write to, at most every `checkpoint_seconds`; with it, a killed
                 run continues where it was and ends with the same weights
@@ -110,20 +116,22 @@ def pretrain(
         )
     if recipe.method == "supervised":
         labels = images.require_labels().to(device)
-    learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed)
+    if gaps and shards.world > 1:
+        raise IsslError(f"gaps=True on {shards.world} processes: their shares would differ; use one process")
+    learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed, start)
     learner = learner.to(device).to(memory_format=torch.channels_last).train()
     optimizer = _optimizer(learner, recipe, batch_size)
     identity = {
         "recipe": recipe.model_dump(mode="json"), "width": width, "epochs": epochs, "batch_size": batch_size,
         "seed": seed, "order_seed": order_seed, "view_seed": view_seed, "n": n,
         "left_out": (~keep).nonzero().squeeze(1).tolist(),
-        "bf16": computes_bf16(device, precision),
+        "bf16": computes_bf16(device, precision), "gaps": gaps, "start": None if start is None else _digest(start),
     }  # fmt: skip
     history: History = []
     if checkpoint is not None and checkpoint.exists():
         history = _resume(checkpoint, learner, optimizer, identity)
     order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
-    pixels, steps = images.pixels.to(device), kept // batch_size
+    pixels, steps = images.pixels.to(device), (n if gaps else kept) // batch_size
     half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps if recipe.warmup else 0
     view_a, view_b, call = recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
@@ -151,7 +159,10 @@ def pretrain(
                 save()
                 raise OutOfTime(f"pretraining stopped after {epoch} of {epochs} epochs", checkpoint is not None)
             order = epoch_order(n, order_seed, epoch)
-            order = order[keep[order]].to(device)
+            order = order.to(device) if gaps else order[keep[order]].to(device)
+            batches = order.split(batch_size)[:steps]
+            if gaps:
+                batches = [_without(rows, keep.to(device)) for rows in batches]
             uniforms = epoch_uniforms(n, view_seed, epoch).to(device)
             losses, spreads = [], []
             for k in range(steps):
@@ -159,7 +170,7 @@ def pretrain(
                 lr = learning_rate(at, epochs * steps, warmup, recipe.lr * batch_size / 256)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                rows = order[k * batch_size : (k + 1) * batch_size][mine]
+                rows = batches[k][mine]
                 x, u = pixels[rows].float().div_(255), uniforms[rows]
                 size = half if at < recipe.small * epochs * steps else None
                 xa, xb = view_a(x, u[:, 0], size), None if labels is not None else view_b(x, u[:, 1], size)
@@ -192,6 +203,24 @@ def pretrain(
                 saved_at = time.monotonic()
     encoder = learner.encoder.to("cpu").to(memory_format=torch.contiguous_format)
     return encoder.eval(), pd.DataFrame(history, columns=None if history else list(COLUMNS))
+
+
+def _without(rows: Tensor, keep: Tensor) -> Tensor:
+    """A batch less the images that are left out."""
+    rows = rows[keep[rows]]
+    if len(rows) < 2:
+        raise IsslError(
+            f"gaps=True: {len(rows)} image of a batch is left; leave out fewer, or take a larger batch_size"
+        )
+    return rows
+
+
+def _digest(encoder: Encoder) -> str:
+    """The hash of an encoder's weights."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:

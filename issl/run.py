@@ -23,7 +23,7 @@ from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
 from issl.plan import Plan, pick_device
 from issl.plans import PLANS
-from issl.stages import Data
+from issl.settings import Data
 
 REPOSITORY = Path(__file__).parent.parent
 AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw

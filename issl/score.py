@@ -21,8 +21,8 @@ from issl.gradients import scored_layers
 from issl.influence import self_influence
 from issl.perturbation import GaussianNoise
 from issl.plan import pick_device
+from issl.settings import Curvature
 from issl.shards import from_torchrun
-from issl.stages import Curvature
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

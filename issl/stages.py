@@ -15,103 +15,23 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, computed_field
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from issl import curvature as curvatures
-from issl import datasets
-from issl import perturbation as perturbations
 from issl.artifacts import Artifacts, Stage
-from issl.config import Config
+from issl.cross import cross_influence
 from issl.encoder import save_encoder
 from issl.errors import IsslError
-from issl.evaluate import embed, knn_hits, knn_watch, probe_hits
+from issl.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.files import atomic
 from issl.gradients import CrossEntropy, stability_loss
 from issl.images import Images
 from issl.influence import self_influence
-from issl.injection import inject
 from issl.pretrain import pretrain
 from issl.recipes import RECIPES, Recipe
-
-
-class Injection(Config):
-    """What is put into the set, see `issl.injection.inject`."""
-
-    duplicates: float = Field(0.0, ge=0, le=0.5)
-    atypical: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(0, ge=0)
-
-
-class Data(Config):
-    """Which images. `root` says where they lie and is no part of what they are; `fingerprint` is."""
-
-    name: str
-    split: str = "train"
-    n: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-    size: int | None = None
-    inject: Injection | None = None
-    first: int | None = Field(None, ge=1)  # of the images thus chosen, only so many (the others are not scored)
-    root: Path | None = Field(None, exclude=True)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def fingerprint(self) -> str:
-        return datasets.fingerprint(self.name, self.split, self.root)
-
-    def available(self) -> int | None:
-        """How many images the source holds; None where any number can be drawn."""
-        return datasets.count(self.name, self.split, self.root)
-
-    def load(self) -> Images:
-        images = datasets.load(self.name, self.split, self.n, self.root, self.seed, self.size)
-        images = images if self.inject is None else inject(images, **self.inject.model_dump())
-        return images if self.first is None else images.subset(range(min(self.first, len(images))))
-
-
-class Noise(Config):
-    """Gaussian noise of the perturbed view (the paper's default)."""
-
-    mean: float = 0.05
-    std: float = Field(0.2, ge=0)
-
-    def build(self) -> perturbations.GaussianNoise:
-        return perturbations.GaussianNoise(self.mean, self.std)
-
-
-class Augmentation(Config):
-    """An augmentation in place of the noise, for the ablation; see `issl.perturbation.Augmentation`."""
-
-    kind: perturbations.Kind
-    strength: float = Field(1.0, gt=0, le=1)
-
-    def build(self) -> perturbations.Augmentation:
-        return perturbations.Augmentation(self.kind, self.strength)
-
-
-class Curvature(Config):
-    """The inverse curvature that weighs the gradients."""
-
-    kind: Literal["logra", "logra-pca", "ekfac", "diagonal", "identity", "exact"] = "logra"
-    rank: int | float = Field(16, gt=0)  # of logra, per side; below 1 a fraction of the layer
-    damping: float = Field(0.1, gt=0)
-    seed: int = Field(0, ge=0)
-
-    def build(self) -> curvatures.Curvature:
-        match self.kind:
-            case "identity":
-                return curvatures.Identity()
-            case "exact":
-                return curvatures.Exact(self.damping)
-            case "diagonal":
-                return curvatures.Diagonal(self.damping)
-            case "ekfac":
-                return curvatures.EKFAC(self.damping)
-            case "logra-pca":
-                return curvatures.LoGra(self.rank, self.damping, self.seed, projection="pca")
-        return curvatures.LoGra(self.rank, self.damping, self.seed)
+from issl.settings import Augmentation, Curvature, Data, Noise, absent
 
 
 class Pretrain(Stage):
@@ -129,7 +49,9 @@ class Pretrain(Stage):
     order_seed: int | None = Field(None, ge=0)
     view_seed: int | None = Field(None, ge=0)
     left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
-    without: Prune | Thin | None = None  # a choice of such positions, made by another stage
+    without: Prune | Thin | Pick | Draw | Top | None = None  # a choice of such positions, made by another stage
+    gaps: bool = Field(False, exclude_if=absent)  # their places in the batches stay empty
+    start: Pretrain | None = Field(None, exclude_if=absent)  # go on from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
 
@@ -138,7 +60,8 @@ class Pretrain(Stage):
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
         watch = None if self.watch is None else knn_watch(images, self.watch.load(), artifacts.device)
         encoder, history = pretrain(
-            images, self.recipe, **settings, keep=self._keep(len(images), artifacts), device=artifacts.device,
+            images, self.recipe, **settings, keep=self._keep(len(images), artifacts), gaps=self.gaps,
+            start=None if self.start is None else artifacts.whole_encoder(self.start), device=artifacts.device,
             checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
             watch=watch, watch_every=self.watch_every, progress=artifacts.progress,
         )  # fmt: skip
@@ -236,6 +159,47 @@ class Thin(Stage):
         _write_positions(folder, rng.permutation(len(attributes) if self.at_random else members)[:count])
 
 
+class Pick(Stage):
+    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest: positions.json."""
+
+    name: ClassVar[str] = "pick"
+
+    influence: Influence
+    quantile: float = Field(ge=0, le=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        order = np.argsort(-artifacts.scores(self.influence)["influence"].to_numpy(), kind="stable")
+        _write_positions(folder, order[[round(self.quantile * (len(order) - 1))]])
+
+
+class Draw(Stage):
+    """Choose a share of the images at random: positions.json."""
+
+    name: ClassVar[str] = "draw"
+
+    data: Data
+    share: float = Field(gt=0, lt=1)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        n = len(self.data.load())
+        _write_positions(folder, np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)])
+
+
+class Top(Stage):
+    """Choose the k training images of the highest influence on one query, or nearest to it: positions.json."""
+
+    name: ClassVar[str] = "top"
+
+    scores: Cross | Nearness
+    query: int = Field(ge=0)  # its position
+    k: int = Field(ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        row = artifacts.pairs(self.scores)[self.query]
+        _write_positions(folder, row.argsort(descending=True, stable=True)[: self.k].numpy())
+
+
 def _write_positions(folder: Path, chosen: np.ndarray) -> None:
     with atomic(folder / "positions.json") as part:
         part.write_text(json.dumps(sorted(int(i) for i in chosen)))
@@ -253,6 +217,66 @@ class Embed(Stage):
         encoder, images = artifacts.encoder(self.pretrain), self.data.load()
         with atomic(folder / "features.safetensors") as part:
             save_file({"features": embed(encoder, images, artifacts.device), "index": images.index}, part)
+
+
+class Stability(Stage):
+    """Stability losses of images, mean over draws, without gradients: losses.parquet (index, stability_loss)."""
+
+    name: ClassVar[str] = "stability"
+
+    pretrain: Pretrain
+    data: Data
+    perturbation: Noise | Augmentation = Noise()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images = artifacts.encoder(self.pretrain), self.data.load()
+        losses = stability_losses(encoder, images, self.perturbation.build(), self.seed, self.draws, artifacts.device)
+        with atomic(folder / "losses.parquet") as part:
+            pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(part, index=False)
+
+
+class Cross(Stage):
+    """Cross-influence of training images on queries: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
+
+    name: ClassVar[str] = "cross"
+
+    pretrain: Pretrain
+    data: Data
+    query: Data
+    perturbation: Noise | Augmentation = Noise()
+    curvature: Curvature = Curvature()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images, query = artifacts.encoder(self.pretrain), self.data.load(), self.query.load()
+        scores = cross_influence(
+            encoder, images, query, self.perturbation.build(), self.curvature.build(), self.seed,
+            64 if artifacts.device.type == "cpu" else 256, artifacts.device, draws=self.draws,
+            progress=artifacts.progress,
+        )  # fmt: skip
+        _write_pairs(folder, scores, images, query)
+
+
+class Nearness(Stage):
+    """Cosine similarity of training images and queries in feature space: pairs.safetensors, as `Cross`."""
+
+    name: ClassVar[str] = "nearness"
+
+    train: Embed
+    query: Embed
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        train, query = artifacts.features(self.train), artifacts.features(self.query)
+        scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
+        _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
+
+
+def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
+    with atomic(folder / "pairs.safetensors") as part:
+        save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
 
 
 class Evaluate(Stage):
@@ -279,5 +303,5 @@ class Evaluate(Stage):
 
 
 # Pretrain names Prune, which names Influence, which names Pretrain
-for _stage in (Pretrain, Influence, Prune, Thin, Embed, Evaluate):
+for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Evaluate):
     _stage.model_rebuild()

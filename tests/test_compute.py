@@ -19,7 +19,8 @@ from issl import cli, run
 from issl.artifacts import Artifacts
 from issl.compute import Board, Work, closure, compute
 from issl.run import read_profile
-from issl.stages import Data, Embed, Evaluate, Influence, Pretrain
+from issl.settings import Data
+from issl.stages import Embed, Evaluate, Influence, Pretrain
 
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},

@@ -14,7 +14,8 @@ from issl.artifacts import Artifacts
 from issl.encoder import Head, new_encoder
 from issl.evaluate import PENALTIES, embed, knn_hits, probe_hits
 from issl.recipes import recipe
-from issl.stages import Data, Embed, Evaluate, Pretrain
+from issl.settings import Data
+from issl.stages import Embed, Evaluate, Pretrain
 
 
 def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

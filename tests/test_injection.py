@@ -12,7 +12,7 @@ import torch
 import issl
 from issl import datasets, scenes
 from issl.injection import ATYPICAL, DUPLICATES, inject
-from issl.stages import Data, Injection
+from issl.settings import Data, Injection
 
 
 @pytest.fixture(scope="module")

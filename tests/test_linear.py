@@ -36,12 +36,17 @@ def test_the_fit_is_a_minimum_and_influence_is_what_autograd_says() -> None:
 def test_without_a_point_is_training_without_it() -> None:
     start, delta = problem(1)
     weight = linear.fit(start, delta, 0.1)
-    for i in (0, 7, 29):
+    for out in ([0], [7], [29], list(range(0, 30, 2))):
         anew = torch.zeros_like(start).requires_grad_()
-        rest = torch.cat([delta[:i], delta[i + 1 :]])
+        rest = delta[[i for i in range(30) if i not in out]]
         optimizer = torch.optim.LBFGS(
-            [anew], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
-        )
+            [anew],
+            max_iter=500,
+            history_size=50,
+            tolerance_grad=1e-14,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()  # noqa: B023 (called in this turn alone)
@@ -50,7 +55,29 @@ def test_without_a_point_is_training_without_it() -> None:
             return loss
 
         optimizer.step(closure)
-        torch.testing.assert_close(linear.fit_without(weight, delta, 0.1, i), anew.detach(), rtol=1e-7, atol=1e-9)
+        anew = anew.detach()
+        by_formula = linear.fit_without(weight, delta, 0.1, out)
+        torch.testing.assert_close(by_formula, anew, rtol=1e-7, atol=1e-9)
+        # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the weights
+        change, want = (((delta @ w.T).square() - (delta @ weight.T).square()).sum(1) for w in (by_formula, anew))
+        torch.testing.assert_close(change, want, rtol=1e-6, atol=1e-12)
+        assert float((by_formula - anew).norm() / (anew - weight).norm()) < 1e-6
+
+
+def test_influence_is_the_slope_of_the_loss_as_an_image_is_taken_out_of_the_mean() -> None:
+    """d ℓ_q(W*(ε)) / dε at 0, where image i counts 1 − nε times: influence(i → q), by central differences."""
+    start, delta = problem(4)
+    weight, i, eps = linear.fit(start, delta, 0.1), 5, 1e-6
+    cross = linear.cross_influence(weight, delta, delta, 0.1)
+    torch.testing.assert_close(cross.diagonal(), linear.influence(weight, delta, 0.1), rtol=1e-12, atol=0)
+    losses = []
+    for sign in (1, -1):
+        counts = torch.ones(30, dtype=torch.float64)
+        counts[i] -= sign * 30 * eps
+        # an image that counts c times is the image scaled by √c
+        w = linear.fit(start, delta * counts.sqrt()[:, None], 0.1)
+        losses.append((delta @ w.T).square().sum(1) / 2)
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * eps), cross[:, i], rtol=1e-6, atol=1e-8)
 
 
 def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:

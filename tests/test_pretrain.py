@@ -22,8 +22,9 @@ from issl.files import read_safetensors
 from issl.learner import Learner
 from issl.pretrain import epoch_order, epoch_uniforms, pretrain
 from issl.recipes import RECIPES, recipe
+from issl.settings import Data
 from issl.shards import Shards
-from issl.stages import Data, Influence, Pretrain
+from issl.stages import Influence, Pretrain
 from issl.synchronised import batchnorm_over_all, sum_gradients
 from issl.views import View
 
@@ -67,6 +68,34 @@ def test_leaving_an_image_out_changes_nothing_else(method: str) -> None:
             # 63 images make 31 batches of 2: in each epoch the last of them drops out
             kept = torch.cat([part[stay][:62] for part, stay in zip(one.split(64), stays.split(64), strict=True)])
             assert torch.equal(other, kept) and len(other) == 124
+
+
+def test_with_gaps_the_other_batches_stay_as_they_were() -> None:
+    images = issl.load("scenes", n=64)
+    batches: list[list[int]] = []
+
+    class Spy(View):
+        def __call__(self, pixels, u, size=None):
+            keys = [int(p.double().sum() * 1e6) for p in pixels]
+            batches.append(keys)
+            return super().__call__(pixels, u, size)
+
+    base = recipe("simclr", "short")
+    base = base.model_copy(update={"view_a": Spy.model_validate(base.view_a.model_dump())})
+    keep = torch.ones(64, dtype=torch.bool)
+    keep[11] = False
+    runs = []
+    for mask in (None, keep):
+        batches.clear()
+        pretrain(images, base, **SMALL, keep=mask, gaps=True)
+        runs.append([list(b) for b in batches])
+    out = int((images.pixels[11].float() / 255).double().sum() * 1e6)
+    assert len(runs[0]) == len(runs[1]) == 8
+    assert runs[1] == [[k for k in batch if k != out] for batch in runs[0]]
+    few = torch.ones(64, dtype=torch.bool)
+    few[epoch_order(64, 0, 0)[:16]] = False  # the whole of the first batch
+    with pytest.raises(issl.IsslError, match="0 image of a batch is left"):
+        pretrain(images, base, **SMALL, keep=few, gaps=True)
 
 
 def test_seeds_are_separate() -> None:

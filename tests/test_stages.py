@@ -16,7 +16,8 @@ from issl.artifacts import Artifacts, damaged
 from issl.config import explain
 from issl.gradients import CrossEntropy
 from issl.recipes import recipe
-from issl.stages import Curvature, Data, Embed, Influence, Noise, Pretrain, Prune, Thin
+from issl.settings import Curvature, Data, Noise
+from issl.stages import Cross, Draw, Embed, Influence, Nearness, Pick, Pretrain, Prune, Stability, Thin, Top
 
 DATA = Data(name="scenes", n=48)
 TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16)
@@ -137,6 +138,66 @@ def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
         artifacts.positions(Thin(**{**thin, "value": "blue"}))
     with pytest.raises(issl.IsslError, match="no attribute 'species'"):
         artifacts.positions(Thin(**{**thin, "attribute": "species"}))
+
+
+def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
+    artifacts, scored = Artifacts(tmp_path), influence()
+    scores = artifacts.scores(scored)["influence"].to_numpy()
+    ends = [artifacts.positions(Pick(influence=scored, quantile=q)) for q in (0.0, 1.0)]
+    assert ends == [[int(scores.argmax())], [int(scores.argmin())]]
+    half, other = (artifacts.positions(Draw(data=DATA, share=0.5, seed=s)) for s in (0, 1))
+    assert len(set(half)) == len(other) == 24 and half != other
+    query = Data(name="scenes", split="test", n=5)
+    cross = Cross(pretrain=TRAIN, data=DATA, query=query, curvature=Curvature(rank=4), draws=2)
+    near = Nearness(train=Embed(pretrain=TRAIN, data=DATA), query=Embed(pretrain=TRAIN, data=query))
+    encoder = artifacts.encoder(TRAIN)
+    want = issl.cross_influence(
+        encoder, DATA.load(), query.load(), Noise().build(), Curvature(rank=4).build(), 0, 64, draws=2
+    )
+    torch.testing.assert_close(artifacts.pairs(cross), want)
+    with torch.no_grad():
+        a, b = (torch.nn.functional.normalize(encoder(d.load().pixels.float() / 255), dim=1) for d in (query, DATA))
+    torch.testing.assert_close(artifacts.pairs(near).float(), a @ b.T, rtol=1e-4, atol=1e-5)
+    for stage in (cross, near):
+        best = artifacts.pairs(stage)[3].topk(4).indices.sort().values.tolist()
+        assert artifacts.positions(Top(scores=stage, query=3, k=4)) == best
+
+
+def test_stability_is_the_loss_that_influence_reports(tmp_path: Path) -> None:
+    artifacts = Artifacts(tmp_path)
+    got = artifacts.losses(Stability(pretrain=TRAIN, data=DATA, draws=2, seed=3))
+    want = artifacts.scores(influence(draws=2, seed=3))
+    np.testing.assert_allclose(got["stability_loss"], want["stability_loss"], rtol=1e-3)
+    assert (got["index"] == want["index"]).all()
+
+
+def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> None:
+    images = Data(name="scenes", n=60, classes=(1, 4)).load()
+    every = Data(name="scenes", n=60).load()
+    assert set(images.labels.tolist()) == {1, 4}
+    assert set(images.index.tolist()) == set(every.index[torch.isin(every.labels, torch.tensor([1, 4]))].tolist())
+    assert Data(name="scenes", n=60, uniform=1.0).load().attributes["uniform"].mean() > 0.95
+    assert not Data(name="scenes", n=60, uniform=0.0).load().attributes["uniform"].any()
+    with pytest.raises(ValueError, match="uniform applies to scenes"):
+        Data(name="cifar10", n=60, uniform=0.5)
+    with pytest.raises(issl.IsslError, match="none of its images"):
+        Data(name="scenes", n=60, classes=(12,)).load()
+
+
+def test_fields_that_came_later_leave_older_keys_as_they_were() -> None:
+    assert not {"gaps", "start"} & set(TRAIN.model_dump()) and not {"uniform", "classes"} & set(DATA.model_dump())
+    further = TRAIN.model_copy(update={"start": TRAIN})
+    assert "start" in further.model_dump() and further.needs() == {"start": TRAIN} and further.key != TRAIN.key
+
+
+def test_training_goes_on_from_another_encoder(tmp_path: Path) -> None:
+    artifacts = Artifacts(tmp_path)
+    still = TRAIN.model_copy(update={"epochs": 0, "start": TRAIN, "seed": 5})
+    a, b = (artifacts.encoder(p).state_dict() for p in (TRAIN, still))
+    assert all(bool((a[k] == b[k]).all()) for k in a)
+    wider = TRAIN.model_copy(update={"width": 3, "start": TRAIN})
+    with pytest.raises(issl.IsslError, match="start: an encoder of width 1"):
+        artifacts.get(wider)
 
 
 def test_training_without_a_choice_is_training_without_its_positions(tmp_path: Path) -> None:
