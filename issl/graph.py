@@ -50,6 +50,52 @@ def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 
     return np.array([values[i] for i in range(len(net))])
 
 
+def induced(graph: sparse.csr_array, keep: np.ndarray) -> sparse.csr_array:
+    """The graph of the images that are kept, with the edges among them."""
+    rows = np.flatnonzero(keep)
+    return graph[rows][:, rows].tocsr()
+
+
+def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
+    """How much more often edges join images of one class than chance would have it, given the degrees (Newman 2006)."""
+    net = networkx.from_scipy_sparse_array(graph)
+    return float(networkx.community.modularity(net, [np.flatnonzero(labels == c) for c in np.unique(labels)]))
+
+
+def spectrum(graph: sparse.csr_array, k: int) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
+    """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, in [0, 2], and their eigenvectors.
+
+    As many are 0 as there are pieces; a small one after them is a bottleneck, and its vector says where (von Luxburg
+    2007, §3). Raises IsslError for k out of range.
+    """
+    n = graph.shape[0]
+    if not 1 <= k < n:
+        raise IsslError(f"spectrum: k={k} of a graph of {n} images; must lie between 1 and {n - 1}")
+    laplacian = sparse.csgraph.laplacian(graph, normed=True)
+    # the largest of 2I − L are the smallest of L, and are found without a factorisation
+    shifted = 2 * sparse.eye_array(n) - laplacian
+    values, vectors = sparse.linalg.eigsh(shifted, k, v0=np.ones(n) / np.sqrt(n), maxiter=20 * n)
+    order = np.argsort(-values)
+    return np.maximum(2 - values[order], 0.0), vectors[:, order]
+
+
+def separability(features: Float[Tensor, "n d"], labels: np.ndarray) -> float:
+    """Mean silhouette of the classes by cosine distance, in [−1, 1]: how much nearer an image is to its own class than
+    to the nearest other one (Rousseeuw 1987)."""
+    from sklearn.metrics import silhouette_score  # slow to import
+
+    return float(silhouette_score(features.numpy(), labels, metric="cosine"))
+
+
+def neighbours_kept(before: Float[Tensor, "n d"], after: Float[Tensor, "n e"], k: int = 10) -> np.ndarray:
+    """Of each image's k nearest neighbours under one encoder, the share that are so under the other, in [0, 1].
+
+    Unlike a distance between the two features it does not change when an encoder turns all features the same way.
+    """
+    a, b = nearest(before, k)[0], nearest(after, k)[0]
+    return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
+
+
 def matched(labels: np.ndarray, chosen: np.ndarray, seed: int = 0) -> np.ndarray:
     """For each chosen position, another one of its class that was not chosen, drawn at random (with replacement).
 

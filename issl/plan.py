@@ -19,7 +19,7 @@ from issl.artifacts import Artifacts, Stage
 from issl.config import Config, explain
 from issl.errors import IsslError
 from issl.settings import Curvature, Data, Injection, Noise
-from issl.stages import Embed, Evaluate, Influence, Pretrain, Prune, Thin
+from issl.stages import Choice, Embed, Evaluate, Influence, Pretrain
 
 P = TypeVar("P", bound="Plan")  # not typing.Self: a checker of shapes at run time cannot resolve it in a method
 
@@ -71,11 +71,13 @@ class Plan(Config):
         return Data(name=self.dataset, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
 
     def pretrain(
-        self, method: recipes.Method | None = None, seed: int | None = None, without: Prune | Thin | None = None
-    ) -> Pretrain:
+        self, method: recipes.Method | None = None, seed: int | None = None, without: Choice | None = None,
+        gaps: bool = False,
+    ) -> Pretrain:  # fmt: skip
         return Pretrain(
             data=self.data(), recipe=recipes.recipe(method or self.method, self.recipe), width=self.width,
             epochs=self.epochs, batch_size=self.batch_size, seed=self.seed if seed is None else seed, without=without,
+            gaps=gaps,
         )  # fmt: skip
 
     def stages(self) -> dict[str, Stage]:
@@ -111,10 +113,14 @@ class Scored(Plan):
     damping: float = Field(0.1, gt=0)
     noise_seed: int = Field(0, ge=0)
 
+    @property
+    def noise(self) -> Noise:
+        return Noise(mean=self.mean, std=self.std)
+
     def influence(self, encoder: Pretrain, seed: int | None = None, **changes: Any) -> Influence:
         """The scores of this notebook's images under an encoder; `changes` are fields of the stage."""
         settings = {
-            "data": self.data(), "perturbation": Noise(mean=self.mean, std=self.std),
+            "data": self.data(), "perturbation": self.noise,
             "curvature": Curvature(rank=self.rank, damping=self.damping),
             "seed": self.noise_seed if seed is None else seed, **changes,
         }  # fmt: skip

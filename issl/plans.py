@@ -9,11 +9,10 @@ from pydantic import Field
 
 from issl import recipes
 from issl.artifacts import Stage
+from issl.beyond import BEYOND
 from issl.plan import Plan, Scored
 from issl.settings import Augmentation, Data, Noise
 from issl.stages import Embed, Prune, Thin
-
-SSL: tuple[recipes.Method, ...] = ("simclr", "byol", "barlow_twins")
 
 
 class Method(Plan):
@@ -31,7 +30,7 @@ class SeedCorrelation(Scored):
 
     notebook: ClassVar[str] = "01_seed_correlation"
 
-    methods: tuple[recipes.Method, ...] = SSL
+    methods: tuple[recipes.Method, ...] = recipes.SSL
     noise_seeds: int = Field(2, ge=2)
     train_seeds: int = Field(2, ge=2)
 
@@ -90,7 +89,7 @@ class BackgroundBias(Scored):
 
     notebook: ClassVar[str] = "03_background_bias"
 
-    methods: tuple[recipes.Method, ...] = SSL
+    methods: tuple[recipes.Method, ...] = recipes.SSL
     gallery: int = Field(24, ge=1)
     neighbours: int = Field(10, ge=1)
     drawn: int = Field(512, ge=16)
@@ -121,7 +120,7 @@ class Duplicates(Scored):
 
     notebook: ClassVar[str] = "04_duplicates"
 
-    methods: tuple[recipes.Method, ...] = SSL
+    methods: tuple[recipes.Method, ...] = recipes.SSL
 
     def stages(self) -> dict[str, Stage]:
         return _per_method(self, self.methods)
@@ -192,7 +191,7 @@ class Outliers(Scored):
 
     notebook: ClassVar[str] = "07_outliers"
 
-    methods: tuple[recipes.Method, ...] = SSL
+    methods: tuple[recipes.Method, ...] = recipes.SSL
 
     def stages(self) -> dict[str, Stage]:
         return _per_method(self, self.methods)
@@ -203,7 +202,7 @@ class SupervisedVsSSL(Scored):
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
 
-    methods: tuple[recipes.Method, ...] = SSL
+    methods: tuple[recipes.Method, ...] = recipes.SSL
     share: float = Field(0.2, gt=0, lt=1)
     seeds: int = Field(2, ge=1)
 
@@ -272,10 +271,8 @@ def _per_method(plan: Scored, methods: tuple[recipes.Method, ...]) -> dict[str, 
     return found
 
 
-PLANS: dict[str, type[Plan]] = {
-    plan.notebook: plan
-    for plan in (
-        Method, SeedCorrelation, AugmentationAblation, BackgroundBias, Duplicates, Fairness, Pruning, Outliers,
-        SupervisedVsSSL, LinearTheory, ClaimsAudit,
-    )
-}  # fmt: skip
+_PAPER: tuple[type[Plan], ...] = (
+    Method, SeedCorrelation, AugmentationAblation, BackgroundBias, Duplicates, Fairness, Pruning, Outliers,
+    SupervisedVsSSL, LinearTheory, ClaimsAudit,
+)  # fmt: skip
+PLANS: dict[str, type[Plan]] = {p.notebook: p for p in sorted(_PAPER + BEYOND, key=lambda p: p.notebook)}

@@ -19,6 +19,7 @@ from issl.views import View
 
 Method = Literal["simclr", "byol", "barlow_twins", "supervised"]
 Variant = Literal["published", "short"]
+SSL: tuple[Method, ...] = ("simclr", "byol", "barlow_twins")
 
 
 class Recipe(Config):

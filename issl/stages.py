@@ -302,6 +302,8 @@ class Evaluate(Stage):
             pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe}).to_parquet(part, index=False)
 
 
+Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on
+
 # Pretrain names Prune, which names Influence, which names Pretrain
 for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Evaluate):
     _stage.model_rebuild()

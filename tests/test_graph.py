@@ -27,6 +27,35 @@ def test_nearest_is_brute_force(features: torch.Tensor) -> None:
         graph.nearest(features, 60)
 
 
+def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(features: torch.Tensor) -> None:
+    net, labels = graph.knn_graph(features, 5), np.arange(60) % 3
+    a = net.toarray()
+    degree, m = a.sum(1), a.sum() / 2
+    same = labels[:, None] == labels[None]
+    want = ((a - np.outer(degree, degree) / (2 * m)) * same).sum() / (2 * m)
+    assert graph.modularity(net, labels) == pytest.approx(want)
+    values, vectors = graph.spectrum(net, 6)
+    laplacian = np.eye(60) - a / np.sqrt(np.outer(degree, degree))
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(laplacian)[:6], atol=1e-8)
+    np.testing.assert_allclose(laplacian @ vectors, vectors * values, atol=1e-6)
+    with pytest.raises(issl.IsslError, match="k=60 of a graph of 60 images"):
+        graph.spectrum(net, 60)
+    keep = np.arange(60) < 40
+    np.testing.assert_array_equal(graph.induced(net, keep).toarray(), a[:40, :40])
+    apart = torch.eye(3)[labels] + 0.01 * features[:, :3]
+    assert graph.separability(apart, labels) > 0.9 > 0.1 > graph.separability(features, labels)
+
+
+def test_neighbours_are_kept_by_a_turn_of_the_features(features: torch.Tensor) -> None:
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3))).Q
+    assert graph.neighbours_kept(features, features @ turn, 5).min() == 1.0
+    other = torch.randn(60, 8, generator=torch.Generator().manual_seed(4))
+    kept = graph.neighbours_kept(features, other, 5)
+    i = 7
+    a, b = (set(graph.nearest(f, 5)[0][i]) for f in (features, other))
+    assert kept[i] == pytest.approx(len(a & b) / 5) and kept.mean() < 0.3
+
+
 def test_bridges_between_two_clusters() -> None:
     """Two classes far apart and one image between them: it has the cross-class edges and the shortest paths."""
     generator = torch.Generator().manual_seed(1)
