@@ -75,6 +75,7 @@ class Validation(Retrained):
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
     ranks: tuple[int, ...] = (4, 64)  # of LoGra, beside `rank`
     dampings: tuple[float, ...] = (0.001, 10.0)  # beside `damping`
+    kinds: tuple[str, ...] = ("logra-pca", "ekfac", "diagonal", "exact")  # other curvatures
     points: int = Field(200, ge=20)
     side: int = Field(8, ge=2)
     outputs: int = Field(16, ge=1)
@@ -85,15 +86,15 @@ class Validation(Retrained):
         usual = Curvature(rank=self.rank, damping=self.damping)
         found = {f"LoGra, rank {self.rank}": usual}
         found |= {f"LoGra, rank {r}": usual.model_copy(update={"rank": r}) for r in self.ranks}
-        kinds = {"LoGra, PCA": "logra-pca", "EK-FAC": "ekfac", "diagonal": "diagonal", "exact": "exact"}
-        found |= {name: usual.model_copy(update={"kind": kind}) for name, kind in kinds.items()}
+        names = {"logra-pca": "LoGra, PCA", "ekfac": "EK-FAC"}
+        found |= {names.get(k, k): usual.model_copy(update={"kind": k}) for k in self.kinds}
         found |= {f"λ = {d:g} × mean": usual.model_copy(update={"damping": d}) for d in self.dampings}
         return found | {"none (identity)": usual.model_copy(update={"kind": "identity"})}
 
     def stages(self) -> dict[str, Stage]:
-        """`influence`, `cross NAME`, `nearness`, `queries` (their losses) of the first encoder; KIND/S: losses of all images after training S
-        on all, KIND/without I/S: without the image `pick I`; KIND/subset K/S: losses of the queries after training on
-        what `draw K` leaves."""
+        """`influence`, `cross NAME`, `nearness`, `queries` (their losses) of the first encoder; KIND/S: losses of all
+        images after training S on all, KIND/without I/S: without the image `pick I`, KIND/features … the features;
+        KIND/subset K/S: losses of the queries after training on what `draw K` leaves."""
         first = self.pretrain()
         scores = self.influence(first, draws=self.draws)
         found: dict[str, Stage] = {"encoder": first, "influence": scores, "nearness": self.nearness(first)}

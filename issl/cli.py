@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `verdicts`, `download`."""
+"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `explain`, `verdicts`, `download`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
     influence = commands.add_parser("influence", help="score your own images under your own encoder")
+    explain = commands.add_parser("explain", help="which training images taught an encoder about this image?")
     pretrain = commands.add_parser("pretrain", help="train an encoder on your own images")
     if command == "influence":
         from issl import score
 
         score.add_arguments(influence)
+    if command == "explain":
+        from issl import explain as explaining
+
+        explaining.add_arguments(explain)
     if command == "pretrain":
         from issl import train
 
@@ -109,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from issl.score import score
 
             return score(options)
+        if options.command == "explain":
+            from issl.explain import explain
+
+            return explain(options)
         if options.command == "pretrain":
             from issl.train import train
 

@@ -9,6 +9,7 @@ self-influence of a training image is the diagonal (arXiv 2412.17170, §3, and K
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,14 @@ from issl.images import Images
 from issl.influence import Run, as_images, prepare
 from issl.passes import make_pass, split
 from issl.perturbation import GaussianNoise, Perturb, Perturbation
+
+QUERIES = 1 << 40  # more than any index of a training image
+
+
+def as_queries(images: Images) -> Images:
+    """The same images with an index of their own, so that no query has the noise of the training image that has its
+    number in another set."""
+    return replace(images, attributes=images.attributes.assign(index=images.attributes["index"] + QUERIES))
 
 
 def cross_influence(

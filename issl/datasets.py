@@ -268,7 +268,7 @@ def _parquet(name: str, source: Source, files: Sequence[Path], choose: Choose, s
     encoded = table.column(source.image).combine_chunks().field("bytes")
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
     for k, data in enumerate(encoded):
-        pixels[k] = _decode(data.as_py(), size, f"image {rows[k]} of {name} ({files[0].parent})")
+        pixels[k] = decode(data.as_py(), size, f"image {rows[k]} of {name} ({files[0].parent})")
     attributes = pd.DataFrame({"index": rows})
     for column in table.column_names:
         if column != source.image:
@@ -375,7 +375,7 @@ def _folder(folder: Path, n: int | None, seed: int, size: int) -> Images:
     every = _image_files(folder)
     rows = sample_positions(f"folder:{folder}", len(every), n, seed)
     files = [every[i] for i in rows]
-    pixels = np.stack([_decode(p.read_bytes(), size, str(p)) for p in files])
+    pixels = np.stack([decode(p.read_bytes(), size, str(p)) for p in files])
     attributes = pd.DataFrame({"index": rows, "path": [str(p.relative_to(folder)) for p in files]})
     parents = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in every]
     labels = None
@@ -386,7 +386,7 @@ def _folder(folder: Path, n: int | None, seed: int, size: int) -> Images:
     return Images(torch.from_numpy(pixels), labels, attributes, f"folder:{folder.name}")
 
 
-def _decode(data: bytes, size: int, what: str) -> np.ndarray:
+def decode(data: bytes, size: int, what: str) -> np.ndarray:
     """Encoded bytes to uint8 (3, size, size): the centred square, resized where it must be."""
     try:
         with Image.open(io.BytesIO(data)) as opened:

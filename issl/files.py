@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,18 @@ def atomic(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def writable(out: Path, suffixes: Sequence[str]) -> None:
+    """Make the folder of an output file; IsslError for another suffix, or where it cannot be written."""
+    if out.suffix not in suffixes:
+        raise IsslError(f"--out {out}: give a file name that ends in {' or '.join(suffixes)}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise IsslError(f"--out {out}: cannot be written there")
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:

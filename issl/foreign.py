@@ -6,9 +6,10 @@ mode: what `issl.self_influence` asks for. Files are read without executing anyt
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,27 @@ class Opened:
     size: int
     about: str
     prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
+
+    def own_names(self, names: Sequence[str]) -> list[str]:
+        """Names of layers or parameters as the encoder has them; the model's own will do. Empty ones are left out."""
+        known = {name for name, _ in [*self.encoder.named_modules(), *self.encoder.named_parameters()]}
+        return [name if name in known else self.prefix + name for name in names if name]
+
+
+def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
+    """The options that `open_encoder` takes."""
+    add = command.add_argument
+    add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
+    add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
+    add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
+    add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
+
+
+def _triple(text: str) -> tuple[float, float, float]:
+    parts = [float(p) for p in text.split(",")]
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B")
+    return parts[0], parts[1], parts[2]
 
 
 def open_encoder(

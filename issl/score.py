@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,8 @@ from pydantic import ValidationError
 
 from issl import datasets
 from issl.config import explain
-from issl.errors import IsslError
-from issl.files import atomic
-from issl.foreign import open_encoder
+from issl.files import atomic, writable
+from issl.foreign import add_encoder_arguments, open_encoder
 from issl.gradients import scored_layers
 from issl.influence import self_influence
 from issl.perturbation import GaussianNoise
@@ -29,11 +27,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `issl influence`."""
     add = command.add_argument
     add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
-    add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
+    add_encoder_arguments(command)
     add("--out", required=True, type=Path, metavar="FILE", help="scores, .parquet or .csv")
-    add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
-    add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
-    add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
     add("--split", default="train", help="train (default) or test")
     add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
     add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
@@ -62,24 +57,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def score(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
-    if out.suffix not in (".parquet", ".csv"):
-        raise IsslError(f"--out {out}: give a file name that ends in .parquet or .csv")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise IsslError(f"--out {out}: cannot be written there")
+    writable(out, (".parquet", ".csv"))
     device, began = pick_device(options.device), time.monotonic()
     try:
         curvature = Curvature(kind=options.curvature, rank=options.rank, damping=options.damping).build()
     except ValidationError as error:
         raise explain(error, "issl influence") from error
     noise = GaussianNoise(options.noise_mean, options.noise_std)
-    skip = [s for s in options.skip.split(",") if s]
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
-    known = {name for name, _ in [*opened.encoder.named_modules(), *opened.encoder.named_parameters()]}
-    skip = [s if s in known else opened.prefix + s for s in skip]  # the model's own names will do
+    skip = opened.own_names(options.skip.split(","))
     layers = scored_layers(opened.encoder, skip)
     size = options.size
     if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
@@ -122,10 +108,3 @@ def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
 
 def _rank(text: str) -> int | float:
     return float(text) if "." in text else int(text)
-
-
-def _triple(text: str) -> tuple[float, float, float]:
-    parts = [float(p) for p in text.split(",")]
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B")
-    return parts[0], parts[1], parts[2]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from issl.artifacts import Artifacts, Stage
-from issl.cross import cross_influence
+from issl.cross import as_queries, cross_influence
 from issl.encoder import save_encoder
 from issl.errors import IsslError
 from issl.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
@@ -241,6 +241,7 @@ class Cross(Stage):
     """Cross-influence of training images on queries: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
 
     name: ClassVar[str] = "cross"
+    version: ClassVar[int] = 2
 
     pretrain: Pretrain
     data: Data
@@ -253,7 +254,7 @@ class Cross(Stage):
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         encoder, images, query = artifacts.encoder(self.pretrain), self.data.load(), self.query.load()
         scores = cross_influence(
-            encoder, images, query, self.perturbation.build(), self.curvature.build(), self.seed,
+            encoder, images, as_queries(query), self.perturbation.build(), self.curvature.build(), self.seed,
             64 if artifacts.device.type == "cpu" else 256, artifacts.device, draws=self.draws,
             progress=artifacts.progress,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,9 +12,8 @@ import pandas as pd
 
 from issl import datasets
 from issl.encoder import save_encoder
-from issl.errors import IsslError
 from issl.evaluate import knn_watch
-from issl.files import atomic
+from issl.files import atomic, writable
 from issl.plan import pick_device
 from issl.pretrain import pretrain
 from issl.recipes import Method, Variant, recipe
@@ -55,14 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
-    if out.suffix != ".safetensors":
-        raise IsslError(f"--out {out}: give a file name that ends in .safetensors")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise IsslError(f"--out {out}: cannot be written there")
+    writable(out, (".safetensors",))
     size = options.size
     if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
         size = 32  # what the encoder's stem is made for

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 
 import issl
-from issl.artifacts import Artifacts, damaged
+from issl.artifacts import Artifacts
+from issl.cross import as_queries, damaged
 from issl.config import explain
 from issl.gradients import CrossEntropy
 from issl.recipes import recipe
@@ -152,7 +153,7 @@ def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
     near = Nearness(train=Embed(pretrain=TRAIN, data=DATA), query=Embed(pretrain=TRAIN, data=query))
     encoder = artifacts.encoder(TRAIN)
     want = issl.cross_influence(
-        encoder, DATA.load(), query.load(), Noise().build(), Curvature(rank=4).build(), 0, 64, draws=2
+        encoder, DATA.load(), as_queries(query.load()), Noise().build(), Curvature(rank=4).build(), 0, 64, draws=2
     )
     torch.testing.assert_close(artifacts.pairs(cross), want)
     with torch.no_grad():
