@@ -210,7 +210,7 @@ class Bridges(Scored):
     neighbours: int = Field(10, ge=1)
     shares: tuple[float, ...] = (0.05, 0.1)
     draws: int = Field(40, ge=20)  # removals at random
-    doses: tuple[float, ...] = (0.1, 0.5, 0.9)  # shares of uniform backgrounds in training
+    doses: tuple[float, ...] = Field((0.1, 0.5, 0.9), min_length=3)  # shares of uniform backgrounds in training
     drawn: int = Field(512, ge=32)
     drawn_epochs: int = Field(4, ge=1)
     dose_seeds: int = Field(1, ge=1)

@@ -81,7 +81,7 @@ def explain(options: argparse.Namespace) -> int:
     table = lists(images, scores.numpy(), near.double().numpy(), options.k)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
-    _draw(options.out, query, images, table, loss, f"{about}; {curvature}")
+    _draw(options.out, query, images, table, loss, f"{about}; LoGra of rank {options.rank}")
     print(_summary(table))
     print(f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
@@ -228,23 +228,24 @@ def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: f
 
     figure.style()
     k, greatest = int(table["rank"].max()), float(table["influence"].abs().max()) or 1.0
-    fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.3))
+    fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))
     left, right = fig.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
     shown = left.subplots()
     shown.imshow(query.pixels[0].permute(1, 2, 0).numpy(), interpolation="nearest")
     shown.set_title(query.attributes["what"][0], fontsize=8)
     shown.set_xlabel(f"stability loss {loss:.3f}", fontsize=7)
-    rows = right.subplots(len(LISTS), k, squeeze=False)
-    for axes, (name, text) in zip(rows, LISTS.items(), strict=True):
-        axes[0].set_title(text, loc="left", fontsize=8, fontweight="bold", pad=12)
-        for ax, r in zip(axes, table[table["list"] == name].to_dict("records"), strict=False):
+    plain = [shown]
+    for row, (name, text) in zip(right.subfigures(len(LISTS), 1), LISTS.items(), strict=True):
+        row.suptitle(text, x=0.01, ha="left", fontsize=8, fontweight="bold")
+        members = table[table["list"] == name].to_dict("records")
+        for ax, r in zip(row.subplots(1, k, squeeze=False)[0], members, strict=True):
             ax.imshow(images.pixels[r["position"]].permute(1, 2, 0).numpy(), interpolation="nearest")
-            label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))[:12]
-            if name != "taught":
-                ax.set_title(label, fontsize=6, pad=2, loc="right" if ax is axes[0] else "center")
+            label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))
+            ax.set_title(label if len(label) < 14 else label[:12] + "…", fontsize=6, pad=2)
             influence, cosine = f"{r['influence'] / greatest:+.2f} (#{r['influence_rank']})", f"{r['similarity']:.2f}"
             ax.set_xlabel(f"{influence}\ncos {cosine} (#{r['similarity_rank']})", fontsize=5.5, labelpad=2)
-    for ax in [shown, *rows.flat]:
+            plain.append(ax)
+    for ax in plain:
         ax.set(xticks=[], yticks=[])
         for side in ax.spines.values():
             side.set_visible(False)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from nbformat import read
 
 import issl
-from issl import audit, baselines, claim, run, verdicts
+from issl import audit, baselines, claim, explained, run, verdicts
+from issl.graph import nearest
 from issl.plans import PLANS
 from issl.verdicts import Record
 
@@ -30,6 +32,13 @@ TINY: dict[str, Any] = {
     "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
     "05_fairness": {"rank": 4, "thinned": "cool"},
     "09_linear_theory": {"points": 60, "removed": 10},
+    "10_validation": {
+        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "further_epochs": 1, "draws": 2, "ranks": [2],
+        "dampings": [], "kinds": ["exact"], "points": 40,
+    },
+    "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
+    "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
+    "15_taught": {"rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "further_epochs": 1, "draws": 2, "shown": 1},
 }  # fmt: skip
 
 
@@ -192,6 +201,122 @@ def test_09_closed_form(out: Path) -> None:
     assert got["relative_difference"]["value"] < 1e-10 and got["retraining_exact_form"]["value"] < 1e-4
     table = numbers(out, "09_linear_theory")
     np.testing.assert_allclose(table["change_of_loss"], table["change_by_formula"], rtol=1e-4)
+
+
+def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
+    assert record(out, "convex_theory")["metrics"]["relative_difference"]["value"] < 1e-6
+    p = plan("10_validation")
+    stages, artifacts = p.stages(), p.artifacts()
+    n = len(p.data().load())
+
+    def log(label: str) -> np.ndarray:
+        return np.log(np.maximum(artifacts.losses(stages[label])["stability_loss"].to_numpy(), 1e-8))
+
+    for kind in ("further", "anew"):
+        after = np.stack([np.stack([log(f"{kind}/subset {k}/{s}") for k in range(4)], 1) for s in range(2)])
+        after = (after - after.mean(1, keepdims=True)).mean(0)
+        scores = artifacts.pairs(stages["cross LoGra, rank 4"]).numpy() / np.exp(log("queries"))[:, None]
+        foretold = np.zeros_like(after)
+        for k in range(4):
+            gone = artifacts.positions(stages[f"draw {k}"])
+            assert len(gone) == n // 2
+            foretold[:, k] = -np.delete(scores, gone, 1).sum(1)
+        foretold -= foretold.mean(0)
+        want = np.mean(
+            [pd.Series(a).corr(pd.Series(b), method="spearman") for a, b in zip(foretold, after, strict=True)]
+        )
+        got = record(out, f"foretells_subsets.{kind}")["metrics"]
+        assert got["lds"]["value"] == pytest.approx(want) and 0 <= got["ceiling"]["value"] <= 1
+        # the image at the head of the score, left out
+        influence = artifacts.scores(stages["influence"])["influence"].to_numpy()
+        (at,) = artifacts.positions(stages["pick 0"])
+        assert at == influence.argmax()
+        shift = np.mean([log(f"{kind}/without 0/{s}") - log(f"{kind}/{s}") for s in range(2)], axis=0)
+        others = [
+            np.mean([log(f"{kind}/without {i}/{s}") - log(f"{kind}/{s}") for s in range(2)], axis=0) for i in (1, 2, 3)
+        ]
+        places = [at, *(artifacts.positions(stages[f"pick {i}"])[0] for i in (1, 2, 3))]
+        changes = [d[k] - np.delete(d, k).mean() for d, k in zip([shift, *others], places, strict=True)]
+        got = record(out, f"foretells_leaving_one_out.{kind}")["metrics"]
+        assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
+        assert got["spearman"]["value"] == pytest.approx(
+            pd.Series(influence[places]).corr(pd.Series(changes), method="spearman")
+        )
+
+
+def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:
+    p = plan("12_continual")
+    stages, artifacts = p.stages(), p.artifacts()
+    for task in p.tasks:
+        first, second, more = (
+            nearest(artifacts.features(stages[f"{task}/0/{node}/features"]), 5)[0]
+            for node in ("first/0", "second/1", "more/1")
+        )
+        lost = np.array([[len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)] for way in (second, more)])
+        scores = artifacts.scores(stages[f"{task}/0/first/0/influence"])["influence"]
+        got = record(out, f"foretells_forgetting.{task}")
+        assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx((lost[0] - lost[1]).mean())
+        want = scores.corr(pd.Series(lost[0] - lost[1]), method="spearman")
+        assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(scores)
+        old, new = (d.load() for d in p.sets(task))
+        key = "label_name" if task == "classes" else "uniform"
+        assert not set(old.attributes[key]) & set(new.attributes[key])
+
+
+def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
+    p = plan("13_explained")
+    stages, artifacts = p.stages(), p.artifacts()
+    table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
+    a, b = (artifacts.scores(stages[f"byol/influence {s}"])["influence"] for s in range(2))
+    r = np.corrcoef(*(explained.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
+    assert table["byol", "together", "repeatable"] == pytest.approx(r)
+    share = record(out, "more_than_statistics.byol")["metrics"]["pixels_of_repeatable"]["value"]
+    assert share == pytest.approx(table["byol", "together", "pixels, trees"] / r)
+    contrast = audit.image_statistics(p.data().load())["contrast"]
+    assert table["byol", "alone", "contrast"] == pytest.approx(a.corr(contrast, method="spearman"))
+
+
+def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out: Path, plan) -> None:
+    p = plan("14_bridges")
+    stages, artifacts = p.stages(), p.artifacts()
+    table = numbers(out, "14_bridges")
+    removed = table[
+        (table["table"] == "removed") & (table["removed"] == "betweenness") & (table["metric"] == "modularity")
+    ]
+    assert (removed["low"] < removed["value"]).all() and (removed["value"] < removed["high"]).all()
+    images = p.dose(0.5).load()
+    assert bool((p.dose(0.2).load().masks == images.masks).all())
+    plain = ((images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")).to_numpy()
+    scores = np.log(artifacts.scores(stages["dose 0.5/0"])["influence"].to_numpy())
+    uniform = images.attributes["uniform"].to_numpy(bool)
+    dose = table[(table["table"] == "dose") & (table["background"] == "uniform")].set_index(
+        "share.1" if "share.1" in table else "share"
+    )
+    assert dose.loc[0.5, "value"] == pytest.approx(scores[uniform & plain].mean() - scores[~uniform & plain].mean())
+
+
+def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
+    p = plan("15_taught")
+    stages, artifacts = p.stages(), p.artifacts()
+    cross, near = (artifacts.pairs(stages[name]) for name in ("cross", "nearness"))
+    for q in range(2):
+        assert artifacts.positions(stages[f"set influence {q}"]) == sorted(cross[q].topk(p.k).indices.tolist())
+        assert artifacts.positions(stages[f"set nearest {q}"]) == sorted(near[q].topk(p.k).indices.tolist())
+
+    def moved(kind: str, s: int, name: str, q: int) -> float:
+        a, b = (artifacts.features(stages[f"{kind}/{s}/{which} features"])[q].double() for which in (name, "none"))
+        return float(np.log(1 - torch.cosine_similarity(a, b, 0)))
+
+    for kind in ("further", "anew"):
+        want = np.mean(
+            [
+                moved(kind, s, f"influence {q}", q) - moved(kind, s, f"nearest {q}", q)
+                for s in range(2)
+                for q in range(2)
+            ]
+        )
+        got = record(out, f"taught_more_than_nearest.{kind}")["metrics"]["change_less_nearest"]["value"]
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
 
 
 def test_11_holds_every_record_in_all_formats(out: Path) -> None:

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 import issl
 from issl.artifacts import Artifacts
-from issl.cross import as_queries, damaged
 from issl.config import explain
+from issl.cross import as_queries, damaged
 from issl.gradients import CrossEntropy
 from issl.recipes import recipe
 from issl.settings import Curvature, Data, Noise

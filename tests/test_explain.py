@@ -1,0 +1,145 @@
+"""`issl explain`: its lists against the library's scores, and what it says to input that does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import issl
+from issl import cli
+from issl.cross import as_queries
+from issl.encoder import load_encoder
+from issl.explain import lists
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder trained on 64 scenes by the command line."""
+    path = tmp_path_factory.mktemp("encoder") / "mine.safetensors"
+    told = ["pretrain", "--data", "scenes", "--n", "64", "--width", "2", "--epochs", "1", "--batch-size", "32"]
+    assert cli.main([*told, "--recipe", "short", "--out", str(path)]) == 0
+    return path
+
+
+def run(encoder: Path, out: Path, image: str = "test:3", *more: str, data: str = "scenes") -> int:
+    shared = ["--encoder", str(encoder), "--data", data, "--out", str(out / "why.png"), "--rank", "4", "--k", "5"]
+    return cli.main(["explain", image, *shared, *more])
+
+
+def test_the_lists_are_those_of_the_scores(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(trained, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "test image 3 among 64 images of scenes it was trained on" in printed and "of the 5 most influential" in printed
+    )
+    table = pd.read_csv(tmp_path / "why.csv")
+    encoder, images = load_encoder(trained), issl.load("scenes", n=64)
+    query = issl.load("scenes", "test").subset([3])
+    scores = issl.cross_influence(encoder, images, as_queries(query), curvature=issl.LoGra(4), batch_size=64, draws=4)[
+        0
+    ]
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(encoder(torch.cat([images.pixels, query.pixels]).float() / 255), dim=1)
+    near = (features[:-1] @ features[-1]).numpy()
+    of = {name: part.set_index("rank") for name, part in table.groupby("list")}
+    assert of["taught"]["index"].tolist() == scores.argsort(descending=True)[:5].tolist()
+    assert of["opposed"]["index"].tolist() == scores.argsort()[:5].tolist()
+    assert of["nearest"]["index"].tolist() == np.argsort(-near, kind="stable")[:5].tolist()
+    np.testing.assert_allclose(of["taught"]["influence"], scores.topk(5)[0], rtol=1e-4)
+    assert of["nearest"]["similarity_rank"].tolist() == [1, 2, 3, 4, 5]
+    with Image.open(tmp_path / "why.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_a_training_image_is_its_own_first(trained: Path, tmp_path: Path) -> None:
+    assert run(trained, tmp_path, "train:7") == 0
+    table = pd.read_csv(tmp_path / "why.csv")
+    assert (table[(table["list"] == "nearest")]["index"].iloc[0], table["similarity_rank"].min()) == (7, 1)
+    images = issl.load("scenes", n=64)
+    own = issl.self_influence(load_encoder(trained), images, curvature=issl.LoGra(4), batch_size=64, draws=4)
+    row = table[table["index"] == 7].iloc[0]
+    assert row["influence"] == pytest.approx(own["influence"][7], rel=1e-3)
+
+
+def test_a_photo_is_fitted_only_where_it_is_asked_for(trained: Path, tmp_path: Path, capsys) -> None:
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(photo)
+    assert run(trained, tmp_path, str(photo)) == 2
+    assert "photo.jpg is 90 × 60 px, the images of scenes are 32 × 32: add --fit" in capsys.readouterr().err
+    assert run(trained, tmp_path, str(photo), "--fit") == 0 and (tmp_path / "why.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("image", "more", "data", "message"),
+    [
+        ("nowhere.png", [], "scenes", "image 'nowhere.png' does not exist; give an image file, or test:17"),
+        ("notes.txt", [], "scenes", "notes.txt is not an image that can be read"),
+        ("cut.png", [], "scenes", "cut.png"),
+        ("test:5000", [], "scenes", "test:5000: the test set of scenes has 2000 images"),
+        ("train:64", [], "scenes", "train:64: the encoder's 64 training images have no index 64"),
+        ("test:3", [], "scenes-swapped", "was trained on scenes, not on scenes-swapped: use --data scenes"),
+        ("test:3", ["--images", "32"], "scenes", "was trained on 64 images of scenes, not on 32: leave out --images"),
+        ("test:3", ["--k", "0"], "scenes", "--k 0: must be 1 or more"),
+        ("test:3", ["--damping", "0"], "scenes", "damping"),
+    ],
+)
+def test_input_that_does_not_fit(
+    image: str, more: list[str], data: str, message: str, trained: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("no picture\n")
+    Image.new("RGB", (32, 32), "red").save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:60])
+    assert run(trained, tmp_path, image, *more, data=data) == 2
+    assert message in (error := capsys.readouterr().err) and error.startswith("issl: error: ")
+    assert not (tmp_path / "why.csv").exists()
+
+
+def test_any_data_goes_on(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(trained, tmp_path, "test:3", "--any-data", "--images", "20") == 0
+    assert "20 images of scenes (it was trained on scenes)" in capsys.readouterr().out
+
+
+def test_an_encoder_that_says_nothing_of_its_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torchvision.models import resnet18
+
+    model = resnet18().train()
+    with torch.no_grad():
+        model(torch.rand(8, 3, 32, 32))  # BatchNorm has seen images
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    assert run(tmp_path / "plain.pt", tmp_path, "test:3", "--images", "12") == 0
+    assert "12 images of scenes (the file does not say what it was trained on)" in capsys.readouterr().out
+
+
+@pytest.mark.data
+def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path, capsys) -> None:
+    from issl.artifacts import Artifacts
+    from issl.recipes import recipe
+    from issl.settings import Data
+    from issl.stages import Pretrain
+
+    stage = Pretrain(
+        data=Data(name="cifar10", n=40, root=data_root), recipe=recipe("simclr", "short"), width=2, epochs=1,
+        batch_size=20,
+    )  # fmt: skip
+    encoder = Artifacts(tmp_path).get(stage) / "encoder.safetensors"
+    assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 0
+    assert "40 images of cifar10 it was trained on" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "why.csv")["index"]) <= set(stage.data.load().index.tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("issl.datasets.fingerprint", lambda *_: "another")
+        assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 2
+    assert "other files of cifar10 than those here (their checksums differ)" in capsys.readouterr().err
+
+
+def test_lists_of_few_images() -> None:
+    images = issl.load("scenes", n=3)
+    table = lists(images, np.array([0.5, -1.0, 2.0]), np.array([0.1, 0.9, 0.2]), 8)
+    assert [table[table["list"] == name]["index"].tolist() for name in ("taught", "opposed", "nearest")] == [
+        [2, 0, 1], [1, 0, 2], [1, 2, 0],
+    ]  # fmt: skip

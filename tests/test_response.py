@@ -1,0 +1,84 @@
+"""Correlations with retraining, against their definitions and on predictions whose worth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import issl
+from issl import explained, response
+from issl.audit import Estimate
+
+RNG = np.random.default_rng(0)
+TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
+
+
+def test_the_sum_over_the_subset() -> None:
+    scores, kept = RNG.normal(size=(3, 6)), RNG.random((4, 6)) < 0.5
+    got = response.foretold(scores, kept)
+    for q in range(3):
+        for k in range(4):
+            assert got[q, k] == pytest.approx(-sum(scores[q, i] for i in range(6) if kept[k, i]))
+
+
+def test_lds_is_the_mean_of_spearmans_by_query() -> None:
+    predicted = TRUTH + RNG.normal(size=TRUTH.shape)
+    want = np.mean([stats.spearmanr(p, y).statistic for p, y in zip(predicted, TRUTH, strict=True)])
+    got = response.lds(predicted, TRUTH)
+    assert got.value == pytest.approx(want) and got.low < got.value < got.high and got.n == 20
+    # monotone in each query, whatever its unit; a constant prediction foretells nothing
+    assert response.lds(np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH).value == pytest.approx(1)
+    assert response.lds(np.zeros_like(TRUTH), TRUTH).value == 0
+    noise = response.lds(RNG.normal(size=TRUTH.shape), TRUTH)
+    assert noise.low < 0 < noise.high
+    better = response.lds_difference(predicted, RNG.normal(size=TRUTH.shape), TRUTH)
+    assert better.low > 0
+    assert response.lds_difference(predicted, predicted, TRUTH).high == 0
+    with pytest.raises(issl.IsslError, match="need one shape"):
+        response.lds(predicted[:, :2], TRUTH[:, :2])
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_the_ceiling_is_what_the_truth_itself_reaches(noise: float) -> None:
+    """Repetitions are truth and noise: their mean goes with the truth up to the ceiling."""
+    truth = np.random.default_rng(1).normal(size=(200, 300))
+    runs = truth + noise * np.random.default_rng(2).normal(size=(3, 200, 300))
+    cap = response.ceiling(response.repeatability(runs), 3)
+    assert response.lds(truth, runs.mean(0)).value == pytest.approx(cap.value, abs=0.02)
+    with pytest.raises(issl.IsslError, match="two or more repetitions"):
+        response.repeatability(runs[:1])
+
+
+def test_where_seeds_do_not_agree_nothing_can_be_foretold() -> None:
+    cap = response.ceiling(Estimate(-0.1, -0.2, 0.04, 9), 4)
+    assert cap.value == cap.low == 0 and cap.high == pytest.approx(np.sqrt(0.16 / 1.12))
+    assert response.ceiling(Estimate(1.0, 1.0, 1.0, 9), 4).value == 1
+
+
+def test_what_statistics_explain_is_least_squares() -> None:
+    images = issl.load("scenes", n=400)
+    table = explained.pixel_table(images)
+    assert list(table) == list(explained.PIXELS) and len(table) == 400
+    rng = np.random.default_rng(0)
+    score = np.exp(explained.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400))
+    got = explained.explained(score, table)
+    x, y = explained.normal_scores(table.to_numpy()), explained.normal_scores(score)
+
+    def adjusted(columns: list[int]) -> float:
+        design = np.column_stack([np.ones(400), x[:, columns]])
+        left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+        return 1 - left.var() / y.var() * 399 / (399 - len(columns))
+
+    every = list(range(5))
+    assert got["all"].value == pytest.approx(adjusted(every))
+    for j, name in enumerate(table):
+        assert got[name].value == pytest.approx(adjusted(every) - adjusted([k for k in every if k != j]))
+    assert got["contrast"].low > 0.1 and max(got[c].value for c in table if c != "contrast") < 0.02
+    # trees find a bent relation that a line does not, and nothing in noise
+    bent = table["brightness"].to_numpy()
+    bent = np.abs(bent - np.median(bent))
+    assert explained.explained_by_trees(bent, table).low > explained.explained(bent, table)["all"].high
+    assert explained.explained_by_trees(rng.normal(size=400), table).low < 0
+    with pytest.raises(issl.IsslError, match="20 images for a regression on 5"):
+        explained.explained(score[:20], table[:20])
