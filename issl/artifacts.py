@@ -134,6 +134,9 @@ class Artifacts:
         """Scores (q, n) of queries and training images."""
         return read_safetensors(self.get(stage) / "pairs.safetensors", "scores")[1]["scores"]
 
+    def lists(self, stage: Stage) -> pd.DataFrame:
+        return pd.read_parquet(self.get(stage) / "lists.parquet")
+
     def losses(self, stage: Stage) -> pd.DataFrame:
         return pd.read_parquet(self.get(stage) / "losses.parquet")
 

@@ -10,7 +10,7 @@ from issl import recipes
 from issl.artifacts import Stage
 from issl.plan import Plan, Scored
 from issl.settings import Curvature, Data
-from issl.stages import Cross, Draw, Embed, Evaluate, Nearness, Pick, Pretrain, Stability, Top
+from issl.stages import Cross, Draw, Embed, Evaluate, Lists, Nearness, Pick, Pretrain, Stability, Top
 
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 FURTHER = 100  # the seeds of order and views of trainings that go on
@@ -277,6 +277,32 @@ class Taught(Retrained):
                     encoder = self.again(kind, s, chosen)
                     found[f"{kind}/{s}/{name}"] = self.stability(encoder, self.asked_for())
                     found[f"{kind}/{s}/{name} features"] = Embed(pretrain=encoder, data=self.asked_for())
+        return found
+
+
+class Explorer(Scored):
+    """The report's image explorer; no notebook. Its images are the first so many of the profile's."""
+
+    notebook: ClassVar[str] = "report"
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    shown: int = Field(2000, ge=16)
+    neighbours: int = Field(6, ge=1)
+
+    def images(self) -> Data:
+        data = self.data()
+        return data if self.shown >= self.n else data.model_copy(update={"first": self.shown})
+
+    def stages(self) -> dict[str, Stage]:
+        """METHOD/influence, METHOD/lists."""
+        found: dict[str, Stage] = {}
+        for method in self.methods:
+            encoder = self.pretrain(method)
+            found[f"{method}/influence"] = self.influence(encoder, data=self.images())
+            found[f"{method}/lists"] = Lists(
+                features=Embed(pretrain=encoder, data=self.images()), perturbation=self.noise,
+                curvature=Curvature(rank=self.rank, damping=self.damping), seed=self.noise_seed, k=self.neighbours,
+            )  # fmt: skip
         return found
 
 

@@ -59,6 +59,7 @@ class Claim(Config):
     claim: str
     paper: str | float | None
     ours: bool = Field(description="true for a claim of this project, not of the paper")
+    use: str | None = Field(None, description="what the score would be good for, if the claim holds")
     profiles: list[str]
     tests: list[Condition] = Field(min_length=1)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from issl import recipes
 from issl.artifacts import Stage
-from issl.beyond import BEYOND
+from issl.beyond import BEYOND, Explorer
 from issl.plan import Plan, Scored
 from issl.settings import Augmentation, Data, Noise
 from issl.stages import Embed, Prune, Thin
@@ -276,3 +276,4 @@ _PAPER: tuple[type[Plan], ...] = (
     SupervisedVsSSL, LinearTheory, ClaimsAudit,
 )  # fmt: skip
 PLANS: dict[str, type[Plan]] = {p.notebook: p for p in sorted(_PAPER + BEYOND, key=lambda p: p.notebook)}
+EXPLORER = Explorer  # of the report

@@ -22,7 +22,7 @@ from issl.config import explain
 from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
 from issl.plan import Plan, pick_device
-from issl.plans import PLANS
+from issl.plans import EXPLORER, PLANS
 from issl.settings import Data
 
 REPOSITORY = Path(__file__).parent.parent
@@ -65,16 +65,17 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content = yaml.safe_load(paths[profile].read_text()) or {}
-    unknown = set(content) - {"common", *PLANS}
+    known = {**PLANS, EXPLORER.notebook: EXPLORER}
+    unknown = set(content) - {"common", *known}
     if unknown:
         raise IsslError(
-            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(PLANS)}"
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(known)}"
         )
     plans = {}
     for name in names:
         fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
         try:
-            plans[name] = PLANS[name](**fields)
+            plans[name] = known[name](**fields)
         except ValidationError as error:
             raise explain(error, f"{paths[profile].name}, notebook {name}") from error
     return plans
@@ -155,13 +156,32 @@ def run(
         ]
         ends += [ended() for ended in late_ones]
     failed, late = ends.count("FAILED"), ends.count("LATE")
+    page = _report(profile, only is None and not late, artifacts, out, out=str(out), data_root=root, device=device)
     print(
         f"{len(plans) - failed - late} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
         f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
-        f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}",
+        f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}\nreport:  {page}",
         flush=True,
     )
     return 1 if failed else 3 if late else 0
+
+
+def _report(profile: str, whole: bool, artifacts: Artifacts, folder: Path, **common: str | None) -> str:
+    """Write the site of all that this profile has left so far; in a run of all notebooks, with the image explorer.
+    Returns where it is, or why there is none."""
+    from issl.report import build  # slow to import
+
+    plan = read_profile(profile, [EXPLORER.notebook], **common)[EXPLORER.notebook]
+    assert isinstance(plan, EXPLORER)
+    computed = Computed()
+    if whole:
+        computed = _compute(plan, artifacts)
+    there = computed.error is None and all(artifacts.folder(s).is_dir() for s in plan.stages().values())
+    try:
+        index = build(profile, read_profile(profile, list(PLANS), **common), plan if there else None, artifacts, folder)
+    except IsslError as error:
+        return f"none ({error})"
+    return str(index) + ("" if computed.error is None else f" (without its images: {computed.error})")
 
 
 @contextmanager

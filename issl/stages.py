@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from issl.artifacts import Artifacts, Stage
-from issl.cross import as_queries, cross_influence
+from issl.cross import as_queries, cross_influence, top_influences
 from issl.encoder import save_encoder
 from issl.errors import IsslError
 from issl.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.files import atomic
 from issl.gradients import CrossEntropy, stability_loss
+from issl.graph import nearest
 from issl.images import Images
 from issl.influence import self_influence
 from issl.pretrain import pretrain
@@ -275,6 +276,43 @@ class Nearness(Stage):
         _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
 
 
+class Lists(Stage):
+    """Of each image the k nearest others in feature space, and the k others of the highest influence on it, all images
+    of one set: lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
+
+    name: ClassVar[str] = "lists"
+
+    features: Embed
+    perturbation: Noise | Augmentation = Noise()
+    curvature: Curvature = Curvature()
+    seed: int = Field(0, ge=0)
+    k: int = Field(6, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images = artifacts.encoder(self.features.pretrain), self.features.data.load()
+        n, k = len(images), min(self.k, len(images) - 1)
+        places, distances = nearest(artifacts.features(self.features), k)
+        best = top_influences(
+            encoder, images, images, k + 1, self.perturbation.build(), self.curvature.build(), self.seed,
+            64 if artifacts.device.type == "cpu" else 256, artifacts.device, progress=artifacts.progress,
+        )  # fmt: skip
+        best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
+        position = pd.Series(np.arange(n), index=images.index.numpy())
+        ranks = np.tile(np.arange(1, k + 1), n)
+        parts = {
+            "nearest": (np.repeat(np.arange(n), k), places.ravel(), 1 - distances.ravel()),
+            "taught": (position[best["query"]], position[best["index"]], best["influence"]),
+        }  # fmt: skip
+        tables = [
+            pd.DataFrame(
+                {"kind": kind, "position": np.asarray(p), "rank": ranks, "other": np.asarray(o), "value": np.asarray(v)}
+            )
+            for kind, (p, o, v) in parts.items()
+        ]
+        with atomic(folder / "lists.parquet") as path:
+            pd.concat(tables).to_parquet(path, index=False)
+
+
 def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
     with atomic(folder / "pairs.safetensors") as part:
         save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
@@ -306,5 +344,5 @@ class Evaluate(Stage):
 Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on
 
 # Pretrain names Prune, which names Influence, which names Pretrain
-for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Evaluate):
+for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Lists, Evaluate):
     _stage.model_rebuild()

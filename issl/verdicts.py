@@ -103,6 +103,24 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
+def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
+    """What the score is good for, by the outcome of each use's claim: all of its tests held, some, or none.
+
+    Methods whose outcomes differ are named. Outcomes, not verdicts: what a profile too small for the claim showed
+    counts for that profile.
+    """
+    found: dict[str, list[str]] = {"reproduced": [], "partly": [], "not reproduced": []}
+    for name, claim in claims().items():
+        ours = [r for r in records if r["name"] == name]
+        if claim.use is None or not ours:
+            continue
+        for outcome, uses in found.items():
+            which = [str(NAMES.get(r["variant"], r["variant"])) for r in ours if r["outcome"] == outcome]
+            if which:
+                uses.append(claim.use + ("" if len(which) == len(ours) else f" [{', '.join(which)}]"))
+    return found
+
+
 def _number(r: Any) -> str:
     if r.low == r.high == r.value:
         return f"{r.value:.2g}"

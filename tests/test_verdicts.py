@@ -54,6 +54,15 @@ def test_formats(records: list[verdicts.Record]) -> None:
     ]  # fmt: skip
 
 
+def test_what_it_is_good_for_follows_the_outcomes(records: list[verdicts.Record]) -> None:
+    uses = verdicts.good_for(records)
+    assert uses["reproduced"] == ["a ranking that holds under another draw of the noise [BYOL]"]
+    assert uses["not reproduced"][0] == "a ranking that holds under another draw of the noise [SimCLR]"
+    named = [c.use for c in claim.claims().values() if c.use]
+    assert len(named) == len(set(named)) >= 10
+    assert not any(c.use for name, c in claim.claims().items() if name in ("method_exact", "convex_theory"))
+
+
 def test_kept_records_come_back_as_they_were(records: list[verdicts.Record], tmp_path: Path) -> None:
     (tmp_path / "mini").mkdir()
     verdicts.keep(records, tmp_path / "mini")
