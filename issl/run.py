@@ -65,7 +65,7 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content = yaml.safe_load(paths[profile].read_text()) or {}
-    known = {**PLANS, EXPLORER.notebook: EXPLORER}
+    known: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
     unknown = set(content) - {"common", *known}
     if unknown:
         raise IsslError(
