@@ -29,7 +29,8 @@
     return `image ${data.index[place]}${named}`;
   }
   function number(v) {
-    return v === 0 || (Math.abs(v) >= 0.01 && Math.abs(v) < 1e5) ? v.toPrecision(3) : v.toExponential(2);
+    const plain = v === 0 || (Math.abs(v) >= 0.001 && Math.abs(v) < 1e7);
+    return plain ? v.toLocaleString("en", { maximumSignificantDigits: 3 }) : v.toExponential(2);
   }
   function rank(method, place) {
     const all = data.methods[method].influence, own = all[place];

@@ -119,16 +119,24 @@ def _card(name: str, records: Sequence[Record], executed: Path, figures: Path, s
     return card
 
 
-def finding(name: str, records: Sequence[Record]) -> str:
-    """One sentence of what the notebook's first claim came to."""
+def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """What the notebook's first claim came to: claim, measured, lines (text and kind, one a method), more (claims)."""
     own = [r for r in records if r["notebook"] == name]
     if not own:
-        return "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
-    row = verdicts.summary([r for r in own if r["name"] == own[0]["name"]])[0]
-    more = len({r["name"] for r in own}) - 1
-    rest = f" And {more} more claim{'s' if more > 1 else ''}." if more else ""
-    measured = f"{row['measured'].replace('_', ' ')} {'; '.join(row['ours'])}"
-    return f"{row['claim']} {measured}. {'; '.join(row['verdict'])}.{rest}"
+        return {"claim": "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."}
+    first = [r for r in own if r["name"] == own[0]["name"]]
+    row = verdicts.summary(first)[0]
+    numbers = zip(row["ours"], first, strict=True)
+    lines = [
+        {"text": f"{verdicts.MARKS[r['verdict']]} {text}: {r['verdict']}", "kind": KINDS[r["verdict"]]}
+        for text, r in numbers
+    ]
+    return {
+        "claim": row["claim"],
+        "measured": row["measured"],
+        "lines": lines,
+        "more": len({r["name"] for r in own}) - 1,
+    }
 
 
 def notebook_body(notebook: Any) -> tuple[str, list[tuple[str, str]]]:
@@ -148,10 +156,13 @@ def notebook_body(notebook: Any) -> tuple[str, list[tuple[str, str]]]:
         elif cell.cell_type == "code":
             code = highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True, noclasses=False))
             shown = "".join(_output(o, strip_ansi) for o in cell.outputs)
-            parts.append(
-                f'<div class="cell code"><pre tabindex="0"><code>{code}</code></pre>'
-                f'<div class="outputs" tabindex="0">{shown}</div></div>'
-            )
+            listing = f'<pre tabindex="0"><code>{code}</code></pre>'
+            tags = set(cell.metadata.get("tags", []))
+            if tags & {"parameters", "injected-parameters"}:
+                what = "Parameters: defaults" if "parameters" in tags else "Parameters: this run's"
+                listing = f"<details><summary>{what}</summary>{listing}</details>"
+            outputs = f'<div class="outputs" tabindex="0">{shown}</div>' if shown else ""
+            parts.append(f'<div class="cell code">{listing}{outputs}</div>')
     return "\n".join(parts), headings
 
 
@@ -205,7 +216,12 @@ def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[
     """What report.js reads: scores and lists by method, and the attributes that have few values."""
     stages = plan.stages()
     columns = images.attributes.drop(columns="index")
-    few = {c: columns[c].astype(str).tolist() for c in columns if columns[c].nunique() <= 20}
+    few: dict[str, list[str]] = {}
+    for column in columns:
+        values = columns[column].astype(str).tolist()
+        # the same under another name, or a number for each image, is no filter
+        if columns[column].nunique() <= 20 and values not in few.values():
+            few[str(column)] = values
     methods = {}
     for method in plan.methods:
         scores, lists = artifacts.scores(stages[f"{method}/influence"]), artifacts.lists(stages[f"{method}/lists"])

@@ -34,6 +34,9 @@ def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(featu
     same = labels[:, None] == labels[None]
     want = ((a - np.outer(degree, degree) / (2 * m)) * same).sum() / (2 * m)
     assert graph.modularity(net, labels) == pytest.approx(want)
+    communities = [np.flatnonzero(labels == c) for c in range(3)]
+    peer = networkx.community.modularity(networkx.from_scipy_sparse_array(net), communities)
+    assert graph.modularity(net, labels) == pytest.approx(peer)
     values, vectors = graph.spectrum(net, 6)
     laplacian = np.eye(60) - a / np.sqrt(np.outer(degree, degree))
     np.testing.assert_allclose(values, np.linalg.eigvalsh(laplacian)[:6], atol=1e-8)
