@@ -215,7 +215,7 @@ def _sheet(images: Images, path: Path) -> None:
 def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[str, Any]:
     """What report.js reads: scores and lists by method, and the attributes that have few values."""
     stages = plan.stages()
-    columns = images.attributes.drop(columns="index")
+    columns = images.attributes.drop(columns=["index", "duplicate_of"], errors="ignore")
     few: dict[str, list[str]] = {}
     for column in columns:
         values = columns[column].astype(str).tolist()
@@ -235,9 +235,9 @@ def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[
     }  # fmt: skip
 
 
-def _rows(part: pd.DataFrame) -> list[list[list[float]]]:
+def _rows(part: pd.DataFrame) -> list[list[tuple[int, float]]]:
     ordered = part.sort_values(["position", "rank"])
-    pairs = [[int(o), float(f"{v:.4g}")] for o, v in zip(ordered["other"], ordered["value"], strict=True)]
+    pairs = [(int(o), float(f"{v:.4g}")) for o, v in zip(ordered["other"], ordered["value"], strict=True)]
     k = int(ordered["rank"].max())
     return [pairs[i : i + k] for i in range(0, len(pairs), k)]
 

@@ -25,8 +25,8 @@ from issl.plans import EXPLORER, PLANS
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 SETTINGS: dict[str, Any] = {
-    "profile": "mini", "n": 40, "width": 1, "epochs": 1, "batch_size": 20, "rank": 2, "duplicates": 0.1, "atypical": 0.1,
-    "methods": ["simclr", "byol"],
+    "profile": "mini", "n": 40, "width": 1, "epochs": 1, "batch_size": 20, "rank": 2, "duplicates": 0.1,
+    "atypical": 0.1, "methods": ["simclr", "byol"],
 }  # fmt: skip
 
 
