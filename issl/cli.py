@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `explain`, `verdicts`, `download`."""
+"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `explain`, `doctor`, `verdicts`, `download`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     download = commands.add_parser("download", help="fetch a data set from its public home")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
+    doctor = commands.add_parser("doctor", help="what is here, what is missing, and what each profile would cost here")
+    doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
+    doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     influence = commands.add_parser("influence", help="score your own images under your own encoder")
     explain = commands.add_parser("explain", help="which training images taught an encoder about this image?")
     pretrain = commands.add_parser("pretrain", help="train an encoder on your own images")
@@ -110,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "verdicts":
             return _verdicts(options.readme)
         keep_freed_memory()
+        if options.command == "doctor":
+            from issl.doctor import doctor
+
+            return doctor(options.data_root, options.out, options.device)
         if options.command == "influence":
             from issl.score import score
 

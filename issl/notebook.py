@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -28,8 +29,8 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
 @lru_cache
 def _library() -> list[str]:
     code = [p for p in sorted(Path(__file__).parent.iterdir()) if p.suffix in (".py", ".yaml")]
-    packages = {r.split(";")[0].strip() for r in metadata.requires("issl") or [] if "extra ==" not in r}
-    names = sorted("".join(c for c in p if c not in "<>=!~.0123456789").strip() for p in packages)
+    needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
+    names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
     return [f"{p.name} {file_digest(p)}" for p in code] + [f"{n} {metadata.version(n)}" for n in names]
 
 

@@ -21,9 +21,11 @@ from issl.artifacts import Artifacts, Stage, device_name
 from issl.config import explain
 from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
+from issl.overview import Overview
 from issl.plan import Plan, pick_device
 from issl.plans import EXPLORER, PLANS
 from issl.settings import Data
+from issl.verdicts import MARKS, good_for, read_records
 
 REPOSITORY = Path(__file__).parent.parent
 AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw
@@ -143,16 +145,21 @@ def run(
     print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if minutes is None else began + 60 * minutes
-    with _notebooks_beside_us() as start:
+    overview = Overview(plans.values(), artifacts)
+    if overview.cost:
+        print(f"{overview.told()} (a first guess)", flush=True)
+    with overview.shown(), _notebooks_beside_us() as start:
         waiting = [
-            start(_notebook, name, plan, artifacts, _compute(plan, artifacts), again)
+            start(_notebook, name, plan, artifacts, _compute(plan, artifacts, overview), again, overview)
             for name, plan in plans.items()
             if not plan.last
         ]
         ends = [ended() for ended in waiting]
         # what reads the others' records waits for them
         late_ones = [
-            start(_notebook, name, plan, artifacts, Computed(), again) for name, plan in plans.items() if plan.last
+            start(_notebook, name, plan, artifacts, Computed(), again, overview)
+            for name, plan in plans.items()
+            if plan.last
         ]
         ends += [ended() for ended in late_ones]
     failed, late = ends.count("FAILED"), ends.count("LATE")
@@ -163,7 +170,26 @@ def run(
         f"figures: {out / 'figures' / profile}\nresults: {out / 'results' / profile}\nreport:  {page}",
         flush=True,
     )
+    try:
+        _tell_verdicts(out / "results" / profile)
+    except IsslError as error:  # a record of a claim that is no longer stated
+        print(f"verdicts: {error}", flush=True)
     return 1 if failed else 3 if late else 0
+
+
+def _tell_verdicts(results: Path) -> None:
+    """What the records that lie there come to, in a few lines."""
+    records = read_records(sorted(results.glob("claim_*.json")))
+    if not records:
+        return
+    reached = [r["verdict"] for r in records]
+    counts = ", ".join(
+        f"{mark} {reached.count(verdict)} {verdict}" for verdict, mark in MARKS.items() if verdict in reached
+    )
+    print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
+    for outcome, uses in good_for(records).items():
+        if uses:
+            print(f"  {outcome}: {'; '.join(uses)}", flush=True)
 
 
 def _report(profile: str, whole: bool, artifacts: Artifacts, folder: Path, **common: str | None) -> str:
@@ -208,15 +234,15 @@ class Computed:
     anew: bool = False  # something had to be made
 
 
-def _compute(plan: Plan, artifacts: Artifacts) -> Computed:
+def _compute(plan: Plan, artifacts: Artifacts, overview: Overview | None = None) -> Computed:
     """Make what the notebook will read."""
     before = len(artifacts.computed)
     try:
         for label, stage in plan.stages().items():
             known, start = len(artifacts.computed), time.monotonic()
             artifacts.get(stage)
-            if len(artifacts.computed) > known:
-                print(f"        {label}: {stage.name} {stage.key}, {time.monotonic() - start:.1f} s", flush=True)
+            if overview is not None and len(artifacts.computed) > known:
+                overview.stage(label, stage, time.monotonic() - start)
     except IsslError as error:
         return Computed(str(error), isinstance(error, OutOfTime))
     except Exception:  # noqa: BLE001 (the other notebooks go on; this one's error is shown whole)
@@ -224,7 +250,7 @@ def _compute(plan: Plan, artifacts: Artifacts) -> Computed:
     return Computed(anew=len(artifacts.computed) > before)
 
 
-def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: Computed, again: bool) -> str:
+def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: Computed, again: bool, overview: Overview) -> str:
     """Execute a notebook where it must be, and print its line; returns how it ended: ok, current, LATE or FAILED."""
     start, error = time.monotonic(), computed.error
     word = "LATE" if computed.late else "FAILED"
@@ -232,7 +258,7 @@ def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: Computed, a
         source, target = notebooks_folder() / f"{name}.ipynb", plan.results / f"{name}.ipynb"
         key = fingerprint(source, plan, device_name(artifacts.device))
         if not computed.anew and not again and is_current(name, plan, key):
-            print(f"current {name:24} nothing that it depends on has changed (--again runs it anyway)", flush=True)
+            overview.notebook(f"current {name:24} nothing that it depends on has changed (--again runs it anyway)")
             return "current"
         plan.results.mkdir(parents=True, exist_ok=True)
         error = execute(source, target, plan)
@@ -242,5 +268,5 @@ def _notebook(name: str, plan: Plan, artifacts: Artifacts, computed: Computed, a
     line = f"{word:7} {name:24} {time.monotonic() - start:6.1f} s"
     if error is not None:
         line += "\n        " + error.replace("\n", "\n        ")
-    print(line, flush=True)
+    overview.notebook(line)
     return word

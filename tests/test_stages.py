@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 
 import issl
-from issl.artifacts import Artifacts
+from issl.artifacts import Artifacts, damaged
 from issl.config import explain
-from issl.cross import as_queries, damaged
+from issl.cross import as_queries
 from issl.gradients import CrossEntropy
 from issl.recipes import recipe
 from issl.settings import Curvature, Data, Noise
