@@ -71,7 +71,7 @@ case "${1:-}" in
     say "running the tests"
     cd "$here"
     # a package's bytecode is worth keeping: importing torch without it takes several times as long
-    PYTHONDONTWRITEBYTECODE='' exec "$python" -m pytest -n 2 --dist loadgroup "$@"
+    PYTHONDONTWRITEBYTECODE='' exec "$python" -m pytest -n 2 --dist loadfile "$@"
     ;;
 *)
     set_up

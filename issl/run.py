@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -189,7 +190,7 @@ def _tell_verdicts(results: Path) -> None:
     print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
     for outcome, uses in good_for(records).items():
         if uses:
-            print(f"  {outcome}: {'; '.join(uses)}", flush=True)
+            print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
 
 
 def _report(profile: str, whole: bool, artifacts: Artifacts, folder: Path, **common: str | None) -> str:

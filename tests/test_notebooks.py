@@ -20,7 +20,7 @@ from issl.graph import nearest
 from issl.plans import PLANS
 from issl.verdicts import Record
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # one worker runs them, once
+# run with `--dist loadfile`: one worker runs them, once
 
 TINY: dict[str, Any] = {
     "common": {
