@@ -21,6 +21,7 @@ class Method(Plan):
     notebook: ClassVar[str] = "00_method"
 
     images: int = Field(48, ge=8)
+    one: int = Field(0, ge=0)  # the position of the image that is followed
     rank: int = Field(16, ge=1)
     damping: float = Field(0.1, gt=0)
 

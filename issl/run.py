@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from issl import datasets
 from issl.artifacts import Artifacts, Stage, device_name
+from issl.claim import UNTESTED
 from issl.config import explain
 from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
@@ -188,7 +189,8 @@ def _tell_verdicts(results: Path) -> None:
         f"{mark} {reached.count(verdict)} {verdict}" for verdict, mark in MARKS.items() if verdict in reached
     )
     print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
-    for outcome, uses in good_for(records).items():
+    spoken = [r for r in records if r["verdict"] != UNTESTED]  # at this scale
+    for outcome, uses in good_for(spoken).items():
         if uses:
             print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
 
