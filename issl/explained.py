@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from PIL import Image
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from issl.audit import RESAMPLES, Estimate, image_statistics
@@ -64,7 +65,8 @@ def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, E
     if len(x) < 10 * (x.shape[1] + 1):
         raise IsslError(f"{len(x)} images for a regression on {x.shape[1]} statistics; take ten a statistic or more")
     rng, n = np.random.default_rng(seed), len(y)
-    draws = np.array([_parts(x[rows], y[rows]) for rows in rng.integers(0, n, (RESAMPLES, n))])
+    with threadpool_limits(1):  # thousands of small products
+        draws = np.array([_parts(x[rows], y[rows]) for rows in rng.integers(0, n, (RESAMPLES, n))])
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     values = _parts(x, y)
     return {
@@ -80,7 +82,11 @@ def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds
 
     y = normal_scores(np.asarray(score, float))
     trees = HistGradientBoostingRegressor(max_iter=100, learning_rate=0.05, max_leaf_nodes=8, random_state=seed)
-    guess = cross_val_predict(trees, by.to_numpy(float), y, cv=KFold(folds, shuffle=True, random_state=seed))
+    folded = KFold(folds, shuffle=True, random_state=seed)
+    # tiny parallel regions, thousands of them: several threads wait for each other more than they work, and beside a
+    # training both crawl
+    with threadpool_limits(1):
+        guess = cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
 
     def r2(rows: np.ndarray | slice) -> float:
         return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
