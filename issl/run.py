@@ -217,6 +217,11 @@ def _report(profile: str, whole: bool, artifacts: Artifacts, folder: Path, **com
 def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
     """Gives start(function, *arguments), which returns the wait for its result. Interrupted, it ends the kernels."""
     pool = ThreadPoolExecutor(AT_ONCE)
+    # a kernel with as many threads as the training beside it has slows both many times over: threads that share a core
+    # wait for each other. Kernels take their environment from here
+    few = {name: str(max(1, (os.cpu_count() or 1) // 4)) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    given = {name: os.environ[name] for name in few if name in os.environ}
+    os.environ.update({**few, **given})
     try:
         yield lambda *call: pool.submit(*call).result
     except BaseException:
@@ -226,6 +231,8 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
         raise
     finally:
         pool.shutdown()
+        for name in set(few) - set(given):
+            os.environ.pop(name, None)
 
 
 @dataclass(frozen=True)

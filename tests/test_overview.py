@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 from issl import cli, cost, overview
 from issl.artifacts import Artifacts
 from issl.overview import Overview, in_words
+from issl.plan import Plan
 from issl.plans import PLANS
 from issl.recipes import recipe
 from issl.settings import Data
@@ -41,8 +43,10 @@ def test_every_stage_once_and_after_what_it_reads() -> None:
             assert all(place[need.label] < place[stage.label] for need in stage.needs().values())
 
 
-class Pair:
+class Pair(Plan):
     """A plan of two stages that read a third."""
+
+    notebook: ClassVar[str] = "pair"
 
     def stages(self):
         return {"a": Influence(pretrain=TRAIN, data=DATA), "b": Embed(pretrain=TRAIN, data=DATA)}
@@ -52,7 +56,7 @@ def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr(overview.time, "monotonic", lambda: now[0])
     artifacts = Artifacts(tmp_path)
-    seen = Overview([Pair()], artifacts)  # type: ignore[list-item]
+    seen = Overview([Pair()], artifacts)
     costs = {stage.label: cost.seconds(stage) for stage in cost.every(Pair().stages().values())}
     whole = sum(costs.values()) + cost.NOTEBOOK
     assert seen.cost == costs and seen.remaining() == pytest.approx(whole)  # nothing known yet: the model's word
@@ -70,13 +74,13 @@ def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.
 def test_a_later_run_counts_what_is_missing(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     artifacts.get(TRAIN)
-    assert set(Overview([Pair()], Artifacts(tmp_path)).cost) == {s.label for s in Pair().stages().values()}  # type: ignore[list-item]
+    assert set(Overview([Pair()], Artifacts(tmp_path)).cost) == {s.label for s in Pair().stages().values()}
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = Overview([Pair()], Artifacts(tmp_path))  # type: ignore[list-item]
+    seen = Overview([Pair()], Artifacts(tmp_path))
     with seen.shown():
         seen.stage("a", TRAIN, 1.0)
     assert "a: pretrain" in (line := capsys.readouterr().out) and "0 of 3 stages" in line and line.count("\n") == 1
