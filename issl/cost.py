@@ -20,8 +20,8 @@ from issl.recipes import recipe
 from issl.settings import Data
 from issl.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pretrain, Stability
 
-OVERHEAD = 0.15  # s a stage: loading, writing, checksums
-NOTEBOOK = 5.0  # s a notebook, of which two run at once
+OVERHEAD = 0.05  # s a stage: loading, writing, checksums
+NOTEBOOK = 4.0  # s a notebook, of which two run at once
 
 
 def seconds(stage: Stage) -> float:
@@ -48,7 +48,7 @@ def seconds(stage: Stage) -> float:
 
 
 def _gradient(width: int) -> float:
-    return 1e-3 + 1e-5 * width**2
+    return 1.2e-3 + 1.2e-5 * width**2
 
 
 def _forward(width: int) -> float:

@@ -43,7 +43,7 @@ class Overview:
         whole = sum(self.cost.values()) + NOTEBOOK * self.notebooks
         elapsed = time.monotonic() - self.began
         # a little of the model's own opinion, so that the first stage does not decide
-        belief = 0.02 * whole
+        belief = 0.1 * whole
         return max(0.0, whole - made) * (elapsed + belief) / (made + belief)
 
     def told(self) -> str:
