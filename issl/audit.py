@@ -172,7 +172,7 @@ def agreement(
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
         rows = [stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns]
-        return np.mean([_pearson(rows[i], rows[j], axis) for i, j in zip(*pairs, strict=True)], axis=0)
+        return np.mean([pearson(rows[i], rows[j], axis) for i, j in zip(*pairs, strict=True)], axis=0)
 
     return _bootstrap(tuple(scores), statistic, seed)
 
@@ -194,8 +194,8 @@ def correlation_margin(
     g = len(grid)
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        ours = sum(w * _pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
-        return ours - _pearson(columns[2 * g], columns[2 * g + 1], axis)
+        ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
+        return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
 
     return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
 
@@ -282,7 +282,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.asarray(multipletests(list(p_values), method="holm")[1])
 
 
-def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
+def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
     """Pearson's r along an axis; 0 where one of the two does not vary."""
     x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
     size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))

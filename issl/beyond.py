@@ -10,7 +10,7 @@ from issl import recipes
 from issl.artifacts import Stage
 from issl.plan import Plan, Scored
 from issl.settings import Curvature, Data
-from issl.stages import Cross, Draw, Embed, Evaluate, Lists, Nearness, Pick, Pretrain, Stability, Top
+from issl.stages import Cross, Draw, Embed, Lists, Nearness, Pick, Pretrain, Stability, Top
 
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 FURTHER = 100  # the seeds of order and views of trainings that go on
@@ -47,10 +47,9 @@ class Retrained(Scored):
 
     def cross(self, encoder: Pretrain, curvature: Curvature | None = None) -> Cross:
         """Cross-influence of all images on the queries."""
-        curvature = Curvature(rank=self.rank, damping=self.damping) if curvature is None else curvature
         return Cross(
-            pretrain=encoder, data=self.data(), query=self.asked_for(), perturbation=self.noise, curvature=curvature,
-            seed=self.noise_seed, draws=self.draws,
+            pretrain=encoder, data=self.data(), query=self.asked_for(), perturbation=self.noise,
+            curvature=curvature or self.curvature, seed=self.noise_seed, draws=self.draws,
         )  # fmt: skip
 
     def nearness(self, encoder: Pretrain) -> Nearness:
@@ -83,7 +82,7 @@ class Validation(Retrained):
 
     def curvatures(self) -> dict[str, Curvature]:
         """By name; the first is the paper's."""
-        usual = Curvature(rank=self.rank, damping=self.damping)
+        usual = self.curvature
         found = {f"LoGra, rank {self.rank}": usual}
         found |= {f"LoGra, rank {r}": usual.model_copy(update={"rank": r}) for r in self.ranks}
         names = {"logra-pca": "LoGra, PCA", "ekfac": "EK-FAC"}
@@ -178,8 +177,7 @@ class Continual(Scored):
             f"{label}/features": Embed(pretrain=encoder, data=old),
         }  # fmt: skip
         for name, train, test in (("old", old, tests[0]), ("new", new, tests[1])):
-            a, b = Embed(pretrain=encoder, data=train), Embed(pretrain=encoder, data=test)
-            found[f"{label}/{name}"] = Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
+            found[f"{label}/{name}"] = self.evaluate(encoder, train, test)
         return found
 
 
@@ -218,14 +216,8 @@ class Bridges(Scored):
     def stages(self) -> dict[str, Stage]:
         """METHOD/encoder, influence, features, test (features); dose P/S and dose P/S encoder: scores of training S
         on scenes of which the share P has a uniform background, by the first method."""
-        found: dict[str, Stage] = {}
-        for method in self.methods:
-            encoder = self.pretrain(method)
-            found |= {
-                f"{method}/encoder": encoder, f"{method}/influence": self.influence(encoder),
-                f"{method}/features": Embed(pretrain=encoder, data=self.data()),
-                f"{method}/test": Embed(pretrain=encoder, data=self.data("test")),
-            }  # fmt: skip
+        found, test = self.per_method(self.methods), self.data("test")
+        found |= {f"{method}/test": Embed(pretrain=self.pretrain(method), data=test) for method in self.methods}
         for dose in self.doses:
             data = self.dose(dose)
             for s in range(self.dose_seeds):
@@ -301,7 +293,7 @@ class Explorer(Scored):
             found[f"{method}/influence"] = self.influence(encoder, data=self.images())
             found[f"{method}/lists"] = Lists(
                 features=Embed(pretrain=encoder, data=self.images()), perturbation=self.noise,
-                curvature=Curvature(rank=self.rank, damping=self.damping), seed=self.noise_seed, k=self.neighbours,
+                curvature=self.curvature, seed=self.noise_seed, k=self.neighbours,
             )  # fmt: skip
         return found
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from issl import scenes
-from issl.artifacts import Stage
+from issl.artifacts import Artifacts, Stage
+from issl.plan import Plan
 from issl.pretrain import pretrain
 from issl.recipes import recipe
 from issl.settings import Data
@@ -75,6 +76,12 @@ def every(stages: Iterable[Stage]) -> Iterator[Stage]:
 
     for stage in stages:
         yield from walk(stage)
+
+
+def missing(plans: Iterable[Plan], artifacts: Artifacts) -> list[Stage]:
+    """The stages of these plans that are not there, with all that they read."""
+    wanted = every(stage for plan in plans for stage in plan.stages().values())
+    return [stage for stage in wanted if not artifacts.folder(stage).is_dir()]
 
 
 def speed(device: torch.device, width: int = 8) -> float:

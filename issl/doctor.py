@@ -14,7 +14,7 @@ import torch
 
 from issl import __version__, datasets
 from issl.artifacts import device_name
-from issl.cost import NOTEBOOK, every, seconds, speed
+from issl.cost import NOTEBOOK, every, missing, seconds, speed
 from issl.errors import IsslError
 from issl.learner import computes_bf16
 from issl.overview import in_words
@@ -73,15 +73,14 @@ def _cost(profile: str, folder: Path, root: str | None, device: str, factor: flo
     """How many stages are missing, and what they would take."""
     plans = read_profile(profile, list(PLANS), out=str(folder), data_root=root, device=device)
     try:
-        stages = list(every(stage for plan in plans.values() for stage in plan.stages().values()))
-        artifacts = next(iter(plans.values())).artifacts()
-        missing = [stage for stage in stages if not artifacts.folder(stage).is_dir()]
-        took = factor * (sum(seconds(stage) for stage in missing) + NOTEBOOK * len(plans))
+        count = len(list(every(stage for plan in plans.values() for stage in plan.stages().values())))
+        left = missing(plans.values(), next(iter(plans.values())).artifacts())
+        took = factor * (sum(seconds(stage) for stage in left) + NOTEBOOK * len(plans))
     except IsslError as error:
         return f"cannot run: {str(error).splitlines()[0]}"
-    if not missing:
-        return f"all {len(stages)} stages are there"
-    return f"{len(missing)} of {len(stages)} stages to compute, about {in_words(took)}"
+    if not left:
+        return f"all {count} stages are there"
+    return f"{len(left)} of {count} stages to compute, about {in_words(took)}"
 
 
 def _there(path: Path) -> Path:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from issl.artifacts import Artifacts, Stage
-from issl.cost import NOTEBOOK, every, seconds
+from issl.cost import NOTEBOOK, missing, seconds
 from issl.plan import Plan
 
 
@@ -27,8 +27,7 @@ class Overview:
     def __init__(self, plans: Iterable[Plan], artifacts: Artifacts):
         plans = list(plans)
         self.artifacts, self.began = artifacts, time.monotonic()
-        missing = [s for s in every(s for p in plans for s in p.stages().values()) if not artifacts.folder(s).is_dir()]
-        self.cost = {stage.label: seconds(stage) for stage in missing}
+        self.cost = {stage.label: seconds(stage) for stage in missing(plans, artifacts)}
         self.notebooks, self.notebooks_done = len(plans), 0
         self._progress: Progress | None = None
 
@@ -37,11 +36,15 @@ class Overview:
         """Stages made so far."""
         return sum(label in self.cost for label in self.artifacts.computed)
 
+    def _whole(self) -> float:
+        return sum(self.cost.values()) + NOTEBOOK * self.notebooks
+
+    def _made(self) -> float:
+        return sum(self.cost.get(label, 0.0) for label in self.artifacts.computed) + NOTEBOOK * self.notebooks_done
+
     def remaining(self) -> float:
         """Seconds left: by what the model says of the rest, times what the part that is done took against the model."""
-        made = sum(self.cost.get(label, 0.0) for label in self.artifacts.computed) + NOTEBOOK * self.notebooks_done
-        whole = sum(self.cost.values()) + NOTEBOOK * self.notebooks
-        elapsed = time.monotonic() - self.began
+        made, whole, elapsed = self._made(), self._whole(), time.monotonic() - self.began
         # a little of the model's own opinion, so that the first stage does not decide
         belief = 0.1 * whole
         return max(0.0, whole - made) * (elapsed + belief) / (made + belief)
@@ -69,9 +72,8 @@ class Overview:
             print(line + more, flush=True)
         else:
             self._progress.console.print(line, markup=False, highlight=False)
-            total = sum(self.cost.values()) + NOTEBOOK * self.notebooks
-            made = sum(self.cost.get(k, 0.0) for k in self.artifacts.computed) + NOTEBOOK * self.notebooks_done
-            self._progress.update(self._progress.tasks[0].id, completed=made, total=total, told=self.told())
+            task = self._progress.tasks[0].id
+            self._progress.update(task, completed=self._made(), total=self._whole(), told=self.told())
 
     @contextmanager
     def shown(self) -> Iterator[Overview]:

@@ -117,19 +117,34 @@ class Scored(Plan):
     def noise(self) -> Noise:
         return Noise(mean=self.mean, std=self.std)
 
+    @property
+    def curvature(self) -> Curvature:
+        return Curvature(rank=self.rank, damping=self.damping)
+
     def influence(self, encoder: Pretrain, seed: int | None = None, **changes: Any) -> Influence:
         """The scores of this notebook's images under an encoder; `changes` are fields of the stage."""
         settings = {
             "data": self.data(), "perturbation": self.noise,
-            "curvature": Curvature(rank=self.rank, damping=self.damping),
+            "curvature": self.curvature,
             "seed": self.noise_seed if seed is None else seed, **changes,
         }  # fmt: skip
         return Influence(pretrain=encoder, **settings)
 
-    def evaluate(self, encoder: Pretrain) -> Evaluate:
-        """kNN and linear probe of an encoder, on all training images whether it saw them or not."""
-        train, test = Embed(pretrain=encoder, data=self.data()), Embed(pretrain=encoder, data=self.data("test"))
-        return Evaluate(train=train, test=test, k=max(1, min(200, self.n // 20)))
+    def evaluate(self, encoder: Pretrain, train: Data | None = None, test: Data | None = None) -> Evaluate:
+        """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw them or not."""
+        a, b = (Embed(pretrain=encoder, data=d) for d in (train or self.data(), test or self.data("test")))
+        return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
+
+    def per_method(self, methods: tuple[recipes.Method, ...]) -> dict[str, Stage]:
+        """METHOD/encoder, METHOD/influence, METHOD/features for each method."""
+        found: dict[str, Stage] = {}
+        for method in methods:
+            encoder = self.pretrain(method)
+            found |= {
+                f"{method}/encoder": encoder, f"{method}/influence": self.influence(encoder),
+                f"{method}/features": Embed(pretrain=encoder, data=self.data()),
+            }  # fmt: skip
+        return found
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from issl.artifacts import Stage
 from issl.beyond import BEYOND, Explorer
 from issl.plan import Plan, Scored
 from issl.settings import Augmentation, Data, Noise
-from issl.stages import Embed, Prune, Thin
+from issl.stages import Prune, Thin
 
 
 class Method(Plan):
@@ -100,14 +100,8 @@ class BackgroundBias(Scored):
     def stages(self) -> dict[str, Stage]:
         """METHOD/encoder, influence, features, evaluation; `swapped`: scores of the same scenes on each background,
         under an encoder of the first method trained on scenes, `drawn encoder`."""
-        found: dict[str, Stage] = {}
-        for method in self.methods:
-            encoder = self.pretrain(method)
-            found |= {
-                f"{method}/encoder": encoder, f"{method}/influence": self.influence(encoder),
-                f"{method}/features": Embed(pretrain=encoder, data=self.data()),
-                f"{method}/evaluation": self.evaluate(encoder),
-            }  # fmt: skip
+        found = self.per_method(self.methods)
+        found |= {f"{method}/evaluation": self.evaluate(self.pretrain(method)) for method in self.methods}
         # on scenes, the encoder is the one of the other questions
         world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs}
         drawn = self.model_copy(update=world) if self.dataset != "scenes" else self
@@ -124,7 +118,7 @@ class Duplicates(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
     def stages(self) -> dict[str, Stage]:
-        return _per_method(self, self.methods)
+        return self.per_method(self.methods)
 
 
 class Fairness(Scored):
@@ -141,7 +135,7 @@ class Fairness(Scored):
     def stages(self) -> dict[str, Stage]:
         """METHOD/encoder, influence, features; METHOD/thinned S and METHOD/random S: scores of all images after a
         training without most of the group, and without as many images at random."""
-        found = _per_method(self, self.methods)
+        found = self.per_method(self.methods)
         for method in self.methods:
             for seed in range(self.seeds):
                 for name, at_random in (("thinned", False), ("random", True)):
@@ -195,7 +189,7 @@ class Outliers(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
     def stages(self) -> dict[str, Stage]:
-        return _per_method(self, self.methods)
+        return self.per_method(self.methods)
 
 
 class SupervisedVsSSL(Scored):
@@ -210,7 +204,7 @@ class SupervisedVsSSL(Scored):
     def stages(self) -> dict[str, Stage]:
         """METHOD/influence, features; supervised/influence (of the cross-entropy) and supervised/stability; for the
         first method and the supervised model TRAINED/WHICH by SCORE/seed S: evaluations after pruning."""
-        found = _per_method(self, self.methods)
+        found = self.per_method(self.methods)
         supervised = self.pretrain("supervised")
         loss = self.influence(supervised, perturbation=Noise(mean=0.0, std=0.0), loss="cross_entropy")
         found |= {
@@ -258,18 +252,6 @@ class ClaimsAudit(Plan):
         """The records of this profile, and those of others that are kept with the figures."""
         kept = (Path(self.out) / "figures").glob("*/claims.json")
         return sorted([*self.results.glob("claim_*.json"), *(p for p in kept if p.parent != self.figures)])
-
-
-def _per_method(plan: Scored, methods: tuple[recipes.Method, ...]) -> dict[str, Stage]:
-    """METHOD/encoder, METHOD/influence, METHOD/features for each method."""
-    found: dict[str, Stage] = {}
-    for method in methods:
-        encoder = plan.pretrain(method)
-        found |= {
-            f"{method}/encoder": encoder, f"{method}/influence": plan.influence(encoder),
-            f"{method}/features": Embed(pretrain=encoder, data=plan.data()),
-        }  # fmt: skip
-    return found
 
 
 _PAPER: tuple[type[Plan], ...] = (

@@ -162,7 +162,8 @@ def pretrain(
             order = order.to(device) if gaps else order[keep[order]].to(device)
             batches = order.split(batch_size)[:steps]
             if gaps:
-                batches = [_without(rows, keep.to(device)) for rows in batches]
+                present = keep.to(device)
+                batches = [_without(rows, present) for rows in batches]
             uniforms = epoch_uniforms(n, view_seed, epoch).to(device)
             losses, spreads = [], []
             for k in range(steps):

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -287,14 +288,20 @@ def _render(template: str, **values: Any) -> str:
     return Environment(autoescape=True).from_string(template).render(**values)
 
 
-def _page(title: str, body: str, parts: Sequence[tuple[str, str]], home: str, scripts: str = "") -> str:
-    from markupsafe import Markup
+@lru_cache
+def _css() -> str:
+    """The pages' style, with that of code, light and dark."""
     from pygments.formatters import HtmlFormatter
 
     light, dark = (HtmlFormatter(style=s).get_style_defs("code") for s in ("default", "github-dark"))
     nested = "\n".join(f':root[data-theme="dark"] {line}' for line in dark.splitlines() if line.startswith("code ."))
-    css = "\n".join([_file("report.css"), *(line for line in light.splitlines() if line.startswith("code .")), nested])
+    return "\n".join([_file("report.css"), *(line for line in light.splitlines() if line.startswith("code .")), nested])
+
+
+def _page(title: str, body: str, parts: Sequence[tuple[str, str]], home: str, scripts: str = "") -> str:
+    from markupsafe import Markup
+
     return _render(
-        _file("report.html"), title=title, body=Markup(body), parts=parts, home=home, css=Markup(css),
+        _file("report.html"), title=title, body=Markup(body), parts=parts, home=home, css=Markup(_css()),
         theme_js=Markup(_file("report_theme.js")), scripts=Markup(scripts),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from issl.audit import RESAMPLES, Estimate
+from issl.audit import RESAMPLES, Estimate, pearson
 from issl.errors import IsslError
 
 Table = Float[np.ndarray, "q m"]  # a number for each query and subset
@@ -68,10 +68,7 @@ def ceiling(between: Estimate, repetitions: int) -> Estimate:
 
 def _rows(a: Table, b: Table) -> Float[np.ndarray, " q"]:
     """Spearman's ρ of each row; 0 where one of the two does not vary."""
-    x, y = (stats.rankdata(v, axis=1) for v in (a, b))
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    return (x * y).sum(1) / np.where(size > 0, size, np.inf)
+    return np.asarray(pearson(stats.rankdata(a, axis=1), stats.rankdata(b, axis=1), 1))
 
 
 def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed: int) -> Estimate:

@@ -81,6 +81,11 @@ class Pretrain(Stage):
         return keep
 
 
+def _batch_size(artifacts: Artifacts) -> int:
+    """Of gradients. On a CPU, what a batch touches should be little: fresh memory is slow, and the caches are small."""
+    return 64 if artifacts.device.type == "cpu" else 256
+
+
 class Influence(Stage):
     """Score images under an encoder: influence.parquet, settings.json (with the damping per layer)."""
 
@@ -100,10 +105,8 @@ class Influence(Stage):
         if supervised and self.pretrain.recipe.method != "supervised":
             raise IsslError(f"loss='cross_entropy' of a {self.pretrain.recipe.method} encoder: it has no classes")
         encoder, images = artifacts.encoder(self.pretrain, "projector" if supervised else "features"), self.data.load()
-        # on a CPU, what a batch touches should be little: fresh memory is slow, and the caches are small
-        batch_size = 64 if artifacts.device.type == "cpu" else 256
         scores = self_influence(
-            encoder, images, self.perturbation.build(), self.curvature.build(), self.seed, batch_size,
+            encoder, images, self.perturbation.build(), self.curvature.build(), self.seed, _batch_size(artifacts),
             device=artifacts.device, draws=self.draws, average=self.average,
             loss=CrossEntropy() if supervised else stability_loss, store=folder / "rows", progress=artifacts.progress,
         )  # fmt: skip
@@ -256,7 +259,7 @@ class Cross(Stage):
         encoder, images, query = artifacts.encoder(self.pretrain), self.data.load(), self.query.load()
         scores = cross_influence(
             encoder, images, as_queries(query), self.perturbation.build(), self.curvature.build(), self.seed,
-            64 if artifacts.device.type == "cpu" else 256, artifacts.device, draws=self.draws,
+            _batch_size(artifacts), artifacts.device, draws=self.draws,
             progress=artifacts.progress,
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
@@ -294,7 +297,7 @@ class Lists(Stage):
         places, distances = nearest(artifacts.features(self.features), k)
         best = top_influences(
             encoder, images, images, k + 1, self.perturbation.build(), self.curvature.build(), self.seed,
-            64 if artifacts.device.type == "cpu" else 256, artifacts.device, progress=artifacts.progress,
+            _batch_size(artifacts), artifacts.device, progress=artifacts.progress,
         )  # fmt: skip
         best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
         position = pd.Series(np.arange(n), index=images.index.numpy())
