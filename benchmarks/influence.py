@@ -42,8 +42,8 @@ from issl.run import REPOSITORY, read_profile
 
 HERE = Path(__file__).parent
 WIDE = (
-    "plain forward + backward", "plain forward + backward, NHWC", "forward + backward by data (the limit)",
-    "LoGra rank 8", "LoGra rank 16",
+    "plain forward + backward", "plain forward + backward, NHWC", "forward + backward by data",
+    "forward + backward by data, Winograd", "LoGra rank 8", "LoGra rank 16", "LoGra rank 16, no Winograd",
     "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
 )  # fmt: skip
 NARROW = (

@@ -19,8 +19,10 @@ import torch
 from submitit.helpers import DelayedSubmission
 
 from issl.artifacts import Artifacts, Stage
+from issl.cost import every
 from issl.errors import IsslError, OutOfTime
 from issl.plan import Plan, pick_device
+from issl.plans import EXPLORER
 from issl.run import check, read_profile, select, where
 from issl.settings import Data
 from issl.stages import Pretrain
@@ -83,17 +85,7 @@ class Work:
 
 def closure(plans: Iterable[Plan]) -> dict[str, Stage]:
     """Every stage that the plans read, with all they depend on, each once; dependencies come first."""
-    found: dict[str, Stage] = {}
-
-    def add(stage: Stage) -> None:
-        for needed in stage.needs().values():
-            add(needed)
-        found.setdefault(stage.label, stage)
-
-    for plan in plans:
-        for stage in plan.stages().values():
-            add(stage)
-    return found
+    return {stage.label: stage for stage in every(stage for plan in plans for stage in plan.stages().values())}
 
 
 @dataclass
@@ -184,7 +176,8 @@ def compute(
     out, root = where(out, data_root)
     # the machine that submits to Slurm need not have the GPU that the jobs will find
     here = device if cluster == "local" else "auto"
-    plans = read_profile(profile, select(only), out=str(out), data_root=root, device=here)
+    names = select(only) + ([EXPLORER.notebook] if only is None else [])  # as `issl run` does
+    plans = read_profile(profile, names, out=str(out), data_root=root, device=here)
     check(plans, out)
     artifacts = Artifacts(out / "artifacts")
     board = Board({label: Work(stage) for label, stage in closure(plans.values()).items()})

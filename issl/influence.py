@@ -42,6 +42,7 @@ from issl.images import Images
 from issl.passes import Measure, Memory, Pass, choose_memory, fingerprint, make_pass, split
 from issl.perturbation import GaussianNoise, Perturb, Perturbation, as_perturb, describe
 from issl.shards import ONE, Shards
+from issl.winograd import quicken
 
 FIT_BATCH = 64  # fixed, so that the bases taken from moments do not depend on the caller's batch size
 
@@ -220,6 +221,7 @@ def prepare(
     layers = scored_layers(model, skip)
     _check_independent(model, data, target, first.dtype)
     fold_batchnorm(model, data.pixels[:4].to(target).to(first.dtype) / 255)
+    quicken(model)
 
     def views(source: Images, rows: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         x = source.pixels[rows].to(target).to(first.dtype) / 255

@@ -77,8 +77,9 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
             source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
-            # the kernel's own notices about its transport are not for the reader
-            extra_arguments=["--IPKernelApp.log_level=40"],
+            # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are
+            # not for the reader; what a cell raises is kept in the notebook
+            extra_arguments=["--IPKernelApp.log_level=50"],
         )  # fmt: skip
     except PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"

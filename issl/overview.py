@@ -21,13 +21,14 @@ from issl.plan import Plan
 class Overview:
     """What a run has to do, and how far it is.
 
-    notebooks   of which each costs something too
+    plans   of notebooks, of which each costs something too
+    more    plans whose stages alone are made
     """
 
-    def __init__(self, plans: Iterable[Plan], artifacts: Artifacts):
+    def __init__(self, plans: Iterable[Plan], artifacts: Artifacts, more: Iterable[Plan] = ()):
         plans = list(plans)
         self.artifacts, self.began = artifacts, time.monotonic()
-        self.cost = {stage.label: seconds(stage) for stage in missing(plans, artifacts)}
+        self.cost = {stage.label: seconds(stage) for stage in missing([*plans, *more], artifacts)}
         self.notebooks, self.notebooks_done = len(plans), 0
         self._progress: Progress | None = None
 

@@ -93,9 +93,12 @@ RECIPES: dict[Variant, dict[Method, Recipe]] = {
 
 
 def recipe(method: str, variant: str = "published") -> Recipe:
-    """The table's entry; raises IsslError for an unknown method or variant."""
+    """The table's entry; raises IsslError for an unknown method or variant, and where there is none."""
     if method not in get_args(Method):
         raise IsslError(f"method {method!r}: known are {', '.join(get_args(Method))}")
     if variant not in get_args(Variant):
         raise IsslError(f"recipe {variant!r}: known are {', '.join(get_args(Variant))}")
-    return RECIPES[variant][method]  # type: ignore[index]
+    table = RECIPES[variant]  # type: ignore[index]
+    if method not in table:
+        raise IsslError(f"method {method!r} has no {variant} recipe; there are {', '.join(table)}")
+    return table[method]  # type: ignore[index]

@@ -121,6 +121,15 @@ def _data_of(stage: Stage) -> list[Data]:
     return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """How the stages of a notebook ended: the error as the reader should see it, if any."""
+
+    error: str | None = None
+    late: bool = False  # the error is that the time budget was spent
+    anew: bool = False  # something had to be made
+
+
 def run(
     profile: str = "quick",
     only: str | None = None,
@@ -141,13 +150,15 @@ def run(
     """
     began, names = time.monotonic(), select(only)
     out, root = where(out, data_root)
-    plans = read_profile(profile, names, out=str(out), data_root=root, device=device)
-    check(plans, out)
+    common = {"out": str(out), "data_root": root, "device": device}
+    plans = read_profile(profile, names, **common)
+    explorer = read_profile(profile, [EXPLORER.notebook] if only is None else [], **common)
+    check(plans | explorer, out)
     target = pick_device(device)
     print(f"profile {profile} on {target}: {', '.join(names)}", flush=True)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if minutes is None else began + 60 * minutes
-    overview = Overview(plans.values(), artifacts)
+    overview = Overview(plans.values(), artifacts, explorer.values())
     if overview.cost:
         print(f"{overview.told()} (a first guess)", flush=True)
     with overview.shown(), _notebooks_beside_us() as start:
@@ -156,6 +167,7 @@ def run(
             for name, plan in plans.items()
             if not plan.last
         ]
+        pictured = [_compute(plan, artifacts, overview) for plan in explorer.values()]
         ends = [ended() for ended in waiting]
         # what reads the others' records waits for them
         late_ones = [
@@ -165,7 +177,7 @@ def run(
         ]
         ends += [ended() for ended in late_ones]
     failed, late = ends.count("FAILED"), ends.count("LATE")
-    page = _report(profile, only is None and not late, artifacts, out, out=str(out), data_root=root, device=device)
+    page = _report(profile, pictured, artifacts, out, **common)
     print(
         f"{len(plans) - failed - late} of {len(plans)} notebooks ended well in {time.monotonic() - began:.0f} s; "
         f"stages: {len(artifacts.computed)} computed, {len(artifacts.cached)} found in the cache\n"
@@ -195,22 +207,21 @@ def _tell_verdicts(results: Path) -> None:
             print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
 
 
-def _report(profile: str, whole: bool, artifacts: Artifacts, folder: Path, **common: str | None) -> str:
-    """Write the site of all that this profile has left so far; in a run of all notebooks, with the image explorer.
+def _report(
+    profile: str, pictured: Sequence[Computed], artifacts: Artifacts, folder: Path, **common: str | None
+) -> str:
+    """Write the site of all that this profile has left so far, with the image explorer where its stages are there.
     Returns where it is, or why there is none."""
     from issl.report import build  # slow to import
 
     plan = read_profile(profile, [EXPLORER.notebook], **common)[EXPLORER.notebook]
     assert isinstance(plan, EXPLORER)
-    computed = Computed()
-    if whole:
-        computed = _compute(plan, artifacts)
-    there = computed.error is None and all(artifacts.folder(s).is_dir() for s in plan.stages().values())
+    there = all(artifacts.has(stage) for stage in plan.stages().values())
     try:
         index = build(profile, read_profile(profile, list(PLANS), **common), plan if there else None, artifacts, folder)
     except IsslError as error:
         return f"none ({error})"
-    return str(index) + ("" if computed.error is None else f" (without its images: {computed.error})")
+    return str(index) + "".join(f" (without its images: {c.error})" for c in pictured if c.error is not None)
 
 
 @contextmanager
@@ -233,15 +244,6 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
         pool.shutdown()
         for name in set(few) - set(given):
             os.environ.pop(name, None)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """How the stages of a notebook ended: the error as the reader should see it, if any."""
-
-    error: str | None = None
-    late: bool = False  # the error is that the time budget was spent
-    anew: bool = False  # something had to be made
 
 
 def _compute(plan: Plan, artifacts: Artifacts, overview: Overview | None = None) -> Computed:
