@@ -14,17 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from disk import png, write_parquet
 from PIL import Image
 
 import issl
 from issl import datasets, scenes
-
-
-def png(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(out, "png")
-    return out.getvalue()
-
 
 # --- scenes ---
 
@@ -97,16 +91,6 @@ def test_subset_keeps_identity() -> None:
 
 
 # --- on disk ---
-
-
-def write_parquet(
-    root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, metadata=None
-) -> Path:
-    path = root / folder / f"{prefix}-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({image: [{"bytes": png(p), "path": None} for p in pixels], **columns})
-    pq.write_table(table.replace_schema_metadata(metadata or {}), path)
-    return path
 
 
 @pytest.fixture

@@ -1,110 +1,190 @@
-"""The README as documentation that is run: its code, and every command that it shows."""
+"""The README as documentation that is run: every command that it shows, and every block of code.
+
+Commands run as they stand, but smaller: fewer images and epochs, a narrower encoder, weights from a file instead of
+the network. `./run_all.sh` and `./run_all.sh --test` are what `.ci/run` calls.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
+import yaml
+from disk import write_cifar10
 from PIL import Image
 
 import issl
-from issl import cli
-from issl.run import select
+from issl import cli, run
+from issl.errors import IsslError
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINES = [line for raw in BASH.splitlines() if (line := raw.split("#")[0].strip())]
-COMMANDS = [shlex.split(line) for line in LINES]
 
 
-def arguments(command: list[str]) -> list[str] | None:
-    """What follows `issl` in a command line; None for another program's."""
-    words = [w for w in command if not re.fullmatch(r"[A-Z_]+=\S+", w)]
-    if words[0].endswith("issl"):
-        return words[1:]
-    if words[:1] == ["torchrun"]:
-        return words[words.index("issl") + 1 :]
-    if words[0] == "./run_all.sh" and "--test" not in words:
-        return ["run", *words[1:]]
-    return None
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_every_command_is_known() -> None:
-    """Its options exist and its values are of the right kind; what else is shown is our own script."""
-    seen = set()
-    for command in COMMANDS:
-        given = arguments(command)
-        if given is None:
-            assert command[:2] == ["./run_all.sh", "--test"], command
-            continue
-        options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
-        seen.add(options.command)
-    assert seen >= {"run", "compute", "pretrain", "influence", "explain", "download"}
-    for word in re.findall(r"--only (\d+)", README):
-        assert select(word)
+LINES = [line for raw in "\n".join(blocks("bash")).splitlines() if (line := raw.split("#")[0].strip())]
+SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
+    "run": ["--only", "01"],
+    "compute": ["--only", "00"],
+    "pretrain": ["--epochs", "1", "--width", "1", "--images", "12", "--batch-size", "4", "--recipe", "short"],
+    "influence": ["--images", "8", "--rank", "2"],
+    "explain": [],
+    "doctor": [],
+}
+LEAVES = {"run": "figures/mini/01_seed_correlation.png", "compute": "artifacts/pretrain", "explain": "explain.png"}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's reader has: data, photos, weights, an encoder of ours."""
+    folder = tmp_path_factory.mktemp("desk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_cifar10(folder / "DIR", 32, 20)
+        rng = np.random.default_rng(0)
+        Path("photos").mkdir()
+        for k in range(12):
+            Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(f"photos/{k}.jpg")
+        Image.fromarray(rng.integers(0, 255, (60, 50, 3), dtype=np.uint8)).save("photo.png")
+        model = torchvision.models.resnet18().train()
+        with torch.no_grad():
+            model(torch.rand(4, 3, 64, 64))  # BatchNorm has seen images
+        torch.save(model.state_dict(), "weights.pt")
+        told = ["--width", "1", "--epochs", "1", "--batch-size", "16", "--recipe", "short", "--out", "mine.safetensors"]
+        assert cli.main(["pretrain", "--data", "cifar10", "--data-root", "DIR", *told]) == 0
+        Path("artifacts/pretrain/KEY").mkdir(parents=True)
+        shutil.copy("mine.safetensors", "artifacts/pretrain/KEY/encoder.safetensors")
+    return folder
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README's reader has: photos, weights, an encoder of ours."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    Path("photos").mkdir()
-    for k in range(12):
-        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(f"photos/{k}.jpg")
-    Image.fromarray(rng.integers(0, 255, (60, 50, 3), dtype=np.uint8)).save("photo.png")
-    from torchvision.models import resnet18
-
-    model = resnet18(width_per_group=64).train()
-    with torch.no_grad():
-        model(torch.rand(4, 3, 64, 64))  # BatchNorm has seen images
-    torch.save(model.state_dict(), "weights.pt")
-    told = ["pretrain", "--data", "scenes", "--n", "32", "--width", "1", "--epochs", "1", "--batch-size", "16"]
-    assert cli.main([*told, "--recipe", "short", "--out", "mine.safetensors"]) == 0
-    return tmp_path
+def small(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the desk, with profiles that take seconds."""
+    monkeypatch.chdir(desk)
+    shutil.copy("artifacts/pretrain/KEY/encoder.safetensors", "mine.safetensors")  # a command may have left another
+    monkeypatch.setenv("ISSL_DATA", str(desk / "DIR"))
+    common = {
+        "dataset": "cifar10", "n": 32, "n_test": 20, "width": 1, "epochs": 1, "batch_size": 16, "duplicates": 0,
+        "atypical": 0,
+    }  # fmt: skip
+    seeds = {"methods": ["simclr"], "rank": 2}
+    profile = tmp_path / "tiny.yaml"
+    profile.write_text(yaml.safe_dump({"common": common, "00_method": {"images": 16}, "01_seed_correlation": seeds}))
+    monkeypatch.setattr(run, "profiles", lambda: dict.fromkeys(("quick", "mini", "paper"), profile))
 
 
-def shown(program: str, *words: str) -> list[str]:
-    """The arguments of the one command of the README that has all these words."""
-    alone = [c for c in COMMANDS if c[0] != "torchrun"]
-    found = [a for c in alone if (a := arguments(c)) is not None and a[0] == program and set(words) <= set(c)]
-    assert len(found) == 1, (program, words, found)
-    return found[0]
+def weights_for(encoder: str, folder: Path) -> list[str]:
+    """--weights, for an encoder by name, whose own would come over the network."""
+    if ":" not in encoder:
+        return []
+    source, name = encoder.split(":")
+    torch.manual_seed(0)
+    if source == "timm":
+        model = pytest.importorskip("timm").create_model(name, pretrained=False)
+    else:
+        model = getattr(torchvision.models, name)().train()
+        with torch.no_grad():
+            model(torch.rand(4, 3, 64, 64))
+    torch.save(model.state_dict(), folder / f"{name}.pt")
+    return ["--weights", str(folder / f"{name}.pt")]
 
 
-def test_scores_of_ones_own_photos(desk: Path) -> None:
-    given = shown("influence", "folder:photos", "weights.pt")
-    assert cli.main([*given, "--size", "32"]) == 0
-    scores = pd.read_parquet("scores.parquet")
-    assert len(scores) == 12 and "path" in scores and (scores["influence"] > 0).all()
+@pytest.mark.parametrize("line", LINES)
+def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repository: Path, tmp_path: Path) -> None:
+    words = [w for w in shlex.split(line) if not re.fullmatch(r"ISSL_DATA=\S+", w)]
+    if words[0] == "./run_all.sh" and words[1:] in ([], ["--test"]):
+        assert re.search(rf"^{re.escape(line)}( |$)", (repository / ".ci/run").read_text(), re.MULTILINE)
+        return
+    if words[0] in ("git", "cd", "source"):
+        pytest.skip("the shell's own; a clean checkout is what CI begins with")
+    if words[:2] == ["jupyter", "lab"]:
+        serves_lab(words[2:], repository)
+        return
+    several = words[0] == "torchrun"
+    if several:
+        words = words[words.index("-m") + 1 :]
+    given = ["run", *words[1:]] if words[0] == "./run_all.sh" else words[1:]
+    assert words[0].split("/")[-1] in ("issl", "run_all.sh"), f"who runs {line}?"
+    if given[0] == "download":
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(IsslError, match="no route to host"):
+            patch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+            options = cli.parser("download").parse_args(given)
+            issl.datasets.download(options.name, options.data_root)
+        return
+    options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
+    given += SMALL[given[0]]
+    if given[0] == "influence":
+        given += weights_for(options.encoder, tmp_path)
+    if several:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "issl", *given],
+            check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(repository)},
+        )  # fmt: skip
+        assert done.returncode == 0 and "on 2 processes" in done.stdout, done.stderr
+    elif "slurm" in given and shutil.which("sbatch") is None:
+        assert cli.main([*given, "--out", str(desk)]) == 2  # with a Slurm: tests/test_compute.py
+        return
+    else:
+        assert cli.main([*given, *(["--out", str(desk)] if given[0] in ("run", "compute") else [])]) == 0
+    left = Path(getattr(options, "out", None) or LEAVES[given[0]])
+    assert left.exists(), left
 
 
-def test_an_encoder_of_ones_own_photos(desk: Path) -> None:
-    given = shown("pretrain", "folder:photos")
-    given[given.index("--epochs") + 1] = "1"
-    given[given.index("--batch-size") + 1] = "4"
-    assert cli.main(given) == 0 and Path("mine.csv").is_file() and Path("mine.png").is_file()
+def no_network(*_: object, **__: object) -> None:
+    raise OSError("no route to host")
 
 
-def test_where_did_it_learn_that(desk: Path) -> None:
-    given = shown("explain", "test:17")
-    given[given.index("cifar10")] = "scenes"
-    assert cli.main(given) == 0 and Path("why.png").is_file() and Path("why.csv").is_file()
-    given = shown("explain", "photo.png", "--fit")
-    given[given.index("cifar10")] = "scenes"
-    given[given.index("--encoder") + 1] = "mine.safetensors"
-    assert cli.main(given) == 0 and Path("explain.png").is_file()
+def serves_lab(arguments: list[str], repository: Path) -> None:
+    """JupyterLab starts, and has the notebook and a kernel for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-m", "jupyterlab", *arguments, "--no-browser", "--port", str(port), "--allow-root"]
+    address = f"http://127.0.0.1:{port}/api"
+
+    def asked(what: str, seconds: float = 60) -> dict:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return json.load(urllib.request.urlopen(f"{address}/{what}?token=t"))
+            except urllib.error.URLError:  # not yet there
+                if time.monotonic() > end or server.poll() is not None:
+                    raise
+                time.sleep(0.2)
+
+    program += ["--ServerApp.token=t"]
+    with subprocess.Popen(program, cwd=repository, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert "python3" in asked("kernelspecs")["kernelspecs"]
+            for path in (a for a in arguments if a.endswith(".ipynb")):
+                assert asked(f"contents/{Path(path).name}")["type"] == "notebook"
+        finally:
+            server.terminate()
 
 
-def test_the_code_runs(desk: Path) -> None:
-    assert len(PYTHON) == 2
-    own, perturbed = PYTHON
+# --- blocks of code ---
+
+
+def test_the_code_runs(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own code, and a perturbation of one's own."""
+    own, perturbed = (text for text in blocks("python") if "self_influence" in text)
     own = own.replace("encoder = ...", 'encoder = issl.load_encoder("mine.safetensors")  #').replace("/path/to/", "")
     for text in (own.replace("size=64", "size=32"), perturbed):
         names: dict = {}
@@ -116,6 +196,101 @@ def test_the_code_runs(desk: Path) -> None:
     assert int(changed.max()) <= 64 and int(changed.min()) > 32
 
 
+@pytest.fixture
+def checkout(repository: Path, tmp_path: Path) -> Path:
+    """A copy of what the README's changes are made to."""
+    folder = tmp_path / "checkout"
+    for name in ("issl", "notebooks"):
+        shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def apply(diff: str, checkout: Path) -> None:
+    assert sum(line.startswith("+") for line in diff.splitlines()) <= 20, "more than a reader takes in at a glance"
+    options = ["--unidiff-zero", "--verbose"]  # a hunk may have context on one side alone
+    done = subprocess.run(
+        ["git", "apply", *options], input=diff, text=True, cwd=checkout, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def in_checkout(checkout: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, cwd=checkout, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_adding_a_notebook(checkout: Path) -> None:
+    (diff,) = (d for d in blocks("diff") if "beyond.py" in d)
+    (code,) = (c for c in blocks("python") if "Brightness.of" in c)
+    assert len(code.splitlines()) <= 20
+    apply(diff, checkout)
+    model = json.loads((checkout / "notebooks/13_explained.ipynb").read_text())
+    texts = [c for c in model["cells"] if c["cell_type"] == "markdown"]
+    (parameters,) = (c for c in model["cells"] if "parameters" in c["metadata"].get("tags", []))
+    ask = "from issl.beyond import Brightness as B; print('\\n'.join(B.model_fields))"
+    fields = in_checkout(checkout, "-c", ask).split()
+    kept = [line for line in "".join(parameters["source"]).splitlines(keepends=True) if line.split(" = ")[0] in fields]
+    assert len(kept) == len(fields)
+    parameters["source"] = kept
+    cell = {"cell_type": "code", "execution_count": None, "id": "one", "metadata": {}, "outputs": [], "source": code}
+    model["cells"] = [texts[0], parameters, cell]
+    (checkout / "notebooks/16_brightness.ipynb").write_text(json.dumps(model))
+    (checkout / "notebooks/profiles/quick.yaml").write_text("common: {n: 48, width: 1, epochs: 1, batch_size: 16}")
+    said = in_checkout(checkout, "-m", "issl", "run", "--only", "16", "--out", str(checkout))
+    assert "1 of 1 notebooks ended well" in said
+    record = json.loads((checkout / "results/quick/claim_bright_images.json").read_text())
+    assert record["verdict"] in ("reproduced", "not reproduced")
+    assert (checkout / "figures/quick/16_brightness.png").is_file()
+    assert "Bright images have high influence" in (checkout / "results/quick/index.html").read_text()
+
+
+def test_adding_a_method(checkout: Path) -> None:
+    (diff,) = (d for d in blocks("diff") if "objectives.py" in d)
+    apply(diff, checkout)
+    common = ["--data", "scenes", "--n", "32", "--width", "1", "--epochs", "2", "--batch-size", "16"]
+    encoder = str(checkout / "e.safetensors")
+    in_checkout(
+        checkout, "-m", "issl", "pretrain", *common, "--method", "vicreg", "--recipe", "short", "--out", encoder
+    )
+    losses = pd.read_csv(checkout / "e.csv")["loss"]
+    assert np.isfinite(losses).all()
+    scored = ["--data", "scenes", "--n", "32", "--encoder", encoder, "--out", str(checkout / "s.csv")]
+    in_checkout(checkout, "-m", "issl", "influence", *scored)
+    assert len(pd.read_csv(checkout / "s.csv")) == 32
+    # the objective is another implementation's
+    from lightly.loss import VICRegLoss
+
+    names: dict = {}
+    source = (checkout / "issl/objectives.py").read_text()
+    exec(compile(source, "objectives.py", "exec"), names)
+    za, zb = torch.randn(2, 24, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.testing.assert_close(names["vicreg"](za, zb), VICRegLoss()(za, zb), rtol=1e-5, atol=0)
+    said = subprocess.run(
+        [sys.executable, "-m", "issl", "pretrain", *common, "--method", "vicreg", "--out", encoder],
+        env=os.environ | {"PYTHONPATH": str(checkout)}, check=False, capture_output=True, text=True,
+        cwd=checkout,
+    )  # fmt: skip
+    assert said.returncode == 2 and "method 'vicreg' has no published recipe" in said.stderr
+
+
+def test_every_command_in_passing_is_known() -> None:
+    """What the text names inline: `issl doctor`, say."""
+    for inline in re.findall(r"`((?:\./run_all\.sh|(?:\.venv/bin/)?issl) [^`]+)`", README):
+        words = shlex.split(inline.replace(" …", ""))
+        given = ["run", *words[1:]] if words[0] == "./run_all.sh" else words[1:]
+        if "--test" in given or "--help" in given:
+            continue
+        known = {a for k in ("run", "pretrain", "influence", "explain") for a in cli.parser(k)._option_string_actions}
+        commands = cli.parser(given[0])._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+        known |= set(commands[given[0]]._option_string_actions)
+        assert all(w.split("=")[0] in known for w in given if w.startswith("--")), inline
+
+
 def test_what_it_links_to_is_there(repository: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (repository / link).exists(), link
+    for word in re.findall(r"--only (\d+)", README):
+        assert word == "16" or run.select(word)  # 16 is the README's own example
