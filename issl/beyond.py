@@ -69,6 +69,8 @@ class Validation(Retrained):
 
     notebook: ClassVar[str] = "10_validation"
 
+    n: int = Field(256, ge=16)  # many small trainings
+    width: int = Field(4, ge=1)
     images: int = Field(6, ge=4)  # left out one at a time, spread evenly over the ranks of the score
     subsets: int = Field(12, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
@@ -127,6 +129,7 @@ class Continual(Scored):
 
     notebook: ClassVar[str] = "12_continual"
 
+    width: int = Field(4, ge=1)
     tasks: tuple[Literal["classes", "style"], ...] = ("classes", "style")
     classes: int = Field(5, ge=1)  # so many are the first task, the others the second
     drawn: int = Field(256, ge=32)  # scenes of each style
@@ -239,6 +242,8 @@ class Taught(Retrained):
 
     notebook: ClassVar[str] = "15_taught"
 
+    n: int = Field(256, ge=16)  # many small trainings
+    width: int = Field(4, ge=1)
     asked: int = Field(4, ge=2)  # the first so many queries are retrained for
     share: float = Field(0.1, gt=0, lt=1)  # of the training images, removed for a query
     drawn: int = Field(4, ge=2)  # removals at random

@@ -223,6 +223,7 @@ def _torchvision(name: str, weights: str | None, mean: Triple, std: Triple) -> O
 def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None) -> Opened:
     try:
         import timm
+        from timm.data.config import resolve_model_data_config
     except ImportError as error:
         raise IsslError(f"timm:{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
@@ -232,7 +233,7 @@ def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | Non
         known = model.state_dict().keys()
         state = _weights(weights)
         _load(model, {k: v for k, v in state.items() if k in known or not k.startswith(("head.", "fc."))}, weights)
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     normalize = Normalize(mean or tuple(config["mean"]), std or tuple(config["std"]))
     return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], f"timm {name} without head", "1.")
 

@@ -121,26 +121,38 @@ class Duplicates(Scored):
         return self.per_method(self.methods)
 
 
+GROUPS: dict[str, tuple[tuple[str, ...], str]] = {  # by data set: attributes, and the largest group of the first
+    "scenes": (("group", "background"), "warm"),
+    "fairface": (("race", "gender", "age"), "White"),
+}
+
+
 class Fairness(Scored):
     """05_fairness: does influence differ between groups of people, and rise in a group that is thinned?"""
 
     notebook: ClassVar[str] = "05_fairness"
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
-    attributes: tuple[str, ...] = ("group", "background")
-    thinned: str = "warm"  # the group (of the first attribute) that is thinned
+    attributes: tuple[str, ...] | None = Field(None, min_length=1)  # what makes groups; None: what the data set has
+    thinned: str | None = None  # the group (of the first attribute) that is thinned; None: the data set's largest
     keep: float = Field(0.1, gt=0, lt=1)
     seeds: int = Field(1, ge=1)
+
+    def groups(self) -> tuple[tuple[str, ...], str]:
+        """The attributes and the group that is thinned: those given, else the data set's."""
+        attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
+        return self.attributes or attributes, self.thinned or thinned
 
     def stages(self) -> dict[str, Stage]:
         """METHOD/encoder, influence, features; METHOD/thinned S and METHOD/random S: scores of all images after a
         training without most of the group, and without as many images at random."""
         found = self.per_method(self.methods)
+        attributes, thinned = self.groups()
         for method in self.methods:
             for seed in range(self.seeds):
                 for name, at_random in (("thinned", False), ("random", True)):
                     thin = Thin(
-                        data=self.data(), attribute=self.attributes[0], value=self.thinned, keep=self.keep,
+                        data=self.data(), attribute=attributes[0], value=thinned, keep=self.keep,
                         at_random=at_random, seed=seed,
                     )  # fmt: skip
                     encoder = self.pretrain(method, self.seed + seed, thin)

@@ -101,4 +101,4 @@ def recipe(method: str, variant: str = "published") -> Recipe:
     table = RECIPES[variant]  # type: ignore[index]
     if method not in table:
         raise IsslError(f"method {method!r} has no {variant} recipe; there are {', '.join(table)}")
-    return table[method]  # type: ignore[index]
+    return table[method]

@@ -45,9 +45,12 @@ SchedulerParameters=sched_interval=5,batch_sched_delay=0
 ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores State=UNKNOWN
-PartitionName=here Nodes=$host Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores Gres=gpu:1 State=UNKNOWN
+PartitionName=gpu Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
+    # a device that every machine has stands for the GPU: jobs ask for one, and do not use it
+    echo "Name=gpu File=/dev/null" >"$folder/gres.conf"
     export SLURM_CONF="$conf"
     slurmctld -f "$conf"
     slurmd -f "$conf"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -167,3 +169,25 @@ def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm,
     assert max(a, c) < min(b, d), f"one after the other: {times}"
     assert run.run("tiny", only="00,07", out=out) == 0
     assert "2 of 2 notebooks ended well" in (printed := capsys.readouterr().out) and "stages: 0 computed" in printed
+
+
+@pytest.mark.slow
+def test_the_readmes_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path) -> None:
+    """As it stands, GPU and all, on a profile that takes seconds."""
+    (line,) = re.findall(r"^issl compute .*--cluster slurm.*$", (repository / "README.md").read_text(), re.MULTILINE)
+    monkeypatch.setattr(run, "profiles", lambda: {"paper": tiny})
+    given = [*shlex.split(line)[1:], "cpus_per_task=1"]
+    assert cli.main([*given, "--only", "00", "--out", str(tmp_path)]) == 0
+    made = json.loads(next((tmp_path / "artifacts" / "pretrain").glob("*/manifest.json")).read_text())
+    assert made["made_with"]
+
+
+def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the images of the report."""
+    change(tiny)
+    plans = yaml.safe_load(tiny.read_text()) | {"report": {"methods": ["simclr"], "shown": 32, "rank": 2}}
+    tiny.write_text(yaml.safe_dump(plans))
+    monkeypatch.setattr("issl.compute.select", lambda only: ["00_method"])
+    assert compute("tiny", out=tmp_path, say=lambda _: None) == 0
+    plan = read_profile("tiny", ["report"], out=str(tmp_path))["report"]
+    assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages().values())

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import torchvision
 import yaml
@@ -97,7 +98,7 @@ def weights_for(encoder: str, folder: Path) -> list[str]:
     source, name = encoder.split(":")
     torch.manual_seed(0)
     if source == "timm":
-        model = pytest.importorskip("timm").create_model(name, pretrained=False)
+        model = timm.create_model(name, pretrained=False)
     else:
         model = getattr(torchvision.models, name)().train()
         with torch.no_grad():
@@ -130,6 +131,9 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
     given += SMALL[given[0]]
+    left = Path(options.out or LEAVES[given[0]])
+    if left.is_file():
+        left.unlink()  # another command's
     if given[0] == "influence":
         given += weights_for(options.encoder, tmp_path)
     if several:
@@ -143,7 +147,6 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
         return
     else:
         assert cli.main([*given, *(["--out", str(desk)] if given[0] in ("run", "compute") else [])]) == 0
-    left = Path(getattr(options, "out", None) or LEAVES[given[0]])
     assert left.exists(), left
 
 
