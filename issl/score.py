@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
@@ -16,11 +17,14 @@ from issl.config import explain
 from issl.files import atomic, writable
 from issl.foreign import add_encoder_arguments, open_encoder
 from issl.gradients import scored_layers
+from issl.images import Images
 from issl.influence import self_influence
 from issl.perturbation import GaussianNoise
 from issl.plan import pick_device
 from issl.settings import Curvature
 from issl.shards import from_torchrun
+
+SHOWN, LEAST = 16, 10  # images in a gallery; fewer than that have no correlation worth a number
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -28,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
     add_encoder_arguments(command)
-    add("--out", required=True, type=Path, metavar="FILE", help="scores, .parquet or .csv")
+    add("--out", required=True, type=Path, metavar="FILE", help="scores, .parquet or .csv; beside it a picture, .png")
     add("--split", default="train", help="train (default) or test")
     add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
     add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
@@ -88,7 +92,8 @@ def score(options: argparse.Namespace) -> int:
         )  # fmt: skip
         if first:
             _write(out, scores, images.attributes)
-            print(f"{out}: {len(scores)} scores in {time.monotonic() - began:.0f} s", flush=True)
+            _draw(out.with_suffix(".png"), scores, images, f"{Path(options.encoder).name}, {options.curvature}")
+            print(f"{out} (.png): {len(scores)} scores in {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
@@ -104,6 +109,41 @@ def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
     if out.suffix == ".csv":
         with atomic(out.with_suffix(".json")) as part:
             part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+
+
+def _draw(out: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
+    """The images of the highest and of the lowest influence, and influence against the plain stability loss."""
+    import matplotlib as mpl
+
+    mpl.use("agg")  # a terminal has no screen
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    from issl import audit, figure
+
+    figure.style()
+    influence, loss = scores["influence"].to_numpy(), scores["stability_loss"].to_numpy()
+    order, k = influence.argsort(kind="stable")[::-1], min(SHOWN, (len(images) + 1) // 2)
+    fig = plt.figure(figsize=(figure.PAGE, 3.4))
+    left, right = fig.subfigures(1, 2, width_ratios=[1.9, 1])  # type: ignore[misc]
+    for ax, rows, name in zip(left.subplots(2, 1), (order[:k], order[::-1][:k]), ("highest", "lowest"), strict=True):
+        ends = [np.format_float_positional(influence[i], 3, fractional=False, trim="-") for i in (rows[0], rows[-1])]
+        figure.gallery(ax, images.subset(rows.tolist()), f"{name} influence: {' to '.join(ends)}")
+    ax = right.subplots()
+    ax.scatter(loss, influence, s=4, lw=0, alpha=0.6)
+    ax.set(xlabel="stability loss (0 to 2)", ylabel="influence (no unit)")
+    if loss.min() > 0 and influence.min() > 0:  # influence grows like a power of the loss
+        ax.set(xscale="log", yscale="log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    rho = f": Spearman's ρ {audit.correlation(loss, influence, 'spearman')}" if len(images) >= LEAST else ""
+    ax.set_title(f"one point an image{rho}", loc="left", fontsize=7)
+    fig.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
+    with atomic(out) as part:
+        fig.savefig(part, format="png")
+    plt.close(fig)
 
 
 def _rank(text: str) -> int | float:

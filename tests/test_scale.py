@@ -217,13 +217,15 @@ def test_scores_of_ones_own_images(photos: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "new" / "scores.parquet"
     assert cli.main([*arguments, str(out)]) == 0
     assert "10 images" in capsys.readouterr().out
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.width > 1000
     table = pd.read_parquet(out)
     want = self_influence(issl.load_encoder(encoder), issl.load(f"folder:{photos}"), curvature=LoGra(2))
     np.testing.assert_allclose(table["influence"], want["influence"])
     assert table["path"][0] == "a/0.jpg" and table["label_name"].tolist() == list("aaaaabbbbb")
     assert table.attrs["curvature"] == repr(LoGra(2)) and len(table.attrs["damping"]) == 20
     assert cli.main([*arguments, str(tmp_path / "s.csv"), "--n", "4", "--draws", "2", "--curvature", "ekfac"]) == 0
-    assert len(pd.read_csv(tmp_path / "s.csv")["standard_error"]) == 4
+    assert len(pd.read_csv(tmp_path / "s.csv")["standard_error"]) == 4 and (tmp_path / "s.png").is_file()
     assert json.loads((tmp_path / "s.json").read_text())["draws"] == 2
 
 
