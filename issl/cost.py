@@ -23,6 +23,7 @@ from issl.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pret
 
 OVERHEAD = 0.05  # s a stage: loading, writing, checksums
 NOTEBOOK = 4.0  # s a notebook, of which two run at once
+AFTER = 10.0  # s for the notebook that waits for all others, and the report
 
 
 def seconds(stage: Stage) -> float:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from issl.artifacts import Artifacts, Stage
-from issl.cost import NOTEBOOK, missing, seconds
+from issl.cost import AFTER, NOTEBOOK, missing, seconds
 from issl.plan import Plan
 
 
@@ -30,6 +30,7 @@ class Overview:
         self.artifacts, self.began = artifacts, time.monotonic()
         self.cost = {stage.label: seconds(stage) for stage in missing([*plans, *more], artifacts)}
         self.notebooks, self.notebooks_done = len(plans), 0
+        self.after = AFTER if any(plan.last for plan in plans) else 0.0
         self._progress: Progress | None = None
 
     @property
@@ -38,7 +39,7 @@ class Overview:
         return sum(label in self.cost for label in self.artifacts.computed)
 
     def _whole(self) -> float:
-        return sum(self.cost.values()) + NOTEBOOK * self.notebooks
+        return sum(self.cost.values()) + NOTEBOOK * self.notebooks + self.after
 
     def _made(self) -> float:
         return sum(self.cost.get(label, 0.0) for label in self.artifacts.computed) + NOTEBOOK * self.notebooks_done
@@ -47,7 +48,7 @@ class Overview:
         """Seconds left: by what the model says of the rest, times what the part that is done took against the model."""
         made, whole, elapsed = self._made(), self._whole(), time.monotonic() - self.began
         # a little of the model's own opinion, so that the first stage does not decide
-        belief = 0.1 * whole
+        belief = 0.2 * whole
         return max(0.0, whole - made) * (elapsed + belief) / (made + belief)
 
     def told(self) -> str:
@@ -93,9 +94,11 @@ class Overview:
 
 
 def in_words(duration: float) -> str:
-    """40 s, 12 min, 3.5 h, 2 days."""
+    """40 s, 2.5 min, 12 min, 3.5 h, 2 days."""
     if duration < 90:
         return f"{max(1, round(duration))} s"
+    if duration < 570:
+        return f"{round(duration / 30) / 2:g} min"
     if duration < 5400:
         return f"{round(duration / 60)} min"
     hours = duration / 3600
