@@ -75,6 +75,15 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(out / f"figures/tiny/{name}.csv")
 
 
+def test_an_audit_of_nothing_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    profile = tmp_path / "tiny.yaml"
+    profile.write_text(yaml.safe_dump(TINY))
+    monkeypatch.setattr(run, "profiles", lambda: {"tiny": profile})
+    assert run.run("tiny", only="11", out=tmp_path) == 1
+    assert "IsslError: no claim of the tiny profile is recorded in" in (said := capsys.readouterr().out)
+    assert "./run_all.sh --profile tiny" in said
+
+
 def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
     for name in PLANS:
         assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} >= {".png", ".pdf", ".csv", ".json"}

@@ -95,7 +95,8 @@ def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 s"), (80, "80 s"), (150, "2.5 min"), (600, "10 min"), (9000, "2.5 h"), (3e5, "3 days")]
+    ("seconds", "words"),
+    [(0.2, "1 s"), (80, "80 s"), (150, "2.5 min"), (600, "10 min"), (9000, "2.5 h"), (3e5, "3 days")],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert in_words(float(seconds)) == words
