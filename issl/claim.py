@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -94,9 +95,12 @@ def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, An
 
 def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
     """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware, time."""
+    # the machine's cores, not the threads of the notebook that writes this: what each stage used stands in its manifest
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    hardware = device_name(device) if device.type == "cuda" else cpu
     return {
         "profile": profile, "parameters": parameters, "artifacts": artifacts, "commit": commit(),
-        "hardware": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
+        "hardware": hardware, "torch": torch.__version__, "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 

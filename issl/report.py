@@ -26,6 +26,7 @@ from issl import verdicts
 from issl.artifacts import MANIFEST, Artifacts
 from issl.beyond import Explorer
 from issl.claim import UNTESTED
+from issl.cost import every
 from issl.errors import IsslError
 from issl.figure import NAMES
 from issl.files import atomic
@@ -78,7 +79,8 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     body = _render(
         _file("report_index.html"), profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=told,
         untested=UNTESTED in reached, counts=f"{len(records)} tests of {len(summary)} claims: {counts}",
-        cards=cards, explorer=about, good_for=good_for, provenance=_provenance(records), stages=_stages(plans),
+        cards=cards, explorer=about, good_for=good_for, provenance=_provenance(records),
+        stages=_stages(plans, artifacts),
     )  # fmt: skip
     parts = [("verdicts", "Verdicts"), ("notebooks", "Notebooks")]
     parts += [("images", "Images")] * bool(about) + [("provenance", "Provenance")]
@@ -263,17 +265,12 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [*found, ("measured", f"{times[0]} to {times[-1]}"), ("seeds", "; ".join(seeds))]
 
 
-def _stages(plans: dict[str, Plan]) -> list[dict[str, Any]]:
-    """How many stages of each kind there are, and what they took."""
+def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[dict[str, Any]]:
+    """How many stages of each kind there are, those that others read among them, and what they took."""
     rows: dict[str, dict[str, Any]] = {}
-    seen = set()
-    for plan in plans.values():
-        artifacts = plan.artifacts()
-        for stage in plan.stages().values():
-            manifest = artifacts.folder(stage) / MANIFEST
-            if stage.key in seen or not manifest.is_file():
-                continue
-            seen.add(stage.key)
+    for stage in every(stage for plan in plans.values() for stage in plan.stages().values()):
+        manifest = artifacts.folder(stage) / MANIFEST
+        if manifest.is_file():
             row = rows.setdefault(stage.name, {"name": stage.name, "count": 0, "seconds": 0.0})
             row["count"] += 1
             row["seconds"] += json.loads(manifest.read_text())["made_with"]["seconds"]
