@@ -7,15 +7,23 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from issl import __version__
 from issl.errors import IsslError, OutOfTime
 from issl.files import atomic
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"issl: error: {message}; see {self.prog} --help\n")
+
+
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """All commands; those that need the library to be known, only for the command that is asked for."""
-    top = argparse.ArgumentParser(prog="issl", description="Label-free influence for self-supervised learning.")
+    top = Parser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")

@@ -27,7 +27,7 @@ NEEDED_GB = 2.0  # of free memory, for the quick profile
 
 def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
     """Print what was found; exit code 1 where the quick profile could not run here."""
-    target, wrong = pick_device(device), []
+    target, wrong, lacking = pick_device(device), [], []
     folder, root = where(out, data_root)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_there(folder))
     print(f"issl        {__version__}, {Path(__file__).parent}")
@@ -54,11 +54,20 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
             count = datasets.count(name, "train", root)
             print(f"  {name:9} {'drawn, any number' if count is None else f'{count:,} training images'}")
         except IsslError as error:
-            print(f"  {name:9} not here: {str(error).splitlines()[0]}")
+            lacking.append(name)
+            if root and not str(error).startswith(f"data set {name!r} (train) is not under"):
+                print(f"  {name:9} cannot be read: {error}")
+            else:
+                print(f"  {name:9} not here")
+    if lacking:
+        print(
+            "            to get one: issl download NAME --data-root DIR (cifar10, cifar100, fairface); cifair10 is "
+            "cifar10 and cifair/duplicates_cifar10.csv (README, Real data)"
+        )
     factor = speed(target)
     print(f"speed       {1 / factor:.2f} × the machine that costs were measured on ({target})")
     for profile in profiles():
-        print(f"  {profile:9} {_cost(profile, folder, root, device, factor)}")
+        print(f"  {profile:9} {_cost(profile, folder, root, device, factor, lacking)}")
     for text in wrong:
         print(f"WRONG       {text}")
     print(
@@ -69,9 +78,12 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     return 1 if wrong else 0
 
 
-def _cost(profile: str, folder: Path, root: str | None, device: str, factor: float) -> str:
-    """How many stages are missing, and what they would take."""
+def _cost(profile: str, folder: Path, root: str | None, device: str, factor: float, lacking: list[str]) -> str:
+    """How many stages are missing, and what they would take; or which data sets it needs that are not here."""
     plans = read_profile(profile, list(PLANS), out=str(folder), data_root=root, device=device)
+    needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
+    if needs:
+        return f"needs {', '.join(needs)}"
     try:
         count = len(list(every(stage for plan in plans.values() for stage in plan.stages().values())))
         left = missing(plans.values(), next(iter(plans.values())).artifacts())

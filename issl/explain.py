@@ -78,7 +78,8 @@ def explain(options: argparse.Namespace) -> int:
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
     near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
     loss = float(stability_losses(opened.encoder, asked, noise, options.seed, options.draws, device)[0])
-    table = lists(images, scores.numpy(), near.double().numpy(), options.k)
+    own = images.index.numpy() == int(query.index[0]) if query.attributes["trained_on"][0] else None
+    table = lists(images, scores.numpy(), near.double().numpy(), options.k, own)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
     _draw(options.out, query, images, table, loss, f"{about}; LoGra of rank {options.rank}")
@@ -157,8 +158,9 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
         return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
     path = Path(options.image)
     if not path.is_file():
+        part = "train" if options.data.startswith("folder:") else "test"  # a folder has no test set
         raise IsslError(
-            f"image {options.image!r} does not exist; give an image file, or test:17 for one of {options.data}"
+            f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of {options.data}"
         )
     try:
         with Image.open(path) as file:
@@ -183,20 +185,29 @@ def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Image
 # --- the answer --------------------------------------------------------------------------------------------
 
 
-def lists(images: Images, influence: np.ndarray, similarity: np.ndarray, k: int) -> pd.DataFrame:
+def lists(
+    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
+) -> pd.DataFrame:
     """One row an image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
-    similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image."""
-    k = min(k, len(images))
-    by_influence, by_similarity = (pd.Series(-v).rank(method="first").astype(int) for v in (influence, similarity))
+    similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image.
+
+    leave_out   a mask: the query itself, where it is one of them; it comes last, in a list of its own (`itself`)
+    """
+    own = np.zeros(len(images), bool) if leave_out is None else leave_out
+    k = min(k, int((~own).sum()))
+    by_influence, by_similarity = (
+        pd.Series(np.where(own, np.nan, -v)).rank(method="first").astype("Int64") for v in (influence, similarity)
+    )
     known = images.attributes.assign(
         influence=influence, similarity=similarity, influence_rank=by_influence, similarity_rank=by_similarity,
         position=np.arange(len(images)),
     )  # fmt: skip
+    others = known[~own]
     parts = {
-        "taught": known.nsmallest(k, "influence_rank"), "opposed": known.nlargest(k, "influence_rank"),
-        "nearest": known.nsmallest(k, "similarity_rank"),
+        "taught": others.nsmallest(k, "influence_rank"), "opposed": others.nlargest(k, "influence_rank"),
+        "nearest": others.nsmallest(k, "similarity_rank"), "itself": known[own],
     }  # fmt: skip
-    table = pd.concat([p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items()])
+    table = pd.concat([p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)])
     front = ["list", "rank", "index", "influence", "similarity", "influence_rank", "similarity_rank"]
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
 
@@ -227,7 +238,8 @@ def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: f
     from issl import figure
 
     figure.style()
-    k, greatest = int(table["rank"].max()), float(table["influence"].abs().max()) or 1.0
+    others = table[table["list"] != "itself"]
+    k, greatest = int(others["rank"].max()), float(others["influence"].abs().max()) or 1.0
     fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))
     left, right = fig.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
     shown = left.subplots()
@@ -250,8 +262,8 @@ def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: f
         for side in ax.spines.values():
             side.set_visible(False)
     fig.suptitle(
-        f"Where did the encoder learn this? {in_common(table)}\n{about}\n±: influence in parts of the greatest; cos: "
-        "similarity of features; #: rank among all",
+        f"Where did the encoder learn this? {in_common(table)}\n{about}\n±: influence ÷ the greatest (negative: "
+        "a step that makes that image more stable makes this one less so); cos: similarity of features; #: rank of all",
         fontsize=7,
     )
     with atomic(out) as part:

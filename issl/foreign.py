@@ -7,6 +7,7 @@ mode: what `issl.self_influence` asks for. Files are read without executing anyt
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -80,8 +81,15 @@ def open_encoder(
             f"encoder {spec!r} is no file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
         )
     if path.suffix == ".safetensors" and "issl" in read_safetensors(path, "encoder")[0]:
-        return Opened(load_encoder(path), 32, "Influence-SSL")
+        return Opened(load_encoder(path), 32, _own(path))
     return resnet_from(read_state(path), str(path), mean or PIXEL_MEAN, std or PIXEL_STD)
+
+
+def _own(path: Path) -> str:
+    """What an encoder of ours says of itself."""
+    header = json.loads(read_safetensors(path, "encoder")[0]["issl"])
+    recipe = header.get("recipe") or header.get("config", {}).get("recipe") or {}
+    return f"{recipe.get('method', 'encoder')} of width {header['width']} ({path.name})"
 
 
 def read_state(path: Path) -> State:
@@ -89,6 +97,12 @@ def read_state(path: Path) -> State:
     if path.suffix == ".safetensors":
         return read_safetensors(path, "weights")[1]
     try:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins != b"PK" and begins[:1] != b"\x80":  # neither a zip archive nor a pickle
+            raise IsslError(
+                f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote (.pt, .pth, .ckpt)"
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise IsslError(

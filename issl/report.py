@@ -75,7 +75,11 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     names = {"reproduced": "Supported", "partly": "In part", "not reproduced": "Not supported"}
-    good_for = [(names[k], "; ".join(v)) for k, v in verdicts.good_for(records).items() if v]
+    good_for = [
+        (names[k], "; ".join(v))
+        for k, v in verdicts.good_for([r for r in records if r["verdict"] != UNTESTED]).items()
+        if v
+    ]
     body = _render(
         _file("report_index.html"), profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=told,
         untested=UNTESTED in reached, counts=f"{len(records)} tests of {len(summary)} claims: {counts}",
@@ -159,7 +163,7 @@ def notebook_body(notebook: Any) -> tuple[str, list[tuple[str, str]]]:
         elif cell.cell_type == "code":
             code = highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True, noclasses=False))
             shown = "".join(_output(o, strip_ansi) for o in cell.outputs)
-            listing = f'<pre tabindex="0"><code>{code}</code></pre>'
+            listing = f'<pre class="listing" tabindex="0"><code>{code}</code></pre>'
             tags = set(cell.metadata.get("tags", []))
             if tags & {"parameters", "injected-parameters"}:
                 what = "Parameters: defaults" if "parameters" in tags else "Parameters: this run's"
@@ -261,8 +265,8 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     fields = {"commit": "commit", "hardware": "hardware", "torch": "torch", "python": "python"}
     found = [(text, ", ".join(sorted({str(s[key]) for s in sources}))) for key, text in fields.items()]
     times = sorted(s["time"] for s in sources)
-    seeds = sorted({str(r["seeds"]) for r in records})
-    return [*found, ("measured", f"{times[0]} to {times[-1]}"), ("seeds", "; ".join(seeds))]
+    seeds = sorted({f"{s}" for r in records for s in r["seeds"]}, key=int)
+    return [*found, ("measured", f"{times[0]} to {times[-1]}"), ("seeds", ", ".join(seeds))]
 
 
 def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[dict[str, Any]]:
@@ -300,5 +304,6 @@ def _page(title: str, body: str, parts: Sequence[tuple[str, str]], home: str, sc
 
     return _render(
         _file("report.html"), title=title, body=Markup(body), parts=parts, home=home, css=Markup(_css()),
+        name="Influence-SSL" if home == "#main" else "← report",
         theme_js=Markup(_file("report_theme.js")), scripts=Markup(scripts),
     )  # fmt: skip

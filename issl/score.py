@@ -126,9 +126,18 @@ def _draw(out: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
     order, k = influence.argsort(kind="stable")[::-1], min(SHOWN, (len(images) + 1) // 2)
     fig = plt.figure(figsize=(figure.PAGE, 3.4))
     left, right = fig.subfigures(1, 2, width_ratios=[1.9, 1])  # type: ignore[misc]
-    for ax, rows, name in zip(left.subplots(2, 1), (order[:k], order[::-1][:k]), ("highest", "lowest"), strict=True):
+    known = images.attributes["path"] if "path" in images.attributes else images.attributes["index"].astype(str)
+    for part, rows, name in zip(
+        left.subfigures(2, 1), (order[:k], order[::-1][:k]), ("highest", "lowest"), strict=True
+    ):
         ends = [np.format_float_positional(influence[i], 3, fractional=False, trim="-") for i in (rows[0], rows[-1])]
-        figure.gallery(ax, images.subset(rows.tolist()), f"{name} influence: {' to '.join(ends)}")
+        part.suptitle(f"{name} influence: {' to '.join(ends)}", x=0.01, ha="left", fontsize=8)
+        for place, ax in enumerate(part.subplots(2, SHOWN // 2, squeeze=False).flat):
+            ax.set_axis_off()
+            if place < k:
+                ax.imshow(images.pixels[rows[place]].permute(1, 2, 0).numpy(), interpolation="nearest")
+                text = Path(known[rows[place]]).name
+                ax.set_title(text if len(text) < 13 else "…" + text[-11:], fontsize=5, pad=1.5)
     ax = right.subplots()
     ax.scatter(loss, influence, s=4, lw=0, alpha=0.6)
     ax.set(xlabel="stability loss (0 to 2)", ylabel="influence (no unit)")
@@ -138,8 +147,8 @@ def _draw(out: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
             axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
-    rho = f": Spearman's ρ {audit.correlation(loss, influence, 'spearman')}" if len(images) >= LEAST else ""
-    ax.set_title(f"one point an image{rho}", loc="left", fontsize=7)
+    rho = f"\nρ = {audit.correlation(loss, influence, 'spearman')} (of ranks)" if len(images) >= LEAST else ""
+    ax.set_title(f"against the stability loss, one point an image{rho}", loc="left", fontsize=7)
     fig.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
     with atomic(out) as part:
         fig.savefig(part, format="png")

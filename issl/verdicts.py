@@ -18,7 +18,7 @@ from issl.files import atomic
 
 Record = dict[str, Any]  # as issl.claim.record writes it
 KEPT = "claims.json"  # a profile's records, beside its figures
-MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "–"}
+MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "◌"}
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
 
 
@@ -84,10 +84,12 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
-    n, profile, data, verdict (a list; one where all agree)."""
+    n, profile, data, verdict (a list; one where all agree), failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
-    for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
+    all_records = list(records)
+    for (_, profile), part in table(all_records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
+        failed = [failures(all_records[i]) for i in part.index]
         methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
         numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
         plain = [f"{MARKS[str(r.verdict)]} {r.verdict} ({r.tests_held}/{r.tests})" for r in part.itertuples()]
@@ -98,9 +100,22 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
                 "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1],
+                "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
             }
         )  # fmt: skip
     return rows
+
+
+def failures(record: Record) -> str:
+    """The tests of a record that do not hold, in words: what was asked, and what was found."""
+    told = []
+    for test in record["tests"]:
+        if not test["holds"]:
+            e, side = estimate(record, test["metric"]), "above" if "above" in test else "below"
+            bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
+            found = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
+            told.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {found}")
+    return "; ".join(told)
 
 
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -160,7 +175,7 @@ def latex(records: Sequence[Record]) -> str:
 def _escaped(text: str) -> str:
     marks = {
         "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
-        "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "–": "--",
+        "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◌": r"$\cdot$", "–": "--",
     }  # fmt: skip
     for plain, escaped in marks.items():
         text = text.replace(plain, escaped)
