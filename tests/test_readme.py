@@ -68,10 +68,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             model(torch.rand(4, 3, 64, 64))  # BatchNorm has seen images
         torch.save(model.state_dict(), "weights.pt")
-        told = ["--width", "1", "--epochs", "1", "--batch-size", "16", "--recipe", "short", "--out", "mine.safetensors"]
-        assert cli.main(["pretrain", "--data", "cifar10", "--data-root", "DIR", *told]) == 0
-        Path("artifacts/pretrain/KEY").mkdir(parents=True)
-        shutil.copy("mine.safetensors", "artifacts/pretrain/KEY/encoder.safetensors")
+        Path("kept").mkdir()
+        for data, out in (("cifar10", "byol.safetensors"), ("folder:photos", "mine.safetensors")):
+            told = ["--data", data, "--data-root", "DIR", "--width", "1", "--epochs", "1", "--batch-size", "4"]
+            assert cli.main(["pretrain", *told, "--recipe", "short", "--out", f"kept/{out}"]) == 0
     return folder
 
 
@@ -79,7 +79,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the desk, with profiles that take seconds."""
     monkeypatch.chdir(desk)
-    shutil.copy("artifacts/pretrain/KEY/encoder.safetensors", "mine.safetensors")  # a command may have left another
+    for name in ("byol.safetensors", "mine.safetensors"):
+        shutil.copy(f"kept/{name}", name)  # a command may have left another
     monkeypatch.setenv("ISSL_DATA", str(desk / "DIR"))
     common = {
         "dataset": "cifar10", "n": 32, "n_test": 20, "width": 1, "epochs": 1, "batch_size": 16, "duplicates": 0,
@@ -126,6 +127,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
     if given[0] == "download":
         with pytest.MonkeyPatch.context() as patch, pytest.raises(IsslError, match="no route to host"):
             patch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+            patch.setattr("huggingface_hub.snapshot_download", no_network)
             options = cli.parser("download").parse_args(given)
             issl.datasets.download(options.name, options.data_root)
         return
