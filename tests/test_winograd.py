@@ -75,6 +75,17 @@ def test_leaves_other_convolutions_alone(conv):
     assert "forward" not in conv.__dict__
 
 
+def test_several_threads_take_the_usual_way():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert winograd.quicken(nn.Sequential(a_conv())) == []
+        torch.set_num_threads(1)
+        assert winograd.quicken(nn.Sequential(a_conv())) == ["0"]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_odd_sizes_and_autocast_take_the_usual_way():
     plain, quick = a_conv(), nn.Sequential(a_conv())
     winograd.quicken(quick)
