@@ -55,10 +55,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
             print(f"  {name:9} {'drawn, any number' if count is None else f'{count:,} training images'}")
         except IsslError as error:
             lacking.append(name)
-            if root and not str(error).startswith(f"data set {name!r} (train) is not under"):
-                print(f"  {name:9} cannot be read: {error}")
-            else:
-                print(f"  {name:9} not here")
+            print(f"  {name:9} not here" + (f": {str(error).split('. ')[0]}" if root else ""))
     if lacking:
         print(
             "            to get one: issl download NAME --data-root DIR (cifar10, cifar100, fairface); cifair10 is "

@@ -230,14 +230,11 @@ def _summary(table: pd.DataFrame) -> str:
 
 def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: float, about: str) -> None:
     """The query beside its three lists, each image with its influence (in parts of the greatest) and similarity."""
-    import matplotlib as mpl
-
-    mpl.use("agg")  # a terminal has no screen
     import matplotlib.pyplot as plt
 
     from issl import figure
 
-    figure.style()
+    figure.style(screen=False)
     others = table[table["list"] != "itself"]
     k, greatest = int(others["rank"].max()), float(others["influence"].abs().max()) or 1.0
     fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))

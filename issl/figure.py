@@ -27,8 +27,10 @@ NAMES = {"simclr": "SimCLR", "byol": "BYOL", "barlow_twins": "Barlow Twins", "su
 COLOURS = dict(zip(NAMES, sns.color_palette(PALETTE), strict=False))  # of each method, the same in every figure
 
 
-def style() -> None:
-    """Legible at column width, colour-blind safe, text in the PDF as text."""
+def style(screen: bool = True) -> None:
+    """Legible at column width, colour-blind safe, text in the PDF as text. screen: is there one? (A terminal: no.)"""
+    if not screen:
+        plt.switch_backend("agg")
     sns.set_theme(context="paper", style="ticks", palette=PALETTE)
     mpl.rcParams.update(
         {

@@ -113,15 +113,12 @@ def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
 
 def _draw(out: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
     """The images of the highest and of the lowest influence, and influence against the plain stability loss."""
-    import matplotlib as mpl
-
-    mpl.use("agg")  # a terminal has no screen
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     from issl import audit, figure
 
-    figure.style()
+    figure.style(screen=False)
     influence, loss = scores["influence"].to_numpy(), scores["stability_loss"].to_numpy()
     order, k = influence.argsort(kind="stable")[::-1], min(SHOWN, (len(images) + 1) // 2)
     fig = plt.figure(figsize=(figure.PAGE, 3.4))
@@ -136,7 +133,7 @@ def _draw(out: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
             ax.set_axis_off()
             if place < k:
                 ax.imshow(images.pixels[rows[place]].permute(1, 2, 0).numpy(), interpolation="nearest")
-                text = Path(known[rows[place]]).name
+                text = Path(known.iloc[rows[place]]).name
                 ax.set_title(text if len(text) < 13 else "…" + text[-11:], fontsize=5, pad=1.5)
     ax = right.subplots()
     ax.scatter(loss, influence, s=4, lw=0, alpha=0.6)

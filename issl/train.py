@@ -90,11 +90,8 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _draw(history: pd.DataFrame, title: str, out: Path) -> None:
-    import matplotlib as mpl
+    from issl import figure  # slow to import
 
-    mpl.use("agg")  # a terminal has no screen
-    from issl import figure
-
-    figure.style()
+    figure.style(screen=False)
     with atomic(out.with_suffix(".png")) as part:
         figure.training(history, title).savefig(part, format="png")

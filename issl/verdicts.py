@@ -86,10 +86,9 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
     n, profile, data, verdict (a list; one where all agree), failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
-    all_records = list(records)
-    for (_, profile), part in table(all_records).groupby(["name", "profile"], sort=False):
+    for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
-        failed = [failures(all_records[i]) for i in part.index]
+        failed = [failures(records[i]) for i in part.index]
         methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
         numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
         plain = [f"{MARKS[str(r.verdict)]} {r.verdict} ({r.tests_held}/{r.tests})" for r in part.itertuples()]
