@@ -187,7 +187,15 @@ def serves_lab(arguments: list[str], repository: Path) -> None:
 # --- blocks of code ---
 
 
-def test_the_code_runs(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_block_is_forgotten() -> None:
+    """What the tests below run is all there is, but for two that are no code: what a run prints, and the layout."""
+    languages = re.findall(r"^```(\w*)\n", README, re.MULTILINE)
+    opened = [language for language in languages if language]
+    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 3, "diff": 2}
+    assert set(opened) == {"bash", "python", "diff"} and README.count("```") == 2 * (len(opened) + 2)
+
+
+def test_the_code_runs(small: None) -> None:
     """One's own code, and a perturbation of one's own."""
     own, perturbed = (text for text in blocks("python") if "self_influence" in text)
     own = own.replace("encoder = ...", 'encoder = issl.load_encoder("mine.safetensors")  #').replace("/path/to/", "")
