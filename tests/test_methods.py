@@ -174,3 +174,12 @@ def test_bad_names() -> None:
         recipe("byol", "fast")
     with pytest.raises(issl.IsslError, match="precision 'fp8': choose auto"):
         computes_bf16(torch.device("cpu"), "fp8")
+
+
+def test_a_method_may_have_one_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(RECIPES["published"], "byol")
+    with pytest.raises(
+        issl.IsslError, match="'byol' has no published recipe; there are simclr, barlow_twins, supervised"
+    ):
+        recipe("byol")
+    assert recipe("byol", "short").method == "byol"
