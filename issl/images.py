@@ -61,6 +61,14 @@ class Images:
         """The identity of each image, as a tensor."""
         return torch.from_numpy(self.attributes["index"].to_numpy(dtype=np.int64).copy())
 
+    def require(self, attributes: Sequence[str]) -> pd.DataFrame:
+        """These attributes of the images, or an IsslError that names those there are."""
+        missing = [a for a in attributes if a not in self.attributes]
+        if missing:
+            known = ", ".join(self.attributes.columns)
+            raise IsslError(f"{self.name} has no attribute {missing[0]!r}; choose among {known}, or another data set")
+        return self.attributes[list(attributes)]
+
     def require_labels(self) -> Int64[Tensor, " n"]:
         """The labels, or an IsslError where the set has none."""
         if self.labels is None:

@@ -151,16 +151,14 @@ class Thin(Stage):
     seed: int = Field(0, ge=0)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        attributes = self.data.load().attributes
-        if self.attribute not in attributes:
-            raise IsslError(f"{self.data.name} has no attribute {self.attribute!r}; it has {list(attributes.columns)}")
-        members = np.flatnonzero(attributes[self.attribute].astype(str) == self.value)
+        groups = self.data.load().require([self.attribute])[self.attribute].astype(str)
+        members = np.flatnonzero(groups == self.value)
         if not len(members):
-            there = ", ".join(sorted(attributes[self.attribute].astype(str).unique()))
+            there = ", ".join(sorted(groups.unique()))
             raise IsslError(f"{self.data.name}: no image has {self.attribute}={self.value!r}; there are {there}")
         rng = np.random.default_rng(self.seed)
         count = len(members) - round(self.keep * len(members))
-        _write_positions(folder, rng.permutation(len(attributes) if self.at_random else members)[:count])
+        _write_positions(folder, rng.permutation(len(groups) if self.at_random else members)[:count])
 
 
 class Pick(Stage):
