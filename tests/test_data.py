@@ -93,7 +93,7 @@ def test_subset_keeps_identity() -> None:
 def test_an_attribute_that_is_not_there_is_said_with_those_that_are() -> None:
     images = issl.load("scenes", n=8)
     assert list(images.require(["group", "background"])) == ["group", "background"]
-    with pytest.raises(issl.IsslError, match="scenes has no attribute 'race'; choose among index, .*group"):
+    with pytest.raises(issl.IsslError, match=r"scenes has no attribute 'race'; choose among index, .*group"):
         images.require(["group", "race"])
 
 
