@@ -117,6 +117,7 @@ def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     assert "3 tests of 2 claims: 2 reproduced, 1 not reproduced" in index
     assert 'class="badge bad">BYOL ○ not reproduced (0/1)' in index and "SimCLR 0.97 [0.87, 0.99]" in index
     assert "a ranking that holds under another draw of the noise [SimCLR]" in index
+    assert "which failed" in index and "BYOL: pearson above 0.924: it is" in index
 
 
 def test_the_explorers_lists_are_the_librarys(site: Path) -> None:

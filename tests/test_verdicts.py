@@ -54,6 +54,16 @@ def test_formats(records: list[verdicts.Record]) -> None:
     ]  # fmt: skip
 
 
+def test_what_failed_is_said_with_what_was_asked(records: list[verdicts.Record]) -> None:
+    seeds = next(row for row in verdicts.summary(records) if row["measured"] == "pearson")
+    assert seeds["failed"] == ["SimCLR: pearson above 0.924: it is 0.8"]
+    assert verdicts.summary(records)[0]["failed"] == []
+    assert verdicts.failures(records[-1]) == "precision above 0.5: it is 0.2"
+    one = {"metric": "auc", "bound": "low", "above": 0.5, "holds": False}
+    unbounded = {**records[-1], "tests": [one], "metrics": {"auc": {"value": 0.6, "low": None, "high": 0.7, "n": 9}}}
+    assert verdicts.failures(unbounded) == "low end of auc above 0.5: it is −∞"
+
+
 def test_what_it_is_good_for_follows_the_outcomes(records: list[verdicts.Record]) -> None:
     uses = verdicts.good_for(records)
     assert uses["reproduced"] == ["a ranking that holds under another draw of the noise [BYOL]"]
