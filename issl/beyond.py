@@ -26,6 +26,8 @@ class Retrained(Scored):
     further_lr       with this learning rate (for a batch of 256), on small views
     """
 
+    n: int = Field(256, ge=16)  # many small trainings
+    width: int = Field(4, ge=1)
     queries: int = Field(24, ge=4)
     draws: int = Field(4, ge=1)
     seeds: int = Field(2, ge=2)
@@ -69,8 +71,6 @@ class Validation(Retrained):
 
     notebook: ClassVar[str] = "10_validation"
 
-    n: int = Field(256, ge=16)  # many small trainings
-    width: int = Field(4, ge=1)
     images: int = Field(6, ge=4)  # left out one at a time, spread evenly over the ranks of the score
     subsets: int = Field(12, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
@@ -242,8 +242,6 @@ class Taught(Retrained):
 
     notebook: ClassVar[str] = "15_taught"
 
-    n: int = Field(256, ge=16)  # many small trainings
-    width: int = Field(4, ge=1)
     asked: int = Field(4, ge=2)  # the first so many queries are retrained for
     share: float = Field(0.1, gt=0, lt=1)  # of the training images, removed for a query
     drawn: int = Field(4, ge=2)  # removals at random

@@ -80,16 +80,16 @@ def open_encoder(
         raise IsslError(
             f"encoder {spec!r} is no file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
         )
-    if path.suffix == ".safetensors" and "issl" in read_safetensors(path, "encoder")[0]:
-        return Opened(load_encoder(path), 32, _own(path))
+    header = read_safetensors(path, "encoder")[0].get("issl") if path.suffix == ".safetensors" else None
+    if header is not None:
+        return Opened(load_encoder(path), 32, _own(json.loads(header), path.name))
     return resnet_from(read_state(path), str(path), mean or PIXEL_MEAN, std or PIXEL_STD)
 
 
-def _own(path: Path) -> str:
+def _own(header: dict[str, Any], name: str) -> str:
     """What an encoder of ours says of itself."""
-    header = json.loads(read_safetensors(path, "encoder")[0]["issl"])
     recipe = header.get("recipe") or header.get("config", {}).get("recipe") or {}
-    return f"{recipe.get('method', 'encoder')} of width {header['width']} ({path.name})"
+    return f"{recipe.get('method', 'encoder')} of width {header['width']} ({name})"
 
 
 def read_state(path: Path) -> State:

@@ -51,12 +51,12 @@
     options(at("value"), chosen === "none" ? ["–"] : [...new Set(data.attributes[chosen].map(String))].sort());
     draw();
   }
-  function strip(title, entries, unit, own) {
+  function strip(title, entries, unit) {
     const heading = document.createElement("h3"), box = document.createElement("div");
     heading.textContent = title; box.className = "strip";
     for (const [place, value] of entries) {
       const f = document.createElement("figure"), c = document.createElement("figcaption");
-      c.textContent = `#${data.index[place]}${place === own ? ", itself" : ""}: ${unit} ${number(value)}`;
+      c.textContent = `#${data.index[place]}: ${unit} ${number(value)}`;
       f.append(tile(place), c); box.append(f);
     }
     return [heading, box];
@@ -73,7 +73,7 @@
       t.textContent = k; d.textContent = v; list.append(t, d);
     }
     pair.append(big, list);
-    at("inside").replaceChildren(pair, ...strip("Nearest in feature space (cosine)", m.nearest[place], "cos", place), ...strip("Highest influence on it", m.taught[place], "infl.", place));
+    at("inside").replaceChildren(pair, ...strip("Nearest in feature space (cosine)", m.nearest[place], "cos"), ...strip("Highest influence on it", m.taught[place], "infl."));
     if (!at("detail").open) at("detail").showModal();
   }
   options(at("method"), methods); options(at("order"), Object.keys(orders)); options(at("attribute"), ["none", ...Object.keys(data.attributes)]);

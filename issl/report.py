@@ -75,11 +75,8 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     names = {"reproduced": "Supported", "partly": "In part", "not reproduced": "Not supported"}
-    good_for = [
-        (names[k], "; ".join(v))
-        for k, v in verdicts.good_for([r for r in records if r["verdict"] != UNTESTED]).items()
-        if v
-    ]
+    uses = verdicts.good_for(verdicts.decided(records))
+    good_for = [(names[outcome], "; ".join(found)) for outcome, found in uses.items() if found]
     body = _render(
         _file("report_index.html"), profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=told,
         untested=UNTESTED in reached, counts=f"{len(records)} tests of {len(summary)} claims: {counts}",

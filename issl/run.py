@@ -19,7 +19,6 @@ from pydantic import ValidationError
 
 from issl import datasets
 from issl.artifacts import Artifacts, Stage, device_name
-from issl.claim import UNTESTED
 from issl.config import explain
 from issl.errors import IsslError, OutOfTime
 from issl.notebook import execute, fingerprint, is_current, note_made
@@ -27,7 +26,7 @@ from issl.overview import Overview
 from issl.plan import Plan, pick_device
 from issl.plans import EXPLORER, PLANS
 from issl.settings import Data
-from issl.verdicts import MARKS, good_for, read_records
+from issl.verdicts import MARKS, decided, good_for, read_records
 
 REPOSITORY = Path(__file__).parent.parent
 AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw
@@ -201,8 +200,7 @@ def _tell_verdicts(results: Path) -> None:
         f"{mark} {reached.count(verdict)} {verdict}" for verdict, mark in MARKS.items() if verdict in reached
     )
     print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
-    spoken = [r for r in records if r["verdict"] != UNTESTED]  # at this scale
-    for outcome, uses in good_for(spoken).items():
+    for outcome, uses in good_for(decided(records)).items():
         if uses:
             print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
 

@@ -117,6 +117,11 @@ def failures(record: Record) -> str:
     return "; ".join(told)
 
 
+def decided(records: Sequence[Record]) -> list[Record]:
+    """Those whose profile is large enough for a verdict on the claim."""
+    return [r for r in records if r["verdict"] != UNTESTED]
+
+
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     """What the score is good for, by the outcome of each use's claim: all of its tests held, some, or none.
 
