@@ -126,11 +126,23 @@ def new_encoder(width: int, head: Head, seed: int) -> Encoder:
     return encoder
 
 
-def save_encoder(path: Path, encoder: Encoder, about: dict[str, Any]) -> None:
-    """One safetensors file: the weights, and in its header what is needed to build the network again."""
+BESIDE = ("predictor.", "target.")  # what a file may hold beside the encoder: the rest of a BYOL learner
+
+
+def save_encoder(
+    path: Path, encoder: Encoder, about: dict[str, Any], beside: dict[str, Tensor] | None = None, half: bool = False
+) -> None:
+    """One safetensors file: the weights, and in its header what is needed to build the network again.
+
+    beside   more tensors, named `predictor.…` and `target.…`: the rest of a BYOL learner
+    half     kernels and matrices as float16, half the size; vectors and BatchNorm's statistics stay as they are
+    """
     header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in {**encoder.state_dict(), **(beside or {})}.items()}
+    if half:
+        tensors = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
     with atomic(path) as part:
-        save_file(encoder.state_dict(), part, {"issl": json.dumps(header)})
+        save_file(tensors, part, {"issl": json.dumps(header)})
 
 
 def load_encoder(path: str | Path, output: Literal["features", "projector"] = "features") -> nn.Module:
@@ -149,5 +161,5 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
     if "head" not in header:
         raise IsslError(f"encoder {str(path)!r} is from an older version of this library; train it again")
     encoder = Encoder(header["width"], Head(**header["head"]))
-    encoder.load_state_dict(state)
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
     return (encoder if output == "projector" else encoder.backbone).eval()

@@ -6,14 +6,14 @@ import copy
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl import objectives
-from issl.encoder import Encoder, Head, new_encoder
+from issl.encoder import BESIDE, Encoder, Head, new_encoder, save_encoder
 from issl.errors import IsslError
 from issl.operations import Pixels
 from issl.recipes import Recipe
@@ -96,6 +96,13 @@ class Learner(nn.Module):
             return
         tau = 1 - (1 - self.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
         torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau)
+
+
+def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
+    """The encoder's file, in half precision, with BYOL's predictor and target in it: all that the training gradient
+    at this moment depends on."""
+    beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
+    save_encoder(path, learner.encoder, about, beside, half=True)
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:

@@ -39,6 +39,7 @@ WORTH_COMPILING = 2_000_000  # images passed, from which the minute of compilati
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history; what is watched comes after
 History = list[dict[str, int | float]]  # one entry an epoch
 Watch = Callable[[nn.Module], dict[str, float]]
+AfterEpoch = Callable[[int, Learner], None]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -77,6 +78,7 @@ def pretrain(
     deadline: float | None = None,
     watch: Watch | None = None,
     watch_every: int = 1,
+    after_epoch: AfterEpoch | None = None,
     shards: Shards = ONE,
     progress: bool = True,
 ) -> tuple[Encoder, pd.DataFrame]:
@@ -96,6 +98,8 @@ def pretrain(
                 OutOfTime raised
     watch       called with the backbone in eval mode after every `watch_every` epochs and the last; what it
                 returns joins the history
+    after_epoch called with the number of epochs done and the learner, before the checkpoint of that epoch is written: so
+                what it leaves on disk is there whenever a run goes on from a later epoch
     shards      processes that train together: batch_size is that of all, each takes its part
     history     one row an epoch: epoch, loss, feature_std (see `issl.learner.spread`; near 0 = collapse), lr,
                 images_per_second, and what `watch` gave
@@ -199,6 +203,8 @@ def pretrain(
                 learner.encoder.backbone.train()
             took = time.monotonic() - began
             bar.set_postfix(loss=f"{mean_loss:.3f}")
+            if after_epoch is not None and shards.rank == 0:
+                after_epoch(epoch + 1, learner)
             if time.monotonic() - saved_at >= checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()

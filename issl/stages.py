@@ -30,13 +30,18 @@ from issl.gradients import CrossEntropy, stability_loss
 from issl.graph import nearest
 from issl.images import Images
 from issl.influence import self_influence
+from issl.learner import Learner, save_learner
 from issl.pretrain import pretrain
 from issl.recipes import RECIPES, Recipe
 from issl.settings import Augmentation, Curvature, Data, Noise, absent
 
 
 class Pretrain(Stage):
-    """Train an encoder: encoder.safetensors, history.csv."""
+    """Train an encoder: encoder.safetensors, history.csv.
+
+    With `snapshots`, encoder-EPOCH.safetensors too, after these epochs; these files and the last one hold the whole
+    learner (BYOL's predictor and target) in half precision, so what is scored is what can be given away.
+    """
 
     name: ClassVar[str] = "pretrain"
     version: ClassVar[int] = 3
@@ -55,20 +60,31 @@ class Pretrain(Stage):
     start: Pretrain | None = Field(None, exclude_if=absent)  # go on from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
+    snapshots: tuple[int, ...] | None = Field(None, exclude_if=absent)  # the whole learner is kept after these epochs
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
+        about = {"config": self.model_dump(mode="json")}
+
+        def keep_state(done: int, learner: Learner) -> None:
+            if done == self.epochs:
+                save_learner(folder / "encoder.safetensors", learner, about)
+            elif done in (self.snapshots or ()):
+                save_learner(folder / f"encoder-{done:04d}.safetensors", learner, about | {"epochs_done": done})
+
         watch = None if self.watch is None else knn_watch(images, self.watch.load(), artifacts.device)
         encoder, history = pretrain(
             images, self.recipe, **settings, keep=self._keep(len(images), artifacts), gaps=self.gaps,
             start=None if self.start is None else artifacts.whole_encoder(self.start), device=artifacts.device,
             checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
-            watch=watch, watch_every=self.watch_every, progress=artifacts.progress,
+            watch=watch, watch_every=self.watch_every,
+            after_epoch=None if self.snapshots is None else keep_state, progress=artifacts.progress,
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
-        save_encoder(folder / "encoder.safetensors", encoder, {"config": self.model_dump(mode="json")})
+        if self.snapshots is None:
+            save_encoder(folder / "encoder.safetensors", encoder, about)
         checkpoint.unlink(missing_ok=True)
 
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
