@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import issl.gradients
 import ours
 import pandas as pd
 import peers
@@ -35,10 +36,9 @@ from scipy.stats import spearmanr
 from turns import Turn, alternate
 
 import issl
-import issl.gradients
-from issl.cli import keep_freed_memory
-from issl.encoder import resnet18
-from issl.run import REPOSITORY, read_profile
+from issl.commands.run import REPOSITORY, read_profile
+from issl.devices import keep_freed_memory
+from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent
 WIDE = (
@@ -107,7 +107,7 @@ def wide(n: int) -> dict[str, Any]:
 def shares(task: Task) -> dict[str, float]:
     """Where the time of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
     spent = {"read_inputs": 0.0, "_Tap.on_gradient": 0.0}
-    places = {"read_inputs": issl.gradients, "_Tap.on_gradient": issl.gradients._Tap}
+    places = {"read_inputs": issl.gradients, "_Tap.on_gradient": issl.influence.per_example._Tap}
     kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
 
     def counted(name: str) -> Any:

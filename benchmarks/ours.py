@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from turns import Turn
 
 from issl import EKFAC, Exact, Images, LoGra, self_influence
-from issl.curvature import Curvature
-from issl.frozen import fold_batchnorm, frozen_copy
-from issl.gradients import stability_loss
-from issl.winograd import quicken
+from issl.influence.curvature import Curvature
+from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
+from issl.influence.losses import stability_loss
+from issl.influence.winograd import quicken
 
 STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
 Program = Callable[[Turn], np.ndarray | None]

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from turns import Turn
 
 from issl import LoGra
-from issl.gradients import scored_layers, stability_loss
+from issl.influence.layers import scored_layers
+from issl.influence.losses import stability_loss
 
 PROJECTION = 512  # TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
 DATTRI = 16  # images; its gradients by vmap take a minute each on a slow CPU

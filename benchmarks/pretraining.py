@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from turns import Turn, alternate
 
 import issl
-from issl import objectives
-from issl.cli import keep_freed_memory
-from issl.learner import Learner
-from issl.optimizer import groups
-from issl.recipes import recipe
-from issl.views import VIEW_UNIFORMS
+from issl.data.views import VIEW_UNIFORMS
+from issl.devices import keep_freed_memory
+from issl.pretraining import objectives
+from issl.pretraining.learner import Learner
+from issl.pretraining.optimizer import groups
+from issl.pretraining.recipes import recipe
 
 HERE = Path(__file__).parent
 HOW = recipe("simclr", "short")

@@ -10,14 +10,14 @@ import os
 # where processes share the cores (notebooks beside a training) each slows the others several times.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from issl.cross import cross_influence, top_influences
-from issl.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
-from issl.datasets import load
-from issl.encoder import load_encoder
+from issl.data.datasets import load
+from issl.data.images import Images
 from issl.errors import IsslError
-from issl.images import Images
-from issl.influence import self_influence
-from issl.perturbation import Augmentation, GaussianNoise
+from issl.influence.cross import cross_influence, top_influences
+from issl.influence.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
+from issl.influence.perturbation import Augmentation, GaussianNoise
+from issl.influence.self_influence import self_influence
+from issl.pretraining.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from issl.errors import IsslError
 
+PACKAGE = Path(__file__).parent  # of this library
+REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from issl.artifacts import Artifacts, Stage
 from issl.errors import IsslError
+from issl.experiments.cache import Artifacts, Stage
 from issl.shards import Shards, from_torchrun
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["issl.stages", "torch.distributed", "forked"])
+context.set_forkserver_preload(["issl.experiments.stages", "torch.distributed", "forked"])
 
 
 def make(root: Path, stage: Stage) -> int:

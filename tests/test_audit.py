@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import issl
-from issl import audit, claim, figure
-from issl.audit import Estimate
+from issl.analysis import statistics
+from issl.analysis.statistics import Estimate
+from issl.experiments import claims
+from issl.reporting import figures
 
 RNG = np.random.default_rng(0)
 FLAG = RNG.random(2000) < 0.2
@@ -24,14 +26,14 @@ FLAG = RNG.random(2000) < 0.2
 def test_a_shuffled_score_finds_nothing_and_a_planted_one_all() -> None:
     noise, planted = RNG.random(2000), FLAG + 0.01 * RNG.random(2000)
     for share in (0.01, 0.05):
-        e = audit.enrichment(noise, FLAG, share)
+        e = statistics.enrichment(noise, FLAG, share)
         assert e.low < 1 < e.high
-        e = audit.enrichment(planted, FLAG, share)
-        rest = FLAG[~audit.top(planted, share)].mean()
+        e = statistics.enrichment(planted, FLAG, share)
+        rest = FLAG[~statistics.top(planted, share)].mean()
         assert e.value == pytest.approx(1 / rest) and e.low > 3
-    e = audit.auc(noise, FLAG)
+    e = statistics.auc(noise, FLAG)
     assert e.low < 0.5 < e.high and e.high - e.low < 0.1
-    assert audit.auc(planted, FLAG).value == 1.0
+    assert statistics.auc(planted, FLAG).value == 1.0
 
 
 def test_intervals_cover() -> None:
@@ -39,7 +41,7 @@ def test_intervals_cover() -> None:
     rng, hits = np.random.default_rng(1), 0
     for _ in range(100):
         x, given_ = rng.normal(size=(2, 200)), pd.DataFrame({"c": rng.normal(size=200)})
-        e = audit.partial_spearman(x[0], x[1], given_)
+        e = statistics.partial_spearman(x[0], x[1], given_)
         hits += e.low < 0 < e.high
     assert 88 <= hits <= 100
 
@@ -49,12 +51,12 @@ def test_partial_correlation_removes_a_common_cause() -> None:
     cause = rng.normal(size=3000)
     a, b = cause + rng.normal(size=3000), cause + rng.normal(size=3000)
     assert np.corrcoef(a, b)[0, 1] > 0.4
-    e = audit.partial_spearman(a, b, pd.DataFrame({"cause": cause}))
+    e = statistics.partial_spearman(a, b, pd.DataFrame({"cause": cause}))
     assert abs(e.value) < 0.06
     # without controls it is Spearman's own
     from scipy.stats import spearmanr
 
-    assert audit.partial_spearman(a, b, pd.DataFrame(index=range(3000))).value == pytest.approx(
+    assert statistics.partial_spearman(a, b, pd.DataFrame(index=range(3000))).value == pytest.approx(
         spearmanr(a, b).statistic
     )
 
@@ -65,15 +67,15 @@ def test_ranks_alone_matter(seed: int, power: float) -> None:
     rng = np.random.default_rng(seed)
     score, order = rng.random(300) + 0.1, rng.permutation(300)
     flag = rng.random(300) < 0.5
-    assert audit.enrichment(score, flag, 0.05) == audit.enrichment(score[order] ** power, flag[order], 0.05)
+    assert statistics.enrichment(score, flag, 0.05) == statistics.enrichment(score[order] ** power, flag[order], 0.05)
 
 
 def test_uniform_frames_are_found_where_the_truth_is_known() -> None:
     images = issl.load("scenes", n=1500)
     plain = (images.attributes["atypical"] == "").to_numpy()
     truth = images.attributes["uniform"].to_numpy()[plain]
-    judged = audit.image_statistics(images)[plain]
-    assert audit.auc(-judged["border_std"].to_numpy(), truth).low > 0.9
+    judged = image_statistics(images)[plain]
+    assert statistics.auc(-judged["border_std"].to_numpy(), truth).low > 0.9
     assert judged["uniform"][~truth].mean() < 0.02
 
 
@@ -81,7 +83,7 @@ def test_image_statistics_by_hand() -> None:
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     pixels[0, :, 2:6, 2:6] = 255  # a black frame around a white square
     pixels[1] = torch.arange(8) * 30
-    got = audit.image_statistics(issl.Images(pixels, None, pd.DataFrame({"index": [5, 6]}), "two"))
+    got = image_statistics(issl.Images(pixels, None, pd.DataFrame({"index": [5, 6]}), "two"))
     assert got["index"].tolist() == [5, 6] and got["uniform"].tolist() == [True, False]
     assert got["brightness"][0] == pytest.approx(0.25, abs=1e-5) and got["border_std"][0] == 0
     assert got["contrast"][0] == pytest.approx(np.sqrt(0.25 * 0.75), abs=1e-5)
@@ -89,17 +91,17 @@ def test_image_statistics_by_hand() -> None:
 
 def test_enrichment_without_events_is_open_ended() -> None:
     score, flag = np.arange(100.0), np.arange(100) < 50
-    e = audit.enrichment(score, flag, 0.05)
+    e = statistics.enrichment(score, flag, 0.05)
     assert (e.value, e.low, e.high) == (0, 0, np.inf) and e.as_dict()["high"] is None
-    e = audit.enrichment(-score, np.arange(100) < 3, 0.05)
+    e = statistics.enrichment(-score, np.arange(100) < 3, 0.05)
     assert e.value == np.inf and e.low == 0 and e.as_dict()["value"] is None
 
 
 def test_nothing_to_compare_is_said() -> None:
     with pytest.raises(issl.IsslError, match="true of none of the 5"):
-        audit.auc(np.arange(5.0), np.zeros(5, bool))
+        statistics.auc(np.arange(5.0), np.zeros(5, bool))
     with pytest.raises(issl.IsslError, match=r"share=1\.5"):
-        audit.top(np.arange(5), 1.5)
+        statistics.top(np.arange(5), 1.5)
 
 
 def estimates(low: float) -> dict[str, Estimate]:
@@ -115,17 +117,17 @@ def estimates(low: float) -> dict[str, Estimate]:
         (1.5, "mini", "reproduced", "reproduced"),
         (0.7, "mini", "partly", "partly"),
         (-0.5, "paper", "not reproduced", "not reproduced"),
-        (1.5, "quick", "reproduced", claim.UNTESTED),
+        (1.5, "quick", "reproduced", claims.UNTESTED),
     ],
 )
 def test_verdicts(low: float, profile: str, outcome: str, verdict: str) -> None:
-    got = claim.judge("uniform_backgrounds", estimates(low), profile)
+    got = claims.judge("uniform_backgrounds", estimates(low), profile)
     assert (got["outcome"], got["verdict"]) == (outcome, verdict)
 
 
 def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
-    source = claim.provenance("mini", {"n": 9}, torch.device("cpu"), ["influence/1"])
-    claim.record(
+    source = claims.provenance("mini", {"n": 9}, torch.device("cpu"), ["influence/1"])
+    claims.record(
         "uniform_backgrounds",
         estimates(1.5),
         source,
@@ -139,25 +141,25 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
     assert {"claim", "paper", "dataset", "method", "n", "seeds", "metrics", "verdict", "tests"} <= set(written)
     assert {"profile", "commit", "hardware", "torch", "parameters"} <= set(written["provenance"])
     with pytest.raises(issl.IsslError, match="claim 'nothing'"):
-        claim.judge("nothing", {}, "mini")
+        claims.judge("nothing", {}, "mini")
     with pytest.raises(issl.IsslError, match="'auc' was not measured"):
-        claim.judge("uniform_backgrounds", {k: v for k, v in estimates(1.0).items() if k != "auc"}, "mini")
+        claims.judge("uniform_backgrounds", {k: v for k, v in estimates(1.0).items() if k != "auc"}, "mini")
 
 
 def test_every_claim_names_a_notebook_and_its_profiles() -> None:
-    from issl.plans import PLANS
-    from issl.run import profiles
+    from issl.commands.run import profiles
+    from issl.experiments.plans_paper import PLANS
 
-    for entry in claim.claims().values():
+    for entry in claims.claims().values():
         assert entry.notebook in PLANS and set(entry.profiles) <= set(profiles())
 
 
 def test_figures_come_with_their_numbers(tmp_path: Path) -> None:
-    figure.style()
+    figures.style()
     images = issl.load("scenes", n=10)
     fig, ax = plt.subplots()
-    figure.gallery(ax, images, "ten", columns=4, frames=[True] + [False] * 9)
-    paths = figure.save(fig, "f", pd.DataFrame({"a": [1]}), tmp_path, {"profile": "quick"})
+    figures.gallery(ax, images, "ten", columns=4, frames=[True] + [False] * 9)
+    paths = figures.save(fig, "f", pd.DataFrame({"a": [1]}), tmp_path, {"profile": "quick"})
     plt.close(fig)
     assert [p.suffix for p in paths] == [".png", ".pdf", ".csv", ".json"] and all(p.stat().st_size for p in paths)
     assert len(list(tmp_path.iterdir())) == 4  # nothing half-written beside them

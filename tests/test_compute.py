@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from issl import cli, run
-from issl.artifacts import Artifacts
-from issl.compute import Board, Work, closure, compute
-from issl.run import read_profile
-from issl.settings import Data
-from issl.stages import Embed, Evaluate, Influence, Pretrain
+from issl.commands import cli, run
+from issl.commands.compute import Board, Work, closure, compute
+from issl.commands.run import read_profile
+from issl.experiments.cache import Artifacts
+from issl.experiments.settings import Data
+from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain
 
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},
@@ -187,7 +187,7 @@ def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, mo
     change(tiny)
     plans = yaml.safe_load(tiny.read_text()) | {"report": {"methods": ["simclr"], "shown": 32, "rank": 2}}
     tiny.write_text(yaml.safe_dump(plans))
-    monkeypatch.setattr("issl.compute.select", lambda only: [])  # of all notebooks: none, for speed
+    monkeypatch.setattr("issl.commands.compute.select", lambda only: [])  # of all notebooks: none, for speed
     assert compute("tiny", out=tmp_path, say=lambda _: None) == 0
     plan = read_profile("tiny", ["report"], out=str(tmp_path))["report"]
     assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages().values())

@@ -18,7 +18,7 @@ from disk import png, write_parquet
 from PIL import Image
 
 import issl
-from issl import datasets, scenes
+from issl.data import datasets, scenes
 
 # --- scenes ---
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import issl
 from issl import EKFAC, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
-from issl.curvature import leading_rows
-from issl.gradients import scored_layers, stability_loss
+from issl.influence.curvature import leading_rows
+from issl.influence.layers import scored_layers
+from issl.influence.losses import stability_loss
 
 
 def solve(g: Tensor, others: Tensor, damping: float) -> Tensor:
@@ -178,7 +179,7 @@ def test_self_influence_is_the_diagonal_and_top_is_the_top(curvature) -> None:
 
 
 def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("issl.passes.CHUNK", 7)
+    monkeypatch.setattr("issl.influence.gradient_store.CHUNK", 7)
     net, images, query = make("stride"), pictures(40), pictures(3, seed=1)
     scores = cross_influence(net, images, query, NOISE, LoGra(2))
     top = top_influences(net, images, query, 50, NOISE, LoGra(2))
@@ -237,7 +238,7 @@ def test_the_fisher_of_another_loss() -> None:
 
 @pytest.mark.parametrize("curvature", [LoGra(4), EKFAC()], ids=["logra", "ekfac"])
 def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("issl.passes.CHUNK", 16)
+    monkeypatch.setattr("issl.influence.gradient_store.CHUNK", 16)
     net, images = make("batchnorm"), pictures(40)
     frames = {
         way: self_influence(net, images, NOISE, curvature, batch_size=16, memory=way)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import issl
-from issl.artifacts import Artifacts
-from issl.encoder import Head, new_encoder
-from issl.evaluate import PENALTIES, embed, knn_hits, probe_hits
-from issl.recipes import recipe
-from issl.settings import Data
-from issl.stages import Embed, Evaluate, Pretrain
+from issl.analysis.evaluate import PENALTIES, embed, knn_hits, probe_hits
+from issl.experiments.cache import Artifacts
+from issl.experiments.settings import Data
+from issl.experiments.stages import Embed, Evaluate, Pretrain
+from issl.pretraining.encoder import Head, new_encoder
+from issl.pretraining.recipes import recipe
 
 
 def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

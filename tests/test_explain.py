@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import issl
-from issl import cli
-from issl.cross import as_queries
-from issl.encoder import load_encoder
-from issl.explain import lists
+from issl.commands import cli
+from issl.commands.explain import lists
+from issl.influence.cross import as_queries
+from issl.pretraining.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_an_encoder_that_says_nothing_of_its_training(tmp_path: Path, capsys: py
 
 @pytest.mark.data
 def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path, capsys) -> None:
-    from issl.artifacts import Artifacts
-    from issl.recipes import recipe
-    from issl.settings import Data
-    from issl.stages import Pretrain
+    from issl.experiments.cache import Artifacts
+    from issl.experiments.settings import Data
+    from issl.experiments.stages import Pretrain
+    from issl.pretraining.recipes import recipe
 
     stage = Pretrain(
         data=Data(name="cifar10", n=40, root=data_root), recipe=recipe("simclr", "short"), width=2, epochs=1,
@@ -133,7 +133,7 @@ def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path
     assert "40 images of cifar10 it was trained on" in capsys.readouterr().out
     assert set(pd.read_csv(tmp_path / "why.csv")["index"]) <= set(stage.data.load().index.tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("issl.datasets.fingerprint", lambda *_: "another")
+        patch.setattr("issl.data.datasets.fingerprint", lambda *_: "another")
         assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 2
     assert "other files of cifar10 than those here (their checksums differ)" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 import issl
-from issl import baselines, graph
+from issl.analysis import baselines, neighbour_graph
 
 
 @pytest.fixture(scope="module")
@@ -18,44 +18,44 @@ def features() -> torch.Tensor:
 
 
 def test_nearest_is_brute_force(features: torch.Tensor) -> None:
-    places, distances = graph.nearest(features, 3)
+    places, distances = neighbour_graph.nearest(features, 3)
     full = cdist(features, features, "cosine")
     np.fill_diagonal(full, np.inf)
     np.testing.assert_array_equal(places, np.argsort(full, 1)[:, :3])
     np.testing.assert_allclose(distances, np.sort(full, 1)[:, :3], atol=1e-6)
     with pytest.raises(issl.IsslError, match="k=60 neighbours among 60"):
-        graph.nearest(features, 60)
+        neighbour_graph.nearest(features, 60)
 
 
 def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(features: torch.Tensor) -> None:
-    net, labels = graph.knn_graph(features, 5), np.arange(60) % 3
+    net, labels = neighbour_graph.knn_graph(features, 5), np.arange(60) % 3
     a = net.toarray()
     degree, m = a.sum(1), a.sum() / 2
     same = labels[:, None] == labels[None]
     want = ((a - np.outer(degree, degree) / (2 * m)) * same).sum() / (2 * m)
-    assert graph.modularity(net, labels) == pytest.approx(want)
+    assert neighbour_graph.modularity(net, labels) == pytest.approx(want)
     communities = [np.flatnonzero(labels == c) for c in range(3)]
     peer = networkx.community.modularity(networkx.from_scipy_sparse_array(net), communities)
-    assert graph.modularity(net, labels) == pytest.approx(peer)
-    values, vectors = graph.spectrum(net, 6)
+    assert neighbour_graph.modularity(net, labels) == pytest.approx(peer)
+    values, vectors = neighbour_graph.spectrum(net, 6)
     laplacian = np.eye(60) - a / np.sqrt(np.outer(degree, degree))
     np.testing.assert_allclose(values, np.linalg.eigvalsh(laplacian)[:6], atol=1e-8)
     np.testing.assert_allclose(laplacian @ vectors, vectors * values, atol=1e-6)
     with pytest.raises(issl.IsslError, match="k=60 of a graph of 60 images"):
-        graph.spectrum(net, 60)
+        neighbour_graph.spectrum(net, 60)
     keep = np.arange(60) < 40
-    np.testing.assert_array_equal(graph.induced(net, keep).toarray(), a[:40, :40])
+    np.testing.assert_array_equal(neighbour_graph.induced(net, keep).toarray(), a[:40, :40])
     apart = torch.eye(3)[labels] + 0.01 * features[:, :3]
-    assert graph.separability(apart, labels) > 0.9 > 0.1 > graph.separability(features, labels)
+    assert neighbour_graph.separability(apart, labels) > 0.9 > 0.1 > neighbour_graph.separability(features, labels)
 
 
 def test_neighbours_are_kept_by_a_turn_of_the_features(features: torch.Tensor) -> None:
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3))).Q
-    assert graph.neighbours_kept(features, features @ turn, 5).min() == 1.0
+    assert neighbour_graph.neighbours_kept(features, features @ turn, 5).min() == 1.0
     other = torch.randn(60, 8, generator=torch.Generator().manual_seed(4))
-    kept = graph.neighbours_kept(features, other, 5)
+    kept = neighbour_graph.neighbours_kept(features, other, 5)
     i = 7
-    a, b = (set(graph.nearest(f, 5)[0][i]) for f in (features, other))
+    a, b = (set(neighbour_graph.nearest(f, 5)[0][i]) for f in (features, other))
     assert kept[i] == pytest.approx(len(a & b) / 5) and kept.mean() < 0.3
 
 
@@ -64,15 +64,15 @@ def test_bridges_between_two_clusters() -> None:
     generator = torch.Generator().manual_seed(1)
     a = torch.tensor([1.0, 0.0]) + 0.05 * torch.randn(10, 2, generator=generator)
     b = torch.tensor([0.0, 1.0]) + 0.05 * torch.randn(10, 2, generator=generator)
-    net = graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=12)
+    net = neighbour_graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=12)
     labels = np.array([0] * 10 + [1] * 10 + [0])
     assert (net != net.T).nnz == 0 and net.diagonal().sum() == 0
-    share = graph.cross_class_share(net, labels)
+    share = neighbour_graph.cross_class_share(net, labels)
     i, j = net.nonzero()
     for k in range(21):
         assert share[k] == pytest.approx(np.mean(labels[j[i == k]] != labels[k]))
-    near = graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=3)
-    between = graph.betweenness(near, None)
+    near = neighbour_graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=3)
+    between = neighbour_graph.betweenness(near, None)
     exact = networkx.betweenness_centrality(networkx.from_scipy_sparse_array(near))
     np.testing.assert_allclose(between, [exact[k] for k in range(21)])
 
@@ -80,10 +80,10 @@ def test_bridges_between_two_clusters() -> None:
 def test_matched_controls() -> None:
     labels = np.repeat([0, 1, 2], 20)
     chosen = np.array([0, 1, 25, 45, 46, 47])
-    controls = graph.matched(labels, chosen, seed=1)
+    controls = neighbour_graph.matched(labels, chosen, seed=1)
     assert (labels[controls] == labels[chosen]).all() and not set(controls) & set(chosen)
     with pytest.raises(issl.IsslError, match="every image of class 1"):
-        graph.matched(labels, np.arange(20, 40))
+        neighbour_graph.matched(labels, np.arange(20, 40))
 
 
 def test_baselines_find_what_is_planted(features: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import issl
 from issl import Exact, GaussianNoise, Identity, LoGra, self_influence
-from issl.encoder import resnet18
+from issl.pretraining.encoder import resnet18
 
 NOISE = GaussianNoise()
 
@@ -47,7 +47,7 @@ def test_full_rank_logra_equals_exact(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
     """G = P_out M P_inᵀ of the loop's weight gradient M, with the projections that LoGra itself draws."""
-    from issl.gradients import scored_layers
+    from issl.influence.layers import scored_layers
 
     net, images, curvature = make(name), pictures(30), LoGra(rank=4, damping=0.1, seed=5)
     gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
@@ -266,7 +266,7 @@ def test_gpu_equals_cpu() -> None:
     [("batchnorm", ["0", "3"]), ("residual", ["stem", "conv"]), ("two users", []), ("reused", []), ("tokens", [])],
 )
 def test_batchnorm_is_folded_where_nothing_else_sees_the_output(name: str, folded: list[str]) -> None:
-    from issl.frozen import FoldedConv2d, fold_batchnorm, frozen_copy
+    from issl.influence.frozen_encoder import FoldedConv2d, fold_batchnorm, frozen_copy
 
     net = make(name)
     model, x = frozen_copy(net, torch.device("cpu")), pictures(6).pixels.double() / 255
@@ -277,7 +277,7 @@ def test_batchnorm_is_folded_where_nothing_else_sees_the_output(name: str, folde
 
 
 def test_every_convolution_of_a_resnet_is_folded() -> None:
-    from issl.frozen import fold_batchnorm, frozen_copy
+    from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
 
     model = frozen_copy(resnet18(2).eval(), torch.device("cpu"))
     assert len(fold_batchnorm(model, torch.rand(2, 3, 32, 32))) == 20

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import issl
-from issl import datasets, scenes
-from issl.injection import ATYPICAL, DUPLICATES, inject
-from issl.settings import Data, Injection
+from issl.data import datasets, scenes
+from issl.data.injection import ATYPICAL, DUPLICATES, inject
+from issl.experiments.settings import Data, Injection
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import issl
-from issl import linear
+from issl.analysis import linear_theory
 
 
 def problem(seed: int = 0, n: int = 30, d: int = 5, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def objective(weight: torch.Tensor, start: torch.Tensor, delta: torch.Tensor, an
 
 def test_the_fit_is_a_minimum_and_influence_is_what_autograd_says() -> None:
     start, delta = problem()
-    weight = linear.fit(start, delta, 0.1).requires_grad_()
+    weight = linear_theory.fit(start, delta, 0.1).requires_grad_()
     (slope,) = torch.autograd.grad(objective(weight, start, delta, 0.1, 30), weight)
     assert float(slope.abs().max()) < 1e-12
     hessian = torch.autograd.functional.hessian(lambda w: objective(w, start, delta, 0.1, 30), weight).reshape(15, 15)
@@ -30,12 +30,14 @@ def test_the_fit_is_a_minimum_and_influence_is_what_autograd_says() -> None:
     for row in delta:
         (g,) = torch.autograd.grad((weight @ row).square().sum() / 2, weight)
         want.append(g.flatten() @ torch.linalg.solve(hessian, g.flatten()))
-    torch.testing.assert_close(linear.influence(weight.detach(), delta, 0.1), torch.stack(want), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        linear_theory.influence(weight.detach(), delta, 0.1), torch.stack(want), rtol=1e-10, atol=0
+    )
 
 
 def test_without_a_point_is_training_without_it() -> None:
     start, delta = problem(1)
-    weight = linear.fit(start, delta, 0.1)
+    weight = linear_theory.fit(start, delta, 0.1)
     for out in ([0], [7], [29], list(range(0, 30, 2))):
         anew = torch.zeros_like(start).requires_grad_()
         rest = delta[[i for i in range(30) if i not in out]]
@@ -56,7 +58,7 @@ def test_without_a_point_is_training_without_it() -> None:
 
         optimizer.step(closure)
         anew = anew.detach()
-        by_formula = linear.fit_without(weight, delta, 0.1, out)
+        by_formula = linear_theory.fit_without(weight, delta, 0.1, out)
         torch.testing.assert_close(by_formula, anew, rtol=1e-7, atol=1e-9)
         # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the weights
         change, want = (((delta @ w.T).square() - (delta @ weight.T).square()).sum(1) for w in (by_formula, anew))
@@ -67,15 +69,15 @@ def test_without_a_point_is_training_without_it() -> None:
 def test_influence_is_the_slope_of_the_loss_as_an_image_is_taken_out_of_the_mean() -> None:
     """d ℓ_q(W*(ε)) / dε at 0, where image i counts 1 − nε times: influence(i → q), by central differences."""
     start, delta = problem(4)
-    weight, i, eps = linear.fit(start, delta, 0.1), 5, 1e-6
-    cross = linear.cross_influence(weight, delta, delta, 0.1)
-    torch.testing.assert_close(cross.diagonal(), linear.influence(weight, delta, 0.1), rtol=1e-12, atol=0)
+    weight, i, eps = linear_theory.fit(start, delta, 0.1), 5, 1e-6
+    cross = linear_theory.cross_influence(weight, delta, delta, 0.1)
+    torch.testing.assert_close(cross.diagonal(), linear_theory.influence(weight, delta, 0.1), rtol=1e-12, atol=0)
     losses = []
     for sign in (1, -1):
         counts = torch.ones(30, dtype=torch.float64)
         counts[i] -= sign * 30 * eps
         # an image that counts c times is the image scaled by √c
-        w = linear.fit(start, delta * counts.sqrt()[:, None], 0.1)
+        w = linear_theory.fit(start, delta * counts.sqrt()[:, None], 0.1)
         losses.append((delta @ w.T).square().sum(1) / 2)
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * eps), cross[:, i], rtol=1e-6, atol=1e-8)
 
@@ -93,7 +95,7 @@ def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:
         net, pixels, lambda x, index: x + shift[index], issl.Exact(damping=0.3, absolute=True),
         loss=lambda a, b: (a - b).square().sum(1) / 2,
     )  # fmt: skip
-    want = linear.influence(weight, shift.flatten(1), 0.3)
+    want = linear_theory.influence(weight, shift.flatten(1), 0.3)
     torch.testing.assert_close(torch.tensor(got["influence"].tolist(), dtype=torch.float64), want, rtol=1e-8, atol=0)
 
 
@@ -101,13 +103,13 @@ def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:
 @given(st.integers(0, 1000), st.floats(0.1, 10), st.permutations(range(30)))
 def test_laws(seed: int, scale: float, order: list[int]) -> None:
     start, delta = problem(seed)
-    one = linear.influence(start, delta, 0.1)
-    torch.testing.assert_close(linear.influence(start, delta[order], 0.1), one[order])
+    one = linear_theory.influence(start, delta, 0.1)
+    torch.testing.assert_close(linear_theory.influence(start, delta[order], 0.1), one[order])
     # units: δ → s δ and a → s² a leave the leverage, and multiply the sensitivity by s²
-    torch.testing.assert_close(linear.influence(start, scale * delta, 0.1 * scale**2), scale**2 * one)
-    assert bool((linear.leverage(delta, 0.1) < 30).all())
+    torch.testing.assert_close(linear_theory.influence(start, scale * delta, 0.1 * scale**2), scale**2 * one)
+    assert bool((linear_theory.leverage(delta, 0.1) < 30).all())
 
 
 def test_no_anchor_is_refused() -> None:
     with pytest.raises(issl.IsslError, match=r"anchor=0\.0: must be > 0"):
-        linear.fit(*problem(), 0.0)
+        linear_theory.fit(*problem(), 0.0)

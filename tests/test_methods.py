@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import issl
-from issl import objectives
-from issl.learner import Learner, computes_bf16, spread
-from issl.optimizer import LARS, groups, learning_rate
-from issl.recipes import RECIPES, recipe
+from issl.devices import computes_bf16
+from issl.pretraining import objectives
+from issl.pretraining.learner import Learner, spread
+from issl.pretraining.optimizer import LARS, groups, learning_rate
+from issl.pretraining.recipes import RECIPES, recipe
 
 METHODS = list(RECIPES["short"])
 

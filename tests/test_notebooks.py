@@ -15,10 +15,13 @@ import yaml
 from nbformat import read
 
 import issl
-from issl import audit, baselines, claim, explained, run, verdicts
-from issl.graph import nearest
-from issl.plans import PLANS
-from issl.verdicts import Record
+from issl.analysis import baselines, explained_variance, statistics
+from issl.analysis.neighbour_graph import nearest
+from issl.commands import run
+from issl.experiments import claims
+from issl.experiments.plans_paper import PLANS
+from issl.reporting import verdicts
+from issl.reporting.verdicts import Record
 
 # run with `--dist loadfile`: one worker runs them, once
 
@@ -90,13 +93,13 @@ def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
         cells = read(out / f"results/tiny/{name}.ipynb", as_version=4).cells
         assert all(c.execution_count for c in cells if c.cell_type == "code" and c.source)
     left = {json.loads(p.read_text())["name"] for p in (out / "results/tiny").glob("claim_*.json")}
-    assert left == set(claim.claims())
+    assert left == set(claims.claims())
 
 
 def test_no_record_passes_for_a_larger_scale(out: Path) -> None:
     for path in (out / "results/tiny").glob("claim_*.json"):
         written = json.loads(path.read_text())
-        assert written["provenance"]["profile"] == "tiny" and written["verdict"] == claim.UNTESTED
+        assert written["provenance"]["profile"] == "tiny" and written["verdict"] == claims.UNTESTED
         for m in written["metrics"].values():
             if None not in (m["low"], m["value"], m["high"]):
                 assert m["low"] <= m["value"] + 1e-9 and m["value"] <= m["high"] + 1e-9, path.name
@@ -133,9 +136,9 @@ def test_02_compares_with_the_best_augmentation(out: Path) -> None:
 def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(out: Path, plan) -> None:
     p = plan("03_background_bias")
     images = p.data().load()
-    uniform = audit.image_statistics(images)["uniform"].to_numpy()
+    uniform = image_statistics(images)["uniform"].to_numpy()
     shuffled = np.random.default_rng(0).permutation(len(images)).astype(float)
-    e = audit.auc(shuffled, uniform)
+    e = statistics.auc(shuffled, uniform)
     assert e.low < 0.5 < e.high
     twins = issl.load("scenes-swapped", n=16)
     masks = twins.masks.view(4, 16, 32, 32)
@@ -151,7 +154,7 @@ def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_prec
     kind = images.attributes["duplicate_kind"]
     assert (kind == "exact").sum() >= 2
     flag = (kind != "").to_numpy()
-    assert audit.average_precision(flag.astype(float), flag).value == 1.0
+    assert statistics.average_precision(flag.astype(float), flag).value == 1.0
     table = numbers(out, "04_duplicates")
     exact = table[(table["truth"] == "exact") & (table["metric"] == "auc")].set_index("detector")["value"]
     assert exact["nearest in pixels"] == 1.0 and exact["perceptual hash"] > 0.95
@@ -192,7 +195,7 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
 
 def test_07_a_score_that_knows_them_finds_all_atypical_images(out: Path, plan) -> None:
     strange = (plan("07_outliers").data().load().attributes["atypical"] != "").to_numpy()
-    assert strange.sum() >= 9 and audit.auc(strange.astype(float), strange).value == 1.0
+    assert strange.sum() >= 9 and statistics.auc(strange.astype(float), strange).value == 1.0
     table = numbers(out, "07_outliers")
     assert set(table["detector"]) == {
         "influence",
@@ -280,11 +283,11 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     stages, artifacts = p.stages(), p.artifacts()
     table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
     a, b = (artifacts.scores(stages[f"byol/influence {s}"])["influence"] for s in range(2))
-    r = np.corrcoef(*(explained.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
+    r = np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
     assert table["byol", "together", "repeatable"] == pytest.approx(r)
     share = record(out, "more_than_statistics.byol")["metrics"]["pixels_of_repeatable"]["value"]
     assert share == pytest.approx(table["byol", "together", "pixels, trees"] / r)
-    contrast = audit.image_statistics(p.data().load())["contrast"]
+    contrast = image_statistics(p.data().load())["contrast"]
     assert table["byol", "alone", "contrast"] == pytest.approx(a.corr(contrast, method="spearman"))
 
 
@@ -335,11 +338,11 @@ def test_11_holds_every_record_in_all_formats(out: Path) -> None:
     folder = out / "figures/tiny"
     kept, table = verdicts.read_records([folder / "claims.json"]), numbers(out, "11_claims_audit")
     assert len(kept) == len(table) == len(list((out / "results/tiny").glob("claim_*.json")))
-    assert set(table["name"]) == set(claim.claims())
+    assert set(table["name"]) == set(claims.claims())
     text, tex = (folder / "11_claims_audit.md").read_text(), (folder / "11_claims_audit.tex").read_text()
-    for entry in claim.claims().values():
+    for entry in claims.claims().values():
         assert entry.claim in text
-    assert tex.count(r"\\") >= len(claim.claims()) and "_seed" not in tex.replace(r"\_", "")
+    assert tex.count(r"\\") >= len(claims.claims()) and "_seed" not in tex.replace(r"\_", "")
 
 
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from issl import cli, cost, overview
-from issl.artifacts import Artifacts
-from issl.overview import Overview, in_words
-from issl.plan import Plan
-from issl.plans import PLANS
-from issl.recipes import recipe
-from issl.settings import Data
-from issl.stages import Embed, Influence, Pretrain
+from issl.commands import cli, progress
+from issl.commands.progress import Overview, in_words
+from issl.experiments import cost
+from issl.experiments.cache import Artifacts
+from issl.experiments.plan import Plan
+from issl.experiments.plans_paper import PLANS
+from issl.experiments.settings import Data
+from issl.experiments.stages import Embed, Influence, Pretrain
+from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=48)
 TRAIN = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=1, batch_size=16)
@@ -54,7 +55,7 @@ class Pair(Plan):
 
 def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(overview.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     artifacts = Artifacts(tmp_path)
     seen = Overview([Pair()], artifacts)
     costs = {stage.label: cost.seconds(stage) for stage in cost.every(Pair().stages().values())}
@@ -111,6 +112,6 @@ def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "cifar10   not here" in told and told.count("issl download") == 1
     lines = {line.split()[0]: line for line in told.splitlines() if line.startswith("  ")}
     assert "stages to compute, about" in lines["quick"] and "needs cifair10, cifar10, fairface" in lines["mini"]
-    monkeypatch.setattr("issl.doctor.os.access", lambda *_: False)
+    monkeypatch.setattr("issl.commands.doctor.os.access", lambda *_: False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 1
     assert "cannot be written; choose another place with --out DIR" in capsys.readouterr().out

@@ -15,18 +15,18 @@ import pytest
 import torch
 
 import issl
-from issl.artifacts import Artifacts
-from issl.encoder import BasicBlock, Head, load_encoder, new_encoder, save_encoder
+from issl.data.views import View
 from issl.errors import OutOfTime
+from issl.experiments.cache import Artifacts
+from issl.experiments.settings import Data
+from issl.experiments.stages import Influence, Pretrain
 from issl.files import read_safetensors
-from issl.learner import Learner
-from issl.pretrain import epoch_order, epoch_uniforms, pretrain
-from issl.recipes import RECIPES, recipe
-from issl.settings import Data
+from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
+from issl.pretraining.encoder import BasicBlock, Head, load_encoder, new_encoder, save_encoder
+from issl.pretraining.learner import Learner
+from issl.pretraining.loop import epoch_order, epoch_uniforms, pretrain
+from issl.pretraining.recipes import RECIPES, recipe
 from issl.shards import Shards
-from issl.stages import Influence, Pretrain
-from issl.synchronised import batchnorm_over_all, sum_gradients
-from issl.views import View
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "progress": False}
 METHODS = list(RECIPES["short"])
@@ -193,7 +193,7 @@ def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, mon
         now += 0.01
         return now
 
-    monkeypatch.setattr("issl.pretrain.time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr("issl.pretraining.loop.time", SimpleNamespace(monotonic=monotonic))
     with pytest.raises(OutOfTime, match="stopped after 0 of 4 epochs, the time budget is spent; the same command"):
         pretrain(images, BYOL, **settings, checkpoint=path, deadline=-1.0)
 

@@ -71,8 +71,3 @@ def test_nothing_names_a_machine_or_a_registry_host(repository: Path) -> None:
         if path.suffix in (".png", ".pdf") or not path.is_file():
             continue
         assert not pattern.search(path.read_text()), name
-
-
-def test_files_stay_small(repository: Path) -> None:
-    for path in (repository / "issl").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, path.name

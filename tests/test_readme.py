@@ -30,9 +30,9 @@ from disk import write_cifar10
 from PIL import Image
 
 import issl
-from issl import cli, run
+from issl.commands import cli, run
 from issl.errors import IsslError
-from issl.plan import Scored
+from issl.experiments.plan import Scored
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -130,7 +130,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
             patch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
             patch.setattr("huggingface_hub.snapshot_download", no_network)
             options = cli.parser("download").parse_args(given)
-            issl.datasets.download(options.name, options.data_root)
+            issl.data.datasets.download(options.name, options.data_root)
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
     given += SMALL[given[0]]

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import issl
-from issl import report
-from issl.artifacts import Artifacts
-from issl.audit import Estimate
-from issl.claim import provenance, record
-from issl.plans import EXPLORER, PLANS
+from issl.analysis.statistics import Estimate
+from issl.experiments.cache import Artifacts
+from issl.experiments.claims import provenance, record
+from issl.experiments.plans_paper import EXPLORER, PLANS
+from issl.reporting import site as report
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 SETTINGS: dict[str, Any] = {
@@ -54,7 +54,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
-        issl.figure.plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
+        issl.reporting.figures.plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
         (figures / f"{name}.csv").write_text("a\n1\n")
     plan = EXPLORER(**SETTINGS, out=str(out))
     artifacts = Artifacts(out / "artifacts")
@@ -131,7 +131,7 @@ def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
     own = issl.self_influence(encoder, images, **how)["influence"]
     mine = data["methods"]["SimCLR"]
     np.testing.assert_allclose(mine["influence"], own, rtol=1e-3)
-    near = issl.graph.nearest(issl.evaluate.embed(encoder, images), 6)
+    near = issl.analysis.neighbour_graph.nearest(issl.analysis.evaluate.embed(encoder, images), 6)
     for i in (0, 7, 39):
         others = scores[i].clone()
         others[i] = -torch.inf

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 import issl
-from issl import explained, response
-from issl.audit import Estimate
+from issl.analysis import datamodeling, explained_variance
+from issl.analysis.statistics import Estimate
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
@@ -16,7 +16,7 @@ TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
 
 def test_the_sum_over_the_subset() -> None:
     scores, kept = RNG.normal(size=(3, 6)), RNG.random((4, 6)) < 0.5
-    got = response.foretold(scores, kept)
+    got = datamodeling.foretold(scores, kept)
     for q in range(3):
         for k in range(4):
             assert got[q, k] == pytest.approx(-sum(scores[q, i] for i in range(6) if kept[k, i]))
@@ -25,18 +25,18 @@ def test_the_sum_over_the_subset() -> None:
 def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     predicted = TRUTH + RNG.normal(size=TRUTH.shape)
     want = np.mean([stats.spearmanr(p, y).statistic for p, y in zip(predicted, TRUTH, strict=True)])
-    got = response.lds(predicted, TRUTH)
+    got = datamodeling.lds(predicted, TRUTH)
     assert got.value == pytest.approx(want) and got.low < got.value < got.high and got.n == 20
     # monotone in each query, whatever its unit; a constant prediction foretells nothing
-    assert response.lds(np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH).value == pytest.approx(1)
-    assert response.lds(np.zeros_like(TRUTH), TRUTH).value == 0
-    noise = response.lds(RNG.normal(size=TRUTH.shape), TRUTH)
+    assert datamodeling.lds(np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH).value == pytest.approx(1)
+    assert datamodeling.lds(np.zeros_like(TRUTH), TRUTH).value == 0
+    noise = datamodeling.lds(RNG.normal(size=TRUTH.shape), TRUTH)
     assert noise.low < 0 < noise.high
-    better = response.lds_difference(predicted, RNG.normal(size=TRUTH.shape), TRUTH)
+    better = datamodeling.lds_difference(predicted, RNG.normal(size=TRUTH.shape), TRUTH)
     assert better.low > 0
-    assert response.lds_difference(predicted, predicted, TRUTH).high == 0
+    assert datamodeling.lds_difference(predicted, predicted, TRUTH).high == 0
     with pytest.raises(issl.IsslError, match="need one shape"):
-        response.lds(predicted[:, :2], TRUTH[:, :2])
+        datamodeling.lds(predicted[:, :2], TRUTH[:, :2])
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])
@@ -44,26 +44,26 @@ def test_the_ceiling_is_what_the_truth_itself_reaches(noise: float) -> None:
     """Repetitions are truth and noise: their mean goes with the truth up to the ceiling."""
     truth = np.random.default_rng(1).normal(size=(80, 150))
     runs = truth + noise * np.random.default_rng(2).normal(size=(3, 80, 150))
-    cap = response.ceiling(response.repeatability(runs), 3)
-    assert response.lds(truth, runs.mean(0)).value == pytest.approx(cap.value, abs=0.02)
+    cap = datamodeling.ceiling(datamodeling.repeatability(runs), 3)
+    assert datamodeling.lds(truth, runs.mean(0)).value == pytest.approx(cap.value, abs=0.02)
     with pytest.raises(issl.IsslError, match="two or more repetitions"):
-        response.repeatability(runs[:1])
+        datamodeling.repeatability(runs[:1])
 
 
 def test_where_seeds_do_not_agree_nothing_can_be_foretold() -> None:
-    cap = response.ceiling(Estimate(-0.1, -0.2, 0.04, 9), 4)
+    cap = datamodeling.ceiling(Estimate(-0.1, -0.2, 0.04, 9), 4)
     assert cap.value == cap.low == 0 and cap.high == pytest.approx(np.sqrt(0.16 / 1.12))
-    assert response.ceiling(Estimate(1.0, 1.0, 1.0, 9), 4).value == 1
+    assert datamodeling.ceiling(Estimate(1.0, 1.0, 1.0, 9), 4).value == 1
 
 
 def test_what_statistics_explain_is_least_squares() -> None:
     images = issl.load("scenes", n=400)
-    table = explained.pixel_table(images)
-    assert list(table) == list(explained.PIXELS) and len(table) == 400
+    table = explained_variance.pixel_table(images)
+    assert list(table) == list(explained_variance.PIXELS) and len(table) == 400
     rng = np.random.default_rng(0)
-    score = np.exp(explained.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400))
-    got = explained.explained(score, table)
-    x, y = explained.normal_scores(table.to_numpy()), explained.normal_scores(score)
+    score = np.exp(explained_variance.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400))
+    got = explained_variance.explained(score, table)
+    x, y = explained_variance.normal_scores(table.to_numpy()), explained_variance.normal_scores(score)
 
     def adjusted(columns: list[int]) -> float:
         design = np.column_stack([np.ones(400), x[:, columns]])
@@ -78,7 +78,9 @@ def test_what_statistics_explain_is_least_squares() -> None:
     # trees find a bent relation that a line does not, and nothing in noise
     bent = table["brightness"].to_numpy()
     bent = np.abs(bent - np.median(bent))
-    assert explained.explained_by_trees(bent, table).low > explained.explained(bent, table)["all"].high
-    assert explained.explained_by_trees(rng.normal(size=400), table).low < 0
+    assert (
+        explained_variance.explained_by_trees(bent, table).low > explained_variance.explained(bent, table)["all"].high
+    )
+    assert explained_variance.explained_by_trees(rng.normal(size=400), table).low < 0
     with pytest.raises(issl.IsslError, match="20 images for a regression on 5"):
-        explained.explained(score[:20], table[:20])
+        explained_variance.explained(score[:20], table[:20])

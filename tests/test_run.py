@@ -14,10 +14,10 @@ import pytest
 import yaml
 from test_notebooks import TINY
 
-from issl import cli, notebook, run
-from issl.notebook import fingerprint, is_current, note_made
-from issl.plan import Plan
-from issl.plans import PLANS
+from issl.commands import cli, run
+from issl.commands.notebooks import fingerprint, is_current, note_made
+from issl.experiments.plan import Plan
+from issl.experiments.plans_paper import PLANS
 
 
 def cells(name: str) -> list:

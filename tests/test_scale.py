@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import issl
-from issl import EKFAC, Exact, LoGra, cli, cross_influence, self_influence, top_influences
-from issl.encoder import Head, new_encoder, save_encoder
-from issl.foreign import open_encoder, read_state, resnet_from
+from issl import EKFAC, Exact, LoGra, cross_influence, self_influence, top_influences
+from issl.commands import cli
+from issl.pretraining.encoder import Head, new_encoder, save_encoder
+from issl.pretraining.other_encoders import open_encoder, read_state, resnet_from
 from issl.shards import ONE, Shards
 
 # --- several processes -------------------------------------------------------------------------------------

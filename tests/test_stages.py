@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 
 import issl
-from issl.artifacts import Artifacts, damaged
 from issl.config import explain
-from issl.cross import as_queries
-from issl.gradients import CrossEntropy
-from issl.recipes import recipe
-from issl.settings import Curvature, Data, Noise
-from issl.stages import Cross, Draw, Embed, Influence, Nearness, Pick, Pretrain, Prune, Stability, Thin, Top
+from issl.experiments.cache import Artifacts, damaged
+from issl.experiments.settings import Curvature, Data, Noise
+from issl.experiments.stages import Cross, Draw, Embed, Influence, Nearness, Pick, Pretrain, Prune, Stability, Thin, Top
+from issl.influence.cross import as_queries
+from issl.influence.losses import CrossEntropy
+from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=48)
 TRAIN = Pretrain(data=DATA, width=1, epochs=1, batch_size=16)

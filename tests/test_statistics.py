@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import issl
-from issl import audit
+from issl.analysis import statistics
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal(400)
@@ -18,129 +18,131 @@ FLAG = RNG.random(400) < 0.1
 
 def test_correlation_is_scipys() -> None:
     for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        got = audit.correlation(A, B, kind)  # type: ignore[arg-type]
+        got = statistics.correlation(A, B, kind)  # type: ignore[arg-type]
         assert got.value == pytest.approx(reference(A, B).statistic, abs=1e-12)
         assert got.low < 0.8 < got.high and got.high - got.low < 0.15 and got.n == 400
     fisher = stats.pearsonr(A, B).confidence_interval()
-    got = audit.correlation(A, B)
+    got = statistics.correlation(A, B)
     assert got.low == pytest.approx(fisher.low, abs=0.02) and got.high == pytest.approx(fisher.high, abs=0.02)
-    assert audit.correlation(A, A).low == pytest.approx(1)
-    assert audit.correlation(A, np.zeros(400)).value == 0
-    assert audit.correlation(A, B, seed=1) != audit.correlation(A, B, seed=2)
+    assert statistics.correlation(A, A).low == pytest.approx(1)
+    assert statistics.correlation(A, np.zeros(400)).value == 0
+    assert statistics.correlation(A, B, seed=1) != statistics.correlation(A, B, seed=2)
     with pytest.raises(issl.IsslError, match="400 and 3 values"):
-        audit.correlation(A, A[:3])
+        statistics.correlation(A, A[:3])
 
 
 def test_interval_covers_as_often_as_it_says() -> None:
     rng, hits = np.random.default_rng(1), 0
     for k in range(60):
         x = rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])
-        got = audit.correlation(x[:, 0], x[:, 1], seed=k)
+        got = statistics.correlation(x[:, 0], x[:, 1], seed=k)
         hits += got.low <= 0.5 <= got.high
     assert 50 <= hits <= 60
 
 
 def test_overlap() -> None:
-    assert audit.overlap(A, 3 * A + 1, 0.05).value == 1
-    assert audit.overlap(A, -A, 0.05).value == 0
-    assert audit.overlap(A, B, 0.05).n == 20
+    assert statistics.overlap(A, 3 * A + 1, 0.05).value == 1
+    assert statistics.overlap(A, -A, 0.05).value == 0
+    assert statistics.overlap(A, B, 0.05).n == 20
 
 
 def test_average_precision_and_auc() -> None:
-    assert audit.average_precision(FLAG.astype(float), FLAG).value == 1
-    shuffled = audit.average_precision(A, FLAG)
+    assert statistics.average_precision(FLAG.astype(float), FLAG).value == 1
+    shuffled = statistics.average_precision(A, FLAG)
     assert shuffled.value == pytest.approx(average_precision_score(FLAG, A))
     assert shuffled.low < FLAG.mean() + 0.05
     score = A + 2 * FLAG
-    gain = audit.auc_difference(score, A, FLAG)
+    gain = statistics.auc_difference(score, A, FLAG)
     assert gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A)) and gain.low > 0.2
-    same = audit.auc_difference(A, A, FLAG)
+    same = statistics.auc_difference(A, A, FLAG)
     assert same.value == same.low == same.high == 0
     with pytest.raises(issl.IsslError, match="true of none"):
-        audit.average_precision(A, np.zeros(400, bool))
+        statistics.average_precision(A, np.zeros(400, bool))
 
 
 def test_mean_is_students() -> None:
     values = np.array([0.1, 0.3, 0.2])
-    got, want = audit.mean(values), stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    got, want = statistics.mean(values), stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     assert (got.value, got.low, got.high) == pytest.approx((0.2, *want))
-    one, equal = audit.mean(np.array([0.5])), audit.mean(np.array([0.5, 0.5]))
+    one, equal = statistics.mean(np.array([0.5])), statistics.mean(np.array([0.5, 0.5]))
     assert one.low == -np.inf and one.high == np.inf and equal.low == equal.high == 0.5
 
 
 def test_holm() -> None:
-    np.testing.assert_allclose(audit.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
 
 
 def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
     scores = np.stack([A, B, A + RNG.standard_normal(400)])
     for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
         want = np.mean([reference(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
-        got = audit.agreement(scores, kind)  # type: ignore[arg-type]
+        got = statistics.agreement(scores, kind)  # type: ignore[arg-type]
         assert got.value == pytest.approx(want) and got.low < want < got.high
-    two = audit.agreement(scores[:2])
-    assert two.value == pytest.approx(audit.correlation(A, B).value)
+    two = statistics.agreement(scores[:2])
+    assert two.value == pytest.approx(statistics.correlation(A, B).value)
     with pytest.raises(issl.IsslError, match=r"shape \(1, 400\)"):
-        audit.agreement(scores[:1])
+        statistics.agreement(scores[:1])
 
 
 def test_clustered_auc_is_the_auc_and_counts_pairs_once() -> None:
     score = A + 0.7 * FLAG
-    alone, plain = audit.clustered_auc(score, FLAG, np.arange(400)), audit.auc(score, FLAG)
+    alone, plain = statistics.clustered_auc(score, FLAG, np.arange(400)), statistics.auc(score, FLAG)
     assert alone.value == pytest.approx(plain.value)
     assert (alone.low, alone.high) == (pytest.approx(plain.low, abs=0.015), pytest.approx(plain.high, abs=0.015))
     # every flagged image twice: as independent images the interval shrinks, as pairs it does not
     twice = np.concatenate([np.arange(400), np.flatnonzero(FLAG)])
-    pairs = audit.clustered_auc(score[twice], FLAG[twice], twice)
-    images = audit.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
+    pairs = statistics.clustered_auc(score[twice], FLAG[twice], twice)
+    images = statistics.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
     width, less = pairs.high - pairs.low, images.high - images.low
     assert pairs.value == pytest.approx(alone.value) and width == pytest.approx(alone.high - alone.low, rel=0.02)
     assert less < 0.85 * width
-    tied = audit.clustered_auc(np.round(score), FLAG, np.arange(400))
+    tied = statistics.clustered_auc(np.round(score), FLAG, np.arange(400))
     assert tied.value == pytest.approx(roc_auc_score(FLAG, np.round(score)))
 
 
 def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
-    w = audit.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
+    w = statistics.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
     np.testing.assert_allclose(w, [0.5, 0.5, 0], atol=1e-12)
-    np.testing.assert_allclose(audit.matching_weights([10.0, 0.1, 1.0], 1e-6), [0, 1, 0])  # any order; beyond: the end
-    np.testing.assert_allclose(audit.matching_weights([10.0, 0.1, 1.0], 1e6), [1, 0, 0])
+    np.testing.assert_allclose(
+        statistics.matching_weights([10.0, 0.1, 1.0], 1e-6), [0, 1, 0]
+    )  # any order; beyond: the end
+    np.testing.assert_allclose(statistics.matching_weights([10.0, 0.1, 1.0], 1e6), [1, 0, 0])
 
 
 def test_correlation_margin_is_a_difference_of_correlations() -> None:
     noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
-    got = audit.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
+    got = statistics.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
     assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1]) and got.low > 0.3
-    same = audit.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
+    same = statistics.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
     assert same.value == same.low == same.high == 0
 
 
 def test_log_ratio() -> None:
     rng = np.random.default_rng(4)
     b = rng.exponential(size=500)
-    got = audit.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
+    got = statistics.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
     assert got.low < np.log(3) < got.high and got.low > 0.9
-    nothing = audit.log_ratio(np.zeros(5), np.ones(5))
+    nothing = statistics.log_ratio(np.zeros(5), np.ones(5))
     assert nothing.value == -np.inf and (nothing.low, nothing.high) == (-np.inf, np.inf)
 
 
 def test_rank_biserial_is_somers_d() -> None:
     score = A + FLAG
-    effect, p = audit.rank_biserial(score, FLAG)
+    effect, p = statistics.rank_biserial(score, FLAG)
     assert effect.value == pytest.approx(stats.somersd(FLAG.astype(int), score).statistic)
     assert p == pytest.approx(stats.mannwhitneyu(score[FLAG], score[~FLAG], method="asymptotic").pvalue)
-    less, _ = audit.rank_biserial(-score, FLAG)
+    less, _ = statistics.rank_biserial(-score, FLAG)
     assert less.value == pytest.approx(-effect.value)
 
 
 def test_precision_of_as_many_as_there_are() -> None:
-    assert audit.precision(FLAG.astype(float), FLAG).value == 1
+    assert statistics.precision(FLAG.astype(float), FLAG).value == 1
     score = np.arange(10.0)
-    assert audit.precision(score, score >= 6).n == 4
-    assert audit.precision(-score, score >= 8).value == 0
+    assert statistics.precision(score, score >= 6).n == 4
+    assert statistics.precision(-score, score >= 8).value == 0
 
 
 def test_average_precision_with_ties_is_scikit_learns() -> None:
     score = np.round(A)
-    got = audit.average_precision(score, FLAG)
+    got = statistics.average_precision(score, FLAG)
     assert got.value == pytest.approx(average_precision_score(FLAG, score)) and got.low <= got.value <= got.high

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import issl
-from issl import cli
-from issl.pretrain import pretrain
-from issl.recipes import recipe
+from issl.commands import cli
+from issl.pretraining.loop import pretrain
+from issl.pretraining.recipes import recipe
 
 COMMON = ["pretrain", "--data", "scenes", "--n", "64", "--recipe", "short", "--width", "2", "--batch-size", "16"]
 

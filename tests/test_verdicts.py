@@ -9,20 +9,22 @@ import pytest
 import torch
 
 import issl
-from issl import claim, cli, verdicts
-from issl.audit import Estimate
+from issl.analysis.statistics import Estimate
+from issl.commands import cli
+from issl.experiments import claims
+from issl.reporting import verdicts
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[verdicts.Record]:
-    source = claim.provenance("mini", {}, torch.device("cpu"), [])
+    source = claims.provenance("mini", {}, torch.device("cpu"), [])
     about = {"dataset": "cifar10", "n": 2000, "seeds": [0]}
     for method, value in (("byol", 0.95), ("simclr", 0.8)):
         e = Estimate(value, value - 0.1, value + 0.1, 2000)
-        claim.record("noise_seed_correlation", {"pearson": e}, source, tmp_path, method, method=method, **about)
+        claims.record("noise_seed_correlation", {"pearson": e}, source, tmp_path, method, method=method, **about)
     duplicates = {"auc_injected": Estimate(0.6, 0.55, 0.65, 9), "precision": Estimate(0.2, 0.1, 0.3, 9)}
-    claim.record("low_influence_duplicates", duplicates, source, tmp_path, "simclr", **about)
-    claim.record("method_exact", {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 9)}, source, tmp_path, **about)
+    claims.record("low_influence_duplicates", duplicates, source, tmp_path, "simclr", **about)
+    claims.record("method_exact", {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 9)}, source, tmp_path, **about)
     return verdicts.read_records(tmp_path.glob("claim_*.json"))
 
 
@@ -37,7 +39,7 @@ def test_a_metric_that_a_set_does_not_have_is_not_judged(records: list[verdicts.
     last = records[-1]
     assert [t["metric"] for t in last["tests"]] == ["auc_injected", "precision"] and last["outcome"] == "partly"
     with pytest.raises(issl.IsslError, match="'precision' was not measured"):  # but what every set has is
-        claim.judge("low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini")
+        claims.judge("low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini")
 
 
 def test_formats(records: list[verdicts.Record]) -> None:
@@ -68,9 +70,9 @@ def test_what_it_is_good_for_follows_the_outcomes(records: list[verdicts.Record]
     uses = verdicts.good_for(records)
     assert uses["reproduced"] == ["a ranking that holds under another draw of the noise [BYOL]"]
     assert uses["not reproduced"][0] == "a ranking that holds under another draw of the noise [SimCLR]"
-    named = [c.use for c in claim.claims().values() if c.use]
+    named = [c.use for c in claims.claims().values() if c.use]
     assert len(named) == len(set(named)) >= 10
-    assert not any(c.use for name, c in claim.claims().items() if name in ("method_exact", "convex_theory"))
+    assert not any(c.use for name, c in claims.claims().items() if name in ("method_exact", "convex_theory"))
 
 
 def test_kept_records_come_back_as_they_were(records: list[verdicts.Record], tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 import issl
-from issl import operations
-from issl.perturbation import Augmentation
-from issl.recipes import RECIPES
-from issl.views import ON_CPU, VIEW_UNIFORMS, View, crop_boxes
+from issl.data import image_operations
+from issl.data.views import ON_CPU, VIEW_UNIFORMS, View, crop_boxes
+from issl.influence.perturbation import Augmentation
+from issl.pretraining.recipes import RECIPES
 
-JITTERS = ("brightness", "contrast", "saturation", "hue")  # in the order of operations.BRIGHTNESS … HUE
+JITTERS = ("brightness", "contrast", "saturation", "hue")  # in the order of image_operations.BRIGHTNESS … HUE
 CHAIN = Augmentation("chain").view.model_copy(update={"solarize": 0.3})
 
 
@@ -35,7 +35,7 @@ def test_jitter_applies_each_order(x: torch.Tensor) -> None:
     factors = torch.rand(len(x), 4, generator=generator) * 0.3 + torch.tensor([0.8, 0.8, 0.8, -0.1])
     order = torch.stack([torch.tensor(p) for p in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]]] * 6)
     yes = torch.arange(len(x)) % 3 > 0
-    got = operations.jitter(x, factors, order, yes)
+    got = image_operations.jitter(x, factors, order, yes)
     for k in range(len(x)):
         want = x[k]
         for which in order[k].tolist() if yes[k] else []:
@@ -45,16 +45,18 @@ def test_jitter_applies_each_order(x: torch.Tensor) -> None:
 
 def test_grayscale_and_flip(x: torch.Tensor) -> None:
     yes = torch.arange(len(x)) % 2 == 0
-    torch.testing.assert_close(operations.grayscale(x, yes)[::2], TF.rgb_to_grayscale(x[::2], 3), rtol=0, atol=1e-3)
-    assert torch.equal(operations.grayscale(x, yes)[1::2], x[1::2])
-    flipped = operations.flip(x, yes)
+    torch.testing.assert_close(
+        image_operations.grayscale(x, yes)[::2], TF.rgb_to_grayscale(x[::2], 3), rtol=0, atol=1e-3
+    )
+    assert torch.equal(image_operations.grayscale(x, yes)[1::2], x[1::2])
+    flipped = image_operations.flip(x, yes)
     assert torch.equal(flipped[::2], TF.horizontal_flip(x[::2])) and torch.equal(flipped[1::2], x[1::2])
 
 
 @pytest.mark.parametrize("radius", [1, 3])
 def test_blur_equals_torchvisions(radius: int, x: torch.Tensor) -> None:
     sigma, yes = torch.linspace(0.1, 2.0, len(x)), torch.arange(len(x)) % 4 > 0
-    got = operations.blur(x, sigma, yes, radius)
+    got = image_operations.blur(x, sigma, yes, radius)
     for k in range(len(x)):
         want = TF.gaussian_blur(x[k], [2 * radius + 1] * 2, [float(sigma[k])] * 2) if yes[k] else x[k]
         torch.testing.assert_close(got[k], want, rtol=0, atol=1e-5)
@@ -62,7 +64,7 @@ def test_blur_equals_torchvisions(radius: int, x: torch.Tensor) -> None:
 
 def test_solarize_equals_torchvisions(x: torch.Tensor) -> None:
     yes = torch.arange(len(x)) % 2 == 0
-    got = operations.solarize(x, yes, 0.4)
+    got = image_operations.solarize(x, yes, 0.4)
     torch.testing.assert_close(got[::2], TF.solarize(x[::2], 0.4))
     assert torch.equal(got[1::2], x[1::2])
 
@@ -72,7 +74,7 @@ def test_crop_equals_torchvisions(mirror: bool, x: torch.Tensor) -> None:
     boxes = [(0, 0, 32, 32), (4, 6, 16, 20), (10, 2, 8, 30)]  # top, left, height, width in px
     for top, left, h, w in boxes:
         box = torch.tensor([[(top + h / 2) / 32, (left + w / 2) / 32, h / 32, w / 32]]).expand(len(x), 4)
-        got = operations.crop(x, box, torch.full((len(x),), mirror))
+        got = image_operations.crop(x, box, torch.full((len(x),), mirror))
         want = TF.resized_crop(x, top, left, h, w, [32, 32], antialias=False)
         want = TF.horizontal_flip(want) if mirror else want
         # torchvision resizes the box alone, so it differs where bilinear weights reach over the box's edge
@@ -152,12 +154,12 @@ def test_a_smaller_view_is_the_same_crop_at_half_the_side(x: torch.Tensor) -> No
         crop_boxes(torch.rand(len(x), 4, generator=torch.Generator().manual_seed(2)), 0.3),
         torch.arange(len(x)) > 9,
     )
-    small = operations.crop(x, box, yes, (16, 16))
+    small = image_operations.crop(x, box, yes, (16, 16))
     assert small.shape == (len(x), 3, 16, 16)
     # exactly half the side of the whole image is the mean of its 2 × 2 blocks
     whole = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(len(x), 4)
-    torch.testing.assert_close(operations.crop(x, whole, None, (16, 16)), torch.nn.functional.avg_pool2d(x, 2))
+    torch.testing.assert_close(image_operations.crop(x, whole, None, (16, 16)), torch.nn.functional.avg_pool2d(x, 2))
     u = torch.rand(len(x), VIEW_UNIFORMS, generator=torch.Generator().manual_seed(3))
     assert View(flip=0.5)(x, u, (16, 16)).shape == small.shape
-    full = operations.crop(x, box, yes)
+    full = image_operations.crop(x, box, yes)
     assert float((torch.nn.functional.avg_pool2d(full, 2) - small).abs().mean()) < 0.03

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from torch import nn
 
 import issl
-from issl import winograd
-from issl.encoder import resnet18
+from issl.influence import winograd
+from issl.pretraining.encoder import resnet18
 
 
 def a_conv(channels: tuple[int, int] = (128, 128), seed: int = 0, **options) -> nn.Conv2d:
@@ -109,7 +109,7 @@ def test_scores_with_and_without_it_are_the_same(monkeypatch):
         encoder.eval()
     before = copy.deepcopy(encoder.state_dict())
     quick = issl.self_influence(encoder, images, batch_size=5)
-    monkeypatch.setattr("issl.influence.quicken", lambda model: [])
+    monkeypatch.setattr("issl.influence.self_influence.quicken", lambda model: [])
     plain = issl.self_influence(encoder, images, batch_size=5)
     assert not quick["influence"].equals(plain["influence"])  # it was used: 128 and 256 channels
     for column in ("influence", "stability_loss", "grad_norm"):

@@ -1,0 +1,85 @@
+"""Response: does a score foretell what training on other images changes? Correlations, and what noise leaves of them.
+
+Linear datamodeling score (LDS; Ilyas et al. 2022, arXiv 2202.00622; Park et al. 2023, arXiv 2303.14186, §2): encoders
+are trained on random subsets S_1 … S_m; the sum of a query's scores over the images in S_k foretells its loss, and
+
+    LDS = mean over queries q of Spearman_k( prediction_q(S_k), measured_q(S_k) )
+
+A training that is repeated under other seeds gives another measurement, so no prediction can reach 1 (`ceiling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from issl.analysis.statistics import RESAMPLES, Estimate, pearson
+from issl.errors import IsslError
+
+Table = Float[np.ndarray, "q m"]  # a number for each query and subset
+
+
+def foretold(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
+    """−Σ_{i∈S_k} influence(i → q): the loss of each query after training on each subset, but for its level and unit.
+
+    Positive influence makes a query more stable, so the loss is the lower the more of it the subset has.
+    """
+    return -np.asarray(scores, float) @ np.asarray(kept, float).T
+
+
+def lds(predicted: Table, measured: Table, seed: int = 0) -> Estimate:
+    """The mean over queries of the rank correlation over subsets, in [−1, 1]; a query that does not vary counts 0.
+
+    Percentile interval of a bootstrap that draws queries and subsets anew, both at once.
+    """
+    return _two_way([predicted, measured], _rows, seed)
+
+
+def lds_difference(predicted: Table, other: Table, measured: Table, seed: int = 0) -> Estimate:
+    """The LDS of a prediction less that of another one, on the same queries and subsets; interval as `lds`."""
+    return _two_way([predicted, other, measured], lambda p, o, y: _rows(p, y) - _rows(o, y), seed)
+
+
+def repeatability(measured: Float[np.ndarray, "s q m"], seed: int = 0) -> Estimate:
+    """The same correlation between any two of s repetitions of the measurement, mean over all pairs."""
+    if measured.ndim != 3 or len(measured) < 2:
+        raise IsslError(f"repeatability of shape {measured.shape}: need two or more repetitions")
+    pairs = [(i, j) for i in range(len(measured)) for j in range(i)]
+
+    def statistic(*runs: np.ndarray) -> np.ndarray:
+        return np.mean([_rows(runs[i], runs[j]) for i, j in pairs], axis=0)
+
+    return _two_way(list(measured), statistic, seed)
+
+
+def ceiling(between: Estimate, repetitions: int) -> Estimate:
+    """The greatest correlation that a perfect prediction can have with the mean of so many repetitions, any two of
+    which correlate by `between`: √(s r / (1 + (s − 1) r)), 0 where r ≤ 0 (Spearman 1910, Brown 1910)."""
+
+    def of(r: float) -> float:
+        r = min(max(r, 0.0), 1.0)
+        return float(np.sqrt(repetitions * r / (1 + (repetitions - 1) * r)))
+
+    return Estimate(of(between.value), of(between.low), of(between.high), between.n)
+
+
+def _rows(a: Table, b: Table) -> Float[np.ndarray, " q"]:
+    """Spearman's ρ of each row; 0 where one of the two does not vary."""
+    return np.asarray(pearson(stats.rankdata(a, axis=1), stats.rankdata(b, axis=1), 1))
+
+
+def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed: int) -> Estimate:
+    tables = [np.asarray(t, float) for t in tables]
+    shapes = {t.shape for t in tables}
+    if len(shapes) != 1 or len(tables[0].shape) != 2 or tables[0].shape[1] < 3:
+        raise IsslError(f"tables of shape {sorted(shapes)}: need one shape (queries, subsets), 3 or more subsets")
+    (q, m), rng = tables[0].shape, np.random.default_rng(seed)
+    found = np.empty(RESAMPLES)
+    for k in range(RESAMPLES):
+        rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
+        found[k] = statistic(*(t[rows][:, columns] for t in tables)).mean()
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(float(statistic(*tables).mean()), float(low), float(high), q)

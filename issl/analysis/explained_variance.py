@@ -1,0 +1,113 @@
+"""What else explains the score? A regression of its ranks on simple statistics of the image and of a forward pass.
+
+    R² of all statistics together;   unique_j = R²(all) − R²(all but j)
+
+Ranks of the score and of each statistic become normal scores (van der Waerden), so no outlier decides and a monotone
+relation counts as it is. A forest of boosted trees, judged on images that it did not see, bounds what lines may miss.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from PIL import Image
+from scipy import stats
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from issl.analysis.baselines import knn_distance
+from issl.analysis.image_statistics import image_statistics
+from issl.analysis.statistics import RESAMPLES, Estimate
+from issl.data.image_operations import luma
+from issl.data.images import Images
+from issl.errors import IsslError
+
+JPEG_QUALITY = 90
+PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")  # they need no encoder
+FORWARD = ("stability loss", "feature norm", "kNN distance")  # they need a forward pass, no gradient
+
+
+def pixel_table(images: Images) -> pd.DataFrame:
+    """Columns PIXELS, one row an image: mean and standard deviation of grey (pixels in [0, 1]); mean size of the grey
+    gradient per pixel; minus the deviation of colour in the outer frame; bytes as a JPEG of quality 90."""
+    known = image_statistics(images)
+    edges, sizes = [], []
+    for pixels in images.pixels:
+        dy, dx = np.gradient(luma(pixels[None].float() / 255)[0].squeeze().numpy())
+        edges.append(np.hypot(dy, dx).mean())
+        with io.BytesIO() as file:
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
+            sizes.append(file.tell())
+    columns = (known["brightness"], known["contrast"], edges, -known["border_std"], sizes)
+    return pd.DataFrame(dict(zip(PIXELS, columns, strict=True)))
+
+
+def forward_table(features: Float[Tensor, "n d"], stability_loss: np.ndarray, k: int = 10) -> pd.DataFrame:
+    """Columns FORWARD, one row an image."""
+    columns = (stability_loss, features.norm(dim=1).numpy(), knn_distance(features, k))
+    return pd.DataFrame(dict(zip(FORWARD, columns, strict=True)))
+
+
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """Φ⁻¹(rank / (n + 1)) along the first axis."""
+    return stats.norm.ppf(stats.rankdata(values, axis=0) / (len(values) + 1))
+
+
+def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, Estimate]:
+    """R² of a linear regression on all columns (`all`), and what each adds to the others (its name), in [0, 1].
+
+    Adjusted for the number of columns; percentile bootstrap over images, normal scores kept as they are.
+    """
+    x, y = normal_scores(by.to_numpy(float)), normal_scores(np.asarray(score, float))
+    if len(x) < 10 * (x.shape[1] + 1):
+        raise IsslError(f"{len(x)} images for a regression on {x.shape[1]} statistics; take ten a statistic or more")
+    rng, n = np.random.default_rng(seed), len(y)
+    with threadpool_limits(1):  # thousands of small products
+        draws = np.array([_parts(x[rows], y[rows]) for rows in rng.integers(0, n, (RESAMPLES, n))])
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    values = _parts(x, y)
+    return {
+        name: Estimate(float(v), float(a), float(b), n)
+        for name, v, a, b in zip(("all", *by.columns), values, low, high, strict=True)
+    }
+
+
+def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds: int = 5) -> Estimate:
+    """R² of boosted trees on images of other folds; percentile bootstrap over images. Below 0: worse than the mean."""
+    from sklearn.ensemble import HistGradientBoostingRegressor  # slow to import
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    y = normal_scores(np.asarray(score, float))
+    trees = HistGradientBoostingRegressor(max_iter=100, learning_rate=0.05, max_leaf_nodes=8, random_state=seed)
+    folded = KFold(folds, shuffle=True, random_state=seed)
+    # tiny parallel regions, thousands of them: several threads wait for each other more than they work, and beside a
+    # training both crawl
+    with threadpool_limits(1):
+        guess = cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
+
+    def r2(rows: np.ndarray | slice) -> float:
+        return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
+
+    rng, n = np.random.default_rng(seed), len(y)
+    low, high = np.quantile([r2(rows) for rows in rng.integers(0, n, (RESAMPLES, n))], [0.025, 0.975])
+    return Estimate(r2(slice(None)), float(low), float(high), n)
+
+
+def _parts(x: np.ndarray, y: np.ndarray) -> list[float]:
+    """Adjusted R² of all columns, and for each what is lost without it."""
+    every = range(x.shape[1])
+    whole = _r2(x, y, list(every))
+    return [whole, *(whole - _r2(x, y, [k for k in every if k != j]) for j in every)]
+
+
+def _r2(x: np.ndarray, y: np.ndarray, columns: Sequence[int]) -> float:
+    n, k = len(y), len(columns)
+    design = np.column_stack([np.ones(n), x[:, columns]])
+    # normal equations: a few well-scaled columns, solved thousands of times
+    weights = np.linalg.lstsq(design.T @ design, design.T @ y, rcond=None)[0]
+    left = np.mean((y - design @ weights) ** 2) / np.var(y)
+    return float(1 - left * (n - 1) / (n - k - 1))

@@ -1,0 +1,286 @@
+"""Audit: what a score goes along with. Simple image statistics, and the tests that the notebooks use.
+
+Statistics are scipy's; every number comes as an Estimate with a 95% confidence interval.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+
+from issl.errors import IsslError
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% confidence interval and the count of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For files: a bound that is infinite (no event in one group, say) is None there."""
+        return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
+
+
+def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
+    """True for the ⌈share · n⌉ largest scores."""
+    score = np.asarray(score)
+    if not 0 < share < 1:
+        raise IsslError(f"share={share}: must lie between 0 and 1")
+    chosen = np.zeros(len(score), bool)
+    chosen[np.argsort(-score, kind="stable")[: int(np.ceil(share * len(score)))]] = True
+    return chosen
+
+
+def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
+    """How many times as frequent `flag` is in the top share as in the rest (relative risk; 1 = no relation).
+
+    The interval is Katz's log interval (scipy.stats.contingency.relative_risk); with no flagged image in one
+    of the two groups it is open on that side: [0, …] or […, ∞].
+    """
+    score, flag = np.asarray(score), _flag(flag)
+    head = top(score, share)
+    risk = stats.contingency.relative_risk(
+        int(flag[head].sum()), int(head.sum()), int(flag[~head].sum()), int((~head).sum())
+    )
+    interval = risk.confidence_interval()
+    low, high = (end if np.isfinite(end) else other for end, other in ((interval.low, 0.0), (interval.high, np.inf)))
+    return Estimate(float(risk.relative_risk), float(low), float(high), len(score))
+
+
+def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
+    """P(score of a flagged image > score of another one), ties half; 0.5 = no relation.
+
+    The Mann-Whitney statistic over the number of pairs; percentile bootstrap over both groups.
+    """
+    score, flag = np.asarray(score, dtype=float), _flag(flag)
+    yes, no = score[flag], score[~flag]
+
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
+        return stats.mannwhitneyu(a, b, method="asymptotic", axis=axis).statistic / (a.shape[axis] * b.shape[axis])
+
+    interval = stats.bootstrap(
+        (yes, no), statistic, n_resamples=RESAMPLES, vectorized=True, method="percentile",
+        batch=max(1, 4_000_000 // len(score)), rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(float(statistic(yes, no)), float(interval.low), float(interval.high), len(score))
+
+
+def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> Estimate:
+    """As `auc`, where images come in clusters (a duplicate with its original) that do not vary independently.
+
+    V_i is the share of the other kind that image i stands on the right side of; the AUC is its mean over either kind.
+    Normal interval with the variance between the clusters' sums of V_i − AUC (Obuchowski 1997, Biometrics 53, without
+    its covariance term: a cluster is of one kind here).
+    """
+    score, flag, cluster = np.asarray(score, dtype=float), _flag(flag), np.asarray(cluster)
+    yes, no = score[flag], score[~flag]
+    below = np.searchsorted(np.sort(no), yes, side="left") + np.searchsorted(np.sort(no), yes, side="right")
+    above = np.searchsorted(np.sort(yes), no, side="left") + np.searchsorted(np.sort(yes), no, side="right")
+    value, variance = float(below.mean() / 2 / len(no)), 0.0
+    for placed, members in ((below / 2 / len(no), cluster[flag]), (1 - above / 2 / len(yes), cluster[~flag])):
+        sums = pd.Series(placed - value).groupby(members).sum()
+        variance += float((sums**2).sum()) * len(sums) / max(1, len(sums) - 1) / len(placed) ** 2
+    half = 1.96 * np.sqrt(variance)
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(score))
+
+
+def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estimate:
+    """Rank correlation of a and b that the given columns do not explain, in [−1, 1].
+
+    All are ranked, the ranks of a and b regressed on those of the columns, the residuals correlated;
+    Fisher's interval with the degrees of freedom less one per column.
+    """
+    n = len(a)
+    ranked = np.column_stack([np.ones(n), *(stats.rankdata(given[c]) for c in given)])
+    residuals = []
+    for values in (a, b):
+        r = stats.rankdata(values)
+        residuals.append(r - ranked @ np.linalg.lstsq(ranked, r, rcond=None)[0])
+    value = float(stats.pearsonr(*residuals).statistic)
+    half = 1.96 / np.sqrt(n - given.shape[1] - 3)
+    centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
+    return Estimate(value, float(np.tanh(centre - half)), float(np.tanh(centre + half)), n)
+
+
+def correlation(
+    a: np.ndarray, b: np.ndarray, kind: Literal["pearson", "spearman"] = "pearson", seed: int = 0
+) -> Estimate:
+    """Correlation of two scores of the same images, in [−1, 1]; bootstrap interval over images (percentile)."""
+    if len(a) != len(b) or len(a) < 3:
+        raise IsslError(f"correlation of {len(a)} and {len(b)} values: need the same number, 3 or more")
+    return agreement(np.stack([np.asarray(a, float), np.asarray(b, float)]), kind, seed)
+
+
+def agreement(
+    scores: Float[np.ndarray, "s n"], kind: Literal["pearson", "spearman"] = "pearson", seed: int = 0
+) -> Estimate:
+    """The correlation of any two of s scores of the same images, mean over all pairs, in [−1, 1]; bootstrap interval
+    over images (percentile), the same images for all pairs."""
+    scores = np.asarray(scores, float)
+    if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
+        raise IsslError(f"agreement of scores of shape {scores.shape}: need two or more of the same 3 or more images")
+    pairs = np.triu_indices(len(scores), 1)
+
+    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
+        rows = [stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns]
+        return np.mean([pearson(rows[i], rows[j], axis) for i, j in zip(*pairs, strict=True)], axis=0)
+
+    return _bootstrap(tuple(scores), statistic, seed)
+
+
+def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
+    """Weights of a grid's entries that interpolate linearly in log strength to `target`; beyond the grid's ends, all
+    on the nearest end. strengths > 0, in any order."""
+    logs = np.log(np.asarray(strengths, float))
+    order = np.argsort(logs)
+    return np.array([np.interp(np.log(target), logs[order], unit[order]) for unit in np.eye(len(logs))])
+
+
+def correlation_margin(
+    grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"], seed: int = 0
+) -> Estimate:
+    """Pearson's r between two seeds, weighted over a grid of settings, less that of another setting; paired bootstrap
+    interval over images (percentile)."""
+    grid, other = np.asarray(grid, float), np.asarray(other, float)
+    g = len(grid)
+
+    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
+        ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
+        return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
+
+    return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
+
+
+def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
+    """log(mean a / mean b) of paired values ≥ 0; 0 = no difference. Bootstrap interval over pairs (percentile)."""
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a mean of 0: infinite, left out of the interval
+            return np.log(x.mean(axis) / y.mean(axis))
+
+    return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed)
+
+
+def rank_biserial(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> tuple[Estimate, float]:
+    """How much higher flagged images score than the others, in [−1, 1]: P(higher) − P(lower); 0.147 is small, 0.33
+    medium, 0.474 large (Romano et al. 2006). Also the p-value of the two-sided Mann-Whitney test."""
+    a, flag = auc(score, flag, seed), _flag(flag)
+    p = float(stats.mannwhitneyu(np.asarray(score)[flag], np.asarray(score)[~flag], method="asymptotic").pvalue)
+    return Estimate(2 * a.value - 1, 2 * a.low - 1, 2 * a.high - 1, a.n), p
+
+
+def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
+    """The part of a's top `share` that is in b's top, too; `share` itself is what chance gives. Wilson interval."""
+    return proportion(top(b, share)[top(a, share)])
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
+    """Area under the precision-recall curve of finding the positive images by a high score; chance is their share.
+    Equal scores are found together. Bootstrap interval over images (percentile)."""
+    positive = _flag(positive)
+
+    def statistic(y: np.ndarray, s: np.ndarray, axis: int = -1) -> Any:
+        assert axis in (-1, y.ndim - 1)
+        order = np.argsort(-s, axis=-1, kind="stable")
+        y, s = np.take_along_axis(y, order, -1), np.take_along_axis(s, order, -1)
+        n = y.shape[-1]
+        # the last place among equal scores, for every place
+        last = np.concatenate([s[..., 1:] != s[..., :-1], np.ones((*s.shape[:-1], 1), bool)], -1)
+        ends = np.minimum.accumulate(np.where(last, np.arange(n), n)[..., ::-1], -1)[..., ::-1]
+        precision = np.cumsum(y, -1) / np.arange(1, n + 1)
+        with np.errstate(invalid="ignore"):  # a resample without any positive image: left out
+            return (y * np.take_along_axis(precision, ends, -1)).sum(-1) / y.sum(-1)
+
+    return _bootstrap((positive.astype(float), np.asarray(score, float)), statistic, seed)
+
+
+def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
+    """Of as many images with the highest score as there are positive ones, the share that is positive; chance is their
+    share among all. Wilson interval."""
+    positive = _flag(positive)
+    order = np.argsort(-np.asarray(score, float), kind="stable")
+    return proportion(positive[order[: positive.sum()]])
+
+
+def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
+    """AUC of a score less that of another on the same images; paired bootstrap interval over images."""
+    positive = _flag(positive)
+
+    def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
+        rise = stats.rankdata(s, axis=axis) - stats.rankdata(t, axis=axis)
+        with np.errstate(invalid="ignore"):  # a resample of one kind alone: left out
+            return (y * rise).sum(axis) / (y.sum(axis) * (1 - y).sum(axis))
+
+    columns = (positive.astype(float), np.asarray(score, float), np.asarray(other, float))
+    return _bootstrap(columns, statistic, seed)
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """The mean, with Student's interval: of differences between paired runs, say. One value has no interval."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return Estimate(float(values.mean()), -np.inf, np.inf, len(values))
+    if np.ptp(values) == 0:
+        return Estimate(float(values[0]), float(values[0]), float(values[0]), len(values))
+    interval = stats.ttest_1samp(values, 0).confidence_interval()
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high), len(values))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the number of tests (Holm 1979)."""
+    from statsmodels.stats.multitest import multipletests  # slow to import
+
+    return np.asarray(multipletests(list(p_values), method="holm")[1])
+
+
+def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
+    """Pearson's r along an axis; 0 where one of the two does not vary."""
+    x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+    size = np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+    return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
+
+
+def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:
+    """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # of resamples that have no value
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples the same: the interval is a point
+        result = stats.bootstrap(
+            columns, statistic, n_resamples=RESAMPLES, vectorized=True, paired=True, method="percentile",
+            batch=max(1, 4_000_000 // len(columns[0])), rng=np.random.default_rng(seed),
+        )  # fmt: skip
+    known = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-np.inf, np.inf)
+    return Estimate(float(statistic(*columns)), float(low), float(high), len(columns[0]))
+
+
+def proportion(hits: np.ndarray) -> Estimate:
+    """A share with its Wilson interval."""
+    result = stats.binomtest(int(np.sum(hits)), len(hits))
+    interval = result.proportion_ci(method="wilson")
+    return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
+
+
+def _flag(flag: np.ndarray) -> np.ndarray:
+    flag = np.asarray(flag, dtype=bool)
+    if flag.all() or not flag.any():
+        raise IsslError(
+            f"the property is {'true of all' if flag.all() else 'true of none'} of the {len(flag)} images, so "
+            "nothing can be compared; take more images"
+        )
+    return flag

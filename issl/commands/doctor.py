@@ -1,0 +1,98 @@
+"""`issl doctor`: what is here, what is missing, and what each profile would cost on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from issl import __version__
+from issl.commands.progress import in_words
+from issl.commands.run import profiles, read_profile, where
+from issl.data import datasets
+from issl.devices import computes_bf16, device_name, pick_device
+from issl.errors import IsslError
+from issl.experiments.cache import every
+from issl.experiments.cost import NOTEBOOK, missing, seconds, speed
+from issl.experiments.plans_paper import PLANS
+from issl.files import PACKAGE
+
+NEEDED_GB = 2.0  # of free memory, for the quick profile
+
+
+def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
+    """Print what was found; exit code 1 where the quick profile could not run here."""
+    target, wrong, lacking = pick_device(device), [], []
+    folder, root = where(out, data_root)
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(_there(folder))
+    print(f"issl        {__version__}, {PACKAGE}")
+    print(f"python      {platform.python_version()}, {sys.executable}")
+    print(f"torch       {torch.__version__}, torchvision {metadata.version('torchvision')}")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        print(f"GPU         {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        print(f"GPU         none that torch sees ({built}); all runs on the CPU")
+    bf16 = "with" if computes_bf16(torch.device("cpu"), "auto") else "without"
+    print(f"CPU         {device_name(torch.device('cpu'))} of {os.cpu_count()}, {bf16} bf16")
+    print(f"memory      {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    print(f"disk        {disk.free / 1e9:.0f} GB free at {folder}")
+    if memory.available < NEEDED_GB * 1e9:
+        wrong.append(f"free memory is below {NEEDED_GB:.0f} GB; close other programs")
+    for name in ("artifacts", "figures", "results"):
+        if not os.access(_there(folder / name), os.W_OK):
+            wrong.append(f"{folder / name} cannot be written; choose another place with --out DIR")
+    print(f"data root   {root or 'none: give --data-root DIR, or set ' + datasets.ENVIRONMENT}")
+    for name in ("scenes", "cifar10", "cifar100", "fairface", "cifair10"):
+        try:
+            count = datasets.count(name, "train", root)
+            print(f"  {name:9} {'drawn, any number' if count is None else f'{count:,} training images'}")
+        except IsslError as error:
+            lacking.append(name)
+            print(f"  {name:9} not here" + (f": {str(error).split('. ')[0]}" if root else ""))
+    if lacking:
+        print(
+            "            to get one: issl download NAME --data-root DIR (cifar10, cifar100, fairface); cifair10 is "
+            "cifar10 and cifair/duplicates_cifar10.csv (README, Real data)"
+        )
+    factor = speed(target)
+    print(f"speed       {1 / factor:.2f} × the machine that costs were measured on ({target})")
+    for profile in profiles():
+        print(f"  {profile:9} {_cost(profile, folder, root, device, factor, lacking)}")
+    for text in wrong:
+        print(f"WRONG       {text}")
+    print(
+        "The quick profile can run: ./run_all.sh"
+        if not wrong
+        else "The quick profile cannot run before this is mended."
+    )
+    return 1 if wrong else 0
+
+
+def _cost(profile: str, folder: Path, root: str | None, device: str, factor: float, lacking: list[str]) -> str:
+    """How many stages are missing, and what they would take; or which data sets it needs that are not here."""
+    plans = read_profile(profile, list(PLANS), out=str(folder), data_root=root, device=device)
+    needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
+    if needs:
+        return f"needs {', '.join(needs)}"
+    try:
+        count = len(list(every(stage for plan in plans.values() for stage in plan.stages().values())))
+        left = missing(plans.values(), next(iter(plans.values())).artifacts())
+        took = factor * (sum(seconds(stage) for stage in left) + NOTEBOOK * len(plans))
+    except IsslError as error:
+        return f"cannot run: {str(error).splitlines()[0]}"
+    if not left:
+        return f"all {count} stages are there"
+    return f"{len(left)} of {count} stages to compute, about {in_words(took)}"
+
+
+def _there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())

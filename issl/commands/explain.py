@@ -1,0 +1,267 @@
+"""`issl explain`: which training images taught the encoder about this image? A picture and a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import ValidationError
+
+from issl.analysis.evaluate import embed, stability_losses
+from issl.config import explain as told
+from issl.data import datasets
+from issl.data.images import Images
+from issl.devices import pick_device
+from issl.errors import IsslError
+from issl.experiments.settings import Curvature, Data
+from issl.files import atomic, read_safetensors, writable
+from issl.influence.cross import as_queries, cross_influence
+from issl.influence.layers import scored_layers
+from issl.influence.perturbation import GaussianNoise
+from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
+
+LISTS = {"taught": "most positive influence", "opposed": "most negative influence", "nearest": "nearest in features"}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `issl explain`."""
+    add = command.add_argument
+    add("image", metavar="IMAGE", help="an image file, or test:17 (train:17) for an image of the data set itself")
+    add("--data", required=True, metavar="SET", help="what it was trained on: folder:PATH, cifar10, scenes, …")
+    add_encoder_arguments(command)
+    add("--out", type=Path, default=Path("explain.png"), metavar="FILE", help="picture, .png or .pdf (explain.png)")
+    add("--k", type=int, default=8, help="images in each list (8)")
+    add("--fit", action="store_true", help="bring IMAGE to the data's size: its centred square, resized")
+    add("--any-data", action="store_true", help="go on although the encoder was trained on other images")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="so many of SET (default: those it was trained on)")
+    add("--size", type=int, metavar="PX", help="side of the images of a folder or of fairface")
+    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    add("--rank", type=int, default=16, help="of LoGra, per side (16)")
+    add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
+    add("--draws", type=int, default=4, help="perturbations an image, gradients averaged (4)")
+    add("--seed", type=int, default=0, help="of the perturbation (0)")
+    add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Run the command; raises IsslError for bad input, before any long work."""
+    began = time.monotonic()
+    writable(options.out, (".png", ".pdf"))
+    if options.k < 1:
+        raise IsslError(f"--k {options.k}: must be 1 or more")
+    device = pick_device(options.device)
+    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    skip = opened.own_names(options.skip.split(","))
+    scored_layers(opened.encoder, skip)
+    images, known = training_images(options, opened)
+    query = read_query(options, images)
+    try:
+        curvature = Curvature(rank=options.rank, damping=options.damping).build()
+    except ValidationError as error:
+        raise told(error, "issl explain") from error
+    about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
+    print(f"{query.attributes['what'][0]} among {about}", flush=True)
+    noise = GaussianNoise()
+    asked = query if query.attributes["trained_on"][0] else as_queries(query)
+    scores = cross_influence(
+        opened.encoder, images, asked, noise, curvature, options.seed, 64, device, draws=options.draws, skip=skip
+    )[0]
+    features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
+    near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
+    loss = float(stability_losses(opened.encoder, asked, noise, options.seed, options.draws, device)[0])
+    own = images.index.numpy() == int(query.index[0]) if query.attributes["trained_on"][0] else None
+    table = lists(images, scores.numpy(), near.double().numpy(), options.k, own)
+    with atomic(options.out.with_suffix(".csv")) as part:
+        table.to_csv(part, index=False)
+    _draw(options.out, query, images, table, loss, f"{about}; LoGra of rank {options.rank}")
+    print(_summary(table))
+    print(f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+# --- which training images, which query --------------------------------------------------------------------
+
+
+def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
+    """The images that the encoder was trained on, and what is known of that.
+
+    Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Of other
+    encoders nothing is known, and the reader is told so.
+    """
+    size = options.size
+    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
+        size = opened.size
+    header = _header(options.encoder)
+    if header is None:
+        return _load(options, options.n, size), " (the file does not say what it was trained on)"
+    config = header.get("config")
+    name, count = (config["data"]["name"], config["data"]["n"]) if config else (header["data"], header["n"])
+    if options.any_data:
+        return _load(options, options.n, size), f" (it was trained on {name})"
+    # a folder goes by its last name there
+    given = "folder:" + Path(options.data[7:]).name if options.data.startswith("folder:") else options.data
+    encoder, remedy = (
+        f"encoder {options.encoder} was trained on",
+        "or add --any-data to ask about images that it has not seen",
+    )
+    if name not in (given, options.data):
+        raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
+    if options.n is not None and options.n != count:
+        raise IsslError(f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}")
+    if not config:
+        return _load(options, count, size), " it was trained on"
+    data = Data(**{k: v for k, v in config["data"].items() if k != "fingerprint"}, root=options.data_root)
+    if data.fingerprint != config["data"]["fingerprint"]:
+        raise IsslError(
+            f"{encoder} other files of {name} than those here (their checksums differ): point --data-root to the right "
+            f"ones, {remedy}"
+        )
+    some = config["without"] or config["left_out"]
+    return data.load(), " (it was trained on a part of them)" if some else " it was trained on"
+
+
+def _load(options: argparse.Namespace, n: int | None, size: int | None) -> Images:
+    return datasets.load(options.data, "train", n, options.data_root, size=size)
+
+
+def _header(encoder: str) -> dict[str, Any] | None:
+    """What our own checkpoint says of its training."""
+    if not encoder.endswith(".safetensors") or not Path(encoder).is_file():
+        return None
+    entry = json.loads(read_safetensors(Path(encoder), "encoder")[0].get("issl", "null"))
+    return entry if isinstance(entry, dict) and ("config" in entry or "data" in entry) else None
+
+
+def read_query(options: argparse.Namespace, images: Images) -> Images:
+    """The one image that is asked about; attributes: index, what (for titles), trained_on (is it one of `images`?)."""
+    side = int(images.pixels.shape[2])
+    member = re.fullmatch(r"(train|test):(\d+)", options.image)
+    if member and member[1] == "train":
+        places = np.flatnonzero(images.attributes["index"] == int(member[2]))
+        if not len(places):
+            raise IsslError(f"{options.image}: the encoder's {len(images)} training images have no index {member[2]}")
+        return _one(images.pixels[places[0]], int(member[2]), f"training image {member[2]}", True)
+    if member:
+        same = {"size": options.size or side} if options.data == "fairface" else {}
+        test = datasets.load(options.data, "test", None, options.data_root, **same)
+        if int(member[2]) >= len(test):
+            raise IsslError(f"{options.image}: the test set of {options.data} has {len(test)} images, numbered from 0")
+        return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
+    path = Path(options.image)
+    if not path.is_file():
+        part = "train" if options.data.startswith("folder:") else "test"  # a folder has no test set
+        raise IsslError(
+            f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of {options.data}"
+        )
+    try:
+        with Image.open(path) as file:
+            size, data = file.size, path.read_bytes()
+            file.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise IsslError(f"{path} is not an image that can be read ({error}); give a PNG, JPEG or the like") from error
+    # a folder's own images are fitted as they are read; a set of a fixed size takes no other
+    if size != (side, side) and not options.fit and not options.data.startswith("folder:"):
+        raise IsslError(
+            f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: add --fit to take "
+            "its centred square and resize it, or bring it to that size yourself"
+        )
+    return _one(torch.from_numpy(datasets.decode(data, side, str(path)).copy()), 0, path.name, False)
+
+
+def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Images:
+    about = pd.DataFrame({"index": [index], "what": [what], "trained_on": [trained_on]})
+    return Images(pixels[None], None, about, "query")
+
+
+# --- the answer --------------------------------------------------------------------------------------------
+
+
+def lists(
+    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
+) -> pd.DataFrame:
+    """One row an image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
+    similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image.
+
+    leave_out   a mask: the query itself, where it is one of them; it comes last, in a list of its own (`itself`)
+    """
+    own = np.zeros(len(images), bool) if leave_out is None else leave_out
+    k = min(k, int((~own).sum()))
+    by_influence, by_similarity = (
+        pd.Series(np.where(own, np.nan, -v)).rank(method="first").astype("Int64") for v in (influence, similarity)
+    )
+    known = images.attributes.assign(
+        influence=influence, similarity=similarity, influence_rank=by_influence, similarity_rank=by_similarity,
+        position=np.arange(len(images)),
+    )  # fmt: skip
+    others = known[~own]
+    parts = {
+        "taught": others.nsmallest(k, "influence_rank"), "opposed": others.nlargest(k, "influence_rank"),
+        "nearest": others.nsmallest(k, "similarity_rank"), "itself": known[own],
+    }  # fmt: skip
+    table = pd.concat([p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)])
+    front = ["list", "rank", "index", "influence", "similarity", "influence_rank", "similarity_rank"]
+    return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
+
+
+def in_common(table: pd.DataFrame) -> str:
+    """How many images the lists of influence and of nearness share."""
+    taught, nearest = (set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest"))
+    return f"{len(taught & nearest)} of the {len(taught)} most influential are among the {len(nearest)} nearest"
+
+
+def _summary(table: pd.DataFrame) -> str:
+    lines = []
+    for name, text in LISTS.items():
+        part = table[table["list"] == name]
+        known = next((part[c].astype(str) for c in ("label_name", "path") if c in part), None)
+        each = part["index"].astype(str) if known is None else part["index"].astype(str) + " (" + known + ")"
+        lines.append(f"{text}: {', '.join(each)}")
+    return "\n".join([*lines, in_common(table)])
+
+
+def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: float, about: str) -> None:
+    """The query beside its three lists, each image with its influence (in parts of the greatest) and similarity."""
+    import matplotlib.pyplot as plt
+
+    from issl.reporting import figures
+
+    figures.style(screen=False)
+    others = table[table["list"] != "itself"]
+    k, greatest = int(others["rank"].max()), float(others["influence"].abs().max()) or 1.0
+    fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))
+    left, right = fig.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
+    shown = left.subplots()
+    shown.imshow(query.pixels[0].permute(1, 2, 0).numpy(), interpolation="nearest")
+    shown.set_title(query.attributes["what"][0], fontsize=8)
+    shown.set_xlabel(f"stability loss {loss:.3f}", fontsize=7)
+    plain = [shown]
+    for row, (name, text) in zip(right.subfigures(len(LISTS), 1), LISTS.items(), strict=True):
+        row.suptitle(text, x=0.01, ha="left", fontsize=8, fontweight="bold")
+        members = table[table["list"] == name].to_dict("records")
+        for ax, r in zip(row.subplots(1, k, squeeze=False)[0], members, strict=True):
+            ax.imshow(images.pixels[r["position"]].permute(1, 2, 0).numpy(), interpolation="nearest")
+            label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))
+            ax.set_title(label if len(label) < 14 else label[:12] + "…", fontsize=6, pad=2)
+            influence, cosine = f"{r['influence'] / greatest:+.2f} (#{r['influence_rank']})", f"{r['similarity']:.2f}"
+            ax.set_xlabel(f"{influence}\ncos {cosine} (#{r['similarity_rank']})", fontsize=5.5, labelpad=2)
+            plain.append(ax)
+    for ax in plain:
+        ax.set(xticks=[], yticks=[])
+        for side in ax.spines.values():
+            side.set_visible(False)
+    fig.suptitle(
+        f"Where did the encoder learn this? {in_common(table)}\n{about}\n±: influence ÷ the greatest (negative: "
+        "a step that makes that image more stable makes this one less so); cos: similarity of features; #: rank of all",
+        fontsize=7,
+    )
+    with atomic(out) as part:
+        fig.savefig(part, format=out.suffix[1:])

@@ -1,0 +1,88 @@
+"""Executing a notebook, and knowing what its outputs were made from, so that a run leaves current ones alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from issl.experiments.cache import file_digest
+from issl.experiments.plan import Plan
+from issl.files import PACKAGE, atomic
+
+
+def fingerprint(source: Path, plan: Plan, device: str) -> str:
+    """The hash of all that decides a notebook's outputs: its cells, its plan, the artifacts it reads, the
+    device, this library's code and the versions of what it builds on."""
+    content: dict[str, Any] = {
+        "notebook": file_digest(source), "plan": plan.settings(), "device": device, "library": _library(),
+        "stages": {label: stage.key for label, stage in plan.stages().items()},
+        "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def _library() -> list[str]:
+    code = [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+    needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
+    names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in code] + [f"{n} {metadata.version(n)}" for n in names]
+
+
+def outputs(name: str, plan: Plan) -> dict[str, Path]:
+    """The files that a notebook left, by their place under the output folder: figures, executed copy, claims."""
+    records = [p for p in plan.results.glob("claim_*.json") if f'"notebook": "{name}"' in p.read_text(errors="replace")]
+    figures = [*plan.figures.glob(f"{name}.*"), *plan.figures.glob(f"{name}_*")]
+    found = [*figures, plan.results / f"{name}.ipynb", *records]
+    return {str(p.relative_to(plan.out)): p for p in sorted(found) if p.is_file()}
+
+
+def _record(name: str, plan: Plan) -> Path:
+    return plan.results / f"{name}.made.json"
+
+
+def note_made(name: str, plan: Plan, key: str) -> None:
+    """Remember what the outputs were made from, with their checksums."""
+    files = {place: file_digest(path) for place, path in outputs(name, plan).items()}
+    with atomic(_record(name, plan)) as part:
+        part.write_text(json.dumps({"made_from": key, "files": files}, indent=1))
+
+
+def is_current(name: str, plan: Plan, key: str) -> bool:
+    """Are all outputs there, undamaged, and made from exactly this?"""
+    try:
+        record = json.loads(_record(name, plan).read_text())
+        made_from, files = record["made_from"], record["files"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError):
+        return False  # damaged: made again
+    here = outputs(name, plan)
+    return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
+
+
+def execute(source: Path, target: Path, plan: Plan) -> str | None:
+    """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the error."""
+    import nbformat  # slow to import, as papermill is, and a run that finds everything current needs neither
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
+            # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
+            resources={"metadata": {"path": str(target.parent)}},
+            # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are
+            # not for the reader; what a cell raises is kept in the notebook
+            extra_arguments=["--IPKernelApp.log_level=50"],
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
+    except (nbformat.ValidationError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,106 @@
+"""What every part of the library is fed: a set of images with what is known of each.
+
+The data sets themselves are in `issl.data.scenes` (drawn) and `issl.data.datasets` (read); `issl.load` is their door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from issl.errors import IsslError
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images, all of one size, held as one tensor.
+
+    pixels      uint8 (n, 3, H, W), 0…255
+    labels      int64 (n,), or None where the set has none
+    attributes  one row an image; always has `index`, the image's identity: it survives `subset`, and it
+                keys the random numbers of the image (design.md §1). With labels there is `label_name`.
+    name        the data set's name, for titles and records
+    masks       uint8 (n, H, W), 255 = foreground, where the truth is known (`scenes`), else None
+    """
+
+    pixels: UInt8[Tensor, "n 3 h w"]
+    labels: Int64[Tensor, " n"] | None
+    attributes: pd.DataFrame
+    name: str
+    masks: UInt8[Tensor, "n h w"] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.pixels)
+        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[1] != 3:
+            raise IsslError(
+                f"images {self.name!r}: pixels are {self.pixels.dtype} {tuple(self.pixels.shape)}, "
+                "need uint8 (n, 3, H, W)"
+            )
+        if "index" not in self.attributes.columns:
+            raise IsslError(f"images {self.name!r}: attributes need a column `index`")
+        sizes = {"attributes": len(self.attributes), "pixels": n}
+        sizes |= {} if self.labels is None else {"labels": len(self.labels)}
+        sizes |= {} if self.masks is None else {"masks": len(self.masks)}
+        if len(set(sizes.values())) != 1:
+            raise IsslError(f"images {self.name!r}: lengths differ: {sizes}")
+        if self.attributes["index"].duplicated().any():
+            twice = self.attributes["index"][self.attributes["index"].duplicated()].iloc[0]
+            raise IsslError(f"images {self.name!r}: index {twice} occurs twice; each image needs its own")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def index(self) -> Int64[Tensor, " n"]:
+        """The identity of each image, as a tensor."""
+        return torch.from_numpy(self.attributes["index"].to_numpy(dtype=np.int64).copy())
+
+    def require(self, attributes: Sequence[str]) -> pd.DataFrame:
+        """These attributes of the images, or an IsslError that names those there are."""
+        missing = [a for a in attributes if a not in self.attributes]
+        if missing:
+            known = ", ".join(self.attributes.columns)
+            raise IsslError(f"{self.name} has no attribute {missing[0]!r}; choose among {known}, or another data set")
+        return self.attributes[list(attributes)]
+
+    def require_labels(self) -> Int64[Tensor, " n"]:
+        """The labels, or an IsslError where the set has none."""
+        if self.labels is None:
+            raise IsslError(
+                f"images {self.name!r} have no labels; use a labelled set (an image folder gets labels "
+                "from one sub-folder per class)"
+            )
+        return self.labels
+
+    def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
+        """The images at positions `idx` (or where a boolean mask is true), each keeping its `index`."""
+        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(np.array(idx))
+        if rows.dtype == torch.bool:
+            if len(rows) != len(self):
+                raise IsslError(f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images")
+            rows = rows.nonzero().squeeze(1)
+        rows = rows.to(torch.int64)
+        if len(rows) and (int(rows.min()) < -len(self) or int(rows.max()) >= len(self)):
+            raise IsslError(f"subset of {self.name!r}: position {int(rows.max())} in a set of {len(self)}")
+        return Images(
+            pixels=self.pixels[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            attributes=self.attributes.iloc[rows.numpy()].reset_index(drop=True),
+            name=self.name,
+            masks=None if self.masks is None else self.masks[rows],
+        )
+
+
+def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndarray:
+    """Which of `total` images a request for `n` gets: all, or a seeded random subset in original order."""
+    if n is None:
+        return np.arange(total)
+    if not 0 < n <= total:
+        raise IsslError(f"n={n}: data set {name!r} has {total} images here; ask for 1 to {total}")
+    return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))

@@ -1,0 +1,86 @@
+"""Views: the random augmentations of pretraining, as settings and a function of pixels and uniform numbers.
+
+The uniform numbers are drawn by who asks for the view: pretraining draws a table per epoch over the whole
+data set, so that leaving one image out changes the views of no other; perturbations key them by the
+image's index. All an image's view depends on is its pixels and its own row.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from issl.config import Config
+from issl.data.image_operations import Pixels, blur, crop, flip, grayscale, jitter, solarize
+
+VIEW_UNIFORMS = 18  # how many uniform numbers one view consumes
+ON_CPU = 32  # images at once there: what they touch stays in the cache
+
+
+class View(Config):
+    """Random resized crop, flip, colour jitter, grayscale, blur, solarise, in this order (Chen et al. 2020,
+    arXiv 2002.05709, App. A; solarise: Grill et al. 2020, arXiv 2006.07733, App. B). Defaults: nothing.
+
+    brightness, contrast, saturation   factors uniform in [1 − s, 1 + s], not below 0
+    hue                                shift uniform in ± this part of the circle
+    blur_sigma                         uniform in this range, pixels
+    """
+
+    min_area: float = Field(1.0, gt=0, le=1)
+    flip: float = Field(0.0, ge=0, le=1)
+    jitter: float = Field(0.0, ge=0, le=1)
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    grayscale: float = Field(0.0, ge=0, le=1)
+    blur: float = Field(0.0, ge=0, le=1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = Field(0.0, ge=0, le=1)
+
+    def __call__(
+        self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b 3 h2 w2"]:
+        """One view of each image, its randomness given by its row of uniform numbers; `size`: default, the image's."""
+        if x.device.type != "cpu":
+            return self._view(x, u, size)
+        parts = zip(x.split(ON_CPU), u.split(ON_CPU), strict=True)
+        return torch.cat([self._view(xs, us, size) for xs, us in parts])
+
+    def _view(self, x: Tensor, u: Tensor, size: tuple[int, int] | None) -> Tensor:
+        # what a setting turns off is skipped; what it leaves to chance is computed for all and chosen per image
+        mirror = u[:, 4] < self.flip
+        if self.min_area < 1 or size is not None:
+            x = crop(x, crop_boxes(u[:, :4], self.min_area), mirror, size)
+        elif self.flip > 0:
+            x = flip(x, mirror)
+        if self.jitter > 0:
+            blends = x.new_tensor([self.brightness, self.contrast, self.saturation])
+            factors = (1 + blends * (2 * u[:, 5:8] - 1)).clamp(min=0)
+            shift = self.hue * (2 * u[:, 8:9] - 1)
+            x = jitter(x, torch.cat([factors, shift], 1), u[:, 9:13].argsort(1), u[:, 13] < self.jitter)
+        if self.grayscale > 0:
+            x = grayscale(x, u[:, 14] < self.grayscale)
+        if self.blur > 0:
+            low, high = self.blur_sigma
+            x = blur(x, low + (high - low) * u[:, 16], u[:, 15] < self.blur)
+        if self.solarize > 0:
+            x = solarize(x, u[:, 17] < self.solarize)
+        return x
+
+
+def crop_boxes(u: Float[Tensor, "b 4"], min_area: float) -> Float[Tensor, "b 4"]:
+    """Random-resized-crop boxes: area uniform in [min_area, 1], log aspect uniform in ±log 4/3, any place.
+
+    torchvision redraws a box that does not fit; here its longer side is cut to the image, which keeps
+    one fixed number of uniforms per image.
+    """
+    area = min_area + (1 - min_area) * u[:, 0]
+    aspect = torch.exp((2 * u[:, 1] - 1) * log(4 / 3))
+    h, w = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
+    cy, cx = h / 2 + u[:, 2] * (1 - h), w / 2 + u[:, 3] * (1 - w)
+    return torch.stack([cy, cx, h, w], 1)

@@ -1,0 +1,157 @@
+"""Claims: what the paper says, the test that decides, and the record that a notebook leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from issl.analysis.statistics import Estimate
+from issl.config import Config, explain
+from issl.devices import device_name
+from issl.errors import IsslError
+from issl.files import PACKAGE, REPOSITORY, atomic
+
+UNTESTED = "not tested at this scale"
+
+
+class Condition(Config):
+    """One condition: a bound of a metric's interval above or below a threshold.
+
+    where_measured   the metric needs what not every data set has (pairs judged by people): where it was not measured,
+                     the condition says nothing
+    """
+
+    metric: str
+    bound: Literal["value", "low", "high"]
+    above: float | None = None
+    below: float | None = None
+    where_measured: bool = False
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Condition:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give exactly one of `above` and `below`")
+        return self
+
+    def holds(self, metrics: dict[str, Estimate]) -> bool:
+        if self.metric not in metrics:
+            raise IsslError(f"claim test: metric {self.metric!r} was not measured; there are {sorted(metrics)}")
+        value = float(getattr(metrics[self.metric], self.bound))
+        return value > self.above if self.above is not None else value < self.below  # type: ignore[operator]
+
+
+class Claim(Config):
+    """One entry of claims.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    notebook: str
+    claim: str
+    paper: str | float | None
+    ours: bool = Field(description="true for a claim of this project, not of the paper")
+    use: str | None = Field(None, description="what the score would be good for, if the claim holds")
+    profiles: list[str]
+    tests: list[Condition] = Field(min_length=1)
+
+
+@lru_cache
+def claims() -> dict[str, Claim]:
+    """All claims by name."""
+    raw = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())
+    try:
+        return {name: Claim(**entry) for name, entry in raw.items()}
+    except ValidationError as error:
+        raise explain(error, "claims.yaml") from error
+
+
+def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, Any]:
+    """Outcome of the claim's tests, and its verdict at this profile."""
+    if name not in claims():
+        raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
+    claim = claims()[name]
+    tests = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
+    passed = [test.holds(metrics) for test in tests]
+    outcome = "reproduced" if all(passed) else "partly" if any(passed) else "not reproduced"
+    return {
+        "tests": [
+            t.model_dump(exclude_none=True, exclude_defaults=True) | {"holds": p}
+            for t, p in zip(tests, passed, strict=True)
+        ],
+        "outcome": outcome,
+        "verdict": outcome if profile in claim.profiles else UNTESTED,
+    }
+
+
+def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
+    """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware, time."""
+    # the machine's cores, not the threads of the notebook that writes this: what each stage used stands in its manifest
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    hardware = device_name(device) if device.type == "cuda" else cpu
+    return {
+        "profile": profile, "parameters": parameters, "artifacts": artifacts, "commit": commit(),
+        "hardware": hardware, "torch": torch.__version__, "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def record(
+    name: str, metrics: dict[str, Estimate], source: dict[str, Any], folder: Path, variant: str = "", **about: Any
+) -> dict[str, Any]:
+    """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
+
+    variant  where a claim is tested more than once in a notebook: the method, say
+    source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    """
+    claim = claims().get(name)
+    verdict = judge(name, metrics, source["profile"])
+    assert claim is not None  # judge has checked it
+    content = {
+        "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
+        "ours": claim.ours, **about,
+        "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
+    }  # fmt: skip
+    with atomic(folder / f"claim_{name}{'.' if variant else ''}{variant}.json") as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def tell(written: dict[str, Any]) -> str:
+    """What `record` wrote, for the reader of a notebook: each number, each test, the verdict."""
+    variant = f" ({written['variant']})" if written["variant"] else ""
+    lines = [f"{written['name']}{variant}: {written['claim']}"]
+    for test in written["tests"]:
+        m = written["metrics"][test["metric"]]
+        low, high = (["−∞", "∞"][k] if m[b] is None else f"{m[b]:.3g}" for k, b in enumerate(("low", "high")))
+        side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
+        bound = "" if test["bound"] == "value" else f"{test['bound']} end "
+        holds = "holds" if test["holds"] else "does not hold"
+        ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
+        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {holds}")
+    lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
+    return "\n".join(lines)
+
+
+@lru_cache
+def commit() -> str:
+    """The code's commit, marked where files differ from it; "unknown" outside a checkout."""
+    try:
+        head = subprocess.run(
+            ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            ["git", "-C", REPOSITORY, "status", "--porcelain", "--untracked-files=no", "--", "issl", "notebooks"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if status.stdout.strip() else "")

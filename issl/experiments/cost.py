@@ -1,0 +1,82 @@
+"""What stages cost: a rough model, for remaining times and for `issl doctor`.
+
+Seconds on the machine it was made for (two cores of a server CPU with bf16), by what a stage does to how many images;
+on another one they are off by a factor, which is measured (`speed`) or follows from what is done already. ResNet-18's
+convolutions cost width² and each image something besides, hence a + b·width².
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from issl.data import scenes
+from issl.experiments.cache import Artifacts, Stage, every
+from issl.experiments.plan import Plan
+from issl.experiments.settings import Data
+from issl.experiments.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pretrain, Stability
+from issl.pretraining.loop import pretrain
+from issl.pretraining.recipes import recipe
+
+OVERHEAD = 0.05  # s a stage: loading, writing, checksums
+NOTEBOOK = 4.0  # s a notebook, of which two run at once
+AFTER = 10.0  # s for the notebook that waits for all others, and the report
+
+
+def seconds(stage: Stage) -> float:
+    """The cost of this stage alone, what it reads being there."""
+    match stage:
+        case Pretrain():
+            passes = _count(stage.data) * stage.epochs * (1.0 if stage.recipe.small > 0.5 else 2.5)
+            work = passes * (0.35e-3 + 5.5e-6 * stage.width**2)
+        case Influence():
+            work = _count(stage.data) * stage.draws * _gradient(stage.pretrain.width)
+        case Cross():
+            work = (_count(stage.data) + _count(stage.query)) * stage.draws * _gradient(stage.pretrain.width)
+        case Lists():
+            work = 2 * _count(stage.features.data) * _gradient(stage.features.pretrain.width)
+        case Embed():
+            work = _count(stage.data) * _forward(stage.pretrain.width)
+        case Stability():
+            work = _count(stage.data) * (1 + stage.draws) * _forward(stage.pretrain.width)
+        case Evaluate() | Nearness():
+            work = 0.5 + 3e-4 * _count(stage.train.data)
+        case _:
+            work = 0.0
+    return OVERHEAD + work
+
+
+def _gradient(width: int) -> float:
+    return 1.2e-3 + 1.2e-5 * width**2
+
+
+def _forward(width: int) -> float:
+    return 0.15e-3 + 2e-6 * width**2
+
+
+def _count(data: Data) -> int:
+    known = data.n if data.n is not None else data.available()
+    n = scenes.DEFAULT_SIZE[data.split] if known is None else known
+    n = n * len(scenes.BACKGROUNDS) if data.name == "scenes-swapped" else n
+    return n if data.first is None else min(n, data.first)
+
+
+def missing(plans: Iterable[Plan], artifacts: Artifacts) -> list[Stage]:
+    """The stages of these plans that are not there, with all that they read."""
+    wanted = every(stage for plan in plans for stage in plan.stages().values())
+    return [stage for stage in wanted if not artifacts.folder(stage).is_dir()]
+
+
+def speed(device: torch.device, width: int = 8) -> float:
+    """How many times as long as the model says a training takes here, measured on a short one (seconds)."""
+    images = scenes.draw(512)
+    how = recipe("simclr", "short")
+    settings: dict[str, Any] = {"width": width, "batch_size": 64, "device": device, "progress": False}
+    pretrain(images, how, epochs=1, **settings)  # the first steps pay for what is set up once
+    began = time.monotonic()
+    pretrain(images, how, epochs=2, **settings)
+    model = Pretrain(data=Data(name="scenes", n=512), recipe=how, width=width, epochs=2, batch_size=64)
+    return (time.monotonic() - began) / (seconds(model) - OVERHEAD)

@@ -1,0 +1,166 @@
+"""A pass over the images: what is measured per chunk, and how it is had a second time.
+
+The rows of all images (their projected gradients) are needed twice: for the curvature, then for the scores.
+So a pass can be repeated, in one of three ways with the same numbers:
+
+    ram         the rows are kept in memory
+    mapped      they are kept in files, one a chunk, which a killed run finds again
+    recomputed  nothing is kept; the second time costs another forward and backward pass
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.files import atomic
+
+Memory = Literal["auto", "ram", "mapped", "recomputed"]
+Measure = Callable[[slice], dict[str, Tensor]]  # rows of these images by name
+Chunk = tuple[slice, Callable[[str], Tensor]]  # which images, and their rows by name
+Pass = Callable[[], Iterator[Chunk]]  # may be called again
+
+CHUNK = 512  # images whose rows are kept together, and saved together: at most so many,
+CHUNK_BYTES = 2**30  # and fewer where their rows are longer than this
+
+
+def choose_memory(memory: Memory, memory_gb: float | None, need: int, store: Path | None) -> Memory:
+    """Which of the three ways, for rows of `need` bytes under a budget (default: half of the free memory).
+
+    Raises IsslError for a budget ≤ 0 and for a store where nothing is to be stored.
+    """
+    if memory not in ("auto", "ram", "mapped", "recomputed"):
+        raise IsslError(f"memory={memory!r}: choose auto, ram, mapped or recomputed")
+    if memory_gb is not None and not memory_gb > 0:
+        raise IsslError(f"memory_gb={memory_gb}: must be > 0, the gigabytes that gradients may take in memory")
+    if store is not None:
+        if memory not in ("auto", "mapped"):
+            raise IsslError(
+                f"store={str(store)!r} keeps gradients in files, memory={memory!r} does not; drop one of them"
+            )
+        return "mapped"
+    if memory != "auto":
+        return memory
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine
+    budget = 0.5 * psutil.virtual_memory().available / here if memory_gb is None else memory_gb * 1e9
+    if need <= budget:
+        return "ram"
+    return "mapped" if 2 * need * here < shutil.disk_usage(tempfile.gettempdir()).free else "recomputed"
+
+
+def make_pass(
+    measure: Measure,
+    chunks: Sequence[slice],
+    batch_size: int,
+    memory: Memory,
+    store: Path | None,
+    identity: Callable[[], str],
+    progress: bool,
+) -> Pass:
+    """The pass over these chunks, kept as `memory` says; its numbers are those of `measure`, on the CPU."""
+
+    def compute(chunk: slice) -> dict[str, Tensor]:
+        starts = range(chunk.start, chunk.stop, batch_size)
+        parts = [measure(slice(k, min(k + batch_size, chunk.stop))) for k in starts]
+        return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
+
+    def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
+        total = sum(c.stop - c.start for c in missing)
+        return tqdm(total=total, unit="img", desc="influence", disable=not progress or not missing)
+
+    if memory == "recomputed":
+
+        def recompute() -> Iterator[Chunk]:
+            with shown(chunks) as bar:
+                for chunk in chunks:
+                    yield chunk, compute(chunk).__getitem__
+                    bar.update(chunk.stop - chunk.start)
+
+        return recompute
+    if memory == "ram":
+        kept: list[dict[str, Tensor]] = []
+
+        def from_memory() -> Iterator[Chunk]:
+            with shown(chunks[len(kept) :]) as bar:
+                for k, chunk in enumerate(chunks):
+                    if k == len(kept):
+                        kept.append(compute(chunk))
+                        bar.update(chunk.stop - chunk.start)
+                    yield chunk, kept[k].__getitem__
+
+        return from_memory
+
+    folder = Path(tempfile.mkdtemp(prefix="issl-rows-")) if store is None else store
+
+    def from_disk() -> Iterator[Chunk]:
+        with shown([c for c in chunks if not _rows_file(folder, c).exists()]) as bar:
+            for chunk in chunks:
+                path = _rows_file(folder, chunk)
+                if not path.exists():
+                    with atomic(path) as part:
+                        save_file(compute(chunk), part)
+                    bar.update(chunk.stop - chunk.start)
+                yield chunk, partial(_read_rows, path)
+
+    if store is None:
+        weakref.finalize(from_disk, shutil.rmtree, folder, ignore_errors=True)
+    else:
+        _open_store(store, identity())
+    return from_disk
+
+
+def split(share: slice, row_bytes: int) -> list[slice]:
+    """A process's share of the images, in steps whose rows (of so many bytes each) can be in memory together."""
+    step = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
+    return [slice(k, min(k + step, share.stop)) for k in range(share.start, share.stop, step)]
+
+
+def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
+    """The hash of all that decides the rows: weights, pixels, indices, settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(data.pixels.numpy().tobytes())
+    digest.update(data.index.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows_file(folder: Path, chunk: slice) -> Path:
+    return folder / f"rows-{chunk.start:08d}-{chunk.stop:08d}.safetensors"
+
+
+def _read_rows(path: Path, name: str) -> Tensor:
+    """One tensor of a chunk in the store, without the others."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise IsslError(f"stored gradients {path} are damaged ({error}); delete this file and run again") from error
+
+
+def _open_store(store: Path, identity: str) -> None:
+    """A store belongs to one measurement; another one's rows must not be mixed in."""
+    mark = store / "identity.json"
+    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
+        raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")
+    if not mark.exists():
+        with atomic(mark) as part:
+            part.write_text(json.dumps({"identity": identity}))

@@ -1,0 +1,111 @@
+"""Perturbations of the stability loss: what turns an image into its noisy copy x̂.
+
+The paper's is Gaussian noise; the augmentations of pretraining, each with a strength, are its ablation.
+A perturbation is fixed by a seed to a function of an image's pixels and index, and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from issl.data.image_operations import Pixels
+from issl.data.views import VIEW_UNIFORMS, View
+from issl.errors import IsslError
+from issl.keyed_random import normal, uniform
+
+Perturb = Callable[[Pixels, Int[Tensor, " b"]], Pixels]
+Kind = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "chain"]
+
+
+@runtime_checkable
+class Perturbation(Protocol):
+    """A perturbation with randomness: `keyed(seed)` fixes it to a function of pixels and image index."""
+
+    def keyed(self, seed: int) -> Perturb: ...
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170, §3)."""
+
+    mean: float = 0.05
+    std: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise IsslError(f"GaussianNoise(std={self.std}): the standard deviation must be ≥ 0")
+
+    def keyed(self, seed: int) -> Perturb:
+        """The noise of image `index` is a function of (seed, index) and the image's size alone."""
+
+        def perturb(x: Pixels, index: Int[Tensor, " b"]) -> Pixels:
+            noise = normal(seed, index, x.shape[1:]).to(x.device, x.dtype)
+            return x + self.mean + self.std * noise
+
+        return perturb
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """x̂ = a random view of x, by one of pretraining's own operations or the whole chain of them.
+
+    strength in (0, 1]: 1 is SimCLR's own range (crop from 8% of the area, jitter 0.8/0.8/0.8/0.2, blur up to
+    σ = 2 px); below, the range of the parameters shrinks with it. What has no range (flip, grayscale,
+    solarize) is done with this probability.
+    """
+
+    kind: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}")
+        if not 0 < self.strength <= 1:
+            raise IsslError(f"Augmentation(strength={self.strength}): must lie in (0, 1]")
+
+    @property
+    def view(self) -> View:
+        """The settings of the view, see `issl.data.views.View`."""
+        s = self.strength
+        crop = {"min_area": 1 - 0.92 * s}
+        colours = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
+        sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
+        chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
+        settings: dict[str, dict[str, float | tuple[float, float]]] = {
+            "crop": {**crop}, "flip": {"flip": s}, "jitter": {"jitter": 1.0, **colours}, "grayscale": {"grayscale": s},
+            "blur": {"blur": 1.0, **sigma}, "solarize": {"solarize": s},
+            "chain": {**crop, **colours, **sigma, **chances},
+        }  # fmt: skip
+        return View.model_validate(settings[self.kind])
+
+    def keyed(self, seed: int) -> Perturb:
+        """The view of image `index` is a function of (seed, index) alone."""
+        view = self.view
+
+        def perturb(x: Pixels, index: Int[Tensor, " b"]) -> Pixels:
+            return view(x, uniform(seed, index, (VIEW_UNIFORMS,)).to(x.device, x.dtype))
+
+        return perturb
+
+
+def describe(perturbation: Perturbation | Perturb) -> str:
+    """The same text in every process: a perturbation's settings, or a function's name."""
+    name = getattr(perturbation, "__qualname__", None)
+    return repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
+
+
+def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
+    """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) → pixels."""
+    if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
+        return perturbation.keyed(seed)
+    if callable(perturbation) and not isinstance(perturbation, type):
+        return perturbation
+    raise IsslError(
+        f"perturbation {perturbation!r}: need an object with .keyed(seed), such as GaussianNoise(), or a "
+        "callable (pixels in [0, 1], index) -> pixels"
+    )

@@ -1,0 +1,277 @@
+"""Encoders from elsewhere: torchvision and timm models, and checkpoints in others' key layouts.
+
+What comes back maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in eval
+mode: what `issl.self_influence` asks for. Files are read without executing anything in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from issl.errors import IsslError
+from issl.files import read_safetensors
+from issl.pretraining.encoder import PIXEL_MEAN, PIXEL_STD, Normalize, load_encoder
+
+State = dict[str, Tensor]
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder, and the side in pixels of the images it was made for."""
+
+    encoder: nn.Module
+    size: int
+    about: str
+    prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
+
+    def own_names(self, names: Sequence[str]) -> list[str]:
+        """Names of layers or parameters as the encoder has them; the model's own will do. Empty ones are left out."""
+        known = {name for name, _ in [*self.encoder.named_modules(), *self.encoder.named_parameters()]}
+        return [name if name in known else self.prefix + name for name in names if name]
+
+
+def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
+    """The options that `open_encoder` takes."""
+    add = command.add_argument
+    add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
+    add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
+    add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
+    add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
+
+
+def _triple(text: str) -> tuple[float, float, float]:
+    parts = [float(p) for p in text.split(",")]
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B")
+    return parts[0], parts[1], parts[2]
+
+
+def open_encoder(
+    spec: str, weights: str | None = None, mean: Triple | None = None, std: Triple | None = None
+) -> Opened:
+    """The encoder that `spec` names.
+
+    spec      a file (ours, solo-learn's, lightly's, or a plain state dict of a ResNet), `torchvision:NAME` or
+              `timm:NAME`
+    weights   for the last two: a file with a state dict; default: the model's own pretrained weights (downloaded)
+    mean, std of the pixels in training; default: the model's own where it says so, else ImageNet's
+    Raises IsslError for an unknown name, a missing or damaged file, keys that fit no known layout.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "torchvision":
+        return _torchvision(name, weights, mean or PIXEL_MEAN, std or PIXEL_STD)
+    if kind == "timm":
+        return _timm(name, weights, mean, std)
+    if weights is not None:
+        raise IsslError(f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file {spec!r}")
+    path = Path(spec)
+    if not path.is_file():
+        raise IsslError(
+            f"encoder {spec!r} is no file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
+        )
+    header = read_safetensors(path, "encoder")[0].get("issl") if path.suffix == ".safetensors" else None
+    if header is not None:
+        return Opened(load_encoder(path), 32, _own(json.loads(header), path.name))
+    return resnet_from(read_state(path), str(path), mean or PIXEL_MEAN, std or PIXEL_STD)
+
+
+def _own(header: dict[str, Any], name: str) -> str:
+    """What an encoder of ours says of itself."""
+    recipe = header.get("recipe") or header.get("config", {}).get("recipe") or {}
+    return f"{recipe.get('method', 'encoder')} of width {header['width']} ({name})"
+
+
+def read_state(path: Path) -> State:
+    """A state dict from .safetensors, or from a torch file as PyTorch, Lightning, solo-learn or lightly write it."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, "weights")[1]
+    try:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins != b"PK" and begins[:1] != b"\x80":  # neither a zip archive nor a pickle
+            raise IsslError(
+                f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote (.pt, .pth, .ckpt)"
+            )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise IsslError(
+            f"{path} holds more than tensors ({str(error).splitlines()[0]}), and reading that could run code. If you "
+            "trust its source, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], "
+            "'weights.pt')"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise IsslError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from error
+    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
+        inside = [k for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)]
+        if not inside:
+            raise IsslError(f"{path} holds no state dict; its entries are {', '.join(map(str, list(content)[:8]))}")
+        content = content[inside[0]]
+    if not isinstance(content, dict):
+        raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+# --- ResNets in others' key layouts ------------------------------------------------------------------------
+
+# `nn.Sequential(*list(resnet.children())[:-1])`, the usual lightly backbone, names layers by their place; its own
+# ResNetGenerator has no ReLU and no max-pooling among the children
+PLACES = {
+    "torchvision": {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"},
+    "generator": {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
+}
+TEACHERS = ("momentum", "teacher", "target", "ema")  # second encoders, which follow the one that is trained
+
+
+def resnet_from(state: State, what: str, mean: Triple = PIXEL_MEAN, std: Triple = PIXEL_STD) -> Opened:
+    """A ResNet with basic or bottleneck blocks, its form read off the weights' shapes.
+
+    A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
+    """
+    found = {p: s for p, s in _prefixes(state).items() if not any(t in p for t in TEACHERS)}
+    if len(found) != 1:
+        which, names = ("several ResNets", list(found)) if found else ("no ResNet", list(state)[:6])
+        raise IsslError(
+            f"{what}: {which} among its keys ({', '.join(names)}); known are the layouts of torchvision, solo-learn "
+            "and lightly, of one encoder"
+        )
+    ((prefix, own),) = found.items()
+    own = {re.sub(r"\.shortcut\.", ".downsample.", k): v for k, v in own.items()}
+    solo = prefix in ("backbone.", "encoder.") and "classifier.weight" in state
+    stem = own["conv1.weight"]
+    large = stem.shape[-1] == 7
+    padding = 3 if large else 2 if solo else 1
+    conv = nn.Conv2d(3, len(stem), stem.shape[-1], 2 if large else 1, padding, bias=False)
+    net = nn.Sequential()
+    net.add_module("conv1", conv)
+    net.add_module("bn1", nn.BatchNorm2d(len(stem)))
+    net.add_module("relu", nn.ReLU(inplace=True))
+    if large:
+        net.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
+    for stage in range(1, 5):
+        net.add_module(f"layer{stage}", _stage(own, stage))
+    net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    net.add_module("flatten", nn.Flatten())
+    _load(net, {k: v for k, v in own.items() if not k.startswith(("fc.", "linear."))}, what)
+    layout = "solo-learn" if solo else f"keys {prefix}…" if prefix else "plain keys"
+    return Opened(nn.Sequential(Normalize(mean, std), net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
+
+
+def _prefixes(state: State) -> dict[str, State]:
+    """Every ResNet in a state dict: prefix → its weights under torchvision's names."""
+    found = {}
+    for key in state:
+        for places in (None, *PLACES.values()):
+            first = "layer1" if places is None else next(k for k, v in places.items() if v == "layer1")
+            end, stem = f"{first}.0.conv1.weight", "conv1.weight" if places is None else "0.weight"
+            prefix = key.removesuffix(end)
+            if not key.endswith(end) or (prefix and prefix[-1] != ".") or f"{prefix}{stem}" not in state:
+                continue
+            if places is PLACES["torchvision"] and f"{prefix}2.0.conv1.weight" in state:
+                continue  # place 2 would be the ReLU: it is the other one
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if places is not None:
+                own = {
+                    ".".join([places[p], *rest]): v
+                    for k, v in own.items()
+                    for p, *rest in [k.split(".")]
+                    if p in places
+                }
+            found[prefix] = own
+    return found
+
+
+def _stage(own: State, stage: int) -> nn.Sequential:
+    from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import
+
+    blocks: list[nn.Module] = []
+    while (key := f"layer{stage}.{len(blocks)}.conv1.weight") in own:
+        place, weight = key.removesuffix("conv1.weight"), own[key]
+        bottleneck = f"{place}conv3.weight" in own
+        outside = len(own[f"{place}conv{3 if bottleneck else 2}.weight"])
+        stride = 2 if stage > 1 and not blocks else 1
+        down = None
+        if f"{place}downsample.0.weight" in own:
+            down = nn.Sequential(nn.Conv2d(weight.shape[1], outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+        if bottleneck:
+            # a wide ResNet's inner width differs from a quarter of its output
+            inner = len(weight)
+            wide = {"base_width": 64 * inner * Bottleneck.expansion // outside}
+            blocks.append(Bottleneck(weight.shape[1], outside // Bottleneck.expansion, stride, down, **wide))
+        else:
+            blocks.append(BasicBlock(weight.shape[1], outside, stride, down))
+    return nn.Sequential(*blocks)
+
+
+# --- models by name ----------------------------------------------------------------------------------------
+
+
+def _torchvision(name: str, weights: str | None, mean: Triple, std: Triple) -> Opened:
+    import torchvision  # slow to import
+
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
+    model = _built(lambda: torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None), name)
+    linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
+    state = None if weights is None else _weights(weights)
+    if not linear:
+        raise IsslError(f"torchvision:{name} has no Linear head to remove, so its features are not known")
+    head = linear[-1]
+    parent, _, last = head.rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.Identity())
+    if state is not None:
+        _load(model, {k: v for k, v in state.items() if not k.startswith(f"{head}.")}, f"{weights} for {name}")
+    return Opened(nn.Sequential(Normalize(mean, std), model).eval(), 224, f"torchvision {name} without {head}", "1.")
+
+
+def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None) -> Opened:
+    try:
+        import timm
+        from timm.data.config import resolve_model_data_config
+    except ImportError as error:
+        raise IsslError(f"timm:{name} needs the package timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise IsslError(f"timm has no model {name!r}; see timm.list_models()")
+    model = _built(lambda: timm.create_model(name, pretrained=weights is None, num_classes=0), name)
+    if weights is not None:
+        known = model.state_dict().keys()
+        state = _weights(weights)
+        _load(model, {k: v for k, v in state.items() if k in known or not k.startswith(("head.", "fc."))}, weights)
+    config = resolve_model_data_config(model)
+    normalize = Normalize(mean or tuple(config["mean"]), std or tuple(config["std"]))
+    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], f"timm {name} without head", "1.")
+
+
+def _built(build: Callable[[], Any], name: str) -> nn.Module:
+    try:
+        model: nn.Module = build()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise IsslError(
+            f"model {name}: its pretrained weights could not be had ({str(error).splitlines()[0]}); give a file with "
+            "--weights FILE"
+        ) from error
+    return model
+
+
+def _weights(path: str) -> State:
+    if not Path(path).is_file():
+        raise IsslError(f"weights {path!r} do not exist")
+    return read_state(Path(path))
+
+
+def _load(model: nn.Module, state: State, what: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise IsslError(f"{what}: the weights do not fit ({' '.join(lines)[:300]})") from error

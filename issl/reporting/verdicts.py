@@ -1,0 +1,199 @@
+"""All verdicts together: the records that notebooks leave, as one table, in Markdown, LaTeX and the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from issl.analysis.statistics import Estimate
+from issl.errors import IsslError
+from issl.experiments.claims import UNTESTED, claims
+from issl.files import atomic
+from issl.pretraining.recipes import NAMES
+
+Record = dict[str, Any]  # as issl.experiments.claims.record writes it
+KEPT = "claims.json"  # a profile's records, beside its figures
+MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "◌"}
+BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
+
+
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """The records in these files, one or a list in each, by notebook, in the order of claims.yaml, then of the methods.
+
+    Raises IsslError for a file that cannot be read, and for a record of a claim that is no longer stated.
+    """
+    found: list[Record] = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise IsslError(f"claim record {path} cannot be read ({error}); delete it and run its notebook") from error
+        records = content if isinstance(content, list) else [content]
+        unknown = [r["name"] for r in records if r["name"] not in claims()]
+        if unknown:
+            raise IsslError(f"{path} records the claim {unknown[0]!r}, which claims.yaml does not state; delete it")
+        found += records
+    order = {name: k for k, name in enumerate(claims())}
+    methods = ["", *NAMES]
+
+    def place(r: Record) -> tuple[str, int, int, str]:
+        known = methods.index(r["variant"]) if r["variant"] in methods else len(methods)
+        return claims()[r["name"]].notebook, order[r["name"]], known, r["provenance"]["profile"]
+
+    return sorted(found, key=place)
+
+
+def keep(records: Sequence[Record], folder: Path) -> Path:
+    """Write FOLDER/claims.json."""
+    with atomic(folder / KEPT) as part:
+        part.write_text(json.dumps(list(records), indent=1, ensure_ascii=False) + "\n")
+    return folder / KEPT
+
+
+def estimate(record: Record, metric: str) -> Estimate:
+    """A metric of a record; a bound that was infinite is so again."""
+    m = record["metrics"][metric]
+    value, low, high = (d if m[k] is None else m[k] for k, d in (("value", np.nan), ("low", -np.inf), ("high", np.inf)))
+    return Estimate(value, low, high, m["n"])
+
+
+def table(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record: claim, method, the paper's number, ours of the first test with its interval, n, verdict, …"""
+    rows = []
+    for r in records:
+        first = r["tests"][0]["metric"]
+        e = estimate(r, first)
+        rows.append(
+            {
+                "name": r["name"], "claim": r["claim"], "whose": "ours" if r["ours"] else "the paper's",
+                "method": r["variant"] or r.get("method", ""), "paper": r["paper"], "metric": first,
+                "value": e.value, "low": e.low, "high": e.high, "n": r["n"], "seeds": len(r["seeds"]),
+                "dataset": r["dataset"], "profile": r["provenance"]["profile"],
+                "tests_held": sum(t["holds"] for t in r["tests"]), "tests": len(r["tests"]),
+                "outcome": r["outcome"], "verdict": r["verdict"], "notebook": r["notebook"],
+                "commit": r["provenance"]["commit"], "hardware": r["provenance"]["hardware"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
+    n, profile, data, verdict (a list; one where all agree), failed (the tests that do not hold, in words)."""
+    rows: list[dict[str, Any]] = []
+    for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
+        one = part.iloc[0]
+        failed = [failures(records[i]) for i in part.index]
+        methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
+        numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
+        plain = [f"{MARKS[str(r.verdict)]} {r.verdict} ({r.tests_held}/{r.tests})" for r in part.itertuples()]
+        verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
+        rows.append(
+            {
+                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""),
+                "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
+                "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
+                "verdict": verdicts if len(set(plain)) > 1 else plain[:1],
+                "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def failures(record: Record) -> str:
+    """The tests of a record that do not hold, in words: what was asked, and what was found."""
+    told = []
+    for test in record["tests"]:
+        if not test["holds"]:
+            e, side = estimate(record, test["metric"]), "above" if "above" in test else "below"
+            bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
+            found = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
+            told.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {found}")
+    return "; ".join(told)
+
+
+def decided(records: Sequence[Record]) -> list[Record]:
+    """Those whose profile is large enough for a verdict on the claim."""
+    return [r for r in records if r["verdict"] != UNTESTED]
+
+
+def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
+    """What the score is good for, by the outcome of each use's claim: all of its tests held, some, or none.
+
+    Methods whose outcomes differ are named. Outcomes, not verdicts: what a profile too small for the claim showed
+    counts for that profile.
+    """
+    found: dict[str, list[str]] = {"reproduced": [], "partly": [], "not reproduced": []}
+    for name, claim in claims().items():
+        ours = [r for r in records if r["name"] == name]
+        if claim.use is None or not ours:
+            continue
+        for outcome, uses in found.items():
+            which = [str(NAMES.get(r["variant"], r["variant"])) for r in ours if r["outcome"] == outcome]
+            if which:
+                uses.append(claim.use + ("" if len(which) == len(ours) else f" [{', '.join(which)}]"))
+    return found
+
+
+def _number(r: Any) -> str:
+    if r.low == r.high == r.value:
+        return f"{r.value:.2g}"
+    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]".replace("inf", "∞").replace("-", "−")
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        "| claim | paper | ours (95% interval) | n | profile, data | verdict (tests held) |",
+        "|---|---|---|---:|---|---|",
+    ]
+    for r in summary(records):
+        cells = (
+            r["claim"], r["paper"], f"`{r['measured']}` " + "<br>".join(r["ours"]), r["n"],
+            f"{r['profile']}, {r['data']}", "<br>".join(r["verdict"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(records: Sequence[Record]) -> str:
+    """The summary as a LaTeX tabular (booktabs, makecell)."""
+    head = ("claim", "paper", "measured", "ours", "n", "profile", "data", "verdict")
+    rows = []
+    for r in summary(records):
+        cells = [
+            _escaped(r[c]) if isinstance(r[c], str)
+            else r"\makecell[l]{" + r" \\ ".join(_escaped(v) for v in r[c]) + "}"
+            for c in head
+        ]  # fmt: skip
+        rows.append(" & ".join(cells) + r" \\")
+    top = [r"\begin{tabular}{p{5cm}lllrlll}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
+    return "\n".join([*top, *rows, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    marks = {
+        "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
+        "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◌": r"$\cdot$", "–": "--",
+    }  # fmt: skip
+    for plain, escaped in marks.items():
+        text = text.replace(plain, escaped)
+    return text
+
+
+def kept_records(figures: Path) -> list[Record]:
+    """Those that are kept in the repository: figures/*/claims.json."""
+    return read_records(p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name in ("mini", "paper"))
+
+
+def in_readme(text: str, records: Sequence[Record]) -> str:
+    """The README with its table of verdicts made anew. Raises IsslError where the markers are missing."""
+    if BEGIN not in text or END not in text:
+        raise IsslError(f"README.md: the markers of the table of verdicts are missing: {BEGIN} … {END}")
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{markdown(records)}{END}{rest.split(END, 1)[1]}"
