@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import issl
 from issl.analysis import statistics
+from issl.analysis.image_statistics import image_statistics
 from issl.analysis.statistics import Estimate
 from issl.experiments import claims
 from issl.reporting import figures

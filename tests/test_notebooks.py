@@ -16,6 +16,7 @@ from nbformat import read
 
 import issl
 from issl.analysis import baselines, explained_variance, statistics
+from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import nearest
 from issl.commands import run
 from issl.experiments import claims
