@@ -20,7 +20,7 @@ from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import nearest
 from issl.commands import run
 from issl.experiments import claims
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 

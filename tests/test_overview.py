@@ -15,7 +15,7 @@ from issl.commands.progress import Overview, in_words
 from issl.experiments import cost
 from issl.experiments.cache import Artifacts
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 from issl.experiments.settings import Data
 from issl.experiments.stages import Embed, Influence, Pretrain
 from issl.pretraining.recipes import recipe

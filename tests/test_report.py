@@ -20,7 +20,7 @@ import issl
 from issl.analysis.statistics import Estimate
 from issl.experiments.cache import Artifacts
 from issl.experiments.claims import provenance, record
-from issl.experiments.plans_paper import EXPLORER, PLANS
+from issl.experiments.plans import EXPLORER, PLANS
 from issl.reporting import site as report
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)

@@ -17,7 +17,7 @@ from test_notebooks import TINY
 from issl.commands import cli, run
 from issl.commands.notebooks import fingerprint, is_current, note_made
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 
 
 def cells(name: str) -> list:

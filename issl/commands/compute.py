@@ -21,9 +21,9 @@ from submitit.helpers import DelayedSubmission
 from issl.commands.run import check, read_profile, select, where
 from issl.devices import pick_device
 from issl.errors import IsslError, OutOfTime
-from issl.experiments.cache import Artifacts, Stage, every
+from issl.experiments.cache import Artifacts, Stage, in_dependency_order
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import EXPLORER
+from issl.experiments.plans import EXPLORER
 from issl.experiments.settings import Data
 from issl.experiments.stages import Pretrain
 
@@ -85,7 +85,7 @@ class Work:
 
 def closure(plans: Iterable[Plan]) -> dict[str, Stage]:
     """Every stage that the plans read, with all they depend on, each once; dependencies come first."""
-    return {stage.label: stage for stage in every(stage for plan in plans for stage in plan.stages().values())}
+    return {stage.label: stage for stage in in_dependency_order(stage for plan in plans for stage in plan.stages())}
 
 
 @dataclass

@@ -18,9 +18,9 @@ from issl.commands.run import profiles, read_profile, where
 from issl.data import datasets
 from issl.devices import computes_bf16, device_name, pick_device
 from issl.errors import IsslError
-from issl.experiments.cache import every
+from issl.experiments.cache import in_dependency_order
 from issl.experiments.cost import NOTEBOOK, missing, seconds, speed
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 from issl.files import PACKAGE
 
 NEEDED_GB = 2.0  # of free memory, for the quick profile
@@ -83,7 +83,7 @@ def _cost(profile: str, folder: Path, root: str | None, device: str, factor: flo
     if needs:
         return f"needs {', '.join(needs)}"
     try:
-        count = len(list(every(stage for plan in plans.values() for stage in plan.stages().values())))
+        count = len(list(in_dependency_order(stage for plan in plans.values() for stage in plan.stages())))
         left = missing(plans.values(), next(iter(plans.values())).artifacts())
         took = factor * (sum(seconds(stage) for stage in left) + NOTEBOOK * len(plans))
     except IsslError as error:

@@ -13,17 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
 
 from issl.analysis.evaluate import embed, stability_losses
-from issl.config import explain as told
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
 from issl.errors import IsslError
-from issl.experiments.settings import Curvature, Data
+from issl.experiments.settings import Data
 from issl.files import atomic, read_safetensors, writable
 from issl.influence.cross import as_queries, cross_influence
+from issl.influence.curvature import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
@@ -64,10 +63,7 @@ def explain(options: argparse.Namespace) -> int:
     scored_layers(opened.encoder, skip)
     images, known = training_images(options, opened)
     query = read_query(options, images)
-    try:
-        curvature = Curvature(rank=options.rank, damping=options.damping).build()
-    except ValidationError as error:
-        raise told(error, "issl explain") from error
+    curvature = LoGra(options.rank, options.damping)
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
     print(f"{query.attributes['what'][0]} among {about}", flush=True)
     noise = GaussianNoise()

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pydantic import ValidationError
 
-from issl.config import explain
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
-from issl.experiments.settings import Curvature
+from issl.experiments.settings import KINDS, named_curvature
 from issl.files import atomic, writable
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
@@ -37,8 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
     add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
-    kinds = Curvature.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]
-    add("--curvature", default="logra", choices=kinds, help="default: logra")
+    add("--curvature", default="logra", choices=KINDS, help="default: logra")
     add("--rank", type=_rank, default=16, help="of logra, per side; with a point, a fraction of the layer (16)")
     add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
     add("--noise-mean", type=float, default=0.05, help="of the perturbation (0.05)")
@@ -63,10 +60,7 @@ def score(options: argparse.Namespace) -> int:
     out: Path = options.out
     writable(out, (".parquet", ".csv"))
     device, began = pick_device(options.device), time.monotonic()
-    try:
-        curvature = Curvature(kind=options.curvature, rank=options.rank, damping=options.damping).build()
-    except ValidationError as error:
-        raise explain(error, "issl influence") from error
+    curvature = named_curvature(options.curvature, options.rank, options.damping)
     noise = GaussianNoise(options.noise_mean, options.noise_std)
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
     skip = opened.own_names(options.skip.split(","))

@@ -20,7 +20,7 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     device, this library's code and the versions of what it builds on."""
     content: dict[str, Any] = {
         "notebook": file_digest(source), "plan": plan.settings(), "device": device, "library": _library(),
-        "stages": {label: stage.key for label, stage in plan.stages().items()},
+        "stages": [stage.label for stage in plan.stages()],
         "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

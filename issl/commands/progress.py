@@ -58,11 +58,9 @@ class Overview:
             f"about {in_words(self.remaining())} left"
         )
 
-    def stage(self, label: str, stage: Stage, took: float) -> None:
+    def stage(self, stage: Stage, took: float) -> None:
         """Tell of a stage that was made."""
-        self._say(
-            f"        {label}: {stage.name} {stage.key}, {took:.1f} s", "" if self._progress else f"; {self.told()}"
-        )
+        self._say(f"        {stage.label}, {took:.1f} s", "" if self._progress else f"; {self.told()}")
 
     def notebook(self, line: str) -> None:
         """Tell of a notebook that ended."""

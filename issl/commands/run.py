@@ -25,7 +25,7 @@ from issl.devices import device_name, pick_device
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import EXPLORER, PLANS
+from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
 from issl.files import REPOSITORY
 from issl.reporting.verdicts import MARKS, decided, good_for, read_records
@@ -104,7 +104,7 @@ def check(plans: dict[str, Plan], out: Path) -> None:
             raise IsslError(f"output folder {out / folder} is not writable; choose another with --out DIR")
     for plan in plans.values():
         pick_device(plan.device)
-        for stage in plan.stages().values():
+        for stage in plan.stages():
             for data in _data_of(stage):
                 try:
                     available = data.available()
@@ -215,7 +215,7 @@ def _report(
 
     plan = read_profile(profile, [EXPLORER.notebook], **common)[EXPLORER.notebook]
     assert isinstance(plan, EXPLORER)
-    there = all(artifacts.has(stage) for stage in plan.stages().values())
+    there = all(artifacts.has(stage) for stage in plan.stages())
     try:
         index = build(profile, read_profile(profile, list(PLANS), **common), plan if there else None, artifacts, folder)
     except IsslError as error:
@@ -249,11 +249,11 @@ def _compute(plan: Plan, artifacts: Artifacts, overview: Overview | None = None)
     """Make what the notebook will read."""
     before = len(artifacts.computed)
     try:
-        for label, stage in plan.stages().items():
+        for stage in plan.stages():
             known, start = len(artifacts.computed), time.monotonic()
             artifacts.get(stage)
             if overview is not None and len(artifacts.computed) > known:
-                overview.stage(label, stage, time.monotonic() - start)
+                overview.stage(stage, time.monotonic() - start)
     except IsslError as error:
         return Computed(str(error), isinstance(error, OutOfTime))
     except Exception:  # noqa: BLE001 (the other notebooks go on; this one's error is shown whole)

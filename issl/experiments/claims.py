@@ -125,7 +125,7 @@ def record(
     return content
 
 
-def tell(written: dict[str, Any]) -> str:
+def format_record(written: dict[str, Any]) -> str:
     """What `record` wrote, for the reader of a notebook: each number, each test, the verdict."""
     variant = f" ({written['variant']})" if written["variant"] else ""
     lines = [f"{written['name']}{variant}: {written['claim']}"]

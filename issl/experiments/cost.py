@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from issl.data import scenes
-from issl.experiments.cache import Artifacts, Stage, every
+from issl.experiments.cache import Artifacts, Stage, in_dependency_order
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.experiments.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pretrain, Stability
@@ -66,7 +66,7 @@ def _count(data: Data) -> int:
 
 def missing(plans: Iterable[Plan], artifacts: Artifacts) -> list[Stage]:
     """The stages of these plans that are not there, with all that they read."""
-    wanted = every(stage for plan in plans for stage in plan.stages().values())
+    wanted = in_dependency_order(stage for plan in plans for stage in plan.stages())
     return [stage for stage in wanted if not artifacts.folder(stage).is_dir()]
 
 

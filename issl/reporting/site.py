@@ -23,10 +23,10 @@ from PIL import Image
 
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.experiments.cache import MANIFEST, Artifacts, every
+from issl.experiments.cache import MANIFEST, Artifacts, in_dependency_order
 from issl.experiments.claims import UNTESTED
+from issl.experiments.explorer import Explorer
 from issl.experiments.plan import Plan
-from issl.experiments.plans_own import Explorer
 from issl.files import PACKAGE, atomic
 from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
@@ -216,7 +216,6 @@ def _sheet(images: Images, path: Path) -> None:
 
 def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[str, Any]:
     """What explorer.js reads: scores and lists by method, and the attributes that have few values."""
-    stages = plan.stages()
     columns = images.attributes.drop(columns=["index", "duplicate_of"], errors="ignore")
     few: dict[str, list[str]] = {}
     for column in columns:
@@ -226,7 +225,7 @@ def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[
             few[str(column)] = values
     methods = {}
     for method in plan.methods:
-        scores, lists = artifacts.scores(stages[f"{method}/influence"]), artifacts.lists(stages[f"{method}/lists"])
+        scores, lists = plan.scores(method).read(artifacts), plan.lists(method).read(artifacts)
         methods[str(NAMES.get(method, method))] = {
             **{c: [float(f"{v:.4g}") for v in scores[c]] for c in ("influence", "stability_loss", "grad_norm")},
             **{kind: _rows(lists[lists["kind"] == kind]) for kind in ("nearest", "taught")},
@@ -267,7 +266,7 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
 def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[dict[str, Any]]:
     """How many stages of each kind there are, those that others read among them, and what they took."""
     rows: dict[str, dict[str, Any]] = {}
-    for stage in every(stage for plan in plans.values() for stage in plan.stages().values()):
+    for stage in in_dependency_order(stage for plan in plans.values() for stage in plan.stages()):
         manifest = artifacts.folder(stage) / MANIFEST
         if manifest.is_file():
             row = rows.setdefault(stage.name, {"name": stage.name, "count": 0, "seconds": 0.0})
