@@ -6,7 +6,7 @@ Statistics are scipy's; every number comes as an Estimate with a 95% confidence 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,16 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> Estimate:
+        """From a table's row, as `as_dict` gives it: an open end, None or NaN there, is infinite."""
+        low, high = (end if pd.isna(row[k]) else float(row[k]) for k, end in (("low", -np.inf), ("high", np.inf)))
+        return cls(float("nan" if pd.isna(row["value"]) else row["value"]), low, high, int(row["n"]))
+
+    def scaled(self, factor: float) -> Estimate:
+        """In other units."""
+        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
 
     def as_dict(self) -> dict[str, float | None]:
         """For files: a bound that is infinite (no event in one group, say) is None there."""

@@ -74,7 +74,7 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
 
     try:
         papermill.execute_notebook(
-            source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
+            source, target, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)}, progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
             # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are
