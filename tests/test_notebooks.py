@@ -21,6 +21,7 @@ from issl.analysis.neighbour_graph import nearest
 from issl.commands import run
 from issl.experiments import claims
 from issl.experiments.plans import PLANS
+from issl.experiments.stages import Evaluate
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
@@ -171,9 +172,8 @@ def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_prec
 
 def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     p = plan("05_fairness")
-    stages, artifacts, groups = p.stages(), p.artifacts(), p.data().load().attributes["group"].to_numpy()
-    thinned = artifacts.positions(stages["simclr/thinned 0 positions"])
-    at_random = artifacts.positions(stages["simclr/random 0 positions"])
+    artifacts, groups = p.artifacts(), p.data().load().attributes["group"].to_numpy()
+    thinned, at_random = (p.removal(0, at_random).read(artifacts) for at_random in (False, True))
     assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(0.9 * (groups == "cool").sum())
     table = numbers(out, "05_fairness")
     assert (table["adjusted_p"] >= table["p"]).all()
@@ -183,15 +183,23 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
 
 
 def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
-    for name, figure in (("06_pruning", "06_pruning"), ("08_supervised_vs_ssl", "08_supervised_vs_ssl_pruning")):
-        p = plan(name)
-        stages, artifacts, table = p.stages(), p.artifacts(), numbers(out, figure)
-        runs = table[table["table"] == "runs"]
-        for r in runs.itertuples():
-            label = f"{r.method}/{r.removed} {r.share:g}" if name == "06_pruning" else f"{r.trained}/{r.removed}"
-            hits = artifacts.hits(stages[f"{label}/seed {int(r.seed)}"])
-            assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
-        assert len(runs) == 2 * 4 * (1 if name == "06_pruning" else 2)
+    pruning, compared = plan("06_pruning"), plan("08_supervised_vs_ssl")
+
+    def runs(name: str) -> Any:
+        table = numbers(out, name)
+        return table[table["table"] == "runs"].itertuples()
+
+    def without(p: Any, method: str, removed: str, *share: float, seed: float) -> Evaluate:
+        if removed == "none":
+            return p.all_kept(method, int(seed))
+        return p.pruned(method, removed.removeprefix("top by "), *share, int(seed))
+
+    first = [(r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")]
+    second = [(r, without(compared, r.trained, r.removed, seed=r.seed)) for r in runs("08_supervised_vs_ssl_pruning")]
+    assert (len(first), len(second)) == (2 * 4, 2 * 4 * 2)
+    for r, stage in first + second:
+        hits = stage.read(pruning.artifacts())
+        assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
 
 
 def test_07_a_score_that_knows_them_finds_all_atypical_images(out: Path, plan) -> None:
@@ -281,9 +289,8 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     p = plan("13_explained")
-    stages, artifacts = p.stages(), p.artifacts()
     table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
-    a, b = (artifacts.scores(stages[f"byol/influence {s}"])["influence"] for s in range(2))
+    a, b = (p.scores("byol", noise).read(p.artifacts())["influence"] for noise in range(2))
     r = np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
     assert table["byol", "together", "repeatable"] == pytest.approx(r)
     share = record(out, "more_than_statistics.byol")["metrics"]["pixels_of_repeatable"]["value"]

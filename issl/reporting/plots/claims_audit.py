@@ -31,7 +31,7 @@ def all_claims(records: Sequence[Record], profile: str) -> Figure:
             ax.set_axis_off()
             ax.set(xlim=(0, 1), ylim=(-0.7, len(rows) - 0.3))
         text = f"{rows[0]['notebook'][:2]}  {rows[0]['claim']}" + (" (ours)" if rows[0]["ours"] else "")
-        _text(words, (len(rows) - 1) / 2, textwrap.fill(text, 42), "black")
+        _text(words, (len(rows) - 1) / 2, textwrap.fill(text, 42))
         for y, r in enumerate(reversed(rows)):
             who = f"{NAMES.get(r['variant'], r['variant'])}: " if r["variant"] else ""
             held = f"{sum(t['holds'] for t in r['tests'])}/{len(r['tests'])}"
@@ -43,7 +43,7 @@ def all_claims(records: Sequence[Record], profile: str) -> Figure:
     return figure
 
 
-def _text(ax: Axes, y: float, text: str, colour: str) -> None:
+def _text(ax: Axes, y: float, text: str, colour: str | None = None) -> None:
     shown = ax.text(0, y, text, fontsize=7, va="center", color=colour)
     shown.set_in_layout(False)
 

@@ -59,9 +59,8 @@ def group_effects(plan: Fairness, groups: pd.DataFrame, ranks: np.ndarray, table
 
 def _mean_ranks(ax: Axes, ranked: pd.DataFrame, first: str, second: str) -> None:
     """The mean rank of each pair of groups, with the number of images."""
-    pairs = {"index": first, "columns": second, "values": "rank"}
-    mean = ranked.pivot_table(**pairs, aggfunc="mean")
-    count = ranked.pivot_table(**pairs, aggfunc="size", fill_value=0)
+    mean = ranked.pivot_table("rank", index=first, columns=second, aggfunc="mean")
+    count = ranked.pivot_table("rank", index=first, columns=second, aggfunc="size", fill_value=0)
     spread = max(0.05, float(np.nanmax(np.abs(mean.to_numpy() - 0.5))))
     words = mean.map("{:.2f}".format) + "\n(" + count.astype(int).astype(str) + ")"
     sns.heatmap(

@@ -31,7 +31,7 @@ def detected(
     """
     first, strange = plan.methods[0], truths["all"]
     figure = plt.figure(figsize=(figures.PAGE, 4.7))
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.9])
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.9])[:, 0]
     rows = np.argsort(-influence, kind="stable")[:32]
     title = (
         f"{NAMES[first]}: the 32 of highest influence; outlined: {strange[rows].sum()} injected "

@@ -35,7 +35,7 @@ def agreement(
     first = NAMES[plan.methods[0]]
     claimed = next(iter(measured.values()))["spearman"]
     figure = plt.figure(figsize=(figures.PAGE, 5.4))
-    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.15, 1])[:, 0]
     scatter, rho, shared = above.subplots(1, 3, width_ratios=[1.05, 1, 1])
     x, y = (100 * stats.rankdata(score) / len(score) for score in (ssl, supervised))
     scatter.scatter(x, y, s=4, alpha=0.4, lw=0, color=figures.COLOURS[plan.methods[0]], rasterized=True)
