@@ -26,12 +26,16 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def library_files() -> list[Path]:
+    """This library's code and its settings."""
+    return [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+
+
 @lru_cache
 def _library() -> list[str]:
-    code = [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
     needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
     names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
-    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in code] + [f"{n} {metadata.version(n)}" for n in names]
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in library_files()] + [f"{n} {metadata.version(n)}" for n in names]
 
 
 def outputs(name: str, plan: Plan) -> dict[str, Path]:
