@@ -12,7 +12,8 @@ import pytest
 ISSL = Path(__file__).parent.parent / "issl"
 # from the ground up; a package imports from those before it, and packages of one floor do not know each other
 FLOORS = (
-    ("ground",), ("data",), ("pretraining", "influence"), ("analysis",), ("experiments",), ("reporting",), ("commands",),
+    ("ground",), ("data",), ("pretraining", "influence"), ("analysis",), ("experiments",), ("reporting",),
+    ("commands",),
 )  # fmt: skip
 GROUND = {"errors", "config", "files", "shards", "devices", "keyed_random"}
 DOORS = {"__init__", "__main__"}  # the public names and `python -m issl`: they may import anything
