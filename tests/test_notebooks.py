@@ -37,13 +37,13 @@ TINY: dict[str, Any] = {
     "05_fairness": {"rank": 4, "thinned": "cool"},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
-        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "further_epochs": 1, "draws": 2, "ranks": [2],
+        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "continued_epochs": 1, "draws": 2, "ranks": [2],
         "dampings": [], "kinds": ["exact"], "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
     "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
     "15_taught": {
-        "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "further_epochs": 1, "draws": 2, "shown": 1,
+        "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1, "draws": 2, "shown": 1,
     },
 }  # fmt: skip
 

@@ -120,7 +120,8 @@ def record(
         "ours": claim.ours, **about,
         "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
     }  # fmt: skip
-    with atomic(folder / f"claim_{name}{'.' if variant else ''}{variant}.json") as part:
+    file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)
+    with atomic(folder / file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
