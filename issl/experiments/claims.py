@@ -109,8 +109,8 @@ def record(
 ) -> dict[str, Any]:
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
-    variant  where a claim is tested more than once in a notebook: the method, say
-    source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    variant  where a claim is tested more than once in a notebook: the method, say; in the file's name, "_" for spaces
+    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
     """
     claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
