@@ -114,14 +114,18 @@ def test_00_at_full_rank_logra_is_exact(out: Path) -> None:
 
 def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> None:
     p = plan("01_seed_correlation")
-    stages, artifacts = p.stages(), p.artifacts()
-    for reading, keys in (("noise", ("0 0", "0 1")), ("training", ("0 0", "1 1"))):
-        a, b = (artifacts.scores(stages[f"byol/influence {k}"])["influence"] for k in keys)
+    artifacts = p.artifacts()
+
+    def influence(train: int, noise: int) -> pd.Series:
+        return p.scores("byol", train, noise).read(artifacts)["influence"]
+
+    for reading, (train, noise) in (("noise", (0, 1)), ("training", (1, 1))):
+        a, b = influence(0, 0), influence(train, noise)
         got = record(out, f"{reading}_seed_correlation.byol")["metrics"]
         assert got["pearson"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1])
         assert got["spearman"]["value"] == pytest.approx(a.corr(b, method="spearman"))
         assert got["pearson"]["value"] < 0.999  # another seed, another score
-    a, b = (artifacts.scores(stages[f"byol/influence {k}"])["influence"] for k in ("0 0", "1 0"))
+    a, b = influence(0, 0), influence(1, 0)
     table = numbers(out, "01_seed_correlation").set_index(["seed", "method", "metric"])["value"]
     assert table["training, same noise", "byol", "pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1])
 
