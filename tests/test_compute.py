@@ -92,7 +92,7 @@ def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path
     assert again[0] == "profile tiny: 3 stages, 3 cached" and "3 cached in 0 s" in again[-1]
     artifacts = Artifacts(tmp_path / "out" / "artifacts")
     plan = read_profile("tiny", ["07_outliers"], out=str(tmp_path / "out"))["07_outliers"]
-    assert [artifacts.get(s).is_dir() for s in plan.stages().values()] == [True] * 3 and artifacts.computed == []
+    assert [artifacts.get(s).is_dir() for s in plan.stages()] == [True] * 3 and artifacts.computed == []
 
 
 def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path: Path) -> None:
@@ -190,4 +190,4 @@ def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, mo
     monkeypatch.setattr("issl.commands.compute.select", lambda only: [])  # of all notebooks: none, for speed
     assert compute("tiny", out=tmp_path, say=lambda _: None) == 0
     plan = read_profile("tiny", ["report"], out=str(tmp_path))["report"]
-    assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages().values())
+    assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages())

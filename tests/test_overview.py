@@ -13,7 +13,7 @@ from rich.console import Console
 from issl.commands import cli, progress
 from issl.commands.progress import Overview, in_words
 from issl.experiments import cost
-from issl.experiments.cache import Artifacts
+from issl.experiments.cache import Artifacts, in_dependency_order
 from issl.experiments.plan import Plan
 from issl.experiments.plans import PLANS
 from issl.experiments.settings import Data
@@ -37,9 +37,9 @@ def test_more_work_costs_more() -> None:
 
 def test_every_stage_once_and_after_what_it_reads() -> None:
     for plan in PLANS.values():
-        found = list(cost.every(plan().stages().values()))
+        found = list(in_dependency_order(plan().stages()))
         place = {stage.label: k for k, stage in enumerate(found)}
-        assert len(place) == len(found) >= len({s.label for s in plan().stages().values()})
+        assert len(place) == len(found) >= len({s.label for s in plan().stages()})
         for stage in found:
             assert all(place[need.label] < place[stage.label] for need in stage.needs().values())
 
@@ -58,7 +58,7 @@ def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     artifacts = Artifacts(tmp_path)
     seen = Overview([Pair()], artifacts)
-    costs = {stage.label: cost.seconds(stage) for stage in cost.every(Pair().stages().values())}
+    costs = {stage.label: cost.seconds(stage) for stage in in_dependency_order(Pair().stages())}
     whole = sum(costs.values()) + cost.NOTEBOOK
     assert seen.cost == costs and seen.remaining() == pytest.approx(whole)  # nothing known yet: the model's word
     # this machine takes ten times as long as the model says
@@ -67,7 +67,7 @@ def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.
     belief = 0.2 * whole
     factor = (10 * costs[TRAIN.label] + belief) / (costs[TRAIN.label] + belief)
     assert seen.remaining() == pytest.approx((whole - costs[TRAIN.label]) * factor) and 1.3 < factor < 10
-    artifacts.computed += [s.label for s in Pair().stages().values()]
+    artifacts.computed += [s.label for s in Pair().stages()]
     seen.notebook("ok")
     assert seen.remaining() == pytest.approx(0) and seen.told().startswith("3 of 3 stages, 1 of 1 notebooks")
 
@@ -75,7 +75,7 @@ def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.
 def test_a_later_run_counts_what_is_missing(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     artifacts.get(TRAIN)
-    assert set(Overview([Pair()], Artifacts(tmp_path)).cost) == {s.label for s in Pair().stages().values()}
+    assert set(Overview([Pair()], Artifacts(tmp_path)).cost) == {s.label for s in Pair().stages()}
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(

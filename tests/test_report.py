@@ -58,7 +58,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (figures / f"{name}.csv").write_text("a\n1\n")
     plan = EXPLORER(**SETTINGS, out=str(out))
     artifacts = Artifacts(out / "artifacts")
-    for stage in plan.stages().values():
+    for stage in plan.stages():
         artifacts.get(stage)
     plans = {name: plan_of(profile="mini", out=str(out)) for name, plan_of in PLANS.items()}
     assert report.build("mini", plans, plan, artifacts, out) == results / "index.html"
@@ -125,7 +125,7 @@ def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
     plan = EXPLORER(**SETTINGS, out=str(site.parent.parent))
     artifacts, images = Artifacts(site.parent.parent / "artifacts"), plan.images().load()
     assert data["n"] == len(images) == 40 and data["index"] == images.index.tolist()
-    encoder = artifacts.encoder(plan.pretrain("simclr"))
+    encoder = plan.pretrain("simclr").encoder(artifacts)
     how = {"curvature": issl.LoGra(2), "batch_size": 64}
     scores = issl.cross_influence(encoder, images, images, **how)
     own = issl.self_influence(encoder, images, **how)["influence"]

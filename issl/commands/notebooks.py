@@ -26,12 +26,17 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def library_files() -> list[Path]:
+    """This library's code and its settings."""
+    return [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+
+
 @lru_cache
 def _library() -> list[str]:
-    code = [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
     needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
     names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
-    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in code] + [f"{n} {metadata.version(n)}" for n in names]
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in library_files()] + versions
 
 
 def outputs(name: str, plan: Plan) -> dict[str, Path]:
@@ -74,7 +79,8 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
 
     try:
         papermill.execute_notebook(
-            source, target, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)}, progress_bar=False, start_timeout=300,
+            source, target, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
             # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are

@@ -109,8 +109,8 @@ def record(
 ) -> dict[str, Any]:
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
-    variant  where a claim is tested more than once in a notebook: the method, say
-    source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    variant  where a claim is tested more than once in a notebook: the method, say; in the file's name, "_" for spaces
+    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
     """
     claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
@@ -120,7 +120,8 @@ def record(
         "ours": claim.ours, **about,
         "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
     }  # fmt: skip
-    with atomic(folder / f"claim_{name}{'.' if variant else ''}{variant}.json") as part:
+    file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)
+    with atomic(folder / file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     return content
 

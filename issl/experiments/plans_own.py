@@ -22,10 +22,10 @@ Kind = Literal["continued", "from scratch"]  # ways to train again
 class Retrained(Scored):
     """A notebook that trains again without some images, and measures what that changed.
 
-    queries          the first so many test images
-    draws            perturbation draws an image, in scores and in measurements
-    further_epochs   "continued": the encoder goes on training, without the images
-    further_lr       with this learning rate (for a batch of 256), on small views
+    queries            the first so many test images
+    draws              perturbation draws an image, in scores and in measurements
+    continued_epochs   "continued": the encoder goes on training, without the images
+    continued_lr       with this learning rate (for a batch of 256), on small views
     """
 
     n: int = Field(256, ge=16)  # many small trainings
@@ -33,8 +33,8 @@ class Retrained(Scored):
     queries: int = Field(24, ge=4)
     draws: int = Field(4, ge=1)
     seeds: int = Field(2, ge=2)
-    further_epochs: int = Field(4, ge=1)
-    further_lr: float = Field(0.05, gt=0)
+    continued_epochs: int = Field(4, ge=1)
+    continued_lr: float = Field(0.05, gt=0)
 
     kinds_of_retraining: ClassVar[tuple[Kind, ...]] = ("continued", "from scratch")
 
@@ -45,10 +45,10 @@ class Retrained(Scored):
         if kind == "from scratch":
             return self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
         first = self.pretrain()
-        recipe = first.recipe.model_copy(update={"lr": self.further_lr, "small": 1.0})
+        recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": 1.0})
         return first.model_copy(
             update={
-                "start": first, "recipe": recipe, "epochs": self.further_epochs, "seed": self.seed + CONTINUED + seed,
+                "start": first, "recipe": recipe, "epochs": self.continued_epochs, "seed": self.seed + CONTINUED + seed,
                 "without": without, "gaps": gaps,
             }
         )  # fmt: skip

@@ -53,6 +53,9 @@ class SeedCorrelation(Scored):
         ]
 
 
+AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
+
+
 class AugmentationAblation(Scored):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?"""
 
@@ -64,12 +67,21 @@ class AugmentationAblation(Scored):
     strengths: tuple[float, ...] = (1.0,)
     draws: tuple[int, ...] = (1, 4)
 
+    @property
+    def usual(self) -> str:
+        """The name of the paper's perturbation."""
+        return f"noise {self.std:g}"
+
+    def scored_data(self) -> Data:
+        """The first `scored` images."""
+        return self.data().model_copy(update={"first": self.scored})
+
     def perturbations(self) -> dict[str, GaussianNoise | Augmentation]:
         """Every perturbation by its name; of flip and grayscale the strength is the share of images changed."""
         found: dict[str, GaussianNoise | Augmentation] = {
             f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
         }
-        for kind in ("crop", "flip", "jitter", "blur", "grayscale", "chain"):
+        for kind in AUGMENTATIONS:
             for strength in self.strengths:
                 usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)
                 found[f"{kind} {strength:g}"] = Augmentation(kind, usual * strength)
@@ -77,12 +89,12 @@ class AugmentationAblation(Scored):
 
     def draws_of(self, name: str) -> tuple[int, ...]:
         """Several numbers of draws for what the paper uses and for what SSL uses; one for the others."""
-        return self.draws if name in (f"noise {self.std:g}", "crop 1", "chain 1") else self.draws[:1]
+        return self.draws if name in (self.usual, "crop 1", "chain 1") else self.draws[:1]
 
     def scores(self, method: recipes.Method, name: str, draws: int, seed: int) -> Influence:
         """Of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
         return self.influence(
-            self.pretrain(method), self.noise_seed + seed, data=self.data().model_copy(update={"first": self.scored}),
+            self.pretrain(method), self.noise_seed + seed, data=self.scored_data(),
             perturbation=self.perturbations()[name], draws=draws,
         )  # fmt: skip
 

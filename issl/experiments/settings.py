@@ -74,7 +74,7 @@ class Data(Config):
         return images if self.first is None else images.subset(range(min(self.first, len(images))))
 
 
-KINDS: dict[str, Callable[[float, float, int], Curvature]] = {  # from rank, damping and seed
+KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
     "logra": LoGra,
     "logra-pca": partial(LoGra, projection="pca"),
     "ekfac": lambda _, damping, __: EKFAC(damping),
@@ -85,7 +85,7 @@ KINDS: dict[str, Callable[[float, float, int], Curvature]] = {  # from rank, dam
 USUAL: dict[str, Any] = {"rank": 16, "damping": 0.1, "seed": 0}
 
 
-def named_curvature(kind: str, rank: float = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
+def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
     """The curvature of that name; settings that it does not have are not used. Raises IsslError for another name."""
     if kind not in KINDS:
         raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")

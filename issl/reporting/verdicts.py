@@ -192,7 +192,7 @@ def kept_records(figures: Path) -> list[Record]:
 
 
 def in_readme(text: str, records: Sequence[Record]) -> str:
-    """The README with its table of verdicts made anew. Raises IsslError where the markers are missing."""
+    """The README with its table of verdicts written again. Raises IsslError where the markers are missing."""
     if BEGIN not in text or END not in text:
         raise IsslError(f"README.md: the markers of the table of verdicts are missing: {BEGIN} … {END}")
     before, rest = text.split(BEGIN, 1)

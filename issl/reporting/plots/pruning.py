@@ -67,5 +67,6 @@ def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
     return (
         f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
         f"{points['random']} against random removal\n"
-        f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; one mark a seed, × nothing removed)"
+        f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
+        "one mark a seed, × nothing removed)"
     )
