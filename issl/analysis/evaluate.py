@@ -16,7 +16,8 @@ from issl.data.images import Images
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, as_perturb
-from issl.pretraining.loop import Watch
+from issl.pretraining.learner import Learner
+from issl.pretraining.loop import AfterEpoch
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # of the probe: C, the inverse of the L2 penalty's weight
 HELD_OUT = 0.2  # the share of train on which the penalty is chosen
@@ -66,11 +67,15 @@ def knn_hits(
     return torch.cat(hits).numpy()
 
 
-def knn_watch(train: Images, test: Images, device: torch.device) -> Watch:
-    """For `issl.pretraining.loop.pretrain(watch=…)`: the kNN accuracy on `test` joins the history."""
+def knn_watch(train: Images, test: Images, device: torch.device, epochs: int, every: int = 1) -> AfterEpoch:
+    """For `issl.pretraining.loop.pretrain(after_epoch=…)`: the kNN accuracy on `test` joins the history, after every
+    `every` epochs and after the last of `epochs`."""
     labels, truth = train.require_labels(), test.require_labels()
 
-    def accuracy(backbone: nn.Module) -> dict[str, float]:
+    def accuracy(done: int, learner: Learner) -> dict[str, float] | None:
+        if done % every and done != epochs:
+            return None
+        backbone = learner.encoder.backbone.eval()
         hits = knn_hits(embed(backbone, train, device), labels, embed(backbone, test, device), truth)
         return {"knn_accuracy": float(hits.mean())}
 

@@ -87,6 +87,8 @@ def batchnorm_over_all(model: nn.Module, shards: Shards) -> Iterator[None]:
 
 
 def _normalise(layer: _BatchNorm, shards: Shards, x: Tensor) -> Tensor:
+    if not layer.training:
+        return type(layer).forward(layer, x)
     dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
     values = full(x)
     count = values.numel() // values.shape[1] * shards.world
