@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from functools import partial
@@ -25,7 +26,7 @@ from issl.files import read_safetensors
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
 from issl.pretraining.encoder import BasicBlock, Head, load_encoder, new_encoder, save_encoder
-from issl.pretraining.learner import Learner
+from issl.pretraining.learner import Learner, load_learner
 from issl.pretraining.loop import Execution, epoch_order, epoch_uniforms, pretrain
 from issl.pretraining.recipes import RECIPES, recipe
 from issl.shards import Shards
@@ -334,6 +335,64 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> N
     else:
         a, b = (pd.read_parquet(f / "influence.parquet") for f in (whole, resumed))
         np.testing.assert_array_equal(a.to_numpy(), b.to_numpy())
+
+
+SNAPSHOTS = STAGES["pretrain"].model_copy(update={"data": Data(name="scenes", n=96), "snapshots": (1, 3)})
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_snapshots_hold_the_whole_learner_in_half_precision(method: str, tmp_path: Path) -> None:
+    stage = SNAPSHOTS.model_copy(update={"recipe": recipe(method, "short")})
+    folder = Artifacts(tmp_path).get(stage)
+    learners = ["encoder-0001.safetensors", "encoder-0003.safetensors", "encoder.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [*learners, "history.csv", "manifest.json"]
+    assert stage.key != stage.model_copy(update={"snapshots": None}).key
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = []
+    for name in learners:
+        header, tensors = read_safetensors(folder / name, "learner")
+        kinds = {"backbone", "projector", *(("predictor", "target") if method == "byol" else ())}
+        assert {k.split(".")[0] for k in tensors} == kinds
+        assert all(v.dtype == (torch.float16 if v.ndim > 1 else v.dtype) for v in tensors.values())
+        assert all(v.dtype != torch.float16 for v in tensors.values() if v.ndim <= 1)
+        assert json.loads(header["issl"])["config"] == stage.model_dump(mode="json")
+        features.append(load_encoder(folder / name)(x))
+        torch.testing.assert_close(load_learner(folder / name).eval().encoder.backbone(x), features[-1])
+    assert json.loads(read_safetensors(folder / learners[1], "learner")[0]["issl"])["epochs_done"] == 3
+    assert not torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
+    # the last one is the encoder that a run without snapshots leaves, up to half precision
+    plain = Artifacts(tmp_path).encoder(stage.model_copy(update={"snapshots": None}))(x)
+    torch.testing.assert_close(features[2], plain, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("epochs_done", [1, 2, 3, 5])
+def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
+    epochs_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the snapshot of an epoch, before its checkpoint."""
+    whole = Artifacts(tmp_path / "whole").get(SNAPSHOTS)
+
+    class Killed(BaseException):
+        pass
+
+    def save(self: Checkpoint, learner: Learner, optimizer: object, identity: object, history: list) -> None:
+        if len(history) == epochs_done:
+            raise Killed
+        original(self, learner, optimizer, identity, history)
+
+    original = Checkpoint.save
+    artifacts = Artifacts(tmp_path / "killed", checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save)
+        with pytest.raises(Killed):
+            artifacts.get(SNAPSHOTS)
+    resumed = artifacts.get(SNAPSHOTS)
+    assert len(artifacts.computed) == 1
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (resumed / file.name).read_bytes()
+    assert len(list(whole.glob("*.safetensors"))) == len(list(resumed.glob("*.safetensors"))) == 3
+    names = ["epoch", "loss", "feature_std", "lr"]
+    pd.testing.assert_frame_equal(*(pd.read_csv(f / "history.csv")[names] for f in (whole, resumed)))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

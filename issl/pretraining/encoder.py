@@ -135,7 +135,7 @@ def save_encoder(
     """One safetensors file: the weights, and in its header what is needed to build the network again.
 
     beside   more tensors, named `predictor.…` and `target.…`: the rest of a BYOL learner
-    half     kernels and matrices as float16, half the size; vectors and BatchNorm's statistics stay as they are
+    half     kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics stay as they are
     """
     header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
     tensors = {k: v.detach().cpu().contiguous() for k, v in {**encoder.state_dict(), **(beside or {})}.items()}
@@ -151,6 +151,14 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
     output="features" gives the backbone alone (its weights are those that are scored); "projector" the
     whole. Raises IsslError for a missing, damaged or foreign file.
     """
+    header, state = read_encoder(path)
+    encoder = Encoder(header["width"], Head(**header["head"]))
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
+    return (encoder if output == "projector" else encoder.backbone).eval()
+
+
+def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
@@ -160,6 +168,4 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
         raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
     if "head" not in header:
         raise IsslError(f"encoder {str(path)!r} is from an older version of this library; train it again")
-    encoder = Encoder(header["width"], Head(**header["head"]))
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
-    return (encoder if output == "projector" else encoder.backbone).eval()
+    return header, state

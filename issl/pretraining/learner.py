@@ -16,7 +16,7 @@ from issl.devices import computes_bf16
 from issl.errors import IsslError
 from issl.pretraining import objectives
 from issl.pretraining.data_parallel import full, gather
-from issl.pretraining.encoder import BESIDE, Encoder, Head, new_encoder, save_encoder
+from issl.pretraining.encoder import BESIDE, Encoder, Head, new_encoder, read_encoder, save_encoder
 from issl.pretraining.recipes import Recipe
 from issl.shards import ONE, Shards
 
@@ -103,6 +103,29 @@ def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
     at this moment depends on."""
     beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
     save_encoder(path, learner.encoder, about, beside, half=True)
+
+
+def load_learner(path: str | Path) -> Learner:
+    """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
+
+    Recipe and width come from the file's header. Raises IsslError for a missing, damaged or foreign file, and for one
+    that does not hold all of its learner: `save_encoder` leaves out BYOL's predictor and target.
+    """
+    header, tensors = read_encoder(path)
+    settings = header.get("config", {}).get("recipe")
+    if settings is None:
+        raise IsslError(f"{path} holds no learner: its header has no config with a recipe; use load_encoder")
+    recipe, head = Recipe(**settings), Head(**header["head"])
+    learner = Learner(recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0)
+    state = {k if k.startswith(BESIDE) else f"encoder.{k}": v for k, v in tensors.items()}
+    missing = sorted({name.split(".")[0] for name in learner.state_dict().keys() - state.keys()})
+    if missing:
+        raise IsslError(
+            f"{path} holds no {recipe.method} learner: {' and '.join(missing)} are not in it; a Pretrain stage with "
+            "`snapshots` saves whole learners"
+        )
+    learner.load_state_dict(state)
+    return learner
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
