@@ -15,11 +15,9 @@ from pathlib import Path
 
 import psutil
 import yaml
-from pydantic import ValidationError
 
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.progress import Overview
-from issl.config import explain
 from issl.data import datasets
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError, OutOfTime
@@ -80,8 +78,8 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
         fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
         try:
             plans[name] = known[name](**fields)
-        except ValidationError as error:
-            raise explain(error, f"{paths[profile].name}, notebook {name}") from error
+        except IsslError as error:
+            raise IsslError(f"{paths[profile].name}, notebook {name}: {error}") from error
     return plans
 
 

@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from issl.config import Config
 from issl.data.images import Images
 from issl.errors import IsslError
 
@@ -34,10 +35,8 @@ VERSION = 1  # part of every cache key: raise it when a drawn pixel changes
 Background = Literal["white", "black", "colour", "texture"]
 
 
-class ScenesConfig(BaseModel):
+class ScenesConfig(Config):
     """Shares of what is put into the set; each is a probability per image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     uniform: float = Field(0.3, ge=0, le=1, description="backgrounds that are white, black or one colour")
     minority: float = Field(0.2, ge=0, le=1, description="images of the group `cool`")
