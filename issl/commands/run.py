@@ -18,7 +18,7 @@ import yaml
 
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.progress import Overview
-from issl.data import datasets
+from issl.data import published
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
@@ -85,7 +85,7 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
 
 def where(out: Path | None, data_root: Path | None) -> tuple[Path, str | None]:
     """The output folder and the data root that are meant, as absolute paths."""
-    root = datasets.data_root(data_root)
+    root = published.data_root(data_root)
     return (REPOSITORY if out is None else out).resolve(), None if root is None else str(root.resolve())
 
 

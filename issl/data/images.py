@@ -5,6 +5,7 @@ The data sets themselves are in `issl.data.scenes` (drawn) and `issl.data.datase
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int64, UInt8
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from issl.errors import IsslError
@@ -104,3 +106,18 @@ def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndar
     if not 0 < n <= total:
         raise IsslError(f"n={n}: data set {name!r} has {total} images here; ask for 1 to {total}")
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))
+
+
+def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
+    """The centred square of an encoded image, resized to `size` px where it must be; IsslError, naming `what` it is,
+    where the bytes are no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise IsslError(f"{what} cannot be decoded ({error}); repair or remove it") from error
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image).transpose(2, 0, 1)
