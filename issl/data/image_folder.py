@@ -16,7 +16,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 def folder_of(name: str, split: str) -> Path:
-    """The folder of the data set `folder:PATH`; IsslError where there is none, and for a split other than train."""
+    """The folder of the data set `folder:PATH`; IsslError if there is none, and for a split other than train."""
     if split != "train":
         raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits; use a set that has")
     folder = Path(name.removeprefix(PREFIX)).expanduser()
@@ -26,7 +26,7 @@ def folder_of(name: str, split: str) -> Path:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images below the folder, sorted; IsslError where there are none."""
+    """All images below the folder, sorted; IsslError if there are none."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise IsslError(

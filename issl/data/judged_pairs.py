@@ -17,7 +17,7 @@ CIFAR10_TRAIN = 50_000  # images of its training set; the test images are number
 
 
 def pairs_file(split: str, root: str | Path | None) -> Path:
-    """The table of judged pairs under the data root; IsslError where it is missing."""
+    """The table of judged pairs under the data root; IsslError if it is missing."""
     if split != "train":
         raise IsslError(f"split {split!r}: cifair10 is one set, train")
     base = published.data_root(root)

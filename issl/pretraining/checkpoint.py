@@ -48,7 +48,7 @@ class Checkpoint:
             save_file(tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)})
 
     def resume(self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
-        """Load what was saved into learner and optimizer; returns the history, which is empty where there is no file.
+        """Load what was saved into learner and optimizer; returns the history, which is empty if there is no file.
 
         Raises IsslError for a damaged file, and for one of another run.
         """

@@ -1,4 +1,4 @@
-"""The learner: the encoder with what its method needs beside it while it is trained, and one update of it."""
+"""The learner: the encoder and all that its method trains along with it; its loss, and its files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder` (with the weights of `start` where it is given); for BYOL a `predictor` and a `target`, the encoder's
+    """`encoder` (with the weights of `start`, if given); for BYOL also a `predictor` and a `target`, the encoder's
     moving average. Calling it gives the loss."""
 
     def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | None = None):
@@ -58,8 +58,8 @@ class Learner(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:  # fmt: skip
         """The loss of the batch (of all processes' batches) and the features of its views, without gradient.
 
-        Both views pass together, so BatchNorm sees them as one batch. Networks run in bf16 where `precision`
-        says so, the loss in fp32 (or what is wider).
+        Both views pass together, so BatchNorm sees them as one batch. The networks run in bf16 if `precision` says so,
+        the loss in fp32 or wider.
         """
         recipe, encoder = self.recipe, self.encoder
         both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=torch.channels_last)
@@ -99,8 +99,8 @@ class Learner(nn.Module):
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
-    """The encoder's file, in half precision, with BYOL's predictor and target in it: all that the training gradient
-    at this moment depends on."""
+    """The encoder's file in half precision, with BYOL's predictor and target: all that the training gradient depends
+    on at this moment."""
     beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
     save_encoder(path, learner.encoder, about, beside, half=True)
 
@@ -108,8 +108,8 @@ def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
 def load_learner(path: str | Path) -> Learner:
     """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
 
-    Recipe and width come from the file's header. Raises IsslError for a missing, damaged or foreign file, and for one
-    that does not hold all of its learner: `save_encoder` leaves out BYOL's predictor and target.
+    Recipe and width come from the file's header. Raises IsslError for a missing or damaged file, and for one without a
+    whole learner: BYOL's predictor and target are missing from what `save_encoder` wrote by default.
     """
     header, tensors = read_encoder(path)
     settings = header.get("config", {}).get("recipe")
@@ -129,7 +129,7 @@ def load_learner(path: str | Path) -> Learner:
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """√d times the mean standard deviation of unit features' components: 1 where they point everywhere, 0 where
-    all are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
+    """√d times the mean standard deviation of the components of unit features: 1 if they point everywhere, 0 if all
+    are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
     unit = nn.functional.normalize(features, dim=1)
     return unit.std(0).mean() * math.sqrt(features.shape[1])
