@@ -52,7 +52,7 @@ def test_probe_finds_linear_classes_and_chooses_its_penalty_without_the_test_set
     assert same == c and again.mean() < 0.02  # the same model, whatever the truth is said to be
     blind, _ = probe_hits(torch.randn(800, 16), labels, torch.randn(300, 16), truth)
     assert blind.mean() < 0.25
-    with pytest.raises(issl.IsslError, match="all training images have one class"):
+    with pytest.raises(issl.IsslError, match="all training images are of one class"):
         probe_hits(train, torch.zeros_like(labels), test, truth)
 
 

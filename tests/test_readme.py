@@ -130,7 +130,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
             patch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
             patch.setattr("huggingface_hub.snapshot_download", no_network)
             options = cli.parser("download").parse_args(given)
-            issl.data.datasets.download(options.name, options.data_root)
+            issl.data.published.download(options.name, options.data_root)
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
     given += SMALL[given[0]]

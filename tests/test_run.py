@@ -135,7 +135,10 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monke
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"common": {"epoch": 3}}, "tiny.yaml, notebook 00_method: unknown field 'epoch'"),
+        (
+            {"common": {"epoch": 3}},
+            "tiny.yaml, notebook 00_method: Method: unknown field 'epoch' (value 3); did you mean 'epochs'?",
+        ),
         ({"common": {"n": 3}}, "n = 3"),
         ({"04_cats": {}}, "unknown entry '04_cats'"),
         ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(given[0] if given else None).parse_args(given)
     try:
         if options.command == "download":
-            from issl.data.datasets import download
+            from issl.data.published import download
 
             print(download(options.name, options.data_root))
             return 0

@@ -16,6 +16,7 @@ from issl import __version__
 from issl.commands.progress import in_words
 from issl.commands.run import profiles, read_profile, where
 from issl.data import datasets
+from issl.data.published import ENVIRONMENT
 from issl.devices import computes_bf16, device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import in_dependency_order
@@ -49,7 +50,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     for name in ("artifacts", "figures", "results"):
         if not os.access(_there(folder / name), os.W_OK):
             wrong.append(f"{folder / name} cannot be written; choose another place with --out DIR")
-    print(f"data root   {root or 'none: give --data-root DIR, or set ' + datasets.ENVIRONMENT}")
+    print(f"data root   {root or 'none: give --data-root DIR, or set ' + ENVIRONMENT}")
     for name in ("scenes", "cifar10", "cifar100", "fairface", "cifair10"):
         try:
             count = datasets.count(name, "train", root)

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from issl.analysis.evaluate import embed, stability_losses
 from issl.data import datasets
-from issl.data.images import Images
+from issl.data.images import Images, decode
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.settings import Data
@@ -170,7 +170,7 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
             f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: add --fit to take "
             "its centred square and resize it, or bring it to that size yourself"
         )
-    return _one(torch.from_numpy(datasets.decode(data, side, str(path)).copy()), 0, path.name, False)
+    return _one(torch.from_numpy(decode(data, side, str(path)).copy()), 0, path.name, False)
 
 
 def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Images:

@@ -14,8 +14,9 @@ from issl.analysis.evaluate import knn_watch
 from issl.data import datasets
 from issl.devices import pick_device
 from issl.files import atomic, writable
+from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import save_encoder
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import Method, Variant, recipe
 from issl.shards import from_torchrun
 
@@ -62,8 +63,9 @@ def train(options: argparse.Namespace) -> int:
     watch = None
     if options.watch is not None:
         test = datasets.load(options.data, "test", options.watch, options.data_root, size=size)
-        watch = knn_watch(images, test, device)
-    checkpoint = out.with_name(out.name + ".checkpoint")
+        watch = knn_watch(images, test, device, options.epochs, options.watch_every)
+    deadline = None if options.time_budget is None else began + 60 * options.time_budget
+    saved = out.with_name(out.name + ".checkpoint")
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
         if first:
@@ -72,19 +74,20 @@ def train(options: argparse.Namespace) -> int:
                 f"{options.method} ({options.recipe} recipe) on {len(images)} images of {images.name}, {device}{many}",
                 flush=True,
             )
+        execution = Execution(
+            shards.device if shards.world > 1 else device, options.precision, options.compile, shards,
+            progress=first and sys.stderr.isatty(),
+        )  # fmt: skip
         encoder, history = pretrain(
             images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
-            seed=options.seed, device=shards.device if shards.world > 1 else device, precision=options.precision,
-            compiled=options.compile, watch=watch, watch_every=options.watch_every, checkpoint=checkpoint,
-            shards=shards, progress=first and sys.stderr.isatty(),
-            deadline=None if options.time_budget is None else began + 60 * options.time_budget,
+            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline), after_epoch=watch,
         )  # fmt: skip
         if first:
             with atomic(out.with_suffix(".csv")) as part:
                 history.to_csv(part, index=False)
             save_encoder(out, encoder, {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)})
             _draw(history, f"{options.method}, {options.recipe} recipe, {len(images):,} images of {images.name}", out)
-            checkpoint.unlink(missing_ok=True)
+            saved.unlink(missing_ok=True)
             print(f"{out}: {len(history)} epochs in {time.monotonic() - began:.0f} s", flush=True)
     return 0
 

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import psutil
 import yaml
-from pydantic import ValidationError
 
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.progress import Overview
-from issl.config import explain
-from issl.data import datasets
+from issl.data import published
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
@@ -80,14 +78,14 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
         fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
         try:
             plans[name] = known[name](**fields)
-        except ValidationError as error:
-            raise explain(error, f"{paths[profile].name}, notebook {name}") from error
+        except IsslError as error:
+            raise IsslError(f"{paths[profile].name}, notebook {name}: {error}") from error
     return plans
 
 
 def where(out: Path | None, data_root: Path | None) -> tuple[Path, str | None]:
     """The output folder and the data root that are meant, as absolute paths."""
-    root = datasets.data_root(data_root)
+    root = published.data_root(data_root)
     return (REPOSITORY if out is None else out).resolve(), None if root is None else str(root.resolve())
 
 

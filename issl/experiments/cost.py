@@ -18,7 +18,7 @@ from issl.experiments.cache import Artifacts, Stage, in_dependency_order
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.experiments.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pretrain, Stability
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import recipe
 
 OVERHEAD = 0.05  # s a stage: loading, writing, checksums
@@ -74,7 +74,7 @@ def speed(device: torch.device, width: int = 8) -> float:
     """How many times as long as the model says a training takes here, measured on a short one (seconds)."""
     images = scenes.draw(512)
     how = recipe("simclr", "short")
-    settings: dict[str, Any] = {"width": width, "batch_size": 64, "device": device, "progress": False}
+    settings: dict[str, Any] = {"width": width, "batch_size": 64, "execution": Execution(device, progress=False)}
     pretrain(images, how, epochs=1, **settings)  # the first steps pay for what is set up once
     began = time.monotonic()
     pretrain(images, how, epochs=2, **settings)

@@ -32,9 +32,10 @@ from issl.influence.curvature import LoGra
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
+from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, save_learner
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import RECIPES, Recipe
 
 
@@ -69,19 +70,23 @@ class Pretrain(Stage):
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
         about = {"config": self.model_dump(mode="json")}
 
-        def keep_state(done: int, learner: Learner) -> None:
-            if done == self.epochs:
+        watch = None
+        if self.watch is not None:
+            watch = knn_watch(images, self.watch.load(), artifacts.device, self.epochs, self.watch_every)
+
+        def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+            if self.snapshots is not None and done == self.epochs:
                 save_learner(folder / "encoder.safetensors", learner, about)
             elif done in (self.snapshots or ()):
                 save_learner(folder / f"encoder-{done:04d}.safetensors", learner, about | {"epochs_done": done})
+            return None if watch is None else watch(done, learner)
 
-        watch = None if self.watch is None else knn_watch(images, self.watch.load(), artifacts.device)
         encoder, history = pretrain(
             images, self.recipe, **settings, keep=self._keep(len(images), artifacts), gaps=self.gaps,
-            start=None if self.start is None else self.start.whole_encoder(artifacts), device=artifacts.device,
-            checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
-            watch=watch, watch_every=self.watch_every,
-            after_epoch=None if self.snapshots is None else keep_state, progress=artifacts.progress,
+            start=None if self.start is None else self.start.whole_encoder(artifacts),
+            execution=Execution(device=artifacts.device, progress=artifacts.progress),
+            checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds, artifacts.deadline),
+            after_epoch=after_epoch,
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
