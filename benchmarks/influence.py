@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import issl.gradients
 import ours
 import pandas as pd
 import peers
@@ -38,13 +37,13 @@ from turns import Turn, alternate
 import issl
 from issl.commands.run import REPOSITORY, read_profile
 from issl.devices import keep_freed_memory
+from issl.influence import per_example
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent
 WIDE = (
     "plain forward + backward", "plain forward + backward, NHWC", "forward + backward by data",
-    "forward + backward by data, Winograd", "LoGra rank 8", "LoGra rank 16", "LoGra rank 16, no Winograd",
-    "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
+    "LoGra rank 8", "LoGra rank 16", "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
 )  # fmt: skip
 NARROW = (
     "plain forward + backward", "LoGra rank 16", "LoGra rank 16, PCA", "LoGra rank 16, bf16", "EK-FAC", "LogIX rank 16",
@@ -107,7 +106,7 @@ def wide(n: int) -> dict[str, Any]:
 def shares(task: Task) -> dict[str, float]:
     """Where the time of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
     spent = {"read_inputs": 0.0, "_Tap.on_gradient": 0.0}
-    places = {"read_inputs": issl.gradients, "_Tap.on_gradient": issl.influence.per_example._Tap}
+    places = {"read_inputs": per_example, "_Tap.on_gradient": per_example._Tap}
     kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
 
     def counted(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from turns import Turn
 
 from issl import EKFAC, Exact, Images, LoGra, self_influence
 from issl.influence.curvature import Curvature
-from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
+from issl.influence.frozen_encoder import frozen_copy
 from issl.influence.losses import stability_loss
-from issl.influence.winograd import quicken
 
 STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
 Program = Callable[[Turn], np.ndarray | None]
@@ -51,15 +50,12 @@ def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> 
     return program
 
 
-def limit(task: Task, winograd: bool = False) -> Program:
-    """Forward, and backward by the data alone, from the first layer's output on: what no method can save, with the
-    layout and the BatchNorm of our copy; its wide convolutions as torch computes them, or as we do."""
+def limit(task: Task) -> Program:
+    """Forward, and backward with respect to the data alone, from the first layer's output on: what no method can save,
+    with the layout and the BatchNorm of our copy."""
 
     def program(turn: Turn) -> None:
         model = frozen_copy(task.encoder, torch.device("cpu"))
-        if winograd:
-            fold_batchnorm(model, task.pixels()[:4])
-            quicken(model)
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
         first.register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
         for x, noisy in task.batches():
@@ -86,26 +82,15 @@ def score(task: Task, curvature: Curvature, **options: object) -> Program:
     return program
 
 
-def direct(task: Task) -> Task:
-    """The same, but that our Winograd convolution leaves the encoder alone: it does not know padding by name."""
-    encoder = copy.deepcopy(task.encoder)
-    for m in encoder.modules():
-        if isinstance(m, nn.Conv2d) and (m.kernel_size, m.stride, m.padding) == ((3, 3), (1, 1), (1, 1)):
-            m.padding = "same"
-    return replace(task, encoder=encoder)
-
-
 def programs(task: Task) -> dict[str, Program]:
     """By the name they have in the table."""
     return {
         "plain forward + backward": plain(task),
         "plain forward + backward, NHWC": plain(task, torch.channels_last),
         "forward + backward by data": limit(task),
-        "forward + backward by data, Winograd": limit(task, winograd=True),
         "LoGra rank 8": score(task, LoGra(8)),
         "LoGra rank 8, no stem": score(task, LoGra(8), skip=STEM),
         "LoGra rank 16": score(task, LoGra(16)),
-        "LoGra rank 16, no Winograd": score(direct(task), LoGra(16)),
         "LoGra rank 64": score(task, LoGra(64)),
         "LoGra rank 16, bf16": score(task, LoGra(16), precision="bf16"),
         "LoGra rank 16, PCA": score(task, LoGra(16, projection="pca", fit=128)),

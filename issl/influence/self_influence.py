@@ -30,7 +30,6 @@ from issl.influence.layers import Layer, scored_layers, weight_shape
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import Moments, Sketch, check_features, kept_width, per_example, second_moments
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, as_perturb, describe
-from issl.influence.winograd import quicken
 from issl.shards import ONE, Shards
 
 FIT_BATCH = 64  # fixed, so that the bases taken from moments do not depend on the caller's batch size
@@ -210,7 +209,6 @@ def prepare(
     layers = scored_layers(model, skip)
     _check_independent(model, data, target, first.dtype)
     fold_batchnorm(model, data.pixels[:4].to(target).to(first.dtype) / 255)
-    quicken(model)
 
     def views(source: Images, rows: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         x = source.pixels[rows].to(target).to(first.dtype) / 255
