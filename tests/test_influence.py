@@ -1,4 +1,4 @@
-"""The engine against a per-example autograd loop, and the laws that a score obeys."""
+"""Fast scores against `issl.influence.reference`, and the laws that a score obeys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, exact_scores, loop_gradients, make, pictures
+from nets import NETS, make, pictures
 from torch import nn
 
 import issl
-from issl import Exact, GaussianNoise, Identity, LoGra, self_influence
+from issl import Exact, GaussianNoise, Identity, LoGra, cross_influence, self_influence
+from issl.influence import reference
+from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import resnet18
 
 NOISE = GaussianNoise()
@@ -22,13 +24,13 @@ NOISE = GaussianNoise()
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("n", [9, 70])  # fewer rows than columns in every layer, and more than in some
-def test_exact_equals_the_autograd_loop(name: str, n: int) -> None:
+def test_exact_equals_the_reference(name: str, n: int) -> None:
     net, images = make(name), pictures(n)
-    gradients, losses = loop_gradients(net, images, NOISE.keyed(3))
+    losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
     got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, batch_size=32)
     np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)  # the loop's own cancellation
-    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.1), rtol=1e-8)
-    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-8)
+    norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
     np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-9)
     for layer, g in gradients.items():
         assert got.attrs["damping"][layer] == pytest.approx(0.1 * float(g.square().mean()), rel=1e-9)
@@ -37,35 +39,34 @@ def test_exact_equals_the_autograd_loop(name: str, n: int) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_full_rank_logra_equals_exact(name: str) -> None:
     net, images = make(name), pictures(40)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     got = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.05))
-    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.05), rtol=1e-7)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.05), rtol=1e-7)
     exact = self_influence(net, images, NOISE, Exact(0.05))
     np.testing.assert_allclose(got["grad_norm"], exact["grad_norm"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
-    """G = P_out M P_inᵀ of the loop's weight gradient M, with the projections that LoGra itself draws."""
-    from issl.influence.layers import scored_layers
-
-    net, images, curvature = make(name), pictures(30), LoGra(rank=4, damping=0.1, seed=5)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
-    projected = {}
-    for k, (layer, module) in enumerate(scored_layers(net).items()):
-        sketch = curvature.sketch(module, k)
-        matrix = gradients[layer].unflatten(1, (len(module.weight), -1))
-        projected[layer] = (sketch.p_out @ matrix @ sketch.p_in.T).flatten(1)
+    """Self- and cross-influence, under the projections that LoGra itself draws."""
+    net, images, query, curvature = make(name), pictures(30), pictures(4, seed=2), LoGra(rank=4, damping=0.1, seed=5)
+    sketches = {layer: curvature.sketch(module, k) for k, (layer, module) in enumerate(scored_layers(net).items())}
+    projections = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
+    g, g_query = (
+        reference.project(reference.gradients(net, some, NOISE.keyed(0))[1], projections) for some in (images, query)
+    )
     got = self_influence(net, images, NOISE, curvature)
-    np.testing.assert_allclose(got["influence"], exact_scores(projected, 0.1), rtol=1e-8)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-8)
+    cross, want = cross_influence(net, images, query, NOISE, curvature), reference.cross_influence(g, g_query, 0.1)
+    torch.testing.assert_close(cross, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_identity_is_the_squared_norm(name: str) -> None:
     net, images = make(name), pictures(12)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     got = self_influence(net, images, NOISE, Identity())
-    squared = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0)
+    squared = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0)
     np.testing.assert_allclose(got["influence"], squared, rtol=1e-9)
     np.testing.assert_allclose(got["grad_norm"] ** 2, squared, rtol=1e-9)
 
