@@ -14,9 +14,9 @@ from test_influence import NOISE, resnet
 from torch import Tensor, nn
 
 import issl
-from issl import EKFAC, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
+from issl import EKFAC, Computing, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
 from issl.influence import reference
-from issl.influence.curvature import leading_rows
+from issl.influence.curvature import Curvature, Whitening, effective_damping, leading_rows
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
 
@@ -100,7 +100,7 @@ def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
     base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
     assert not np.allclose(base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"])
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    other = self_influence(net, images.subset(order), NOISE, pca, batch_size=7)
+    other = self_influence(net, images.subset(order), NOISE, pca, computing=Computing(batch_size=7))
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
 
 
@@ -147,7 +147,7 @@ def test_cross_influence_equals_the_reference(name: str, n: int) -> None:
     net, train, query = make(name), pictures(n), pictures(5, seed=9)
     (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(2)) for some in (train, query))
     want = reference.cross_influence(g, q, 0.1)
-    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, batch_size=4)
+    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, computing=Computing(batch_size=4))
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
     want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T for layer in g)
     got = cross_influence(net, train, query, NOISE, Identity(), seed=2)
@@ -179,6 +179,43 @@ def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     top = top_influences(net, images, query, 50, NOISE, LoGra(2))
     assert len(top) == 3 * 40
     np.testing.assert_allclose(top["influence"].to_numpy().reshape(3, 40), scores.sort(descending=True)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Curvature):
+    """A curvature of a user's own: each layer's H is one number, its mean diagonal."""
+
+    damping: float
+    absolute: bool = False
+
+    def statistic(self, width: int, n: int, foreign: bool = False) -> MeanDiagonal:
+        return MeanDiagonal(width * n)
+
+
+class MeanDiagonal:
+    def __init__(self, count: int):
+        self.count, self.total, self.rows = count, torch.zeros(1, dtype=torch.float64), []
+
+    def add(self, g: Tensor) -> None:
+        self.total = self.total + g.double().square().sum()
+
+    def whitening(self, damping: float, absolute: bool) -> Whitening:
+        mean = float(self.total) / self.count
+        damp = effective_damping(damping, absolute, mean)
+        return Whitening(damp, lambda g: g.double() / (mean + damp) ** 0.5)
+
+
+def test_a_new_curvature_is_one_class() -> None:
+    net, train, query, curvature = make("batchnorm"), pictures(25), pictures(4, seed=9), Scaled(0.3)
+    (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(0)) for some in (train, query))
+    h = {layer: float(g[layer].square().mean()) for layer in g}
+    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T / (1.3 * h[layer]) for layer in g)
+    got = cross_influence(net, train, query, NOISE, curvature, computing=Computing(batch_size=7))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
+    scores = self_influence(net, train, NOISE, curvature)
+    want = sum(g[layer].square().sum((1, 2)) / (1.3 * h[layer]) for layer in g)
+    np.testing.assert_allclose(scores["influence"], want, rtol=1e-8)
+    assert scores.attrs["damping"]["0"] == pytest.approx(0.3 * h["0"]) and "Scaled" in scores.attrs["curvature"]
 
 
 def test_draws() -> None:
@@ -229,20 +266,22 @@ def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeyp
     monkeypatch.setattr("issl.influence.gradient_store.CHUNK", 16)
     net, images = make("batchnorm"), pictures(40)
     frames = {
-        way: self_influence(net, images, NOISE, curvature, batch_size=16, memory=way)
+        way: self_influence(net, images, NOISE, curvature, computing=Computing(batch_size=16, memory=way))
         for way in ("ram", "mapped", "recomputed")
     }
     for way, frame in frames.items():
         assert frame.attrs["memory"] == way
         np.testing.assert_allclose(frame["influence"], frames["ram"]["influence"], rtol=1e-6)
-    auto = self_influence(net, images, NOISE, curvature, memory_gb=1e-6)
+    auto = self_influence(net, images, NOISE, curvature, computing=Computing(memory_gb=1e-6))
     assert auto.attrs["memory"] == "mapped"
     assert self_influence(net, images, NOISE, curvature).attrs["memory"] == "ram"
 
 
 def test_bf16_ranks_as_fp32_does() -> None:
     net, images = resnet(), issl.load("scenes", n=60)
-    exact, low = (self_influence(net, images, NOISE, precision=p)["influence"] for p in ("fp32", "bf16"))
+    exact, low = (
+        self_influence(net, images, NOISE, computing=Computing(precision=p))["influence"] for p in ("fp32", "bf16")
+    )
     assert not np.allclose(exact, low, rtol=1e-6) and exact.corr(low, method="spearman") > 0.95
 
 
@@ -253,10 +292,6 @@ def test_bf16_ranks_as_fp32_does() -> None:
         ({"draws": 2, "perturbation": lambda x, i: x + 0.1}, "need a perturbation with .keyed"),
         ({"average": "median"}, "average='median'"),
         ({"sweep": (0.1, 0.0)}, "sweep: damping 0.0"),
-        ({"precision": "fp8"}, "precision='fp8'"),
-        ({"memory": "disk"}, "memory='disk'"),
-        ({"memory_gb": 0}, "memory_gb=0"),
-        ({"memory": "ram", "store": "/tmp/x"}, "drop one of them"),
         ({"fisher": lambda a, b: (a - b).sum()}, "one loss an image"),
     ],
 )
@@ -264,6 +299,23 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match=message):
         self_influence(make("stride"), pictures(5), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"memory": "disk"}, "memory='disk'"),
+        ({"memory_gb": 0}, "memory_gb=0"),
+        ({"memory": "ram", "store": "/tmp/x"}, "drop one of them"),
+        ({"device": "abacus"}, "device='abacus'"),
+    ],
+)
+def test_bad_computing(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(issl.IsslError, match=message):
+        Computing(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from nets import NETS, make, pictures
 from torch import nn
 
 import issl
-from issl import Exact, GaussianNoise, Identity, LoGra, cross_influence, self_influence
+from issl import EKFAC, Augmentation, Computing, Exact, GaussianNoise, Identity, LoGra, cross_influence, self_influence
 from issl.influence import reference
 from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import resnet18
@@ -27,7 +27,7 @@ NOISE = GaussianNoise()
 def test_exact_equals_the_reference(name: str, n: int) -> None:
     net, images = make(name), pictures(n)
     losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
-    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, batch_size=32)
+    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, computing=Computing(batch_size=32))
     np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)  # the loop's own cancellation
     np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-8)
     norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
@@ -92,19 +92,21 @@ def resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("curvature", [LoGra(4), Identity()], ids=["logra", "identity"])
 def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
     net, images = resnet(), issl.load("scenes", n=60)
-    base = self_influence(net, images, curvature=curvature, batch_size=60)["influence"].to_numpy()
+    base = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=60))["influence"].to_numpy()
     for batch_size in (7, 64):
-        other = self_influence(net, images, curvature=curvature, batch_size=batch_size)
+        other = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=batch_size))
         np.testing.assert_allclose(other["influence"], base, rtol=1e-5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    other = self_influence(net, images.subset(order), curvature=curvature, batch_size=25)
+    other = self_influence(net, images.subset(order), curvature=curvature, computing=Computing(batch_size=25))
     assert other["index"].tolist() == order.tolist()
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-5)
     for _ in range(2):  # written, then read back
-        stored = self_influence(net, images, curvature=curvature, batch_size=60, store=tmp_path / "rows")
+        stored = self_influence(
+            net, images, curvature=curvature, computing=Computing(batch_size=60, store=tmp_path / "rows")
+        )
         np.testing.assert_allclose(stored["influence"], base, rtol=1e-5)
     with pytest.raises(issl.IsslError, match="another encoder"):
-        self_influence(net, images, curvature=curvature, seed=1, store=tmp_path / "rows")
+        self_influence(net, images, curvature=curvature, seed=1, computing=Computing(store=tmp_path / "rows"))
 
 
 @settings(max_examples=10, deadline=None)
@@ -234,9 +236,10 @@ def test_skip_leaves_a_layer_out() -> None:
         ({"images": torch.zeros(3, 4, 4)}, "need issl.Images or a tensor"),
         ({"images": torch.rand(3, 3, 4, 4)}, "give uint8"),
         ({"images": pictures(4).subset([])}, "empty"),
-        ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed -1"),
         ({"perturbation": 3}, "perturbation 3"),
+        ({"curvature": "ekfac"}, "curvature 'ekfac': need an object"),
+        ({"curvature": LoGra}, "need an object such as LoGra"),
         ({"perturbation": lambda x, i: x[:, :, :2]}, "must keep the shape"),
         ({"perturbation": lambda x, i: x / 0}, "NaN or infinite pixels for image index"),
     ],
@@ -248,9 +251,16 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: LoGra(0), lambda: LoGra(4, 0.0), lambda: Exact(-1.0), lambda: GaussianNoise(0.0, -1.0)]
-)
-def test_bad_settings(build) -> None:
+    "build",
+    [
+        lambda: LoGra(0), lambda: LoGra(True), lambda: LoGra(4, 0.0), lambda: LoGra(4, "0.1"), lambda: LoGra(seed=-1),
+        lambda: Exact(-1.0), lambda: Exact(float("inf")), lambda: Exact(float("nan")), lambda: Exact(None),
+        lambda: EKFAC(fit=2.5), lambda: GaussianNoise(0.0, -1.0), lambda: GaussianNoise("0.1"),
+        lambda: GaussianNoise(0.0, float("inf")), lambda: Augmentation("crop", "1"),
+    ],
+)  # fmt: skip
+def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match="="):
         build()
 
@@ -258,7 +268,7 @@ def test_bad_settings(build) -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu() -> None:
     net, images = resnet(), issl.load("scenes", n=200)
-    cpu, gpu = self_influence(net, images), self_influence(net, images, device="cuda")
+    cpu, gpu = self_influence(net, images), self_influence(net, images, computing=Computing(device="cuda"))
     np.testing.assert_allclose(gpu["influence"], cpu["influence"], rtol=1e-3)
 
 

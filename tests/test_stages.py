@@ -153,7 +153,13 @@ def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
     near = Nearness(train=Embed(pretrain=TRAIN, data=DATA), query=Embed(pretrain=TRAIN, data=query))
     encoder = artifacts.encoder(TRAIN)
     want = issl.cross_influence(
-        encoder, DATA.load(), as_queries(query.load()), Noise().build(), Curvature(rank=4).build(), 0, 64, draws=2
+        encoder,
+        DATA.load(),
+        as_queries(query.load()),
+        Noise().build(),
+        Curvature(rank=4).build(),
+        draws=2,
+        computing=issl.Computing(batch_size=64),
     )
     torch.testing.assert_close(artifacts.pairs(cross), want)
     with torch.no_grad():

@@ -25,41 +25,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from issl.errors import IsslError
+from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_width, no_moments
 from issl.influence.frozen_encoder import FoldedConv2d
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
-
-
-@dataclass(frozen=True)
-class Projected:
-    """Keep P_out (Σ d aᵀ) P_inᵀ, flattened to k_out·k_in numbers per example."""
-
-    p_in: Float[Tensor, "k_in d_in"] | None = None
-    p_out: Float[Tensor, "k_out c_out"] | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Keep ‖Σ d aᵀ‖ alone, one number per example."""
-
-
-Sketch = Projected | Norm
-
-
-@dataclass(frozen=True)
-class Moments:
-    """A layer's second moments, summed over positions (of both views) and images: Σ a aᵀ and Σ d dᵀ."""
-
-    inputs: Float[Tensor, "d_in d_in"]
-    outputs: Float[Tensor, "c_out c_out"]
-
-
-def kept_width(layer: Layer, sketch: Sketch) -> int:
-    """How many numbers are kept of each example's gradient in this layer."""
-    if isinstance(sketch, Norm):
-        return 1
-    out, inside = weight_shape(layer)
-    return (out if sketch.p_out is None else len(sketch.p_out)) * (inside if sketch.p_in is None else len(sketch.p_in))
 
 
 @dataclass
@@ -137,8 +106,7 @@ class _Tap:
 class _MomentTap(_Tap):
     """Sums the layer's second moments instead of its examples' gradients."""
 
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
+    total_moments: Moments | None = None
 
     @torch.no_grad()
     def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
@@ -147,17 +115,11 @@ class _MomentTap(_Tap):
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
         if isinstance(self.layer, FoldedConv2d):
             dd = dd * torch.outer(self.layer.scale, self.layer.scale).double()
-        self.inputs = aa if self.inputs is None else self.inputs + aa
-        self.outputs = dd if self.outputs is None else self.outputs + dd
+        self.total_moments = (self.total_moments or no_moments(self.layer)) + Moments(aa, dd)
 
     def moments(self) -> Moments:
         self.check_called()
-        out, inside = weight_shape(self.layer)
-        zeros = partial(torch.zeros, dtype=torch.float64, device=self.layer.weight.device)
-        return Moments(
-            zeros(inside, inside) if self.inputs is None else self.inputs,
-            zeros(out, out) if self.outputs is None else self.outputs,
-        )
+        return self.total_moments or no_moments(self.layer)
 
 
 def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:

@@ -6,6 +6,7 @@ A perturbation is fixed by a seed to a function of an image's pixels and index, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from issl.data.image_operations import Pixels
 from issl.data.views import VIEW_UNIFORMS, View
-from issl.errors import IsslError
+from issl.errors import IsslError, number_or_nan
 from issl.keyed_random import normal, uniform
 
 Perturb = Callable[[Pixels, Int[Tensor, " b"]], Pixels]
@@ -37,8 +38,10 @@ class GaussianNoise:
     std: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise IsslError(f"GaussianNoise(std={self.std}): the standard deviation must be ≥ 0")
+        if not 0 <= number_or_nan(self.std) < math.inf:
+            raise IsslError(f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number ≥ 0")
+        if not math.isfinite(number_or_nan(self.mean)):
+            raise IsslError(f"GaussianNoise(mean={self.mean!r}): must be a finite number")
 
     def keyed(self, seed: int) -> Perturb:
         """The noise of image `index` is a function of (seed, index) and the image's size alone."""
@@ -65,8 +68,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}")
-        if not 0 < self.strength <= 1:
-            raise IsslError(f"Augmentation(strength={self.strength}): must lie in (0, 1]")
+        if not 0 < number_or_nan(self.strength) <= 1:
+            raise IsslError(f"Augmentation(strength={self.strength!r}): must be a number in (0, 1]")
 
     @property
     def view(self) -> View:

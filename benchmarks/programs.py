@@ -1,17 +1,18 @@
-"""What is compared: the plain pass, the limit, and this library. All on the same images and the same noise."""
+"""What is compared: the plain pass, the lower limit, and this library, all on the same images and the same noise."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from alternate import Turn
 from torch import Tensor, nn
-from turns import Turn
 
-from issl import EKFAC, Exact, Images, LoGra, self_influence
+from issl import EKFAC, Computing, Exact, Images, LoGra, self_influence
 from issl.influence.curvature import Curvature
 from issl.influence.frozen_encoder import frozen_copy
 from issl.influence.losses import stability_loss
@@ -22,7 +23,7 @@ Program = Callable[[Turn], np.ndarray | None]
 
 @dataclass(frozen=True)
 class Task:
-    """An encoder, images, and their noisy copies, computed beforehand (n, 3, H, W)."""
+    """An encoder, images, and their noisy copies (n, 3, H, W), computed in advance."""
 
     encoder: nn.Module
     images: Images
@@ -66,8 +67,8 @@ def limit(task: Task) -> Program:
     return program
 
 
-def score(task: Task, curvature: Curvature, **options: object) -> Program:
-    """`self_influence` as a user calls it, from pixels to scores."""
+def score(task: Task, curvature: Curvature, skip: Sequence[str] = (), **how: Any) -> Program:
+    """`self_influence` as a user calls it, from pixels to scores; how: fields of `Computing`."""
 
     def program(turn: Turn) -> np.ndarray:
         place = {int(k): p for p, k in enumerate(task.images.index)}
@@ -76,14 +77,15 @@ def score(task: Task, curvature: Curvature, **options: object) -> Program:
             turn.next()
             return task.noisy[[place[int(k)] for k in index]]
 
-        table = self_influence(task.encoder, task.images, noise, curvature, batch_size=task.batch_size, **options)
+        computing = Computing(batch_size=task.batch_size, **how)
+        table = self_influence(task.encoder, task.images, noise, curvature, skip=skip, computing=computing)
         return table["influence"].to_numpy()
 
     return program
 
 
 def programs(task: Task) -> dict[str, Program]:
-    """By the name they have in the table."""
+    """By their names in the table."""
     return {
         "plain forward + backward": plain(task),
         "plain forward + backward, NHWC": plain(task, torch.channels_last),
