@@ -270,25 +270,3 @@ def test_gpu_equals_cpu() -> None:
     net, images = resnet(), issl.load("scenes", n=200)
     cpu, gpu = self_influence(net, images), self_influence(net, images, computing=Computing(device="cuda"))
     np.testing.assert_allclose(gpu["influence"], cpu["influence"], rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "folded"),
-    [("batchnorm", ["0", "3"]), ("residual", ["stem", "conv"]), ("two users", []), ("reused", []), ("tokens", [])],
-)
-def test_batchnorm_is_folded_where_nothing_else_sees_the_output(name: str, folded: list[str]) -> None:
-    from issl.influence.frozen_encoder import FoldedConv2d, fold_batchnorm, frozen_copy
-
-    net = make(name)
-    model, x = frozen_copy(net, torch.device("cpu")), pictures(6).pixels.double() / 255
-    assert fold_batchnorm(model, x[:4]) == folded
-    assert [n for n, m in model.named_modules() if isinstance(m, FoldedConv2d)] == folded
-    torch.testing.assert_close(model(x), net(x), rtol=1e-10, atol=1e-12)
-    assert not any(isinstance(m, FoldedConv2d) for m in net.modules())
-
-
-def test_every_convolution_of_a_resnet_is_folded() -> None:
-    from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
-
-    model = frozen_copy(resnet18(2).eval(), torch.device("cpu"))
-    assert len(fold_batchnorm(model, torch.rand(2, 3, 32, 32))) == 20

@@ -121,7 +121,7 @@ class DenseSum:
     def whitening(self, damping: float, absolute: bool) -> Whitening:
         if self.gram:
             return self._gram(torch.cat(self.rows), damping, absolute)
-        assert self.total is not None  # n > 0 images were added
+        assert self.total is not None  # images were added
         h = self.total / self.n
         damp = effective_damping(damping, absolute, float(h.diagonal().mean()))
         if damp == 0:
@@ -157,7 +157,7 @@ class DiagonalSum:
         self.total = squares if self.total is None else self.total + squares
 
     def whitening(self, damping: float, absolute: bool) -> Whitening:
-        assert self.total is not None  # n > 0 images were added
+        assert self.total is not None  # images were added
         d = self.total / self.n
         damp = effective_damping(damping, absolute, float(d.mean()))
         if damp == 0:

@@ -4,8 +4,8 @@ The rows of all images (their projected gradients) are needed twice: for the cur
 So a pass can be repeated, in one of three ways with the same numbers:
 
     ram         the rows are kept in memory
-    mapped      they are kept in files, one per chunk, which a killed run finds again
-    recomputed  nothing is kept; the second time costs another forward and backward pass
+    mapped      they are kept in files, one per chunk, which an interrupted run reuses
+    recomputed  nothing is kept; each time costs a forward and backward pass
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _rows_file(folder: Path, chunk: slice) -> Path:
 
 
 def _read_rows(path: Path, name: str) -> Tensor:
-    """One tensor of a chunk in the store, without the others."""
+    """One tensor of a stored chunk, without reading the others."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)

@@ -16,7 +16,7 @@ from issl.data.images import Images
 from issl.errors import IsslError
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
-from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
+from issl.influence.frozen_encoder import frozen_copy
 from issl.influence.gradient_store import Pass, RowsOf, choose_memory, fingerprint, make_pass, split
 from issl.influence.layers import Layer, scored_layers
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
@@ -169,9 +169,7 @@ def prepare(
     model = frozen_copy(encoder, device)
     layers = scored_layers(model, what.skip)
     probe = Probe(model, layers, what, perturbs, device, first.dtype)
-    few = probe.pixels(data, slice(0, 4))
-    _check_independent(model, few)
-    fold_batchnorm(model, few)
+    _check_independent(model, probe.pixels(data, slice(0, 4)))
     moments = probe.moments(data, computing)
     sketches = {
         name: what.curvature.sketch(layer, k, moments[name], norms_only)
