@@ -5,7 +5,7 @@
     pip install --group peers                      # the other libraries
 
 Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them. Times are taken in
-alternation on one thread (turns.py), so ratios hold where seconds do not.
+alternation on one thread (alternate.py), so ratios hold where seconds do not.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import issl.gradients
-import ours
 import pandas as pd
 import peers
+import programs
 import torch
-from ours import Task
+from alternate import Turn, alternate
+from programs import Task
 from report import machine, write_report
 from scipy.stats import spearmanr
-from turns import Turn, alternate
 
 import issl
 from issl.commands.run import REPOSITORY, read_profile
 from issl.devices import keep_freed_memory
+from issl.influence import per_example
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent
 WIDE = (
     "plain forward + backward", "plain forward + backward, NHWC", "forward + backward by data",
-    "forward + backward by data, Winograd", "LoGra rank 8", "LoGra rank 16", "LoGra rank 16, no Winograd",
-    "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
+    "LoGra rank 8", "LoGra rank 16", "LoGra rank 64", "LogIX rank 8", "LogIX rank 16", "LogIX rank 64",
 )  # fmt: skip
 NARROW = (
     "plain forward + backward", "LoGra rank 16", "LoGra rank 16, PCA", "LoGra rank 16, bf16", "EK-FAC", "LogIX rank 16",
@@ -58,7 +57,7 @@ AGREEMENT = (
 
 
 def some_images(n: int) -> issl.Images:
-    """Real ones where there are any."""
+    """CIFAR-10 if $ISSL_DATA is set, else scenes."""
     return issl.load("cifar10" if os.environ.get("ISSL_DATA") else "scenes", n=n)
 
 
@@ -77,8 +76,8 @@ def a_task(width: int, batch_size: int, encoder: torch.nn.Module | None, images:
 
 
 def timed(task: Task, names: Sequence[str]) -> dict[str, Turn]:
-    programs = {**ours.programs(task), **peers.programs(task)}
-    return alternate({name: programs[name] for name in names if name in programs})
+    found = {**programs.programs(task), **peers.programs(task)}
+    return alternate({name: found[name] for name in names if name in found})
 
 
 def table(task: Task, turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
@@ -105,9 +104,9 @@ def wide(n: int) -> dict[str, Any]:
 
 
 def shares(task: Task) -> dict[str, float]:
-    """Where the time of LoGra rank 16 goes, in shares of the whole; the rest is forward and backward."""
+    """Shares of the time of LoGra rank 16 outside the forward and backward passes."""
     spent = {"read_inputs": 0.0, "_Tap.on_gradient": 0.0}
-    places = {"read_inputs": issl.gradients, "_Tap.on_gradient": issl.influence.per_example._Tap}
+    places = {"read_inputs": per_example, "_Tap.on_gradient": per_example._Tap}
     kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
 
     def counted(name: str) -> Any:
@@ -123,7 +122,7 @@ def shares(task: Task) -> dict[str, float]:
     try:
         for name, place in places.items():
             setattr(place, name.split(".")[-1], counted(name))
-        whole = alternate({"one": ours.programs(few)["LoGra rank 16"]})["one"].seconds
+        whole = alternate({"one": programs.programs(few)["LoGra rank 16"]})["one"].seconds
     finally:
         for name, place in places.items():
             setattr(place, name.split(".")[-1], kept[name])
@@ -171,15 +170,15 @@ def memory(n: int) -> dict[str, Any]:
 
 
 def one(way: str, n: int) -> dict[str, float]:
-    """The child of `memory`. 2,048 pictures are repeated, so that the pictures are not what grows."""
+    """The child process of `memory`. 2,048 images are repeated, so that it is not the images that grow."""
     task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
     images = issl.Images(task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name)
-    table = issl.self_influence(task.encoder, images.subset(range(64)), curvature=issl.LoGra(16), batch_size=64)
-    assert len(table) == 64  # a warm-up
+    table = issl.self_influence(task.encoder, images.subset(range(64)), computing=issl.Computing(batch_size=64))
+    assert len(table) == 64  # a warm-up, with the default LoGra(16) as below
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    issl.self_influence(task.encoder, images, curvature=issl.LoGra(16), batch_size=64, memory=way)
+    issl.self_influence(task.encoder, images, computing=issl.Computing(batch_size=64, memory=way))
     seconds = time.perf_counter() - began
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -199,7 +198,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # for all alike: fresh pages would be timed instead of arithmetic
+    keep_freed_memory()  # for all programs: fresh pages would be timed instead of arithmetic
     if options.one:
         print(json.dumps(one(options.one, options.images)))
         return

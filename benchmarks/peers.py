@@ -1,6 +1,6 @@
 """Other libraries on the same task: same encoder, images, noise and loss, through their public interfaces.
 
-None of them knows a loss of two views, so each gets it as a user would write it; what that costs them is theirs.
+None of them knows a loss of two views, so each gets it as a user would write it, at whatever cost.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ours import STEM, Program, Task
+from alternate import Turn
+from programs import STEM, Program, Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from turns import Turn
 
 from issl import LoGra
 from issl.influence.layers import scored_layers
@@ -47,9 +47,9 @@ def loader(task: Task, turn: Turn) -> DataLoader:
 
 
 def kronfluence(task: Task) -> Program:
-    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores, one pass over the images each (not the
-    eigenvectors). Both views are calls of the same layers, hence has_shared_parameters. Its damping default is ours:
-    0.1 × the mean eigenvalue."""
+    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores; all but the eigenvectors are a pass over the
+    images. Both views are calls of the same layers, hence has_shared_parameters. Its default damping is ours: 0.1 × the
+    mean eigenvalue."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task as KronfluenceTask

@@ -2,7 +2,7 @@
 
     python benchmarks/pretraining.py [--width 16] [--batch-size 128] [--steps 8]
 
-The same network, objective, optimiser and images; all take turns step by step on one thread (turns.py).
+The same network, objective, optimiser and images; all take turns step by step on one thread (alternate.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from alternate import Turn, alternate
 from influence import some_images
 from PIL import Image
 from report import machine, write_report
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from turns import Turn, alternate
 
 import issl
 from issl.data.views import VIEW_UNIFORMS

@@ -18,9 +18,11 @@ ran in one process on one thread, taking turns batch by batch, so the ratios com
 Seconds are this machine's. For influence, the ratio is the time over that of a plain forward and backward pass of the
 same loss on the same images. The whole time is from the encoder to the scores; the median batch, for methods of one
 pass, is the same without what comes before and after, and without the odd batch that the machine was busy elsewhere.
-Forward and backward by the data is what no method of this kind can save. On one thread we compute wide 3 x 3
-convolutions by Winograd's algorithm (`issl/winograd.py`), so that row is there twice, and so is LoGra at rank 16. With
-two threads the algorithm gained nothing, so there it is not used.
+Forward and backward with respect to the data is what no method of this kind can save.
+
+At width 64 the rows "LoGra rank 8", "16" and "64" of 2026-11-25 computed wide 3 x 3 convolutions by Winograd's
+algorithm. That kernel was removed, because it only gained on one fp32 thread; "LoGra rank 16, no Winograd" is what the
+code does now.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
 groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers

@@ -13,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from issl.data.datasets import load
 from issl.data.images import Images
 from issl.errors import IsslError
+from issl.influence.computing import Computing
 from issl.influence.cross import cross_influence, top_influences
 from issl.influence.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -21,6 +22,6 @@ from issl.pretraining.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = [
-    "EKFAC", "Augmentation", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError", "LoGra",
-    "cross_influence", "load", "load_encoder", "self_influence", "top_influences",
+    "EKFAC", "Augmentation", "Computing", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError",
+    "LoGra", "cross_influence", "load", "load_encoder", "self_influence", "top_influences",
 ]  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 
 class IsslError(Exception):
     """Bad input. The message names the thing, the value that was given, and what to do about it."""
@@ -15,3 +18,8 @@ class OutOfTime(IsslError):
             "the same command continues from here" if resumable else "give a checkpoint file to be able to continue"
         )
         super().__init__(f"{what}, the time budget is spent; {remedy}")
+
+
+def number_or_nan(value: object) -> float:
+    """A setting that must be a number: NaN, which fails every comparison, for anything that is none."""
+    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)

@@ -1,4 +1,4 @@
-"""Small networks and images, and the per-example autograd loop that the engine is tested against."""
+"""Small networks and images that the influence engine is tested on."""
 
 from __future__ import annotations
 
@@ -99,27 +99,3 @@ NETS = ("stride", "dilated", "grouped", "batchnorm", "residual", "two users", "r
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Images(pixels, None, pd.DataFrame({"index": range(n)}), "random pictures")
-
-
-def loop_gradients(net: nn.Module, images: Images, perturb) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-example weight gradients by plain autograd, one image at a time, and the losses 1 − cos."""
-    weights = {n: m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    rows: dict[str, list[Tensor]] = {n: [] for n in weights}
-    losses = []
-    for k in range(len(images)):
-        x = images.pixels[k : k + 1].to(next(iter(weights.values())).dtype) / 255
-        loss = 1 - F.cosine_similarity(net(x), net(perturb(x, images.index[k : k + 1]))).squeeze()
-        for name, g in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            rows[name].append(g.flatten())
-        losses.append(loss.detach())
-    return {n: torch.stack(r) for n, r in rows.items()}, torch.stack(losses)
-
-
-def exact_scores(gradients: dict[str, Tensor], damping: float) -> Tensor:
-    """Σ_l g_iᵀ (mean g gᵀ + damping · mean diagonal · I)⁻¹ g_i, with a dense inverse per layer."""
-    total = torch.zeros(len(next(iter(gradients.values()))), dtype=torch.float64)
-    for g in (v.double() for v in gradients.values()):
-        h = torch.stack([torch.outer(r, r) for r in g]).mean(0)
-        inverse = torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
-        total += torch.stack([r @ inverse @ r for r in g])
-    return total

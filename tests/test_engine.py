@@ -9,21 +9,16 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from nets import NETS, exact_scores, loop_gradients, make, pictures
+from nets import NETS, make, pictures
 from test_influence import NOISE, resnet
 from torch import Tensor, nn
 
 import issl
-from issl import EKFAC, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
-from issl.influence.curvature import leading_rows
+from issl import EKFAC, Computing, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
+from issl.influence import reference
+from issl.influence.curvature import Curvature, Whitening, effective_damping, leading_rows
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
-
-
-def solve(g: Tensor, others: Tensor, damping: float) -> Tensor:
-    """others_jᵀ (mean g gᵀ + λ)⁻¹ g_i by a dense inverse."""
-    h = g.T @ g / len(g)
-    return others @ torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)) @ g.T
 
 
 def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Tensor]]:
@@ -62,23 +57,22 @@ def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_diagonal_equals_the_autograd_loop(name: str) -> None:
+def test_diagonal_equals_the_reference(name: str) -> None:
     net, images = make(name), pictures(20)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
-    want = sum((g**2 / ((g**2).mean(0) + 0.3 * (g**2).mean())).sum(1) for g in gradients.values())
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
+    want = reference.self_influence(gradients, 0.3, diagonal=True)
     np.testing.assert_allclose(self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["stride", "batchnorm", "tokens"])
 def test_ekfac_equals_brute_force(name: str) -> None:
     net, images = make(name), pictures(20)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
-    want: Tensor | float = 0.0
-    for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items():
-        q_in, q_out = torch.linalg.eigh(a).eigenvectors, torch.linalg.eigh(d).eigenvectors
-        g = q_out.T @ gradients[layer].unflatten(1, (len(d), len(a))) @ q_in
-        lam = (g**2).mean(0)
-        want = want + (g**2 / (lam + 0.1 * lam.mean())).sum((1, 2))
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
+    rotations = {
+        layer: (torch.linalg.eigh(d).eigenvectors.T, torch.linalg.eigh(a).eigenvectors.T)
+        for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items()
+    }
+    want = reference.self_influence(reference.project(gradients, rotations), 0.1, diagonal=True)
     got = self_influence(net, images, NOISE, EKFAC(0.1))
     np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
     np.testing.assert_allclose(got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"])
@@ -87,16 +81,17 @@ def test_ekfac_equals_brute_force(name: str) -> None:
 @pytest.mark.parametrize("name", ["stride", "batchnorm"])
 def test_pca_keeps_the_leading_directions(name: str) -> None:
     net, images = make(name), pictures(20)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
-    kept = {}
-    for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items():
-        p_in, p_out = (torch.linalg.eigh(m).eigenvectors[:, -3:].T for m in (a, d))
-        kept[layer] = (p_out @ gradients[layer].unflatten(1, (len(d), len(a))) @ p_in.T).flatten(1)
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
+    leading = {
+        layer: tuple(torch.linalg.eigh(m).eigenvectors[:, -3:].T for m in (d, a))
+        for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items()
+    }
     got = self_influence(net, images, NOISE, LoGra(3, projection="pca"))
-    np.testing.assert_allclose(got["influence"], exact_scores(kept, 0.1), rtol=1e-6)
+    want = reference.self_influence(reference.project(gradients, leading), 0.1)
+    np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
     assert got["grad_norm"].isna().all()
     full = self_influence(net, images, NOISE, LoGra(10_000, projection="pca"))
-    np.testing.assert_allclose(full["influence"], exact_scores(gradients, 0.1), rtol=1e-6)
+    np.testing.assert_allclose(full["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6)
 
 
 def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
@@ -105,7 +100,7 @@ def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
     base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
     assert not np.allclose(base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"])
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    other = self_influence(net, images.subset(order), NOISE, pca, batch_size=7)
+    other = self_influence(net, images.subset(order), NOISE, pca, computing=Computing(batch_size=7))
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
 
 
@@ -148,14 +143,13 @@ def test_one_damping_rule(curvature) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("n", [9, 70])
-def test_cross_influence_equals_a_dense_inverse(name: str, n: int) -> None:
+def test_cross_influence_equals_the_reference(name: str, n: int) -> None:
     net, train, query = make(name), pictures(n), pictures(5, seed=9)
-    g, _ = loop_gradients(net, train, NOISE.keyed(2))
-    q, _ = loop_gradients(net, query, NOISE.keyed(2))
-    want = sum(solve(g[layer], q[layer], 0.1) for layer in g)
-    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, batch_size=4)
+    (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(2)) for some in (train, query))
+    want = reference.cross_influence(g, q, 0.1)
+    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, computing=Computing(batch_size=4))
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
-    want = sum(q[layer] @ g[layer].T for layer in g)
+    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T for layer in g)
     got = cross_influence(net, train, query, NOISE, Identity(), seed=2)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12 * float(want.abs().max()))
 
@@ -187,14 +181,51 @@ def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(top["influence"].to_numpy().reshape(3, 40), scores.sort(descending=True)[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(Curvature):
+    """A curvature of a user's own: each layer's H is one number, its mean diagonal."""
+
+    damping: float
+    absolute: bool = False
+
+    def statistic(self, width: int, n: int, foreign: bool = False) -> MeanDiagonal:
+        return MeanDiagonal(width * n)
+
+
+class MeanDiagonal:
+    def __init__(self, count: int):
+        self.count, self.total, self.rows = count, torch.zeros(1, dtype=torch.float64), []
+
+    def add(self, g: Tensor) -> None:
+        self.total = self.total + g.double().square().sum()
+
+    def whitening(self, damping: float, absolute: bool) -> Whitening:
+        mean = float(self.total) / self.count
+        damp = effective_damping(damping, absolute, mean)
+        return Whitening(damp, lambda g: g.double() / (mean + damp) ** 0.5)
+
+
+def test_a_new_curvature_is_one_class() -> None:
+    net, train, query, curvature = make("batchnorm"), pictures(25), pictures(4, seed=9), Scaled(0.3)
+    (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(0)) for some in (train, query))
+    h = {layer: float(g[layer].square().mean()) for layer in g}
+    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T / (1.3 * h[layer]) for layer in g)
+    got = cross_influence(net, train, query, NOISE, curvature, computing=Computing(batch_size=7))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
+    scores = self_influence(net, train, NOISE, curvature)
+    want = sum(g[layer].square().sum((1, 2)) / (1.3 * h[layer]) for layer in g)
+    np.testing.assert_allclose(scores["influence"], want, rtol=1e-8)
+    assert scores.attrs["damping"]["0"] == pytest.approx(0.3 * h["0"]) and "Scaled" in scores.attrs["curvature"]
+
+
 def test_draws() -> None:
     net, images, k = make("batchnorm"), pictures(30), 5
-    each = [loop_gradients(net, images, NOISE.keyed(3 + (d << 32)))[0] for d in range(k)]
+    each = [reference.gradients(net, images, NOISE.keyed(3 + (d << 32)))[1] for d in range(k)]
     mean = {layer: torch.stack([e[layer] for e in each]).mean(0) for layer in each[0]}
     got = self_influence(net, images, NOISE, Exact(), seed=3, draws=k)
-    np.testing.assert_allclose(got["influence"], exact_scores(mean, 0.1), rtol=1e-8)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(mean, 0.1), rtol=1e-8)
     pooled = {layer: torch.cat([e[layer] for e in each]) for layer in each[0]}
-    per_draw = exact_scores(pooled, 0.1).unflatten(0, (k, 30))
+    per_draw = reference.self_influence(pooled, 0.1).unflatten(0, (k, 30))
     got = self_influence(net, images, NOISE, Exact(), seed=3, draws=k, average="scores")
     np.testing.assert_allclose(got["influence"], per_draw.mean(0), rtol=1e-8)
     np.testing.assert_allclose(got["standard_error"], per_draw.std(0) / k**0.5, rtol=1e-6)
@@ -218,20 +249,14 @@ def test_the_fisher_of_another_loss() -> None:
         return (a - b).square().sum(1)
 
     net, images = make("stride"), pictures(60)
-    g, _ = loop_gradients(net, images, NOISE.keyed(0))
-    other: dict[str, list[Tensor]] = {n: [] for n in g}
-    weights = {n: m.weight for n, m in scored_layers(net).items()}
-    for i in range(60):
-        x = images.pixels[i : i + 1].double() / 255
-        loss = squares(net(x), net(NOISE.keyed(0)(x, images.index[i : i + 1]))).sum()
-        for n, w in zip(g, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            other[n].append(w.flatten())
+    _, g = reference.gradients(net, images, NOISE.keyed(0))
+    _, other = reference.gradients(net, images, NOISE.keyed(0), squares)
     want = 0.0
     for n in g:
-        f = torch.stack(other[n])
+        rows, f = g[n].flatten(1), other[n].flatten(1)
         h = f.T @ f / 60
         inverse = torch.linalg.inv(h + 0.1 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
-        want = want + torch.einsum("ni,ij,nj->n", g[n], inverse, g[n])
+        want = want + torch.einsum("ni,ij,nj->n", rows, inverse, rows)
     got = self_influence(net, images, NOISE, LoGra(1.0), fisher=squares, skip=[])
     np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
 
@@ -241,20 +266,22 @@ def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeyp
     monkeypatch.setattr("issl.influence.gradient_store.CHUNK", 16)
     net, images = make("batchnorm"), pictures(40)
     frames = {
-        way: self_influence(net, images, NOISE, curvature, batch_size=16, memory=way)
+        way: self_influence(net, images, NOISE, curvature, computing=Computing(batch_size=16, memory=way))
         for way in ("ram", "mapped", "recomputed")
     }
     for way, frame in frames.items():
         assert frame.attrs["memory"] == way
         np.testing.assert_allclose(frame["influence"], frames["ram"]["influence"], rtol=1e-6)
-    auto = self_influence(net, images, NOISE, curvature, memory_gb=1e-6)
+    auto = self_influence(net, images, NOISE, curvature, computing=Computing(memory_gb=1e-6))
     assert auto.attrs["memory"] == "mapped"
     assert self_influence(net, images, NOISE, curvature).attrs["memory"] == "ram"
 
 
 def test_bf16_ranks_as_fp32_does() -> None:
     net, images = resnet(), issl.load("scenes", n=60)
-    exact, low = (self_influence(net, images, NOISE, precision=p)["influence"] for p in ("fp32", "bf16"))
+    exact, low = (
+        self_influence(net, images, NOISE, computing=Computing(precision=p))["influence"] for p in ("fp32", "bf16")
+    )
     assert not np.allclose(exact, low, rtol=1e-6) and exact.corr(low, method="spearman") > 0.95
 
 
@@ -265,10 +292,6 @@ def test_bf16_ranks_as_fp32_does() -> None:
         ({"draws": 2, "perturbation": lambda x, i: x + 0.1}, "need a perturbation with .keyed"),
         ({"average": "median"}, "average='median'"),
         ({"sweep": (0.1, 0.0)}, "sweep: damping 0.0"),
-        ({"precision": "fp8"}, "precision='fp8'"),
-        ({"memory": "disk"}, "memory='disk'"),
-        ({"memory_gb": 0}, "memory_gb=0"),
-        ({"memory": "ram", "store": "/tmp/x"}, "drop one of them"),
         ({"fisher": lambda a, b: (a - b).sum()}, "one loss an image"),
     ],
 )
@@ -276,6 +299,23 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match=message):
         self_influence(make("stride"), pictures(5), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"memory": "disk"}, "memory='disk'"),
+        ({"memory_gb": 0}, "memory_gb=0"),
+        ({"memory": "ram", "store": "/tmp/x"}, "drop one of them"),
+        ({"device": "abacus"}, "device='abacus'"),
+    ],
+)
+def test_bad_computing(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(issl.IsslError, match=message):
+        Computing(**arguments)
 
 
 @pytest.mark.parametrize(

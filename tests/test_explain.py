@@ -40,9 +40,9 @@ def test_the_lists_are_those_of_the_scores(trained: Path, tmp_path: Path, capsys
     table = pd.read_csv(tmp_path / "why.csv")
     encoder, images = load_encoder(trained), issl.load("scenes", n=64)
     query = issl.load("scenes", "test").subset([3])
-    scores = issl.cross_influence(encoder, images, as_queries(query), curvature=issl.LoGra(4), batch_size=64, draws=4)[
-        0
-    ]
+    scores = issl.cross_influence(
+        encoder, images, as_queries(query), curvature=issl.LoGra(4), draws=4, computing=issl.Computing(batch_size=64)
+    )[0]
     with torch.no_grad():
         features = torch.nn.functional.normalize(encoder(torch.cat([images.pixels, query.pixels]).float() / 255), dim=1)
     near = (features[:-1] @ features[-1]).numpy()
@@ -63,7 +63,9 @@ def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> Non
     assert row["index"] == 7 and 7 not in others["index"].tolist() and others["similarity_rank"].min() == 1
     assert row["similarity"] == pytest.approx(1) and others["influence_rank"].max() == 63
     images = issl.load("scenes", n=64)
-    own = issl.self_influence(load_encoder(trained), images, curvature=issl.LoGra(4), batch_size=64, draws=4)
+    own = issl.self_influence(
+        load_encoder(trained), images, curvature=issl.LoGra(4), draws=4, computing=issl.Computing(batch_size=64)
+    )
     assert row["influence"] == pytest.approx(own["influence"][7], rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The engine against a per-example autograd loop, and the laws that a score obeys."""
+"""Fast scores against `issl.influence.reference`, and the laws that a score obeys."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, exact_scores, loop_gradients, make, pictures
+from nets import NETS, make, pictures
 from torch import nn
 
 import issl
-from issl import Exact, GaussianNoise, Identity, LoGra, self_influence
+from issl import EKFAC, Augmentation, Computing, Exact, GaussianNoise, Identity, LoGra, cross_influence, self_influence
+from issl.influence import reference
+from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import resnet18
 
 NOISE = GaussianNoise()
@@ -22,13 +24,13 @@ NOISE = GaussianNoise()
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("n", [9, 70])  # fewer rows than columns in every layer, and more than in some
-def test_exact_equals_the_autograd_loop(name: str, n: int) -> None:
+def test_exact_equals_the_reference(name: str, n: int) -> None:
     net, images = make(name), pictures(n)
-    gradients, losses = loop_gradients(net, images, NOISE.keyed(3))
-    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, batch_size=32)
+    losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
+    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, computing=Computing(batch_size=32))
     np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)  # the loop's own cancellation
-    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.1), rtol=1e-8)
-    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-8)
+    norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
     np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-9)
     for layer, g in gradients.items():
         assert got.attrs["damping"][layer] == pytest.approx(0.1 * float(g.square().mean()), rel=1e-9)
@@ -37,35 +39,34 @@ def test_exact_equals_the_autograd_loop(name: str, n: int) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_full_rank_logra_equals_exact(name: str) -> None:
     net, images = make(name), pictures(40)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     got = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.05))
-    np.testing.assert_allclose(got["influence"], exact_scores(gradients, 0.05), rtol=1e-7)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.05), rtol=1e-7)
     exact = self_influence(net, images, NOISE, Exact(0.05))
     np.testing.assert_allclose(got["grad_norm"], exact["grad_norm"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
-    """G = P_out M P_inᵀ of the loop's weight gradient M, with the projections that LoGra itself draws."""
-    from issl.influence.layers import scored_layers
-
-    net, images, curvature = make(name), pictures(30), LoGra(rank=4, damping=0.1, seed=5)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
-    projected = {}
-    for k, (layer, module) in enumerate(scored_layers(net).items()):
-        sketch = curvature.sketch(module, k)
-        matrix = gradients[layer].unflatten(1, (len(module.weight), -1))
-        projected[layer] = (sketch.p_out @ matrix @ sketch.p_in.T).flatten(1)
+    """Self- and cross-influence, under the projections that LoGra itself draws."""
+    net, images, query, curvature = make(name), pictures(30), pictures(4, seed=2), LoGra(rank=4, damping=0.1, seed=5)
+    sketches = {layer: curvature.sketch(module, k) for k, (layer, module) in enumerate(scored_layers(net).items())}
+    projections = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
+    g, g_query = (
+        reference.project(reference.gradients(net, some, NOISE.keyed(0))[1], projections) for some in (images, query)
+    )
     got = self_influence(net, images, NOISE, curvature)
-    np.testing.assert_allclose(got["influence"], exact_scores(projected, 0.1), rtol=1e-8)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-8)
+    cross, want = cross_influence(net, images, query, NOISE, curvature), reference.cross_influence(g, g_query, 0.1)
+    torch.testing.assert_close(cross, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_identity_is_the_squared_norm(name: str) -> None:
     net, images = make(name), pictures(12)
-    gradients, _ = loop_gradients(net, images, NOISE.keyed(0))
+    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     got = self_influence(net, images, NOISE, Identity())
-    squared = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0)
+    squared = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0)
     np.testing.assert_allclose(got["influence"], squared, rtol=1e-9)
     np.testing.assert_allclose(got["grad_norm"] ** 2, squared, rtol=1e-9)
 
@@ -91,19 +92,21 @@ def resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("curvature", [LoGra(4), Identity()], ids=["logra", "identity"])
 def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
     net, images = resnet(), issl.load("scenes", n=60)
-    base = self_influence(net, images, curvature=curvature, batch_size=60)["influence"].to_numpy()
+    base = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=60))["influence"].to_numpy()
     for batch_size in (7, 64):
-        other = self_influence(net, images, curvature=curvature, batch_size=batch_size)
+        other = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=batch_size))
         np.testing.assert_allclose(other["influence"], base, rtol=1e-5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    other = self_influence(net, images.subset(order), curvature=curvature, batch_size=25)
+    other = self_influence(net, images.subset(order), curvature=curvature, computing=Computing(batch_size=25))
     assert other["index"].tolist() == order.tolist()
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-5)
     for _ in range(2):  # written, then read back
-        stored = self_influence(net, images, curvature=curvature, batch_size=60, store=tmp_path / "rows")
+        stored = self_influence(
+            net, images, curvature=curvature, computing=Computing(batch_size=60, store=tmp_path / "rows")
+        )
         np.testing.assert_allclose(stored["influence"], base, rtol=1e-5)
     with pytest.raises(issl.IsslError, match="another encoder"):
-        self_influence(net, images, curvature=curvature, seed=1, store=tmp_path / "rows")
+        self_influence(net, images, curvature=curvature, seed=1, computing=Computing(store=tmp_path / "rows"))
 
 
 @settings(max_examples=10, deadline=None)
@@ -233,9 +236,10 @@ def test_skip_leaves_a_layer_out() -> None:
         ({"images": torch.zeros(3, 4, 4)}, "need issl.Images or a tensor"),
         ({"images": torch.rand(3, 3, 4, 4)}, "give uint8"),
         ({"images": pictures(4).subset([])}, "empty"),
-        ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed -1"),
         ({"perturbation": 3}, "perturbation 3"),
+        ({"curvature": "ekfac"}, "curvature 'ekfac': need an object"),
+        ({"curvature": LoGra}, "need an object such as LoGra"),
         ({"perturbation": lambda x, i: x[:, :, :2]}, "must keep the shape"),
         ({"perturbation": lambda x, i: x / 0}, "NaN or infinite pixels for image index"),
     ],
@@ -247,9 +251,16 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: LoGra(0), lambda: LoGra(4, 0.0), lambda: Exact(-1.0), lambda: GaussianNoise(0.0, -1.0)]
-)
-def test_bad_settings(build) -> None:
+    "build",
+    [
+        lambda: LoGra(0), lambda: LoGra(True), lambda: LoGra(4, 0.0), lambda: LoGra(4, "0.1"), lambda: LoGra(seed=-1),
+        lambda: Exact(-1.0), lambda: Exact(float("inf")), lambda: Exact(float("nan")), lambda: Exact(None),
+        lambda: EKFAC(fit=2.5), lambda: GaussianNoise(0.0, -1.0), lambda: GaussianNoise("0.1"),
+        lambda: GaussianNoise(0.0, float("inf")), lambda: Augmentation("crop", "1"),
+    ],
+)  # fmt: skip
+def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match="="):
         build()
 
@@ -257,27 +268,5 @@ def test_bad_settings(build) -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu() -> None:
     net, images = resnet(), issl.load("scenes", n=200)
-    cpu, gpu = self_influence(net, images), self_influence(net, images, device="cuda")
+    cpu, gpu = self_influence(net, images), self_influence(net, images, computing=Computing(device="cuda"))
     np.testing.assert_allclose(gpu["influence"], cpu["influence"], rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "folded"),
-    [("batchnorm", ["0", "3"]), ("residual", ["stem", "conv"]), ("two users", []), ("reused", []), ("tokens", [])],
-)
-def test_batchnorm_is_folded_where_nothing_else_sees_the_output(name: str, folded: list[str]) -> None:
-    from issl.influence.frozen_encoder import FoldedConv2d, fold_batchnorm, frozen_copy
-
-    net = make(name)
-    model, x = frozen_copy(net, torch.device("cpu")), pictures(6).pixels.double() / 255
-    assert fold_batchnorm(model, x[:4]) == folded
-    assert [n for n, m in model.named_modules() if isinstance(m, FoldedConv2d)] == folded
-    torch.testing.assert_close(model(x), net(x), rtol=1e-10, atol=1e-12)
-    assert not any(isinstance(m, FoldedConv2d) for m in net.modules())
-
-
-def test_every_convolution_of_a_resnet_is_folded() -> None:
-    from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
-
-    model = frozen_copy(resnet18(2).eval(), torch.device("cpu"))
-    assert len(fold_batchnorm(model, torch.rand(2, 3, 32, 32))) == 20

@@ -126,7 +126,7 @@ def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
     artifacts, images = Artifacts(site.parent.parent / "artifacts"), plan.images().load()
     assert data["n"] == len(images) == 40 and data["index"] == images.index.tolist()
     encoder = plan.pretrain("simclr").encoder(artifacts)
-    how = {"curvature": issl.LoGra(2), "batch_size": 64}
+    how = {"curvature": issl.LoGra(2), "computing": issl.Computing(batch_size=64)}
     scores = issl.cross_influence(encoder, images, images, **how)
     own = issl.self_influence(encoder, images, **how)["influence"]
     mine = data["methods"]["SimCLR"]

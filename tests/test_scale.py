@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import issl
-from issl import EKFAC, Exact, LoGra, cross_influence, self_influence, top_influences
+from issl import EKFAC, Computing, Exact, LoGra, cross_influence, self_influence, top_influences
 from issl.commands import cli
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 from issl.pretraining.other_encoders import open_encoder, read_state, resnet_from
@@ -32,25 +32,27 @@ from issl.shards import ONE, Shards
 
 def several_scores(shards: Shards) -> tuple:
     net, images, query = make("batchnorm"), pictures(31), pictures(3, seed=4)
+    how, pca = Computing(shards=shards), LoGra(3, projection="pca", fit=9)
+    few = Computing(shards=shards, batch_size=7)
     return (
-        self_influence(net, images, NOISE, LoGra(4), batch_size=7, shards=shards)["influence"].to_numpy(),
-        self_influence(net, images, NOISE, EKFAC(), shards=shards)["influence"].to_numpy(),
-        self_influence(net, images, NOISE, LoGra(3, projection="pca", fit=9), shards=shards)["influence"].to_numpy(),
-        self_influence(make("stride"), images, NOISE, Exact(), shards=shards).drop(columns="index").to_numpy(),
-        cross_influence(net, images, query, NOISE, LoGra(4), shards=shards).numpy(),
-        top_influences(net, images, query, 5, NOISE, LoGra(4), shards=shards).to_numpy(),
+        self_influence(net, images, NOISE, LoGra(4), computing=few)["influence"].to_numpy(),
+        self_influence(net, images, NOISE, EKFAC(), computing=how)["influence"].to_numpy(),
+        self_influence(net, images, NOISE, pca, computing=how)["influence"].to_numpy(),
+        self_influence(make("stride"), images, NOISE, Exact(), computing=how).drop(columns="index").to_numpy(),
+        cross_influence(net, images, query, NOISE, LoGra(4), computing=how).numpy(),
+        top_influences(net, images, query, 5, NOISE, LoGra(4), computing=how).to_numpy(),
     )
 
 
 def dies_on_one(shards: Shards) -> str:
     if shards.rank == 1:
         os._exit(1)
-    self_influence(make("stride"), pictures(12), NOISE, shards=shards)
+    self_influence(make("stride"), pictures(12), NOISE, computing=Computing(shards=shards))
     return "went on"
 
 
 def two_images(shards: Shards) -> None:
-    self_influence(make("stride"), pictures(2), NOISE, shards=shards)
+    self_influence(make("stride"), pictures(2), NOISE, computing=Computing(shards=shards))
 
 
 @pytest.mark.parametrize("world", [2, 3])

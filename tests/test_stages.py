@@ -175,7 +175,13 @@ def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
     near = Nearness(train=Embed(pretrain=TRAIN, data=DATA), query=Embed(pretrain=TRAIN, data=query))
     encoder = TRAIN.encoder(artifacts)
     want = issl.cross_influence(
-        encoder, DATA.load(), as_queries(query.load()), GaussianNoise(), LoGra(4), 0, 64, draws=2
+        encoder,
+        DATA.load(),
+        as_queries(query.load()),
+        GaussianNoise(),
+        LoGra(4),
+        draws=2,
+        computing=issl.Computing(batch_size=64),
     )
     torch.testing.assert_close(cross.read(artifacts), want)
     with torch.no_grad():

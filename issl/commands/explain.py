@@ -21,6 +21,7 @@ from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.settings import Data
 from issl.files import atomic, read_safetensors, writable
+from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence
 from issl.influence.curvature import LoGra
 from issl.influence.layers import scored_layers
@@ -69,8 +70,9 @@ def explain(options: argparse.Namespace) -> int:
     noise = GaussianNoise()
     asked = query if query.attributes["trained_on"][0] else as_queries(query)
     scores = cross_influence(
-        opened.encoder, images, asked, noise, curvature, options.seed, 64, device, draws=options.draws, skip=skip
-    )[0]
+        opened.encoder, images, asked, noise, curvature, options.seed, draws=options.draws, skip=skip,
+        computing=Computing(device=device, batch_size=64),
+    )[0]  # fmt: skip
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
     near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
     loss = float(stability_losses(opened.encoder, asked, noise, options.seed, options.draws, device)[0])

@@ -16,6 +16,7 @@ from issl.data.images import Images
 from issl.devices import pick_device
 from issl.experiments.settings import KINDS, named_curvature
 from issl.files import atomic, writable
+from issl.influence.computing import Computing
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
 from issl.influence.self_influence import self_influence
@@ -79,10 +80,13 @@ def score(options: argparse.Namespace) -> int:
                 flush=True,
             )
         scores = self_influence(
-            opened.encoder, images, noise, curvature, options.seed, options.batch_size,
-            shards.device if shards.world > 1 else device, draws=options.draws, average=options.average,
-            precision=options.precision, memory=options.memory, memory_gb=options.memory_gb, skip=skip,
-            store=options.store, shards=shards, progress=first and sys.stderr.isatty(),
+            opened.encoder, images, noise, curvature, options.seed, draws=options.draws, average=options.average,
+            skip=skip,
+            computing=Computing(
+                device=shards.device if shards.world > 1 else device, batch_size=options.batch_size,
+                precision=options.precision, memory=options.memory, memory_gb=options.memory_gb,
+                store=options.store, shards=shards, progress=first and sys.stderr.isatty(),
+            ),
         )  # fmt: skip
         if first:
             _write(out, scores, images.attributes)

@@ -27,6 +27,7 @@ from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.settings import Data, Weighing, is_unset
 from issl.files import atomic, read_safetensors
+from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
 from issl.influence.curvature import LoGra
 from issl.influence.losses import CrossEntropy, stability_loss
@@ -127,9 +128,10 @@ class Pretrain(Stage):
         return keep
 
 
-def _batch_size(artifacts: Artifacts) -> int:
-    """Of gradients. On a CPU, what a batch touches should be little: fresh memory is slow, and the caches are small."""
-    return 64 if artifacts.device.type == "cpu" else 256
+def _computing(artifacts: Artifacts, store: Path | None = None) -> Computing:
+    """How gradients are computed. On a CPU in small batches: fresh memory is slow there, and caches are small."""
+    batch_size = 64 if artifacts.device.type == "cpu" else 256
+    return Computing(device=artifacts.device, batch_size=batch_size, store=store, progress=artifacts.progress)
 
 
 class Influence(Stage):
@@ -152,9 +154,9 @@ class Influence(Stage):
             raise IsslError(f"loss='cross_entropy' of a {self.pretrain.recipe.method} encoder: it has no classes")
         encoder, images = self.pretrain.encoder(artifacts, "projector" if supervised else "features"), self.data.load()
         scores = self_influence(
-            encoder, images, self.perturbation, self.curvature, self.seed, _batch_size(artifacts),
-            device=artifacts.device, draws=self.draws, average=self.average,
-            loss=CrossEntropy() if supervised else stability_loss, store=folder / "rows", progress=artifacts.progress,
+            encoder, images, self.perturbation, self.curvature, self.seed, draws=self.draws,
+            average=self.average, loss=CrossEntropy() if supervised else stability_loss,
+            computing=_computing(artifacts, store=folder / "rows"),
         )  # fmt: skip
         with atomic(folder / "settings.json") as part:
             part.write_text(json.dumps(scores.attrs, indent=1))
@@ -340,8 +342,7 @@ class Cross(Stage):
         encoder, images, query = self.pretrain.encoder(artifacts), self.data.load(), self.query.load()
         scores = cross_influence(
             encoder, images, as_queries(query), self.perturbation, self.curvature, self.seed,
-            _batch_size(artifacts), artifacts.device, draws=self.draws,
-            progress=artifacts.progress,
+            draws=self.draws, computing=_computing(artifacts),
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 
@@ -386,7 +387,7 @@ class Lists(Stage):
         places, distances = nearest(self.features.read(artifacts), k)
         best = top_influences(
             encoder, images, images, k + 1, self.perturbation, self.curvature, self.seed,
-            _batch_size(artifacts), artifacts.device, progress=artifacts.progress,
+            computing=_computing(artifacts),
         )  # fmt: skip
         best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
         position = pd.Series(np.arange(n), index=images.index.numpy())

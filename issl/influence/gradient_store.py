@@ -1,11 +1,11 @@
-"""A pass over the images: what is measured per chunk, and how it is had a second time.
+"""A pass over the images: what is computed for each chunk, and how it is stored or recomputed.
 
 The rows of all images (their projected gradients) are needed twice: for the curvature, then for the scores.
 So a pass can be repeated, in one of three ways with the same numbers:
 
     ram         the rows are kept in memory
-    mapped      they are kept in files, one a chunk, which a killed run finds again
-    recomputed  nothing is kept; the second time costs another forward and backward pass
+    mapped      they are kept in files, one per chunk, which an interrupted run reuses
+    recomputed  nothing is kept; each time costs a forward and backward pass
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import psutil
 import torch
@@ -31,61 +32,47 @@ from tqdm import tqdm
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import atomic
+from issl.influence.computing import Computing
 
-Memory = Literal["auto", "ram", "mapped", "recomputed"]
-Measure = Callable[[slice], dict[str, Tensor]]  # rows of these images by name
+RowsOf = Callable[[slice], dict[str, Tensor]]  # computes the rows of these images, by name
 Chunk = tuple[slice, Callable[[str], Tensor]]  # which images, and their rows by name
-Pass = Callable[[], Iterator[Chunk]]  # may be called again
+Pass = Callable[[], Iterator[Chunk]]  # may be repeated
 
-CHUNK = 512  # images whose rows are kept together, and saved together: at most so many,
-CHUNK_BYTES = 2**30  # and fewer where their rows are longer than this
+CHUNK = 512  # the most images whose rows are kept, and saved, together;
+CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
 
 
-def choose_memory(memory: Memory, memory_gb: float | None, need: int, store: Path | None) -> Memory:
-    """Which of the three ways, for rows of `need` bytes under a budget (default: half of the free memory).
-
-    Raises IsslError for a budget ≤ 0 and for a store where nothing is to be stored.
-    """
-    if memory not in ("auto", "ram", "mapped", "recomputed"):
-        raise IsslError(f"memory={memory!r}: choose auto, ram, mapped or recomputed")
-    if memory_gb is not None and not memory_gb > 0:
-        raise IsslError(f"memory_gb={memory_gb}: must be > 0, the gigabytes that gradients may take in memory")
-    if store is not None:
-        if memory not in ("auto", "mapped"):
-            raise IsslError(
-                f"store={str(store)!r} keeps gradients in files, memory={memory!r} does not; drop one of them"
-            )
-        return "mapped"
-    if memory != "auto":
-        return memory
+def choose_memory(computing: Computing, need: int) -> Computing:
+    """With `memory` decided: which of the three ways, for rows of `need` bytes."""
+    if computing.store is not None:
+        return replace(computing, memory="mapped")
+    if computing.memory != "auto":
+        return computing
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine
-    budget = 0.5 * psutil.virtual_memory().available / here if memory_gb is None else memory_gb * 1e9
-    if need <= budget:
-        return "ram"
-    return "mapped" if 2 * need * here < shutil.disk_usage(tempfile.gettempdir()).free else "recomputed"
+    gb = computing.memory_gb
+    if need <= (0.5 * psutil.virtual_memory().available / here if gb is None else gb * 1e9):
+        return replace(computing, memory="ram")
+    fits = 2 * need * here < shutil.disk_usage(tempfile.gettempdir()).free
+    return replace(computing, memory="mapped" if fits else "recomputed")
 
 
-def make_pass(
-    measure: Measure,
-    chunks: Sequence[slice],
-    batch_size: int,
-    memory: Memory,
-    store: Path | None,
-    identity: Callable[[], str],
-    progress: bool,
-) -> Pass:
-    """The pass over these chunks, kept as `memory` says; its numbers are those of `measure`, on the CPU."""
+def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, identity: Callable[[], str]) -> Pass:
+    """The pass over these chunks, with its rows on the CPU.
+
+    computing   from `choose_memory`
+    identity    the fingerprint of these rows, which a store must have, too
+    """
 
     def compute(chunk: slice) -> dict[str, Tensor]:
-        starts = range(chunk.start, chunk.stop, batch_size)
-        parts = [measure(slice(k, min(k + batch_size, chunk.stop))) for k in starts]
+        starts = range(chunk.start, chunk.stop, computing.batch_size)
+        parts = [rows_of(slice(k, min(k + computing.batch_size, chunk.stop))) for k in starts]
         return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
 
     def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
         total = sum(c.stop - c.start for c in missing)
-        return tqdm(total=total, unit="img", desc="influence", disable=not progress or not missing)
+        return tqdm(total=total, unit="img", desc="influence", disable=not computing.progress or not missing)
 
-    if memory == "recomputed":
+    if computing.memory == "recomputed":
 
         def recompute() -> Iterator[Chunk]:
             with shown(chunks) as bar:
@@ -94,7 +81,7 @@ def make_pass(
                     bar.update(chunk.stop - chunk.start)
 
         return recompute
-    if memory == "ram":
+    if computing.memory == "ram":
         kept: list[dict[str, Tensor]] = []
 
         def from_memory() -> Iterator[Chunk]:
@@ -107,7 +94,7 @@ def make_pass(
 
         return from_memory
 
-    folder = Path(tempfile.mkdtemp(prefix="issl-rows-")) if store is None else store
+    folder = Path(tempfile.mkdtemp(prefix="issl-rows-") if computing.store is None else computing.store)
 
     def from_disk() -> Iterator[Chunk]:
         with shown([c for c in chunks if not _rows_file(folder, c).exists()]) as bar:
@@ -119,21 +106,21 @@ def make_pass(
                     bar.update(chunk.stop - chunk.start)
                 yield chunk, partial(_read_rows, path)
 
-    if store is None:
+    if computing.store is None:
         weakref.finalize(from_disk, shutil.rmtree, folder, ignore_errors=True)
     else:
-        _open_store(store, identity())
+        _open_store(folder, identity())
     return from_disk
 
 
 def split(share: slice, row_bytes: int) -> list[slice]:
-    """A process's share of the images, in steps whose rows (of so many bytes each) can be in memory together."""
+    """A process's share of the images, in chunks whose rows (`row_bytes` each) fit into memory together."""
     step = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
     return [slice(k, min(k + step, share.stop)) for k in range(share.start, share.stop, step)]
 
 
 def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
-    """The hash of all that decides the rows: weights, pixels, indices, settings."""
+    """A hash of everything that the rows depend on: weights, pixels, indices, settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -148,7 +135,7 @@ def _rows_file(folder: Path, chunk: slice) -> Path:
 
 
 def _read_rows(path: Path, name: str) -> Tensor:
-    """One tensor of a chunk in the store, without the others."""
+    """One tensor of a stored chunk, without reading the others."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
@@ -157,7 +144,7 @@ def _read_rows(path: Path, name: str) -> Tensor:
 
 
 def _open_store(store: Path, identity: str) -> None:
-    """A store belongs to one measurement; another one's rows must not be mixed in."""
+    """A store belongs to one measurement: rows of another must not be mixed in."""
     mark = store / "identity.json"
     if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")

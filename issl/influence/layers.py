@@ -1,4 +1,4 @@
-"""Which layers of an encoder are scored, and what makes an encoder impossible to score."""
+"""Which layers of an encoder are scored, and which encoders cannot be scored."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 
 
 def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
-    """The Linear and Conv2d layers by name, without those below a name in `skip`.
+    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them.
 
     Raises IsslError where the encoder cannot be scored: no such layer, train mode, weights that are not
-    finite, normalisation by batch statistics or never trained, weights of a kind that is not supported.
+    finite, normalisation by batch statistics or never trained, unsupported kinds of weights.
     """
     training = [name or "(the encoder itself)" for name, m in encoder.named_modules() if m.training]
     if training:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise IsslError(f"encoder: {name} holds NaN or infinite values; load a sound checkpoint")
+            raise IsslError(f"encoder: {name} holds NaN or infinite values; load an intact checkpoint")
     for name, m in encoder.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if m.running_mean is None or m.running_var is None:

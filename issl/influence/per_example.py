@@ -8,15 +8,15 @@ gradient of the loss with respect to the output at position t. Then the example'
     ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper            (Norm)
 
 A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so patches are never
-formed; P_out, once per example, is applied after the sum. Where P_in is so large that Σ_t d_t a_tᵀ costs less than
-P_in a_t, it is, too. Groups of a grouped convolution share P_in, and P_out sums over their rows.
+formed. P_out is applied once per example, after the sum; so is P_in where it has so many rows that this is cheaper.
+The groups of a grouped convolution share P_in, and P_out sums over their rows.
 Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv 1510.01799.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,41 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from issl.errors import IsslError
-from issl.influence.frozen_encoder import FoldedConv2d
+from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_width, no_moments
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
-
-
-@dataclass(frozen=True)
-class Projected:
-    """Keep P_out (Σ d aᵀ) P_inᵀ, flattened to k_out·k_in numbers per example."""
-
-    p_in: Float[Tensor, "k_in d_in"] | None = None
-    p_out: Float[Tensor, "k_out c_out"] | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Keep ‖Σ d aᵀ‖ alone, one number per example."""
-
-
-Sketch = Projected | Norm
-
-
-@dataclass(frozen=True)
-class Moments:
-    """A layer's second moments, summed over positions (of both views) and images: Σ a aᵀ and Σ d dᵀ."""
-
-    inputs: Float[Tensor, "d_in d_in"]
-    outputs: Float[Tensor, "c_out c_out"]
-
-
-def kept_width(layer: Layer, sketch: Sketch) -> int:
-    """How many numbers are kept of each example's gradient in this layer."""
-    if isinstance(sketch, Norm):
-        return 1
-    out, inside = weight_shape(layer)
-    return (out if sketch.p_out is None else len(sketch.p_out)) * (inside if sketch.p_in is None else len(sketch.p_in))
 
 
 @dataclass
@@ -72,7 +40,7 @@ class _Tap:
     examples: int = 0
     calls: int = 0
     total: Tensor | None = None
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    pair: tuple[Tensor, Tensor] | None = None  # of inputs and output gradients, for the norm
 
     def on_forward(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if len(args[0]) != 2 * self.examples or output.ndim < 2:
@@ -85,27 +53,23 @@ class _Tap:
         p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
         inputs = read_inputs(self.layer, args[0].detach(), p_in if projects_first else None)
         if not output.requires_grad:
-            # nothing before this layer needs a gradient: the backward pass may end here. The clone is what
-            # later in-place operations change, they may not change a leaf.
+            # no earlier layer needs a gradient, so the backward pass may end here; the clone is there for later
+            # in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
         output.register_hook(partial(self.on_gradient, inputs, None if projects_first else p_in))
         return output
 
     @torch.no_grad()
     def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
-        """p_in is what the inputs have not been projected by yet."""
-        # under autocast both are bf16; sums over positions are not
+        """p_in: the projection that still has to be applied to the inputs, if any."""
+        # under autocast both are bf16, but sums over positions must not be
         outputs = read_outputs(self.layer, gradient).to(self.layer.weight.dtype)
         inputs = inputs.to(self.layer.weight.dtype)
         if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
-            if isinstance(self.layer, FoldedConv2d):
-                outputs = outputs * self.layer.scale.unflatten(0, outputs.shape[1:3])[..., None]
-            self.pairs.append((inputs, outputs))
+            self.pair = inputs, outputs
             return
         both = (outputs @ inputs.mT).flatten(1, 2)  # Σ_t d_t (P_in a_t)ᵀ
         sums = both.unflatten(0, (2, self.examples)).sum(0)
-        if isinstance(self.layer, FoldedConv2d):
-            sums = sums * self.layer.scale[:, None]
         if isinstance(self.sketch, Projected) and self.sketch.p_out is not None:
             sums = self.sketch.p_out @ sums
         if p_in is not None:
@@ -124,8 +88,8 @@ class _Tap:
         """The finished sketch of each example."""
         self.check_called()
         if isinstance(self.sketch, Norm):
-            if self.pairs:
-                return _gram_norm(*self.pairs[0], self.examples)[:, None]
+            if self.pair is not None:
+                return _gram_norm(*self.pair, self.examples)[:, None]
             size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2)).sqrt()
             return size[:, None]
         if self.total is None:  # called, but the loss does not depend on it
@@ -137,31 +101,22 @@ class _Tap:
 class _MomentTap(_Tap):
     """Sums the layer's second moments instead of its examples' gradients."""
 
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
+    sums: Moments | None = None
 
     @torch.no_grad()
     def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
         outputs = read_outputs(self.layer, gradient).flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
-        if isinstance(self.layer, FoldedConv2d):
-            dd = dd * torch.outer(self.layer.scale, self.layer.scale).double()
-        self.inputs = aa if self.inputs is None else self.inputs + aa
-        self.outputs = dd if self.outputs is None else self.outputs + dd
+        self.sums = (self.sums or no_moments(self.layer)) + Moments(aa, dd)
 
     def moments(self) -> Moments:
         self.check_called()
-        out, inside = weight_shape(self.layer)
-        zeros = partial(torch.zeros, dtype=torch.float64, device=self.layer.weight.device)
-        return Moments(
-            zeros(inside, inside) if self.inputs is None else self.inputs,
-            zeros(out, out) if self.outputs is None else self.outputs,
-        )
+        return self.sums or no_moments(self.layer)
 
 
 def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
-    """P a_t for every example, group and position t; the patches themselves where P is None."""
+    """P a_t for every example, group and position t; the patches themselves if P is None."""
     if isinstance(layer, nn.Linear):
         x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
         return (x if p is None else x @ p.T.to(x.dtype)).mT[:, None]
@@ -188,7 +143,7 @@ def read_outputs(layer: Layer, d: Tensor) -> Float[Tensor, "b g o t"]:
 
 
 def _projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
-    """Does projecting the inputs before the sum over positions take fewer multiplications, per view, than after?"""
+    """Whether projecting the inputs takes fewer multiplications per view before the sum over positions than after."""
     if sketch.p_in is None:
         return True  # there is nothing to project
     (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
@@ -220,8 +175,8 @@ def per_example(
 ) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, "b r"]]]:
     """The losses of a batch and, per layer, the sketch of each example's gradient.
 
-    model   a `frozen_copy`, in eval mode; its hooks are removed again.
-    Raises IsslError for features that are not (b, d), zero or not finite, and for layers it cannot follow.
+    model   a `frozen_copy`, in eval mode; all hooks are removed afterwards
+    Raises IsslError for features that are not (b, d), are zero or not finite, and for layers it cannot follow.
     """
     taps = {name: _Tap(name, layers[name], sketches[name], len(x)) for name in layers}
     losses = _backward(model, layers, taps, x, perturbed, loss, bf16)
@@ -257,7 +212,7 @@ def _backward(
             losses = loss(features[:b], features[b:])
             if losses.shape != (b,):
                 raise IsslError(
-                    f"loss gives shape {tuple(losses.shape)} for {b} images; it must give one loss an image"
+                    f"loss gives shape {tuple(losses.shape)} for {b} images; it must give one loss per image"
                 )
             losses.sum().backward()
     finally:
@@ -267,7 +222,7 @@ def _backward(
 
 
 def check_features(features: object, rows: int) -> None:
-    """An encoder's output must be (rows, d), finite, and not zero, or the cosine means nothing."""
+    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is undefined."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")

@@ -1,11 +1,12 @@
 """Perturbations of the stability loss: what turns an image into its noisy copy x̂.
 
 The paper's is Gaussian noise; the augmentations of pretraining, each with a strength, are its ablation.
-A perturbation is fixed by a seed to a function of an image's pixels and index, and of nothing else.
+Given a seed, a perturbation is a function of an image's pixels and index only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from issl.data.image_operations import Pixels
 from issl.data.views import VIEW_UNIFORMS, View
-from issl.errors import IsslError
+from issl.errors import IsslError, number_or_nan
 from issl.keyed_random import normal, uniform
 
 Perturb = Callable[[Pixels, Int[Tensor, " b"]], Pixels]
@@ -24,7 +25,7 @@ Kind = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "chain
 
 @runtime_checkable
 class Perturbation(Protocol):
-    """A perturbation with randomness: `keyed(seed)` fixes it to a function of pixels and image index."""
+    """A random perturbation: `keyed(seed)` makes it a function of pixels and image index."""
 
     def keyed(self, seed: int) -> Perturb: ...
 
@@ -37,11 +38,13 @@ class GaussianNoise:
     std: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise IsslError(f"GaussianNoise(std={self.std}): the standard deviation must be ≥ 0")
+        if not 0 <= number_or_nan(self.std) < math.inf:
+            raise IsslError(f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number ≥ 0")
+        if not math.isfinite(number_or_nan(self.mean)):
+            raise IsslError(f"GaussianNoise(mean={self.mean!r}): must be a finite number")
 
     def keyed(self, seed: int) -> Perturb:
-        """The noise of image `index` is a function of (seed, index) and the image's size alone."""
+        """The noise of image `index` depends only on (seed, index) and the image's size."""
 
         def perturb(x: Pixels, index: Int[Tensor, " b"]) -> Pixels:
             noise = normal(seed, index, x.shape[1:]).to(x.device, x.dtype)
@@ -52,11 +55,11 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """x̂ = a random view of x, by one of pretraining's own operations or the whole chain of them.
+    """x̂ = a random view of x, by one of the operations of pretraining or the whole chain of them.
 
     strength in (0, 1]: 1 is SimCLR's own range (crop from 8% of the area, jitter 0.8/0.8/0.8/0.2, blur up to
-    σ = 2 px); below, the range of the parameters shrinks with it. What has no range (flip, grayscale,
-    solarize) is done with this probability.
+    σ = 2 px); smaller values shrink the range. Operations without a range (flip, grayscale, solarize) are
+    applied with this probability.
     """
 
     kind: str
@@ -65,8 +68,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}")
-        if not 0 < self.strength <= 1:
-            raise IsslError(f"Augmentation(strength={self.strength}): must lie in (0, 1]")
+        if not 0 < number_or_nan(self.strength) <= 1:
+            raise IsslError(f"Augmentation(strength={self.strength!r}): must be a number in (0, 1]")
 
     @property
     def view(self) -> View:
@@ -84,7 +87,7 @@ class Augmentation:
         return View.model_validate(settings[self.kind])
 
     def keyed(self, seed: int) -> Perturb:
-        """The view of image `index` is a function of (seed, index) alone."""
+        """The view of image `index` depends only on (seed, index)."""
         view = self.view
 
         def perturb(x: Pixels, index: Int[Tensor, " b"]) -> Pixels:
@@ -94,7 +97,7 @@ class Augmentation:
 
 
 def describe(perturbation: Perturbation | Perturb) -> str:
-    """The same text in every process: a perturbation's settings, or a function's name."""
+    """A text that is the same in every process: a perturbation's settings, or a function's name."""
     name = getattr(perturbation, "__qualname__", None)
     return repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
 

@@ -1,21 +1,21 @@
-"""What is compared: the plain pass, the limit, and this library. All on the same images and the same noise."""
+"""What is compared: the plain pass, the lower limit, and this library, all on the same images and the same noise."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from alternate import Turn
 from torch import Tensor, nn
-from turns import Turn
 
-from issl import EKFAC, Exact, Images, LoGra, self_influence
+from issl import EKFAC, Computing, Exact, Images, LoGra, self_influence
 from issl.influence.curvature import Curvature
-from issl.influence.frozen_encoder import fold_batchnorm, frozen_copy
+from issl.influence.frozen_encoder import frozen_copy
 from issl.influence.losses import stability_loss
-from issl.influence.winograd import quicken
 
 STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
 Program = Callable[[Turn], np.ndarray | None]
@@ -23,7 +23,7 @@ Program = Callable[[Turn], np.ndarray | None]
 
 @dataclass(frozen=True)
 class Task:
-    """An encoder, images, and their noisy copies, computed beforehand (n, 3, H, W)."""
+    """An encoder, images, and their noisy copies (n, 3, H, W), computed in advance."""
 
     encoder: nn.Module
     images: Images
@@ -51,15 +51,12 @@ def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> 
     return program
 
 
-def limit(task: Task, winograd: bool = False) -> Program:
-    """Forward, and backward by the data alone, from the first layer's output on: what no method can save, with the
-    layout and the BatchNorm of our copy; its wide convolutions as torch computes them, or as we do."""
+def limit(task: Task) -> Program:
+    """Forward, and backward with respect to the data alone, from the first layer's output on: what no method can save,
+    with the layout and the BatchNorm of our copy."""
 
     def program(turn: Turn) -> None:
         model = frozen_copy(task.encoder, torch.device("cpu"))
-        if winograd:
-            fold_batchnorm(model, task.pixels()[:4])
-            quicken(model)
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
         first.register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
         for x, noisy in task.batches():
@@ -70,8 +67,8 @@ def limit(task: Task, winograd: bool = False) -> Program:
     return program
 
 
-def score(task: Task, curvature: Curvature, **options: object) -> Program:
-    """`self_influence` as a user calls it, from pixels to scores."""
+def score(task: Task, curvature: Curvature, skip: Sequence[str] = (), **how: Any) -> Program:
+    """`self_influence` as a user calls it, from pixels to scores; how: fields of `Computing`."""
 
     def program(turn: Turn) -> np.ndarray:
         place = {int(k): p for p, k in enumerate(task.images.index)}
@@ -80,32 +77,22 @@ def score(task: Task, curvature: Curvature, **options: object) -> Program:
             turn.next()
             return task.noisy[[place[int(k)] for k in index]]
 
-        table = self_influence(task.encoder, task.images, noise, curvature, batch_size=task.batch_size, **options)
+        computing = Computing(batch_size=task.batch_size, **how)
+        table = self_influence(task.encoder, task.images, noise, curvature, skip=skip, computing=computing)
         return table["influence"].to_numpy()
 
     return program
 
 
-def direct(task: Task) -> Task:
-    """The same, but that our Winograd convolution leaves the encoder alone: it does not know padding by name."""
-    encoder = copy.deepcopy(task.encoder)
-    for m in encoder.modules():
-        if isinstance(m, nn.Conv2d) and (m.kernel_size, m.stride, m.padding) == ((3, 3), (1, 1), (1, 1)):
-            m.padding = "same"
-    return replace(task, encoder=encoder)
-
-
 def programs(task: Task) -> dict[str, Program]:
-    """By the name they have in the table."""
+    """By their names in the table."""
     return {
         "plain forward + backward": plain(task),
         "plain forward + backward, NHWC": plain(task, torch.channels_last),
         "forward + backward by data": limit(task),
-        "forward + backward by data, Winograd": limit(task, winograd=True),
         "LoGra rank 8": score(task, LoGra(8)),
         "LoGra rank 8, no stem": score(task, LoGra(8), skip=STEM),
         "LoGra rank 16": score(task, LoGra(16)),
-        "LoGra rank 16, no Winograd": score(direct(task), LoGra(16)),
         "LoGra rank 64": score(task, LoGra(64)),
         "LoGra rank 16, bf16": score(task, LoGra(16), precision="bf16"),
         "LoGra rank 16, PCA": score(task, LoGra(16, projection="pca", fit=128)),

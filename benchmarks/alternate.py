@@ -1,8 +1,8 @@
 """Times several programs in alternation: they take turns batch by batch, in one process.
 
-A machine's speed drifts by more, from minute to minute, than methods differ. So every program runs in a thread of its
-own, one at a time, and hands over at each batch (`turn.next()`); its time is that between getting the turn and handing
-it over. Ratios of such times compare programs that met the same drift. Start Python with OMP_NUM_THREADS=1.
+From minute to minute a machine's speed drifts by more than methods differ. So every program runs in its own thread, one
+at a time, and hands over at each batch (`turn.next()`). Its time is the time between getting the turn and handing it
+over, so all programs meet the same drift and ratios of times can be compared. Start Python with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Turn:
 
     table: Table
     name: str
-    laps: list[float] = field(default_factory=list)  # seconds: what came before the first batch, then each batch
-    scale: float = 1.0  # whole task ÷ the part of it that was run
+    laps: list[float] = field(default_factory=list)  # seconds: everything before the first batch, then each batch
+    scale: float = 1.0  # whole task ÷ the part that was run
     began: float = 0.0
     done: bool = False
     result: Any = None
@@ -61,7 +61,7 @@ class Table:
         turn.began = time.perf_counter()
         try:
             turn.result = program(turn)
-        except BaseException:  # noqa: BLE001  (told in the table, and the others go on)
+        except BaseException:  # noqa: BLE001  (reported in the table; the others continue)
             turn.error = traceback.format_exc()
         turn.laps.append(time.perf_counter() - turn.began)
         turn.done = True

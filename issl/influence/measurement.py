@@ -1,0 +1,242 @@
+"""What is measured, and the pass over the images that measures it: the common part of self- and cross-influence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.influence.computing import Computing
+from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
+from issl.influence.frozen_encoder import frozen_copy
+from issl.influence.gradient_store import Pass, RowsOf, choose_memory, fingerprint, make_pass, split
+from issl.influence.layers import Layer, scored_layers
+from issl.influence.losses import CrossEntropy, Loss, stability_loss
+from issl.influence.per_example import check_features, per_example, second_moments
+from issl.influence.perturbation import Perturb, Perturbation, as_perturb, describe
+
+MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured; the fields are explained in `issl.self_influence`."""
+
+    perturbation: Perturbation | Perturb
+    curvature: Curvature
+    seed: int = 0
+    draws: int = 1
+    average: Literal["gradients", "scores"] = "gradients"
+    loss: Loss | CrossEntropy = stability_loss
+    fisher: Loss | CrossEntropy | None = None
+    skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.average not in ("gradients", "scores"):
+            raise IsslError(f"average={self.average!r}: choose gradients or scores")
+        if not isinstance(self.curvature, Curvature) or isinstance(self.curvature, type):
+            raise IsslError(f"curvature {self.curvature!r}: need an object such as LoGra(rank=16)")
+        if self.draws < 1:
+            raise IsslError(f"draws={self.draws}: must be 1 or more")
+        if self.draws > 1 and (not isinstance(self.perturbation, Perturbation) or self.seed >= 2**32):
+            raise IsslError(
+                f"draws={self.draws}: several draws need a perturbation with .keyed(seed), such as GaussianNoise(), "
+                f"and a seed below 2³² (got {describe(self.perturbation)}, seed {self.seed})"
+            )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether H is the mean over images and draws, instead of that over each image's mean gradient."""
+        return self.average == "scores"
+
+    def perturbs(self) -> list[Perturb]:
+        """One for each draw."""
+        return [as_perturb(self.perturbation, self.seed + (k << 32)) for k in range(self.draws)]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The frozen encoder, and the views of images that it is shown."""
+
+    model: nn.Module
+    layers: dict[str, Layer]
+    what: Measurement
+    perturbs: list[Perturb]
+    device: torch.device
+    dtype: torch.dtype
+
+    def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
+        return images.pixels[positions].to(self.device).to(self.dtype) / 255
+
+    def views(self, images: Images, positions: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
+        """The images at these positions, and their perturbed views, checked."""
+        x = self.pixels(images, positions)
+        shaken = perturb(x, images.index[positions])
+        _check_view(shaken, x, images.index[positions])
+        return x, shaken
+
+    def moments(self, images: Images, computing: Computing) -> dict[str, Moments | None]:
+        """Each layer's second moments over the images that the curvature chooses, if it needs any."""
+        positions = self.what.curvature.moment_images(images.index)
+        if positions is None:
+            return dict.fromkeys(self.layers)
+        sums = {name: no_moments(layer) for name, layer in self.layers.items()}
+        shards = computing.shards
+        for batch in positions.split(MOMENT_BATCH)[shards.rank :: shards.world]:
+            loss = _bound(self.what.fisher or self.what.loss, images, batch)
+            found = second_moments(self.model, self.layers, *self.views(images, batch, self.perturbs[0]), loss)
+            sums = {name: sums[name] + found[name] for name in sums}
+        return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
+
+    def rows_of(
+        self, images: Images, sketches: dict[str, Sketch], loss: Loss | CrossEntropy, computing: Computing
+    ) -> RowsOf:
+        """Losses (b,), mean over draws, and each layer's sketched gradients (b, draws, r), of slices of `images`."""
+
+        def rows_of(positions: slice) -> dict[str, Tensor]:
+            bound, losses, draws = _bound(loss, images, positions), [], []
+            for perturb in self.perturbs:
+                x, shaken = self.views(images, positions, perturb)
+                ell, kept = per_example(
+                    self.model, self.layers, sketches, x, shaken, bound, computing.precision == "bf16"
+                )
+                _check_finite({"loss": ell, **kept}, images.index[positions])
+                losses.append(ell)
+                draws.append(kept)
+            gradients = {f"layer.{name}": torch.stack([d[name] for d in draws], 1) for name in self.layers}
+            return {"loss": torch.stack(losses).mean(0), **gradients}
+
+        return rows_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measurement that is ready: the rows of the training images, and how to compute those of others."""
+
+    data: Images
+    what: Measurement
+    computing: Computing  # `memory` is decided
+    probe: Probe
+    sketches: dict[str, Sketch]
+    row_bytes: int  # of one image
+    rows: Pass  # of the training images
+    fisher_rows: Pass | None  # the same for the loss that makes H, if that is another
+
+    def rows_of_others(self, images: Images) -> Pass:
+        """The rows of other images, under the same encoder and projections; computed, not stored."""
+        computing = replace(self.computing, memory="recomputed", store=None, progress=False)
+        rows_of = self.probe.rows_of(images, self.sketches, self.what.loss, computing)
+        return make_pass(rows_of, split(slice(0, len(images)), self.row_bytes), computing, identity=str)
+
+    def whitenings(self, dampings: Sequence[float]) -> dict[str, list[Whitening]]:
+        """Each layer's inverse curvature at each damping, over all images and processes."""
+        curvature, foreign = self.what.curvature, self.fisher_rows is not None
+        sums: dict[str, Statistic] = {}
+        count = len(self.data) * (self.what.draws if self.what.pooled else 1)
+        for _, rows in (self.fisher_rows or self.rows)():
+            for name in self.probe.layers:
+                g = rows(f"layer.{name}").to(self.probe.device)
+                g = g.flatten(0, 1) if self.what.pooled else g.mean(1)
+                if name not in sums:
+                    sums[name] = curvature.statistic(g.shape[1], count, foreign)
+                sums[name].add(g)
+        self.computing.shards.reduce([sums[name] for name in self.probe.layers])
+        return {n: [sums[n].whitening(d, curvature.absolute) for d in dampings] for n in self.probe.layers}
+
+
+def prepare(
+    encoder: nn.Module, images: Images | Tensor, what: Measurement, computing: Computing, norms_only: bool = False
+) -> Run:
+    """Check everything that can be wrong, and set up the pass over the training images.
+
+    norms_only  gradients of two images will never be multiplied
+    """
+    data = as_images(images)
+    if len(data) == 0:
+        raise IsslError(f"images {data.name!r}: the set is empty")
+    perturbs = what.perturbs()
+    scored_layers(encoder, what.skip)  # before any work
+    first = next(encoder.parameters())
+    device = first.device if computing.device is None else torch.device(computing.device)
+    model = frozen_copy(encoder, device)
+    layers = scored_layers(model, what.skip)
+    probe = Probe(model, layers, what, perturbs, device, first.dtype)
+    _check_independent(model, probe.pixels(data, slice(0, 4)))
+    moments = probe.moments(data, computing)
+    sketches = {
+        name: what.curvature.sketch(layer, k, moments[name], norms_only)
+        for k, (name, layer) in enumerate(layers.items())
+    }
+    share = computing.shards.share(len(data))
+    row_bytes = first.element_size() * what.draws * sum(kept_width(layers[n], sketches[n]) for n in layers)
+    computing = choose_memory(computing, row_bytes * (share.stop - share.start))
+    settings = (
+        describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
+        norms_only,
+    )  # fmt: skip
+
+    def rows(loss: Loss | CrossEntropy, folder: str) -> Pass:
+        return make_pass(
+            probe.rows_of(data, sketches, loss, computing), split(share, row_bytes),
+            computing if computing.store is None else replace(computing, store=Path(computing.store) / folder),
+            lambda: fingerprint(model, data, *settings, getattr(loss, "__qualname__", repr(loss))),
+        )  # fmt: skip
+
+    fisher_rows = None if what.fisher is None else rows(what.fisher, "fisher")
+    return Run(data, what, computing, probe, sketches, row_bytes, rows(what.loss, ""), fisher_rows)
+
+
+def as_images(images: Images | Tensor) -> Images:
+    """A bare tensor as `Images`, indexed 0 … n−1."""
+    if isinstance(images, Images):
+        return images
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise IsslError(f"images: got {shape}, need issl.Images or a tensor (n, 3, H, W)")
+    if images.dtype != torch.uint8:
+        raise IsslError(
+            f"images: pixels are {images.dtype}; give uint8, 0 to 255 (for floats: (255 * x).round().byte())"
+        )
+    return Images(images.cpu(), None, pd.DataFrame({"index": range(len(images))}), "tensor")
+
+
+def _bound(loss: Loss | CrossEntropy, images: Images, positions: slice | Tensor) -> Loss:
+    return loss.on(images.require_labels()[positions]) if isinstance(loss, CrossEntropy) else loss
+
+
+def _check_finite(values: dict[str, Tensor], index: Int64[Tensor, " b"]) -> None:
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            good = torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1).cpu()
+            raise IsslError(f"{name} is not finite for image index {index[~good][:5].tolist()}")
+
+
+def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
+    if not isinstance(shaken, Tensor) or shaken.shape != x.shape:
+        shape = tuple(shaken.shape) if isinstance(shaken, Tensor) else type(shaken).__name__
+        raise IsslError(f"perturbation gives {shape} for pixels {tuple(x.shape)}; it must keep the shape")
+    finite = torch.isfinite(shaken).flatten(1).all(1).cpu()
+    if not bool(finite.all()):
+        raise IsslError(f"perturbation gives NaN or infinite pixels for image index {index[~finite][:5].tolist()}")
+
+
+@torch.no_grad()
+def _check_independent(model: nn.Module, x: Tensor) -> None:
+    """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
+    together = model(x)
+    check_features(together, len(x))
+    alone = model(x[:1])
+    check_features(alone, 1)
+    if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+        raise IsslError(
+            "encoder gives an image other features alone than in a batch, so its loss is not per example; remove what "
+            "mixes the batch"
+        )
