@@ -86,7 +86,7 @@ def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
         seen.stage("a", TRAIN, 1.0)
     assert "a: pretrain" in (line := capsys.readouterr().out) and "0 of 3 stages" in line and line.count("\n") == 1
     drawn = io.StringIO()
-    monkeypatch.setattr(overview, "Console", lambda: Console(file=drawn, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "Console", lambda: Console(file=drawn, force_terminal=True, width=120))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     with seen.shown():
         seen.stage("a", TRAIN, 1.0)

@@ -64,10 +64,14 @@ def _count(data: Data) -> int:
     return n if data.first is None else min(n, data.first)
 
 
+def all_stages(plans: Iterable[Plan]) -> list[Stage]:
+    """The stages of these plans and all that they read, each once, in dependency order."""
+    return list(every(stage for plan in plans for stage in plan.stages().values()))
+
+
 def missing(plans: Iterable[Plan], artifacts: Artifacts) -> list[Stage]:
-    """The stages of these plans that are not there, with all that they read."""
-    wanted = every(stage for plan in plans for stage in plan.stages().values())
-    return [stage for stage in wanted if not artifacts.folder(stage).is_dir()]
+    """Those stages whose artifacts are not there."""
+    return [stage for stage in all_stages(plans) if not artifacts.folder(stage).is_dir()]
 
 
 def speed(device: torch.device, width: int = 8) -> float:

@@ -83,8 +83,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
-    n, profile, data, verdict (a list; one where all agree), failed (the tests that do not hold, in words)."""
+    """One entry for each claim and profile, its methods together, as text: claim, notebook, paper, measured, ours (a
+    list), n, profile, data, verdict (a list; one where all agree), reached (the same without method and counts),
+    failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
     for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
@@ -95,10 +96,10 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
         rows.append(
             {
-                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""),
+                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""), "notebook": one["notebook"],
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
                 "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
-                "verdict": verdicts if len(set(plain)) > 1 else plain[:1],
+                "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
                 "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
             }
         )  # fmt: skip
