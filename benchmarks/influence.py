@@ -36,8 +36,9 @@ from scipy.stats import spearmanr
 from turns import Turn, alternate
 
 import issl
-from issl.commands.run import REPOSITORY, read_profile
+from issl.commands.profiles import read_profile
 from issl.devices import keep_freed_memory
+from issl.files import REPOSITORY
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent

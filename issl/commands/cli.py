@@ -123,15 +123,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from issl.commands.pretrain import train
 
             return train(options)
-        given_to = (options.profile, options.only, options.data_root, options.device, options.out)
+        from issl.commands.profiles import ProfileOptions
+
+        shared = ProfileOptions(
+            options.profile, options.only, options.data_root, options.device, options.out, options.time_budget
+        )
         if options.command == "compute":
             from issl.commands.compute import compute
 
-            slurm = _pairs(options.slurm)
-            return compute(*given_to, options.jobs, options.cluster, options.time_budget, slurm)
+            return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
         from issl.commands.run import run
 
-        return run(*given_to, options.again, options.time_budget)
+        return run(shared, options.again)
     except OutOfTime as late:
         print(f"issl: {late}", file=sys.stderr)
         return 3
