@@ -61,7 +61,7 @@ def compute(
 ) -> int:
     """Make what is missing; returns 0 where all is there at the end, 1 where something failed, 3 out of time.
 
-    jobs    at most so many at once; on this machine they share its cores
+    jobs    how many run at once at most; on this machine they share its cores
     slurm   sbatch's options for each job, such as {"partition": "gpu", "gpus_per_node": "1"}
     Raises IsslError for input that is wrong, before anything is submitted.
     """

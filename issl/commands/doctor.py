@@ -1,4 +1,4 @@
-"""`issl doctor`: what is here, what is missing, and what each profile would cost on this machine."""
+"""`issl doctor`: what is installed, what is missing, and how long each profile would take on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
         print(f"GPU         {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
     else:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        print(f"GPU         none that torch sees ({built}); all runs on the CPU")
+        print(f"GPU         none that torch sees ({built}); everything runs on the CPU")
     bf16 = "with" if computes_bf16(torch.device("cpu"), "auto") else "without"
     print(f"CPU         {device_name(torch.device('cpu'))} of {os.cpu_count()}, {bf16} bf16")
     print(f"memory      {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
@@ -78,7 +78,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
 
 
 def _cost(options: ProfileOptions, factor: float, lacking: list[str]) -> str:
-    """How many stages are missing, and what they would take; or which data sets it needs that are not here."""
+    """How many stages are missing and how long they would take; or which data sets are needed and not here."""
     plans = options.plans()
     needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
     if needs:

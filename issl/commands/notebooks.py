@@ -1,4 +1,4 @@
-"""Executing a notebook, and knowing what its outputs were made from, so that a run leaves current ones alone."""
+"""Executing notebooks, and remembering what their outputs were made from, so that a run leaves current ones alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _record(name: str, plan: Plan) -> Path:
 
 
 def note_made(name: str, plan: Plan, key: str) -> None:
-    """Remember what the outputs were made from, with their checksums."""
+    """Record what the outputs were made from, with their checksums."""
     files = {place: file_digest(path) for place, path in outputs(name, plan).items()}
     with atomic(_record(name, plan)) as part:
         part.write_text(json.dumps({"made_from": key, "files": files}, indent=1))
@@ -62,14 +62,14 @@ def is_current(name: str, plan: Plan, key: str) -> bool:
     except FileNotFoundError:
         return False
     except (ValueError, KeyError):
-        return False  # damaged: made again
+        return False  # damaged
     here = outputs(name, plan)
     return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
 
 
 def execute(source: Path, target: Path, plan: Plan) -> str | None:
     """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the error."""
-    import nbformat  # slow to import, as papermill is, and a run that finds everything current needs neither
+    import nbformat  # slow to import, like papermill, and a run that finds everything current needs neither
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -78,8 +78,8 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
             source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
-            # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are
-            # not for the reader; what a cell raises is kept in the notebook
+            # the kernel's own messages (about its transport, or that it was interrupted when it ends) are not for the
+            # reader; what a cell raises is kept in the notebook
             extra_arguments=["--IPKernelApp.log_level=50"],
         )  # fmt: skip
     except PapermillExecutionError as error:

@@ -26,7 +26,7 @@ from issl.experiments.plan import Plan
 from issl.experiments.plans_paper import EXPLORER
 from issl.reporting.verdicts import MARKS, decided, good_for, read_records
 
-AT_ONCE = 2  # notebooks that run while further stages are computed: their kernels mostly import and draw
+AT_ONCE = 2  # notebooks at once, beside the stages: their kernels mostly import and draw
 
 
 def run(options: ProfileOptions, again: bool = False) -> int:
@@ -115,10 +115,13 @@ def _report(options: ProfileOptions, artifacts: Artifacts) -> str:
 
 @contextmanager
 def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
-    """Gives start(function, *arguments), which returns the wait for its result. Interrupted, it ends the kernels."""
+    """Yields start(function, *arguments), which returns a function that waits for the result.
+
+    An error or interrupt inside the block ends the kernels at once.
+    """
     pool = ThreadPoolExecutor(AT_ONCE)
-    # a kernel with as many threads as the training beside it has slows both many times over: threads that share a core
-    # wait for each other. Kernels take their environment from here
+    # a kernel with as many threads as the training beside it slows both many times over: threads that share a core wait
+    # for each other. Kernels inherit this environment
     few = {name: str(max(1, (os.cpu_count() or 1) // 4)) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     given = {name: os.environ[name] for name in few if name in os.environ}
     os.environ.update({**few, **given})
