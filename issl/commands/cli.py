@@ -13,7 +13,12 @@ from typing import NoReturn
 from issl import __version__
 from issl.errors import IsslError, OutOfTime
 
-COMPUTING = ("run", "compute", "doctor", "influence", "explain", "pretrain")  # the commands that use torch's threads
+IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
+    "influence": "score your own images under your own encoder",
+    "explain": "show which training images taught an encoder about an image",
+    "pretrain": "train an encoder on your own images",
+}
+COMPUTING = ("run", "compute", "doctor", *IMAGES)  # the commands that use torch's threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,12 +56,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    images = {
-        "influence": "score your own images under your own encoder",
-        "explain": "show which training images taught an encoder about an image",
-        "pretrain": "train an encoder on your own images",
-    }
-    parsers = {name: commands.add_parser(name, help=text) for name, text in images.items()}
+    parsers = {name: commands.add_parser(name, help=text) for name, text in IMAGES.items()}
     if command in parsers:
         import_module(f"issl.commands.{command}").add_arguments(parsers[command])
     return top
@@ -94,6 +94,38 @@ def _verdicts(into_readme: bool) -> int:
     return 0
 
 
+def _run(options: argparse.Namespace) -> int:
+    """Run a command; its modules are imported here, so that no command waits for those of another."""
+    if options.command == "download":
+        from issl.data.datasets import download
+
+        print(download(options.name, options.data_root))
+        return 0
+    if options.command == "verdicts":
+        return _verdicts(options.readme)
+    from issl.devices import keep_freed_memory
+
+    keep_freed_memory()
+    if options.command in IMAGES:
+        code: int = import_module(f"issl.commands.{options.command}").main(options)
+        return code
+    if options.command == "doctor":
+        from issl.commands.doctor import doctor
+
+        return doctor(options.data_root, options.out, options.device)
+    from issl.commands.profiles import ProfileOptions
+
+    names = ("profile", "only", "data_root", "device", "out", "time_budget")
+    shared = ProfileOptions(*(getattr(options, name) for name in names))
+    if options.command == "compute":
+        from issl.commands.compute import compute
+
+        return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
+    from issl.commands.run import run
+
+    return run(shared, options.again)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input gives one line on stderr and exit code 2, a spent time budget exit code 3."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -104,44 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options = parser(given[0] if given else None).parse_args(given)
     try:
-        if options.command == "download":
-            from issl.data.datasets import download
-
-            print(download(options.name, options.data_root))
-            return 0
-        if options.command == "verdicts":
-            return _verdicts(options.readme)
-        from issl.devices import keep_freed_memory
-
-        keep_freed_memory()
-        if options.command == "doctor":
-            from issl.commands.doctor import doctor
-
-            return doctor(options.data_root, options.out, options.device)
-        if options.command == "influence":
-            from issl.commands.influence import score
-
-            return score(options)
-        if options.command == "explain":
-            from issl.commands.explain import explain
-
-            return explain(options)
-        if options.command == "pretrain":
-            from issl.commands.pretrain import train
-
-            return train(options)
-        from issl.commands.profiles import ProfileOptions
-
-        shared = ProfileOptions(
-            options.profile, options.only, options.data_root, options.device, options.out, options.time_budget
-        )
-        if options.command == "compute":
-            from issl.commands.compute import compute
-
-            return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
-        from issl.commands.run import run
-
-        return run(shared, options.again)
+        return _run(options)
     except OutOfTime as late:
         print(f"issl: {late}", file=sys.stderr)
         return 3

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
 from issl.analysis.evaluate import embed, stability_losses
-from issl.config import explain as explain_error
+from issl.config import explain
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
@@ -52,7 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto (default), cpu or cuda")
 
 
-def explain(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began = time.monotonic()
     writable(options.out, (".png", ".pdf"))
@@ -67,7 +67,7 @@ def explain(options: argparse.Namespace) -> int:
     try:
         curvature = Curvature(rank=options.rank, damping=options.damping).build()
     except ValidationError as error:
-        raise explain_error(error, "issl explain") from error
+        raise explain(error, "issl explain") from error
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
     print(f"{query.attributes['what'][0]} among {about}", flush=True)
     noise = GaussianNoise()
@@ -113,10 +113,8 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
         return _load(options, options.n, size), f" (it was trained on {name})"
     # a folder is recorded by its last name
     given = "folder:" + Path(options.data[7:]).name if options.data.startswith("folder:") else options.data
-    encoder, remedy = (
-        f"encoder {options.encoder} was trained on",
-        "or add --any-data to ask about images that it has not seen",
-    )
+    encoder = f"encoder {options.encoder} was trained on"
+    remedy = "or add --any-data to ask about images that it has not seen"
     if name not in (given, options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
     if options.n is not None and options.n != count:

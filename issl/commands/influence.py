@@ -62,7 +62,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
-def score(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
     writable(out, (".parquet", ".csv"))

@@ -23,11 +23,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
     add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="the encoder, .safetensors; its history goes beside it (.csv)",
+        "--out", required=True, type=Path, metavar="FILE", help="the encoder, .safetensors; beside it its history, .csv"
     )
     add("--method", default="simclr", choices=get_args(Method), help="default: simclr")
     add("--recipe", default="published", choices=get_args(Variant), help="published (default) or short")
@@ -48,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
-def train(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".safetensors",))

@@ -109,15 +109,15 @@ def read_profile(profile: str, names: Sequence[str], **common: str | None) -> di
 
 def check(plans: dict[str, Plan], out: Path) -> None:
     """All that can be wrong before any long work: device, output folder, data present and large enough."""
-    for folder in ("artifacts", "figures", "results"):
+    for folder in (out / "artifacts", out / "figures", out / "results"):
         try:
-            (out / folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise IsslError(
-                f"output folder {out / folder} cannot be written ({error}); choose another with --out DIR"
+                f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
             ) from error
-        if not os.access(out / folder, os.W_OK):
-            raise IsslError(f"output folder {out / folder} is not writable; choose another with --out DIR")
+        if not os.access(folder, os.W_OK):
+            raise IsslError(f"output folder {folder} is not writable; choose another with --out DIR")
     for plan in plans.values():
         pick_device(plan.device)
         for data in (data for stage in plan.stages().values() for data in _data_of(stage)):

@@ -89,9 +89,7 @@ def _print_verdicts(results: Path) -> None:
     if not records:
         return
     reached = [r["verdict"] for r in records]
-    counts = ", ".join(
-        f"{mark} {reached.count(verdict)} {verdict}" for verdict, mark in MARKS.items() if verdict in reached
-    )
+    counts = ", ".join(f"{mark} {reached.count(v)} {v}" for v, mark in MARKS.items() if v in reached)
     print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
     for outcome, uses in good_for(decided(records)).items():
         if uses:

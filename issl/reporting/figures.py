@@ -141,16 +141,9 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
         y, x = y * (side + gap), x * (side + gap)
         canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)
         if frames is not None and frames[k]:
+            colour = sns.color_palette(PALETTE)[1]
             axes.add_patch(
-                Rectangle(
-                    (x - 1.5, y - 1.5),
-                    side + 2,
-                    side + 2,
-                    fill=False,
-                    clip_on=False,
-                    lw=1.3,
-                    ec=sns.color_palette(PALETTE)[1],
-                )
+                Rectangle((x - 1.5, y - 1.5), side + 2, side + 2, fill=False, clip_on=False, lw=1.3, ec=colour)
             )
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()

@@ -134,13 +134,9 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
             cells.append({"id": f"cell-{number}", "text": Markup(markdown2html(_with_mathml(cell.source)))})
         elif cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
-            cells.append(
-                {
-                    "code": Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True))),
-                    "folded": next((text for tag, text in folded.items() if tag in tags), None),
-                    "outputs": [_output(output) for output in cell.outputs],
-                }
-            )
+            code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True)))
+            fold = next((text for tag, text in folded.items() if tag in tags), None)
+            cells.append({"code": code, "folded": fold, "outputs": [_output(output) for output in cell.outputs]})
     return cells, headings
 
 
