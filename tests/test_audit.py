@@ -148,7 +148,7 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
 
 
 def test_every_claim_names_a_notebook_and_its_profiles() -> None:
-    from issl.commands.run import profiles
+    from issl.commands.profiles import profiles
     from issl.experiments.plans import PLANS
 
     for entry in claims.claims().values():

@@ -18,7 +18,8 @@ import issl
 from issl.analysis import baselines, explained_variance, statistics
 from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import nearest
-from issl.commands import run
+from issl.commands import profiles, run
+from issl.commands.profiles import ProfileOptions
 from issl.experiments import claims
 from issl.experiments.plans import PLANS
 from issl.experiments.plans_own import Kind
@@ -57,10 +58,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = folder / "tiny.yaml"
     profile.write_text(yaml.safe_dump(TINY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "profiles", lambda: {"tiny": profile})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": profile})
         patch.delenv("ISSL_DATA", raising=False)
-        assert run.run("tiny", out=folder) == 0, "a notebook failed; its error is in the captured output"
-        assert run.run("tiny", out=folder, only="03,04") == 0
+        assert run.run(ProfileOptions("tiny", out=folder)) == 0, (
+            "a notebook failed; its error is in the captured output"
+        )
+        assert run.run(ProfileOptions("tiny", out=folder, only="03,04")) == 0
     return folder
 
 
@@ -84,8 +87,8 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
 def test_an_audit_of_nothing_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump(TINY))
-    monkeypatch.setattr(run, "profiles", lambda: {"tiny": profile})
-    assert run.run("tiny", only="11", out=tmp_path) == 1
+    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": profile})
+    assert run.run(ProfileOptions("tiny", only="11", out=tmp_path)) == 1
     assert "IsslError: no claim of the tiny profile is recorded in" in (said := capsys.readouterr().out)
     assert "./run_all.sh --profile tiny" in said
 
@@ -356,8 +359,8 @@ def test_11_holds_every_record_in_all_formats(out: Path) -> None:
 
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "profiles", lambda: {"tiny": out / "tiny.yaml"})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": out / "tiny.yaml"})
         patch.delenv("ISSL_DATA", raising=False)
-        assert run.run("tiny", out=out) == 0
+        assert run.run(ProfileOptions("tiny", out=out)) == 0
     printed = capsys.readouterr().out
     assert "stages: 0 computed" in printed and printed.count("current ") == len(PLANS)

@@ -30,7 +30,7 @@ from disk import write_cifar10
 from PIL import Image
 
 import issl
-from issl.commands import cli, run
+from issl.commands import cli, profiles
 from issl.errors import IsslError
 from issl.experiments.plan import Scored
 
@@ -89,7 +89,7 @@ def small(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = {"methods": ["simclr"], "rank": 2}
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({"common": common, "00_method": {"images": 16}, "01_seed_correlation": seeds}))
-    monkeypatch.setattr(run, "profiles", lambda: dict.fromkeys(("quick", "mini", "paper"), profile))
+    monkeypatch.setattr(profiles, "profiles", lambda: dict.fromkeys(("quick", "mini", "paper"), profile))
 
 
 def weights_for(encoder: str, folder: Path) -> list[str]:
@@ -299,4 +299,4 @@ def test_what_it_links_to_is_there(repository: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (repository / link).exists(), link
     for word in re.findall(r"--only (\d+)", README):
-        assert word == "16" or run.select(word)  # 16 is the README's own example
+        assert word == "16" or profiles.select(word)  # 16 is the README's own example

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
 import torch
 
 import issl
+from issl.analysis.evaluate import embed
+from issl.analysis.neighbour_graph import nearest
 from issl.analysis.statistics import Estimate
 from issl.experiments.cache import Artifacts
 from issl.experiments.claims import provenance, record
@@ -54,7 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
-        issl.reporting.figures.plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
+        plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
         (figures / f"{name}.csv").write_text("a\n1\n")
     plan = EXPLORER(**SETTINGS, out=str(out))
     artifacts = Artifacts(out / "artifacts")
@@ -131,7 +134,7 @@ def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
     own = issl.self_influence(encoder, images, **how)["influence"]
     mine = data["methods"]["SimCLR"]
     np.testing.assert_allclose(mine["influence"], own, rtol=1e-3)
-    near = issl.analysis.neighbour_graph.nearest(issl.analysis.evaluate.embed(encoder, images), 6)
+    near = nearest(embed(encoder, images), 6)
     for i in (0, 7, 39):
         others = scores[i].clone()
         others[i] = -torch.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,8 +94,7 @@ def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, see
 def in_key(curvature: Curvature) -> dict[str, Any]:
     """A curvature as it stands in a stage's key: its name and the same three settings for every kind, at their usual
     value where it does not have them. (So artifacts made before each kind had a class of its own are found.)"""
-    own = {f.name for f in fields(curvature)}
-    settings = {name: getattr(curvature, name) if name in own else usual for name, usual in USUAL.items()}
+    settings = {name: vars(curvature).get(name, usual) for name, usual in USUAL.items()}
     for kind, build in KINDS.items():
         if build(*settings.values()) == curvature:
             return {"kind": kind, **settings}
