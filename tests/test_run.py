@@ -122,7 +122,7 @@ def test_an_interrupt_ends_the_kernels_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "profile 'huge': there are mini, paper, quick"),
+        (["--profile", "huge"], "profile 'huge': there are mini, overnight, paper, quick"),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),
@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monke
     [
         (
             {"common": {"epoch": 3}},
-            "tiny.yaml, notebook 00_method: Method: unknown field 'epoch' (value 3); did you mean 'epochs'?",
+            "tiny.yaml, notebook 00_method: MethodLesson: unknown field 'epoch' (value 3); did you mean 'epochs'?",
         ),
         ({"common": {"n": 3}}, "n = 3"),
         ({"04_cats": {}}, "unknown entry '04_cats'"),

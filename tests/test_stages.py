@@ -207,7 +207,7 @@ def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> N
     assert set(images.index.tolist()) == set(every.index[torch.isin(every.labels, torch.tensor([1, 4]))].tolist())
     assert Data(name="scenes", n=60, uniform=1.0).load().attributes["uniform"].mean() > 0.95
     assert not Data(name="scenes", n=60, uniform=0.0).load().attributes["uniform"].any()
-    with pytest.raises(ValueError, match="uniform applies to scenes"):
+    with pytest.raises(issl.IsslError, match="uniform applies to scenes"):
         Data(name="cifar10", n=60, uniform=0.5)
     with pytest.raises(issl.IsslError, match="none of its images"):
         Data(name="scenes", n=60, classes=(12,)).load()

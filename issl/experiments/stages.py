@@ -109,7 +109,7 @@ class Pretrain(Stage):
         return self.encoder(artifacts)
 
     def whole_encoder(self, artifacts: Artifacts) -> Encoder:
-        """Backbone and projector, to be trained further."""
+        """Backbone and projector, to continue training."""
         encoder = self.encoder(artifacts, "projector")
         assert isinstance(encoder, Encoder)
         return encoder
