@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PlainSerializer, computed_field, model_validator
+from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
 
 from issl.config import Config
 from issl.data import datasets, scenes
@@ -101,4 +101,4 @@ def in_key(curvature: Curvature) -> dict[str, Any]:
     raise IsslError(f"curvature {curvature!r}: a stage's must be one that settings.KINDS builds; add it there")
 
 
-Weighing = Annotated[LoGra | EKFAC | Diagonal | Exact | Identity, PlainSerializer(in_key)]
+Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(in_key)]
