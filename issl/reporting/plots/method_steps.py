@@ -99,7 +99,7 @@ def score(
 def ranks(
     data: Images, noisy: Float[Tensor, "n 3 h w"], order: np.ndarray, by_rank: pd.DataFrame, difference: float
 ) -> Figure:
-    """The images of highest and lowest influence with their noisy copies, and how much of the exact ranking a rank keeps.
+    """Images of highest and lowest influence, their noisy copies, and how much of the exact ranking low rank keeps.
 
     order       (n,) positions, lowest influence first
     by_rank     rank, spearman: with the exact score
