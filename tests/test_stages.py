@@ -136,6 +136,12 @@ def test_keys_are_those_of_the_first_artifacts() -> None:
     assert Influence(pretrain=trained, data=DATA).key == "ef201df252f7a2ba"
 
 
+@pytest.mark.parametrize("kept", [(), (0,), (3, 2), (4,), (1, 1)])
+def test_snapshots_lie_along_the_run(kept: tuple[int, ...]) -> None:
+    with pytest.raises(issl.IsslError, match="increasing epochs from 1 to 3"):
+        Pretrain(data=DATA, epochs=4, snapshots=kept)
+
+
 def test_an_unwritable_cache_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(issl.IsslError, match="choose another place"):

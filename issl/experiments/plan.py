@@ -78,10 +78,11 @@ class Plan(Config):
         """A training on this notebook's images, by default of `method` from `seed`, without the chosen ones."""
         method = method or self.method
         epochs, parts = self.epochs_of(method), (self.snapshots or 0) + 1
+        kept = {k * epochs // parts for k in range(1, parts)} - {0}
         return Pretrain(
             data=self.data(), recipe=recipes.recipe(method, self.recipe), width=self.width, epochs=epochs,
             batch_size=self.batch_size, seed=self.seed if seed is None else seed, without=without, gaps=gaps,
-            snapshots=tuple(k * epochs // parts for k in range(1, parts)) if self.snapshots else None,
+            snapshots=tuple(sorted(kept)) or None,
         )  # fmt: skip
 
     def stages(self) -> list[Stage]:

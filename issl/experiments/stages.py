@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -65,6 +65,13 @@ class Pretrain(Stage):
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
     snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
+
+    @model_validator(mode="after")
+    def _snapshots_along_the_run(self) -> Pretrain:
+        kept = self.snapshots
+        if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
+            raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
+        return self
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
