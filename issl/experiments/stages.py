@@ -33,6 +33,7 @@ from issl.influence.curvature import LoGra
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
+from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, save_learner
@@ -291,16 +292,35 @@ def _read_positions(folder: Path) -> list[int]:
     return chosen
 
 
-class Embed(Stage):
+class Measured(Stage):
+    """What is measured of an encoder, by default as it was trained.
+
+    statistics   BatchNorm's running statistics are those of this encoder instead
+    estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of these images
+    """
+
+    pretrain: Pretrain
+    data: Data
+    statistics: Pretrain | None = Field(None, exclude_if=is_unset)
+    estimated: Data | None = Field(None, exclude_if=is_unset)
+
+    def encoder(self, artifacts: Artifacts) -> nn.Module:
+        """The encoder with the statistics that are asked for."""
+        encoder = self.pretrain.encoder(artifacts)
+        if self.statistics is not None:
+            return copy_statistics(self.statistics.encoder(artifacts), encoder)
+        if self.estimated is not None:
+            return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
+        return encoder
+
+
+class Embed(Measured):
     """Features of images under an encoder: features.safetensors (`features`, `index`)."""
 
     name: ClassVar[str] = "embed"
 
-    pretrain: Pretrain
-    data: Data
-
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = self.pretrain.encoder(artifacts), self.data.load()
+        encoder, images = self.encoder(artifacts), self.data.load()
         with atomic(folder / "features.safetensors") as part:
             save_file({"features": embed(encoder, images, artifacts.device), "index": images.index}, part)
 
@@ -309,19 +329,17 @@ class Embed(Stage):
         return read_safetensors(artifacts.get(self) / "features.safetensors", "features")[1]["features"]
 
 
-class Stability(Stage):
+class Stability(Measured):
     """Stability losses of images, mean over draws, without gradients: losses.parquet (index, stability_loss)."""
 
     name: ClassVar[str] = "stability"
 
-    pretrain: Pretrain
-    data: Data
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = self.pretrain.encoder(artifacts), self.data.load()
+        encoder, images = self.encoder(artifacts), self.data.load()
         losses = stability_losses(encoder, images, self.perturbation, self.seed, self.draws, artifacts.device)
         with atomic(folder / "losses.parquet") as part:
             pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(part, index=False)
