@@ -65,18 +65,18 @@ class Chain(Plan):
         encoder = self.pretrain()
         train, test = Embed(pretrain=encoder, data=data), Embed(pretrain=encoder, data=self.data("test"))
         influence, evaluate = Influence(pretrain=encoder, data=data), Evaluate(train=train, test=test)
-        return {"encoder": encoder, "influence": influence, "train": train, "test": test, "evaluate": evaluate}
+        return [encoder, influence, train, test, evaluate]
 
 
-def chain(*there: str, jobs: int = 1) -> tuple[Chain, Scheduler]:
-    """The plan and its scheduler, where the stages of these names are cached."""
+def chain(*there: int, jobs: int = 1) -> tuple[Chain, Scheduler]:
+    """The plan and its scheduler, where the stages at these places are cached."""
     plan = Chain(n=64)
-    cached = [stage for name, stage in plan.stages().items() if name in there]
+    cached = [plan.stages()[k] for k in there]
     return plan, Scheduler([plan], lambda stage: stage in cached, jobs)
 
 
 def test_what_is_ready_what_is_blocked_and_how_long_it_takes() -> None:
-    plan, s = chain("test", jobs=2)
+    plan, s = chain(3, jobs=2)
     encoder, influence, train, test, evaluate = s.tasks.values()
     todo = (encoder, influence, train, evaluate)
     assert s.ready() == [encoder] and test.state == "cached" and not s.settled(plan)
@@ -114,14 +114,14 @@ def test_what_is_missing_is_made_only_where_something_needs_it() -> None:
         notebook: ClassVar[str] = "last"
 
         def stages(self):
-            return {"evaluate": super().stages()["evaluate"]}
+            return super().stages()[-1:]
 
     plan = Last(n=64)
     done = Scheduler([plan], lambda stage: isinstance(stage, Evaluate))
     assert done.count() == "3 not needed, 1 cached" and done.ready() == [] and done.remaining() == 0
     half = Scheduler([plan], lambda stage: isinstance(stage, Embed))
     assert half.count() == "1 not needed, 2 cached, 1 waiting"
-    assert [task.stage for task in half.ready()] == [plan.stages()["evaluate"]]
+    assert [task.stage for task in half.ready()] == plan.stages()
 
 
 def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path: Path) -> None:

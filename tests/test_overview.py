@@ -53,7 +53,7 @@ class Pair(Plan):
     notebook: ClassVar[str] = "pair"
 
     def stages(self):
-        return {"a": Influence(pretrain=TRAIN, data=DATA), "b": Embed(pretrain=TRAIN, data=DATA)}
+        return [Influence(pretrain=TRAIN, data=DATA), Embed(pretrain=TRAIN, data=DATA)]
 
 
 def overview(there: Callable[[Stage], bool] = lambda _: False) -> Overview:
@@ -83,7 +83,7 @@ def test_a_later_run_counts_what_is_missing(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     artifacts.get(TRAIN)
     to_do = overview(Artifacts(tmp_path).has).scheduler.to_do()
-    assert {task.label for task in to_do} == {s.label for s in Pair().stages().values()}
+    assert {task.label for task in to_do} == {s.label for s in Pair().stages()}
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from issl.experiments.cache import file_digest
-from issl.experiments.cost import read_by
 from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 
@@ -21,7 +20,7 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     device, this library's code and the versions of what it builds on."""
     content: dict[str, Any] = {
         "notebook": file_digest(source), "plan": plan.settings(), "device": device, "library": _library(),
-        "stages": [stage.label for stage in read_by(plan)],
+        "stages": [stage.label for stage in plan.stages()],
         "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from issl.commands.scheduler import Scheduler, make
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
-from issl.experiments.cost import AFTER, NOTEBOOK, read_by
+from issl.experiments.cost import AFTER, NOTEBOOK
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER
 from issl.reporting.verdicts import MARKS, decided, good_for, read_records
@@ -104,7 +104,7 @@ def _report(options: ProfileOptions, artifacts: Artifacts) -> str:
     plans = replace(options, only=None).plans()
     explorer = plans.pop(EXPLORER.notebook)
     assert isinstance(explorer, EXPLORER)
-    there = all(artifacts.has(stage) for stage in read_by(explorer))
+    there = all(artifacts.has(stage) for stage in explorer.stages())
     try:
         return str(build(options.profile, plans, explorer if there else None, artifacts, options.folder))
     except IsslError as error:

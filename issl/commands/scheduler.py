@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.cost import all_stages, read_by, seconds
+from issl.experiments.cost import all_stages, seconds
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.experiments.stages import Pretrain
@@ -77,7 +77,7 @@ class Scheduler:
             needs = [self.tasks[need.label] for need in stage.needs().values()]
             label = stage.label
             self.tasks[label] = Task(stage, label, needs, seconds(stage), state)
-        self._read = {plan.notebook: [self.tasks[stage.label] for stage in read_by(plan)] for plan in plans}
+        self._read = {plan.notebook: [self.tasks[stage.label] for stage in plan.stages()] for plan in plans}
         needed = {task.label for tasks in self._read.values() for task in tasks}
         for task in reversed(self.tasks.values()):
             if task.state == "not needed" and task.label in needed:

@@ -67,14 +67,9 @@ def _count(data: Data) -> int:
     return n if data.first is None else min(n, data.first)
 
 
-def read_by(plan: Plan) -> list[Stage]:
-    """The stages that this plan's notebook reads."""
-    return plan.stages()
-
-
 def all_stages(plans: Iterable[Plan]) -> list[Stage]:
     """The stages of these plans and all that they depend on, each once, in dependency order."""
-    return list(in_dependency_order(stage for plan in plans for stage in read_by(plan)))
+    return list(in_dependency_order(stage for plan in plans for stage in plan.stages()))
 
 
 def speed(device: torch.device, width: int = 8) -> float:
