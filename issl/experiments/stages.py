@@ -36,7 +36,7 @@ from issl.influence.self_influence import self_influence
 from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
-from issl.pretraining.learner import Learner, save_learner
+from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import RECIPES, Recipe
 
@@ -92,7 +92,7 @@ class Pretrain(Stage):
 
         encoder, history = pretrain(
             images, self.recipe, **settings, keep=self._keep(len(images), artifacts), gaps=self.gaps,
-            start=None if self.start is None else self.start.whole_encoder(artifacts),
+            start=None if self.start is None else self.start.to_continue(artifacts),
             execution=Execution(device=artifacts.device, progress=artifacts.progress),
             checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds, artifacts.deadline),
             after_epoch=after_epoch,
@@ -107,20 +107,29 @@ class Pretrain(Stage):
         self, artifacts: Artifacts, output: Literal["features", "projector"] = "features", after: int | None = None
     ) -> nn.Module:
         """The encoder, in eval mode; `after`: as it was after so many epochs, one of `snapshots`."""
-        name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
-        if after not in (None, self.epochs, *(self.snapshots or ())):
-            raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")
-        return load_encoder(artifacts.get(self) / name, output)
+        return load_encoder(self._file(artifacts, after), output)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
         """The encoder, in eval mode."""
         return self.encoder(artifacts)
 
-    def whole_encoder(self, artifacts: Artifacts) -> Encoder:
-        """Backbone and projector, to continue training."""
+    def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
+        """What a continued training starts from: the whole learner where it was kept, else backbone and projector."""
+        if self.snapshots is not None:
+            return self.learner(artifacts)
         encoder = self.encoder(artifacts, "projector")
         assert isinstance(encoder, Encoder)
         return encoder
+
+    def learner(self, artifacts: Artifacts, after: int | None = None) -> Learner:
+        """The whole learner at the end, or after so many epochs; `snapshots` must be set."""
+        return load_learner(self._file(artifacts, after))
+
+    def _file(self, artifacts: Artifacts, after: int | None) -> Path:
+        if after not in (None, self.epochs, *(self.snapshots or ())):
+            raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")
+        name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
+        return artifacts.get(self) / name
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
         """One row an epoch, see `issl.pretraining.loop.pretrain`."""

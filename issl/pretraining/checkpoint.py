@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
-from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner
 
 History = list[dict[str, int | float]]  # one entry an epoch
@@ -69,7 +69,7 @@ class Checkpoint:
         return history
 
 
-def weights_digest(encoder: Encoder) -> str:
+def weights_digest(encoder: nn.Module) -> str:
     """The hash of an encoder's weights, sixteen hex digits."""
     digest = hashlib.sha256()
     for name, value in encoder.state_dict().items():

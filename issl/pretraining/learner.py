@@ -24,10 +24,14 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder` (with the weights of `start`, if given); for BYOL also a `predictor` and a `target`, the encoder's
-    moving average. Calling it gives the loss."""
+    """`encoder`; for BYOL also a `predictor` and a `target`, the encoder's moving average. Calling it gives the loss.
 
-    def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | None = None):
+    start   an encoder that gives its weights, or a learner that gives its predictor and target too
+    """
+
+    def __init__(
+        self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | Learner | None = None
+    ):
         super().__init__()
         self.recipe = recipe
         features = 8 * width
@@ -37,13 +41,14 @@ class Learner(nn.Module):
             out = classes
         head = Head(hidden=max(2, round(recipe.hidden * features)), out=out, layers=recipe.layers, norm=recipe.norm)
         self.encoder = new_encoder(width, head, seed)
-        if start is not None:
-            if (start.width, start.head) != (width, head):
+        first = start.encoder if isinstance(start, Learner) else start
+        if first is not None:
+            if (first.width, first.head) != (width, head):
                 raise IsslError(
-                    f"start: an encoder of width {start.width} with {start.head}; this run trains width {width} with "
+                    f"start: an encoder of width {first.width} with {first.head}; this run trains width {width} with "
                     f"{head}; take the same width and method"
                 )
-            self.encoder.load_state_dict(start.state_dict())
+            self.encoder.load_state_dict(first.state_dict())
         self.predictor: nn.Module | None = None
         self.target: nn.Module | None = None
         if recipe.method == "byol":
@@ -51,6 +56,8 @@ class Learner(nn.Module):
                 torch.manual_seed(seed + 1)
                 self.predictor = head.build(out)
             self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        if isinstance(start, Learner):
+            self.load_state_dict(start.state_dict())
 
     def forward(
         self, xa: Pixels, xb: Pixels | None, labels: Int64[Tensor, " b"] | None, precision: Precision = "auto",

@@ -108,7 +108,7 @@ def pretrain(
     view_seed: int | None = None,
     keep: Bool[Tensor, " n"] | None = None,
     gaps: bool = False,
-    start: Encoder | None = None,
+    start: Encoder | Learner | None = None,
     execution: Execution = Execution(),
     checkpoint: Checkpoint = Checkpoint(),
     after_epoch: AfterEpoch | None = None,
@@ -121,7 +121,7 @@ def pretrain(
     keep        False leaves an image out and changes neither the order nor the views of the others
     gaps        its place in its batch stays empty, so the other batches do not change either (the smallest possible
                 change); default: the next images move up
-    start       an encoder to continue from (it is not modified) instead of fresh weights
+    start       an encoder, or a whole learner, to continue from (it is not modified) instead of fresh weights
     after_epoch called after each epoch (by the first process) with the number of epochs done and the learner, before
                 that epoch's checkpoint is written: whatever it leaves on disk is there when a run resumes later.
                 The numbers it returns, if any, join the history
