@@ -35,9 +35,9 @@ from report import machine, write_report
 from scipy.stats import spearmanr
 
 import issl
-from issl.commands.run import REPOSITORY, read_profile
+from issl.commands.profiles import read_profile
 from issl.devices import keep_freed_memory
-from issl.influence import per_example
+from issl.files import REPOSITORY
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent

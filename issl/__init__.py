@@ -2,26 +2,45 @@
 
 An open reproduction of arXiv 2412.17170. Start with `issl.load`, `issl.load_encoder` and
 `issl.self_influence`; the notebooks show each step.
+
+The names below are imported when they are first used (PEP 562), so `issl --help` does not wait for torch.
 """
 
-import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-# libgomp reads it when torch is imported: threads that wait for each other should soon sleep. By default they spin, and
-# where processes share the cores (notebooks beside a training) each slows the others several times.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-from issl.data.datasets import load
-from issl.data.images import Images
-from issl.errors import IsslError
-from issl.influence.computing import Computing
-from issl.influence.cross import cross_influence, top_influences
-from issl.influence.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
-from issl.influence.perturbation import Augmentation, GaussianNoise
-from issl.influence.self_influence import self_influence
-from issl.pretraining.encoder import load_encoder
+if TYPE_CHECKING:
+    from issl.data.datasets import load
+    from issl.data.images import Images
+    from issl.errors import IsslError
+    from issl.influence.computing import Computing
+    from issl.influence.cross import cross_influence, top_influences
+    from issl.influence.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
+    from issl.influence.perturbation import Augmentation, GaussianNoise
+    from issl.influence.self_influence import self_influence
+    from issl.pretraining.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = [
     "EKFAC", "Augmentation", "Computing", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError",
     "LoGra", "cross_influence", "load", "load_encoder", "self_influence", "top_influences",
 ]  # fmt: skip
+_NAMES = {  # of each module
+    "data.datasets": ("load",), "data.images": ("Images",), "errors": ("IsslError",),
+    "influence.computing": ("Computing",), "influence.cross": ("cross_influence", "top_influences"),
+    "influence.curvature": ("EKFAC", "Diagonal", "Exact", "Identity", "LoGra"),
+    "influence.perturbation": ("Augmentation", "GaussianNoise"), "influence.self_influence": ("self_influence",),
+    "pretraining.encoder": ("load_encoder",),
+}  # fmt: skip
+
+if not TYPE_CHECKING:  # a type checker would take every attribute for known
+
+    def __getattr__(name: str) -> object:
+        module = next((module for module, names in _NAMES.items() if name in names), None)
+        if module is None:
+            raise AttributeError(f"module 'issl' has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(f"issl.{module}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The machine that computes: which device, in which precision, with which memory."""
+"""The machine: which device computes, in which precision, and how memory is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from issl.errors import IsslError
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is the GPU where there is one."""
+    """The device of that name; auto is the GPU if there is one. Raises IsslError for other names, and without a GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -34,7 +34,7 @@ def device_name(device: torch.device) -> str:
 
 
 def computes_bf16(device: torch.device, precision: str) -> bool:
-    """Is bf16 used? auto: where the device computes it natively; without that, autocast would only cost."""
+    """Is bf16 used? auto: if the device computes it natively; otherwise autocast would only cost time."""
     if precision not in ("auto", "fp32", "bf16"):
         raise IsslError(f"precision {precision!r}: choose auto, fp32 or bf16")
     if precision != "auto":
@@ -46,7 +46,7 @@ def computes_bf16(device: torch.device, precision: str) -> bool:
 
 @lru_cache
 def _cpu_flag(flag: str) -> bool:
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere we train in fp32
+    info = Path("/proc/cpuinfo")  # Linux only; other systems train in fp32
     return info.is_file() and flag in info.read_text().split()
 
 
@@ -65,12 +65,12 @@ def full_precision() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of handing it back to the system.
 
-    Each step allocates and frees the same large tensors; without this every one is mapped anew, page by
-    page, which on virtual machines costs more than the arithmetic. Elsewhere than on glibc: no effect.
+    Each step allocates and frees the same large tensors; without this, each is mapped again page by page, which on
+    virtual machines costs more than the arithmetic. No effect without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_max, 0)
-        mallopt(m_arena_max, 1)  # a thread's own arena would map large tensors all the same
+        mallopt(m_arena_max, 1)  # arenas of single threads would still map large tensors

@@ -11,10 +11,12 @@ class IsslError(Exception):
 
 
 class OutOfTime(IsslError):
-    """The time budget is spent; nothing that was computed is lost where there is a checkpoint."""
+    """The time budget is spent; with a checkpoint, nothing that was computed is lost."""
 
     def __init__(self, what: str, resumable: bool = True):
-        remedy = "the same command goes on from here" if resumable else "give a checkpoint file to be able to go on"
+        remedy = (
+            "the same command continues from here" if resumable else "give a checkpoint file to be able to continue"
+        )
         super().__init__(f"{what}, the time budget is spent; {remedy}")
 
 

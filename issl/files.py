@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Reading and writing files; what is written is complete or not there at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded path; on success it becomes `path` in one step, on failure nothing is left.
 
-    The temporary name is the caller's own, so that two processes that write the same file do not mix.
+    Each call has its own temporary name, so two processes that write the same file do not mix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -36,7 +36,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def writable(out: Path, suffixes: Sequence[str]) -> None:
-    """Make the folder of an output file; IsslError for another suffix, or where it cannot be written."""
+    """Make the folder of an output file; IsslError for a suffix that is not allowed, or if it cannot be written."""
     if out.suffix not in suffixes:
         raise IsslError(f"--out {out}: give a file name that ends in {' or '.join(suffixes)}")
     try:
@@ -48,7 +48,7 @@ def writable(out: Path, suffixes: Sequence[str]) -> None:
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a safetensors file; IsslError, naming `what` it is, where it is damaged."""
+    """Header and tensors of a safetensors file; if it is damaged, an IsslError that says `what` it is."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

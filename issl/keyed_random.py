@@ -1,8 +1,8 @@
-"""Random numbers that belong to one example: a function of (seed, example index) and of nothing else.
+"""Random numbers of one example: a function of (seed, example index) and of nothing else.
 
-A score must not depend on batch size, order or device (design.md §1), so no draw may come from a stream
-that several examples share. Philox is a counter-based generator: a key selects an independent stream
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the key here is (seed, index).
+A score must not depend on batch size, order or device, so examples must not share a stream of random numbers. Philox is
+a counter-based generator: a key selects an independent stream (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"), and the key here is (seed, index).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from issl.errors import IsslError
 def generator(seed: int, index: int) -> np.random.Generator:
     """The stream of example `index` under `seed`; both must be ≥ 0."""
     if seed < 0 or index < 0:
-        raise IsslError(f"seed {seed}, index {index}: both must be ≥ 0, they key the random stream")
+        raise IsslError(f"seed {seed}, index {index}: both must be ≥ 0, because they are the key of the random stream")
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 
 

@@ -1,7 +1,7 @@
-"""Several processes on one measurement: each has its share of the images, sums are taken over all.
+"""Several processes on one computation: each has its share of the images, and sums are taken over all.
 
-Started by torchrun, over torch.distributed (nccl on GPUs, gloo elsewhere). The scores are those of one process, to
-rounding: the order of a sum is all that differs.
+They are started by torchrun and talk over torch.distributed (nccl on GPUs, gloo on CPUs). The results are those of one
+process up to rounding: only the order of the sums differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Summed(Protocol):
-    """What is summed over the images: a total, or while they are few their rows themselves."""
+    """A sum over the images: a total, or the rows themselves while they are few."""
 
     total: Tensor | None
     rows: list[Tensor]
@@ -33,14 +33,14 @@ class Summed(Protocol):
 
 @dataclass(frozen=True)
 class Shards:
-    """Process `rank` of `world`; with one process nothing is sent."""
+    """Process `rank` of `world`; a single process sends nothing."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
 
     def share(self, n: int) -> slice:
-        """The positions of this process, contiguous; shares differ by one image at most."""
+        """The positions of this process: contiguous, and at most one more or less than another's."""
         if n < self.world:
             raise IsslError(
                 f"{n} images on {self.world} processes: start at most as many processes as there are images"
@@ -56,7 +56,7 @@ class Shards:
         return sent.to(value.device)
 
     def reduce(self, sums: Sequence[Summed]) -> None:
-        """Complete each of these over all processes, in place; every process must come with the same ones."""
+        """Complete each of these over all processes, in place; every process must bring the same ones."""
         if self.world == 1:
             return
         for item in sums:
@@ -69,11 +69,11 @@ class Shards:
                 item.rows = [r.to(item.rows[0].device) for part in parts for r in part]
 
     def gather(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The arrays with every process's share: each fills its own positions and leaves 0 elsewhere."""
+        """The complete arrays, where each process filled its own positions and left 0 elsewhere."""
         return [self.sum(torch.from_numpy(a)).numpy() for a in arrays]
 
     def objects(self, mine: T) -> list[T]:
-        """What each process brings, in order of rank."""
+        """The objects of all processes, in order of rank."""
         if self.world == 1:
             return [mine]
         every: list[T] = [mine] * self.world
@@ -96,7 +96,7 @@ ONE = Shards()
 
 @contextmanager
 def from_torchrun(device: torch.device, timeout_s: float = 600.0) -> Iterator[Shards]:
-    """The shards of this run: `ONE` where torchrun did not start it.
+    """The shards of this run: `ONE` if torchrun did not start it.
 
     timeout_s   how long a process waits for the others before it gives up
     """

@@ -148,8 +148,8 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
 
 
 def test_every_claim_names_a_notebook_and_its_profiles() -> None:
-    from issl.commands.run import profiles
-    from issl.experiments.plans_paper import PLANS
+    from issl.commands.profiles import profiles
+    from issl.experiments.plans import PLANS
 
     for entry in claims.claims().values():
         assert entry.notebook in PLANS and set(entry.profiles) <= set(profiles())

@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import yaml
 
-from issl.commands import cli, run
-from issl.commands.compute import Board, Work, closure, compute
-from issl.commands.run import read_profile
+from issl.commands import cli, profiles, run
+from issl.commands.compute import compute
+from issl.commands.profiles import ProfileOptions, read_profile
+from issl.commands.scheduler import Ended, Scheduler
 from issl.experiments.cache import Artifacts
-from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain
+from issl.experiments.plan import Plan
+from issl.experiments.stages import Embed, Evaluate, Influence
 
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},
@@ -36,7 +38,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A profile with two encoders, of seeds 0 and 1."""
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
-    monkeypatch.setattr(run, "profiles", lambda: {"tiny": path})
+    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": path})
     monkeypatch.delenv("ISSL_DATA", raising=False)
     return path
 
@@ -47,67 +49,108 @@ def change(path: Path, **common) -> None:
 
 def test_what_there_is_to_do_comes_in_order_and_once(tiny: Path, tmp_path: Path) -> None:
     plans = read_profile("tiny", ["00_method", "07_outliers"], out=str(tmp_path))
-    found = list(closure(plans.values()).values())
+    found = [task.stage for task in Scheduler(plans.values(), lambda _: False).tasks.values()]
     assert [s.name for s in found].count("pretrain") == 2 and len(found) == len({s.label for s in found}) == 4
     for k, stage in enumerate(found):
         assert all(needed in found[:k] for needed in stage.needs().values())
 
 
-def board() -> Board:
-    data = Data(name="scenes", n=64)
-    encoder = Pretrain(data=data)
-    train, test = Embed(pretrain=encoder, data=data), Embed(pretrain=encoder, data=Data(name="scenes", n=32))
-    chain = [encoder, Influence(pretrain=encoder, data=data), train, test, Evaluate(train=train, test=test)]
-    return Board({s.label: Work(s) for s in chain})
+class Chain(Plan):
+    """A plan whose stages read each other."""
+
+    notebook: ClassVar[str] = "chain"
+
+    def stages(self):
+        data = self.data()
+        encoder = self.pretrain()
+        train, test = Embed(pretrain=encoder, data=data), Embed(pretrain=encoder, data=self.data("test"))
+        influence, evaluate = Influence(pretrain=encoder, data=data), Evaluate(train=train, test=test)
+        return {"encoder": encoder, "influence": influence, "train": train, "test": test, "evaluate": evaluate}
+
+
+def chain(*there: str, jobs: int = 1) -> tuple[Chain, Scheduler]:
+    """The plan and its scheduler, where the stages of these names are cached."""
+    plan = Chain(n=64)
+    cached = [stage for name, stage in plan.stages().items() if name in there]
+    return plan, Scheduler([plan], lambda stage: stage in cached, jobs)
 
 
 def test_what_is_ready_what_is_blocked_and_how_long_it_takes() -> None:
-    b = board()
-    encoder, influence, train, test, evaluate = b.works.values()
-    assert b.ready() == [encoder] and b.remaining(1) is None
-    encoder.state, encoder.seconds = "done", 100.0
-    assert b.ready() == [influence, train, test]
-    train.state, train.seconds, test.state = "done", 8.0, "cached"
-    assert b.ready() == [influence, evaluate]
-    influence.state = "failed"
-    b.block()
-    assert evaluate.state == "waiting"  # it does not read the scores
-    evaluate.state, test.state = "done", "waiting"
-    assert b.remaining(2) == pytest.approx(4.0)  # one more of a kind that took 8 s, two at once
-    encoder.state = test.state = evaluate.state = "waiting"
-    encoder.state = "failed"
-    b.block()
-    assert (test.state, evaluate.state) == ("blocked", "blocked") and b.ready() == []
-    assert "1 done" in b.count() and "blocked" in b.table()
+    plan, s = chain("test", jobs=2)
+    encoder, influence, train, test, evaluate = s.tasks.values()
+    todo = (encoder, influence, train, evaluate)
+    assert s.ready() == [encoder] and test.state == "cached" and not s.settled(plan)
+    # nothing measured: the model's word, two at once
+    assert s.remaining() == pytest.approx(sum(task.cost for task in todo) / 2)
+    s.start(encoder)
+    assert s.running() == [encoder] and s.ready() == []
+    s.end(encoder, Ended(10 * encoder.cost))  # this machine takes ten times as long
+    assert s.ready() == [influence, train] and s.renewed(plan)
+    factor = (10 * encoder.cost + 0.2 * s.whole) / (encoder.cost + 0.2 * s.whole)
+    rest = influence.cost + train.cost + evaluate.cost
+    assert s.remaining() == pytest.approx(factor * rest / 2) and 1.3 < factor < 10
+    s.start(train)
+    train.began -= 1e6  # longer than expected: no less than nothing is left of it
+    assert s.remaining() == pytest.approx(factor * (rest - train.cost) / 2)
+    s.end(influence, Ended(1.0, "no gradient"))
+    assert evaluate.state == "waiting" and s.problem(plan) is influence  # evaluate does not read the scores
+    s.end(train, Ended(1.0, "the time budget is spent", late=True))
+    assert train.state == "out of time" and evaluate.state == "blocked" and s.ready() == []
+    assert (evaluate.error, evaluate.late) == ("the time budget is spent", True) and s.settled(plan)
+    assert s.count() == "1 done, 1 failed, 1 out of time, 1 cached, 1 blocked" and "blocked" in s.table()
+
+
+def test_a_failure_blocks_all_that_follows_from_it() -> None:
+    plan, s = chain()
+    encoder, *others = s.tasks.values()
+    s.start(encoder)
+    s.end(encoder, Ended(1.0, "batch_size=65"))
+    assert {task.state for task in others} == {"blocked"} and {task.error for task in others} == {"batch_size=65"}
+    assert s.ready() == [] and s.settled(plan) and s.remaining() == 0 and not s.renewed(plan)
+
+
+def test_what_is_missing_is_made_only_where_something_needs_it() -> None:
+    class Last(Chain):
+        notebook: ClassVar[str] = "last"
+
+        def stages(self):
+            return {"evaluate": super().stages()["evaluate"]}
+
+    plan = Last(n=64)
+    done = Scheduler([plan], lambda stage: isinstance(stage, Evaluate))
+    assert done.count() == "3 not needed, 1 cached" and done.ready() == [] and done.remaining() == 0
+    half = Scheduler([plan], lambda stage: isinstance(stage, Embed))
+    assert half.count() == "1 not needed, 2 cached, 1 waiting"
+    assert [task.stage for task in half.ready()] == [plan.stages()["evaluate"]]
 
 
 def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    arguments = {"only": "07", "out": tmp_path / "out", "jobs": 2, "say": said.append}
-    assert compute("tiny", **arguments) == 0
+    options = ProfileOptions("tiny", only="07", out=tmp_path / "out")
+    assert compute(options, jobs=2, say=said.append) == 0
     assert said[0] == "profile tiny: 3 stages, 3 waiting" and "3 done in" in said[-1] and "s left" in "".join(said)
     assert "simclr seed 0, scenes train n=64" in said[-1]
     again: list[str] = []
-    assert compute("tiny", **{**arguments, "say": again.append}) == 0
+    assert compute(options, jobs=2, say=again.append) == 0
     assert again[0] == "profile tiny: 3 stages, 3 cached" and "3 cached in 0 s" in again[-1]
     artifacts = Artifacts(tmp_path / "out" / "artifacts")
     plan = read_profile("tiny", ["07_outliers"], out=str(tmp_path / "out"))["07_outliers"]
-    assert [artifacts.get(s).is_dir() for s in plan.stages().values()] == [True] * 3 and artifacts.computed == []
+    assert [artifacts.get(s).is_dir() for s in plan.stages()] == [True] * 3 and artifacts.computed == []
 
 
 def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path: Path) -> None:
     change(tiny, batch_size=65)
     said: list[str] = []
-    assert compute("tiny", only="07", out=tmp_path / "out", say=said.append) == 1
-    told = "\n".join(said)
-    assert "batch_size=65: need 2 to 64" in told and "1 failed, 2 blocked" in said[-1]
-    log = next(Path(line.split(": ", 1)[1]) for line in told.splitlines() if "its log: " in line)
+    assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out"), say=said.append) == 1
+    printed = "\n".join(said)
+    assert "batch_size=65: need 2 to 64" in printed and "1 failed, 2 blocked" in said[-1]
+    log = next(Path(line.split(": ", 1)[1]) for line in printed.splitlines() if "its log: " in line)
     assert log.is_file()
 
 
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert compute("tiny", only="07", out=tmp_path / "out", minutes=0.0, say=said.append) == 3
+    assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append) == 3
     assert "the same command goes on from here" in "\n".join(said) and "1 out of time, 2 blocked" in said[-1]
 
 
@@ -154,11 +197,10 @@ def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
 @pytest.mark.slow
 def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm, capsys) -> None:
     change(tiny, n=512, epochs=4)
-    out, said = tmp_path / "out", []
-    assert (
-        compute("tiny", only="00,07", out=out, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append)
-        == 0
-    )
+    said: list[str] = []
+    out = tmp_path / "out"
+    options = ProfileOptions("tiny", only="00,07", out=out)
+    assert compute(options, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append) == 0
     assert "4 done in" in said[-1]
     times = []
     for path in (out / "artifacts" / "pretrain").glob("*/manifest.json"):
@@ -167,7 +209,7 @@ def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm,
         times.append((end - made["seconds"], end))
     (a, b), (c, d) = times
     assert max(a, c) < min(b, d), f"one after the other: {times}"
-    assert run.run("tiny", only="00,07", out=out) == 0
+    assert run.run(options) == 0
     assert "2 of 2 notebooks ended well" in (printed := capsys.readouterr().out) and "stages: 0 computed" in printed
 
 
@@ -175,7 +217,7 @@ def test_a_real_slurm_trains_two_side_by_side(tiny: Path, tmp_path: Path, slurm,
 def test_the_readmes_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path) -> None:
     """As it stands, GPU and all, on a profile that takes seconds."""
     (line,) = re.findall(r"^issl compute .*--cluster slurm.*$", (repository / "README.md").read_text(), re.MULTILINE)
-    monkeypatch.setattr(run, "profiles", lambda: {"paper": tiny})
+    monkeypatch.setattr(profiles, "profiles", lambda: {"paper": tiny})
     given = [*shlex.split(line)[1:], "cpus_per_task=1"]
     assert cli.main([*given, "--only", "00", "--out", str(tmp_path)]) == 0
     made = json.loads(next((tmp_path / "artifacts" / "pretrain").glob("*/manifest.json")).read_text())
@@ -187,7 +229,7 @@ def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, mo
     change(tiny)
     plans = yaml.safe_load(tiny.read_text()) | {"report": {"methods": ["simclr"], "shown": 32, "rank": 2}}
     tiny.write_text(yaml.safe_dump(plans))
-    monkeypatch.setattr("issl.commands.compute.select", lambda only: [])  # of all notebooks: none, for speed
-    assert compute("tiny", out=tmp_path, say=lambda _: None) == 0
+    monkeypatch.setattr("issl.commands.profiles.select", lambda only: [])  # of all notebooks: none, for speed
+    assert compute(ProfileOptions("tiny", out=tmp_path), say=lambda _: None) == 0
     plan = read_profile("tiny", ["report"], out=str(tmp_path))["report"]
-    assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages().values())
+    assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages())

@@ -18,7 +18,7 @@ from disk import png, write_parquet
 from PIL import Image
 
 import issl
-from issl.data import datasets, scenes
+from issl.data import datasets, published, scenes
 
 # --- scenes ---
 
@@ -141,9 +141,9 @@ def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monk
     monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
-    assert (kind.__name__, kind.base_folder) == datasets.TORCHVISION["cifar10"]
+    assert (kind.__name__, kind.base_folder) == published.SOURCES["cifar10"].torchvision
     kind100 = torchvision.datasets.CIFAR100
-    assert (kind100.__name__, kind100.base_folder) == datasets.TORCHVISION["cifar100"]
+    assert (kind100.__name__, kind100.base_folder) == published.SOURCES["cifar100"].torchvision
     train, test = issl.load("cifar10", root=tmp_path), issl.load("cifar10", "test", root=tmp_path)
     np.testing.assert_array_equal(np.concatenate([train.pixels, test.pixels]), pixels)
     assert train.attributes["label_name"].tolist() == list("bcdef")
@@ -203,7 +203,7 @@ def test_no_data_root_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(issl.IsslError, match="--data-root"):
         issl.load("fairface")
     with pytest.raises(issl.IsslError, match="only cifar10, cifar100, fairface"):
-        datasets.download("mnist", "x")
+        published.download("mnist", "x")
 
 
 def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +212,10 @@ def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
     with pytest.raises(issl.IsslError, match=r"no route to host.*Expected: .*cifar10/plain_text"):
-        datasets.download("cifar10", tmp_path)
+        published.download("cifar10", tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(issl.IsslError, match=r"no route to host.*fairface/0.25"):
-        datasets.download("fairface", tmp_path)
+        published.download("fairface", tmp_path)
 
 
 @pytest.mark.data

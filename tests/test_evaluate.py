@@ -52,7 +52,7 @@ def test_probe_finds_linear_classes_and_chooses_its_penalty_without_the_test_set
     assert same == c and again.mean() < 0.02  # the same model, whatever the truth is said to be
     blind, _ = probe_hits(torch.randn(800, 16), labels, torch.randn(300, 16), truth)
     assert blind.mean() < 0.25
-    with pytest.raises(issl.IsslError, match="all training images have one class"):
+    with pytest.raises(issl.IsslError, match="all training images are of one class"):
         probe_hits(train, torch.zeros_like(labels), test, truth)
 
 
@@ -67,10 +67,10 @@ def test_evaluation_as_a_stage(tmp_path: Path) -> None:
     encoder = Pretrain(data=train, recipe=recipe("simclr", "short"), width=2, epochs=0)
     stage = Evaluate(train=Embed(pretrain=encoder, data=train), test=Embed(pretrain=encoder, data=test), k=20)
     artifacts = Artifacts(tmp_path)
-    table = artifacts.hits(stage)
+    table = stage.read(artifacts)
     assert list(table) == ["index", "knn", "probe"] and len(table) == 100
     assert [c.split("/")[0] for c in artifacts.computed] == ["pretrain", "embed", "embed", "evaluate"]
     assert json.loads((artifacts.get(stage) / "probe.json").read_text())["C"] in PENALTIES
-    assert artifacts.history(encoder).empty
+    assert encoder.history(artifacts).empty
     watched = encoder.model_copy(update={"epochs": 1, "batch_size": 64, "watch": test})
-    assert 0 <= artifacts.history(watched)["knn_accuracy"].iloc[-1] <= 1
+    assert 0 <= watched.history(artifacts)["knn_accuracy"].iloc[-1] <= 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import issl
-from issl.data import datasets, scenes
+from issl.data import judged_pairs, scenes
 from issl.data.injection import ATYPICAL, DUPLICATES, inject
 from issl.experiments.settings import Data, Injection
 
@@ -105,12 +105,12 @@ def test_swapped_twins_differ_by_the_background_alone() -> None:
 def test_judged_pairs(data_root: Path) -> None:
     images = issl.load("cifair10", n=400, root=data_root)
     known = images.attributes
-    test = known[known["index"] >= datasets.CIFAR10_TRAIN]
+    test = known[known["index"] >= judged_pairs.CIFAR10_TRAIN]
     assert len(images) == 400 + 286 and len(test) == 286 and test["duplicate_of"].isin(known["index"]).all()
     assert set(test["duplicate_kind"]) == {"near duplicate", "very similar"}
     row, original = test.index[0], place(images, test["duplicate_of"].iloc[0])
     source = issl.load("cifar10", "test", root=data_root)
-    assert torch.equal(images.pixels[row], source.pixels[int(known["index"][row]) - datasets.CIFAR10_TRAIN])
+    assert torch.equal(images.pixels[row], source.pixels[int(known["index"][row]) - judged_pairs.CIFAR10_TRAIN])
     # people called them the same: their pixels are far closer than two images of a class usually are
     pairs = [place(images, o) for o in test["duplicate_of"]]
     gap = (images.pixels[test.index.to_numpy()].float() - images.pixels[pairs].float()).abs().mean((1, 2, 3))

@@ -1,4 +1,4 @@
-"""The closed forms of linear encoders against automatic differentiation and training anew."""
+"""The closed forms of linear encoders against automatic differentiation and retraining."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_without_a_point_is_training_without_it() -> None:
     start, delta = problem(1)
     weight = linear_theory.fit(start, delta, 0.1)
     for out in ([0], [7], [29], list(range(0, 30, 2))):
-        anew = torch.zeros_like(start).requires_grad_()
+        retrained = torch.zeros_like(start).requires_grad_()
         rest = delta[[i for i in range(30) if i not in out]]
         optimizer = torch.optim.LBFGS(
-            [anew],
+            [retrained],
             max_iter=500,
             history_size=50,
             tolerance_grad=1e-14,
@@ -52,18 +52,18 @@ def test_without_a_point_is_training_without_it() -> None:
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()  # noqa: B023 (called in this turn alone)
-            loss = objective(anew, start, rest, 0.1, 30)  # noqa: B023
+            loss = objective(retrained, start, rest, 0.1, 30)  # noqa: B023
             loss.backward()
             return loss
 
         optimizer.step(closure)
-        anew = anew.detach()
+        retrained = retrained.detach()
         by_formula = linear_theory.fit_without(weight, delta, 0.1, out)
-        torch.testing.assert_close(by_formula, anew, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(by_formula, retrained, rtol=1e-7, atol=1e-9)
         # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the weights
-        change, want = (((delta @ w.T).square() - (delta @ weight.T).square()).sum(1) for w in (by_formula, anew))
+        change, want = (((delta @ w.T).square() - (delta @ weight.T).square()).sum(1) for w in (by_formula, retrained))
         torch.testing.assert_close(change, want, rtol=1e-6, atol=1e-12)
-        assert float((by_formula - anew).norm() / (anew - weight).norm()) < 1e-6
+        assert float((by_formula - retrained).norm() / (retrained - weight).norm()) < 1e-6
 
 
 def test_influence_is_the_slope_of_the_loss_as_an_image_is_taken_out_of_the_mean() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 import issl
 from issl.devices import computes_bf16
 from issl.pretraining import objectives
-from issl.pretraining.learner import Learner, spread
+from issl.pretraining.encoder import load_encoder, save_encoder
+from issl.pretraining.learner import Learner, load_learner, save_learner, spread
 from issl.pretraining.optimizer import LARS, groups, learning_rate
 from issl.pretraining.recipes import RECIPES, recipe
 
@@ -160,6 +162,42 @@ def test_byols_target_follows_and_gets_no_gradient() -> None:
     before = [p.clone() for p in learner.target.parameters()]
     learner.follow(1.0)  # τ = 1 at the end
     assert all(torch.equal(p, q) for p, q in zip(learner.target.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reloaded_learner_gives_the_same_loss(method: str, tmp_path: Path) -> None:
+    """In half precision on disk: equal up to its rounding, 2^-11 of each weight."""
+    how, path = recipe(method, "short"), tmp_path / "learner.safetensors"
+    learner = Learner(how, 2, 10 if method == "supervised" else None, 3).train()
+    with torch.no_grad():  # as after some training: target and encoder differ, BatchNorm has statistics
+        for p in learner.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    xa, xb = torch.rand(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    batch = (xa, None if method == "supervised" else xb, torch.arange(16) % 10, "fp32")
+    learner(*batch)
+    save_learner(path, learner, {"config": {"recipe": how.model_dump(mode="json")}})
+    loaded = load_learner(path)
+    assert loaded.recipe == how and loaded.training
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    for (name, p), (same, q) in zip(loaded.state_dict().items(), learner.state_dict().items(), strict=True):
+        assert name == same
+        torch.testing.assert_close(p, q, rtol=2**-11 if p.ndim > 1 else 0, atol=2**-25 if p.ndim > 1 else 0)
+    torch.testing.assert_close(load_encoder(path)(xa), learner.eval().encoder.backbone(xa), rtol=2e-3, atol=2e-3)
+    for mode in (False, True):
+        torch.testing.assert_close(loaded.train(mode)(*batch), learner.train(mode)(*batch), rtol=2e-3, atol=2e-3)
+
+
+def test_a_file_without_the_whole_learner_is_refused(tmp_path: Path) -> None:
+    how = recipe("byol", "short")
+    path, config = tmp_path / "encoder.safetensors", {"recipe": how.model_dump(mode="json")}
+    save_encoder(path, Learner(how, 1, None, 0).encoder, {"config": config})
+    with pytest.raises(issl.IsslError, match=r"no byol learner: predictor and target are not in it.*snapshots"):
+        load_learner(path)
+    save_encoder(path, Learner(how, 1, None, 0).encoder, {})
+    with pytest.raises(issl.IsslError, match="has no config with a recipe; use load_encoder"):
+        load_learner(path)
+    with pytest.raises(issl.IsslError, match="does not exist"):
+        load_learner(tmp_path / "none.safetensors")
 
 
 def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:

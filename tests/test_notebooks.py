@@ -18,9 +18,12 @@ import issl
 from issl.analysis import baselines, explained_variance, statistics
 from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import nearest
-from issl.commands import run
+from issl.commands import profiles, run
+from issl.commands.profiles import ProfileOptions
 from issl.experiments import claims
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
+from issl.experiments.plans_own import Kind
+from issl.experiments.stages import Evaluate, Stability, Top
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
@@ -37,13 +40,13 @@ TINY: dict[str, Any] = {
     "05_fairness": {"rank": 4, "thinned": "cool"},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
-        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "further_epochs": 1, "draws": 2, "ranks": [2],
+        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "continued_epochs": 1, "draws": 2, "ranks": [2],
         "dampings": [], "kinds": ["exact"], "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
     "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
     "15_taught": {
-        "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "further_epochs": 1, "draws": 2, "shown": 1,
+        "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1, "draws": 2, "shown": 1,
     },
 }  # fmt: skip
 
@@ -55,10 +58,12 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = folder / "tiny.yaml"
     profile.write_text(yaml.safe_dump(TINY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "profiles", lambda: {"tiny": profile})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": profile})
         patch.delenv("ISSL_DATA", raising=False)
-        assert run.run("tiny", out=folder) == 0, "a notebook failed; its error is in the captured output"
-        assert run.run("tiny", out=folder, only="03,04") == 0
+        assert run.run(ProfileOptions("tiny", out=folder)) == 0, (
+            "a notebook failed; its error is in the captured output"
+        )
+        assert run.run(ProfileOptions("tiny", out=folder, only="03,04")) == 0
     return folder
 
 
@@ -72,7 +77,7 @@ def plan(out: Path) -> Callable[[str], Any]:
 
 
 def record(out: Path, name: str) -> Record:
-    return json.loads((out / f"results/tiny/claim_{name}.json").read_text())
+    return json.loads((out / f"results/tiny/claim_{name.replace(' ', '_')}.json").read_text())
 
 
 def numbers(out: Path, name: str) -> pd.DataFrame:
@@ -82,8 +87,8 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
 def test_an_audit_of_nothing_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump(TINY))
-    monkeypatch.setattr(run, "profiles", lambda: {"tiny": profile})
-    assert run.run("tiny", only="11", out=tmp_path) == 1
+    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": profile})
+    assert run.run(ProfileOptions("tiny", only="11", out=tmp_path)) == 1
     assert "IsslError: no claim of the tiny profile is recorded in" in (said := capsys.readouterr().out)
     assert "./run_all.sh --profile tiny" in said
 
@@ -112,14 +117,18 @@ def test_00_at_full_rank_logra_is_exact(out: Path) -> None:
 
 def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> None:
     p = plan("01_seed_correlation")
-    stages, artifacts = p.stages(), p.artifacts()
-    for reading, keys in (("noise", ("0 0", "0 1")), ("training", ("0 0", "1 1"))):
-        a, b = (artifacts.scores(stages[f"byol/influence {k}"])["influence"] for k in keys)
+    artifacts = p.artifacts()
+
+    def influence(train: int, noise: int) -> pd.Series:
+        return p.scores("byol", train, noise).read(artifacts)["influence"]
+
+    for reading, (train, noise) in (("noise", (0, 1)), ("training", (1, 1))):
+        a, b = influence(0, 0), influence(train, noise)
         got = record(out, f"{reading}_seed_correlation.byol")["metrics"]
         assert got["pearson"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1])
         assert got["spearman"]["value"] == pytest.approx(a.corr(b, method="spearman"))
         assert got["pearson"]["value"] < 0.999  # another seed, another score
-    a, b = (artifacts.scores(stages[f"byol/influence {k}"])["influence"] for k in ("0 0", "1 0"))
+    a, b = influence(0, 0), influence(1, 0)
     table = numbers(out, "01_seed_correlation").set_index(["seed", "method", "metric"])["value"]
     assert table["training, same noise", "byol", "pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1])
 
@@ -171,9 +180,8 @@ def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_prec
 
 def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     p = plan("05_fairness")
-    stages, artifacts, groups = p.stages(), p.artifacts(), p.data().load().attributes["group"].to_numpy()
-    thinned = artifacts.positions(stages["simclr/thinned 0 positions"])
-    at_random = artifacts.positions(stages["simclr/random 0 positions"])
+    artifacts, groups = p.artifacts(), p.data().load().attributes["group"].to_numpy()
+    thinned, at_random = (p.removal(0, at_random).read(artifacts) for at_random in (False, True))
     assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(0.9 * (groups == "cool").sum())
     table = numbers(out, "05_fairness")
     assert (table["adjusted_p"] >= table["p"]).all()
@@ -183,15 +191,23 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
 
 
 def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
-    for name, figure in (("06_pruning", "06_pruning"), ("08_supervised_vs_ssl", "08_supervised_vs_ssl_pruning")):
-        p = plan(name)
-        stages, artifacts, table = p.stages(), p.artifacts(), numbers(out, figure)
-        runs = table[table["table"] == "runs"]
-        for r in runs.itertuples():
-            label = f"{r.method}/{r.removed} {r.share:g}" if name == "06_pruning" else f"{r.trained}/{r.removed}"
-            hits = artifacts.hits(stages[f"{label}/seed {int(r.seed)}"])
-            assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
-        assert len(runs) == 2 * 4 * (1 if name == "06_pruning" else 2)
+    pruning, compared = plan("06_pruning"), plan("08_supervised_vs_ssl")
+
+    def runs(name: str) -> Any:
+        table = numbers(out, name)
+        return table[table["table"] == "runs"].itertuples()
+
+    def without(p: Any, method: str, removed: str, *share: float, seed: float) -> Evaluate:
+        if removed == "none":
+            return p.all_kept(method, int(seed))
+        return p.pruned(method, removed.removeprefix("top by "), *share, int(seed))
+
+    first = [(r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")]
+    second = [(r, without(compared, r.trained, r.removed, seed=r.seed)) for r in runs("08_supervised_vs_ssl_pruning")]
+    assert (len(first), len(second)) == (2 * 4, 2 * 4 * 2)
+    for r, stage in first + second:
+        hits = stage.read(pruning.artifacts())
+        assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
 
 
 def test_07_a_score_that_knows_them_finds_all_atypical_images(out: Path, plan) -> None:
@@ -221,38 +237,40 @@ def test_09_closed_form(out: Path) -> None:
 def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     assert record(out, "convex_theory")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("10_validation")
-    stages, artifacts = p.stages(), p.artifacts()
-    n = len(p.data().load())
+    artifacts, n = p.artifacts(), len(p.data().load())
 
-    def log(label: str) -> np.ndarray:
-        return np.log(np.maximum(artifacts.losses(stages[label])["stability_loss"].to_numpy(), 1e-8))
+    def log(stage: Stability) -> np.ndarray:
+        return np.log(np.maximum(stage.read(artifacts)["stability_loss"].to_numpy(), 1e-8))
 
-    for kind in ("further", "anew"):
-        after = np.stack([np.stack([log(f"{kind}/subset {k}/{s}") for k in range(4)], 1) for s in range(2)])
-        after = (after - after.mean(1, keepdims=True)).mean(0)
-        scores = artifacts.pairs(stages["cross LoGra, rank 4"]).numpy() / np.exp(log("queries"))[:, None]
-        foretold = np.zeros_like(after)
-        for k in range(4):
-            gone = artifacts.positions(stages[f"draw {k}"])
-            assert len(gone) == n // 2
-            foretold[:, k] = -np.delete(scores, gone, 1).sum(1)
-        foretold -= foretold.mean(0)
-        want = np.mean(
-            [pd.Series(a).corr(pd.Series(b), method="spearman") for a, b in zip(foretold, after, strict=True)]
+    def shift(kind: Kind, i: int) -> np.ndarray:
+        """Of every image's log loss, without image number `i`, mean over seeds."""
+        pairs = [(p.without_one(kind, s, i), p.trained_on_all(kind, s)) for s in range(2)]
+        return np.mean([log(p.all_losses(without)) - log(p.all_losses(full)) for without, full in pairs], axis=0)
+
+    for kind in p.kinds_of_retraining:
+        after = np.stack(
+            [np.stack([log(p.query_losses(p.on_subset(kind, s, k))) for k in range(4)], 1) for s in range(2)]
         )
-        got = record(out, f"foretells_subsets.{kind}")["metrics"]
+        after = (after - after.mean(1, keepdims=True)).mean(0)
+        scores = p.cross().read(artifacts).numpy() / np.exp(log(p.query_losses(p.pretrain())))[:, None]
+        predicted = np.zeros_like(after)
+        for k in range(4):
+            gone = p.draw(k).read(artifacts)
+            assert len(gone) == n // 2
+            predicted[:, k] = -np.delete(scores, gone, 1).sum(1)
+        predicted -= predicted.mean(0)
+        want = np.mean(
+            [pd.Series(a).corr(pd.Series(b), method="spearman") for a, b in zip(predicted, after, strict=True)]
+        )
+        got = record(out, f"predicts_subsets.{kind}")["metrics"]
         assert got["lds"]["value"] == pytest.approx(want) and 0 <= got["ceiling"]["value"] <= 1
-        # the image at the head of the score, left out
-        influence = artifacts.scores(stages["influence"])["influence"].to_numpy()
-        (at,) = artifacts.positions(stages["pick 0"])
-        assert at == influence.argmax()
-        shift = np.mean([log(f"{kind}/without 0/{s}") - log(f"{kind}/{s}") for s in range(2)], axis=0)
-        others = [
-            np.mean([log(f"{kind}/without {i}/{s}") - log(f"{kind}/{s}") for s in range(2)], axis=0) for i in (1, 2, 3)
-        ]
-        places = [at, *(artifacts.positions(stages[f"pick {i}"])[0] for i in (1, 2, 3))]
-        changes = [d[k] - np.delete(d, k).mean() for d, k in zip([shift, *others], places, strict=True)]
-        got = record(out, f"foretells_leaving_one_out.{kind}")["metrics"]
+        # single images, left out; the first is the image at the head of the score
+        influence = p.scores().read(artifacts)["influence"].to_numpy()
+        places = [p.pick(i).read(artifacts)[0] for i in range(4)]
+        assert places[0] == influence.argmax()
+        shifts = [shift(kind, i) for i in range(4)]
+        changes = [d[k] - np.delete(d, k).mean() for d, k in zip(shifts, places, strict=True)]
+        got = record(out, f"predicts_leaving_one_out.{kind}")["metrics"]
         assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
         assert got["spearman"]["value"] == pytest.approx(
             pd.Series(influence[places]).corr(pd.Series(changes), method="spearman")
@@ -261,16 +279,14 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
 
 def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:
     p = plan("12_continual")
-    stages, artifacts = p.stages(), p.artifacts()
+    artifacts = p.artifacts()
     for task in p.tasks:
-        first, second, more = (
-            nearest(artifacts.features(stages[f"{task}/0/{node}/features"]), 5)[0]
-            for node in ("first/0", "second/1", "more/1")
-        )
+        encoders = (p.encoder(task, 0), p.encoder(task, 0, "second", 1), p.encoder(task, 0, "more", 1))
+        first, second, more = (nearest(p.old_features(task, e).read(artifacts), 5)[0] for e in encoders)
         lost = np.array([[len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)] for way in (second, more)])
         excess = np.round(lost[0] - lost[1], 9)
-        scores = artifacts.scores(stages[f"{task}/0/first/0/influence"])["influence"]
-        got = record(out, f"foretells_forgetting.{task}")
+        scores = p.old_scores(task, encoders[0]).read(artifacts)["influence"]
+        got = record(out, f"predicts_forgetting.{task}")
         assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx(excess.mean())
         want = scores.corr(pd.Series(excess), method="spearman")
         assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(scores)
@@ -281,9 +297,8 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     p = plan("13_explained")
-    stages, artifacts = p.stages(), p.artifacts()
     table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
-    a, b = (artifacts.scores(stages[f"byol/influence {s}"])["influence"] for s in range(2))
+    a, b = (p.scores("byol", noise).read(p.artifacts())["influence"] for noise in range(2))
     r = np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
     assert table["byol", "together", "repeatable"] == pytest.approx(r)
     share = record(out, "more_than_statistics.byol")["metrics"]["pixels_of_repeatable"]["value"]
@@ -294,7 +309,6 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
 
 def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out: Path, plan) -> None:
     p = plan("14_bridges")
-    stages, artifacts = p.stages(), p.artifacts()
     table = numbers(out, "14_bridges")
     removed = table[
         (table["table"] == "removed") & (table["removed"] == "betweenness") & (table["metric"] == "modularity")
@@ -303,7 +317,7 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out:
     images = p.dose(0.5).load()
     assert bool((p.dose(0.2).load().masks == images.masks).all())
     plain = ((images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")).to_numpy()
-    scores = np.log(artifacts.scores(stages["dose 0.5/0"])["influence"].to_numpy())
+    scores = np.log(p.dose_scores(0.5, 0).read(p.artifacts())["influence"].to_numpy())
     uniform = images.attributes["uniform"].to_numpy(bool)
     dose = table[(table["table"] == "dose") & (table["background"] == "uniform")].set_index(
         "share.1" if "share.1" in table else "share"
@@ -313,23 +327,20 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out:
 
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     p = plan("15_taught")
-    stages, artifacts = p.stages(), p.artifacts()
-    cross, near = (artifacts.pairs(stages[name]) for name in ("cross", "nearness"))
+    artifacts = p.artifacts()
+    cross, near = p.cross().read(artifacts), p.nearness().read(artifacts)
     for q in range(2):
-        assert artifacts.positions(stages[f"set influence {q}"]) == sorted(cross[q].topk(p.k).indices.tolist())
-        assert artifacts.positions(stages[f"set nearest {q}"]) == sorted(near[q].topk(p.k).indices.tolist())
+        assert p.influential(q).read(artifacts) == sorted(cross[q].topk(p.k).indices.tolist())
+        assert p.nearest(q).read(artifacts) == sorted(near[q].topk(p.k).indices.tolist())
 
-    def moved(kind: str, s: int, name: str, q: int) -> float:
-        a, b = (artifacts.features(stages[f"{kind}/{s}/{which} features"])[q].double() for which in (name, "none"))
+    def moved(kind: Kind, s: int, removal: Top, q: int) -> float:
+        encoders = (p.retrained(kind, s, removal), p.retrained(kind, s))
+        a, b = (p.query_features(e).read(artifacts)[q].double() for e in encoders)
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
 
-    for kind in ("further", "anew"):
+    for kind in p.kinds_of_retraining:
         want = np.mean(
-            [
-                moved(kind, s, f"influence {q}", q) - moved(kind, s, f"nearest {q}", q)
-                for s in range(2)
-                for q in range(2)
-            ]
+            [moved(kind, s, p.influential(q), q) - moved(kind, s, p.nearest(q), q) for s in range(2) for q in range(2)]
         )
         got = record(out, f"taught_more_than_nearest.{kind}")["metrics"]["change_less_nearest"]["value"]
         assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
@@ -348,8 +359,8 @@ def test_11_holds_every_record_in_all_formats(out: Path) -> None:
 
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "profiles", lambda: {"tiny": out / "tiny.yaml"})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": out / "tiny.yaml"})
         patch.delenv("ISSL_DATA", raising=False)
-        assert run.run("tiny", out=out) == 0
+        assert run.run(ProfileOptions("tiny", out=out)) == 0
     printed = capsys.readouterr().out
     assert "stages: 0 computed" in printed and printed.count("current ") == len(PLANS)

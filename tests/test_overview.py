@@ -1,8 +1,9 @@
-"""What a run tells of itself: costs, remaining time, the doctor."""
+"""What a run says about itself: costs, remaining time, the doctor."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,12 +13,14 @@ from rich.console import Console
 
 from issl.commands import cli, progress
 from issl.commands.progress import Overview, in_words
-from issl.experiments import cost
-from issl.experiments.cache import Artifacts
+from issl.commands.scheduler import Ended, Scheduler
+from issl.errors import IsslError
+from issl.experiments import cost, stages
+from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Influence, Pretrain
+from issl.experiments.stages import Embed, Evaluate, Influence, Nearness, Pretrain
 from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=48)
@@ -37,9 +40,9 @@ def test_more_work_costs_more() -> None:
 
 def test_every_stage_once_and_after_what_it_reads() -> None:
     for plan in PLANS.values():
-        found = list(cost.every(plan().stages().values()))
+        found = cost.all_stages([plan()])
         place = {stage.label: k for k, stage in enumerate(found)}
-        assert len(place) == len(found) >= len({s.label for s in plan().stages().values()})
+        assert len(place) == len(found) >= len({s.label for s in plan().stages()})
         for stage in found:
             assert all(place[need.label] < place[stage.label] for need in stage.needs().values())
 
@@ -53,46 +56,79 @@ class Pair(Plan):
         return {"a": Influence(pretrain=TRAIN, data=DATA), "b": Embed(pretrain=TRAIN, data=DATA)}
 
 
-def test_what_is_left_follows_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    artifacts = Artifacts(tmp_path)
-    seen = Overview([Pair()], artifacts)
-    costs = {stage.label: cost.seconds(stage) for stage in cost.every(Pair().stages().values())}
+def overview(there: Callable[[Stage], bool] = lambda _: False) -> Overview:
+    return Overview(Scheduler([Pair()], there, other=cost.NOTEBOOK), notebooks=1)
+
+
+def test_what_is_left_follows_what_was_done() -> None:
+    seen = overview()
+    costs = {stage.label: cost.seconds(stage) for stage in cost.all_stages([Pair()])}
     whole = sum(costs.values()) + cost.NOTEBOOK
-    assert seen.cost == costs and seen.remaining() == pytest.approx(whole)  # nothing known yet: the model's word
+    s = seen.scheduler
+    assert {label: task.cost for label, task in s.tasks.items()} == costs
+    assert s.remaining() == pytest.approx(whole)  # nothing known yet: the model's word
     # this machine takes ten times as long as the model says
-    artifacts.computed.append(TRAIN.label)
-    now[0] += 10 * costs[TRAIN.label]
+    s.end(s.tasks[TRAIN.label], Ended(10 * costs[TRAIN.label]))
     belief = 0.2 * whole
     factor = (10 * costs[TRAIN.label] + belief) / (costs[TRAIN.label] + belief)
-    assert seen.remaining() == pytest.approx((whole - costs[TRAIN.label]) * factor) and 1.3 < factor < 10
-    artifacts.computed += [s.label for s in Pair().stages().values()]
+    assert s.remaining() == pytest.approx((whole - costs[TRAIN.label]) * factor) and 1.3 < factor < 10
+    assert s.finished() == pytest.approx(costs[TRAIN.label])
+    for task in s.ready():
+        s.end(task, Ended(1.0))
     seen.notebook("ok")
-    assert seen.remaining() == pytest.approx(0) and seen.told().startswith("3 of 3 stages, 1 of 1 notebooks")
+    assert s.remaining() == pytest.approx(0) and seen.status().startswith("3 of 3 stages, 1 of 1 notebooks")
 
 
 def test_a_later_run_counts_what_is_missing(tmp_path: Path) -> None:
     artifacts = Artifacts(tmp_path)
     artifacts.get(TRAIN)
-    assert set(Overview([Pair()], Artifacts(tmp_path)).cost) == {s.label for s in Pair().stages().values()}
+    to_do = overview(Artifacts(tmp_path).has).scheduler.to_do()
+    assert {task.label for task in to_do} == {s.label for s in Pair().stages().values()}
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = Overview([Pair()], Artifacts(tmp_path))
+    seen = overview()
+    task = seen.scheduler.ready()[0]
     with seen.shown():
-        seen.stage("a", TRAIN, 1.0)
-    assert "a: pretrain" in (line := capsys.readouterr().out) and "0 of 3 stages" in line and line.count("\n") == 1
+        seen.stage(task)
+    about = f"{TRAIN.label}: simclr seed 0, scenes train n=48, 0.0 s"
+    assert about in (line := capsys.readouterr().out) and "0 of 3 stages" in line and line.count("\n") == 1
     drawn = io.StringIO()
-    monkeypatch.setattr(overview, "Console", lambda: Console(file=drawn, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "Console", lambda: Console(file=drawn, force_terminal=True, width=120))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     with seen.shown():
-        seen.stage("a", TRAIN, 1.0)
+        seen.stage(task)
         seen.notebook("ok      [01]")
     text = drawn.getvalue()
-    assert "a: pretrain" in text and "ok      [01]" in text and "1 of 1 notebooks" in text
+    assert about in text and "ok      [01]" in text and "1 of 1 notebooks" in text
+
+
+def test_every_kind_of_stage_has_a_cost() -> None:
+    """Those that only choose images are named; a kind that the model does not know is an error, not 0 seconds."""
+    scored, few = Influence(pretrain=TRAIN, data=DATA), Data(name="scenes", n=20)
+    train, query = Embed(pretrain=TRAIN, data=DATA), Embed(pretrain=TRAIN, data=few)
+    chosen = [
+        stages.Prune(influence=scored, which="top", share=0.1), stages.Pick(influence=scored, quantile=0.5),
+        stages.Draw(data=DATA, share=0.1), stages.Thin(data=DATA, attribute="group", value="cool"),
+        stages.Top(scores=Nearness(train=train, query=query), query=0, k=1),
+    ]  # fmt: skip
+    others = [
+        TRAIN, scored, train, stages.Stability(pretrain=TRAIN, data=DATA),
+        stages.Cross(pretrain=TRAIN, data=DATA, query=few),
+        Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
+    ]  # fmt: skip
+    kinds = {kind for kind in Stage.__subclasses__() if kind.__module__ == stages.__name__}
+    assert {type(stage) for stage in chosen + others} == kinds
+    assert {cost.seconds(stage) for stage in chosen} == {cost.OVERHEAD}
+    assert all(cost.seconds(stage) > cost.OVERHEAD for stage in others)
+
+    class Unknown(Stage):
+        name: ClassVar[str] = "unknown"
+
+    with pytest.raises(IsslError, match=r"stage 'unknown': .*does not say what it costs"):
+        cost.seconds(Unknown())
 
 
 @pytest.mark.parametrize(
@@ -106,11 +142,11 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("ISSL_DATA", raising=False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("python", "torch", "GPU", "memory", "disk", "ISSL_DATA", "scenes", "drawn, any number"):
-        assert word in told
-    assert "cifar10   not here" in told and told.count("issl download") == 1
-    lines = {line.split()[0]: line for line in told.splitlines() if line.startswith("  ")}
+        assert word in printed
+    assert "cifar10   not here" in printed and printed.count("issl download") == 1
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith("  ")}
     assert "stages to compute, about" in lines["quick"] and "needs cifair10, cifar10, fairface" in lines["mini"]
     monkeypatch.setattr("issl.commands.doctor.os.access", lambda *_: False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 1

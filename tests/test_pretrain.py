@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from functools import partial
@@ -15,21 +16,29 @@ import pytest
 import torch
 
 import issl
+from issl.analysis.evaluate import embed, knn_hits, knn_watch
 from issl.data.views import View
 from issl.errors import OutOfTime
 from issl.experiments.cache import Artifacts
 from issl.experiments.settings import Data
 from issl.experiments.stages import Influence, Pretrain
 from issl.files import read_safetensors
+from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
 from issl.pretraining.encoder import BasicBlock, Head, load_encoder, new_encoder, save_encoder
-from issl.pretraining.learner import Learner
-from issl.pretraining.loop import epoch_order, epoch_uniforms, pretrain
+from issl.pretraining.learner import Learner, load_learner
+from issl.pretraining.loop import Execution, epoch_order, epoch_uniforms, pretrain
 from issl.pretraining.recipes import RECIPES, recipe
 from issl.shards import Shards
 
-SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "progress": False}
+SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "execution": Execution(progress=False)}
 METHODS = list(RECIPES["short"])
+SUPERVISED, BYOL, SIMCLR = (recipe(m, "short") for m in ("supervised", "byol", "simclr"))
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("method", ["simclr", "byol"])
@@ -132,16 +141,31 @@ def test_training_lowers_the_loss(method: str) -> None:
     assert history["lr"].iloc[-1] == 0 and history["lr"].max() <= recipe(method, "short").lr / 4
 
 
-def test_what_is_watched_joins_the_history() -> None:
-    seen = []
+def test_numbers_returned_after_an_epoch_join_the_history() -> None:
+    modes = []
 
-    def watch(backbone: torch.nn.Module) -> dict[str, float]:
-        seen.append(backbone.training)
-        return {"knn_accuracy": 0.5}
+    def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+        modes.append(learner.training)
+        learner.eval()
+        return None if done == 1 else {"number": done / 2}
 
-    _, history = pretrain(issl.load("scenes", n=64), **{**SMALL, "epochs": 3}, watch=watch, watch_every=2)
-    assert history["knn_accuracy"].tolist()[1:] == [0.5, 0.5] and np.isnan(history["knn_accuracy"][0])
-    assert seen == [False, False]
+    images = issl.load("scenes", n=64)
+    encoder, history = pretrain(images, BYOL, **{**SMALL, "epochs": 3}, after_epoch=after_epoch)
+    assert history["number"].tolist()[1:] == [1.0, 1.5] and np.isnan(history["number"][0])
+    assert modes == [True, True, True]  # training goes on in training mode, whatever the hook did
+    plain, _ = pretrain(images, BYOL, **{**SMALL, "epochs": 3})
+    same_weights(encoder, plain)
+
+
+def test_knn_watch_measures_every_so_often_and_at_the_end() -> None:
+    images, test = issl.load("scenes", n=64), issl.load("scenes", "test", n=32)
+    watch = knn_watch(images, test, torch.device("cpu"), epochs=3, every=2)
+    encoder, history = pretrain(images, SIMCLR, **{**SMALL, "epochs": 3}, after_epoch=watch)
+    assert history["knn_accuracy"].notna().tolist() == [False, True, True]
+    hits = knn_hits(
+        embed(encoder.backbone, images), images.require_labels(), embed(encoder.backbone, test), test.require_labels()
+    )
+    assert history["knn_accuracy"].iloc[-1] == hits.mean()
 
 
 def test_encoder_files(tmp_path: Path) -> None:
@@ -155,9 +179,6 @@ def test_encoder_files(tmp_path: Path) -> None:
         load_encoder(path)
     with pytest.raises(issl.IsslError, match="does not exist"):
         load_encoder(tmp_path / "none")
-
-
-SUPERVISED, BYOL, SIMCLR = (recipe(m, "short") for m in ("supervised", "byol", "simclr"))
 
 
 @pytest.mark.parametrize(
@@ -195,21 +216,19 @@ def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, mon
 
     monkeypatch.setattr("issl.pretraining.loop.time", SimpleNamespace(monotonic=monotonic))
     with pytest.raises(OutOfTime, match="stopped after 0 of 4 epochs, the time budget is spent; the same command"):
-        pretrain(images, BYOL, **settings, checkpoint=path, deadline=-1.0)
+        pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path, deadline=-1.0))
 
-    def ten_seconds(_: torch.nn.Module) -> dict[str, float]:
+    def ten_seconds(done: int, learner: Learner) -> None:
         nonlocal now
         now += 10
-        return {}
 
     with pytest.raises(OutOfTime, match=r"stopped after 2 of 4 epochs"):  # a third would end at 30
-        pretrain(images, BYOL, **settings, checkpoint=path, deadline=25.0, watch=ten_seconds)
-    resumed, history = pretrain(images, BYOL, **settings, checkpoint=path)
+        pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path, deadline=25.0), after_epoch=ten_seconds)
+    resumed, history = pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path))
     assert len(history) == 4
-    a, b = whole.state_dict(), resumed.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    same_weights(whole, resumed)
     with pytest.raises(OutOfTime, match="give a checkpoint file"):
-        pretrain(images, BYOL, **SMALL, deadline=-1.0)
+        pretrain(images, BYOL, **SMALL, checkpoint=Checkpoint(deadline=-1.0))
 
 
 KINDS = [("simclr", "short"), ("byol", "published"), ("barlow_twins", "short"), ("supervised", "short")]
@@ -233,11 +252,20 @@ def gradients(method: str, variant: str, shards: Shards) -> list[np.ndarray]:
     return [v.detach().double().numpy() for v in [loss, *grads, *learner.buffers()]]
 
 
+def on(shards: Shards) -> dict[str, Execution]:
+    return {"execution": Execution(precision="fp32", shards=shards, progress=False)}
+
+
+def knn_accuracy(done: int, learner: Learner) -> dict[str, float] | None:
+    few = issl.load("scenes", n=40)
+    return knn_watch(few, few, torch.device("cpu"), epochs=2)(done, learner)
+
+
 def epochs(method: str, variant: str, shards: Shards) -> list[np.ndarray]:
     """The losses of two epochs, and the weights after them."""
     torch.set_num_threads(1)
     encoder, history = pretrain(
-        issl.load("scenes", n=48), recipe(method, variant), **SMALL, precision="fp32", shards=shards
+        issl.load("scenes", n=48), recipe(method, variant), **{**SMALL, **on(shards)}, after_epoch=knn_accuracy
     )
     return [history["loss"].to_numpy(), *(v.float().numpy() for v in encoder.state_dict().values())]
 
@@ -264,7 +292,7 @@ def test_two_processes_train_as_one() -> None:
 
 
 def uneven(shards: Shards) -> None:
-    pretrain(issl.load("scenes", n=64), **{**SMALL, "batch_size": 17}, shards=shards)
+    pretrain(issl.load("scenes", n=64), **{**SMALL, "batch_size": 17, **on(shards)})
 
 
 def test_a_batch_must_share_out() -> None:
@@ -309,14 +337,72 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> N
         np.testing.assert_array_equal(a.to_numpy(), b.to_numpy())
 
 
+SNAPSHOTS = STAGES["pretrain"].model_copy(update={"data": Data(name="scenes", n=96), "snapshots": (1, 3)})
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_snapshots_hold_the_whole_learner_in_half_precision(method: str, tmp_path: Path) -> None:
+    stage = SNAPSHOTS.model_copy(update={"recipe": recipe(method, "short")})
+    folder = Artifacts(tmp_path).get(stage)
+    learners = ["encoder-0001.safetensors", "encoder-0003.safetensors", "encoder.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [*learners, "history.csv", "manifest.json"]
+    assert stage.key != stage.model_copy(update={"snapshots": None}).key
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = []
+    for name in learners:
+        header, tensors = read_safetensors(folder / name, "learner")
+        kinds = {"backbone", "projector", *(("predictor", "target") if method == "byol" else ())}
+        assert {k.split(".")[0] for k in tensors} == kinds
+        assert all(v.dtype == (torch.float16 if v.ndim > 1 else v.dtype) for v in tensors.values())
+        assert all(v.dtype != torch.float16 for v in tensors.values() if v.ndim <= 1)
+        assert json.loads(header["issl"])["config"] == stage.model_dump(mode="json")
+        features.append(load_encoder(folder / name)(x))
+        torch.testing.assert_close(load_learner(folder / name).eval().encoder.backbone(x), features[-1])
+    assert json.loads(read_safetensors(folder / learners[1], "learner")[0]["issl"])["epochs_done"] == 3
+    assert not torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
+    # the last one is the encoder that a run without snapshots leaves, up to half precision
+    plain = stage.model_copy(update={"snapshots": None}).encoder(Artifacts(tmp_path))(x)
+    torch.testing.assert_close(features[2], plain, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("epochs_done", [1, 2, 3, 5])
+def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
+    epochs_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the snapshot of an epoch, before its checkpoint."""
+    whole = Artifacts(tmp_path / "whole").get(SNAPSHOTS)
+
+    class Killed(BaseException):
+        pass
+
+    def save(self: Checkpoint, learner: Learner, optimizer: object, identity: object, history: list) -> None:
+        if len(history) == epochs_done:
+            raise Killed
+        original(self, learner, optimizer, identity, history)
+
+    original = Checkpoint.save
+    artifacts = Artifacts(tmp_path / "killed", checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save)
+        with pytest.raises(Killed):
+            artifacts.get(SNAPSHOTS)
+    resumed = artifacts.get(SNAPSHOTS)
+    assert len(artifacts.computed) == 1
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (resumed / file.name).read_bytes()
+    assert len(list(whole.glob("*.safetensors"))) == len(list(resumed.glob("*.safetensors"))) == 3
+    names = ["epoch", "loss", "feature_std", "lr"]
+    pd.testing.assert_frame_equal(*(pd.read_csv(f / "history.csv")[names] for f in (whole, resumed)))
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path, images = tmp_path / "c.safetensors", issl.load("scenes", n=64)
-    pretrain(images, **SMALL, checkpoint=path, checkpoint_seconds=0.0)
+    pretrain(images, **SMALL, checkpoint=Checkpoint(path, seconds=0.0))
     with pytest.raises(issl.IsslError, match="belongs to another run: seed differ"):
-        pretrain(images, **SMALL, checkpoint=path, seed=1)
+        pretrain(images, **SMALL, checkpoint=Checkpoint(path), seed=1)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(issl.IsslError, match="is damaged"):
-        pretrain(images, **SMALL, checkpoint=path)
+        pretrain(images, **SMALL, checkpoint=Checkpoint(path))
 
 
 def test_basic_block_equals_torchvisions() -> None:

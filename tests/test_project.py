@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -48,6 +49,31 @@ def test_the_lock_holds_every_dependency_with_hashes_and_no_address(repository: 
 
 def test_version_is_one(repository: Path) -> None:
     assert project(repository)["version"] == issl.__version__
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    """Neither `import issl` nor the usage of a command imports torch, or changes the environment."""
+    code = """
+import os, sys
+before = dict(os.environ)
+import issl
+from issl.commands import cli
+for arguments in (["--help"], ["--version"], ["run", "--nonsense"], ["compute"], []):
+    try:
+        cli.parser(*arguments[:1]).parse_args(arguments)
+    except SystemExit:
+        pass
+assert "torch" not in sys.modules and dict(os.environ) == before
+assert set(issl.__all__) == {name for names in issl._NAMES.values() for name in names} <= set(dir(issl))
+names = {}
+exec("from issl import *", names)
+assert all(names[name] is getattr(issl, name) for name in issl.__all__)
+assert "torch" in sys.modules and dict(os.environ) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="module 'issl' has no attribute 'nonsense'"):
+        _ = issl.nonsense
 
 
 def test_run_all_help_and_bad_options(repository: Path, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from disk import write_cifar10
 from PIL import Image
 
 import issl
-from issl.commands import cli, run
+from issl.commands import cli, profiles
 from issl.errors import IsslError
-from issl.experiments.plan import Scored
+from issl.influence import reference
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -89,7 +89,7 @@ def small(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = {"methods": ["simclr"], "rank": 2}
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({"common": common, "00_method": {"images": 16}, "01_seed_correlation": seeds}))
-    monkeypatch.setattr(run, "profiles", lambda: dict.fromkeys(("quick", "mini", "paper"), profile))
+    monkeypatch.setattr(profiles, "profiles", lambda: dict.fromkeys(("quick", "mini", "paper"), profile))
 
 
 def weights_for(encoder: str, folder: Path) -> list[str]:
@@ -130,7 +130,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
             patch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
             patch.setattr("huggingface_hub.snapshot_download", no_network)
             options = cli.parser("download").parse_args(given)
-            issl.data.datasets.download(options.name, options.data_root)
+            issl.data.published.download(options.name, options.data_root)
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
     given += SMALL[given[0]]
@@ -192,8 +192,8 @@ def test_no_block_is_forgotten() -> None:
     """What the tests below run is all there is, but for two that are no code: what a run prints, and the layout."""
     languages = re.findall(r"^```(\w*)\n", README, re.MULTILINE)
     opened = [language for language in languages if language]
-    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 3, "diff": 2}
-    assert set(opened) == {"bash", "python", "diff"} and README.count("```") == 2 * (len(opened) + 2)
+    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 3, "diff": 3}
+    assert set(opened) == {"bash", "python", "diff"} and README.count("```") == 2 * (len(opened) + 3)
 
 
 def test_the_code_runs(small: None) -> None:
@@ -237,17 +237,13 @@ def in_checkout(checkout: Path, *arguments: str) -> str:
 
 
 def test_adding_a_notebook(checkout: Path) -> None:
-    (diff,) = (d for d in blocks("diff") if "beyond.py" in d)
-    (code,) = (c for c in blocks("python") if "Brightness.of" in c)
+    (diff,) = (d for d in blocks("diff") if "plans_own.py" in d)
+    (code,) = (c for c in blocks("python") if "Brightness(" in c)
     assert len(code.splitlines()) <= 20
     apply(diff, checkout)
     model = json.loads((checkout / "notebooks/13_explained.ipynb").read_text())
     texts = [c for c in model["cells"] if c["cell_type"] == "markdown"]
     (parameters,) = (c for c in model["cells"] if "parameters" in c["metadata"].get("tags", []))
-    fields = Scored.model_fields  # the plan adds none
-    kept = [line for line in "".join(parameters["source"]).splitlines(keepends=True) if line.split(" = ")[0] in fields]
-    assert len(kept) == len(fields)
-    parameters["source"] = kept
     cell = {"cell_type": "code", "execution_count": None, "id": "one", "metadata": {}, "outputs": [], "source": code}
     model["cells"] = [texts[0], parameters, cell]
     (checkout / "notebooks/16_brightness.ipynb").write_text(json.dumps(model))
@@ -277,10 +273,29 @@ def test_adding_a_method(checkout: Path) -> None:
     from lightly.loss import VICRegLoss
 
     names: dict = {}
-    source = (checkout / "issl/objectives.py").read_text()
+    source = (checkout / "issl/pretraining/objectives.py").read_text()
     exec(compile(source, "objectives.py", "exec"), names)
     za, zb = torch.randn(2, 24, 7, generator=torch.Generator().manual_seed(0)).unbind()
     torch.testing.assert_close(names["vicreg"](za, zb), VICRegLoss()(za, zb), rtol=1e-5, atol=0)
+
+
+def test_adding_a_curvature(checkout: Path) -> None:
+    (diff,) = (d for d in blocks("diff") if "curvature.py" in d)
+    apply(diff, checkout)
+    encoder = str(checkout / "e.safetensors")
+    common = ["--data", "scenes", "--n", "24"]
+    in_checkout(
+        checkout, "-m", "issl", "pretrain", *common, "--width", "1", "--epochs", "1", "--batch-size", "8",
+        "--recipe", "short", "--out", encoder,
+    )  # fmt: skip
+    scored = [*common, "--encoder", encoder, "--curvature", "scale", "--damping", "0.5"]
+    in_checkout(checkout, "-m", "issl", "influence", *scored, "--out", str(checkout / "s.csv"))
+    # by the formula: in each layer ‖g‖² over 1.5 times the mean of the curvature's diagonal
+    images, model = issl.load("scenes", n=24), issl.load_encoder(encoder)
+    _, found = reference.gradients(model.double(), images, issl.GaussianNoise().keyed(0))
+    rows = [g.flatten(1).square() for g in found.values()]
+    want = sum(squares.sum(1) / (1.5 * squares.mean()) for squares in rows)
+    np.testing.assert_allclose(pd.read_csv(checkout / "s.csv")["influence"], want, rtol=1e-3)
 
 
 def test_every_command_in_passing_is_known() -> None:
@@ -299,4 +314,4 @@ def test_what_it_links_to_is_there(repository: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (repository / link).exists(), link
     for word in re.findall(r"--only (\d+)", README):
-        assert word == "16" or run.select(word)  # 16 is the README's own example
+        assert word == "16" or profiles.select(word)  # 16 is the README's own example

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
 import torch
 
 import issl
+from issl.analysis.evaluate import embed
+from issl.analysis.neighbour_graph import nearest
 from issl.analysis.statistics import Estimate
 from issl.experiments.cache import Artifacts
 from issl.experiments.claims import provenance, record
-from issl.experiments.plans_paper import EXPLORER, PLANS
+from issl.experiments.plans import EXPLORER, PLANS
 from issl.reporting import site as report
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
@@ -54,11 +57,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
-        issl.reporting.figures.plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
+        plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
         (figures / f"{name}.csv").write_text("a\n1\n")
     plan = EXPLORER(**SETTINGS, out=str(out))
     artifacts = Artifacts(out / "artifacts")
-    for stage in plan.stages().values():
+    for stage in plan.stages():
         artifacts.get(stage)
     plans = {name: plan_of(profile="mini", out=str(out)) for name, plan_of in PLANS.items()}
     assert report.build("mini", plans, plan, artifacts, out) == results / "index.html"
@@ -125,13 +128,13 @@ def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
     plan = EXPLORER(**SETTINGS, out=str(site.parent.parent))
     artifacts, images = Artifacts(site.parent.parent / "artifacts"), plan.images().load()
     assert data["n"] == len(images) == 40 and data["index"] == images.index.tolist()
-    encoder = artifacts.encoder(plan.pretrain("simclr"))
+    encoder = plan.pretrain("simclr").encoder(artifacts)
     how = {"curvature": issl.LoGra(2), "computing": issl.Computing(batch_size=64)}
     scores = issl.cross_influence(encoder, images, images, **how)
     own = issl.self_influence(encoder, images, **how)["influence"]
     mine = data["methods"]["SimCLR"]
     np.testing.assert_allclose(mine["influence"], own, rtol=1e-3)
-    near = issl.analysis.neighbour_graph.nearest(issl.analysis.evaluate.embed(encoder, images), 6)
+    near = nearest(embed(encoder, images), 6)
     for i in (0, 7, 39):
         others = scores[i].clone()
         others[i] = -torch.inf

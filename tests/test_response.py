@@ -16,7 +16,7 @@ TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
 
 def test_the_sum_over_the_subset() -> None:
     scores, kept = RNG.normal(size=(3, 6)), RNG.random((4, 6)) < 0.5
-    got = datamodeling.foretold(scores, kept)
+    got = datamodeling.predicted_losses(scores, kept)
     for q in range(3):
         for k in range(4):
             assert got[q, k] == pytest.approx(-sum(scores[q, i] for i in range(6) if kept[k, i]))
@@ -27,7 +27,7 @@ def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     want = np.mean([stats.spearmanr(p, y).statistic for p, y in zip(predicted, TRUTH, strict=True)])
     got = datamodeling.lds(predicted, TRUTH)
     assert got.value == pytest.approx(want) and got.low < got.value < got.high and got.n == 20
-    # monotone in each query, whatever its unit; a constant prediction foretells nothing
+    # monotone in each query, whatever its unit; a constant prediction predicts nothing
     assert datamodeling.lds(np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH).value == pytest.approx(1)
     assert datamodeling.lds(np.zeros_like(TRUTH), TRUTH).value == 0
     noise = datamodeling.lds(RNG.normal(size=TRUTH.shape), TRUTH)
@@ -50,7 +50,7 @@ def test_the_ceiling_is_what_the_truth_itself_reaches(noise: float) -> None:
         datamodeling.repeatability(runs[:1])
 
 
-def test_where_seeds_do_not_agree_nothing_can_be_foretold() -> None:
+def test_where_seeds_do_not_agree_nothing_can_be_predicted() -> None:
     cap = datamodeling.ceiling(Estimate(-0.1, -0.2, 0.04, 9), 4)
     assert cap.value == cap.low == 0 and cap.high == pytest.approx(np.sqrt(0.16 / 1.12))
     assert datamodeling.ceiling(Estimate(1.0, 1.0, 1.0, 9), 4).value == 1

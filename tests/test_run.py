@@ -1,8 +1,7 @@
-"""The runner: notebooks end to end at a tiny setting, failures, bad input; the notebooks' own form."""
+"""The runner: notebooks end to end at a tiny setting, failures, bad input."""
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import time
@@ -14,14 +13,15 @@ import pytest
 import yaml
 from test_notebooks import TINY
 
-from issl.commands import cli, run
+from issl.commands import cli, notebooks, profiles, run
 from issl.commands.notebooks import fingerprint, is_current, note_made
+from issl.commands.profiles import ProfileOptions, notebooks_folder
 from issl.experiments.plan import Plan
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.plans import PLANS
 
 
 def cells(name: str) -> list:
-    return nbformat.read(run.notebooks_folder() / f"{name}.ipynb", as_version=4).cells
+    return nbformat.read(notebooks_folder() / f"{name}.ipynb", as_version=4).cells
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A profile of the smallest sizes; real notebooks."""
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
-    monkeypatch.setattr(run, "profiles", lambda: {"tiny": path})
+    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": path})
     monkeypatch.delenv("ISSL_DATA", raising=False)
     return path
 
@@ -53,13 +53,12 @@ def books(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 def test_a_failing_notebook_shows_its_error_and_the_others_go_on(books, tmp_path: Path, capsys) -> None:
     books("00_method", "raise ValueError('the cat sat on the tensor')")
     books("09_linear_theory", "print(n)")
-    assert run.run("tiny", only="00,09", out=tmp_path / "out") == 1
+    assert run.run(ProfileOptions("tiny", only="00,09", out=tmp_path / "out")) == 1
     printed = capsys.readouterr().out
     assert "ValueError: the cat sat on the tensor" in printed and "FAILED  00_method" in printed
     assert "ok      09_linear_theory" in printed and "1 of 2 notebooks ended well" in printed
-    assert (
-        run.run("tiny", only="00,09", out=tmp_path / "out") == 1
-    )  # what failed is tried again, what ended well is not
+    # what failed is tried again, what ended well is not
+    assert run.run(ProfileOptions("tiny", only="00,09", out=tmp_path / "out")) == 1
     printed = capsys.readouterr().out
     assert "FAILED  00_method" in printed and "current 09_linear_theory" in printed
 
@@ -98,7 +97,7 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     }
     books("00_method", "pass  # edited")
     keys.add(key())
-    monkeypatch.setattr(notebook, "_library", lambda: ["edited"])
+    monkeypatch.setattr(notebooks, "_library", lambda: ["edited"])
     keys.add(key())
     assert len(keys) == 6
     assert key() == key(plan.model_copy(update={"out": "elsewhere"}))
@@ -123,7 +122,7 @@ def test_an_interrupt_ends_the_kernels_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "profile 'huge': there are mini, paper, quick"),
+        (["--profile", "huge"], "profile 'huge': there are mini, overnight, paper, quick"),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),
@@ -131,7 +130,7 @@ def test_an_interrupt_ends_the_kernels_at_once() -> None:
     ],
 )
 def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(run, "_compute", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was started"))
     assert cli.main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -140,7 +139,10 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monke
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"common": {"epoch": 3}}, "tiny.yaml, notebook 00_method: unknown field 'epoch'"),
+        (
+            {"common": {"epoch": 3}},
+            "tiny.yaml, notebook 00_method: MethodLesson: unknown field 'epoch' (value 3); did you mean 'epochs'?",
+        ),
         ({"common": {"n": 3}}, "n = 3"),
         ({"04_cats": {}}, "unknown entry '04_cats'"),
         ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),
@@ -171,12 +173,12 @@ def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: P
             }
         )
     )
-    assert run.run("tiny", only="03", data_root=data_root, out=tmp_path) == 0
+    assert run.run(ProfileOptions("tiny", only="03", data_root=data_root, out=tmp_path)) == 0
     record = json.loads((tmp_path / "results/tiny/claim_uniform_backgrounds.simclr.json").read_text())
     assert record["dataset"] == "cifar10" and 0.02 < record["share_uniform"] < 0.6
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in run.notebooks_folder().glob("*.ipynb")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in notebooks_folder().glob("*.ipynb")))
 def test_notebooks_are_clean_and_declare_their_plan(name: str) -> None:
     code = [c for c in cells(name) if c.cell_type == "code"]
     assert all(not c.outputs and c.execution_count is None for c in code), "clear the outputs before committing"
@@ -193,5 +195,5 @@ def test_notebooks_are_clean_and_declare_their_plan(name: str) -> None:
 
 @pytest.mark.parametrize("profile", ["quick", "mini", "paper"])
 def test_profiles_are_valid(profile: str) -> None:
-    plans = run.read_profile(profile, list(PLANS))
+    plans = profiles.read_profile(profile, list(PLANS))
     assert set(plans) == set(PLANS) and all(p.profile == profile for p in plans.values())

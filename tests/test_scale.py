@@ -167,7 +167,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = thin().state_dict()
     two = {f"{p}.{k}": v for p in ("a", "b") for k, v in net.items()}
     cases = [
-        ("nowhere.pt", None, "is no file; give one, or torchvision:NAME"),
+        ("nowhere.pt", None, "is not a file; give one, or torchvision:NAME"),
         (str(tmp_path / "text.pt"), None, "is no checkpoint; give"),
         (write("code.pt", {"state_dict": Path()}), None, "reading that could run code"),
         (write("list.pt", [1, 2]), None, "not a state dict"),
@@ -185,7 +185,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "torch.hub.load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no route"))
     )
-    with pytest.raises(issl.IsslError, match=r"could not be had .*--weights FILE"):
+    with pytest.raises(issl.IsslError, match=r"could not be downloaded .*--weights FILE"):
         open_encoder("torchvision:resnet18")
     assert set(read_state(tmp_path / "mlp.pt")) == {"weight", "bias"}
     with pytest.raises(issl.IsslError, match="no ResNet"):
@@ -237,7 +237,7 @@ def test_scores_of_ones_own_images(photos: Path, tmp_path: Path, capsys: pytest.
     [
         (["--out", "scores.txt"], "ends in .parquet or .csv"),
         (["--out", "/proc/x/scores.csv"], "cannot be made"),
-        (["--encoder", "nowhere"], "encoder 'nowhere' is no file"),
+        (["--encoder", "nowhere"], "encoder 'nowhere' is not a file"),
         (["--data", "folder:/nowhere"], "image folder '/nowhere' does not exist"),
         (["--damping", "0"], "damping"),
         (["--skip", "head"], "no module or parameter of that name"),

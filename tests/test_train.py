@@ -12,7 +12,7 @@ import torch
 
 import issl
 from issl.commands import cli
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import recipe
 
 COMMON = ["pretrain", "--data", "scenes", "--n", "64", "--recipe", "short", "--width", "2", "--batch-size", "16"]
@@ -66,7 +66,9 @@ def test_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_is_the_same(tmp_path: Path) -> None:
-    images, settings = issl.load("scenes", n=64), {"width": 2, "epochs": 1, "batch_size": 32, "precision": "fp32"}
+    images, settings = issl.load("scenes", n=64), {"width": 2, "epochs": 1, "batch_size": 32}
     how = recipe("simclr", "short")
-    (_, plain), (_, fast) = (pretrain(images, how, **settings, compiled=c) for c in ("off", "on"))
+    (_, plain), (_, fast) = (
+        pretrain(images, how, **settings, execution=Execution(precision="fp32", compiled=c)) for c in ("off", "on")
+    )
     pd.testing.assert_series_equal(plain["loss"], fast["loss"], rtol=1e-3)

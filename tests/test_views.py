@@ -25,7 +25,7 @@ def x() -> torch.Tensor:
 def test_jitters_equal_torchvisions(name: str, x: torch.Tensor) -> None:
     low, high = (-0.5, 0.5) if name == "hue" else (0.2, 1.8)
     factors = torch.linspace(low, high, len(x))
-    got = getattr(operations, name)(x, factors)
+    got = getattr(image_operations, name)(x, factors)
     want = torch.stack([getattr(TF, f"adjust_{name}")(i, float(f)) for i, f in zip(x, factors, strict=True)])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # grey: 0.299 here, 0.2989 there
 

@@ -1,1 +1,1 @@
-"""What is asked of scores and features: statistics with intervals, baselines, evaluation, retraining."""
+"""Analysis of scores and features: statistics with intervals, baselines, evaluation, predictions of retraining."""

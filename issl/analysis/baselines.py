@@ -1,4 +1,4 @@
-"""Baselines: what finds duplicates or atypical images without any influence. Each score is high where it finds one."""
+"""Baselines that find duplicates or atypical images without influence. Each score is high for such an image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hash_closeness(images: Images) -> np.ndarray:
     ).astype(np.float32)
     signs, best = 2 * bits - 1, np.empty(len(bits), np.float32)
     for start in range(0, len(signs), 2048):
-        agree = signs[start : start + 2048] @ signs.T  # bits that agree less bits that differ
+        agree = signs[start : start + 2048] @ signs.T  # bits that agree minus bits that differ
         agree[np.arange(len(agree)), start + np.arange(len(agree))] = -np.inf
         best[start : start + 2048] = agree.max(1)
     return -(signs.shape[1] - best) / 2

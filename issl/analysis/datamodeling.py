@@ -1,7 +1,7 @@
-"""Response: does a score foretell what training on other images changes? Correlations, and what noise leaves of them.
+"""Does a score predict what training on other images changes? Correlations, and what noise leaves of them.
 
 Linear datamodeling score (LDS; Ilyas et al. 2022, arXiv 2202.00622; Park et al. 2023, arXiv 2303.14186, §2): encoders
-are trained on random subsets S_1 … S_m; the sum of a query's scores over the images in S_k foretells its loss, and
+are trained on random subsets S_1 … S_m; the sum of a query's scores over the images in S_k predicts its loss, and
 
     LDS = mean over queries q of Spearman_k( prediction_q(S_k), measured_q(S_k) )
 
@@ -22,7 +22,7 @@ from issl.errors import IsslError
 Table = Float[np.ndarray, "q m"]  # a number for each query and subset
 
 
-def foretold(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
+def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
     """−Σ_{i∈S_k} influence(i → q): the loss of each query after training on each subset, but for its level and unit.
 
     Positive influence makes a query more stable, so the loss is the lower the more of it the subset has.
@@ -33,7 +33,7 @@ def foretold(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) ->
 def lds(predicted: Table, measured: Table, seed: int = 0) -> Estimate:
     """The mean over queries of the rank correlation over subsets, in [−1, 1]; a query that does not vary counts 0.
 
-    Percentile interval of a bootstrap that draws queries and subsets anew, both at once.
+    Percentile interval of a bootstrap that resamples queries and subsets, both at once.
     """
     return _two_way([predicted, measured], _rows, seed)
 

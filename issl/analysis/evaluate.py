@@ -1,7 +1,7 @@
 """Evaluation of an encoder by its frozen features: weighted kNN and a linear probe, image by image.
 
-Both answer for each test image whether its class is found; `issl.analysis.statistics.proportion` makes an accuracy with
-its interval of it.
+Both say for each test image whether its class is found; `issl.analysis.statistics.proportion` turns that into an
+accuracy with its interval.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from issl.data.images import Images
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, as_perturb
-from issl.pretraining.loop import Watch
+from issl.pretraining.learner import Learner
+from issl.pretraining.loop import AfterEpoch
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # of the probe: C, the inverse of the L2 penalty's weight
 HELD_OUT = 0.2  # the share of train on which the penalty is chosen
@@ -35,8 +36,8 @@ def stability_losses(
     encoder: nn.Module, images: Images, perturbation: Perturbation | Perturb, seed: int = 0, draws: int = 1,
     device: torch.device | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], mean over the draws: no gradient, so only a forward
-    pass. Draw k of seed s is that of seed s + k·2³², as in `issl.self_influence`."""
+    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], mean over the draws. Needs only a forward
+    pass, no gradient. Draw k of seed s is that of seed s + k·2³², as in `issl.self_influence`."""
     device = torch.device("cpu") if device is None else device
     encoder, batch, found = encoder.to(device), 128 if device.type == "cpu" else 1024, []
     perturbs = [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
@@ -53,7 +54,7 @@ def knn_hits(
     train: Float[Tensor, "n d"], labels: Int64[Tensor, " n"],
     test: Float[Tensor, "m d"], truth: Int64[Tensor, " m"], k: int = 200, temperature: float = 0.1,
 ) -> np.ndarray:  # fmt: skip
-    """Is each test image's class the weighted vote of its k nearest training images?
+    """Does the weighted vote of its k nearest training images give each test image's class?
 
     Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4).
     """
@@ -66,11 +67,15 @@ def knn_hits(
     return torch.cat(hits).numpy()
 
 
-def knn_watch(train: Images, test: Images, device: torch.device) -> Watch:
-    """For `issl.pretraining.loop.pretrain(watch=…)`: the kNN accuracy on `test` joins the history."""
+def knn_watch(train: Images, test: Images, device: torch.device, epochs: int, every: int = 1) -> AfterEpoch:
+    """For `issl.pretraining.loop.pretrain(after_epoch=…)`: the kNN accuracy on `test` joins the history, after every
+    `every` epochs and after the last of `epochs`."""
     labels, truth = train.require_labels(), test.require_labels()
 
-    def accuracy(backbone: nn.Module) -> dict[str, float]:
+    def accuracy(done: int, learner: Learner) -> dict[str, float] | None:
+        if done % every and done != epochs:
+            return None
+        backbone = learner.encoder.backbone.eval()
         hits = knn_hits(embed(backbone, train, device), labels, embed(backbone, test, device), truth)
         return {"knn_accuracy": float(hits.mean())}
 
@@ -83,14 +88,14 @@ def probe_hits(
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """Does a linear classifier of the frozen features find each test image's class? Also the penalty's C.
 
-    Multinomial logistic regression by L-BFGS (scikit-learn) on standardised features; C is the one of PENALTIES
-    that does best on a held-out part of `train`, then all of `train` is fitted with it. `test` is seen once.
+    Multinomial logistic regression by L-BFGS (scikit-learn) on standardised features. The C of PENALTIES that does
+    best on a held-out part of `train` is used to fit all of `train`; `test` is used once.
     """
     from sklearn.linear_model import LogisticRegression  # slow to import, and few need it
     from sklearn.model_selection import train_test_split
 
     if len(labels.unique()) < 2:
-        raise IsslError("linear probe: all training images have one class; take a set with two or more")
+        raise IsslError("linear probe: all training images are of one class; take a set with two or more")
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     x, y, z = ((train - mean) / std).numpy(), labels.numpy(), ((test - mean) / std).numpy()
     fit, held = train_test_split(np.arange(len(y)), test_size=HELD_OUT, random_state=seed)
@@ -98,7 +103,7 @@ def probe_hits(
     def model(c: float) -> LogisticRegression:
         return LogisticRegression(C=c, max_iter=200, tol=1e-3)
 
-    # the strongest penalty of those that do equally well
+    # the strongest penalty among equally good ones
     scores = [float(model(c).fit(x[fit], y[fit]).score(x[held], y[held])) for c in PENALTIES]
     c = PENALTIES[int(np.argmax(scores))]
     return model(c).fit(x, y).predict(z) == truth.numpy(), c

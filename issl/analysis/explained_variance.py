@@ -2,8 +2,8 @@
 
     R² of all statistics together;   unique_j = R²(all) − R²(all but j)
 
-Ranks of the score and of each statistic become normal scores (van der Waerden), so no outlier decides and a monotone
-relation counts as it is. A forest of boosted trees, judged on images that it did not see, bounds what lines may miss.
+Ranks of the score and of each statistic become normal scores (van der Waerden), so no outlier decides and any monotone
+relation counts in full. Boosted trees, tested on images that they were not fitted to, show how much lines miss.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from issl.data.images import Images
 from issl.errors import IsslError
 
 JPEG_QUALITY = 90
-PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")  # they need no encoder
-FORWARD = ("stability loss", "feature norm", "kNN distance")  # they need a forward pass, no gradient
+PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")  # these need no encoder
+FORWARD = ("stability loss", "feature norm", "kNN distance")  # these need a forward pass but no gradient
 
 
 def pixel_table(images: Images) -> pd.DataFrame:
@@ -60,11 +60,11 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, Estimate]:
     """R² of a linear regression on all columns (`all`), and what each adds to the others (its name), in [0, 1].
 
-    Adjusted for the number of columns; percentile bootstrap over images, normal scores kept as they are.
+    Adjusted for the number of columns; percentile bootstrap over images (normal scores are not recomputed).
     """
     x, y = normal_scores(by.to_numpy(float)), normal_scores(np.asarray(score, float))
     if len(x) < 10 * (x.shape[1] + 1):
-        raise IsslError(f"{len(x)} images for a regression on {x.shape[1]} statistics; take ten a statistic or more")
+        raise IsslError(f"{len(x)} images for a regression on {x.shape[1]} statistics; take at least ten per statistic")
     rng, n = np.random.default_rng(seed), len(y)
     with threadpool_limits(1):  # thousands of small products
         draws = np.array([_parts(x[rows], y[rows]) for rows in rng.integers(0, n, (RESAMPLES, n))])
@@ -77,15 +77,15 @@ def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, E
 
 
 def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds: int = 5) -> Estimate:
-    """R² of boosted trees on images of other folds; percentile bootstrap over images. Below 0: worse than the mean."""
+    """R² of boosted trees on held-out folds; percentile bootstrap over images. Below 0: worse than the mean."""
     from sklearn.ensemble import HistGradientBoostingRegressor  # slow to import
     from sklearn.model_selection import KFold, cross_val_predict
 
     y = normal_scores(np.asarray(score, float))
     trees = HistGradientBoostingRegressor(max_iter=100, learning_rate=0.05, max_leaf_nodes=8, random_state=seed)
     folded = KFold(folds, shuffle=True, random_state=seed)
-    # tiny parallel regions, thousands of them: several threads wait for each other more than they work, and beside a
-    # training both crawl
+    # thousands of tiny parallel regions: several threads would mostly wait for each other, and slow down a training
+    # that runs at the same time
     with threadpool_limits(1):
         guess = cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
 
@@ -98,7 +98,7 @@ def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds
 
 
 def _parts(x: np.ndarray, y: np.ndarray) -> list[float]:
-    """Adjusted R² of all columns, and for each what is lost without it."""
+    """Adjusted R² of all columns, and for each column the loss without it."""
     every = range(x.shape[1])
     whole = _r2(x, y, list(every))
     return [whole, *(whole - _r2(x, y, [k for k in every if k != j]) for j in every)]

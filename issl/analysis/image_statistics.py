@@ -1,4 +1,4 @@
-"""Simple statistics of images: what a score may go along with before any learning is needed to explain it."""
+"""Simple statistics of images, with which a score may correlate for reasons that involve no learning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from issl.data.image_operations import luma
 from issl.data.images import Images
 
-BORDER = 2  # px: how wide a frame is looked at to judge a background
+BORDER = 2  # px: width of the frame by which a background is judged
 UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
 
 
@@ -17,8 +17,8 @@ def image_statistics(images: Images) -> pd.DataFrame:
     pixel_variance (over all pixels and channels), border_std, border_grey, uniform.
 
     border_std is the root mean square over channels of the standard deviation of the outer BORDER px;
-    uniform says border_std < UNIFORM_STD. The object rarely fills the frame of an image, so a flat frame
-    stands for a flat background; notebook 03 measures how well it does where the truth is known.
+    uniform means border_std < UNIFORM_STD. The object rarely fills the frame of an image, so a flat frame
+    suggests a flat background; notebook 03 measures how well this works where the truth is known.
     """
     parts = []
     for pixels in images.pixels.split(2048):

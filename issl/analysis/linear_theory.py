@@ -1,12 +1,12 @@
-"""Linear encoders, where influence has a closed form (arXiv 2412.17170, §3, its theory of linear networks).
+"""Linear encoders, where influence has a closed form (arXiv 2412.17170, §3, theory of linear networks).
 
-f(x) = W x with W (k, d), views x̂_i = x_i + δ_i, squared stability loss, held near a start W₀ (W = 0 is no answer):
+f(x) = W x with W (k, d), views x̂_i = x_i + δ_i, squared stability loss, kept near a start W₀ (else W = 0 is best):
 
     ℓ_i = ½‖W δ_i‖²,   J(W) = (1/n) Σ_i ℓ_i + ½ a ‖W − W₀‖²,   A = (1/n) Σ_i δ_i δ_iᵀ + a I
     ∇ℓ_i = W δ_i δ_iᵀ,   ∇²J = I ⊗ A,   W* = a W₀ A⁻¹
     influence_i = ⟨∇ℓ_i, (∇²J)⁻¹ ∇ℓ_i⟩ = ‖W δ_i‖² · δ_iᵀ A⁻¹ δ_i = sensitivity · leverage
     influence(i → q) = ⟨∇ℓ_q, (∇²J)⁻¹ ∇ℓ_i⟩ = (W δ_q)ᵀ(W δ_i) · δ_qᵀ A⁻¹ δ_i
-    W*₋S = W* + W* D_Sᵀ (n I − D_S A⁻¹ D_Sᵀ)⁻¹ D_S A⁻¹,  D_S the rows δ_i of S      (Woodbury 1950: trained without S)
+    W*₋S = W* + W* D_Sᵀ (n I − D_S A⁻¹ D_Sᵀ)⁻¹ D_S A⁻¹,  D_S the rows δ_i of S      (trained without S; Woodbury 1950)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cross_influence(weight: Weight, delta: Changes, query: Float[Tensor, "q d"],
 
 
 def fit_without(weight: Weight, delta: Changes, anchor: float, rows: Sequence[int]) -> Weight:
-    """W*₋S from W*: what training without these images gives, the others' weight in J being 1/n still."""
+    """W*₋S from W*: the result of training without these images, where each of the others still weighs 1/n in J."""
     d = delta[list(rows)]
     toward = torch.linalg.solve(curvature(delta, anchor), d.T).T  # D_S A⁻¹
     inner = len(delta) * torch.eye(len(d), dtype=d.dtype) - toward @ d.T

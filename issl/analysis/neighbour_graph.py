@@ -1,4 +1,4 @@
-"""The graph of nearest neighbours in feature space: who bridges classes? (arXiv 2412.17170, §4: semantic bridges)"""
+"""The graph of nearest neighbours in feature space: semantic bridges between classes (arXiv 2412.17170, §4)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nearest(features: Float[Tensor, "n d"], k: int) -> tuple[np.ndarray, np.ndar
 
 
 def knn_graph(features: Float[Tensor, "n d"], k: int = 10) -> sparse.csr_array:
-    """Undirected: an edge where either image is among the other's k nearest; symmetric 0/1 matrix (n, n)."""
+    """Undirected graph with an edge where either image is among the other's k nearest; symmetric 0/1 matrix (n, n)."""
     places, _ = nearest(features, k)
     n = len(places)
     edges = sparse.csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), places.ravel())), shape=(n, n))
@@ -36,14 +36,15 @@ def knn_graph(features: Float[Tensor, "n d"], k: int = 10) -> sparse.csr_array:
 
 
 def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray:
-    """Of each image's edges, the share that leads to another class, in [0, 1]."""
+    """The share of each image's edges that lead to another class, in [0, 1]."""
     i, j = graph.nonzero()
     different = np.bincount(i, weights=labels[i] != labels[j], minlength=graph.shape[0])
     return different / np.maximum(np.bincount(i, minlength=graph.shape[0]), 1)
 
 
 def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 0) -> np.ndarray:
-    """The share of shortest paths between others that pass each image (Brandes & Pich 2007), from so many sources."""
+    """The share of shortest paths between other images that pass through each (Brandes & Pich 2007), estimated from
+    so many sources; None: exact, from all."""
     net = networkx.from_scipy_sparse_array(graph)
     k = None if sources is None or sources >= len(net) else sources
     values = networkx.betweenness_centrality(net, k=k, seed=seed)
@@ -57,7 +58,7 @@ def induced(graph: sparse.csr_array, keep: np.ndarray) -> sparse.csr_array:
 
 
 def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
-    """How much more often edges join images of one class than chance would have it, given the degrees (Newman 2006):
+    """How much more often edges join images of one class than by chance, given the degrees (Newman 2006):
     Σ_c (edges within c) / m − (degrees of c / 2m)². networkx gives the same (tested), a hundred times slower."""
     (i, j), degree = graph.nonzero(), np.asarray(graph.sum(1)).ravel()
     by_class = np.array([degree[labels == c].sum() for c in np.unique(labels)]) / degree.sum()
@@ -67,14 +68,14 @@ def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
 def spectrum(graph: sparse.csr_array, k: int) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
     """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, in [0, 2], and their eigenvectors.
 
-    As many are 0 as there are pieces; a small one after them is a bottleneck, and its vector says where (von Luxburg
-    2007, §3). Raises IsslError for k out of range.
+    There are as many zeros as connected components; a small value after them is a bottleneck, and its vector shows
+    where (von Luxburg 2007, §3). Raises IsslError for k out of range.
     """
     n = graph.shape[0]
     if not 1 <= k < n:
         raise IsslError(f"spectrum: k={k} of a graph of {n} images; must lie between 1 and {n - 1}")
     laplacian = sparse.csgraph.laplacian(graph, normed=True)
-    # the largest of 2I − L are the smallest of L, and are found without a factorisation
+    # the largest of 2I − L are the smallest of L, and need no factorisation
     shifted = 2 * sparse.eye_array(n) - laplacian
     values, vectors = sparse.linalg.eigsh(shifted, k, v0=np.ones(n) / np.sqrt(n), maxiter=20 * n)
     order = np.argsort(-values)
@@ -83,7 +84,7 @@ def spectrum(graph: sparse.csr_array, k: int) -> tuple[Float[np.ndarray, " k"], 
 
 def separability(features: Float[Tensor, "n d"], labels: np.ndarray, seed: int = 0) -> float:
     """Mean silhouette of the classes by cosine distance, in [−1, 1]: how much nearer an image is to its own class than
-    to the nearest other one (Rousseeuw 1987). Of more than 5,000 images, a random 5,000 of them are asked."""
+    to the nearest other one (Rousseeuw 1987). Of more than 5,000 images, a random 5,000 are used."""
     from sklearn.metrics import silhouette_score  # slow to import
 
     size = min(5000, len(labels))
@@ -91,18 +92,18 @@ def separability(features: Float[Tensor, "n d"], labels: np.ndarray, seed: int =
 
 
 def neighbours_kept(before: Float[Tensor, "n d"], after: Float[Tensor, "n e"], k: int = 10) -> np.ndarray:
-    """Of each image's k nearest neighbours under one encoder, the share that are so under the other, in [0, 1].
+    """The share of each image's k nearest neighbours under one encoder that are so under the other, too, in [0, 1].
 
-    Unlike a distance between the two features it does not change when an encoder turns all features the same way.
+    Unlike a distance between the two features, it does not change when an encoder rotates all features together.
     """
     a, b = nearest(before, k)[0], nearest(after, k)[0]
     return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
 
 
 def matched(labels: np.ndarray, chosen: np.ndarray, seed: int = 0) -> np.ndarray:
-    """For each chosen position, another one of its class that was not chosen, drawn at random (with replacement).
+    """For each chosen position, a random one of the same class that was not chosen (drawn with replacement).
 
-    Raises IsslError where all images of a class were chosen.
+    Raises IsslError if all images of a class were chosen.
     """
     rng, free = np.random.default_rng(seed), np.setdiff1d(np.arange(len(labels)), chosen)
     controls = np.empty(len(chosen), int)

@@ -1,12 +1,12 @@
-"""Audit: what a score goes along with. Simple image statistics, and the tests that the notebooks use.
+"""The statistics that the notebooks use: correlations, AUCs, enrichment, differences and their intervals.
 
-Statistics are scipy's; every number comes as an Estimate with a 95% confidence interval.
+Most are scipy's; every number comes as an Estimate with a 95% confidence interval.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,8 +32,18 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> Estimate:
+        """From a table's row, as `as_dict` gives it: an open end, None or NaN there, is infinite."""
+        low, high = (end if pd.isna(row[k]) else float(row[k]) for k, end in (("low", -np.inf), ("high", np.inf)))
+        return cls(float("nan" if pd.isna(row["value"]) else row["value"]), low, high, int(row["n"]))
+
+    def scaled(self, factor: float) -> Estimate:
+        """In other units."""
+        return Estimate(factor * self.value, factor * self.low, factor * self.high, self.n)
+
     def as_dict(self) -> dict[str, float | None]:
-        """For files: a bound that is infinite (no event in one group, say) is None there."""
+        """For files: numbers that are not finite (a bound where one group has no event, say) become None."""
         return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
@@ -48,10 +58,10 @@ def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
 
 
 def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
-    """How many times as frequent `flag` is in the top share as in the rest (relative risk; 1 = no relation).
+    """How many times as frequent `flag` is in the top share than in the rest (relative risk; 1 = no relation).
 
-    The interval is Katz's log interval (scipy.stats.contingency.relative_risk); with no flagged image in one
-    of the two groups it is open on that side: [0, …] or […, ∞].
+    The interval is Katz's log interval (scipy.stats.contingency.relative_risk); if one of the two groups
+    has no flagged image, it is open on that side: [0, …] or […, ∞].
     """
     score, flag = np.asarray(score), _flag(flag)
     head = top(score, share)
@@ -64,7 +74,7 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
 
 
 def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
-    """P(score of a flagged image > score of another one), ties half; 0.5 = no relation.
+    """P(score of a flagged image > score of another one), ties count half; 0.5 = no relation.
 
     The Mann-Whitney statistic over the number of pairs; percentile bootstrap over both groups.
     """
@@ -82,9 +92,9 @@ def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> Estimate:
-    """As `auc`, where images come in clusters (a duplicate with its original) that do not vary independently.
+    """As `auc`, for images that come in clusters (a duplicate and its original) and so are not independent.
 
-    V_i is the share of the other kind that image i stands on the right side of; the AUC is its mean over either kind.
+    V_i is the share of the other kind that image i is ranked correctly against; the AUC is its mean over either kind.
     Normal interval with the variance between the clusters' sums of V_i − AUC (Obuchowski 1997, Biometrics 53, without
     its covariance term: a cluster is of one kind here).
     """
@@ -103,8 +113,8 @@ def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> E
 def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estimate:
     """Rank correlation of a and b that the given columns do not explain, in [−1, 1].
 
-    All are ranked, the ranks of a and b regressed on those of the columns, the residuals correlated;
-    Fisher's interval with the degrees of freedom less one per column.
+    All are ranked, the ranks of a and b are regressed on those of the columns, and the residuals are correlated;
+    Fisher's interval, with one degree of freedom less per column.
     """
     n = len(a)
     ranked = np.column_stack([np.ones(n), *(stats.rankdata(given[c]) for c in given)])
@@ -145,8 +155,8 @@ def agreement(
 
 
 def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
-    """Weights of a grid's entries that interpolate linearly in log strength to `target`; beyond the grid's ends, all
-    on the nearest end. strengths > 0, in any order."""
+    """Weights of a grid's entries that interpolate to `target`, linearly in log strength; beyond the ends of the grid,
+    the nearest end has all the weight. strengths > 0, in any order."""
     logs = np.log(np.asarray(strengths, float))
     order = np.argsort(logs)
     return np.array([np.interp(np.log(target), logs[order], unit[order]) for unit in np.eye(len(logs))])
@@ -155,7 +165,7 @@ def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
 def correlation_margin(
     grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"], seed: int = 0
 ) -> Estimate:
-    """Pearson's r between two seeds, weighted over a grid of settings, less that of another setting; paired bootstrap
+    """Pearson's r between two seeds, weighted over a grid of settings, minus that of another setting; paired bootstrap
     interval over images (percentile)."""
     grid, other = np.asarray(grid, float), np.asarray(other, float)
     g = len(grid)
@@ -171,7 +181,9 @@ def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
     """log(mean a / mean b) of paired values ≥ 0; 0 = no difference. Bootstrap interval over pairs (percentile)."""
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
-        with np.errstate(divide="ignore", invalid="ignore"):  # a mean of 0: infinite, left out of the interval
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # a mean of 0 gives an infinite ratio, which the interval leaves out
             return np.log(x.mean(axis) / y.mean(axis))
 
     return _bootstrap((np.asarray(a, float), np.asarray(b, float)), statistic, seed)
@@ -186,12 +198,12 @@ def rank_biserial(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> tuple[E
 
 
 def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
-    """The part of a's top `share` that is in b's top, too; `share` itself is what chance gives. Wilson interval."""
+    """The part of a's top `share` that is also in b's; by chance it would be `share`. Wilson interval."""
     return proportion(top(b, share)[top(a, share)])
 
 
 def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
-    """Area under the precision-recall curve of finding the positive images by a high score; chance is their share.
+    """Area under the precision-recall curve of finding the positive images by a high score; by chance, their share.
     Equal scores are found together. Bootstrap interval over images (percentile)."""
     positive = _flag(positive)
 
@@ -204,14 +216,14 @@ def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) ->
         last = np.concatenate([s[..., 1:] != s[..., :-1], np.ones((*s.shape[:-1], 1), bool)], -1)
         ends = np.minimum.accumulate(np.where(last, np.arange(n), n)[..., ::-1], -1)[..., ::-1]
         precision = np.cumsum(y, -1) / np.arange(1, n + 1)
-        with np.errstate(invalid="ignore"):  # a resample without any positive image: left out
+        with np.errstate(invalid="ignore"):  # a resample without any positive image is left out
             return (y * np.take_along_axis(precision, ends, -1)).sum(-1) / y.sum(-1)
 
     return _bootstrap((positive.astype(float), np.asarray(score, float)), statistic, seed)
 
 
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
-    """Of as many images with the highest score as there are positive ones, the share that is positive; chance is their
+    """The share of positive images among as many with the highest score as there are positive ones; by chance, their
     share among all. Wilson interval."""
     positive = _flag(positive)
     order = np.argsort(-np.asarray(score, float), kind="stable")
@@ -219,12 +231,12 @@ def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
 
 
 def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
-    """AUC of a score less that of another on the same images; paired bootstrap interval over images."""
+    """AUC of a score minus that of another on the same images; paired bootstrap interval over images."""
     positive = _flag(positive)
 
     def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
         rise = stats.rankdata(s, axis=axis) - stats.rankdata(t, axis=axis)
-        with np.errstate(invalid="ignore"):  # a resample of one kind alone: left out
+        with np.errstate(invalid="ignore"):  # a resample of only one kind is left out
             return (y * rise).sum(axis) / (y.sum(axis) * (1 - y).sum(axis))
 
     columns = (positive.astype(float), np.asarray(score, float), np.asarray(other, float))
@@ -232,7 +244,7 @@ def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, s
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean, with Student's interval: of differences between paired runs, say. One value has no interval."""
+    """The mean with Student's interval, of differences between paired runs, say. A single value has an infinite one."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return Estimate(float(values.mean()), -np.inf, np.inf, len(values))
@@ -258,8 +270,8 @@ def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
 
 def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:
     """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # of resamples that have no value
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples the same: the interval is a point
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # for resamples without a value
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all resamples are equal: the interval is a point
         result = stats.bootstrap(
             columns, statistic, n_resamples=RESAMPLES, vectorized=True, paired=True, method="percentile",
             batch=max(1, 4_000_000 // len(columns[0])), rng=np.random.default_rng(seed),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from issl import __version__
-from issl.devices import keep_freed_memory
 from issl.errors import IsslError, OutOfTime
-from issl.files import REPOSITORY, atomic
+
+IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
+    "influence": "score your own images under your own encoder",
+    "explain": "show which training images taught an encoder about an image",
+    "pretrain": "train an encoder on your own images",
+}
+COMPUTING = ("run", "compute", "doctor", *IMAGES)  # the commands that use torch's threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,55 +29,47 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """All commands; those that need the library to be known, only for the command that is asked for."""
+    """All commands. Options that list what the library knows are added for `command` alone: they import torch."""
     top = Parser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")
-    _of_a_profile(run)
-    run.add_argument("--again", action="store_true", help="run notebooks even where nothing they depend on has changed")
-    compute = commands.add_parser("compute", help="compute a profile's missing stages alone, side by side or on Slurm")
-    _of_a_profile(compute)
-    compute.add_argument("--jobs", type=int, default=1, metavar="N", help="at most so many stages at once (1)")
+    _profile_arguments(run)
+    run.add_argument("--again", action="store_true", help="run notebooks even if nothing they depend on has changed")
+    compute = commands.add_parser(
+        "compute", help="compute only a profile's missing stages, several at once or on Slurm"
+    )
+    _profile_arguments(compute)
+    compute.add_argument("--jobs", type=int, default=1, metavar="N", help="how many stages at once (1)")
     compute.add_argument("--cluster", default="local", help="local (default) or slurm")
     compute.add_argument(
         "--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …"
     )
-    verdicts = commands.add_parser("verdicts", help="all verdicts of the records kept under figures/, as one table")
+    verdicts = commands.add_parser("verdicts", help="the verdicts of the records under figures/, as one table")
     verdicts.add_argument("--readme", action="store_true", help="write the table into README.md instead of printing it")
-    download = commands.add_parser("download", help="fetch a data set from its public home")
+    download = commands.add_parser("download", help="download a data set from its public source")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
-    download.add_argument("--data-root", type=Path, metavar="DIR", help="where to (default: $ISSL_DATA)")
-    doctor = commands.add_parser("doctor", help="what is here, what is missing, and what each profile would cost here")
+    download.add_argument("--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, what is missing, and how long each profile would take here"
+    )
     doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    influence = commands.add_parser("influence", help="score your own images under your own encoder")
-    explain = commands.add_parser("explain", help="which training images taught an encoder about this image?")
-    pretrain = commands.add_parser("pretrain", help="train an encoder on your own images")
-    if command == "influence":
-        from issl.commands.influence import add_arguments
-
-        add_arguments(influence)
-    if command == "explain":
-        from issl.commands.explain import add_arguments
-
-        add_arguments(explain)
-    if command == "pretrain":
-        from issl.commands.pretrain import add_arguments
-
-        add_arguments(pretrain)
+    parsers = {name: commands.add_parser(name, help=text) for name, text in IMAGES.items()}
+    if command in parsers:
+        import_module(f"issl.commands.{command}").add_arguments(parsers[command])
     return top
 
 
-def _of_a_profile(command: argparse.ArgumentParser) -> None:
+def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--profile", default="quick", help="quick (default), mini or paper")
-    add("--only", metavar="03,…", help="these notebooks alone, by number or name")
+    add("--only", metavar="03,…", help="only these notebooks, by number or name")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
-    add("--time-budget", type=float, metavar="MIN", help="end in time, with checkpoints; the same command goes on")
+    add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
 
 
 def _pairs(options: Sequence[str]) -> dict[str, str]:
@@ -81,6 +80,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
 
 
 def _verdicts(into_readme: bool) -> int:
+    from issl.files import REPOSITORY, atomic
     from issl.reporting.verdicts import in_readme, kept_records, markdown
 
     records, readme = kept_records(REPOSITORY / "figures"), REPOSITORY / "README.md"
@@ -94,44 +94,49 @@ def _verdicts(into_readme: bool) -> int:
     return 0
 
 
+def _run(options: argparse.Namespace) -> int:
+    """Run a command; its modules are imported here, so that no command waits for those of another."""
+    if options.command == "download":
+        from issl.data.published import download
+
+        print(download(options.name, options.data_root))
+        return 0
+    if options.command == "verdicts":
+        return _verdicts(options.readme)
+    from issl.devices import keep_freed_memory
+
+    keep_freed_memory()
+    if options.command in IMAGES:
+        code: int = import_module(f"issl.commands.{options.command}").main(options)
+        return code
+    if options.command == "doctor":
+        from issl.commands.doctor import doctor
+
+        return doctor(options.data_root, options.out, options.device)
+    from issl.commands.profiles import ProfileOptions
+
+    names = ("profile", "only", "data_root", "device", "out", "time_budget")
+    shared = ProfileOptions(*(getattr(options, name) for name in names))
+    if options.command == "compute":
+        from issl.commands.compute import compute
+
+        return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
+    from issl.commands.run import run
+
+    return run(shared, options.again)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends in one line on stderr and exit code 2, a spent time budget in exit code 3."""
+    """Run a command; bad input gives one line on stderr and exit code 2, a spent time budget exit code 3."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in COMPUTING:
+        # libgomp reads this when torch is imported, here and in the kernels and jobs that start from here: threads that
+        # wait for each other soon sleep. By default they spin, and processes that share the cores (notebooks beside a
+        # training) slow each other several times
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options = parser(given[0] if given else None).parse_args(given)
     try:
-        if options.command == "download":
-            from issl.data.datasets import download
-
-            print(download(options.name, options.data_root))
-            return 0
-        if options.command == "verdicts":
-            return _verdicts(options.readme)
-        keep_freed_memory()
-        if options.command == "doctor":
-            from issl.commands.doctor import doctor
-
-            return doctor(options.data_root, options.out, options.device)
-        if options.command == "influence":
-            from issl.commands.influence import score
-
-            return score(options)
-        if options.command == "explain":
-            from issl.commands.explain import explain
-
-            return explain(options)
-        if options.command == "pretrain":
-            from issl.commands.pretrain import train
-
-            return train(options)
-        given_to = (options.profile, options.only, options.data_root, options.device, options.out)
-        if options.command == "compute":
-            from issl.commands.compute import compute
-
-            slurm = _pairs(options.slurm)
-            return compute(*given_to, options.jobs, options.cluster, options.time_budget, slurm)
-        from issl.commands.run import run
-
-        return run(*given_to, options.again, options.time_budget)
+        return _run(options)
     except OutOfTime as late:
         print(f"issl: {late}", file=sys.stderr)
         return 3
@@ -139,5 +144,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"issl: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("issl: stopped; run the same command again to go on from here", file=sys.stderr)
+        print("issl: stopped; run the same command again to continue from here", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""`issl doctor`: what is here, what is missing, and what each profile would cost on this machine."""
+"""`issl doctor`: what is installed, what is missing, and how long each profile would take on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -13,14 +14,16 @@ import psutil
 import torch
 
 from issl import __version__
+from issl.commands.profiles import ProfileOptions, profiles
 from issl.commands.progress import in_words
-from issl.commands.run import profiles, read_profile, where
+from issl.commands.scheduler import Scheduler
 from issl.data import datasets
+from issl.data.published import ENVIRONMENT
 from issl.devices import computes_bf16, device_name, pick_device
 from issl.errors import IsslError
-from issl.experiments.cache import every
-from issl.experiments.cost import NOTEBOOK, missing, seconds, speed
-from issl.experiments.plans_paper import PLANS
+from issl.experiments.cache import Artifacts
+from issl.experiments.cost import NOTEBOOK, speed
+from issl.experiments.plans import PLANS
 from issl.files import PACKAGE
 
 NEEDED_GB = 2.0  # of free memory, for the quick profile
@@ -29,7 +32,8 @@ NEEDED_GB = 2.0  # of free memory, for the quick profile
 def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
     """Print what was found; exit code 1 where the quick profile could not run here."""
     target, wrong, lacking = pick_device(device), [], []
-    folder, root = where(out, data_root)
+    options = ProfileOptions(data_root=data_root, out=out, device=device)
+    folder, root = options.folder, options.root
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_there(folder))
     print(f"issl        {__version__}, {PACKAGE}")
     print(f"python      {platform.python_version()}, {sys.executable}")
@@ -39,7 +43,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
         print(f"GPU         {torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
     else:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        print(f"GPU         none that torch sees ({built}); all runs on the CPU")
+        print(f"GPU         none that torch sees ({built}); everything runs on the CPU")
     bf16 = "with" if computes_bf16(torch.device("cpu"), "auto") else "without"
     print(f"CPU         {device_name(torch.device('cpu'))} of {os.cpu_count()}, {bf16} bf16")
     print(f"memory      {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
@@ -49,7 +53,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     for name in ("artifacts", "figures", "results"):
         if not os.access(_there(folder / name), os.W_OK):
             wrong.append(f"{folder / name} cannot be written; choose another place with --out DIR")
-    print(f"data root   {root or 'none: give --data-root DIR, or set ' + datasets.ENVIRONMENT}")
+    print(f"data root   {root or 'none: give --data-root DIR, or set ' + ENVIRONMENT}")
     for name in ("scenes", "cifar10", "cifar100", "fairface", "cifair10"):
         try:
             count = datasets.count(name, "train", root)
@@ -65,32 +69,30 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     factor = speed(target)
     print(f"speed       {1 / factor:.2f} × the machine that costs were measured on ({target})")
     for profile in profiles():
-        print(f"  {profile:9} {_cost(profile, folder, root, device, factor, lacking)}")
+        print(f"  {profile:9} {_cost(replace(options, profile=profile), factor, lacking)}")
     for text in wrong:
         print(f"WRONG       {text}")
     print(
-        "The quick profile can run: ./run_all.sh"
-        if not wrong
-        else "The quick profile cannot run before this is mended."
+        "The quick profile can run: ./run_all.sh" if not wrong else "The quick profile cannot run before this is fixed."
     )
     return 1 if wrong else 0
 
 
-def _cost(profile: str, folder: Path, root: str | None, device: str, factor: float, lacking: list[str]) -> str:
-    """How many stages are missing, and what they would take; or which data sets it needs that are not here."""
-    plans = read_profile(profile, list(PLANS), out=str(folder), data_root=root, device=device)
+def _cost(options: ProfileOptions, factor: float, lacking: list[str]) -> str:
+    """How many stages are missing and how long they would take; or which data sets are needed and not here."""
+    plans = options.plans()
     needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
     if needs:
         return f"needs {', '.join(needs)}"
+    folder = Artifacts(options.folder / "artifacts").folder
     try:
-        count = len(list(every(stage for plan in plans.values() for stage in plan.stages().values())))
-        left = missing(plans.values(), next(iter(plans.values())).artifacts())
-        took = factor * (sum(seconds(stage) for stage in left) + NOTEBOOK * len(plans))
+        scheduler = Scheduler(plans.values(), lambda stage: folder(stage).is_dir(), other=NOTEBOOK * len(PLANS))
     except IsslError as error:
         return f"cannot run: {str(error).splitlines()[0]}"
+    left, count = len(scheduler.to_do()), len(scheduler.tasks)
     if not left:
         return f"all {count} stages are there"
-    return f"{len(left)} of {count} stages to compute, about {in_words(took)}"
+    return f"{left} of {count} stages to compute, about {in_words(factor * scheduler.whole)}"
 
 
 def _there(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`issl explain`: which training images taught the encoder about this image? A picture and a table."""
+"""`issl explain`: which training images taught the encoder about this image, as a picture and a table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
 
 from issl.analysis.evaluate import embed, stability_losses
-from issl.config import explain as told
 from issl.data import datasets
-from issl.data.images import Images
+from issl.data.images import Images, decode
 from issl.devices import pick_device
 from issl.errors import IsslError
-from issl.experiments.settings import Curvature, Data
+from issl.experiments.settings import Data
 from issl.files import atomic, read_safetensors, writable
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence
+from issl.influence.curvature import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
@@ -40,20 +39,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_encoder_arguments(command)
     add("--out", type=Path, default=Path("explain.png"), metavar="FILE", help="picture, .png or .pdf (explain.png)")
     add("--k", type=int, default=8, help="images in each list (8)")
-    add("--fit", action="store_true", help="bring IMAGE to the data's size: its centred square, resized")
-    add("--any-data", action="store_true", help="go on although the encoder was trained on other images")
-    add("--images", "--n", dest="n", type=int, metavar="N", help="so many of SET (default: those it was trained on)")
+    add("--fit", action="store_true", help="crop IMAGE to its centred square and resize it to the data's size")
+    add("--any-data", action="store_true", help="allow images that the encoder was not trained on")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="how many of SET (default: those it was trained on)")
     add("--size", type=int, metavar="PX", help="side of the images of a folder or of fairface")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--rank", type=int, default=16, help="of LoGra, per side (16)")
     add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
-    add("--draws", type=int, default=4, help="perturbations an image, gradients averaged (4)")
+    add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--device", default="auto", help="auto (default), cpu or cuda")
 
 
-def explain(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began = time.monotonic()
     writable(options.out, (".png", ".pdf"))
@@ -65,26 +64,27 @@ def explain(options: argparse.Namespace) -> int:
     scored_layers(opened.encoder, skip)
     images, known = training_images(options, opened)
     query = read_query(options, images)
-    try:
-        curvature = Curvature(rank=options.rank, damping=options.damping).build()
-    except ValidationError as error:
-        raise told(error, "issl explain") from error
+    curvature = LoGra(options.rank, options.damping)
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
     print(f"{query.attributes['what'][0]} among {about}", flush=True)
     noise = GaussianNoise()
-    asked = query if query.attributes["trained_on"][0] else as_queries(query)
+    queries = query if query.attributes["trained_on"][0] else as_queries(query)
     scores = cross_influence(
-        opened.encoder, images, asked, noise, curvature, options.seed, draws=options.draws, skip=skip,
+        opened.encoder, images, queries, noise, curvature, options.seed, draws=options.draws, skip=skip,
         computing=Computing(device=device, batch_size=64),
     )[0]  # fmt: skip
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
     near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
-    loss = float(stability_losses(opened.encoder, asked, noise, options.seed, options.draws, device)[0])
+    loss = float(stability_losses(opened.encoder, queries, noise, options.seed, options.draws, device)[0])
     own = images.index.numpy() == int(query.index[0]) if query.attributes["trained_on"][0] else None
     table = lists(images, scores.numpy(), near.double().numpy(), options.k, own)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
-    _draw(options.out, query, images, table, loss, f"{about}; LoGra of rank {options.rank}")
+    from issl.reporting import figures  # slow to import
+
+    figures.style(screen=False)
+    title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra of rank {options.rank}"
+    figures.write(figures.explained(query, images, table, LISTS, loss, title), options.out)
     print(_summary(table))
     print(f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
@@ -96,8 +96,8 @@ def explain(options: argparse.Namespace) -> int:
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
     """The images that the encoder was trained on, and what is known of that.
 
-    Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Of other
-    encoders nothing is known, and the reader is told so.
+    Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Nothing is
+    known about other encoders, and the output says so.
     """
     size = options.size
     if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
@@ -109,12 +109,10 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
     name, count = (config["data"]["name"], config["data"]["n"]) if config else (header["data"], header["n"])
     if options.any_data:
         return _load(options, options.n, size), f" (it was trained on {name})"
-    # a folder goes by its last name there
+    # a folder is recorded by its last name
     given = "folder:" + Path(options.data[7:]).name if options.data.startswith("folder:") else options.data
-    encoder, remedy = (
-        f"encoder {options.encoder} was trained on",
-        "or add --any-data to ask about images that it has not seen",
-    )
+    encoder = f"encoder {options.encoder} was trained on"
+    remedy = "or add --any-data to ask about images that it has not seen"
     if name not in (given, options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
     if options.n is not None and options.n != count:
@@ -136,7 +134,7 @@ def _load(options: argparse.Namespace, n: int | None, size: int | None) -> Image
 
 
 def _header(encoder: str) -> dict[str, Any] | None:
-    """What our own checkpoint says of its training."""
+    """What our own checkpoint says about its training."""
     if not encoder.endswith(".safetensors") or not Path(encoder).is_file():
         return None
     entry = json.loads(read_safetensors(Path(encoder), "encoder")[0].get("issl", "null"))
@@ -170,13 +168,13 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
             file.verify()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise IsslError(f"{path} is not an image that can be read ({error}); give a PNG, JPEG or the like") from error
-    # a folder's own images are fitted as they are read; a set of a fixed size takes no other
+    # a folder's own images are resized as they are read; a set of a fixed size takes no other
     if size != (side, side) and not options.fit and not options.data.startswith("folder:"):
         raise IsslError(
             f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: add --fit to take "
             "its centred square and resize it, or bring it to that size yourself"
         )
-    return _one(torch.from_numpy(datasets.decode(data, side, str(path)).copy()), 0, path.name, False)
+    return _one(torch.from_numpy(decode(data, side, str(path)).copy()), 0, path.name, False)
 
 
 def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Images:
@@ -190,10 +188,10 @@ def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Image
 def lists(
     images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """One row an image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
+    """One row for each image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
     similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image.
 
-    leave_out   a mask: the query itself, where it is one of them; it comes last, in a list of its own (`itself`)
+    leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own (`itself`)
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
     k = min(k, int((~own).sum()))
@@ -228,42 +226,3 @@ def _summary(table: pd.DataFrame) -> str:
         each = part["index"].astype(str) if known is None else part["index"].astype(str) + " (" + known + ")"
         lines.append(f"{text}: {', '.join(each)}")
     return "\n".join([*lines, in_common(table)])
-
-
-def _draw(out: Path, query: Images, images: Images, table: pd.DataFrame, loss: float, about: str) -> None:
-    """The query beside its three lists, each image with its influence (in parts of the greatest) and similarity."""
-    import matplotlib.pyplot as plt
-
-    from issl.reporting import figures
-
-    figures.style(screen=False)
-    others = table[table["list"] != "itself"]
-    k, greatest = int(others["rank"].max()), float(others["influence"].abs().max()) or 1.0
-    fig = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))
-    left, right = fig.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
-    shown = left.subplots()
-    shown.imshow(query.pixels[0].permute(1, 2, 0).numpy(), interpolation="nearest")
-    shown.set_title(query.attributes["what"][0], fontsize=8)
-    shown.set_xlabel(f"stability loss {loss:.3f}", fontsize=7)
-    plain = [shown]
-    for row, (name, text) in zip(right.subfigures(len(LISTS), 1), LISTS.items(), strict=True):
-        row.suptitle(text, x=0.01, ha="left", fontsize=8, fontweight="bold")
-        members = table[table["list"] == name].to_dict("records")
-        for ax, r in zip(row.subplots(1, k, squeeze=False)[0], members, strict=True):
-            ax.imshow(images.pixels[r["position"]].permute(1, 2, 0).numpy(), interpolation="nearest")
-            label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))
-            ax.set_title(label if len(label) < 14 else label[:12] + "…", fontsize=6, pad=2)
-            influence, cosine = f"{r['influence'] / greatest:+.2f} (#{r['influence_rank']})", f"{r['similarity']:.2f}"
-            ax.set_xlabel(f"{influence}\ncos {cosine} (#{r['similarity_rank']})", fontsize=5.5, labelpad=2)
-            plain.append(ax)
-    for ax in plain:
-        ax.set(xticks=[], yticks=[])
-        for side in ax.spines.values():
-            side.set_visible(False)
-    fig.suptitle(
-        f"Where did the encoder learn this? {in_common(table)}\n{about}\n±: influence ÷ the greatest (negative: "
-        "a step that makes that image more stable makes this one less so); cos: similarity of features; #: rank of all",
-        fontsize=7,
-    )
-    with atomic(out) as part:
-        fig.savefig(part, format=out.suffix[1:])

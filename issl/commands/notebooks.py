@@ -1,4 +1,4 @@
-"""Executing a notebook, and knowing what its outputs were made from, so that a run leaves current ones alone."""
+"""Executing notebooks, and remembering what their outputs were made from, so that a run leaves current ones alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from issl.experiments.cache import file_digest
+from issl.experiments.cost import read_by
 from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 
@@ -20,18 +21,23 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     device, this library's code and the versions of what it builds on."""
     content: dict[str, Any] = {
         "notebook": file_digest(source), "plan": plan.settings(), "device": device, "library": _library(),
-        "stages": {label: stage.key for label, stage in plan.stages().items()},
+        "stages": [stage.label for stage in read_by(plan)],
         "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def library_files() -> list[Path]:
+    """This library's code and its settings."""
+    return [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+
+
 @lru_cache
 def _library() -> list[str]:
-    code = [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
     needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
     names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
-    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in code] + [f"{n} {metadata.version(n)}" for n in names]
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in library_files()] + versions
 
 
 def outputs(name: str, plan: Plan) -> dict[str, Path]:
@@ -47,7 +53,7 @@ def _record(name: str, plan: Plan) -> Path:
 
 
 def note_made(name: str, plan: Plan, key: str) -> None:
-    """Remember what the outputs were made from, with their checksums."""
+    """Record what the outputs were made from, with their checksums."""
     files = {place: file_digest(path) for place, path in outputs(name, plan).items()}
     with atomic(_record(name, plan)) as part:
         part.write_text(json.dumps({"made_from": key, "files": files}, indent=1))
@@ -61,24 +67,25 @@ def is_current(name: str, plan: Plan, key: str) -> bool:
     except FileNotFoundError:
         return False
     except (ValueError, KeyError):
-        return False  # damaged: made again
+        return False  # damaged
     here = outputs(name, plan)
     return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
 
 
 def execute(source: Path, target: Path, plan: Plan) -> str | None:
     """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the error."""
-    import nbformat  # slow to import, as papermill is, and a run that finds everything current needs neither
+    import nbformat  # slow to import, like papermill, and a run that finds everything current needs neither
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     try:
         papermill.execute_notebook(
-            source, target, parameters=plan.model_dump(mode="json"), progress_bar=False, start_timeout=300,
+            source, target, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
-            # the kernel's own notices (on its transport; that it was interrupted, which is how it is told to end) are
-            # not for the reader; what a cell raises is kept in the notebook
+            # the kernel's own messages (about its transport, or that it was interrupted when it ends) are not for the
+            # reader; what a cell raises is kept in the notebook
             extra_arguments=["--IPKernelApp.log_level=50"],
         )  # fmt: skip
     except PapermillExecutionError as error:

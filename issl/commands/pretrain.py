@@ -1,4 +1,4 @@
-"""`issl pretrain`: train an encoder on one's own images, on one process or on several (torchrun)."""
+"""`issl pretrain`: train an encoder on your own images, in one process or in several (torchrun)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import pandas as pd
-
 from issl.analysis.evaluate import knn_watch
 from issl.data import datasets
 from issl.devices import pick_device
 from issl.files import atomic, writable
+from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import save_encoder
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import Method, Variant, recipe
 from issl.shards import from_torchrun
 
@@ -25,11 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
     add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="the encoder, .safetensors; its history beside it (.csv)",
+        "--out", required=True, type=Path, metavar="FILE", help="the encoder, .safetensors; beside it its history, .csv"
     )
     add("--method", default="simclr", choices=get_args(Method), help="default: simclr")
     add("--recipe", default="published", choices=get_args(Variant), help="published (default) or short")
@@ -38,19 +33,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, help="of all processes together (256)")
     add("--seed", type=int, default=0, help="of weights, order and views (0)")
     add("--split", default="train", help="train (default) or test")
-    add("--images", "--n", dest="n", type=int, metavar="N", help="so many (default: all); under torchrun --images")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="how many (default: all); under torchrun use --images")
     add("--size", type=int, metavar="PX", help="side of the images (folders and fairface; default: 32)")
-    add("--watch", type=int, metavar="M", help="kNN accuracy on M test images joins the history (labelled sets)")
-    add("--watch-every", type=int, default=10, metavar="E", help="every so many epochs (10)")
+    add("--watch", type=int, metavar="M", help="add the kNN accuracy on M test images to the history (labelled sets)")
+    add("--watch-every", type=int, default=10, metavar="E", help="how often, in epochs (10)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the networks (auto)")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile (auto: long runs on a GPU)")
-    add("--time-budget", type=float, metavar="MIN", help="end in time, with a checkpoint; the same command goes on")
+    add("--time-budget", type=float, metavar="MIN", help="stop in time, with a checkpoint; the same command continues")
     add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
-def train(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".safetensors",))
@@ -62,8 +57,9 @@ def train(options: argparse.Namespace) -> int:
     watch = None
     if options.watch is not None:
         test = datasets.load(options.data, "test", options.watch, options.data_root, size=size)
-        watch = knn_watch(images, test, device)
-    checkpoint = out.with_name(out.name + ".checkpoint")
+        watch = knn_watch(images, test, device, options.epochs, options.watch_every)
+    deadline = None if options.time_budget is None else began + 60 * options.time_budget
+    saved = out.with_name(out.name + ".checkpoint")
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
         if first:
@@ -72,26 +68,23 @@ def train(options: argparse.Namespace) -> int:
                 f"{options.method} ({options.recipe} recipe) on {len(images)} images of {images.name}, {device}{many}",
                 flush=True,
             )
+        execution = Execution(
+            shards.device if shards.world > 1 else device, options.precision, options.compile, shards,
+            progress=first and sys.stderr.isatty(),
+        )  # fmt: skip
         encoder, history = pretrain(
             images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
-            seed=options.seed, device=shards.device if shards.world > 1 else device, precision=options.precision,
-            compiled=options.compile, watch=watch, watch_every=options.watch_every, checkpoint=checkpoint,
-            shards=shards, progress=first and sys.stderr.isatty(),
-            deadline=None if options.time_budget is None else began + 60 * options.time_budget,
+            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline), after_epoch=watch,
         )  # fmt: skip
         if first:
             with atomic(out.with_suffix(".csv")) as part:
                 history.to_csv(part, index=False)
             save_encoder(out, encoder, {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)})
-            _draw(history, f"{options.method}, {options.recipe} recipe, {len(images):,} images of {images.name}", out)
-            checkpoint.unlink(missing_ok=True)
+            from issl.reporting import figures  # slow to import
+
+            figures.style(screen=False)
+            title = f"{options.method}, {options.recipe} recipe, {len(images):,} images of {images.name}"
+            figures.write(figures.training(history, title), out.with_suffix(".png"))
+            saved.unlink(missing_ok=True)
             print(f"{out}: {len(history)} epochs in {time.monotonic() - began:.0f} s", flush=True)
     return 0
-
-
-def _draw(history: pd.DataFrame, title: str, out: Path) -> None:
-    from issl.reporting import figures  # slow to import
-
-    figures.style(screen=False)
-    with atomic(out.with_suffix(".png")) as part:
-        figures.training(history, title).savefig(part, format="png")

@@ -1,1 +1,1 @@
-"""Images: where they come from (data sets, drawn scenes), what is put into them, and their augmented views."""
+"""Images: data sets, drawn scenes, injected duplicates and atypical images, and augmented views."""

@@ -1,8 +1,8 @@
 """Image operations: batched, on the device of the pixels, their parameters one per image as tensors.
 
-So an image's result is a function of its own parameters alone, and shapes never depend on values (a
-compiler likes that, and no operation waits for the device). Pixels are float in [0, 1]. Each equals
-torchvision's functional operation of the same parameters (tested).
+So an image's result is a function of its own parameters alone, and shapes never depend on values (which suits a
+compiler, and no operation waits for the device). Pixels are float in [0, 1]. Each operation equals torchvision's
+functional one with the same parameters (tested).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def crop(
 
 
 def flip(x: Pixels, yes: Which) -> Pixels:
-    """Mirror left and right the images where `yes`."""
+    """Mirror the images left to right where `yes`."""
     return torch.where(_wide(yes), x.flip(3), x)
 
 
@@ -64,7 +64,7 @@ def saturation(x: Pixels, factor: PerImage) -> Pixels:
 
 
 def hue(x: Pixels, shift: PerImage) -> Pixels:
-    """Turn the hue in HSV space by `shift` of a full circle, in [−0.5, 0.5]."""
+    """Rotate the hue in HSV space by `shift` of a full circle, in [−0.5, 0.5]."""
     value, _ = x.max(1)
     chroma = value - x.min(1).values
     r, g, b = x.unbind(1)
@@ -80,8 +80,8 @@ def hue(x: Pixels, shift: PerImage) -> Pixels:
 def jitter(x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], yes: Which) -> Pixels:
     """Colour jitter: the four parts with each image's own factors, in its own order, where `yes`.
 
-    Brightness, contrast and saturation are all blends with a grey, hue is not. So an image's order is: up
-    to three blends, hue, up to three blends; a blend that is not its turn has factor 1 and changes nothing.
+    Brightness, contrast and saturation are blends with a grey; hue is not. So every order is: up to three blends,
+    hue, up to three blends. Where it is not a blend's turn, its factor is 1 and it changes nothing.
     """
     hue_at = order.eq(HUE).int().argmax(1)
     for step in range(3):
@@ -93,7 +93,7 @@ def jitter(x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], 
 
 
 def _blend(x: Pixels, factors: Tensor, which: Int[Tensor, " b"], active: Which) -> Pixels:
-    """Brightness, contrast or saturation, whichever it is for the image; nothing where not `active`."""
+    """Brightness, contrast or saturation, as `which` says for the image; no change where not `active`."""
     factor = torch.where(active, factors.gather(1, which[:, None]).squeeze(1), 1)
     grey = luma(x)
     mean = grey.mean((2, 3), keepdim=True)

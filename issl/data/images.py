@@ -1,10 +1,11 @@
-"""What every part of the library is fed: a set of images with what is known of each.
+"""The input of every part of the library: a set of images with what is known about each.
 
-The data sets themselves are in `issl.data.scenes` (drawn) and `issl.data.datasets` (read); `issl.load` is their door.
+`issl.load` (in `issl.data.datasets`) makes them.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int64, UInt8
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from issl.errors import IsslError
@@ -23,10 +25,10 @@ class Images:
 
     pixels      uint8 (n, 3, H, W), 0…255
     labels      int64 (n,), or None where the set has none
-    attributes  one row an image; always has `index`, the image's identity: it survives `subset`, and it
-                keys the random numbers of the image (design.md §1). With labels there is `label_name`.
+    attributes  one row an image; always has `index`, the image's identity: it survives `subset`, and the image's
+                random numbers depend on it. With labels there is `label_name`
     name        the data set's name, for titles and records
-    masks       uint8 (n, H, W), 255 = foreground, where the truth is known (`scenes`), else None
+    masks       uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None
     """
 
     pixels: UInt8[Tensor, "n 3 h w"]
@@ -62,7 +64,7 @@ class Images:
         return torch.from_numpy(self.attributes["index"].to_numpy(dtype=np.int64).copy())
 
     def require(self, attributes: Sequence[str]) -> pd.DataFrame:
-        """These attributes of the images, or an IsslError that names those there are."""
+        """These attributes of the images; if one is missing, an IsslError that names the existing ones."""
         missing = [a for a in attributes if a not in self.attributes]
         if missing:
             known = ", ".join(self.attributes.columns)
@@ -70,7 +72,7 @@ class Images:
         return self.attributes[list(attributes)]
 
     def require_labels(self) -> Int64[Tensor, " n"]:
-        """The labels, or an IsslError where the set has none."""
+        """The labels; IsslError if the set has none."""
         if self.labels is None:
             raise IsslError(
                 f"images {self.name!r} have no labels; use a labelled set (an image folder gets labels "
@@ -98,9 +100,24 @@ class Images:
 
 
 def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndarray:
-    """Which of `total` images a request for `n` gets: all, or a seeded random subset in original order."""
+    """The positions that a request for `n` of `total` images gets: all, or a random subset in the original order."""
     if n is None:
         return np.arange(total)
     if not 0 < n <= total:
         raise IsslError(f"n={n}: data set {name!r} has {total} images here; ask for 1 to {total}")
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))
+
+
+def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
+    """The centred square of an encoded image, resized to `size` px if necessary. Raises IsslError, which
+    says `what` it is, if the bytes are not an image."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise IsslError(f"{what} cannot be decoded ({error}); repair or remove it") from error
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image).transpose(2, 0, 1)

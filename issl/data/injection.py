@@ -1,7 +1,7 @@
-"""Injection: duplicates and atypical images put into any set, so that what a score should find is known.
+"""Injection: put duplicates and atypical images into any set, so that it is known what a score should find.
 
-Images at random positions are overwritten; each keeps its own index (and so its own noise), and what was done is
-written into the attributes that `scenes` has by nature: duplicate_of, duplicate_kind, atypical.
+Images at random positions are overwritten; each keeps its own index (and so its own noise). The attributes
+duplicate_of, duplicate_kind and atypical say what was done, as they do in `scenes`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
     """The set with shares of its images replaced: `duplicates` by copies of others, `atypical` by strange ones.
 
     duplicates  kinds in equal parts: exact; shifted by 1–3 px; recoloured (brighter or darker, hue turned);
-                recompressed as JPEG. An original is never itself replaced, and has one copy.
+                recompressed as JPEG. An original is never replaced itself, and has one copy
     atypical    kinds in equal parts: foreign (of another set: a drawn scene; of `scenes` itself, its tiles
                 shuffled), corrupted (contrast cut to a third, static over it), inverted (255 − x)
     Attributes: duplicate_of (index of the original, −1 for none), duplicate_kind, atypical ("" for ordinary).
@@ -68,7 +68,7 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
         generator = keyed_random.generator(seed, int(index[place]))
         pixels[place] = _strange(what, images, int(place), generator)
         of[place], kind[place], unusual[place] = -1, "", what
-    # a pair that the set had by itself is none any more where its original was overwritten
+    # a pair that the set already had is broken if its original was overwritten
     broken = np.isin(of, index.numpy()[[*copied, *odd]])
     of[broken], kind[broken] = -1, ""
     attributes = attributes.assign(index=index.numpy(), duplicate_of=of, duplicate_kind=kind, atypical=unusual)
@@ -115,7 +115,7 @@ def _strange(what: AtypicalKind, images: Images, place: int, generator: np.rando
         q = x.shape[1] // 4
         tiles = x.unfold(1, q, q).unfold(2, q, q).flatten(1, 2)[:, torch.from_numpy(generator.permutation(16))]
         return tiles.unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    # one seed an image: it draws the same scene in any set and at any position
+    # one seed per image: the same scene in any set and at any position
     drawn = scenes.draw(1, seed=int(generator.integers(2**31)), config=scenes.ScenesConfig(atypical=0))
     side = x.shape[1:]
     grown = torch.nn.functional.interpolate(drawn.pixels.float(), side, mode="bilinear", antialias=True)

@@ -1,12 +1,12 @@
-"""`scenes`: drawn images whose truth is known, the controlled world of this project (design.md §2).
+"""`scenes`: drawn images whose ground truth is known exactly.
 
-One object of ten shapes, posed at random, on a background that is uniform (white, black, a colour) or
-textured. What the paper can only observe on photographs is here a column: the background kind, the
-foreground mask, a group with a chosen skew, injected exact and near duplicates, injected atypical images.
+One object of ten shapes, in a random pose, on a background that is uniform (white, black, a colour) or textured. What
+the paper can only observe on photographs is a column here: the kind of background, the foreground mask, a group with a
+chosen skew, injected exact and near duplicates, injected atypical images.
 
-Each property is drawn from a stream of its own, keyed by (seed, split, property). So the first n images
-of a larger set are the set of size n, and `background="white"` changes the backgrounds and nothing else:
-the same objects in the same poses, which makes a counterfactual pair of every image.
+Each property has its own random stream, keyed by (seed, split, property). So the first n images of a larger set are the
+set of size n, and `background="white"` changes the backgrounds and nothing else: the same objects in the same poses,
+which gives every image a counterfactual twin.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from issl.config import Config
 from issl.data.images import Images
 from issl.errors import IsslError
 
@@ -34,14 +35,12 @@ VERSION = 1  # part of every cache key: raise it when a drawn pixel changes
 Background = Literal["white", "black", "colour", "texture"]
 
 
-class ScenesConfig(BaseModel):
-    """Shares of what is put into the set; each is a probability per image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ScenesConfig(Config):
+    """The composition of the set; each share is a probability per image."""
 
     uniform: float = Field(0.3, ge=0, le=1, description="backgrounds that are white, black or one colour")
     minority: float = Field(0.2, ge=0, le=1, description="images of the group `cool`")
-    exact_duplicates: float = Field(0.01, ge=0, le=1, description="images that are another one's copy")
+    exact_duplicates: float = Field(0.01, ge=0, le=1, description="images that are copies of another one")
     near_duplicates: float = Field(0.01, ge=0, le=1, description="copies shifted by 1–2 px, a little brighter")
     atypical: float = Field(0.01, ge=0, le=1, description="static, shuffled or empty images")
     noise: float = Field(0.01, ge=0, le=0.5, description="sensor noise, standard deviation")
@@ -71,7 +70,7 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
     if config.background is not None:
         background = np.full(n, BACKGROUNDS.index(config.background))
     group = (stream("group").random(n) < config.minority).astype(int)
-    # one uniform number decides all three injections, so that they exclude each other
+    # one uniform number decides all three injections, so they exclude each other
     u, edges = (
         stream("inject").random(n),
         np.cumsum([config.exact_duplicates, config.near_duplicates, config.atypical]),
@@ -135,7 +134,7 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
 def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images:
     """Each of the first n scenes on every background: textured, white, black, one colour; 4n images.
 
-    The same objects in the same poses, so an image and its twins differ by the background alone. Attributes: `scene`,
+    The same objects in the same poses, so an image and its twins differ only in the background. Attributes: `scene`,
     the index of the scene they come from, and those of `draw`; index = scene + SWAPPED · (position of the background).
     No duplicates and no atypical images.
     """
@@ -234,7 +233,7 @@ def _hsv(hue: np.ndarray, sat: np.ndarray, val: np.ndarray) -> np.ndarray:
 
 
 def _paint(mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
-    """Object colour from the group's palette, lit from one side, laid over the background by the mask."""
+    """The object in a colour of its group, lit from one side, over the background by its mask."""
     hue = np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]  # warm: magenta-red to yellow; cool: cyan to violet
     colour = _hsv((hue % 1).astype(np.float32), 0.55 + 0.45 * pose["sat"], 0.45 + 0.5 * pose["val"])
     axis = np.linspace(-0.15, 0.15, SIDE, dtype=np.float32)
@@ -263,7 +262,7 @@ def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np
 
 
 def _shuffle(image: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The image's 4 × 4 tiles in another order: its colours and textures without its object."""
+    """The image's 4 × 4 tiles in another order: it keeps its colours and textures and loses its object."""
     q = SIDE // 4
     tiles = image.reshape(3, 4, q, 4, q).transpose(1, 3, 0, 2, 4).reshape(16, 3, q, q)[order]
     return tiles.reshape(4, 4, 3, q, q).transpose(2, 0, 3, 1, 4).reshape(3, SIDE, SIDE)

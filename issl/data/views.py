@@ -1,8 +1,8 @@
 """Views: the random augmentations of pretraining, as settings and a function of pixels and uniform numbers.
 
-The uniform numbers are drawn by who asks for the view: pretraining draws a table per epoch over the whole
-data set, so that leaving one image out changes the views of no other; perturbations key them by the
-image's index. All an image's view depends on is its pixels and its own row.
+The caller draws the uniform numbers. Pretraining draws a table per epoch over the whole data set, so leaving one image
+out does not change the views of the others; perturbations key them by the image's index. An image's view depends only
+on its pixels and its own row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from issl.config import Config
 from issl.data.image_operations import Pixels, blur, crop, flip, grayscale, jitter, solarize
 
 VIEW_UNIFORMS = 18  # how many uniform numbers one view consumes
-ON_CPU = 32  # images at once there: what they touch stays in the cache
+ON_CPU = 32  # images at once on a CPU, so that the data stays in its cache
 
 
 class View(Config):
@@ -45,14 +45,14 @@ class View(Config):
     def __call__(
         self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "b 3 h2 w2"]:
-        """One view of each image, its randomness given by its row of uniform numbers; `size`: default, the image's."""
+        """One view of each image; its row of uniform numbers decides it. `size` defaults to the image's."""
         if x.device.type != "cpu":
             return self._view(x, u, size)
         parts = zip(x.split(ON_CPU), u.split(ON_CPU), strict=True)
         return torch.cat([self._view(xs, us, size) for xs, us in parts])
 
     def _view(self, x: Tensor, u: Tensor, size: tuple[int, int] | None) -> Tensor:
-        # what a setting turns off is skipped; what it leaves to chance is computed for all and chosen per image
+        # what is turned off is skipped; what is left to chance is computed for all images and chosen per image
         mirror = u[:, 4] < self.flip
         if self.min_area < 1 or size is not None:
             x = crop(x, crop_boxes(u[:, :4], self.min_area), mirror, size)
@@ -76,8 +76,8 @@ class View(Config):
 def crop_boxes(u: Float[Tensor, "b 4"], min_area: float) -> Float[Tensor, "b 4"]:
     """Random-resized-crop boxes: area uniform in [min_area, 1], log aspect uniform in ±log 4/3, any place.
 
-    torchvision redraws a box that does not fit; here its longer side is cut to the image, which keeps
-    one fixed number of uniforms per image.
+    torchvision redraws a box that does not fit; here its longer side is cut to the image, so every image needs the
+    same number of uniforms.
     """
     area = min_area + (1 - min_area) * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * log(4 / 3))

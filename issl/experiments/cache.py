@@ -21,18 +21,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import atomic, read_safetensors
-from issl.pretraining.encoder import Encoder, load_encoder
+from issl.files import atomic
 
 MANIFEST = "manifest.json"
 
@@ -61,7 +58,15 @@ class Stage(Config):
         return f"{self.name}/{self.key}"
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
+        """Write the artifact's files into the folder, reading what it needs from `artifacts`."""
         raise NotImplementedError
+
+    def read(self, artifacts: Artifacts) -> Any:
+        """What the artifact holds; it is made first where it is not there."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.label
 
 
 @dataclass
@@ -120,45 +125,8 @@ class Artifacts:
             return False
         return True
 
-    # --- readers of the artifacts, for notebooks ---
 
-    def encoder(self, stage: Stage, output: Literal["features", "projector"] = "features") -> torch.nn.Module:
-        return load_encoder(self.get(stage) / "encoder.safetensors", output)
-
-    def whole_encoder(self, stage: Stage) -> Encoder:
-        """Backbone and projector, to be trained further."""
-        encoder = self.encoder(stage, "projector")
-        assert isinstance(encoder, Encoder)
-        return encoder
-
-    def pairs(self, stage: Stage) -> Tensor:
-        """Scores (q, n) of queries and training images."""
-        return read_safetensors(self.get(stage) / "pairs.safetensors", "scores")[1]["scores"]
-
-    def lists(self, stage: Stage) -> pd.DataFrame:
-        return pd.read_parquet(self.get(stage) / "lists.parquet")
-
-    def losses(self, stage: Stage) -> pd.DataFrame:
-        return pd.read_parquet(self.get(stage) / "losses.parquet")
-
-    def positions(self, stage: Stage) -> list[int]:
-        chosen: list[int] = json.loads((self.get(stage) / "positions.json").read_text())
-        return chosen
-
-    def history(self, stage: Stage) -> pd.DataFrame:
-        return pd.read_csv(self.get(stage) / "history.csv")
-
-    def scores(self, stage: Stage) -> pd.DataFrame:
-        return pd.read_parquet(self.get(stage) / "influence.parquet")
-
-    def hits(self, stage: Stage) -> pd.DataFrame:
-        return pd.read_parquet(self.get(stage) / "hits.parquet")
-
-    def features(self, stage: Stage) -> Tensor:
-        return read_safetensors(self.get(stage) / "features.safetensors", "features")[1]["features"]
-
-
-def every(stages: Iterable[Stage]) -> Iterator[Stage]:
+def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
     """These stages and all that they read, each once, what is read first."""
     seen: set[str] = set()
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from issl.analysis.statistics import Estimate
-from issl.config import Config, explain
+from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic
@@ -53,8 +53,6 @@ class Condition(Config):
 class Claim(Config):
     """One entry of claims.yaml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     notebook: str
     claim: str
     paper: str | float | None
@@ -68,10 +66,7 @@ class Claim(Config):
 def claims() -> dict[str, Claim]:
     """All claims by name."""
     raw = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())
-    try:
-        return {name: Claim(**entry) for name, entry in raw.items()}
-    except ValidationError as error:
-        raise explain(error, "claims.yaml") from error
+    return {name: Claim(**entry) for name, entry in raw.items()}
 
 
 def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, Any]:
@@ -109,8 +104,8 @@ def record(
 ) -> dict[str, Any]:
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
-    variant  where a claim is tested more than once in a notebook: the method, say
-    source  as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    variant  where a claim is tested more than once in a notebook: the method, say; in the file's name, "_" for spaces
+    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
     """
     claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
@@ -120,12 +115,13 @@ def record(
         "ours": claim.ours, **about,
         "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
     }  # fmt: skip
-    with atomic(folder / f"claim_{name}{'.' if variant else ''}{variant}.json") as part:
+    file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)
+    with atomic(folder / file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
-def tell(written: dict[str, Any]) -> str:
+def format_record(written: dict[str, Any]) -> str:
     """What `record` wrote, for the reader of a notebook: each number, each test, the verdict."""
     variant = f" ({written['variant']})" if written["variant"] else ""
     lines = [f"{written['name']}{variant}: {written['claim']}"]

@@ -1,8 +1,8 @@
 """What stages cost: a rough model, for remaining times and for `issl doctor`.
 
-Seconds on the machine it was made for (two cores of a server CPU with bf16), by what a stage does to how many images;
-on another one they are off by a factor, which is measured (`speed`) or follows from what is done already. ResNet-18's
-convolutions cost width² and each image something besides, hence a + b·width².
+Seconds on the machine the model was fitted on (two cores of a server CPU with bf16), by what a stage does to how many
+images. On another machine they are off by a factor, which is measured (`speed`) or follows from the stages that are
+done. ResNet-18's convolutions cost width² and each image has a fixed cost too, hence a + b·width².
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from issl.data import scenes
-from issl.experiments.cache import Artifacts, Stage, every
+from issl.errors import IsslError
+from issl.experiments import stages
+from issl.experiments.cache import Stage, in_dependency_order
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
-from issl.experiments.stages import Cross, Embed, Evaluate, Influence, Lists, Nearness, Pretrain, Stability
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import recipe
 
 OVERHEAD = 0.05  # s a stage: loading, writing, checksums
@@ -27,25 +28,27 @@ AFTER = 10.0  # s for the notebook that waits for all others, and the report
 
 
 def seconds(stage: Stage) -> float:
-    """The cost of this stage alone, what it reads being there."""
+    """The cost of this stage alone, when what it reads is there. Raises IsslError for a kind without a known cost."""
     match stage:
-        case Pretrain():
+        case stages.Pretrain():
             passes = _count(stage.data) * stage.epochs * (1.0 if stage.recipe.small > 0.5 else 2.5)
             work = passes * (0.35e-3 + 5.5e-6 * stage.width**2)
-        case Influence():
+        case stages.Influence():
             work = _count(stage.data) * stage.draws * _gradient(stage.pretrain.width)
-        case Cross():
+        case stages.Cross():
             work = (_count(stage.data) + _count(stage.query)) * stage.draws * _gradient(stage.pretrain.width)
-        case Lists():
+        case stages.Lists():
             work = 2 * _count(stage.features.data) * _gradient(stage.features.pretrain.width)
-        case Embed():
+        case stages.Embed():
             work = _count(stage.data) * _forward(stage.pretrain.width)
-        case Stability():
+        case stages.Stability():
             work = _count(stage.data) * (1 + stage.draws) * _forward(stage.pretrain.width)
-        case Evaluate() | Nearness():
+        case stages.Evaluate() | stages.Nearness():
             work = 0.5 + 3e-4 * _count(stage.train.data)
+        case stages.Prune() | stages.Thin() | stages.Pick() | stages.Draw() | stages.Top():
+            work = 0.0  # they sort or draw numbers
         case _:
-            work = 0.0
+            raise IsslError(f"stage {stage.name!r}: issl/experiments/cost.py does not say what it costs; add it there")
     return OVERHEAD + work
 
 
@@ -64,19 +67,23 @@ def _count(data: Data) -> int:
     return n if data.first is None else min(n, data.first)
 
 
-def missing(plans: Iterable[Plan], artifacts: Artifacts) -> list[Stage]:
-    """The stages of these plans that are not there, with all that they read."""
-    wanted = every(stage for plan in plans for stage in plan.stages().values())
-    return [stage for stage in wanted if not artifacts.folder(stage).is_dir()]
+def read_by(plan: Plan) -> list[Stage]:
+    """The stages that this plan's notebook reads."""
+    return plan.stages()
+
+
+def all_stages(plans: Iterable[Plan]) -> list[Stage]:
+    """The stages of these plans and all that they depend on, each once, in dependency order."""
+    return list(in_dependency_order(stage for plan in plans for stage in read_by(plan)))
 
 
 def speed(device: torch.device, width: int = 8) -> float:
     """How many times as long as the model says a training takes here, measured on a short one (seconds)."""
     images = scenes.draw(512)
     how = recipe("simclr", "short")
-    settings: dict[str, Any] = {"width": width, "batch_size": 64, "device": device, "progress": False}
-    pretrain(images, how, epochs=1, **settings)  # the first steps pay for what is set up once
+    settings: dict[str, Any] = {"width": width, "batch_size": 64, "execution": Execution(device, progress=False)}
+    pretrain(images, how, epochs=1, **settings)  # the first steps include one-time set-up
     began = time.monotonic()
     pretrain(images, how, epochs=2, **settings)
-    model = Pretrain(data=Data(name="scenes", n=512), recipe=how, width=width, epochs=2, batch_size=64)
+    model = stages.Pretrain(data=Data(name="scenes", n=512), recipe=how, width=width, epochs=2, batch_size=64)
     return (time.monotonic() - began) / (seconds(model) - OVERHEAD)

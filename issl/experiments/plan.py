@@ -1,27 +1,28 @@
-"""The plan: what a notebook needs, declared once (the plans themselves are in `issl.experiments.plans_paper`).
+"""The plan: what a notebook needs, declared once (the plans themselves are in `plans_paper` and `plans_own`).
 
-A plan's fields are the notebook's parameters (the same names and defaults stand in its `parameters` cell; a
-test compares them), and `stages` names every artifact that it reads. So `issl run` can compute them all
-before any notebook starts, and a notebook then only reads.
+A plan's fields are the notebook's parameters. Its methods name the stages that the notebook reads, and `stages` lists
+them all, so `issl run` can compute everything before any notebook starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from issl.config import Config, explain
+from issl.config import Config
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.settings import Curvature, Data, Injection, Noise
+from issl.experiments.claims import provenance
+from issl.experiments.settings import Data, Injection
 from issl.experiments.stages import Choice, Embed, Evaluate, Influence, Pretrain
+from issl.influence.curvature import LoGra
+from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
 
-P = TypeVar("P", bound="Plan")  # not typing.Self: a checker of shapes at run time cannot resolve it in a method
+Epochs = Annotated[int, Field(ge=1)]
 
 
 class Plan(Config):
@@ -29,6 +30,8 @@ class Plan(Config):
 
     duplicates, atypical   shares of the images that are replaced, see `issl.data.injection`; 0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
+    epochs                 one number, or one for each method
+    snapshots              how many states along a training are kept, evenly spaced, see `Pretrain.snapshots`
     """
 
     notebook: ClassVar[str]
@@ -47,20 +50,10 @@ class Plan(Config):
     method: recipes.Method = "simclr"
     recipe: recipes.Variant = "short"
     width: int = Field(8, ge=1)
-    epochs: int = Field(4, ge=1)
+    epochs: Epochs | dict[recipes.Method, Epochs] = 4
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
-
-    @classmethod
-    def of(cls: type[P], cell: Mapping[str, Any]) -> P:
-        """The plan of a notebook's parameters: `plan = SeedCorrelation.of(globals())`."""
-        missing = [name for name in cls.model_fields if name not in cell]
-        if missing:
-            raise IsslError(f"{cls.notebook}: the parameters cell lacks {', '.join(missing)}")
-        try:
-            return cls(**{name: cell[name] for name in cls.model_fields})
-        except ValidationError as error:
-            raise explain(error, cls.notebook) from error
+    snapshots: int | None = Field(None, ge=1)
 
     def data(self, split: str = "train", n: int | None = None) -> Data:
         """The images of this notebook; nothing is injected into a test set."""
@@ -70,19 +63,31 @@ class Plan(Config):
         n = (self.n if split == "train" else self.n_test) if n is None else n
         return Data(name=self.dataset, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
 
+    def epochs_of(self, method: recipes.Method) -> int:
+        """How long this method trains."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        if method not in self.epochs:
+            raise IsslError(f"{self.notebook}: epochs has no entry for {method}; it has {', '.join(self.epochs)}")
+        return self.epochs[method]
+
     def pretrain(
         self, method: recipes.Method | None = None, seed: int | None = None, without: Choice | None = None,
         gaps: bool = False,
     ) -> Pretrain:  # fmt: skip
+        """A training on this notebook's images, by default of `method` from `seed`, without the chosen ones."""
+        method = method or self.method
+        epochs, parts = self.epochs_of(method), (self.snapshots or 0) + 1
+        kept = {k * epochs // parts for k in range(1, parts)} - {0}
         return Pretrain(
-            data=self.data(), recipe=recipes.recipe(method or self.method, self.recipe), width=self.width,
-            epochs=self.epochs, batch_size=self.batch_size, seed=self.seed if seed is None else seed, without=without,
-            gaps=gaps,
+            data=self.data(), recipe=recipes.recipe(method, self.recipe), width=self.width, epochs=epochs,
+            batch_size=self.batch_size, seed=self.seed if seed is None else seed, without=without, gaps=gaps,
+            snapshots=tuple(sorted(kept)) or None,
         )  # fmt: skip
 
-    def stages(self) -> dict[str, Stage]:
-        """Every artifact that the notebook reads, by the name it has there."""
-        return {"encoder": self.pretrain()}
+    def stages(self) -> list[Stage]:
+        """Every stage that the notebook reads."""
+        return [self.pretrain()]
 
     def reads(self) -> list[Path]:
         """What else it reads: files that other notebooks left."""
@@ -94,6 +99,10 @@ class Plan(Config):
     def settings(self) -> dict[str, Any]:
         """What decides the results; where files lie does not."""
         return self.model_dump(mode="json", exclude={"out", "data_root", "device"})
+
+    def source(self, artifacts: Artifacts) -> dict[str, Any]:
+        """Where this notebook's numbers come from, for its figures and records."""
+        return provenance(self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed)
 
     @property
     def figures(self) -> Path:
@@ -114,34 +123,31 @@ class Scored(Plan):
     noise_seed: int = Field(0, ge=0)
 
     @property
-    def noise(self) -> Noise:
-        return Noise(mean=self.mean, std=self.std)
+    def noise(self) -> GaussianNoise:
+        return GaussianNoise(self.mean, self.std)
 
     @property
-    def curvature(self) -> Curvature:
-        return Curvature(rank=self.rank, damping=self.damping)
+    def curvature(self) -> LoGra:
+        return LoGra(self.rank, self.damping)
 
     def influence(self, encoder: Pretrain, seed: int | None = None, **changes: Any) -> Influence:
         """The scores of this notebook's images under an encoder; `changes` are fields of the stage."""
-        settings = {
-            "data": self.data(), "perturbation": self.noise,
-            "curvature": self.curvature,
-            "seed": self.noise_seed if seed is None else seed, **changes,
+        settings: dict[str, Any] = {
+            "data": self.data(), "perturbation": self.noise, "curvature": self.curvature,
+            "seed": self.noise_seed if seed is None else seed,
         }  # fmt: skip
-        return Influence(pretrain=encoder, **settings)
+        return Influence(pretrain=encoder, **settings | changes)
 
-    def evaluate(self, encoder: Pretrain, train: Data | None = None, test: Data | None = None) -> Evaluate:
+    def features(self, encoder: Pretrain, data: Data | None = None) -> Embed:
+        """Features of this notebook's images, or of `data`, under an encoder."""
+        return Embed(pretrain=encoder, data=data or self.data())
+
+    def evaluation(self, encoder: Pretrain, train: Data | None = None, test: Data | None = None) -> Evaluate:
         """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw them or not."""
-        a, b = (Embed(pretrain=encoder, data=d) for d in (train or self.data(), test or self.data("test")))
+        a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
-    def per_method(self, methods: tuple[recipes.Method, ...]) -> dict[str, Stage]:
-        """METHOD/encoder, METHOD/influence, METHOD/features for each method."""
-        found: dict[str, Stage] = {}
-        for method in methods:
-            encoder = self.pretrain(method)
-            found |= {
-                f"{method}/encoder": encoder, f"{method}/influence": self.influence(encoder),
-                f"{method}/features": Embed(pretrain=encoder, data=self.data()),
-            }  # fmt: skip
-        return found
+    def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
+        """For each method its training, with the scores and the features of this notebook's images."""
+        encoders = [self.pretrain(method) for method in methods]
+        return [stage for e in encoders for stage in (e, self.influence(e), self.features(e))]

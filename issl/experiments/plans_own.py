@@ -1,29 +1,31 @@
-"""The plans of the notebooks that go beyond the paper; see `issl.experiments.plan` for what all plans share."""
+"""The plans of the notebooks that go beyond the paper; see `plan` for what all plans share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan, Scored
-from issl.experiments.settings import Curvature, Data
-from issl.experiments.stages import Cross, Draw, Embed, Lists, Nearness, Pick, Pretrain, Stability, Top
+from issl.experiments.settings import Data, named_curvature
+from issl.experiments.stages import Cross, Draw, Embed, Evaluate, Influence, Nearness, Pick, Pretrain, Stability, Top
+from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
 
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
-FURTHER = 100  # the seeds of order and views of trainings that go on
-Kind = Literal["further", "anew"]
+CONTINUED = 100  # the seeds of order and views of continued trainings
+Kind = Literal["continued", "from scratch"]  # ways to train again
 
 
 class Retrained(Scored):
     """A notebook that trains again without some images, and measures what that changed.
 
-    queries          the first so many test images
-    draws            perturbation draws an image, in scores and in measurements
-    further_epochs   "further": the encoder goes on training, without the images
-    further_lr       with this learning rate (for a batch of 256), on small views
+    queries            the first so many test images
+    draws              perturbation draws an image, in scores and in measurements
+    continued_epochs   "continued": the encoder goes on training, without the images
+    continued_lr       with this learning rate (for a batch of 256), on small views
     """
 
     n: int = Field(256, ge=16)  # many small trainings
@@ -31,43 +33,52 @@ class Retrained(Scored):
     queries: int = Field(24, ge=4)
     draws: int = Field(4, ge=1)
     seeds: int = Field(2, ge=2)
-    further_epochs: int = Field(4, ge=1)
-    further_lr: float = Field(0.05, gt=0)
+    continued_epochs: int = Field(4, ge=1)
+    continued_lr: float = Field(0.05, gt=0)
 
-    def again(self, kind: Kind, seed: int, without: Draw | Pick | Top | None, gaps: bool = False) -> Pretrain:
-        """Training number `seed` without these images: anew from fresh weights, or further from the first encoder."""
-        if kind == "anew":
+    kinds_of_retraining: ClassVar[tuple[Kind, ...]] = ("continued", "from scratch")
+
+    def retrained(
+        self, kind: Kind, seed: int, without: Draw | Pick | Top | None = None, gaps: bool = False
+    ) -> Pretrain:
+        """Training number `seed` without these images: from fresh weights, or continued from the first encoder."""
+        if kind == "from scratch":
             return self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
         first = self.pretrain()
-        recipe = first.recipe.model_copy(update={"lr": self.further_lr, "small": 1.0})
+        recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": 1.0})
         return first.model_copy(
             update={
-                "start": first, "recipe": recipe, "epochs": self.further_epochs, "seed": self.seed + FURTHER + seed,
+                "start": first, "recipe": recipe, "epochs": self.continued_epochs, "seed": self.seed + CONTINUED + seed,
                 "without": without, "gaps": gaps,
             }
         )  # fmt: skip
 
-    def cross(self, encoder: Pretrain, curvature: Curvature | None = None) -> Cross:
-        """Cross-influence of all images on the queries."""
-        return Cross(
-            pretrain=encoder, data=self.data(), query=self.asked_for(), perturbation=self.noise,
-            curvature=curvature or self.curvature, seed=self.noise_seed, draws=self.draws,
-        )  # fmt: skip
-
-    def nearness(self, encoder: Pretrain) -> Nearness:
-        train, query = (Embed(pretrain=encoder, data=data) for data in (self.data(), self.asked_for()))
-        return Nearness(train=train, query=query)
-
-    def stability(self, encoder: Pretrain, data: Data) -> Stability:
-        return Stability(pretrain=encoder, data=data, perturbation=self.noise, seed=MEASURED, draws=self.draws)
-
-    def asked_for(self) -> Data:
+    def query_data(self) -> Data:
         """The queries."""
         return self.data("test").model_copy(update={"first": self.queries})
 
+    def cross(self, curvature: Curvature | None = None) -> Cross:
+        """Cross-influence of all images on the queries under the first encoder."""
+        return Cross(
+            pretrain=self.pretrain(), data=self.data(), query=self.query_data(), perturbation=self.noise,
+            curvature=curvature or self.curvature, seed=self.noise_seed, draws=self.draws,
+        )  # fmt: skip
+
+    def nearness(self) -> Nearness:
+        """Cosine similarity of all images and the queries under the first encoder."""
+        first = self.pretrain()
+        return Nearness(train=self.features(first), query=self.features(first, self.query_data()))
+
+    def losses(self, encoder: Pretrain, data: Data) -> Stability:
+        """Stability losses with noise that no score has seen."""
+        return Stability(pretrain=encoder, data=data, perturbation=self.noise, seed=MEASURED, draws=self.draws)
+
+    def query_losses(self, encoder: Pretrain) -> Stability:
+        return self.losses(encoder, self.query_data())
+
 
 class Validation(Retrained):
-    """10_validation: does the score foretell what retraining shows?"""
+    """10_validation: does the score predict what retraining shows?"""
 
     notebook: ClassVar[str] = "10_validation"
 
@@ -85,52 +96,63 @@ class Validation(Retrained):
     def curvatures(self) -> dict[str, Curvature]:
         """By name; the first is the paper's."""
         usual = self.curvature
-        found = {f"LoGra, rank {self.rank}": usual}
-        found |= {f"LoGra, rank {r}": usual.model_copy(update={"rank": r}) for r in self.ranks}
+        found: dict[str, Curvature] = {f"LoGra, rank {self.rank}": usual}
+        found |= {f"LoGra, rank {r}": replace(usual, rank=r) for r in self.ranks}
         names = {"logra-pca": "LoGra, PCA", "ekfac": "EK-FAC"}
-        found |= {names.get(k, k): usual.model_copy(update={"kind": k}) for k in self.kinds}
-        found |= {f"λ = {d:g} × mean": usual.model_copy(update={"damping": d}) for d in self.dampings}
-        return found | {"none (identity)": usual.model_copy(update={"kind": "identity"})}
+        for kind in self.kinds:
+            found[names.get(kind, kind)] = named_curvature(kind, self.rank, self.damping)
+        found |= {f"λ = {d:g} × mean": replace(usual, damping=d) for d in self.dampings}
+        return found | {"none (identity)": Identity()}
 
-    def stages(self) -> dict[str, Stage]:
-        """`influence`, `cross NAME`, `nearness`, `queries` (their losses) of the first encoder; KIND/S: losses of all
-        images after training S on all, KIND/without I/S: without the image `pick I`, KIND/features … the features;
-        KIND/subset K/S: losses of the queries after training on what `draw K` leaves."""
+    def scores(self) -> Influence:
+        """Of the first encoder."""
+        return self.influence(self.pretrain(), draws=self.draws)
+
+    def pick(self, i: int) -> Pick:
+        """Image number `i` of those left out one at a time, by its place in the ranking: 0 the highest."""
+        return Pick(influence=self.scores(), quantile=i / (self.images - 1))
+
+    def draw(self, k: int) -> Draw:
+        """The images that subset number `k` does without."""
+        return Draw(data=self.data(), share=1 - self.share, seed=k)
+
+    def trained_on_all(self, kind: Kind, seed: int) -> Pretrain:
+        return self.retrained(kind, seed)
+
+    def without_one(self, kind: Kind, seed: int, i: int) -> Pretrain:
+        """Its place in its batch stays empty, so the other batches are the same."""
+        return self.retrained(kind, seed, self.pick(i), gaps=True)
+
+    def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
+        return self.retrained(kind, seed, self.draw(k))
+
+    def all_losses(self, encoder: Pretrain) -> Stability:
+        return self.losses(encoder, self.data())
+
+    def stages(self) -> list[Stage]:
         first = self.pretrain()
-        scores = self.influence(first, draws=self.draws)
-        found: dict[str, Stage] = {"encoder": first, "influence": scores, "nearness": self.nearness(first)}
-        found |= {"evaluation": self.evaluate(first), "queries": self.stability(first, self.asked_for())}
-        found |= {f"cross {name}": self.cross(first, c) for name, c in self.curvatures().items()}
-        picks = {i: Pick(influence=scores, quantile=i / (self.images - 1)) for i in range(self.images)}
-        draws = {k: Draw(data=self.data(), share=1 - self.share, seed=k) for k in range(self.subsets)}
-        found |= {f"pick {i}": pick for i, pick in picks.items()} | {f"draw {k}": draw for k, draw in draws.items()}
-        kinds: tuple[Kind, ...] = ("further", "anew")
-        for kind in kinds:
+        found: list[Stage] = [first, self.scores(), self.nearness(), self.evaluation(first), self.query_losses(first)]
+        found += [self.cross(c) for c in self.curvatures().values()]
+        found += [*(self.pick(i) for i in range(self.images)), *(self.draw(k) for k in range(self.subsets))]
+        for kind in self.kinds_of_retraining:
             for s in range(self.seeds):
-                every = self.again(kind, s, None)
-                found |= {
-                    f"{kind}/{s}": self.stability(every, self.data()),
-                    f"{kind}/features {s}": self._features(every),
-                }
-                for i, pick in picks.items():
-                    without = self.again(kind, s, pick, gaps=True)
-                    found[f"{kind}/without {i}/{s}"] = self.stability(without, self.data())
-                    found[f"{kind}/features without {i}/{s}"] = self._features(without)
-                for k, draw in draws.items():
-                    found[f"{kind}/subset {k}/{s}"] = self.stability(self.again(kind, s, draw), self.asked_for())
+                trained = [self.trained_on_all(kind, s), *(self.without_one(kind, s, i) for i in range(self.images))]
+                found += [stage for e in trained for stage in (self.all_losses(e), self.features(e))]
+                found += [self.query_losses(self.on_subset(kind, s, k)) for k in range(self.subsets)]
         return found
 
-    def _features(self, encoder: Pretrain) -> Embed:
-        return Embed(pretrain=encoder, data=self.data())
+
+Task = Literal["classes", "style"]
+Way = Literal["first", "second", "more"]
 
 
 class Continual(Scored):
-    """12_continual: an encoder learns a second task. Does influence foretell which images of the first it forgets?"""
+    """12_continual: an encoder learns a second task. Does influence predict which images of the first it forgets?"""
 
     notebook: ClassVar[str] = "12_continual"
 
     width: int = Field(4, ge=1)
-    tasks: tuple[Literal["classes", "style"], ...] = ("classes", "style")
+    tasks: tuple[Task, ...] = ("classes", "style")
     classes: int = Field(5, ge=1)  # so many are the first task, the others the second
     drawn: int = Field(256, ge=32)  # scenes of each style
     legs: int = Field(2, ge=1)
@@ -138,7 +160,7 @@ class Continual(Scored):
     seeds: int = Field(1, ge=1)
     neighbours: int = Field(10, ge=1)
 
-    def sets(self, task: str, split: str = "train") -> tuple[Data, Data]:
+    def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
         """The images of the first task and of the second."""
         if task == "style":
             n = self.drawn if split == "train" else self.n_test
@@ -151,36 +173,43 @@ class Continual(Scored):
             both.model_copy(update={"classes": tuple(labels[self.classes :])}),
         )
 
-    def stages(self) -> dict[str, Stage]:
-        """TASK/S/first/0, TASK/S/second/L and TASK/S/more/L (L = 1 … legs): the encoder after the first task, after L
-        legs on the second, and after as many more on the first. Of each /influence and /features of the first task's
-        images, and /old and /new, evaluations on both tasks."""
-        found: dict[str, Stage] = {}
-        for task in self.tasks:
-            old, new = self.sets(task)
-            for s in range(self.seeds):
-                first = self.pretrain(seed=self.seed + s).model_copy(update={"data": old})
-                found |= self._looked_at(f"{task}/{s}/first/0", first, task)
-                for way, data in (("second", new), ("more", old)):
-                    encoder = first
-                    for leg in range(1, self.legs + 1):
-                        encoder = first.model_copy(
-                            update={
-                                "data": data, "start": encoder, "epochs": self.leg_epochs,
-                                "seed": self.seed + s + FURTHER * leg,
-                            }
-                        )  # fmt: skip
-                        found |= self._looked_at(f"{task}/{s}/{way}/{leg}", encoder, task)
-        return found
+    def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
+        """After the first task; after so many legs on the second; or after as many more on the first."""
+        old, new = self.sets(task)
+        if way == "first":
+            return self.pretrain(seed=self.seed + seed).model_copy(update={"data": old})
+        before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
+        return before.model_copy(
+            update={
+                "data": new if way == "second" else old, "start": before, "epochs": self.leg_epochs,
+                "seed": self.seed + seed + CONTINUED * leg,
+            }
+        )  # fmt: skip
 
-    def _looked_at(self, label: str, encoder: Pretrain, task: str) -> dict[str, Stage]:
-        (old, new), tests = self.sets(task), self.sets(task, "test")
-        found: dict[str, Stage] = {
-            f"{label}/encoder": encoder, f"{label}/influence": self.influence(encoder, data=old),
-            f"{label}/features": Embed(pretrain=encoder, data=old),
-        }  # fmt: skip
-        for name, train, test in (("old", old, tests[0]), ("new", new, tests[1])):
-            found[f"{label}/{name}"] = self.evaluate(encoder, train, test)
+    def old_scores(self, task: Task, encoder: Pretrain) -> Influence:
+        """Of the first task's images."""
+        return self.influence(encoder, data=self.sets(task)[0])
+
+    def old_features(self, task: Task, encoder: Pretrain) -> Embed:
+        return self.features(encoder, self.sets(task)[0])
+
+    def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
+        """Of an encoder on the first or on the second task."""
+        at = 0 if on == "old" else 1
+        return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
+
+    def path(self, way: Way) -> list[tuple[Way, int]]:
+        """The encoders along one way, from the first task on."""
+        return [("first", 0), *((way, leg) for leg in range(1, self.legs + 1))]
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        for task in self.tasks:
+            for s in range(self.seeds):
+                for way, leg in dict.fromkeys([*self.path("second"), *self.path("more")]):
+                    e = self.encoder(task, s, way, leg)
+                    found += [e, self.old_scores(task, e), self.old_features(task, e)]
+                    found += [self.accuracy(task, e, "old"), self.accuracy(task, e, "new")]
         return found
 
 
@@ -192,14 +221,16 @@ class Explained(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/encoder, METHOD/features, METHOD/influence S of two noise seeds."""
-        found: dict[str, Stage] = {}
-        for method in self.methods:
-            encoder = self.pretrain(method)
-            found |= {f"{method}/encoder": encoder, f"{method}/features": Embed(pretrain=encoder, data=self.data())}
-            found |= {f"{method}/influence {s}": self.influence(encoder, self.noise_seed + s) for s in range(2)}
-        return found
+    def scores(self, method: recipes.Method, noise: int = 0) -> Influence:
+        """Under one of two noises."""
+        return self.influence(self.pretrain(method), self.noise_seed + noise)
+
+    def stages(self) -> list[Stage]:
+        return [
+            stage
+            for m in self.methods
+            for stage in (self.pretrain(m), self.features(self.pretrain(m)), self.scores(m, 0), self.scores(m, 1))
+        ]
 
 
 class Bridges(Scored):
@@ -216,25 +247,24 @@ class Bridges(Scored):
     drawn_epochs: int = Field(4, ge=1)
     dose_seeds: int = Field(1, ge=1)
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/encoder, influence, features, test (features); dose P/S and dose P/S encoder: scores of training S
-        on scenes of which the share P has a uniform background, by the first method."""
-        found, test = self.per_method(self.methods), self.data("test")
-        found |= {f"{method}/test": Embed(pretrain=self.pretrain(method), data=test) for method in self.methods}
-        for dose in self.doses:
-            data = self.dose(dose)
-            for s in range(self.dose_seeds):
-                encoder = self.pretrain(self.methods[0], self.seed + s).model_copy(
-                    update={"data": data, "epochs": self.drawn_epochs}
-                )
-                found |= {
-                    f"dose {dose:g}/{s} encoder": encoder, f"dose {dose:g}/{s}": self.influence(encoder, data=data),
-                }  # fmt: skip
-        return found
-
     def dose(self, share: float) -> Data:
         """Scenes of which this share has a uniform background; all else is the same at every share."""
         return Data(name="scenes", n=self.drawn, uniform=share)
+
+    def dose_encoder(self, share: float, seed: int) -> Pretrain:
+        """Of the first method, trained on them."""
+        return self.pretrain(self.methods[0], self.seed + seed).model_copy(
+            update={"data": self.dose(share), "epochs": self.drawn_epochs}
+        )
+
+    def dose_scores(self, share: float, seed: int) -> Influence:
+        return self.influence(self.dose_encoder(share, seed), data=self.dose(share))
+
+    def stages(self) -> list[Stage]:
+        tests = [self.features(self.pretrain(method), self.data("test")) for method in self.methods]
+        doses = [(dose, seed) for dose in self.doses for seed in range(self.dose_seeds)]
+        drawn = [stage for at in doses for stage in (self.dose_encoder(*at), self.dose_scores(*at))]
+        return [*self.of_each(self.methods), *tests, *drawn]
 
 
 class Taught(Retrained):
@@ -250,55 +280,37 @@ class Taught(Retrained):
 
     @property
     def k(self) -> int:
+        """How many images are removed."""
         return max(1, round(self.share * self.n))
 
-    def stages(self) -> dict[str, Stage]:
-        """`cross`, `nearness`, `queries` (their features) of the encoder; KIND/S/NAME: losses of the queries after
-        training S without `set NAME`, and KIND/S/NAME features; NAME: influence Q and nearest Q for query Q, random R,
-        none."""
+    def influential(self, query: int) -> Top:
+        """The images of the highest influence on a query."""
+        return Top(scores=self.cross(), query=query, k=self.k)
+
+    def nearest(self, query: int) -> Top:
+        """The images nearest to a query in feature space."""
+        return Top(scores=self.nearness(), query=query, k=self.k)
+
+    def random(self, number: int) -> Draw:
+        """As many images at random."""
+        return Draw(data=self.data(), share=self.share, seed=number)
+
+    def removals(self) -> list[Draw | Top]:
+        lists = [find(query) for query in range(self.asked) for find in (self.influential, self.nearest)]
+        return [*lists, *(self.random(number) for number in range(self.drawn))]
+
+    def query_features(self, encoder: Pretrain) -> Embed:
+        return self.features(encoder, self.query_data())
+
+    def stages(self) -> list[Stage]:
         first = self.pretrain()
-        cross, near = self.cross(first), self.nearness(first)
-        found: dict[str, Stage] = {"encoder": first, "cross": cross, "nearness": near, "queries": near.query}
-        sets: dict[str, Draw | Top | None] = {"none": None}
-        for q in range(self.asked):
-            sets[f"influence {q}"] = Top(scores=cross, query=q, k=self.k)
-            sets[f"nearest {q}"] = Top(scores=near, query=q, k=self.k)
-        sets |= {f"random {r}": Draw(data=self.data(), share=self.share, seed=r) for r in range(self.drawn)}
-        found |= {f"set {name}": chosen for name, chosen in sets.items() if chosen is not None}
-        kinds: tuple[Kind, ...] = ("further", "anew")
-        for kind in kinds:
+        found: list[Stage] = [first, self.cross(), self.nearness(), self.query_features(first), *self.removals()]
+        for kind in self.kinds_of_retraining:
             for s in range(self.seeds):
-                for name, chosen in sets.items():
-                    encoder = self.again(kind, s, chosen)
-                    found[f"{kind}/{s}/{name}"] = self.stability(encoder, self.asked_for())
-                    found[f"{kind}/{s}/{name} features"] = Embed(pretrain=encoder, data=self.asked_for())
+                for removal in (None, *self.removals()):
+                    encoder = self.retrained(kind, s, removal)
+                    found += [self.query_losses(encoder), self.query_features(encoder)]
         return found
 
 
-class Explorer(Scored):
-    """The report's image explorer; no notebook. Its images are the first so many of the profile's."""
-
-    notebook: ClassVar[str] = "report"
-
-    methods: tuple[recipes.Method, ...] = recipes.SSL
-    shown: int = Field(2000, ge=16)
-    neighbours: int = Field(6, ge=1)
-
-    def images(self) -> Data:
-        data = self.data()
-        return data if self.shown >= self.n else data.model_copy(update={"first": self.shown})
-
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/influence, METHOD/lists."""
-        found: dict[str, Stage] = {}
-        for method in self.methods:
-            encoder = self.pretrain(method)
-            found[f"{method}/influence"] = self.influence(encoder, data=self.images())
-            found[f"{method}/lists"] = Lists(
-                features=Embed(pretrain=encoder, data=self.images()), perturbation=self.noise,
-                curvature=self.curvature, seed=self.noise_seed, k=self.neighbours,
-            )  # fmt: skip
-        return found
-
-
-BEYOND: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught)
+OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught)

@@ -1,21 +1,21 @@
-"""The plans of the notebooks, one class each; see `issl.experiments.plan` for what they share."""
+"""The plans of the notebooks about the paper's own results, one class each; see `plan` for what they share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan, Scored
-from issl.experiments.plans_own import BEYOND, Explorer
-from issl.experiments.settings import Augmentation, Data, Noise
-from issl.experiments.stages import Prune, Thin
+from issl.experiments.settings import Data
+from issl.experiments.stages import Evaluate, Influence, Pretrain, Prune, Thin
+from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
 
-class Method(Plan):
+class MethodLesson(Plan):
     """00_method: the score step by step on a few images."""
 
     notebook: ClassVar[str] = "00_method"
@@ -35,16 +35,25 @@ class SeedCorrelation(Scored):
     noise_seeds: int = Field(2, ge=2)
     train_seeds: int = Field(2, ge=2)
 
-    def stages(self) -> dict[str, Stage]:
-        found: dict[str, Stage] = {}
-        for method in self.methods:
-            for seed in range(self.train_seeds):
-                encoder = self.pretrain(method, self.seed + seed)
-                found[f"{method}/encoder {seed}"] = encoder
-                # the first encoder under every noise; another one under the same noise as the first, and under its own
-                for noise in range(self.noise_seeds) if seed == 0 else (0, seed):
-                    found[f"{method}/influence {seed} {noise}"] = self.influence(encoder, self.noise_seed + noise)
-        return found
+    def trained(self, method: recipes.Method, seed: int = 0) -> Pretrain:
+        return self.pretrain(method, self.seed + seed)
+
+    def scores(self, method: recipes.Method, seed: int = 0, noise: int = 0) -> Influence:
+        """Of training number `seed` under noise number `noise`."""
+        return self.influence(self.trained(method, seed), self.noise_seed + noise)
+
+    def noises(self, seed: int) -> list[int]:
+        """The first encoder is scored under every noise; another one under that of the first, and under its own."""
+        return list(range(self.noise_seeds)) if seed == 0 else [0, seed]
+
+    def stages(self) -> list[Stage]:
+        seeds = [(m, seed) for m in self.methods for seed in range(self.train_seeds)]
+        return [
+            stage for m, s in seeds for stage in (self.trained(m, s), *(self.scores(m, s, k) for k in self.noises(s)))
+        ]
+
+
+AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
 
 
 class AugmentationAblation(Scored):
@@ -58,31 +67,46 @@ class AugmentationAblation(Scored):
     strengths: tuple[float, ...] = (1.0,)
     draws: tuple[int, ...] = (1, 4)
 
-    def perturbations(self) -> dict[str, Noise | Augmentation]:
+    @property
+    def usual(self) -> str:
+        """The name of the paper's perturbation."""
+        return f"noise {self.std:g}"
+
+    def scored_data(self) -> Data:
+        """The first `scored` images."""
+        return self.data().model_copy(update={"first": self.scored})
+
+    def perturbations(self) -> dict[str, GaussianNoise | Augmentation]:
         """Every perturbation by its name; of flip and grayscale the strength is the share of images changed."""
-        found: dict[str, Noise | Augmentation] = {f"noise {s:g}": Noise(mean=self.mean, std=s) for s in self.sigmas}
-        for kind in ("crop", "flip", "jitter", "blur", "grayscale", "chain"):
+        found: dict[str, GaussianNoise | Augmentation] = {
+            f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
+        }
+        for kind in AUGMENTATIONS:
             for strength in self.strengths:
                 usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)
-                found[f"{kind} {strength:g}"] = Augmentation(kind=kind, strength=usual * strength)
+                found[f"{kind} {strength:g}"] = Augmentation(kind, usual * strength)
         return found
 
-    def stages(self) -> dict[str, Stage]:
-        """`METHOD/PERTURBATION/draws K/seed S`; seeds 0 and 1."""
-        found: dict[str, Stage] = {}
-        data = self.data().model_copy(update={"first": self.scored})
-        for method in self.methods:
-            encoder = self.pretrain(method)
-            found[f"{method}/encoder"] = encoder
-            for name, perturbation in self.perturbations().items():
-                # several draws of what the paper uses and of what SSL uses; of the others one
-                many = self.draws if name in (f"noise {self.std:g}", "crop 1", "chain 1") else self.draws[:1]
-                for draws in many:
-                    for seed in range(2):
-                        found[f"{method}/{name}/draws {draws}/seed {seed}"] = self.influence(
-                            encoder, self.noise_seed + seed, data=data, perturbation=perturbation, draws=draws
-                        )
-        return found
+    def draws_of(self, name: str) -> tuple[int, ...]:
+        """Several numbers of draws for what the paper uses and for what SSL uses; one for the others."""
+        return self.draws if name in (self.usual, "crop 1", "chain 1") else self.draws[:1]
+
+    def scores(self, method: recipes.Method, name: str, draws: int, seed: int) -> Influence:
+        """Of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
+        return self.influence(
+            self.pretrain(method), self.noise_seed + seed, data=self.scored_data(),
+            perturbation=self.perturbations()[name], draws=draws,
+        )  # fmt: skip
+
+    def stages(self) -> list[Stage]:
+        scores = [
+            self.scores(method, name, draws, seed)
+            for method in self.methods
+            for name in self.perturbations()
+            for draws in self.draws_of(name)
+            for seed in range(2)
+        ]
+        return [*(self.pretrain(method) for method in self.methods), *scores]
 
 
 class BackgroundBias(Scored):
@@ -97,17 +121,18 @@ class BackgroundBias(Scored):
     drawn_epochs: int = Field(4, ge=1)
     swapped: int = Field(96, ge=16)
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/encoder, influence, features, evaluation; `swapped`: scores of the same scenes on each background,
-        under an encoder of the first method trained on scenes, `drawn encoder`."""
-        found = self.per_method(self.methods)
-        found |= {f"{method}/evaluation": self.evaluate(self.pretrain(method)) for method in self.methods}
-        # on scenes, the encoder is the one of the other questions
-        world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs}
-        drawn = self.model_copy(update=world) if self.dataset != "scenes" else self
-        encoder = drawn.pretrain(self.methods[0])
-        twins = Data(name="scenes-swapped", n=self.swapped)
-        return found | {"drawn encoder": encoder, "swapped": self.influence(encoder, data=twins)}
+    def drawn_encoder(self) -> Pretrain:
+        """Of the first method, trained on scenes; where all images are scenes, the encoder of the other questions."""
+        world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs, "snapshots": None}
+        return (self if self.dataset == "scenes" else self.model_copy(update=world)).pretrain(self.methods[0])
+
+    def swapped_scores(self) -> Influence:
+        """Scores of the same scenes on each background, under that encoder."""
+        return self.influence(self.drawn_encoder(), data=Data(name="scenes-swapped", n=self.swapped))
+
+    def stages(self) -> list[Stage]:
+        evaluations = [self.evaluation(self.pretrain(method)) for method in self.methods]
+        return [*self.of_each(self.methods), *evaluations, self.drawn_encoder(), self.swapped_scores()]
 
 
 class Duplicates(Scored):
@@ -117,8 +142,8 @@ class Duplicates(Scored):
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
-    def stages(self) -> dict[str, Stage]:
-        return self.per_method(self.methods)
+    def stages(self) -> list[Stage]:
+        return self.of_each(self.methods)
 
 
 GROUPS: dict[str, tuple[tuple[str, ...], str]] = {  # by data set: attributes, and the largest group of the first
@@ -143,23 +168,26 @@ class Fairness(Scored):
         attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
         return self.attributes or attributes, self.thinned or thinned
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/encoder, influence, features; METHOD/thinned S and METHOD/random S: scores of all images after a
-        training without most of the group, and without as many images at random."""
-        found = self.per_method(self.methods)
+    def removal(self, seed: int, at_random: bool = False) -> Thin:
+        """Most of the group, or as many images at random."""
         attributes, thinned = self.groups()
+        return Thin(
+            data=self.data(), attribute=attributes[0], value=thinned, keep=self.keep, at_random=at_random, seed=seed
+        )
+
+    def thinned_encoder(self, method: recipes.Method, seed: int, at_random: bool = False) -> Pretrain:
+        return self.pretrain(method, self.seed + seed, self.removal(seed, at_random))
+
+    def thinned_scores(self, method: recipes.Method, seed: int, at_random: bool = False) -> Influence:
+        """Of all images, after a training without those of `removal`."""
+        return self.influence(self.thinned_encoder(method, seed, at_random))
+
+    def stages(self) -> list[Stage]:
+        arms = [(seed, at_random) for seed in range(self.seeds) for at_random in (False, True)]
+        found: list[Stage] = [*self.of_each(self.methods), *(self.removal(*arm) for arm in arms)]
         for method in self.methods:
-            for seed in range(self.seeds):
-                for name, at_random in (("thinned", False), ("random", True)):
-                    thin = Thin(
-                        data=self.data(), attribute=attributes[0], value=thinned, keep=self.keep,
-                        at_random=at_random, seed=seed,
-                    )  # fmt: skip
-                    encoder = self.pretrain(method, self.seed + seed, thin)
-                    found |= {
-                        f"{method}/{name} {seed} positions": thin, f"{method}/{name} {seed} encoder": encoder,
-                        f"{method}/{name} {seed}": self.influence(encoder),
-                    }  # fmt: skip
+            for arm in arms:
+                found += [self.thinned_encoder(method, *arm), self.thinned_scores(method, *arm)]
         return found
 
 
@@ -172,24 +200,38 @@ class Pruning(Scored):
     shares: tuple[float, ...] = (0.2,)
     seeds: int = Field(2, ge=1)
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/influence of the encoder of the first seed; METHOD/WHICH SHARE/seed S: evaluation of an encoder
-        trained anew without these, and METHOD/none 0/seed S of one trained on all."""
-        found: dict[str, Stage] = {}
+    @property
+    def judges(self) -> range:
+        """The seeds that are trained again: the one that was scored is no judge of what its scores remove."""
+        return range(self.seed + 1, self.seed + 1 + self.seeds)
+
+    def scores(self, method: recipes.Method) -> Influence:
+        """Of the encoder of the first seed."""
+        return self.influence(self.pretrain(method))
+
+    def removal(
+        self, method: recipes.Method, which: Literal["top", "bottom", "random"], share: float, seed: int
+    ) -> Prune:
+        return Prune(influence=self.scores(method), which=which, share=share, seed=seed if which == "random" else 0)
+
+    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
+        """Of an encoder trained from scratch on all images."""
+        return self.evaluation(self.pretrain(method, seed))
+
+    def pruned(
+        self, method: recipes.Method, which: Literal["top", "bottom", "random"], share: float, seed: int
+    ) -> Evaluate:
+        """Of an encoder trained from scratch without this share of the images."""
+        return self.evaluation(self.pretrain(method, seed, self.removal(method, which, share, seed)))
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        ways: tuple[Literal["top", "bottom", "random"], ...] = ("top", "bottom", "random")
         for method in self.methods:
-            scores = self.influence(self.pretrain(method))
-            found[f"{method}/influence"] = scores
-            # the seed that was scored is no judge of what was removed by its scores
-            for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
-                found[f"{method}/none 0/seed {seed}"] = self.evaluate(self.pretrain(method, seed))
-                for share in self.shares:
-                    for which in ("top", "bottom", "random"):
-                        chosen = Prune(
-                            influence=scores, which=which, share=share, seed=seed if which == "random" else 0
-                        )
-                        found[f"{method}/{which} {share:g}/seed {seed}"] = self.evaluate(
-                            self.pretrain(method, seed, chosen)
-                        )
+            found.append(self.scores(method))
+            for seed in self.judges:
+                found.append(self.all_kept(method, seed))
+                found += [self.pruned(method, which, share, seed) for share in self.shares for which in ways]
         return found
 
 
@@ -200,8 +242,11 @@ class Outliers(Scored):
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
-    def stages(self) -> dict[str, Stage]:
-        return self.per_method(self.methods)
+    def stages(self) -> list[Stage]:
+        return self.of_each(self.methods)
+
+
+By = Literal["ssl", "supervised", "random"]
 
 
 class SupervisedVsSSL(Scored):
@@ -213,26 +258,46 @@ class SupervisedVsSSL(Scored):
     share: float = Field(0.2, gt=0, lt=1)
     seeds: int = Field(2, ge=1)
 
-    def stages(self) -> dict[str, Stage]:
-        """METHOD/influence, features; supervised/influence (of the cross-entropy) and supervised/stability; for the
-        first method and the supervised model TRAINED/WHICH by SCORE/seed S: evaluations after pruning."""
-        found = self.per_method(self.methods)
-        supervised = self.pretrain("supervised")
-        loss = self.influence(supervised, perturbation=Noise(mean=0.0, std=0.0), loss="cross_entropy")
-        found |= {
-            "supervised/encoder": supervised, "supervised/influence": loss,
-            "supervised/stability": self.influence(supervised),
-        }  # fmt: skip
-        scores = {"ssl": self.influence(self.pretrain(self.methods[0])), "supervised": loss}
-        for trained in (self.methods[0], "supervised"):
-            for seed in range(self.seed + 1, self.seed + 1 + self.seeds):
-                found[f"{trained}/none/seed {seed}"] = self.evaluate(self.pretrain(trained, seed))
-                choices = {
-                    f"top by {name}": Prune(influence=s, which="top", share=self.share) for name, s in scores.items()
-                }
-                choices["random"] = Prune(influence=scores["ssl"], which="random", share=self.share, seed=seed)
-                for name, chosen in choices.items():
-                    found[f"{trained}/{name}/seed {seed}"] = self.evaluate(self.pretrain(trained, seed, chosen))
+    @property
+    def trained(self) -> tuple[recipes.Method, recipes.Method]:
+        """The two kinds of model that are trained again after pruning."""
+        return self.methods[0], "supervised"
+
+    @property
+    def judges(self) -> range:
+        """The seeds that are trained again, the scored one not among them."""
+        return range(self.seed + 1, self.seed + 1 + self.seeds)
+
+    def cross_entropy_scores(self) -> Influence:
+        """Of the supervised model's own loss."""
+        return self.influence(self.pretrain("supervised"), perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
+
+    def stability_scores(self) -> Influence:
+        """Of the stability loss under the supervised model."""
+        return self.influence(self.pretrain("supervised"))
+
+    def removal(self, by: By, seed: int) -> Prune:
+        """The top of one of the two scores, or as many images at random."""
+        ssl = self.influence(self.pretrain(self.methods[0]))
+        if by == "random":
+            return Prune(influence=ssl, which="random", share=self.share, seed=seed)
+        return Prune(influence=ssl if by == "ssl" else self.cross_entropy_scores(), which="top", share=self.share)
+
+    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
+        return self.evaluation(self.pretrain(method, seed))
+
+    def pruned(self, method: recipes.Method, by: By, seed: int) -> Evaluate:
+        return self.evaluation(self.pretrain(method, seed, self.removal(by, seed)))
+
+    def stages(self) -> list[Stage]:
+        ways: tuple[By, ...] = ("ssl", "supervised", "random")
+        found = [
+            *self.of_each(self.methods), self.pretrain("supervised"), self.cross_entropy_scores(),
+            self.stability_scores(),
+        ]  # fmt: skip
+        for method in self.trained:
+            for seed in self.judges:
+                found += [self.all_kept(method, seed), *(self.pruned(method, by, seed) for by in ways)]
         return found
 
 
@@ -247,8 +312,8 @@ class LinearTheory(Plan):
     anchor: float = Field(0.01, gt=0)
     removed: int = Field(60, ge=5)
 
-    def stages(self) -> dict[str, Stage]:
-        return {}
+    def stages(self) -> list[Stage]:
+        return []
 
 
 class ClaimsAudit(Plan):
@@ -257,8 +322,8 @@ class ClaimsAudit(Plan):
     notebook: ClassVar[str] = "11_claims_audit"
     last: ClassVar[bool] = True
 
-    def stages(self) -> dict[str, Stage]:
-        return {}
+    def stages(self) -> list[Stage]:
+        return []
 
     def reads(self) -> list[Path]:
         """The records of this profile, and those of others that are kept with the figures."""
@@ -266,9 +331,7 @@ class ClaimsAudit(Plan):
         return sorted([*self.results.glob("claim_*.json"), *(p for p in kept if p.parent != self.figures)])
 
 
-_PAPER: tuple[type[Plan], ...] = (
-    Method, SeedCorrelation, AugmentationAblation, BackgroundBias, Duplicates, Fairness, Pruning, Outliers,
+PAPER: tuple[type[Plan], ...] = (
+    MethodLesson, SeedCorrelation, AugmentationAblation, BackgroundBias, Duplicates, Fairness, Pruning, Outliers,
     SupervisedVsSSL, LinearTheory, ClaimsAudit,
 )  # fmt: skip
-PLANS: dict[str, type[Plan]] = {p.notebook: p for p in sorted(_PAPER + BEYOND, key=lambda p: p.notebook)}
-EXPLORER = Explorer  # of the report

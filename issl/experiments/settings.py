@@ -1,23 +1,24 @@
-"""Settings that stages are made of: which images, which perturbation, which curvature."""
+"""Settings that stages are made of: which images, and how a curvature stands in a stage's key."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, computed_field, model_validator
+from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
 
 from issl.config import Config
 from issl.data import datasets, scenes
 from issl.data.images import Images
 from issl.data.injection import inject
 from issl.errors import IsslError
-from issl.influence import curvature as curvatures
-from issl.influence import perturbation as perturbations
+from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra
 
 
-def absent(value: object) -> bool:
+def is_unset(value: object) -> bool:
     """Fields that came later are no part of a config while they are not set, so what was computed before is found."""
     return value is None or value is False
 
@@ -40,8 +41,8 @@ class Data(Config):
     size: int | None = None
     inject: Injection | None = None
     first: int | None = Field(None, ge=1)  # of the images thus chosen, only so many (the others are not scored)
-    uniform: float | None = Field(None, ge=0, le=1, exclude_if=absent)  # of scenes: the share of uniform backgrounds
-    classes: tuple[int, ...] | None = Field(None, exclude_if=absent)  # of the images thus chosen, these classes alone
+    uniform: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)  # of scenes: the share of uniform backgrounds
+    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # of the images thus chosen, these classes alone
     root: Path | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
@@ -72,44 +73,32 @@ class Data(Config):
         return images if self.first is None else images.subset(range(min(self.first, len(images))))
 
 
-class Noise(Config):
-    """Gaussian noise of the perturbed view (the paper's default)."""
-
-    mean: float = 0.05
-    std: float = Field(0.2, ge=0)
-
-    def build(self) -> perturbations.GaussianNoise:
-        return perturbations.GaussianNoise(self.mean, self.std)
-
-
-class Augmentation(Config):
-    """An augmentation in place of the noise, for the ablation; see `issl.influence.perturbation.Augmentation`."""
-
-    kind: perturbations.Kind
-    strength: float = Field(1.0, gt=0, le=1)
-
-    def build(self) -> perturbations.Augmentation:
-        return perturbations.Augmentation(self.kind, self.strength)
+KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
+    "logra": LoGra,
+    "logra-pca": partial(LoGra, projection="pca"),
+    "ekfac": lambda _, damping, __: EKFAC(damping),
+    "diagonal": lambda _, damping, __: Diagonal(damping),
+    "identity": lambda _, __, ___: Identity(),
+    "exact": lambda _, damping, __: Exact(damping),
+}
+USUAL: dict[str, Any] = {"rank": 16, "damping": 0.1, "seed": 0}
 
 
-class Curvature(Config):
-    """The inverse curvature that weighs the gradients."""
+def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
+    """The curvature of that name; settings that it does not have are not used. Raises IsslError for another name."""
+    if kind not in KINDS:
+        raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
+    return KINDS[kind](rank, damping, seed)
 
-    kind: Literal["logra", "logra-pca", "ekfac", "diagonal", "identity", "exact"] = "logra"
-    rank: int | float = Field(16, gt=0)  # of logra, per side; below 1 a fraction of the layer
-    damping: float = Field(0.1, gt=0)
-    seed: int = Field(0, ge=0)
 
-    def build(self) -> curvatures.Curvature:
-        match self.kind:
-            case "identity":
-                return curvatures.Identity()
-            case "exact":
-                return curvatures.Exact(self.damping)
-            case "diagonal":
-                return curvatures.Diagonal(self.damping)
-            case "ekfac":
-                return curvatures.EKFAC(self.damping)
-            case "logra-pca":
-                return curvatures.LoGra(self.rank, self.damping, self.seed, projection="pca")
-        return curvatures.LoGra(self.rank, self.damping, self.seed)
+def in_key(curvature: Curvature) -> dict[str, Any]:
+    """A curvature as it stands in a stage's key: its name and the same three settings for every kind, at their usual
+    value where it does not have them. (So artifacts made before each kind had a class of its own are found.)"""
+    settings = {name: vars(curvature).get(name, usual) for name, usual in USUAL.items()}
+    for kind, build in KINDS.items():
+        if build(*settings.values()) == curvature:
+            return {"kind": kind, **settings}
+    raise IsslError(f"curvature {curvature!r}: a stage's must be one that settings.KINDS builds; add it there")
+
+
+Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(in_key)]

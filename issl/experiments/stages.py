@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
@@ -25,15 +25,18 @@ from issl.analysis.neighbour_graph import nearest
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.settings import Augmentation, Curvature, Data, Noise, absent
-from issl.files import atomic
+from issl.experiments.settings import Data, Weighing, is_unset
+from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
+from issl.influence.curvature import LoGra
 from issl.influence.losses import CrossEntropy, stability_loss
+from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
-from issl.pretraining.encoder import save_encoder
+from issl.pretraining.checkpoint import Checkpoint
+from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, save_learner
-from issl.pretraining.loop import pretrain
+from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import RECIPES, Recipe
 
 
@@ -57,30 +60,41 @@ class Pretrain(Stage):
     view_seed: int | None = Field(None, ge=0)
     left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
     without: Prune | Thin | Pick | Draw | Top | None = None  # a choice of such positions, made by another stage
-    gaps: bool = Field(False, exclude_if=absent)  # their places in the batches stay empty
-    start: Pretrain | None = Field(None, exclude_if=absent)  # go on from this encoder
+    gaps: bool = Field(False, exclude_if=is_unset)  # their places in the batches stay empty
+    start: Pretrain | None = Field(None, exclude_if=is_unset)  # go on from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
-    snapshots: tuple[int, ...] | None = Field(None, exclude_if=absent)  # the whole learner is kept after these epochs
+    snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
+
+    @model_validator(mode="after")
+    def _snapshots_along_the_run(self) -> Pretrain:
+        kept = self.snapshots
+        if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
+            raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
+        return self
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"})
         about = {"config": self.model_dump(mode="json")}
 
-        def keep_state(done: int, learner: Learner) -> None:
-            if done == self.epochs:
+        watch = None
+        if self.watch is not None:
+            watch = knn_watch(images, self.watch.load(), artifacts.device, self.epochs, self.watch_every)
+
+        def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+            if self.snapshots is not None and done == self.epochs:
                 save_learner(folder / "encoder.safetensors", learner, about)
             elif done in (self.snapshots or ()):
                 save_learner(folder / f"encoder-{done:04d}.safetensors", learner, about | {"epochs_done": done})
+            return None if watch is None else watch(done, learner)
 
-        watch = None if self.watch is None else knn_watch(images, self.watch.load(), artifacts.device)
         encoder, history = pretrain(
             images, self.recipe, **settings, keep=self._keep(len(images), artifacts), gaps=self.gaps,
-            start=None if self.start is None else artifacts.whole_encoder(self.start), device=artifacts.device,
-            checkpoint=checkpoint, checkpoint_seconds=artifacts.checkpoint_seconds, deadline=artifacts.deadline,
-            watch=watch, watch_every=self.watch_every,
-            after_epoch=None if self.snapshots is None else keep_state, progress=artifacts.progress,
+            start=None if self.start is None else self.start.whole_encoder(artifacts),
+            execution=Execution(device=artifacts.device, progress=artifacts.progress),
+            checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds, artifacts.deadline),
+            after_epoch=after_epoch,
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
@@ -88,13 +102,36 @@ class Pretrain(Stage):
             save_encoder(folder / "encoder.safetensors", encoder, about)
         checkpoint.unlink(missing_ok=True)
 
+    def encoder(
+        self, artifacts: Artifacts, output: Literal["features", "projector"] = "features", after: int | None = None
+    ) -> nn.Module:
+        """The encoder, in eval mode; `after`: as it was after so many epochs, one of `snapshots`."""
+        name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
+        if after not in (None, self.epochs, *(self.snapshots or ())):
+            raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")
+        return load_encoder(artifacts.get(self) / name, output)
+
+    def read(self, artifacts: Artifacts) -> nn.Module:
+        """The encoder, in eval mode."""
+        return self.encoder(artifacts)
+
+    def whole_encoder(self, artifacts: Artifacts) -> Encoder:
+        """Backbone and projector, to continue training."""
+        encoder = self.encoder(artifacts, "projector")
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def history(self, artifacts: Artifacts) -> pd.DataFrame:
+        """One row an epoch, see `issl.pretraining.loop.pretrain`."""
+        return pd.read_csv(artifacts.get(self) / "history.csv")
+
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
         keep = torch.ones(n, dtype=torch.bool)
         if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
             raise IsslError(f"left_out holds position {max(self.left_out)} in a set of {n} images")
         keep[list(self.left_out)] = False
         if self.without is not None:
-            keep[artifacts.positions(self.without)] = False
+            keep[self.without.read(artifacts)] = False
         return keep
 
 
@@ -111,8 +148,8 @@ class Influence(Stage):
 
     pretrain: Pretrain
     data: Data
-    perturbation: Noise | Augmentation = Noise()
-    curvature: Curvature = Curvature()
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
     average: Literal["gradients", "scores"] = "gradients"
@@ -122,9 +159,9 @@ class Influence(Stage):
         supervised = self.loss == "cross_entropy"
         if supervised and self.pretrain.recipe.method != "supervised":
             raise IsslError(f"loss='cross_entropy' of a {self.pretrain.recipe.method} encoder: it has no classes")
-        encoder, images = artifacts.encoder(self.pretrain, "projector" if supervised else "features"), self.data.load()
+        encoder, images = self.pretrain.encoder(artifacts, "projector" if supervised else "features"), self.data.load()
         scores = self_influence(
-            encoder, images, self.perturbation.build(), self.curvature.build(), self.seed, draws=self.draws,
+            encoder, images, self.perturbation, self.curvature, self.seed, draws=self.draws,
             average=self.average, loss=CrossEntropy() if supervised else stability_loss,
             computing=_computing(artifacts, store=folder / "rows"),
         )  # fmt: skip
@@ -133,6 +170,10 @@ class Influence(Stage):
         with atomic(folder / "influence.parquet") as part:
             scores.to_parquet(part, index=False)
         shutil.rmtree(folder / "rows")
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """The table of scores, one row an image, see `issl.self_influence`."""
+        return pd.read_parquet(artifacts.get(self) / "influence.parquet")
 
 
 class Prune(Stage):
@@ -147,13 +188,17 @@ class Prune(Stage):
     seed: int = Field(0, ge=0)  # of `random`
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        scores = artifacts.scores(self.influence)[self.column].to_numpy()
+        scores = self.influence.read(artifacts)[self.column].to_numpy()
         count = round(self.share * len(scores))
         order = np.argsort(-scores, kind="stable")
         if self.which == "random":
             order = np.random.default_rng(self.seed).permutation(len(scores))
         chosen = order[-count:] if self.which == "bottom" else order[:count]
         _write_positions(folder, chosen)
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        return _read_positions(artifacts.get(self))
 
 
 class Thin(Stage):
@@ -178,6 +223,10 @@ class Thin(Stage):
         count = len(members) - round(self.keep * len(members))
         _write_positions(folder, rng.permutation(len(groups) if self.at_random else members)[:count])
 
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        return _read_positions(artifacts.get(self))
+
 
 class Pick(Stage):
     """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest: positions.json."""
@@ -188,8 +237,12 @@ class Pick(Stage):
     quantile: float = Field(ge=0, le=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        order = np.argsort(-artifacts.scores(self.influence)["influence"].to_numpy(), kind="stable")
+        order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
         _write_positions(folder, order[[round(self.quantile * (len(order) - 1))]])
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        return _read_positions(artifacts.get(self))
 
 
 class Draw(Stage):
@@ -205,6 +258,10 @@ class Draw(Stage):
         n = len(self.data.load())
         _write_positions(folder, np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)])
 
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        return _read_positions(artifacts.get(self))
+
 
 class Top(Stage):
     """Choose the k training images of the highest influence on one query, or nearest to it: positions.json."""
@@ -216,13 +273,22 @@ class Top(Stage):
     k: int = Field(ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        row = artifacts.pairs(self.scores)[self.query]
+        row = self.scores.read(artifacts)[self.query]
         _write_positions(folder, row.argsort(descending=True, stable=True)[: self.k].numpy())
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        return _read_positions(artifacts.get(self))
 
 
 def _write_positions(folder: Path, chosen: np.ndarray) -> None:
     with atomic(folder / "positions.json") as part:
         part.write_text(json.dumps(sorted(int(i) for i in chosen)))
+
+
+def _read_positions(folder: Path) -> list[int]:
+    chosen: list[int] = json.loads((folder / "positions.json").read_text())
+    return chosen
 
 
 class Embed(Stage):
@@ -234,9 +300,13 @@ class Embed(Stage):
     data: Data
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = artifacts.encoder(self.pretrain), self.data.load()
+        encoder, images = self.pretrain.encoder(artifacts), self.data.load()
         with atomic(folder / "features.safetensors") as part:
             save_file({"features": embed(encoder, images, artifacts.device), "index": images.index}, part)
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """Features (n, d)."""
+        return read_safetensors(artifacts.get(self) / "features.safetensors", "features")[1]["features"]
 
 
 class Stability(Stage):
@@ -246,15 +316,19 @@ class Stability(Stage):
 
     pretrain: Pretrain
     data: Data
-    perturbation: Noise | Augmentation = Noise()
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = artifacts.encoder(self.pretrain), self.data.load()
-        losses = stability_losses(encoder, images, self.perturbation.build(), self.seed, self.draws, artifacts.device)
+        encoder, images = self.pretrain.encoder(artifacts), self.data.load()
+        losses = stability_losses(encoder, images, self.perturbation, self.seed, self.draws, artifacts.device)
         with atomic(folder / "losses.parquet") as part:
             pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(part, index=False)
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """index and stability_loss, one row an image."""
+        return pd.read_parquet(artifacts.get(self) / "losses.parquet")
 
 
 class Cross(Stage):
@@ -266,18 +340,22 @@ class Cross(Stage):
     pretrain: Pretrain
     data: Data
     query: Data
-    perturbation: Noise | Augmentation = Noise()
-    curvature: Curvature = Curvature()
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images, query = artifacts.encoder(self.pretrain), self.data.load(), self.query.load()
+        encoder, images, query = self.pretrain.encoder(artifacts), self.data.load(), self.query.load()
         scores = cross_influence(
-            encoder, images, as_queries(query), self.perturbation.build(), self.curvature.build(), self.seed,
+            encoder, images, as_queries(query), self.perturbation, self.curvature, self.seed,
             draws=self.draws, computing=_computing(artifacts),
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """Scores (q, n) of queries and training images."""
+        return _read_pairs(artifacts.get(self))
 
 
 class Nearness(Stage):
@@ -289,9 +367,13 @@ class Nearness(Stage):
     query: Embed
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        train, query = artifacts.features(self.train), artifacts.features(self.query)
+        train, query = self.train.read(artifacts), self.query.read(artifacts)
         scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
         _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """Cosine similarities (q, n) of queries and training images."""
+        return _read_pairs(artifacts.get(self))
 
 
 class Lists(Stage):
@@ -301,17 +383,17 @@ class Lists(Stage):
     name: ClassVar[str] = "lists"
 
     features: Embed
-    perturbation: Noise | Augmentation = Noise()
-    curvature: Curvature = Curvature()
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
     seed: int = Field(0, ge=0)
     k: int = Field(6, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = artifacts.encoder(self.features.pretrain), self.features.data.load()
+        encoder, images = self.features.pretrain.encoder(artifacts), self.features.data.load()
         n, k = len(images), min(self.k, len(images) - 1)
-        places, distances = nearest(artifacts.features(self.features), k)
+        places, distances = nearest(self.features.read(artifacts), k)
         best = top_influences(
-            encoder, images, images, k + 1, self.perturbation.build(), self.curvature.build(), self.seed,
+            encoder, images, images, k + 1, self.perturbation, self.curvature, self.seed,
             computing=_computing(artifacts),
         )  # fmt: skip
         best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
@@ -330,10 +412,18 @@ class Lists(Stage):
         with atomic(folder / "lists.parquet") as path:
             pd.concat(tables).to_parquet(path, index=False)
 
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """kind, position, rank, other, value."""
+        return pd.read_parquet(artifacts.get(self) / "lists.parquet")
+
 
 def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
     with atomic(folder / "pairs.safetensors") as part:
         save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
+
+
+def _read_pairs(folder: Path) -> Tensor:
+    return read_safetensors(folder / "pairs.safetensors", "scores")[1]["scores"]
 
 
 class Evaluate(Stage):
@@ -348,7 +438,7 @@ class Evaluate(Stage):
     seed: int = Field(0, ge=0)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        train, test = artifacts.features(self.train), artifacts.features(self.test)
+        train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
         probe, c = probe_hits(train, labels, test, truth, self.seed)
@@ -357,6 +447,10 @@ class Evaluate(Stage):
             part.write_text(json.dumps({"C": c}))
         with atomic(folder / "hits.parquet") as part:
             pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe}).to_parquet(part, index=False)
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """index, knn, probe: is the class of each test image found?"""
+        return pd.read_parquet(artifacts.get(self) / "hits.parquet")
 
 
 Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on

@@ -1,8 +1,7 @@
-"""Several processes as one batch: gathered rows, BatchNorm over all, gradients summed. Each has its gradient.
+"""Several processes train on one batch: rows are gathered, BatchNorm goes over all, gradients are summed.
 
-Every process holds an equal part of the batch and computes the same loss of the whole. What it
-backpropagates is the part of the gradient that enters through its own rows; the sum over processes is the
-gradient of one process with the whole batch (tested).
+Every process holds an equal part of the batch and computes the same loss of the whole. It backpropagates only through
+its own rows; the sum over processes is the gradient that one process with the whole batch would have (tested).
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All rows, in order of rank. Every process computes the same loss of them, so its own rows' part of dL/dz is
-    the whole derivative with respect to them."""
+    """All rows, in order of rank. Every process computes the same loss of them, so its own rows of dL/dz are the
+    whole derivative with respect to these rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards) -> Tensor:
@@ -50,18 +49,18 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, shards: Shards) -> Tensor:
-    """The rows of all processes, in order of rank; every process must bring as many."""
+    """The rows of all processes, in order of rank; all must bring the same number."""
     result: Tensor = x if shards.world == 1 else _Gather.apply(x, shards)
     return result
 
 
 def full(x: Tensor) -> Tensor:
-    """In fp32, or as wide as it is."""
+    """In fp32, or in its own type if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sum_gradients(model: nn.Module, shards: Shards) -> None:
-    """Replace each gradient by its sum over all processes: one message for all."""
+    """Replace each gradient by its sum over all processes, in one message."""
     if shards.world == 1:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -72,9 +71,9 @@ def sum_gradients(model: nn.Module, shards: Shards) -> None:
 
 @contextmanager
 def batchnorm_over_all(model: nn.Module, shards: Shards) -> Iterator[None]:
-    """Within, the BatchNorm layers in training mode normalise by the statistics of all processes' batches.
+    """Inside, BatchNorm layers in training mode normalise by the statistics of all processes' batches.
 
-    torch's own SyncBatchNorm runs on GPUs alone; this one is the same on CPUs, where it is tested.
+    torch's own SyncBatchNorm runs only on GPUs; this one also runs on CPUs, where it is tested.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)] if shards.world > 1 else []
     for layer in layers:
@@ -83,10 +82,12 @@ def batchnorm_over_all(model: nn.Module, shards: Shards) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own again
+            del layer.forward  # back to the class's own
 
 
 def _normalise(layer: _BatchNorm, shards: Shards, x: Tensor) -> Tensor:
+    if not layer.training:
+        return type(layer).forward(layer, x)
     dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
     values = full(x)
     count = values.numel() // values.shape[1] * shards.world

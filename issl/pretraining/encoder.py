@@ -42,8 +42,8 @@ class Normalize(nn.Module):
 class BasicBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3×3 convolutions (He et al. 2016, arXiv 1512.03385, §4.1).
 
-    The names of torchvision's block, and the same numbers (tested); importing torchvision itself takes longer
-    than importing torch, and every notebook would wait for it.
+    The same parameter names and numbers as torchvision's block (tested); importing torchvision takes longer than
+    importing torch, and every notebook would wait for it.
     """
 
     def __init__(self, inside: int, outside: int, stride: int = 1):
@@ -91,7 +91,7 @@ class Head(Config):
         """The network, from `inside` values to `out`."""
         parts: list[nn.Module] = []
         for _ in range(self.layers - 1):
-            # a bias before BatchNorm would be subtracted again
+            # BatchNorm would subtract the bias again
             parts.append(nn.Linear(inside, self.hidden, bias=not self.norm))
             parts += [nn.BatchNorm1d(self.hidden)] if self.norm else []
             parts.append(nn.ReLU(inplace=True))
@@ -101,7 +101,7 @@ class Head(Config):
 
 class Encoder(nn.Module):
     """`backbone` (pixels to features) and `projector` (features to the space of the SSL loss); calling it
-    gives the projector's output. What downstream tasks and influence use is the backbone."""
+    gives the projector's output. Downstream tasks and influence use the backbone."""
 
     def __init__(self, width: int = 64, head: Head = Head()):
         super().__init__()
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
 
 
 def new_encoder(width: int, head: Head, seed: int) -> Encoder:
-    """A freshly initialised encoder; `seed` decides its weights, the global generator is left as it was."""
+    """A freshly initialised encoder; `seed` decides its weights, and the global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(width, head)
@@ -126,16 +126,16 @@ def new_encoder(width: int, head: Head, seed: int) -> Encoder:
     return encoder
 
 
-BESIDE = ("predictor.", "target.")  # what a file may hold beside the encoder: the rest of a BYOL learner
+BESIDE = ("predictor.", "target.")  # tensors that a file may hold besides the encoder: the rest of a BYOL learner
 
 
 def save_encoder(
     path: Path, encoder: Encoder, about: dict[str, Any], beside: dict[str, Tensor] | None = None, half: bool = False
 ) -> None:
-    """One safetensors file: the weights, and in its header what is needed to build the network again.
+    """One safetensors file: the weights, and a header with all that is needed to rebuild the network.
 
     beside   more tensors, named `predictor.…` and `target.…`: the rest of a BYOL learner
-    half     kernels and matrices as float16, half the size; vectors and BatchNorm's statistics stay as they are
+    half     kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics stay as they are
     """
     header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
     tensors = {k: v.detach().cpu().contiguous() for k, v in {**encoder.state_dict(), **(beside or {})}.items()}
@@ -148,9 +148,17 @@ def save_encoder(
 def load_encoder(path: str | Path, output: Literal["features", "projector"] = "features") -> nn.Module:
     """An encoder that `save_encoder` wrote, in eval mode, ready for `issl.self_influence`.
 
-    output="features" gives the backbone alone (its weights are those that are scored); "projector" the
-    whole. Raises IsslError for a missing, damaged or foreign file.
+    output="features" gives only the backbone (whose weights are scored); "projector" gives the whole Encoder. Raises
+    IsslError for a missing or damaged file, and for one that this library did not write.
     """
+    header, state = read_encoder(path)
+    encoder = Encoder(header["width"], Head(**header["head"]))
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
+    return (encoder if output == "projector" else encoder.backbone).eval()
+
+
+def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
@@ -159,7 +167,5 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
     if header is None:
         raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
     if "head" not in header:
-        raise IsslError(f"encoder {str(path)!r} is from an older version of this library; train it again")
-    encoder = Encoder(header["width"], Head(**header["head"]))
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
-    return (encoder if output == "projector" else encoder.backbone).eval()
+        raise IsslError(f"encoder {str(path)!r} is from an older version of this library; retrain it")
+    return header, state

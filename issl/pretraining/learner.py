@@ -1,4 +1,4 @@
-"""The learner: the encoder with what its method needs beside it while it is trained, and one update of it."""
+"""The learner: the encoder and all that its method trains along with it; its loss, and its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from issl.devices import computes_bf16
 from issl.errors import IsslError
 from issl.pretraining import objectives
 from issl.pretraining.data_parallel import full, gather
-from issl.pretraining.encoder import BESIDE, Encoder, Head, new_encoder, save_encoder
+from issl.pretraining.encoder import BESIDE, Encoder, Head, new_encoder, read_encoder, save_encoder
 from issl.pretraining.recipes import Recipe
 from issl.shards import ONE, Shards
 
@@ -24,7 +24,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder` (with the weights of `start` where it is given); for BYOL a `predictor` and a `target`, the encoder's
+    """`encoder` (with the weights of `start`, if given); for BYOL also a `predictor` and a `target`, the encoder's
     moving average. Calling it gives the loss."""
 
     def __init__(self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | None = None):
@@ -58,8 +58,8 @@ class Learner(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:  # fmt: skip
         """The loss of the batch (of all processes' batches) and the features of its views, without gradient.
 
-        Both views pass together, so BatchNorm sees them as one batch. Networks run in bf16 where `precision`
-        says so, the loss in fp32 (or what is wider).
+        Both views pass together, so BatchNorm sees them as one batch. The networks run in bf16 if `precision` says so,
+        the loss in fp32 or wider.
         """
         recipe, encoder = self.recipe, self.encoder
         both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=torch.channels_last)
@@ -99,14 +99,37 @@ class Learner(nn.Module):
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
-    """The encoder's file, in half precision, with BYOL's predictor and target in it: all that the training gradient
-    at this moment depends on."""
+    """The encoder's file in half precision, with BYOL's predictor and target: all that the training gradient depends
+    on at this moment."""
     beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
     save_encoder(path, learner.encoder, about, beside, half=True)
 
 
+def load_learner(path: str | Path) -> Learner:
+    """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
+
+    Recipe and width come from the file's header. Raises IsslError for a missing or damaged file, and for one without a
+    whole learner: BYOL's predictor and target are missing from what `save_encoder` wrote by default.
+    """
+    header, tensors = read_encoder(path)
+    settings = header.get("config", {}).get("recipe")
+    if settings is None:
+        raise IsslError(f"{path} holds no learner: its header has no config with a recipe; use load_encoder")
+    recipe, head = Recipe(**settings), Head(**header["head"])
+    learner = Learner(recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0)
+    state = {k if k.startswith(BESIDE) else f"encoder.{k}": v for k, v in tensors.items()}
+    missing = sorted({name.split(".")[0] for name in learner.state_dict().keys() - state.keys()})
+    if missing:
+        raise IsslError(
+            f"{path} holds no {recipe.method} learner: {' and '.join(missing)} are not in it; a Pretrain stage with "
+            "`snapshots` saves whole learners"
+        )
+    learner.load_state_dict(state)
+    return learner
+
+
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """√d times the mean standard deviation of unit features' components: 1 where they point everywhere, 0 where
-    all are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
+    """√d times the mean standard deviation of the components of unit features: 1 if they point everywhere, 0 if all
+    are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
     unit = nn.functional.normalize(features, dim=1)
     return unit.std(0).mean() * math.sqrt(features.shape[1])

@@ -1,6 +1,6 @@
 """The objectives: each a function of two views' projections (or of logits and labels), a few lines.
 
-All are means over the batch given; on several processes they are given the whole, gathered batch.
+All are means over the batch; on several processes they get the whole, gathered batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LARS and the learning rate's schedule."""
+"""LARS, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step is scaled, parameter by parameter, to the weights' own size
+    """SGD with momentum whose step is scaled, parameter by parameter, to the size of the weights
     (You et al. 2017, arXiv 1708.03888, eq. 6):
 
         r = trust · ‖p‖ / (‖g‖ + wd · ‖p‖),   v ← momentum · v + r · (g + wd · p),   p ← p − lr · v
 
     Groups without weight decay (biases, normalisation) get r = 1, as in SimCLR and BYOL.
-    clip   r ← min(r / lr, 1): LARS may lower the learning rate, not raise it (as in NVIDIA Apex's LARC)
+    clip   r ← min(r / lr, 1): LARS may lower the learning rate but not raise it (as in NVIDIA Apex's LARC)
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LARS(Optimizer):
                 ratio = group["trust"] * size / (slope + decay * size + 1e-8)
                 if group["clip"]:
                     ratio = (ratio / lr).clamp(max=1)
-                moves = (size > 0) & (slope > 0)  # a weight or gradient of 0 gives no scale: a plain step
+                moves = (size > 0) & (slope > 0)  # a weight or gradient of 0 has no scale and takes a plain step
                 steps = list(torch._foreach_add(steps, torch._foreach_mul(params, list((decay * moves).unbind()))))
                 torch._foreach_mul_(steps, list(torch.where(moves, ratio, 1).unbind()))
             if not all("momentum_buffer" in self.state[p] for p in params):
@@ -71,7 +71,7 @@ class LARS(Optimizer):
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up that reaches `peak` at its last step, then half a cosine to 0 at the run's last
+    """Linear warm-up that reaches `peak` at its last step, then half a cosine to 0 at the last step
     (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,7 +1,7 @@
-"""Encoders from elsewhere: torchvision and timm models, and checkpoints in others' key layouts.
+"""Encoders from other projects: torchvision and timm models, and checkpoints in several key layouts.
 
-What comes back maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in eval
-mode: what `issl.self_influence` asks for. Files are read without executing anything in them.
+Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in eval mode, as
+`issl.self_influence` needs it. Files are read without executing anything in them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Opened:
     prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
 
     def own_names(self, names: Sequence[str]) -> list[str]:
-        """Names of layers or parameters as the encoder has them; the model's own will do. Empty ones are left out."""
+        """The encoder's names of these layers or parameters; the model's own are accepted, empty ones dropped."""
         known = {name for name, _ in [*self.encoder.named_modules(), *self.encoder.named_parameters()]}
         return [name if name in known else self.prefix + name for name in names if name]
 
@@ -47,7 +47,7 @@ def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
     add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
     add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
     add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
-    add("--std", type=_triple, metavar="R,G,B", help="idem, standard deviation")
+    add("--std", type=_triple, metavar="R,G,B", help="likewise, the standard deviation")
 
 
 def _triple(text: str) -> tuple[float, float, float]:
@@ -65,8 +65,8 @@ def open_encoder(
     spec      a file (ours, solo-learn's, lightly's, or a plain state dict of a ResNet), `torchvision:NAME` or
               `timm:NAME`
     weights   for the last two: a file with a state dict; default: the model's own pretrained weights (downloaded)
-    mean, std of the pixels in training; default: the model's own where it says so, else ImageNet's
-    Raises IsslError for an unknown name, a missing or damaged file, keys that fit no known layout.
+    mean, std of the pixels in training; default: the model's own if it has them, else ImageNet's
+    Raises IsslError for an unknown name, a missing or damaged file, and keys in no known layout.
     """
     kind, _, name = spec.partition(":")
     if kind == "torchvision":
@@ -78,7 +78,7 @@ def open_encoder(
     path = Path(spec)
     if not path.is_file():
         raise IsslError(
-            f"encoder {spec!r} is no file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
+            f"encoder {spec!r} is not a file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
         )
     header = read_safetensors(path, "encoder")[0].get("issl") if path.suffix == ".safetensors" else None
     if header is not None:
@@ -87,7 +87,7 @@ def open_encoder(
 
 
 def _own(header: dict[str, Any], name: str) -> str:
-    """What an encoder of ours says of itself."""
+    """A description of an encoder that this library trained."""
     recipe = header.get("recipe") or header.get("config", {}).get("recipe") or {}
     return f"{recipe.get('method', 'encoder')} of width {header['width']} ({name})"
 
@@ -122,7 +122,7 @@ def read_state(path: Path) -> State:
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}
 
 
-# --- ResNets in others' key layouts ------------------------------------------------------------------------
+# --- ResNets in other key layouts ------------------------------------------------------------------------
 
 # `nn.Sequential(*list(resnet.children())[:-1])`, the usual lightly backbone, names layers by their place; its own
 # ResNetGenerator has no ReLU and no max-pooling among the children
@@ -130,11 +130,11 @@ PLACES = {
     "torchvision": {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"},
     "generator": {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
 }
-TEACHERS = ("momentum", "teacher", "target", "ema")  # second encoders, which follow the one that is trained
+TEACHERS = ("momentum", "teacher", "target", "ema")  # second encoders, which follow the trained one
 
 
 def resnet_from(state: State, what: str, mean: Triple = PIXEL_MEAN, std: Triple = PIXEL_STD) -> Opened:
-    """A ResNet with basic or bottleneck blocks, its form read off the weights' shapes.
+    """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
     """
@@ -178,7 +178,7 @@ def _prefixes(state: State) -> dict[str, State]:
             if not key.endswith(end) or (prefix and prefix[-1] != ".") or f"{prefix}{stem}" not in state:
                 continue
             if places is PLACES["torchvision"] and f"{prefix}2.0.conv1.weight" in state:
-                continue  # place 2 would be the ReLU: it is the other one
+                continue  # place 2 would be the ReLU, so it is the other layout
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if places is not None:
                 own = {
@@ -257,8 +257,8 @@ def _built(build: Callable[[], Any], name: str) -> nn.Module:
         model: nn.Module = build()
     except (OSError, RuntimeError, ValueError) as error:
         raise IsslError(
-            f"model {name}: its pretrained weights could not be had ({str(error).splitlines()[0]}); give a file with "
-            "--weights FILE"
+            f"model {name}: its pretrained weights could not be downloaded ({str(error).splitlines()[0]}); give a "
+            "file with --weights FILE"
         ) from error
     return model
 

@@ -1,9 +1,9 @@
 """Recipes: every constant of pretraining, one visible table.
 
 `published` are solo-learn's for CIFAR and ResNet-18 (da Costa et al. 2022, arXiv 2106.01775; its
-scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for some epochs to 200 and for
-narrow encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of 20% of the area or more, and views of
-half the side in the first 85% of the run. BYOL's stay small: at the end its target hardly moves, and teaches what it
+scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for runs of up to 200 epochs and for narrow
+encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of at least 20% of the area, and views of half the
+side in the first 85% of the run. BYOL's views stay small: at the end its target hardly moves and teaches what it
 learned on small views (10,000 CIFAR-10 images, width 8, 60 epochs: kNN 40.5% before the full-size views, 38.6% after).
 """
 
@@ -24,14 +24,14 @@ SSL: tuple[Method, ...] = ("simclr", "byol", "barlow_twins")
 
 
 class Recipe(Config):
-    """How an encoder is trained; the defaults are what all recipes share.
+    """How an encoder is trained; the defaults are shared by all recipes.
 
     lr              at the end of the warm-up, for a batch of 256 (scaled linearly with the batch size)
     warmup          epochs; at most a tenth of the run
-    small           the first part of the run, in which views have half the side (a quarter of the cost)
-    trust, clip     of LARS: its coefficient, and whether it may only lower the learning rate
+    small           the part at the start of the run in which views have half the side (a quarter of the cost)
+    trust, clip     of LARS: its coefficient, and whether it can only lower the learning rate
     hidden, out     of the projector, in multiples of the feature dimension (512 for ResNet-18 of width 64)
-    layers, norm    of the projector: linear layers, and BatchNorm after all but the last
+    layers, norm    of the projector: number of linear layers, and BatchNorm after all but the last
     temperature     of SimCLR
     tau             of BYOL: the moving average's momentum at the start; it ends at 1
     off_diagonal, scale   of Barlow Twins: weight of the off-diagonal terms, factor of the whole
@@ -61,8 +61,8 @@ class Recipe(Config):
 STRONG = View(min_area=0.08, flip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2)
 MILD = STRONG.model_copy(update={"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1})
 SOLARIZED = MILD.model_copy(update={"solarize": 0.2})
-# the strength of SimCLR's CIFAR experiments (Chen et al. 2020, B.9); a fifth of the area at least, because a short
-# run of a narrow encoder learns little from the smallest crops
+# the strength of SimCLR's CIFAR experiments (Chen et al. 2020, B.9); at least a fifth of the area, because a short run
+# of a narrow encoder learns little from the smallest crops
 SHORT = View(min_area=0.2, flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2)
 CROPPED = View(min_area=0.5, flip=0.5)
 
@@ -94,7 +94,7 @@ RECIPES: dict[Variant, dict[Method, Recipe]] = {
 
 
 def recipe(method: str, variant: str = "published") -> Recipe:
-    """The table's entry; raises IsslError for an unknown method or variant, and where there is none."""
+    """The entry of the table; raises IsslError for an unknown method or variant, and for a pair without an entry."""
     if method not in get_args(Method):
         raise IsslError(f"method {method!r}: known are {', '.join(get_args(Method))}")
     if variant not in get_args(Variant):

@@ -56,14 +56,14 @@ def keep(records: Sequence[Record], folder: Path) -> Path:
 
 
 def estimate(record: Record, metric: str) -> Estimate:
-    """A metric of a record; a bound that was infinite is so again."""
+    """A metric of a record; a bound stored as null was infinite."""
     m = record["metrics"][metric]
     value, low, high = (d if m[k] is None else m[k] for k, d in (("value", np.nan), ("low", -np.inf), ("high", np.inf)))
     return Estimate(value, low, high, m["n"])
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
-    """One row a record: claim, method, the paper's number, ours of the first test with its interval, n, verdict, …"""
+    """One row per record: claim, method, the paper's number, ours of the first test with its interval, n, verdict, …"""
     rows = []
     for r in records:
         first = r["tests"][0]["metric"]
@@ -83,8 +83,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One entry a claim and profile, its methods together, as text: claim, paper, measured, ours (a list),
-    n, profile, data, verdict (a list; one where all agree), failed (the tests that do not hold, in words)."""
+    """One entry for each claim and profile, its methods together, as text: claim, notebook, paper, measured, ours (a
+    list), n, profile, data, verdict (a list; one where all agree), reached (the same without method and counts),
+    failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
     for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
@@ -95,10 +96,10 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
         rows.append(
             {
-                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""),
+                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""), "notebook": one["notebook"],
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
                 "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
-                "verdict": verdicts if len(set(plain)) > 1 else plain[:1],
+                "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
                 "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
             }
         )  # fmt: skip
@@ -106,27 +107,27 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def failures(record: Record) -> str:
-    """The tests of a record that do not hold, in words: what was asked, and what was found."""
-    told = []
+    """The tests of a record that do not hold, in words: what was required, and what was found."""
+    found = []
     for test in record["tests"]:
         if not test["holds"]:
             e, side = estimate(record, test["metric"]), "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
-            found = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
-            told.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {found}")
-    return "; ".join(told)
+            value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
+            found.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {value}")
+    return "; ".join(found)
 
 
 def decided(records: Sequence[Record]) -> list[Record]:
-    """Those whose profile is large enough for a verdict on the claim."""
+    """The records whose profile is large enough for a verdict on the claim."""
     return [r for r in records if r["verdict"] != UNTESTED]
 
 
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     """What the score is good for, by the outcome of each use's claim: all of its tests held, some, or none.
 
-    Methods whose outcomes differ are named. Outcomes, not verdicts: what a profile too small for the claim showed
-    counts for that profile.
+    Methods are named where their outcomes differ. These are outcomes, not verdicts: a profile too small for the claim
+    speaks for itself alone.
     """
     found: dict[str, list[str]] = {"reproduced": [], "partly": [], "not reproduced": []}
     for name, claim in claims().items():
@@ -187,12 +188,12 @@ def _escaped(text: str) -> str:
 
 
 def kept_records(figures: Path) -> list[Record]:
-    """Those that are kept in the repository: figures/*/claims.json."""
+    """The records kept in the repository: figures/*/claims.json."""
     return read_records(p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name in ("mini", "paper"))
 
 
 def in_readme(text: str, records: Sequence[Record]) -> str:
-    """The README with its table of verdicts made anew. Raises IsslError where the markers are missing."""
+    """The README with a new table of verdicts. Raises IsslError where the markers are missing."""
     if BEGIN not in text or END not in text:
         raise IsslError(f"README.md: the markers of the table of verdicts are missing: {BEGIN} … {END}")
     before, rest = text.split(BEGIN, 1)

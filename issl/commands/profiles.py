@@ -1,0 +1,134 @@
+"""Profiles: which notebooks run with which settings, and whether that can work here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from issl.data import published
+from issl.devices import pick_device
+from issl.errors import IsslError
+from issl.experiments.cache import Stage
+from issl.experiments.plan import Plan
+from issl.experiments.plans import EXPLORER, PLANS
+from issl.experiments.settings import Data
+from issl.files import REPOSITORY
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What `issl run` and `issl compute` have in common.
+
+    only      notebooks by number or name, separated by commas; None for all of them, with the report's image explorer
+    out       where figures/, results/ and artifacts/ go; None for the checkout
+    minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no stage begins after it
+    """
+
+    profile: str = "quick"
+    only: str | None = None
+    data_root: Path | None = None
+    device: str = "auto"
+    out: Path | None = None
+    minutes: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The output folder, as an absolute path."""
+        return (REPOSITORY if self.out is None else self.out).resolve()
+
+    @property
+    def root(self) -> str | None:
+        """The folder of the data sets, as an absolute path."""
+        root = published.data_root(self.data_root)
+        return None if root is None else str(root.resolve())
+
+    def plans(self) -> dict[str, Plan]:
+        """The plans of the chosen notebooks, and that of the image explorer where all are chosen."""
+        names = select(self.only) + ([EXPLORER.notebook] if self.only is None else [])
+        return read_profile(self.profile, names, out=str(self.folder), data_root=self.root, device=self.device)
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of this checkout."""
+    folder = REPOSITORY / "notebooks"
+    if not folder.is_dir():
+        raise IsslError(f"no notebooks at {folder}: `issl run` needs the repository (git clone, then ./run_all.sh)")
+    return folder
+
+
+def profiles() -> dict[str, Path]:
+    """The file of each profile."""
+    return {p.stem: p for p in sorted((notebooks_folder() / "profiles").glob("*.yaml"))}
+
+
+def select(only: str | None) -> list[str]:
+    """Notebook names from a list such as `03,00_method`; all of them where there is none."""
+    if only is None:
+        return list(PLANS)
+    chosen = []
+    for want in (w.strip() for w in only.split(",") if w.strip()):
+        found = [name for name in PLANS if name == want or name.split("_")[0] == want]
+        if not found:
+            raise IsslError(f"notebook {want!r}: there are {', '.join(PLANS)} (a number is enough)")
+        chosen += found
+    if not chosen:
+        raise IsslError(f"--only {only!r} names no notebook; there are {', '.join(PLANS)}")
+    return sorted(set(chosen))
+
+
+def read_profile(profile: str, names: Sequence[str], **common: str | None) -> dict[str, Plan]:
+    """The plans of the named notebooks under a profile; every field is checked.
+
+    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value.
+    """
+    paths = profiles()
+    if profile not in paths:
+        raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
+    content = yaml.safe_load(paths[profile].read_text()) or {}
+    known: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
+    unknown = set(content) - {"common", *known}
+    if unknown:
+        raise IsslError(
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(known)}"
+        )
+    plans = {}
+    for name in names:
+        fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
+        try:
+            plans[name] = known[name](**fields)
+        except IsslError as error:
+            raise IsslError(f"{paths[profile].name}, notebook {name}: {error}") from error
+    return plans
+
+
+def check(plans: dict[str, Plan], out: Path) -> None:
+    """All that can be wrong before any long work: device, output folder, data present and large enough."""
+    for folder in (out / "artifacts", out / "figures", out / "results"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise IsslError(
+                f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise IsslError(f"output folder {folder} is not writable; choose another with --out DIR")
+    for plan in plans.values():
+        pick_device(plan.device)
+        for data in (data for stage in plan.stages() for data in _data_of(stage)):
+            try:
+                available = data.available()
+            except IsslError as error:
+                raise IsslError(f"notebook {plan.notebook}: {error}") from error
+            if data.n is not None and available is not None and data.n > available:
+                raise IsslError(
+                    f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} here; "
+                    "lower n in the profile"
+                )
+
+
+def _data_of(stage: Stage) -> list[Data]:
+    return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]

@@ -1,0 +1,180 @@
+"""The stages that a run makes: the state of each, what can start, what a failure blocks, how long the rest will take.
+
+`issl run` makes them one after another in its own process, `issl compute` several at once as jobs.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from issl.errors import IsslError, OutOfTime
+from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.cost import all_stages, read_by, seconds
+from issl.experiments.plan import Plan
+from issl.experiments.settings import Data
+from issl.experiments.stages import Pretrain
+
+# "not needed": its artifact is missing, and so it stays, because everything that would read it is there
+State = Literal["cached", "not needed", "waiting", "running", "done", "failed", "out of time", "blocked"]
+BELIEF = 0.2  # the weight of the cost model beside what was measured, as a share of the whole run
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the making of a stage ended; `error` as the reader should see it."""
+
+    seconds: float
+    error: str = ""
+    late: bool = False  # the error is that the time budget was spent
+
+
+def make(stage: Stage, artifacts: Artifacts) -> Ended:
+    """Make a stage's artifact in this process. Errors are returned, so that the other stages go on."""
+    began, error, late = time.monotonic(), "", False
+    try:
+        artifacts.get(stage)
+    except IsslError as known:
+        error, late = str(known), isinstance(known, OutOfTime)
+    except Exception:  # noqa: BLE001 (it is shown whole)
+        error = traceback.format_exc()
+    return Ended(time.monotonic() - began, error, late)
+
+
+@dataclass
+class Task:
+    """One stage of the run, with its cost by the model (seconds). A blocked one has the error of its cause."""
+
+    stage: Stage
+    label: str
+    needs: list[Task]
+    cost: float
+    state: State
+    began: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+    late: bool = False
+    job: Any = field(default=None, repr=False)  # of submitit's, where it runs in another process
+
+
+class Scheduler:
+    """All stages that the plans read, with all they depend on, in dependency order.
+
+    there   is a stage's artifact there?
+    jobs    how many run at once
+    other   what else is to be done, in seconds of the cost model: notebooks; the caller lowers it as they end
+    """
+
+    def __init__(self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0):
+        plans = list(plans)
+        self.jobs, self.other = jobs, other
+        self.tasks: dict[str, Task] = {}  # a stage's label is the hash of all it depends on, so it is computed once
+        for stage in all_stages(plans):
+            state: State = "cached" if there(stage) else "not needed"
+            needs = [self.tasks[need.label] for need in stage.needs().values()]
+            label = stage.label
+            self.tasks[label] = Task(stage, label, needs, seconds(stage), state)
+        self._read = {plan.notebook: [self.tasks[stage.label] for stage in read_by(plan)] for plan in plans}
+        needed = {task.label for tasks in self._read.values() for task in tasks}
+        for task in reversed(self.tasks.values()):
+            if task.state == "not needed" and task.label in needed:
+                task.state = "waiting"
+                needed |= {need.label for need in task.needs}
+        self.whole = other + sum(task.cost for task in self.to_do())
+
+    def to_do(self) -> list[Task]:
+        """Those that are not there at the start and have to be made, whatever became of them since."""
+        return [task for task in self.tasks.values() if task.state not in ("cached", "not needed")]
+
+    def ready(self) -> list[Task]:
+        """Those that wait and whose dependencies are done."""
+        waiting = [task for task in self.tasks.values() if task.state == "waiting"]
+        return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
+
+    def running(self) -> list[Task]:
+        """Those that are being made."""
+        return [task for task in self.tasks.values() if task.state == "running"]
+
+    def start(self, task: Task) -> None:
+        """Note that a task begins now."""
+        task.state, task.began = "running", time.monotonic()
+
+    def end(self, task: Task, ended: Ended) -> None:
+        """Note how a task ended. If it failed, everything that depends on it is blocked."""
+        task.seconds, task.error, task.late = ended.seconds, ended.error, ended.late
+        task.state = "out of time" if ended.late else "failed" if ended.error else "done"
+        for other in self.tasks.values():  # in dependency order: one pass reaches all
+            cause = next((n for n in other.needs if n.state in ("failed", "out of time", "blocked")), None)
+            if other.state == "waiting" and cause is not None:
+                other.state, other.error, other.late = "blocked", cause.error, cause.late
+
+    # --- one plan ---
+
+    def settled(self, plan: Plan) -> bool:
+        """Has every stage that the plan reads ended, well or not?"""
+        return not any(task.state in ("waiting", "running") for task in self._read[plan.notebook])
+
+    def problem(self, plan: Plan) -> Task | None:
+        """The first stage that the plan reads and that could not be made."""
+        return next((task for task in self._read[plan.notebook] if task.error), None)
+
+    def renewed(self, plan: Plan) -> bool:
+        """Was any stage that the plan reads made in this run?"""
+        return any(task.state == "done" for task in self._read[plan.notebook])
+
+    # --- how far it is ---
+
+    def finished(self) -> float:
+        """Seconds of the cost model that are done, of `whole`."""
+        return self.whole - self.other - sum(t.cost for t in self.to_do() if t.state != "done")
+
+    def remaining(self) -> float:
+        """Seconds left: what the cost model says of the rest, times what the stages done so far took against the model.
+
+        A little of the model's own opinion is kept, so that the first stage does not decide.
+        """
+        if not self.whole:
+            return 0.0
+        done, belief = [task for task in self.tasks.values() if task.state == "done"], BELIEF * self.whole
+        factor = (sum(t.seconds for t in done) + belief) / (sum(t.cost for t in done) + belief)
+        now, left = time.monotonic(), factor * self.other
+        for task in self.tasks.values():
+            if task.state == "waiting":
+                left += factor * task.cost
+            if task.state == "running":
+                left += max(0.0, factor * task.cost - (now - task.began))
+        return left / self.jobs
+
+    def count(self) -> str:
+        """One line: how many in which state."""
+        states = [task.state for task in self.tasks.values()]
+        return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+
+    def table(self) -> str:
+        """One line per stage: state, name, seconds, what it is."""
+        return "\n".join(line(task) for task in self.tasks.values())
+
+
+def line(task: Task) -> str:
+    """A task in one line: state, name, seconds, what it is."""
+    took = f"{task.seconds:8.1f} s" if task.seconds else " " * 10
+    return f"{task.state:12}{task.label:28}{took}  {summary(task.stage)}"
+
+
+def summary(stage: Stage) -> str:
+    """The settings that distinguish a stage from its neighbours, in a line: its encoder's and its images."""
+    encoder, data, parts = _encoder(stage), getattr(stage, "data", None), []
+    if encoder is not None:
+        parts.append(f"{encoder.recipe.method} seed {encoder.seed}")
+    if isinstance(data, Data):
+        parts.append(f"{data.name} {data.split} n={data.n}")
+    return ", ".join(parts)
+
+
+def _encoder(stage: Stage) -> Pretrain | None:
+    if isinstance(stage, Pretrain):
+        return stage
+    return next((found for need in stage.needs().values() if (found := _encoder(need)) is not None), None)

@@ -1,0 +1,70 @@
+"""cifair10: CIFAR-10's training set with those test images that people judged to show the same as a training image
+(Barz & Denzler 2020, arXiv 1902.00423)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from issl.data import published
+from issl.data.images import Images
+from issl.errors import IsslError
+
+CIFAR10_TRAIN = 50_000  # images of its training set; the test images are numbered from there
+
+
+def pairs_file(split: str, root: str | Path | None) -> Path:
+    """The table of judged pairs under the data root; IsslError if it is missing."""
+    if split != "train":
+        raise IsslError(f"split {split!r}: cifair10 is one set, train")
+    base = published.data_root(root)
+    path = (base or Path("DIR")) / "cifair" / "duplicates_cifar10.csv"
+    if base is None or not path.is_file():
+        raise IsslError(
+            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/cifair, under "
+            f"the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
+        )
+    return path
+
+
+def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Images:
+    """n training images, the judged ones among them, followed by their test partners (index CIFAR10_TRAIN + TestID).
+
+    Attributes: duplicate_of (of a test image, the index of its training partner; −1 for all others), duplicate_kind
+    (exact duplicate, near duplicate or very similar, as judged). Raises IsslError for an n that is too small or large.
+    """
+    path = pairs_file(split, root)
+    table = pd.read_csv(path)
+    missing = {"TestID", "TrainID", "Judgment"} - set(table.columns)
+    if missing:
+        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
+    table, judged = table.sort_values("TestID"), table["TrainID"].unique()
+
+    def choose(total: int) -> np.ndarray:
+        wanted = total if n is None else n
+        if not len(judged) <= wanted <= total:
+            raise IsslError(
+                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as many or more"
+            )
+        others = np.setdiff1d(np.arange(total), judged)
+        drawn = np.random.default_rng(seed).choice(others, wanted - len(judged), replace=False)
+        return np.sort(np.concatenate([judged, drawn]))
+
+    first = published.read("cifar10", "train", root, choose)
+    second = published.read("cifar10", "test", root, lambda _: table["TestID"].to_numpy())
+    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])[table["Judgment"].to_numpy()]
+    attributes = pd.concat(
+        [
+            first.attributes.assign(duplicate_of=-1, duplicate_kind=""),
+            second.attributes.assign(
+                index=second.attributes["index"] + CIFAR10_TRAIN, duplicate_of=table["TrainID"].to_numpy(),
+                duplicate_kind=kinds,
+            ),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+    pixels = torch.cat([first.pixels, second.pixels])
+    return Images(pixels, torch.cat([first.require_labels(), second.require_labels()]), attributes, "cifair10")

@@ -1,0 +1,40 @@
+"""The plan of the report's image explorer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from issl.experiments.cache import Stage
+from issl.experiments.plan import Scored
+from issl.experiments.settings import Data
+from issl.experiments.stages import Influence, Lists
+from issl.pretraining import recipes
+
+
+class Explorer(Scored):
+    """The report's image explorer; no notebook. Its images are the first so many of the profile's."""
+
+    notebook: ClassVar[str] = "report"
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    shown: int = Field(2000, ge=16)
+    neighbours: int = Field(6, ge=1)
+
+    def images(self) -> Data:
+        data = self.data()
+        return data if self.shown >= self.n else data.model_copy(update={"first": self.shown})
+
+    def scores(self, method: recipes.Method) -> Influence:
+        return self.influence(self.pretrain(method), data=self.images())
+
+    def lists(self, method: recipes.Method) -> Lists:
+        """Of each image those nearest to it, and those of the highest influence on it."""
+        return Lists(
+            features=self.features(self.pretrain(method), self.images()), perturbation=self.noise,
+            curvature=self.curvature, seed=self.noise_seed, k=self.neighbours,
+        )  # fmt: skip
+
+    def stages(self) -> list[Stage]:
+        return [stage for method in self.methods for stage in (self.scores(method), self.lists(method))]

@@ -1,0 +1,77 @@
+"""The checkpoint of a training run: all that the loop needs to continue, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from issl.errors import IsslError
+from issl.files import atomic, read_safetensors
+from issl.pretraining.encoder import Encoder
+from issl.pretraining.learner import Learner
+
+History = list[dict[str, int | float]]  # one entry an epoch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run is saved, how often, and when it has to stop.
+
+    path      the file to resume from and to write to; with it, a killed run continues where it was and ends with the
+              same weights. None: nothing is saved
+    seconds   the least time between two saves
+    deadline  by the clock of time.monotonic(): an epoch that would end later is not begun; the run is saved and
+              OutOfTime raised
+    """
+
+    path: Path | None = None
+    seconds: float = 20.0
+    deadline: float | None = None
+
+    def save(
+        self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any], history: History
+    ) -> None:
+        """Weights, momenta and history; the file is replaced in one step. `identity` is all that decides the run."""
+        if self.path is None:
+            return
+        tensors = {f"model.{k}": v.contiguous() for k, v in learner.state_dict().items()}
+        for name, p in learner.named_parameters():
+            if p.requires_grad and "momentum_buffer" in optimizer.state[p]:
+                tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"].contiguous()
+        with atomic(self.path) as part:
+            save_file(tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)})
+
+    def resume(self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
+        """Load what was saved into learner and optimizer; returns the history, which is empty if there is no file.
+
+        Raises IsslError for a damaged file, and for one of another run.
+        """
+        if self.path is None or not self.path.exists():
+            return []
+        header, tensors = read_safetensors(self.path, "checkpoint")
+        saved = json.loads(header.get("identity", "{}"))
+        if saved != identity:
+            differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
+            raise IsslError(
+                f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; delete or move it"
+            )
+        learner.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, p in learner.named_parameters():
+            if f"momentum.{name}" in tensors:
+                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+        history: History = json.loads(header["history"])
+        return history
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """The hash of an encoder's weights, sixteen hex digits."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

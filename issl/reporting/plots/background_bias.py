@@ -1,0 +1,165 @@
+"""The figures of notebook 03: who has a uniform frame, what another background does to a score, and who bridges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from issl.analysis import statistics
+from issl.analysis.statistics import Estimate
+from issl.data.images import Images
+from issl.experiments.plans_paper import BackgroundBias
+from issl.pretraining.recipes import NAMES
+from issl.reporting import figures
+
+Measured = Mapping[tuple[str, str], Mapping[str, Estimate]]  # by method ("" for pixels) and score, then by metric
+
+SHORT = {"influence": "influence", "stability loss ℓ": "loss ℓ", "gradient norm ‖g‖": "norm ‖g‖"}
+PANELS = (  # metric, its value without any relation, title, label
+    ("enrichment_top5", 1, "b  top 5%", "relative risk (log)"),
+    ("auc", 0.5, "c  all images", "AUC"),
+    ("partial_correlation", 0, "d  controlled", "partial rank corr.\n(brightness, contrast)"),
+)
+BRIDGES = (
+    ("cross_class_difference", "share of edges to other classes,\ntop 5% less controls of the same class"),
+    ("betweenness_log_ratio", "betweenness: log ratio,\ntop 5% to controls of the same class"),
+)
+
+
+def uniform_frames(
+    plan: BackgroundBias, images: Images, uniform: np.ndarray, order: np.ndarray, measured: Measured
+) -> Figure:
+    """Above, the images of highest and lowest influence under the first method, uniform frames outlined; below, the
+    share of uniform frames by rank, and each score's relation with them.
+
+    uniform  (n,) is the frame uniform?
+    order    (n,) positions, highest influence first
+    """
+    method = plan.methods[0]
+    figure = plt.figure(figsize=(figures.PAGE, 5.0))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.35])[:, 0]
+    ends = ((order[: plan.gallery], "highest"), (order[::-1][: plan.gallery], "lowest"))
+    for ax, (rows, title) in zip(above.subplots(1, 2), ends, strict=True):
+        count = f"{uniform[rows].sum()} of {len(rows)} frames uniform"
+        figures.gallery(
+            ax, images.subset(rows.tolist()), f"{title} influence: {count} (outlined)", frames=uniform[rows].tolist()
+        )
+    share, *panels = below.subplots(1, 4, width_ratios=[1.15, 1, 1, 1])
+    _by_rank(share, uniform[order], figures.COLOURS[method])
+    _relations(plan, panels, measured)
+    m = measured[method, "influence"]
+    above.suptitle(
+        f"{NAMES[method]}: uniform frames are {m['enrichment_top5'].value:.1f}× as frequent in the top 5% "
+        f"by influence, AUC {m['auc'].value:.2f}; "
+        f"given brightness and contrast ρ = {m['partial_correlation'].value:.2f}\n"
+        f"({images.name}, n = {len(images):,}, {plan.profile} profile; bars: 95% intervals; dashed: no relation)",
+        fontsize=8.5,
+    )
+    return figure
+
+
+def _by_rank(ax: Axes, ranked: np.ndarray, colour: tuple[float, float, float]) -> None:
+    """The share of uniform frames in each twentieth of the ranks."""
+    part = np.arange(len(ranked)) * 20 // len(ranked)
+    points = [statistics.proportion(ranked[part == k]).scaled(100) for k in range(20)]
+    spread = [[e.value - e.low for e in points], [e.high - e.value for e in points]]
+    at = (np.arange(20) + 0.5) * 5
+    ax.errorbar(at, [e.value for e in points], yerr=spread, fmt="o", ms=3, lw=0.8, color=colour)
+    ax.axhline(100 * ranked.mean(), color="grey", lw=0.8, ls="--")
+    ax.set(ylabel="uniform frames (%)", ylim=(0, None), xlabel="influence rank (%),\nhighest first")
+    ax.set_title("a  per 5% of ranks", loc="left")
+
+
+def _relations(plan: BackgroundBias, panels: list[Axes], measured: Measured) -> None:
+    """One panel a metric, one line a score; the scores of influence on grey."""
+    keys = [(method, score) for score in SHORT for method in plan.methods] + [key for key in measured if not key[0]]
+    names = [f"{SHORT[score]}, {NAMES[method]}" if method else score for method, score in keys]
+    colours = [figures.COLOURS.get(method, "0.4") for method, _ in keys]
+    missing = Estimate(np.nan, np.nan, np.nan, 0)
+    for ax, (metric, nothing, title, label) in zip(panels, PANELS, strict=True):
+        rows = [(name, measured[key].get(metric, missing)) for name, key in zip(names, keys, strict=True)]
+        figures.forest(ax, rows, label, nothing, colours)
+        ax.set_title(title, loc="left")
+        if ax is not panels[0]:
+            ax.set_yticklabels([])
+        for k, (_, score) in enumerate(keys):
+            if score == "influence":
+                ax.axhspan(len(keys) - 1.5 - k, len(keys) - 0.5 - k, color="0.93", lw=0, zorder=0)
+    panels[0].set_xscale("log")
+    panels[0].set_xlim(0.3, 40)
+    panels[0].set_xticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
+    panels[0].minorticks_off()
+
+
+def swapped(
+    plan: BackgroundBias, scenes: Images, change: pd.DataFrame, by_kind: dict[str, Estimate], rows: dict[str, Estimate]
+) -> Figure:
+    """The same scenes on each background, and how much higher their scores are there than on a texture.
+
+    scenes   with the attributes scene and background, as `issl.load("scenes-swapped")` gives them
+    change   change of log influence, a row a scene, a column a flat background
+    by_kind  its mean on each flat background
+    rows     what the right panel draws: four of influence, then two of other scores
+    """
+    flat = list(by_kind)
+    figure = plt.figure(figsize=(figures.PAGE, 2.9))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.7])[0]
+    pairs = zip(scenes.attributes["scene"], scenes.attributes["background"], strict=True)
+    position = {pair: k for k, pair in enumerate(pairs)}
+    shown = [position[scene, background] for scene in change.index[:5] for background in ("texture", *flat)]
+    title = "one scene a row:\ntextured, white, black, colour"
+    figures.gallery(left.subplots(), scenes.subset(shown), title, columns=4)
+    violin, forest = right.subplots(1, 2, width_ratios=[1, 1])
+    sns.violinplot(
+        change.melt(value_name="change"), x="background", y="change", order=flat, hue="background", hue_order=flat,
+        inner="quart", linewidth=0.8, ax=violin, palette=["0.9", "0.45", sns.color_palette(figures.PALETTE)[1]],
+        legend=False,
+    )  # fmt: skip
+    violin.axhline(0, color="grey", lw=0.8, ls="--")
+    violin.set(ylabel="log influence less that\non a textured background", xlabel="background")
+    violin.set_title("a  the same scene, swapped", loc="left")
+    colours: list[Any] = [figures.COLOURS[plan.methods[0]]] * 4 + ["0.4"] * 2
+    figures.forest(forest, list(rows.items()), "mean change of the log", 0.0, colours)
+    forest.set_title("b  with 95% intervals", loc="left")
+    factors = [
+        f"{np.exp(e.value):.2f} [{np.exp(e.low):.2f}, {np.exp(e.high):.2f}] ({background})"
+        for background, e in by_kind.items()
+    ]
+    figure.suptitle(
+        f"The same object on another background: influence multiplied by\n{', '.join(factors)}\n"
+        f"(drawn scenes, n = {plan.swapped} × 4, {NAMES[plan.methods[0]]}, {plan.profile} profile)",
+        fontsize=8.5,
+    )
+    return figure
+
+
+def bridges(plan: BackgroundBias, images: Images, table: pd.DataFrame) -> Figure:
+    """How much more the top 5% by each score bridge classes than other images of the same classes.
+
+    table  method, score, metric, value, low, high, n
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(figures.PAGE, 2.5), sharey=True)
+    headline = []
+    for ax, (metric, label) in zip(panels, BRIDGES, strict=True):
+        part = table[table["metric"] == metric].to_dict("records")
+        found = {(r["method"], r["score"]): Estimate.of(r) for r in part}
+        keys = [(method, score) for score in SHORT for method in plan.methods]
+        rows = [(f"{score}, {NAMES[method]}", found[method, score]) for method, score in keys]
+        figures.forest(ax, rows, label, 0.0, [figures.COLOURS[method] for method, _ in keys])
+        e = found[plan.methods[0], "influence"]
+        headline.append(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]")
+    figure.suptitle(
+        f"{NAMES[plan.methods[0]]}, top 5% by influence: cross-class edges {headline[0]}, "
+        f"log betweenness ratio {headline[1]}\n"
+        f"({images.name}, n = {len(images):,}, {plan.neighbours} neighbours, {plan.profile} profile; "
+        "dashed: no bridge)",
+        fontsize=8.5,
+    )
+    return figure

@@ -1,0 +1,72 @@
+"""The figure of notebook 06: accuracy after pruning, and the paired differences."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from issl.analysis.statistics import Estimate
+from issl.experiments.plans_paper import Pruning
+from issl.pretraining.recipes import NAMES
+from issl.reporting import figures
+
+STYLES = {
+    "top": ("highest influence", "o", "-"),
+    "random": ("random", "s", "--"),
+    "bottom": ("lowest influence", "^", ":"),
+}
+COMPARED = ("top − none", "top − random", "bottom − random")
+
+
+def accuracies(
+    plan: Pruning, runs: pd.DataFrame, differences: pd.DataFrame, share: float, best: dict[str, Estimate]
+) -> Figure:
+    """A row a method: probe and kNN accuracy by the share removed, and the probe's paired differences.
+
+    runs         method, removed, share, seed, probe, knn: one row a training
+    differences  method, share, metric, difference, value, low, high
+    share, best  where the top of the first method does best, and its probe's differences there: "none" and "random"
+    """
+    rows = len(plan.methods)
+    size = (figures.PAGE, 2.35 * rows + 0.35)
+    figure, axes = plt.subplots(rows, 3, figsize=size, squeeze=False, width_ratios=[1, 1, 1.25])
+    for (probe, knn, forest), method in zip(axes, plan.methods, strict=True):
+        for ax, metric, title in ((probe, "probe", "linear probe"), (knn, "knn", "kNN")):
+            _by_share(ax, runs[runs["method"] == method], metric)
+            ax.set_title(f"{NAMES[method]}, {title}", loc="left")
+        part = differences[(differences["method"] == method) & (differences["metric"] == "probe")]
+        part = part[part["difference"].isin(COMPARED)]
+        lines = [
+            (f"{r['difference']}, {100 * r['share']:g}%", Estimate.of(r).scaled(100)) for r in part.to_dict("records")
+        ]
+        colours = ["C0" if name.startswith("top") else "C2" for name, _ in lines]
+        figures.forest(forest, lines, "probe: paired difference (points)", 0.0, colours)
+        forest.set_title("95% interval over seeds", loc="left")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, title="removed")
+    figure.suptitle(_headline(plan, share, best), fontsize=8.5)
+    return figure
+
+
+def _by_share(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
+    none = runs[runs["removed"] == "none"][metric]
+    for k, (which, (name, marker, line)) in enumerate(STYLES.items()):
+        part = runs[runs["removed"] == which]
+        mean = part.groupby("share")[metric].mean()
+        ax.plot([0, *100 * mean.index], [100 * none.mean(), *100 * mean], color=f"C{k}", ls=line, lw=1.1, label=name)
+        ax.scatter(100 * part["share"] + 0.25 * (k - 1), 100 * part[metric], color=f"C{k}", marker=marker, s=14)
+    ax.scatter(np.zeros(len(none)), 100 * none, color="0.3", s=14, marker="x")
+    ax.set(xlabel="share removed (%)", ylabel="test accuracy (%)")
+
+
+def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
+    points = {name: f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]" for name, e in best.items()}
+    return (
+        f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
+        f"{points['random']} against random removal\n"
+        f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
+        "one mark a seed, × nothing removed)"
+    )

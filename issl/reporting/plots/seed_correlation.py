@@ -1,0 +1,84 @@
+"""The figures of notebook 01: the scores of two seeds against each other, and all runs against all."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from issl.analysis.statistics import Estimate
+from issl.data.images import Images
+from issl.experiments.plans_paper import SeedCorrelation
+from issl.pretraining.recipes import NAMES
+from issl.reporting import figures
+
+PAPER = 0.974  # the paper's Pearson correlation under Gaussian noise
+PANELS = (  # metric, label, its value without any relation, title
+    ("pearson", "Pearson r", 0.0, "solid line: the paper's 0.974"),
+    ("spearman", "Spearman ρ", 0.0, "dashed: no relation"),
+    ("overlap_top5", "overlap of the top 5%", 0.05, "dashed: chance"),
+)
+
+
+def agreement(
+    plan: SeedCorrelation, images: Images, readings: dict[str, dict[str, np.ndarray]], table: pd.DataFrame
+) -> Figure:
+    """Above, the scores of two seeds of each method, a row a reading; below, the statistics with their intervals.
+
+    readings  by the kind of seed ("noise", "training") and method, scores (s, n)
+    table     seed, method, metric, value, low, high, n
+    """
+    figure = plt.figure(figsize=(figures.PAGE, 5.6))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1])[:, 0]
+    axes = above.subplots(2, len(plan.methods), squeeze=False)
+    for (row, (reading, runs)), (column, method) in product(enumerate(readings.items()), enumerate(plan.methods)):
+        part = table[(table["seed"] == reading) & (table["method"] == method)].set_index("metric")["value"]
+        _scatter(axes[row, column], runs[method][0], runs[method][1], figures.COLOURS[method])
+        axes[row, column].set(xlabel=f"influence, {reading} seed A", ylabel=f"{reading} seed B")
+        title = f"{NAMES[method]}: r = {part['pearson']:.2f}, ρ = {part['spearman']:.2f}"
+        axes[row, column].set_title(title, loc="left")
+    panels = below.subplots(1, 3, sharey=True)
+    keys = list(product(plan.methods, readings))
+    for ax, (metric, label, nothing, title) in zip(panels, PANELS, strict=True):
+        part = table[table["metric"] == metric].to_dict("records")
+        by_key = {(r["method"], r["seed"]): Estimate.of(r) for r in part}
+        rows = [(f"{NAMES[method]}, {reading}", by_key[method, reading]) for method, reading in keys]
+        figures.forest(ax, rows, label, nothing, [figures.COLOURS[method] for method, _ in keys])
+        ax.set_xlim(-0.05, 1.03)
+        ax.set_title(title, loc="left")
+    panels[0].axvline(PAPER, color="black", lw=0.9)
+    r = {seed: table[(table["metric"] == "pearson") & (table["seed"] == seed)]["value"] for seed in readings}
+    above.suptitle(
+        f"Another noise seed: r = {r['noise'].min():.2f} to {r['noise'].max():.2f}. "
+        f"Another training: r = {r['training'].min():.2f} to {r['training'].max():.2f}\n"
+        f"({images.name}, n = {len(images):,}, {plan.profile} profile; bars: 95% intervals over images)",
+        fontsize=9,
+    )
+    return figure
+
+
+def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float, float]) -> None:
+    ax.scatter(a, b, s=4, alpha=0.35, color=colour, lw=0, rasterized=True)
+    ends = [min(a.min(), b.min()), max(a.max(), b.max())]
+    ax.plot(ends, ends, color="grey", lw=0.7, ls=":")
+    ax.set(xscale="log", yscale="log")
+
+
+def all_runs(plan: SeedCorrelation, images: Images, matrix: pd.DataFrame) -> Figure:
+    """Rank correlations (runs × runs) as a heat map; the runs of each method in the order of the plan."""
+    figure, ax = plt.subplots(figsize=(figures.PAGE, 0.9 + 0.36 * len(matrix)))
+    short = [f"t{t} n{s}" for _ in plan.methods for t in range(plan.train_seeds) for s in plan.noises(t)]
+    sns.heatmap(
+        matrix, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 7}, square=False,
+        cbar_kws={"label": "Spearman ρ"}, xticklabels=short, ax=ax,
+    )  # fmt: skip
+    ax.tick_params(axis="x", labelrotation=0)
+    ax.set_xlabel("the same runs: training seed t, noise seed n")
+    title = f"Rank correlation of all runs ({images.name}, n = {len(images):,}, {plan.profile} profile)"
+    ax.set_title(title, loc="left")
+    return figure
