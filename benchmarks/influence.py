@@ -38,6 +38,7 @@ import issl
 from issl.commands.profiles import read_profile
 from issl.devices import keep_freed_memory
 from issl.files import REPOSITORY
+from issl.influence import per_example
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent
