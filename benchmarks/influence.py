@@ -38,6 +38,7 @@ import issl
 from issl.commands.profiles import read_profile
 from issl.devices import keep_freed_memory
 from issl.files import REPOSITORY
+from issl.influence import per_example
 from issl.pretraining.encoder import resnet18
 
 HERE = Path(__file__).parent
@@ -118,7 +119,8 @@ def shares(task: Task) -> dict[str, float]:
 
         return function
 
-    few = Task(task.encoder, task.images.subset(range(4 * task.batch_size)), task.noisy, task.batch_size)
+    n = min(4 * task.batch_size, len(task.images))
+    few = Task(task.encoder, task.images.subset(range(n)), task.noisy[:n], task.batch_size)
     try:
         for name, place in places.items():
             setattr(place, name.split(".")[-1], counted(name))
@@ -174,8 +176,8 @@ def one(way: str, n: int) -> dict[str, float]:
     task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
     images = issl.Images(task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name)
-    table = issl.self_influence(task.encoder, images.subset(range(64)), computing=issl.Computing(batch_size=64))
-    assert len(table) == 64  # a warm-up, with the default LoGra(16) as below
+    warm_up = images.subset(range(min(64, n)))
+    issl.self_influence(task.encoder, warm_up, computing=issl.Computing(batch_size=64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     issl.self_influence(task.encoder, images, computing=issl.Computing(batch_size=64, memory=way))

@@ -151,7 +151,7 @@ def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path:
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append) == 3
-    assert "the same command goes on from here" in "\n".join(said) and "1 out of time, 2 blocked" in said[-1]
+    assert "the same command continues from here" in "\n".join(said) and "1 out of time, 2 blocked" in said[-1]
 
 
 def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,10 @@ def test_diagonal_equals_the_reference(name: str) -> None:
     _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     want = reference.self_influence(gradients, 0.3, diagonal=True)
     np.testing.assert_allclose(self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9)
+    query = pictures(4, seed=9)
+    want = reference.cross_influence(gradients, reference.gradients(net, query, NOISE.keyed(0))[1], 0.3, diagonal=True)
+    got = cross_influence(net, images, query, NOISE, Diagonal(0.3))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["stride", "batchnorm", "tokens"])
@@ -72,10 +76,16 @@ def test_ekfac_equals_brute_force(name: str) -> None:
         layer: (torch.linalg.eigh(d).eigenvectors.T, torch.linalg.eigh(a).eigenvectors.T)
         for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items()
     }
-    want = reference.self_influence(reference.project(gradients, rotations), 0.1, diagonal=True)
+    rotated = reference.project(gradients, rotations)
+    want = reference.self_influence(rotated, 0.1, diagonal=True)
     got = self_influence(net, images, NOISE, EKFAC(0.1))
     np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
     np.testing.assert_allclose(got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"])
+    query = pictures(4, seed=9)
+    _, g_query = reference.gradients(net, query, NOISE.keyed(0))
+    want = reference.cross_influence(rotated, reference.project(g_query, rotations), 0.1, diagonal=True)
+    got = cross_influence(net, images, query, NOISE, EKFAC(0.1))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["stride", "batchnorm"])
@@ -292,7 +302,7 @@ def test_bf16_ranks_as_fp32_does() -> None:
         ({"draws": 2, "perturbation": lambda x, i: x + 0.1}, "need a perturbation with .keyed"),
         ({"average": "median"}, "average='median'"),
         ({"sweep": (0.1, 0.0)}, "sweep: damping 0.0"),
-        ({"fisher": lambda a, b: (a - b).sum()}, "one loss an image"),
+        ({"fisher": lambda a, b: (a - b).sum()}, "one loss per image"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ class Augmentation:
         if self.kind not in get_args(Kind):
             raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}")
         if not 0 < number_or_nan(self.strength) <= 1:
-            raise IsslError(f"Augmentation(strength={self.strength!r}): must be a number in (0, 1]")
+            raise IsslError(f"Augmentation(strength={self.strength!r}): must lie in (0, 1]")
 
     @property
     def view(self) -> View:

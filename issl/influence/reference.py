@@ -67,7 +67,7 @@ def cross_influence(
     scores = torch.tensor(0.0, dtype=torch.float64)
     for name in train:
         g_i, g_j = train[name].flatten(1).double(), query[name].flatten(1).double()
-        h = torch.stack([torch.outer(g, g) for g in g_i]).mean(0)
+        h = g_i.T @ g_i / len(g_i)  # mean_i g_i g_iᵀ
         h = h.diagonal().diag() if diagonal else h
         lam = damping * h.diagonal().mean()
         scores = scores + g_j @ torch.linalg.inv(h + lam * torch.eye(len(h)).double()) @ g_i.T
