@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,6 +31,8 @@ from tqdm import tqdm
 from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS
 from issl.errors import IsslError
+from issl.influence.losses import stability_loss
+from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, as_perturb
 from issl.keyed_random import uniform
 from issl.pretraining.learner import Learner
 
@@ -85,6 +88,26 @@ def training_influence(
                         bar.update()
     assert total is not None  # there is a learner
     return total
+
+
+def stability_measure(
+    query: Images, perturbation: Perturbation | Perturb = GaussianNoise(0.05, 0.2), seed: int = 0, draws: int = 1
+) -> Measure:
+    """The stability loss of each query, mean over the draws; draw k of seed s is that of seed s + k·2³²."""
+    x = query.pixels.float() / 255
+    views = [as_perturb(perturbation, seed + (k << 32))(x, query.index) for k in range(draws)]
+
+    def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
+        features = backbone(x)
+        return torch.stack([stability_loss(features, backbone(view)) for view in views]).mean(0)
+
+    return measure
+
+
+def probe_measure(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> Measure:
+    """The cross-entropy of each query's class under a fixed linear probe of the features."""
+    x, labels = query.pixels.float() / 255, query.require_labels()
+    return lambda backbone: F.cross_entropy(backbone(x) @ weight.T + bias, labels, reduction="none")
 
 
 def measuring_copy(learner: Learner) -> Learner:

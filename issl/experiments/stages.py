@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.analysis.neighbour_graph import nearest
+from issl.analysis.training_influence import Share, stability_measure, training_influence
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
@@ -38,6 +39,7 @@ from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
+from issl.pretraining.optimizer import learning_rate
 from issl.pretraining.recipes import RECIPES, Recipe
 
 
@@ -278,7 +280,7 @@ class Top(Stage):
 
     name: ClassVar[str] = "top"
 
-    scores: Cross | Nearness
+    scores: Cross | Nearness | TrainingEffect
     query: int = Field(ge=0)  # its position
     k: int = Field(ge=1)
 
@@ -385,6 +387,57 @@ class Cross(Stage):
         return _read_pairs(artifacts.get(self))
 
 
+class TrainingEffect(Stage):
+    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`. Positive: training on the
+    image lowers the query's stability loss. See `issl.analysis.training_influence`.
+
+    pretrain   a training with `snapshots`
+    after      its states at which effects are measured, weighed by their learning rate; none: its last state
+    small      on views of half the side
+    """
+
+    name: ClassVar[str] = "training_effect"
+
+    pretrain: Pretrain
+    data: Data
+    query: Data
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    seed: int = Field(0, ge=0)  # of the perturbation
+    draws: int = Field(1, ge=1)
+    after: tuple[int, ...] = ()
+    share: Share = "marginal"
+    batch_size: int = Field(64, ge=3)
+    view_seed: int = Field(0, ge=0)
+    view_draws: int = Field(1, ge=1)
+    small: bool = False
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query, trained = self.data.load(), self.query.load(), self.pretrain
+        states = self.after or (trained.epochs,)
+        side = images.pixels.shape[2:]
+        scores = training_influence(
+            [trained.learner(artifacts, after=k) for k in states], images,
+            stability_measure(as_queries(query), self.perturbation, self.seed, self.draws),
+            rates=[self._rate(k, len(images)) for k in states], share=self.share, batch_size=self.batch_size,
+            draws=self.view_draws, size=(side[0] // 2, side[1] // 2) if self.small else None, seed=self.view_seed,
+            progress=artifacts.progress,
+        )  # fmt: skip
+        _write_pairs(folder, scores, images, query)
+
+    def _rate(self, done: int, n: int) -> float:
+        """The learning rate after so many epochs; 1 where only one state counts."""
+        if len(self.after) < 2:
+            return 1.0
+        trained = self.pretrain
+        steps = n // trained.batch_size
+        warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
+        return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """Scores (q, n) of queries and training images."""
+        return _read_pairs(artifacts.get(self))
+
+
 class Nearness(Stage):
     """Cosine similarity of training images and queries in feature space: pairs.safetensors, as `Cross`."""
 
@@ -483,5 +536,7 @@ class Evaluate(Stage):
 Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on
 
 # Pretrain names Prune, which names Influence, which names Pretrain
-for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Lists, Evaluate):
+for _stage in (
+    Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, Nearness, Lists, Evaluate,
+):  # fmt: skip
     _stage.model_rebuild()
