@@ -176,8 +176,25 @@ class Influence(Stage):
         return pd.read_parquet(artifacts.get(self) / "influence.parquet")
 
 
-class Prune(Stage):
-    """Choose the share of images with the highest or lowest score, or any: positions.json."""
+class Positions(Stage):
+    """A choice of images by their positions in the data: positions.json. The subclasses say which."""
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        """The positions, in any order."""
+        raise NotImplementedError
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        with atomic(folder / "positions.json") as part:
+            part.write_text(json.dumps(sorted(int(i) for i in self.choose(artifacts))))
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        chosen: list[int] = json.loads((artifacts.get(self) / "positions.json").read_text())
+        return chosen
+
+
+class Prune(Positions):
+    """Choose the share of images with the highest or lowest score, or any."""
 
     name: ClassVar[str] = "prune"
 
@@ -187,22 +204,17 @@ class Prune(Stage):
     column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         scores = self.influence.read(artifacts)[self.column].to_numpy()
         count = round(self.share * len(scores))
         order = np.argsort(-scores, kind="stable")
         if self.which == "random":
             order = np.random.default_rng(self.seed).permutation(len(scores))
-        chosen = order[-count:] if self.which == "bottom" else order[:count]
-        _write_positions(folder, chosen)
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return order[-count:] if self.which == "bottom" else order[:count]
 
 
-class Thin(Stage):
-    """Choose images so that of one group only the share `keep` is left; or as many of all at random: positions.json."""
+class Thin(Positions):
+    """Choose images so that of one group only the share `keep` is left; or as many of all at random."""
 
     name: ClassVar[str] = "thin"
 
@@ -213,7 +225,7 @@ class Thin(Stage):
     at_random: bool = False
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         groups = self.data.load().require([self.attribute])[self.attribute].astype(str)
         members = np.flatnonzero(groups == self.value)
         if not len(members):
@@ -221,32 +233,24 @@ class Thin(Stage):
             raise IsslError(f"{self.data.name}: no image has {self.attribute}={self.value!r}; there are {there}")
         rng = np.random.default_rng(self.seed)
         count = len(members) - round(self.keep * len(members))
-        _write_positions(folder, rng.permutation(len(groups) if self.at_random else members)[:count])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return rng.permutation(len(groups) if self.at_random else members)[:count]
 
 
-class Pick(Stage):
-    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest: positions.json."""
+class Pick(Positions):
+    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest."""
 
     name: ClassVar[str] = "pick"
 
     influence: Influence
     quantile: float = Field(ge=0, le=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
-        _write_positions(folder, order[[round(self.quantile * (len(order) - 1))]])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return order[[round(self.quantile * (len(order) - 1))]]
 
 
-class Draw(Stage):
-    """Choose a share of the images at random: positions.json."""
+class Draw(Positions):
+    """Choose a share of the images at random."""
 
     name: ClassVar[str] = "draw"
 
@@ -254,17 +258,13 @@ class Draw(Stage):
     share: float = Field(gt=0, lt=1)
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         n = len(self.data.load())
-        _write_positions(folder, np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)]
 
 
-class Top(Stage):
-    """Choose the k training images of the highest influence on one query, or nearest to it: positions.json."""
+class Top(Positions):
+    """Choose the k training images of the highest influence on one query, or nearest to it."""
 
     name: ClassVar[str] = "top"
 
@@ -272,23 +272,9 @@ class Top(Stage):
     query: int = Field(ge=0)  # its position
     k: int = Field(ge=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         row = self.scores.read(artifacts)[self.query]
-        _write_positions(folder, row.argsort(descending=True, stable=True)[: self.k].numpy())
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
-
-
-def _write_positions(folder: Path, chosen: np.ndarray) -> None:
-    with atomic(folder / "positions.json") as part:
-        part.write_text(json.dumps(sorted(int(i) for i in chosen)))
-
-
-def _read_positions(folder: Path) -> list[int]:
-    chosen: list[int] = json.loads((folder / "positions.json").read_text())
-    return chosen
+        return row.argsort(descending=True, stable=True)[: self.k].numpy()
 
 
 class Embed(Stage):
@@ -331,8 +317,21 @@ class Stability(Stage):
         return pd.read_parquet(artifacts.get(self) / "losses.parquet")
 
 
-class Cross(Stage):
-    """Cross-influence of training images on queries: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
+class Pairs(Stage):
+    """A number for each query and training image: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """The numbers (q, n)."""
+        return read_safetensors(artifacts.get(self) / "pairs.safetensors", "scores")[1]["scores"]
+
+
+def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
+    with atomic(folder / "pairs.safetensors") as part:
+        save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
+
+
+class Cross(Pairs):
+    """Cross-influence of training images on queries."""
 
     name: ClassVar[str] = "cross"
     version: ClassVar[int] = 2
@@ -353,13 +352,9 @@ class Cross(Stage):
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 
-    def read(self, artifacts: Artifacts) -> Tensor:
-        """Scores (q, n) of queries and training images."""
-        return _read_pairs(artifacts.get(self))
 
-
-class Nearness(Stage):
-    """Cosine similarity of training images and queries in feature space: pairs.safetensors, as `Cross`."""
+class Nearness(Pairs):
+    """Cosine similarity of training images and queries in feature space."""
 
     name: ClassVar[str] = "nearness"
 
@@ -370,10 +365,6 @@ class Nearness(Stage):
         train, query = self.train.read(artifacts), self.query.read(artifacts)
         scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
         _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
-
-    def read(self, artifacts: Artifacts) -> Tensor:
-        """Cosine similarities (q, n) of queries and training images."""
-        return _read_pairs(artifacts.get(self))
 
 
 class Lists(Stage):
@@ -415,15 +406,6 @@ class Lists(Stage):
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """kind, position, rank, other, value."""
         return pd.read_parquet(artifacts.get(self) / "lists.parquet")
-
-
-def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
-    with atomic(folder / "pairs.safetensors") as part:
-        save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
-
-
-def _read_pairs(folder: Path) -> Tensor:
-    return read_safetensors(folder / "pairs.safetensors", "scores")[1]["scores"]
 
 
 class Evaluate(Stage):
