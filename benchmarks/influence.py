@@ -141,7 +141,7 @@ def agreement(n: int, profile: str) -> dict[str, Any]:
     """Rank correlations on the encoder that a profile trains (made first where it is not cached), on its images."""
     notebook = "03_background_bias"
     plan = read_profile(profile, [notebook], out=str(REPOSITORY), data_root=os.environ.get("ISSL_DATA"))[notebook]
-    encoder = plan.artifacts(progress=True).encoder(plan.pretrain())
+    encoder = plan.pretrain().encoder(plan.artifacts(progress=True))
     images = plan.data().load()
     task = a_task(0, 64, encoder, images.subset(range(min(n, len(images)))))
     turns = timed(task, sorted({name for pair in AGREEMENT for name in pair}))

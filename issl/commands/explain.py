@@ -99,9 +99,7 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
     Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Nothing is
     known about other encoders, and the output says so.
     """
-    size = options.size
-    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
-        size = opened.size
+    size = opened.size if options.size is None and datasets.is_resized(options.data) else options.size
     header = _header(options.encoder)
     if header is None:
         return _load(options, options.n, size), " (the file does not say what it was trained on)"

@@ -56,10 +56,8 @@ def keep(records: Sequence[Record], folder: Path) -> Path:
 
 
 def estimate(record: Record, metric: str) -> Estimate:
-    """A metric of a record; a bound stored as null was infinite."""
-    m = record["metrics"][metric]
-    value, low, high = (d if m[k] is None else m[k] for k, d in (("value", np.nan), ("low", -np.inf), ("high", np.inf)))
-    return Estimate(value, low, high, m["n"])
+    """A metric of a record."""
+    return Estimate.of(record["metrics"][metric])
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
