@@ -92,7 +92,7 @@ def separability(features: Float[Tensor, "n d"], labels: np.ndarray, seed: int =
 
 
 def neighbours_kept(before: Float[Tensor, "n d"], after: Float[Tensor, "n e"], k: int = 10) -> np.ndarray:
-    """The share of each image's k nearest neighbours under one encoder that are so under the other, too, in [0, 1].
+    """The share of each image's k nearest neighbours under one encoder that remain so under the other, in [0, 1].
 
     Unlike a distance between the two features, it does not change when an encoder rotates all features together.
     """

@@ -33,7 +33,7 @@ class Ended:
 
 
 def make(stage: Stage, artifacts: Artifacts) -> Ended:
-    """Make a stage's artifact in this process. Errors are returned, so that the other stages go on."""
+    """Make a stage's artifact in this process. Errors are returned, so that the other stages can still be made."""
     began, error, late = time.monotonic(), "", False
     try:
         artifacts.get(stage)
@@ -65,7 +65,7 @@ class Scheduler:
 
     there   is a stage's artifact there?
     jobs    how many run at once
-    other   what else is to be done, in seconds of the cost model: notebooks; the caller lowers it as they end
+    other   the notebooks' share of the work, in seconds of the cost model; the caller lowers it as they end
     """
 
     def __init__(self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0):
@@ -90,7 +90,7 @@ class Scheduler:
         return [task for task in self.tasks.values() if task.state not in ("cached", "not needed")]
 
     def ready(self) -> list[Task]:
-        """Those that wait and whose dependencies are done."""
+        """The waiting ones whose dependencies are done."""
         waiting = [task for task in self.tasks.values() if task.state == "waiting"]
         return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
 

@@ -107,9 +107,8 @@ def record(
     variant  where a claim is tested more than once in a notebook: the method, say; in the file's name, "_" for spaces
     source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
     """
-    claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
-    assert claim is not None  # judge has checked it
+    claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
         "ours": claim.ours, **about,

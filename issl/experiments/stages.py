@@ -44,7 +44,7 @@ class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv.
 
     With `snapshots`, encoder-EPOCH.safetensors too, after these epochs; these files and the last one hold the whole
-    learner (BYOL's predictor and target) in half precision, so what is scored is what can be given away.
+    learner (BYOL's predictor and target) in half precision, so what is scored is also what can be shared.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -59,9 +59,9 @@ class Pretrain(Stage):
     order_seed: int | None = Field(None, ge=0)
     view_seed: int | None = Field(None, ge=0)
     left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
-    without: Prune | Thin | Pick | Draw | Top | None = None  # a choice of such positions, made by another stage
+    without: Choice | None = None  # such positions, chosen by another stage
     gaps: bool = Field(False, exclude_if=is_unset)  # their places in the batches stay empty
-    start: Pretrain | None = Field(None, exclude_if=is_unset)  # go on from this encoder
+    start: Pretrain | None = Field(None, exclude_if=is_unset)  # continue from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
     snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
@@ -194,7 +194,7 @@ class Positions(Stage):
 
 
 class Prune(Positions):
-    """Choose the share of images with the highest or lowest score, or any."""
+    """Choose a share of the images: those with the highest or the lowest score, or random ones."""
 
     name: ClassVar[str] = "prune"
 
@@ -214,7 +214,7 @@ class Prune(Positions):
 
 
 class Thin(Positions):
-    """Choose images so that of one group only the share `keep` is left; or as many of all at random."""
+    """Choose images of one group so that only the share `keep` of it is left, or as many images at random."""
 
     name: ClassVar[str] = "thin"
 
@@ -368,8 +368,8 @@ class Nearness(Pairs):
 
 
 class Lists(Stage):
-    """Of each image the k nearest others in feature space, and the k others of the highest influence on it, all images
-    of one set: lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
+    """For each image of a set, the k others nearest in feature space and the k others of the highest influence on it:
+    lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
 
     name: ClassVar[str] = "lists"
 
@@ -435,7 +435,7 @@ class Evaluate(Stage):
         return pd.read_parquet(artifacts.get(self) / "hits.parquet")
 
 
-Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on
+Choice = Prune | Thin | Pick | Draw | Top
 
 # Pretrain names Prune, which names Influence, which names Pretrain
 for _stage in (Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, Nearness, Lists, Evaluate):

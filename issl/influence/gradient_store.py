@@ -60,7 +60,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     """The pass over these chunks, with its rows on the CPU.
 
     computing   from `choose_memory`
-    identity    the fingerprint of these rows, which a store must have, too
+    identity    the fingerprint of these rows; a store that has another is refused
     """
 
     def compute(chunk: slice) -> dict[str, Tensor]:

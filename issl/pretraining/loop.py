@@ -119,8 +119,8 @@ def pretrain(
     recipe      default: SimCLR's published one, see `issl.pretraining.recipes`
     seed        of the initial weights; also of the order and the views where their own seed is None
     keep        False leaves an image out and changes neither the order nor the views of the others
-    gaps        its place in its batch stays empty, so the other batches do not change either (the smallest possible
-                change); default: the next images move up
+    gaps        a left-out image's place in its batch stays empty, so the other batches do not change either (the
+                smallest possible change); default: the next images move up
     start       an encoder to continue from (it is not modified) instead of fresh weights
     after_epoch called after each epoch (by the first process) with the number of epochs done and the learner, before
                 that epoch's checkpoint is written: whatever it leaves on disk is there when a run resumes later.
