@@ -25,7 +25,7 @@ class Images:
 
     pixels      uint8 (n, 3, H, W), 0…255
     labels      int64 (n,), or None where the set has none
-    attributes  one row an image; always has `index`, the image's identity: it survives `subset`, and the image's
+    attributes  one row per image; always has `index`, the image's identity: it survives `subset`, and the image's
                 random numbers depend on it. With labels there is `label_name`
     name        the data set's name, for titles and records
     masks       uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None

@@ -122,7 +122,7 @@ class Pretrain(Stage):
         return encoder
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
-        """One row an epoch, see `issl.pretraining.loop.pretrain`."""
+        """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.get(self) / "history.csv")
 
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
@@ -172,7 +172,7 @@ class Influence(Stage):
         shutil.rmtree(folder / "rows")
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """The table of scores, one row an image, see `issl.self_influence`."""
+        """The table of scores, one row per image, see `issl.self_influence`."""
         return pd.read_parquet(artifacts.get(self) / "influence.parquet")
 
 
@@ -313,7 +313,7 @@ class Stability(Stage):
             pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(part, index=False)
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """index and stability_loss, one row an image."""
+        """index and stability_loss, one row per image."""
         return pd.read_parquet(artifacts.get(self) / "losses.parquet")
 
 

@@ -179,7 +179,7 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
     rho = f"\nρ = {correlation(loss, influence, 'spearman')} (of ranks)" if len(images) >= LEAST else ""
-    ax.set_title(f"against the stability loss, one point an image{rho}", loc="left", fontsize=7)
+    ax.set_title(f"against the stability loss, one point per image{rho}", loc="left", fontsize=7)
     figure.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
     return figure
 

@@ -77,7 +77,7 @@ def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, 
 
 
 def each_method(plan: AugmentationAblation, images: Images, first: pd.DataFrame) -> Figure:
-    """r between two seeds at usual strength, a row a perturbation, the methods in their colours.
+    """r between two seeds at usual strength, a row per perturbation, the methods in their colours.
 
     first  rows of `comparison`'s table: Pearson's r, the first number of draws
     """

@@ -20,7 +20,7 @@ COLOURS = {"reproduced": "C0", "partly": "C1", "not reproduced": "C3", UNTESTED:
 
 
 def all_claims(records: Sequence[Record], profile: str) -> Figure:
-    """A row a claim: its words, the estimates of its first test (one mark a method), and its verdicts."""
+    """A row per claim: its words, the estimates of its first test (one mark per method), and its verdicts."""
     names = list(dict.fromkeys(r["name"] for r in records))  # by notebook
     size = (figures.PAGE, 0.68 * len(names) + 0.6)
     figure, axes = plt.subplots(len(names), 3, figsize=size, width_ratios=[1.3, 1.1, 1.25], squeeze=False)
