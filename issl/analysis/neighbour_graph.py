@@ -44,7 +44,7 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
 
 def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 0) -> np.ndarray:
     """The share of shortest paths between other images that pass through each (Brandes & Pich 2007), estimated from
-    so many sources; None: exact, from all."""
+    this many sources; None: exact, from all."""
     net = networkx.from_scipy_sparse_array(graph)
     k = None if sources is None or sources >= len(net) else sources
     values = networkx.betweenness_centrality(net, k=k, seed=seed)

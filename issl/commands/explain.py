@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
-    """The images that the encoder was trained on, and what is known of that.
+    """The images that the encoder was trained on, and a note on how that is known.
 
     Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Nothing is
     known about other encoders, and the output says so.

@@ -1,6 +1,6 @@
 """Artifacts: the cache of the heavy steps, files in open formats, found again by content.
 
-An artifact lies in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
+An artifact is in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
 it depends on (nested stages, the data's own bytes). It appears in one step, with a manifest of checksums:
 it is whole or it is not there, and a damaged one is reported and remade. While it is made, its files
 are in <key>.part, under a lock, so a killed run resumes there and a second process waits.
@@ -65,15 +65,12 @@ class Stage(Config):
         """What the artifact holds; it is made first where it is not there."""
         raise NotImplementedError
 
-    def __str__(self) -> str:
-        return self.label
-
 
 @dataclass
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
-    deadline           as of time.monotonic(): no stage is begun after it, and a training stops before it
+    deadline           by time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
 

@@ -40,7 +40,7 @@ class Data(Config):
     seed: int = Field(0, ge=0)
     size: int | None = None
     inject: Injection | None = None
-    first: int | None = Field(None, ge=1)  # only the first so many of these images (the others are not scored)
+    first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
     uniform: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)  # of scenes: the share of uniform backgrounds
     classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # only images of these classes
     root: Path | None = Field(None, exclude=True)

@@ -105,7 +105,7 @@ class Pretrain(Stage):
     def encoder(
         self, artifacts: Artifacts, output: Literal["features", "projector"] = "features", after: int | None = None
     ) -> nn.Module:
-        """The encoder, in eval mode; `after`: as it was after so many epochs, one of `snapshots`."""
+        """The encoder, in eval mode; `after`: as it was after that many epochs, one of `snapshots`."""
         name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
         if after not in (None, self.epochs, *(self.snapshots or ())):
             raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")

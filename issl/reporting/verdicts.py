@@ -54,17 +54,12 @@ def keep(records: Sequence[Record], folder: Path) -> Path:
     return folder / KEPT
 
 
-def estimate(record: Record, metric: str) -> Estimate:
-    """A metric of a record."""
-    return Estimate.of(record["metrics"][metric])
-
-
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per record: claim, method, the paper's number, ours of the first test with its interval, n, verdict, …"""
     rows = []
     for r in records:
         first = r["tests"][0]["metric"]
-        e = estimate(r, first)
+        e = Estimate.of(r["metrics"][first])
         rows.append(
             {
                 "name": r["name"], "claim": r["claim"], "whose": "ours" if r["ours"] else "the paper's",
@@ -108,7 +103,7 @@ def failures(record: Record) -> str:
     found = []
     for test in record["tests"]:
         if not test["holds"]:
-            e, side = estimate(record, test["metric"]), "above" if "above" in test else "below"
+            e, side = Estimate.of(record["metrics"][test["metric"]]), "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
             value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
             found.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {value}")

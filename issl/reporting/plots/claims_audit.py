@@ -52,7 +52,7 @@ def _estimates(ax: Axes, rows: Sequence[Record]) -> None:
     """A claim's first test: the estimates with their intervals, the bound it asks for, the paper's number."""
     test = rows[0]["tests"][0]
     bound, paper = test.get("above", test.get("below")), rows[0]["paper"]
-    estimates = [verdicts.estimate(r, test["metric"]) for r in rows]
+    estimates = [Estimate.of(r["metrics"][test["metric"]]) for r in rows]
     enrichment = test["metric"].startswith("enrichment")
     log = enrichment or (max(abs(e.value) for e in estimates) < 1e-2 and bound > 0)
     floor = (0.1 if enrichment else 1e-17) if log else -np.inf
