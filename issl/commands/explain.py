@@ -187,7 +187,7 @@ def lists(
     images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
 ) -> pd.DataFrame:
     """One row for each image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
-    similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image.
+    similarity to it, the ranks by both among all training images (1 is the highest), and what is known about the image.
 
     leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own (`itself`)
     """

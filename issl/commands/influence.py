@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
-    """Scores beside what is known of each image; the settings in the parquet's metadata, or beside a CSV."""
+    """The scores with what is known about each image; the settings in the parquet's metadata, or next to a CSV."""
     table = scores.merge(attributes, on="index", how="left", validate="one_to_one")
     table.attrs = scores.attrs
     with atomic(out) as part:

@@ -25,7 +25,7 @@ BELIEF = 0.2  # the weight of the cost model beside what was measured, as a shar
 
 @dataclass(frozen=True)
 class Ended:
-    """How the making of a stage ended; `error` as the reader should see it."""
+    """How a stage ended; `error` as the reader should see it."""
 
     seconds: float
     error: str = ""
@@ -132,9 +132,9 @@ class Scheduler:
         return self.whole - self.other - sum(t.cost for t in self.to_do() if t.state != "done")
 
     def remaining(self) -> float:
-        """Seconds left: what the cost model says of the rest, times what the stages done so far took against the model.
+        """Seconds left: the cost model's estimate of the rest, scaled by how the stages done so far compare with it.
 
-        A little of the model's own opinion is kept, so that the first stage does not decide.
+        The model keeps some weight, so that the first stage alone does not decide.
         """
         if not self.whole:
             return 0.0

@@ -1,4 +1,4 @@
-"""The input of every part of the library: a set of images with what is known about each.
+"""A set of images with what is known about each: the input of every part of the library.
 
 `issl.load` (in `issl.data.datasets`) makes them.
 """

@@ -114,7 +114,7 @@ class Plan(Config):
 
 
 class Scored(Plan):
-    """With the settings of the influence."""
+    """A plan with the settings of the influence."""
 
     mean: float = 0.05
     std: float = Field(0.2, ge=0)

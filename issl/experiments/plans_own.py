@@ -94,7 +94,7 @@ class Validation(Retrained):
     anchor: float = Field(0.01, gt=0)
 
     def curvatures(self) -> dict[str, Curvature]:
-        """By name; the first is the paper's."""
+        """The curvatures by name; the first is the paper's."""
         usual = self.curvature
         found: dict[str, Curvature] = {f"LoGra, rank {self.rank}": usual}
         found |= {f"LoGra, rank {r}": replace(usual, rank=r) for r in self.ranks}
@@ -120,7 +120,7 @@ class Validation(Retrained):
         return self.retrained(kind, seed)
 
     def without_one(self, kind: Kind, seed: int, i: int) -> Pretrain:
-        """Its place in its batch stays empty, so the other batches are the same."""
+        """A training without one image: its place in its batch stays empty, so the other batches are the same."""
         return self.retrained(kind, seed, self.pick(i), gaps=True)
 
     def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
@@ -161,7 +161,7 @@ class Continual(Scored):
     neighbours: int = Field(10, ge=1)
 
     def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
-        """The images of the first task and of the second."""
+        """The images of the first and of the second task."""
         if task == "style":
             n = self.drawn if split == "train" else self.n_test
             first, second = (Data(name="scenes", split=split, n=n, uniform=u) for u in (0.0, 1.0))
@@ -292,7 +292,7 @@ class Taught(Retrained):
         return Top(scores=self.nearness(), query=query, k=self.k)
 
     def random(self, number: int) -> Draw:
-        """As many images at random."""
+        """As many random images."""
         return Draw(data=self.data(), share=self.share, seed=number)
 
     def removals(self) -> list[Draw | Top]:

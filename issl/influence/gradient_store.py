@@ -43,7 +43,7 @@ CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
 
 
 def choose_memory(computing: Computing, need: int) -> Computing:
-    """With `memory` decided: which of the three ways, for rows of `need` bytes."""
+    """The same settings with `memory` decided: one of the three ways, for rows of `need` bytes."""
     if computing.store is not None:
         return replace(computing, memory="mapped")
     if computing.memory != "auto":

@@ -74,7 +74,7 @@ def _gain(removed: pd.DataFrame, method: str, which: str, metric: str, share: fl
 def _gains(
     plan: Bridges, removed: pd.DataFrame, metric: str, share: float, factor: float = 1.0
 ) -> dict[str, Sequence[Estimate]]:
-    """Of each method, without each kind of image."""
+    """What each method gains without each kind of image."""
     return {m: [_gain(removed, m, which, metric, share).scaled(factor) for which in REMOVED] for m in plan.methods}
 
 
