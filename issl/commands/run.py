@@ -139,7 +139,7 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
 def _notebook(
     name: str, plan: Plan, scheduler: Scheduler, artifacts: Artifacts, again: bool, overview: Overview
 ) -> str:
-    """Execute a notebook unless it is current, and print its line; returns how it ended: ok, current, LATE or FAILED."""
+    """Execute a notebook unless it is current, print its line, and return how it ended: ok, current, LATE or FAILED."""
     start, problem, error, word = time.monotonic(), scheduler.problem(plan), None, "ok"
     if problem is not None:
         error, word = problem.error, "LATE" if problem.late else "FAILED"
