@@ -174,7 +174,7 @@ def memory(n: int) -> dict[str, Any]:
 
 
 def one(way: str, n: int) -> dict[str, float]:
-    """The child process of `memory`. 2,048 images are repeated, so that it is not the images that grow."""
+    """The child process of `memory`. 2,048 images are repeated, so the images themselves add little memory."""
     task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
     images = issl.Images(task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name)

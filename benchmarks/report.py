@@ -32,7 +32,7 @@ alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 
 
 def write_report(results: Path, out: Path) -> None:
-    """Whatever parts have been measured."""
+    """Write RESULTS.md from the parts that have been measured."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     parts, writers = [HEAD], {
         "wide": _timings, "wide-2": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory,

@@ -73,7 +73,7 @@ def all_stages(plans: Iterable[Plan]) -> list[Stage]:
 
 
 def speed(device: torch.device, width: int = 8) -> float:
-    """How many times as long as the model says a training takes here, measured on a short one (seconds)."""
+    """How many times longer a training takes here than the model says, measured on a short one (a few seconds)."""
     images = scenes.draw(512)
     how = recipe("simclr", "short")
     settings: dict[str, Any] = {"width": width, "batch_size": 64, "execution": Execution(device, progress=False)}

@@ -1,4 +1,4 @@
-"""Settings that stages are made of: which images, and how a curvature stands in a stage's key."""
+"""Settings that stages are made of: which images, and how a curvature is written in a stage's key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity
 
 
 def is_unset(value: object) -> bool:
-    """Fields that came later are no part of a config while they are not set, so what was computed before is found."""
+    """Fields added later are left out of a key while they are unset, so artifacts made before are still found."""
     return value is None or value is False
 
 
@@ -32,7 +32,7 @@ class Injection(Config):
 
 
 class Data(Config):
-    """Which images. `root` says where they lie and is no part of what they are; `fingerprint` is."""
+    """Which images. `root` is only where they are stored; what identifies them in a key is `fingerprint`."""
 
     name: str
     split: str = "train"
@@ -40,9 +40,9 @@ class Data(Config):
     seed: int = Field(0, ge=0)
     size: int | None = None
     inject: Injection | None = None
-    first: int | None = Field(None, ge=1)  # of the images thus chosen, only so many (the others are not scored)
+    first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
     uniform: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)  # of scenes: the share of uniform backgrounds
-    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # of the images thus chosen, these classes alone
+    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # only images of these classes
     root: Path | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
@@ -92,8 +92,8 @@ def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, see
 
 
 def in_key(curvature: Curvature) -> dict[str, Any]:
-    """A curvature as it stands in a stage's key: its name and the same three settings for every kind, at their usual
-    value where it does not have them. (So artifacts made before each kind had a class of its own are found.)"""
+    """A curvature in a stage's key: its name and the same three settings for every kind, at their usual value where
+    it does not have them. (So artifacts made before each kind had its own class are still found.)"""
     settings = {name: vars(curvature).get(name, usual) for name, usual in USUAL.items()}
     for kind, build in KINDS.items():
         if build(*settings.values()) == curvature:
