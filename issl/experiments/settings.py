@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,16 +62,23 @@ class Data(Config):
         return datasets.count(self.name, self.split, self.root)
 
     def load(self) -> Images:
-        if self.uniform is None:
-            images = datasets.load(self.name, self.split, self.n, self.root, self.seed, self.size)
-        else:
-            images = scenes.draw(self.n, self.split, self.seed, scenes.ScenesConfig(uniform=self.uniform))
-        if self.classes is not None:
-            images = images.subset(torch.isin(images.require_labels(), torch.tensor(self.classes)))
-            if len(images) == 0:
-                raise IsslError(f"{self.name}: none of its images is of the classes {self.classes}")
-        images = images if self.inject is None else inject(images, **self.inject.model_dump())
-        return images if self.first is None else images.subset(range(min(self.first, len(images))))
+        """The images. The last few sets are kept in memory, because many stages in a row read the same ones."""
+        images = _loaded(self, self.fingerprint)
+        return replace(images, attributes=images.attributes.copy())  # a caller may add columns
+
+
+@lru_cache(maxsize=4)
+def _loaded(data: Data, fingerprint: str) -> Images:
+    if data.uniform is None:
+        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size)
+    else:
+        images = scenes.draw(data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform))
+    if data.classes is not None:
+        images = images.subset(torch.isin(images.require_labels(), torch.tensor(data.classes)))
+        if len(images) == 0:
+            raise IsslError(f"{data.name}: none of its images is of the classes {data.classes}")
+    images = images if data.inject is None else inject(images, **data.inject.model_dump())
+    return images if data.first is None else images.subset(range(min(data.first, len(images))))
 
 
 KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
