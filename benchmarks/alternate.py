@@ -1,6 +1,6 @@
 """Times several programs in alternation: they take turns batch by batch, in one process.
 
-From minute to minute a machine's speed drifts by more than methods differ. So every program runs in its own thread, one
+A machine's speed drifts from minute to minute by more than methods differ. So every program runs in its own thread, one
 at a time, and hands over at each batch (`turn.next()`). Its time is the time between getting the turn and handing it
 over, so all programs meet the same drift and ratios of times can be compared. Start Python with OMP_NUM_THREADS=1.
 """

@@ -2,17 +2,19 @@
 
     python benchmarks/influence.py                 # everything that is installed; hours on a slow machine
     python benchmarks/influence.py --only wide     # one part: wide, narrow, agreement, memory
+    OMP_NUM_THREADS=2 python benchmarks/influence.py --only wide    # on two threads, as people run it
     pip install --group peers                      # the other libraries
 
 Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them. Times are taken in
-alternation on one thread (alternate.py), so ratios hold where seconds do not.
+alternation (alternate.py), so ratios hold where seconds do not.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch starts its threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
+os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
 
 import argparse
 import json
@@ -141,7 +143,7 @@ def agreement(n: int, profile: str) -> dict[str, Any]:
     """Rank correlations on the encoder that a profile trains (made first where it is not cached), on its images."""
     notebook = "03_background_bias"
     plan = read_profile(profile, [notebook], out=str(REPOSITORY), data_root=os.environ.get("ISSL_DATA"))[notebook]
-    encoder = plan.artifacts(progress=True).encoder(plan.pretrain())
+    encoder = plan.pretrain().encoder(plan.artifacts(progress=True))
     images = plan.data().load()
     task = a_task(0, 64, encoder, images.subset(range(min(n, len(images)))))
     turns = timed(task, sorted({name for pair in AGREEMENT for name in pair}))
@@ -172,7 +174,7 @@ def memory(n: int) -> dict[str, Any]:
 
 
 def one(way: str, n: int) -> dict[str, float]:
-    """The child process of `memory`. 2,048 images are repeated, so that it is not the images that grow."""
+    """The child process of `memory`. 2,048 images are repeated, so the images themselves add little memory."""
     task = a_task(8, 64, None, some_images(2048))
     index = torch.arange(n) % 2048
     images = issl.Images(task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name)
@@ -199,7 +201,8 @@ def main() -> None:
     parser.add_argument("--profile", default="quick", help="whose encoder and images serve the agreement")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
     keep_freed_memory()  # for all programs: fresh pages would be timed instead of arithmetic
     if options.one:
         print(json.dumps(one(options.one, options.images)))
@@ -210,8 +213,9 @@ def main() -> None:
         part, images = PARTS[name]
         print(f"{name} …", flush=True)
         more = {"profile": options.profile} if name == "agreement" else {}
-        found = part(options.images or images, **more) | machine(peers.versions())
-        (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = part(options.images or images, **more) | machine(peers.versions(), threads)
+        several = f"-{threads}" if threads > 1 else ""
+        (results / f"{name}{several}.json").write_text(json.dumps(found, indent=1) + "\n")
         write_report(results, HERE / "RESULTS.md")
         print(json.dumps(found, indent=1), flush=True)
 

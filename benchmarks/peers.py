@@ -198,7 +198,7 @@ def programs(task: Task) -> dict[str, Program]:
 
 
 def versions() -> str:
-    """Of the installed ones, for the report."""
+    """The versions of the installed ones, for the report."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = []

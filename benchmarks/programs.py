@@ -85,7 +85,7 @@ def score(task: Task, curvature: Curvature, skip: Sequence[str] = (), **how: Any
 
 
 def programs(task: Task) -> dict[str, Program]:
-    """By their names in the table."""
+    """The programs by their names in the table."""
     return {
         "plain forward + backward": plain(task),
         "plain forward + backward, NHWC": plain(task, torch.channels_last),

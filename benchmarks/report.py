@@ -14,7 +14,7 @@ import torch
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/influence.py` and `python benchmarks/pretraining.py`; do not edit. All methods of a table
-ran in one process on one thread, taking turns batch by batch, so the ratios compare methods that met the same machine.
+ran in one process, taking turns batch by batch, so the ratios compare methods that met the same machine.
 Seconds are this machine's. For influence, the ratio is the time over that of a plain forward and backward pass of the
 same loss on the same images. The whole time is from the encoder to the scores; the median batch, for methods of one
 pass, is the same without what comes before and after, and without the odd batch that the machine was busy elsewhere.
@@ -32,10 +32,11 @@ alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 
 
 def write_report(results: Path, out: Path) -> None:
-    """Whatever parts have been measured."""
+    """Write RESULTS.md from the parts that have been measured."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     parts, writers = [HEAD], {
-        "wide": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory, "pretraining": _pretraining,
+        "wide": _timings, "wide-2": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory,
+        "pretraining": _pretraining,
     }  # fmt: skip
     for name, write in writers.items():
         if name in found:
@@ -43,13 +44,14 @@ def write_report(results: Path, out: Path) -> None:
     out.write_text("\n".join(parts))
 
 
-def machine(peers: str) -> dict[str, str]:
+def machine(peers: str, threads: int = 1) -> dict[str, str]:
     """Where and with what it was measured."""
     told = (
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     )
+    many = "one thread" if threads == 1 else f"{threads} threads"
     return {
-        "machine": f"{next(told, '?')} ({platform.machine()}), one thread", "torch": torch.__version__,
+        "machine": f"{next(told, '?')} ({platform.machine()}), {many}", "torch": torch.__version__,
         "python": platform.python_version(), "peers": peers, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 

@@ -15,8 +15,8 @@ C = TypeVar("C", bound="Config")  # not typing.Self, which a checker of shapes a
 class Config(BaseModel):
     """Frozen, and strict about its fields: a typo is an error, not a default.
 
-    Raises IsslError, where pydantic raises ValidationError: each bad setting on the same line, with its class, its
-    path within it, its value and the remedy.
+    Raises IsslError where pydantic raises ValidationError: one line with each bad setting's path, its value and the
+    remedy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,8 +27,8 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _explained(type(self), error) from error
 
-    # As pydantic's own: configs nested in another are validated by it without this __init__, so the error of the
-    # outermost names the whole path, and a union tries all its members
+    # Pydantic then validates nested configs without this __init__, so the outermost error names the whole path, and a
+    # union tries all its members
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod

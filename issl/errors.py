@@ -21,5 +21,5 @@ class OutOfTime(IsslError):
 
 
 def number_or_nan(value: object) -> float:
-    """A setting that must be a number: NaN, which fails every comparison, for anything that is none."""
+    """The number, or NaN (which fails every comparison) for anything that is not one."""
     return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)

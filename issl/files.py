@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,12 @@ def writable(out: Path, suffixes: Sequence[str]) -> None:
         raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
     if not os.access(out.parent, os.W_OK) or out.is_dir():
         raise IsslError(f"--out {out}: cannot be written there")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:

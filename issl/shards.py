@@ -1,6 +1,6 @@
 """Several processes on one computation: each has its share of the images, and sums are taken over all.
 
-They are started by torchrun and talk over torch.distributed (nccl on GPUs, gloo on CPUs). The results are those of one
+They are started by torchrun and use torch.distributed (nccl on GPUs, gloo on CPUs). The results are those of one
 process up to rounding: only the order of the sums differs.
 """
 

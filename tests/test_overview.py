@@ -119,7 +119,7 @@ def test_every_kind_of_stage_has_a_cost() -> None:
         stages.Cross(pretrain=TRAIN, data=DATA, query=few),
         Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
     ]  # fmt: skip
-    kinds = {kind for kind in Stage.__subclasses__() if kind.__module__ == stages.__name__}
+    kinds = {kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)}
     assert {type(stage) for stage in chosen + others} == kinds
     assert {cost.seconds(stage) for stage in chosen} == {cost.OVERHEAD}
     assert all(cost.seconds(stage) > cost.OVERHEAD for stage in others)

@@ -152,7 +152,7 @@ def test_numbers_returned_after_an_epoch_join_the_history() -> None:
     images = issl.load("scenes", n=64)
     encoder, history = pretrain(images, BYOL, **{**SMALL, "epochs": 3}, after_epoch=after_epoch)
     assert history["number"].tolist()[1:] == [1.0, 1.5] and np.isnan(history["number"][0])
-    assert modes == [True, True, True]  # training goes on in training mode, whatever the hook did
+    assert modes == [True, True, True]  # training continues in training mode, whatever the hook did
     plain, _ = pretrain(images, BYOL, **{**SMALL, "epochs": 3})
     same_weights(encoder, plain)
 

@@ -136,6 +136,20 @@ def test_keys_are_those_of_the_first_artifacts() -> None:
     assert Influence(pretrain=trained, data=DATA).key == "ef201df252f7a2ba"
 
 
+def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) -> None:
+    from test_data import png
+
+    picture = tmp_path / "1.png"
+    picture.write_bytes(png(np.zeros((3, 32, 32), np.uint8)))
+    data = Data(name=f"folder:{tmp_path}")
+    first, again = data.load(), data.load()
+    assert first.pixels is again.pixels
+    first.attributes["mine"] = 1  # no one else's
+    assert "mine" not in again.attributes and "mine" not in data.load().attributes
+    picture.write_bytes(png(np.full((3, 32, 32), 9, np.uint8)) + b" ")
+    assert int(data.load().pixels.max()) == 9
+
+
 @pytest.mark.parametrize("kept", [(), (0,), (3, 2), (4,), (1, 1)])
 def test_snapshots_lie_along_the_run(kept: tuple[int, ...]) -> None:
     with pytest.raises(issl.IsslError, match="increasing epochs from 1 to 3"):

@@ -23,9 +23,9 @@ Table = Float[np.ndarray, "q m"]  # a number for each query and subset
 
 
 def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
-    """−Σ_{i∈S_k} influence(i → q): the loss of each query after training on each subset, but for its level and unit.
+    """−Σ_{i∈S_k} influence(i → q): the loss of each query after training on each subset, up to level and unit.
 
-    Positive influence makes a query more stable, so the loss is the lower the more of it the subset has.
+    Positive influence makes a query more stable, so the more of it a subset has, the lower the loss.
     """
     return -np.asarray(scores, float) @ np.asarray(kept, float).T
 
@@ -39,7 +39,7 @@ def lds(predicted: Table, measured: Table, seed: int = 0) -> Estimate:
 
 
 def lds_difference(predicted: Table, other: Table, measured: Table, seed: int = 0) -> Estimate:
-    """The LDS of a prediction less that of another one, on the same queries and subsets; interval as `lds`."""
+    """The LDS of one prediction minus that of another, on the same queries and subsets; interval as in `lds`."""
     return _two_way([predicted, other, measured], lambda p, o, y: _rows(p, y) - _rows(o, y), seed)
 
 
@@ -56,7 +56,7 @@ def repeatability(measured: Float[np.ndarray, "s q m"], seed: int = 0) -> Estima
 
 
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
-    """The greatest correlation that a perfect prediction can have with the mean of so many repetitions, any two of
+    """The greatest correlation that a perfect prediction can have with the mean of the repetitions, any two of
     which correlate by `between`: √(s r / (1 + (s − 1) r)), 0 where r ≤ 0 (Spearman 1910, Brown 1910)."""
 
     def of(r: float) -> float:

@@ -32,7 +32,7 @@ FORWARD = ("stability loss", "feature norm", "kNN distance")  # these need a for
 
 
 def pixel_table(images: Images) -> pd.DataFrame:
-    """Columns PIXELS, one row an image: mean and standard deviation of grey (pixels in [0, 1]); mean size of the grey
+    """Columns PIXELS, one row per image: mean and standard deviation of grey (pixels in [0, 1]); mean size of the grey
     gradient per pixel; minus the deviation of colour in the outer frame; bytes as a JPEG of quality 90."""
     known = image_statistics(images)
     edges, sizes = [], []
@@ -47,7 +47,7 @@ def pixel_table(images: Images) -> pd.DataFrame:
 
 
 def forward_table(features: Float[Tensor, "n d"], stability_loss: np.ndarray, k: int = 10) -> pd.DataFrame:
-    """Columns FORWARD, one row an image."""
+    """Columns FORWARD, one row per image."""
     columns = (stability_loss, features.norm(dim=1).numpy(), knn_distance(features, k))
     return pd.DataFrame(dict(zip(FORWARD, columns, strict=True)))
 

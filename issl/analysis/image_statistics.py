@@ -1,4 +1,4 @@
-"""Simple statistics of images, with which a score may correlate for reasons that involve no learning."""
+"""Simple statistics of images: a score may correlate with them for reasons that involve no learning."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
 
 def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 0) -> np.ndarray:
     """The share of shortest paths between other images that pass through each (Brandes & Pich 2007), estimated from
-    so many sources; None: exact, from all."""
+    this many sources; None: exact, from all."""
     net = networkx.from_scipy_sparse_array(graph)
     k = None if sources is None or sources >= len(net) else sources
     values = networkx.betweenness_centrality(net, k=k, seed=seed)
@@ -92,7 +92,7 @@ def separability(features: Float[Tensor, "n d"], labels: np.ndarray, seed: int =
 
 
 def neighbours_kept(before: Float[Tensor, "n d"], after: Float[Tensor, "n e"], k: int = 10) -> np.ndarray:
-    """The share of each image's k nearest neighbours under one encoder that are so under the other, too, in [0, 1].
+    """The share of each image's k nearest neighbours under one encoder that remain so under the other, in [0, 1].
 
     Unlike a distance between the two features, it does not change when an encoder rotates all features together.
     """

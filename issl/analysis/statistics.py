@@ -203,7 +203,7 @@ def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
 
 
 def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
-    """Area under the precision-recall curve of finding the positive images by a high score; by chance, their share.
+    """Area under the precision-recall curve when a high score is to find the positive images; by chance, their share.
     Equal scores are found together. Bootstrap interval over images (percentile)."""
     positive = _flag(positive)
 
@@ -223,8 +223,8 @@ def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) ->
 
 
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
-    """The share of positive images among as many with the highest score as there are positive ones; by chance, their
-    share among all. Wilson interval."""
+    """The share of positive images among the P highest scores, P the number of positive images; by chance, their share
+    among all. Wilson interval."""
     positive = _flag(positive)
     order = np.argsort(-np.asarray(score, float), kind="stable")
     return proportion(positive[order[: positive.sum()]])
@@ -244,7 +244,7 @@ def auc_difference(score: np.ndarray, other: np.ndarray, positive: np.ndarray, s
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean with Student's interval, of differences between paired runs, say. A single value has an infinite one."""
+    """The mean with Student's interval (of differences between paired runs, say); infinite for a single value."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return Estimate(float(values.mean()), -np.inf, np.inf, len(values))

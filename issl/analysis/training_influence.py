@@ -36,7 +36,7 @@ from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, as
 from issl.keyed_random import uniform
 from issl.pretraining.learner import Learner
 
-Measure = Callable[[nn.Module], Float[Tensor, " q"]]  # of a backbone in eval mode: one differentiable number a query
+Measure = Callable[[nn.Module], Float[Tensor, " q"]]  # of a backbone in eval mode: one differentiable number per query
 Share = Literal["marginal", "own"]
 Gradient = Float[Tensor, " p"]  # of all the backbone's weights, one after another
 
@@ -67,7 +67,7 @@ def training_influence(
     """
     rates = [1.0] * len(learners) if rates is None else list(rates)
     if not learners or len(rates) != len(learners):
-        raise IsslError(f"training_influence: {len(learners)} learners and {len(rates)} rates; give one rate a learner")
+        raise IsslError(f"training_influence: {len(learners)} learners and {len(rates)} rates; give one for each")
     if not 3 <= batch_size <= len(train):
         raise IsslError(f"batch_size={batch_size}: need 3 to {len(train)}, the number of training images")
     if share not in ("marginal", "own"):

@@ -2,7 +2,7 @@
 
 Each stage is one job of submitit's: a process on this machine, or an entry of a Slurm job array. A job makes its
 artifact as `issl run` would, under the same lock and with the same checkpoints, after everything it depends on. A job
-that was killed, preempted or out of time can therefore go on where it was.
+that was killed, preempted or out of time can therefore be resumed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Job:
         return make(self.stage, Artifacts(self.root, pick_device(self.device), deadline=deadline))
 
     def checkpoint(self) -> DelayedSubmission:
-        """Slurm is about to stop it: submit the same, which goes on from its last checkpoint."""
+        """Slurm is about to stop it: submit it again, to continue from its last checkpoint."""
         return DelayedSubmission(self)
 
 

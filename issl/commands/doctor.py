@@ -79,7 +79,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
 
 
 def _cost(options: ProfileOptions, factor: float, lacking: list[str]) -> str:
-    """How many stages are missing and how long they would take; or which data sets are needed and not here."""
+    """How many stages are missing and how long they would take; or which data sets are needed and missing."""
     plans = options.plans()
     needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
     if needs:

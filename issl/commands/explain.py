@@ -94,14 +94,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
-    """The images that the encoder was trained on, and what is known of that.
+    """The images that the encoder was trained on, and a note on how that is known.
 
     Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Nothing is
     known about other encoders, and the output says so.
     """
-    size = options.size
-    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
-        size = opened.size
+    size = opened.size if options.size is None and datasets.is_resized(options.data) else options.size
     header = _header(options.encoder)
     if header is None:
         return _load(options, options.n, size), " (the file does not say what it was trained on)"
@@ -189,7 +187,7 @@ def lists(
     images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
 ) -> pd.DataFrame:
     """One row for each image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
-    similarity to it, the ranks by both among all training images (1 is the highest), and what is known of the image.
+    similarity to it, the ranks by both among all training images (1 is the highest), and what is known about the image.
 
     leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own (`itself`)
     """

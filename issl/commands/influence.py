@@ -70,9 +70,7 @@ def main(options: argparse.Namespace) -> int:
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
     skip = opened.own_names(options.skip.split(","))
     layers = scored_layers(opened.encoder, skip)
-    size = options.size
-    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
-        size = opened.size
+    size = opened.size if options.size is None and datasets.is_resized(options.data) else options.size
     images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
@@ -104,7 +102,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
-    """Scores beside what is known of each image; the settings in the parquet's metadata, or beside a CSV."""
+    """The scores with what is known about each image; the settings in the parquet's metadata, or next to a CSV."""
     table = scores.merge(attributes, on="index", how="left", validate="one_to_one")
     table.attrs = scores.attrs
     with atomic(out) as part:

@@ -10,9 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from issl.experiments.cache import file_digest
 from issl.experiments.plan import Plan
-from issl.files import PACKAGE, atomic
+from issl.files import PACKAGE, atomic, file_digest
 
 
 def fingerprint(source: Path, plan: Plan, device: str) -> str:

@@ -49,9 +49,8 @@ def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".safetensors",))
-    size = options.size
-    if size is None and (options.data.startswith("folder:") or options.data == "fairface"):
-        size = 32  # what the encoder's stem is made for
+    # 32 px: what the encoder's stem is made for
+    size = 32 if options.size is None and datasets.is_resized(options.data) else options.size
     how, device = recipe(options.method, options.recipe), pick_device(options.device)
     images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
     watch = None

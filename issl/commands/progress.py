@@ -17,7 +17,7 @@ from issl.experiments.cost import NOTEBOOK
 
 
 class Overview:
-    """What a run prints while it works; of `notebooks` each lowers what the scheduler has left by NOTEBOOK seconds."""
+    """What a run prints while it works; each notebook that ends lowers the scheduler's rest by NOTEBOOK seconds."""
 
     def __init__(self, scheduler: Scheduler, notebooks: int):
         self.scheduler, self.notebooks, self.notebooks_done = scheduler, notebooks, 0

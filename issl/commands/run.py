@@ -33,8 +33,8 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     """Run a profile; returns the exit code: 0 where every notebook ended well, 3 where time was too short for some
     (none failed), else 1.
 
-    The stages are made one after another in dependency order; a notebook starts when its own have ended. One whose
-    outputs were made from the same notebook, plan, artifacts and code is left as it is, unless `again`.
+    The stages are made one after another in dependency order; a notebook starts when its own stages have ended. A
+    notebook whose outputs were made from the same cells, plan, artifacts and code is not run, unless `again`.
     Raises IsslError for input that is wrong, before any long work.
     """
     began, plans, out = time.monotonic(), options.plans(), options.folder
@@ -97,7 +97,7 @@ def _print_verdicts(results: Path) -> None:
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> str:
-    """Write the site of all that this profile has left so far, with the image explorer where its artifacts are there.
+    """Write the site of what this profile has produced so far, with the image explorer if its artifacts are there.
     Returns where it is, or why there is none."""
     from issl.reporting.site import build  # slow to import
 
@@ -139,7 +139,7 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
 def _notebook(
     name: str, plan: Plan, scheduler: Scheduler, artifacts: Artifacts, again: bool, overview: Overview
 ) -> str:
-    """Execute a notebook where it must be, and print its line; returns how it ended: ok, current, LATE or FAILED."""
+    """Execute a notebook unless it is current, print its line, and return how it ended: ok, current, LATE or FAILED."""
     start, problem, error, word = time.monotonic(), scheduler.problem(plan), None, "ok"
     if problem is not None:
         error, word = problem.error, "LATE" if problem.late else "FAILED"

@@ -25,7 +25,7 @@ BELIEF = 0.2  # the weight of the cost model beside what was measured, as a shar
 
 @dataclass(frozen=True)
 class Ended:
-    """How the making of a stage ended; `error` as the reader should see it."""
+    """How a stage ended; `error` as the reader should see it."""
 
     seconds: float
     error: str = ""
@@ -33,7 +33,7 @@ class Ended:
 
 
 def make(stage: Stage, artifacts: Artifacts) -> Ended:
-    """Make a stage's artifact in this process. Errors are returned, so that the other stages go on."""
+    """Make a stage's artifact in this process. Errors are returned, so that the other stages can still be made."""
     began, error, late = time.monotonic(), "", False
     try:
         artifacts.get(stage)
@@ -65,7 +65,7 @@ class Scheduler:
 
     there   is a stage's artifact there?
     jobs    how many run at once
-    other   what else is to be done, in seconds of the cost model: notebooks; the caller lowers it as they end
+    other   the notebooks' share of the work, in seconds of the cost model; the caller lowers it as they end
     """
 
     def __init__(self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0):
@@ -90,7 +90,7 @@ class Scheduler:
         return [task for task in self.tasks.values() if task.state not in ("cached", "not needed")]
 
     def ready(self) -> list[Task]:
-        """Those that wait and whose dependencies are done."""
+        """The waiting ones whose dependencies are done."""
         waiting = [task for task in self.tasks.values() if task.state == "waiting"]
         return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
 
@@ -132,9 +132,9 @@ class Scheduler:
         return self.whole - self.other - sum(t.cost for t in self.to_do() if t.state != "done")
 
     def remaining(self) -> float:
-        """Seconds left: what the cost model says of the rest, times what the stages done so far took against the model.
+        """Seconds left: the cost model's estimate of the rest, scaled by how the stages done so far compare with it.
 
-        A little of the model's own opinion is kept, so that the first stage does not decide.
+        The model keeps some weight, so that the first stage alone does not decide.
         """
         if not self.whole:
             return 0.0

@@ -1,4 +1,4 @@
-"""The one door to all data sets, by name: `load` them, `count` their images, `fingerprint` their bytes.
+"""All data sets by name: `load` them, `count` their images, `fingerprint` their bytes.
 
 Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `image_folder`,
 `judged_pairs`. Nothing is downloaded unless asked for (`issl download NAME`).
@@ -13,6 +13,7 @@ from pathlib import Path
 from issl.data import image_folder, judged_pairs, published, scenes
 from issl.data.images import Images, sample_positions
 from issl.errors import IsslError
+from issl.files import file_digest
 
 DRAWN = ("scenes", "scenes-swapped")
 
@@ -32,7 +33,7 @@ def load(
 
     n     how many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in the original order,
           each image keeping its original `index`; `scenes` draws the first n.
-    root  where the sets on disk lie; default $ISSL_DATA.
+    root  the folder of the sets on disk; default $ISSL_DATA.
     seed  of the subset; for `scenes`, of the drawing.
     size  side in px of the square images; only for `folder:` (default 32) and `fairface` (default 64).
 
@@ -42,14 +43,18 @@ def load(
         return scenes.draw(n, split=split, seed=seed)
     if name == "scenes-swapped":
         return scenes.swapped(n, split=split, seed=seed)
-    folder = name.startswith(image_folder.PREFIX)
-    if size is not None and not folder and name != "fairface":
+    if size is not None and not is_resized(name):
         raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
-    if folder:
+    if name.startswith(image_folder.PREFIX):
         return image_folder.read(image_folder.folder_of(name, split), n, seed, 32 if size is None else size)
     if name == "cifair10":
         return judged_pairs.read(split, n, root, seed)
     return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
+
+
+def is_resized(name: str) -> bool:
+    """Whether `load` takes a `size` for this set."""
+    return name.startswith(image_folder.PREFIX) or name == "fairface"
 
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
@@ -85,5 +90,4 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, size: int, mtime: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

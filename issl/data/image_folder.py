@@ -1,4 +1,4 @@
-"""A folder of images as a data set; sub-folders, where every image lies in one, are the classes."""
+"""A folder of images as a data set; if every image is in a sub-folder, the sub-folders are the classes."""
 
 from __future__ import annotations
 

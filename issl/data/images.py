@@ -1,4 +1,4 @@
-"""The input of every part of the library: a set of images with what is known about each.
+"""A set of images with what is known about each: the input of every part of the library.
 
 `issl.load` (in `issl.data.datasets`) makes them.
 """
@@ -25,7 +25,7 @@ class Images:
 
     pixels      uint8 (n, 3, H, W), 0…255
     labels      int64 (n,), or None where the set has none
-    attributes  one row an image; always has `index`, the image's identity: it survives `subset`, and the image's
+    attributes  one row per image; always has `index`, the image's identity: it survives `subset`, and the image's
                 random numbers depend on it. With labels there is `label_name`
     name        the data set's name, for titles and records
     masks       uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None

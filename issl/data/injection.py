@@ -1,4 +1,4 @@
-"""Injection: put duplicates and atypical images into any set, so that it is known what a score should find.
+"""Injection: put duplicates and atypical images into any set, so that we know what a score should find.
 
 Images at random positions are overwritten; each keeps its own index (and so its own noise). The attributes
 duplicate_of, duplicate_kind and atypical say what was done, as they do in `scenes`.

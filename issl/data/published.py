@@ -1,4 +1,4 @@
-"""The published data sets, CIFAR and FairFace: where they lie under the data root, how they are read and downloaded.
+"""The published data sets, CIFAR and FairFace: where they are under the data root, how they are read and downloaded.
 
 They are read in the Hugging Face parquet layout (images as encoded bytes) or, for CIFAR, in torchvision's layout, whose
 checksums torchvision itself verifies. A missing file is an error that says where it belongs and how to get it.
@@ -30,7 +30,7 @@ ENVIRONMENT = "ISSL_DATA"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lies under the data root, and what its columns mean."""
+    """Where a set is under the data root, and what its columns mean."""
 
     folder: str  # of the parquet files, under the root
     image: str  # column of encoded images
@@ -96,7 +96,7 @@ def count(name: str, split: str, root: str | Path | None) -> int:
 
 
 def download(name: str, root: str | Path | None = None) -> Path:
-    """Fetch a data set into the data root from its public home; returns where it now lies."""
+    """Download a data set from its public home into the data root; returns its folder."""
     base = data_root(root)
     if base is None:
         raise IsslError(f"download of {name!r}: say where to, with --data-root DIR or {ENVIRONMENT}=DIR")

@@ -1,9 +1,9 @@
 """Artifacts: the cache of the heavy steps, files in open formats, found again by content.
 
-An artifact lies in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
+An artifact is in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
 it depends on (nested stages, the data's own bytes). It appears in one step, with a manifest of checksums:
-it is whole or it is not there, and a damaged one is found, named and made again. While it is made, its
-files are in <key>.part, under a lock, so a killed run resumes there and a second process waits.
+it is whole or it is not there, and a damaged one is reported and remade. While it is made, its files
+are in <key>.part, under a lock, so a killed run resumes there and a second process waits.
 
 (Why not a caching library: the one that fits best, exca, keeps job results as pickles and checks no
 checksums. The locks are filelock's, the configs pydantic's.)
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import atomic
+from issl.files import atomic, file_digest
 
 MANIFEST = "manifest.json"
 
@@ -65,15 +65,12 @@ class Stage(Config):
         """What the artifact holds; it is made first where it is not there."""
         raise NotImplementedError
 
-    def __str__(self) -> str:
-        return self.label
-
 
 @dataclass
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
-    deadline           as of time.monotonic(): no stage is begun after it, and a training stops before it
+    deadline           by time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -115,7 +112,7 @@ class Artifacts:
         return self._sound(self.folder(stage))
 
     def _sound(self, folder: Path) -> bool:
-        """Is the artifact there and whole? A damaged one is named, removed, and then is not there."""
+        """Is the artifact there and whole? A damaged one is reported and removed."""
         if not folder.is_dir():
             return False
         damage = damaged(folder)
@@ -127,7 +124,7 @@ class Artifacts:
 
 
 def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """These stages and all that they read, each once, what is read first."""
+    """These stages and all that they read, each once, a stage after those it reads."""
     seen: set[str] = set()
 
     def walk(stage: Stage) -> Iterator[Stage]:
@@ -167,12 +164,6 @@ def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: f
     }  # fmt: skip
     with atomic(folder / MANIFEST) as part:
         part.write_text(json.dumps(content, indent=1))
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_folder(folder: Path) -> None:

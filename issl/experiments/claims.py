@@ -27,8 +27,8 @@ UNTESTED = "not tested at this scale"
 class Condition(Config):
     """One condition: a bound of a metric's interval above or below a threshold.
 
-    where_measured   the metric needs what not every data set has (pairs judged by people): where it was not measured,
-                     the condition says nothing
+    where_measured   the metric needs something that not every data set has (pairs judged by people): where it was not
+                     measured, the condition is skipped
     """
 
     metric: str
@@ -89,7 +89,7 @@ def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, An
 
 def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
     """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware, time."""
-    # the machine's cores, not the threads of the notebook that writes this: what each stage used stands in its manifest
+    # the machine's cores, not the threads of the notebook that writes this: what each stage used is in its manifest
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     hardware = device_name(device) if device.type == "cuda" else cpu
     return {
@@ -104,12 +104,11 @@ def record(
 ) -> dict[str, Any]:
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
-    variant  where a claim is tested more than once in a notebook: the method, say; in the file's name, "_" for spaces
-    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it.
+    variant  for a claim that a notebook tests more than once: the method, say; in the file's name, "_" for spaces
+    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it
     """
-    claim = claims().get(name)
     verdict = judge(name, metrics, source["profile"])
-    assert claim is not None  # judge has checked it
+    claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
         "ours": claim.ours, **about,

@@ -38,7 +38,9 @@ def seconds(stage: Stage) -> float:
         case stages.Cross():
             work = (_count(stage.data) + _count(stage.query)) * stage.draws * _gradient(stage.pretrain.width)
         case stages.TrainingEffect():
-            passes = 3 * 2 * stage.batch_size * stage.view_draws * max(1, len(stage.after))  # of both views, there and back
+            passes = (
+                3 * 2 * stage.batch_size * stage.view_draws * max(1, len(stage.after))
+            )  # of both views, there and back
             work = _count(stage.data) * passes * _forward(stage.pretrain.width)
         case stages.Lists():
             work = 2 * _count(stage.features.data) * _gradient(stage.features.pretrain.width)
@@ -76,7 +78,7 @@ def all_stages(plans: Iterable[Plan]) -> list[Stage]:
 
 
 def speed(device: torch.device, width: int = 8) -> float:
-    """How many times as long as the model says a training takes here, measured on a short one (seconds)."""
+    """How many times longer a training takes here than the model says, measured on a short one (a few seconds)."""
     images = scenes.draw(512)
     how = recipe("simclr", "short")
     settings: dict[str, Any] = {"width": width, "batch_size": 64, "execution": Execution(device, progress=False)}

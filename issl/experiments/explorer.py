@@ -14,7 +14,7 @@ from issl.pretraining import recipes
 
 
 class Explorer(Scored):
-    """The report's image explorer; no notebook. Its images are the first so many of the profile's."""
+    """The report's image explorer; no notebook. It shows the first `shown` images of the profile."""
 
     notebook: ClassVar[str] = "report"
 
@@ -30,7 +30,7 @@ class Explorer(Scored):
         return self.influence(self.pretrain(method), data=self.images())
 
     def lists(self, method: recipes.Method) -> Lists:
-        """Of each image those nearest to it, and those of the highest influence on it."""
+        """For each image, those nearest to it and those of the highest influence on it."""
         return Lists(
             features=self.features(self.pretrain(method), self.images()), perturbation=self.noise,
             curvature=self.curvature, seed=self.noise_seed, k=self.neighbours,

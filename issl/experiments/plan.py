@@ -64,7 +64,7 @@ class Plan(Config):
         return Data(name=self.dataset, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
 
     def epochs_of(self, method: recipes.Method) -> int:
-        """How long this method trains."""
+        """How many epochs this method trains."""
         if isinstance(self.epochs, int):
             return self.epochs
         if method not in self.epochs:
@@ -97,7 +97,7 @@ class Plan(Config):
         return Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the results; where files lie does not."""
+        """The fields that decide the results: not where files are, nor the device."""
         return self.model_dump(mode="json", exclude={"out", "data_root", "device"})
 
     def source(self, artifacts: Artifacts) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Plan(Config):
 
 
 class Scored(Plan):
-    """With the settings of the influence."""
+    """A plan with the settings of the influence."""
 
     mean: float = 0.05
     std: float = Field(0.2, ge=0)

@@ -16,15 +16,15 @@ from issl.pretraining import recipes
 
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
-Kind = Literal["continued", "from scratch"]  # ways to train again
+Kind = Literal["continued", "from scratch"]  # ways to retrain
 
 
 class Retrained(Scored):
-    """A notebook that trains again without some images, and measures what that changed.
+    """A notebook that retrains without some images, and measures what that changes.
 
-    queries            the first so many test images
+    queries            how many test images are queries: the first ones
     draws              perturbation draws an image, in scores and in measurements
-    continued_epochs   "continued": the encoder goes on training, without the images
+    continued_epochs   "continued": the encoder continues training for this long, without the images
     continued_lr       with this learning rate (for a batch of 256), on small views
     """
 
@@ -94,7 +94,7 @@ class Validation(Retrained):
     anchor: float = Field(0.01, gt=0)
 
     def curvatures(self) -> dict[str, Curvature]:
-        """By name; the first is the paper's."""
+        """The curvatures by name; the first is the paper's."""
         usual = self.curvature
         found: dict[str, Curvature] = {f"LoGra, rank {self.rank}": usual}
         found |= {f"LoGra, rank {r}": replace(usual, rank=r) for r in self.ranks}
@@ -105,7 +105,7 @@ class Validation(Retrained):
         return found | {"none (identity)": Identity()}
 
     def scores(self) -> Influence:
-        """Of the first encoder."""
+        """Scores under the first encoder."""
         return self.influence(self.pretrain(), draws=self.draws)
 
     def pick(self, i: int) -> Pick:
@@ -113,14 +113,14 @@ class Validation(Retrained):
         return Pick(influence=self.scores(), quantile=i / (self.images - 1))
 
     def draw(self, k: int) -> Draw:
-        """The images that subset number `k` does without."""
+        """The images that subset number `k` leaves out."""
         return Draw(data=self.data(), share=1 - self.share, seed=k)
 
     def trained_on_all(self, kind: Kind, seed: int) -> Pretrain:
         return self.retrained(kind, seed)
 
     def without_one(self, kind: Kind, seed: int, i: int) -> Pretrain:
-        """Its place in its batch stays empty, so the other batches are the same."""
+        """A training without one image: its place in its batch stays empty, so the other batches are the same."""
         return self.retrained(kind, seed, self.pick(i), gaps=True)
 
     def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
@@ -153,7 +153,7 @@ class Continual(Scored):
 
     width: int = Field(4, ge=1)
     tasks: tuple[Task, ...] = ("classes", "style")
-    classes: int = Field(5, ge=1)  # so many are the first task, the others the second
+    classes: int = Field(5, ge=1)  # the first this many are the first task, the others the second
     drawn: int = Field(256, ge=32)  # scenes of each style
     legs: int = Field(2, ge=1)
     leg_epochs: int = Field(2, ge=1)
@@ -161,7 +161,7 @@ class Continual(Scored):
     neighbours: int = Field(10, ge=1)
 
     def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
-        """The images of the first task and of the second."""
+        """The images of the first and of the second task."""
         if task == "style":
             n = self.drawn if split == "train" else self.n_test
             first, second = (Data(name="scenes", split=split, n=n, uniform=u) for u in (0.0, 1.0))
@@ -174,7 +174,7 @@ class Continual(Scored):
         )
 
     def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
-        """After the first task; after so many legs on the second; or after as many more on the first."""
+        """After the first task; after `leg` legs on the second task; or after as many more on the first."""
         old, new = self.sets(task)
         if way == "first":
             return self.pretrain(seed=self.seed + seed).model_copy(update={"data": old})
@@ -187,14 +187,14 @@ class Continual(Scored):
         )  # fmt: skip
 
     def old_scores(self, task: Task, encoder: Pretrain) -> Influence:
-        """Of the first task's images."""
+        """Scores of the first task's images."""
         return self.influence(encoder, data=self.sets(task)[0])
 
     def old_features(self, task: Task, encoder: Pretrain) -> Embed:
         return self.features(encoder, self.sets(task)[0])
 
     def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
-        """Of an encoder on the first or on the second task."""
+        """Accuracy of an encoder on the first or the second task."""
         at = 0 if on == "old" else 1
         return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
 
@@ -222,7 +222,7 @@ class Explained(Scored):
     neighbours: int = Field(10, ge=1)
 
     def scores(self, method: recipes.Method, noise: int = 0) -> Influence:
-        """Under one of two noises."""
+        """Scores under one of two noises."""
         return self.influence(self.pretrain(method), self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
@@ -252,7 +252,7 @@ class Bridges(Scored):
         return Data(name="scenes", n=self.drawn, uniform=share)
 
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
-        """Of the first method, trained on them."""
+        """The first method, trained on these scenes."""
         return self.pretrain(self.methods[0], self.seed + seed).model_copy(
             update={"data": self.dose(share), "epochs": self.drawn_epochs}
         )
@@ -272,7 +272,7 @@ class Taught(Retrained):
 
     notebook: ClassVar[str] = "15_taught"
 
-    asked: int = Field(4, ge=2)  # the first so many queries are retrained for
+    asked: int = Field(4, ge=2)  # how many queries are retrained for: the first ones
     share: float = Field(0.1, gt=0, lt=1)  # of the training images, removed for a query
     drawn: int = Field(4, ge=2)  # removals at random
     shown: int = Field(3, ge=1)
@@ -292,7 +292,7 @@ class Taught(Retrained):
         return Top(scores=self.nearness(), query=query, k=self.k)
 
     def random(self, number: int) -> Draw:
-        """As many images at random."""
+        """As many random images."""
         return Draw(data=self.data(), share=self.share, seed=number)
 
     def removals(self) -> list[Draw | Top]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -39,11 +39,11 @@ class SeedCorrelation(Scored):
         return self.pretrain(method, self.seed + seed)
 
     def scores(self, method: recipes.Method, seed: int = 0, noise: int = 0) -> Influence:
-        """Of training number `seed` under noise number `noise`."""
+        """Scores under training number `seed` and noise number `noise`."""
         return self.influence(self.trained(method, seed), self.noise_seed + noise)
 
     def noises(self, seed: int) -> list[int]:
-        """The first encoder is scored under every noise; another one under that of the first, and under its own."""
+        """The first encoder is scored under every noise; each other encoder under the first noise and its own."""
         return list(range(self.noise_seeds)) if seed == 0 else [0, seed]
 
     def stages(self) -> list[Stage]:
@@ -88,11 +88,11 @@ class AugmentationAblation(Scored):
         return found
 
     def draws_of(self, name: str) -> tuple[int, ...]:
-        """Several numbers of draws for what the paper uses and for what SSL uses; one for the others."""
+        """Several numbers of draws for the paper's noise and for SSL's augmentations; one for the others."""
         return self.draws if name in (self.usual, "crop 1", "chain 1") else self.draws[:1]
 
     def scores(self, method: recipes.Method, name: str, draws: int, seed: int) -> Influence:
-        """Of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
+        """Scores of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
         return self.influence(
             self.pretrain(method), self.noise_seed + seed, data=self.scored_data(),
             perturbation=self.perturbations()[name], draws=draws,
@@ -122,7 +122,7 @@ class BackgroundBias(Scored):
     swapped: int = Field(96, ge=16)
 
     def drawn_encoder(self) -> Pretrain:
-        """Of the first method, trained on scenes; where all images are scenes, the encoder of the other questions."""
+        """The first method, trained on scenes; if the data set is scenes, the encoder of the other questions."""
         world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs, "snapshots": None}
         return (self if self.dataset == "scenes" else self.model_copy(update=world)).pretrain(self.methods[0])
 
@@ -179,7 +179,7 @@ class Fairness(Scored):
         return self.pretrain(method, self.seed + seed, self.removal(seed, at_random))
 
     def thinned_scores(self, method: recipes.Method, seed: int, at_random: bool = False) -> Influence:
-        """Of all images, after a training without those of `removal`."""
+        """Scores of all images after a training without those of `removal`."""
         return self.influence(self.thinned_encoder(method, seed, at_random))
 
     def stages(self) -> list[Stage]:
@@ -189,6 +189,9 @@ class Fairness(Scored):
             for arm in arms:
                 found += [self.thinned_encoder(method, *arm), self.thinned_scores(method, *arm)]
         return found
+
+
+Removed = Literal["top", "bottom", "random"]  # the arms of notebook 06
 
 
 class Pruning(Scored):
@@ -202,36 +205,33 @@ class Pruning(Scored):
 
     @property
     def judges(self) -> range:
-        """The seeds that are trained again: the one that was scored is no judge of what its scores remove."""
+        """The seeds that are retrained: the one that was scored cannot judge what its own scores remove."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
     def scores(self, method: recipes.Method) -> Influence:
-        """Of the encoder of the first seed."""
+        """Scores under the encoder of the first seed."""
         return self.influence(self.pretrain(method))
 
-    def removal(
-        self, method: recipes.Method, which: Literal["top", "bottom", "random"], share: float, seed: int
-    ) -> Prune:
+    def removal(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Prune:
         return Prune(influence=self.scores(method), which=which, share=share, seed=seed if which == "random" else 0)
 
     def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
-        """Of an encoder trained from scratch on all images."""
+        """Accuracy of an encoder trained from scratch on all images."""
         return self.evaluation(self.pretrain(method, seed))
 
-    def pruned(
-        self, method: recipes.Method, which: Literal["top", "bottom", "random"], share: float, seed: int
-    ) -> Evaluate:
-        """Of an encoder trained from scratch without this share of the images."""
+    def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
+        """Accuracy of an encoder trained from scratch without this share of the images."""
         return self.evaluation(self.pretrain(method, seed, self.removal(method, which, share, seed)))
 
     def stages(self) -> list[Stage]:
         found: list[Stage] = []
-        ways: tuple[Literal["top", "bottom", "random"], ...] = ("top", "bottom", "random")
         for method in self.methods:
             found.append(self.scores(method))
             for seed in self.judges:
                 found.append(self.all_kept(method, seed))
-                found += [self.pruned(method, which, share, seed) for share in self.shares for which in ways]
+                found += [
+                    self.pruned(method, which, share, seed) for share in self.shares for which in get_args(Removed)
+                ]
         return found
 
 
@@ -250,7 +250,7 @@ By = Literal["ssl", "supervised", "random"]
 
 
 class SupervisedVsSSL(Scored):
-    """08_supervised_vs_ssl: do supervised and self-supervised models depend on other images?"""
+    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?"""
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
 
@@ -260,20 +260,20 @@ class SupervisedVsSSL(Scored):
 
     @property
     def trained(self) -> tuple[recipes.Method, recipes.Method]:
-        """The two kinds of model that are trained again after pruning."""
+        """The two kinds of model that are retrained after pruning."""
         return self.methods[0], "supervised"
 
     @property
     def judges(self) -> range:
-        """The seeds that are trained again, the scored one not among them."""
+        """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
     def cross_entropy_scores(self) -> Influence:
-        """Of the supervised model's own loss."""
+        """Scores by the supervised model's own loss."""
         return self.influence(self.pretrain("supervised"), perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
 
     def stability_scores(self) -> Influence:
-        """Of the stability loss under the supervised model."""
+        """Scores by the stability loss under the supervised model."""
         return self.influence(self.pretrain("supervised"))
 
     def removal(self, by: By, seed: int) -> Prune:
@@ -290,14 +290,13 @@ class SupervisedVsSSL(Scored):
         return self.evaluation(self.pretrain(method, seed, self.removal(by, seed)))
 
     def stages(self) -> list[Stage]:
-        ways: tuple[By, ...] = ("ssl", "supervised", "random")
         found = [
             *self.of_each(self.methods), self.pretrain("supervised"), self.cross_entropy_scores(),
             self.stability_scores(),
         ]  # fmt: skip
         for method in self.trained:
             for seed in self.judges:
-                found += [self.all_kept(method, seed), *(self.pruned(method, by, seed) for by in ways)]
+                found += [self.all_kept(method, seed), *(self.pruned(method, by, seed) for by in get_args(By))]
         return found
 
 

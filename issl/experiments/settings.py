@@ -1,9 +1,10 @@
-"""Settings that stages are made of: which images, and how a curvature stands in a stage's key."""
+"""Settings that stages are made of: which images, and how a curvature is written in a stage's key."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity
 
 
 def is_unset(value: object) -> bool:
-    """Fields that came later are no part of a config while they are not set, so what was computed before is found."""
+    """Fields added later are left out of a key while they are unset, so artifacts made before are still found."""
     return value is None or value is False
 
 
@@ -32,7 +33,7 @@ class Injection(Config):
 
 
 class Data(Config):
-    """Which images. `root` says where they lie and is no part of what they are; `fingerprint` is."""
+    """Which images. `root` is only where they are stored; what identifies them in a key is `fingerprint`."""
 
     name: str
     split: str = "train"
@@ -40,9 +41,9 @@ class Data(Config):
     seed: int = Field(0, ge=0)
     size: int | None = None
     inject: Injection | None = None
-    first: int | None = Field(None, ge=1)  # of the images thus chosen, only so many (the others are not scored)
+    first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
     uniform: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)  # of scenes: the share of uniform backgrounds
-    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # of the images thus chosen, these classes alone
+    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # only images of these classes
     root: Path | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
@@ -61,16 +62,23 @@ class Data(Config):
         return datasets.count(self.name, self.split, self.root)
 
     def load(self) -> Images:
-        if self.uniform is None:
-            images = datasets.load(self.name, self.split, self.n, self.root, self.seed, self.size)
-        else:
-            images = scenes.draw(self.n, self.split, self.seed, scenes.ScenesConfig(uniform=self.uniform))
-        if self.classes is not None:
-            images = images.subset(torch.isin(images.require_labels(), torch.tensor(self.classes)))
-            if len(images) == 0:
-                raise IsslError(f"{self.name}: none of its images is of the classes {self.classes}")
-        images = images if self.inject is None else inject(images, **self.inject.model_dump())
-        return images if self.first is None else images.subset(range(min(self.first, len(images))))
+        """The images. The last few sets are kept in memory, because many stages in a row read the same ones."""
+        images = _loaded(self, self.fingerprint)
+        return replace(images, attributes=images.attributes.copy())  # a caller may add columns
+
+
+@lru_cache(maxsize=4)
+def _loaded(data: Data, fingerprint: str) -> Images:
+    if data.uniform is None:
+        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size)
+    else:
+        images = scenes.draw(data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform))
+    if data.classes is not None:
+        images = images.subset(torch.isin(images.require_labels(), torch.tensor(data.classes)))
+        if len(images) == 0:
+            raise IsslError(f"{data.name}: none of its images is of the classes {data.classes}")
+    images = images if data.inject is None else inject(images, **data.inject.model_dump())
+    return images if data.first is None else images.subset(range(min(data.first, len(images))))
 
 
 KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
@@ -92,8 +100,8 @@ def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, see
 
 
 def in_key(curvature: Curvature) -> dict[str, Any]:
-    """A curvature as it stands in a stage's key: its name and the same three settings for every kind, at their usual
-    value where it does not have them. (So artifacts made before each kind had a class of its own are found.)"""
+    """A curvature in a stage's key: its name and the same three settings for every kind, at their usual value where
+    it does not have them. (So artifacts made before each kind had its own class are still found.)"""
     settings = {name: vars(curvature).get(name, usual) for name, usual in USUAL.items()}
     for kind, build in KINDS.items():
         if build(*settings.values()) == curvature:

@@ -47,7 +47,7 @@ class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv.
 
     With `snapshots`, encoder-EPOCH.safetensors too, after these epochs; these files and the last one hold the whole
-    learner (BYOL's predictor and target) in half precision, so what is scored is what can be given away.
+    learner (BYOL's predictor and target) in half precision, so what is scored is also what can be shared.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -62,9 +62,9 @@ class Pretrain(Stage):
     order_seed: int | None = Field(None, ge=0)
     view_seed: int | None = Field(None, ge=0)
     left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
-    without: Prune | Thin | Pick | Draw | Top | None = None  # a choice of such positions, made by another stage
+    without: Choice | None = None  # such positions, chosen by another stage
     gaps: bool = Field(False, exclude_if=is_unset)  # their places in the batches stay empty
-    start: Pretrain | None = Field(None, exclude_if=is_unset)  # go on from this encoder
+    start: Pretrain | None = Field(None, exclude_if=is_unset)  # continue from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
     snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
@@ -108,7 +108,7 @@ class Pretrain(Stage):
     def encoder(
         self, artifacts: Artifacts, output: Literal["features", "projector"] = "features", after: int | None = None
     ) -> nn.Module:
-        """The encoder, in eval mode; `after`: as it was after so many epochs, one of `snapshots`."""
+        """The encoder, in eval mode; `after`: as it was after that many epochs, one of `snapshots`."""
         return load_encoder(self._file(artifacts, after), output)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
@@ -134,7 +134,7 @@ class Pretrain(Stage):
         return artifacts.get(self) / name
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
-        """One row an epoch, see `issl.pretraining.loop.pretrain`."""
+        """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.get(self) / "history.csv")
 
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
@@ -184,12 +184,29 @@ class Influence(Stage):
         shutil.rmtree(folder / "rows")
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """The table of scores, one row an image, see `issl.self_influence`."""
+        """The table of scores, one row per image, see `issl.self_influence`."""
         return pd.read_parquet(artifacts.get(self) / "influence.parquet")
 
 
-class Prune(Stage):
-    """Choose the share of images with the highest or lowest score, or any: positions.json."""
+class Positions(Stage):
+    """A choice of images by their positions in the data: positions.json. The subclasses say which."""
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        """The positions, in any order."""
+        raise NotImplementedError
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        with atomic(folder / "positions.json") as part:
+            part.write_text(json.dumps(sorted(int(i) for i in self.choose(artifacts))))
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        chosen: list[int] = json.loads((artifacts.get(self) / "positions.json").read_text())
+        return chosen
+
+
+class Prune(Positions):
+    """Choose a share of the images: those with the highest or the lowest score, or random ones."""
 
     name: ClassVar[str] = "prune"
 
@@ -199,22 +216,17 @@ class Prune(Stage):
     column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         scores = self.influence.read(artifacts)[self.column].to_numpy()
         count = round(self.share * len(scores))
         order = np.argsort(-scores, kind="stable")
         if self.which == "random":
             order = np.random.default_rng(self.seed).permutation(len(scores))
-        chosen = order[-count:] if self.which == "bottom" else order[:count]
-        _write_positions(folder, chosen)
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return order[-count:] if self.which == "bottom" else order[:count]
 
 
-class Thin(Stage):
-    """Choose images so that of one group only the share `keep` is left; or as many of all at random: positions.json."""
+class Thin(Positions):
+    """Choose images of one group so that only the share `keep` of it is left, or as many images at random."""
 
     name: ClassVar[str] = "thin"
 
@@ -225,7 +237,7 @@ class Thin(Stage):
     at_random: bool = False
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         groups = self.data.load().require([self.attribute])[self.attribute].astype(str)
         members = np.flatnonzero(groups == self.value)
         if not len(members):
@@ -233,32 +245,24 @@ class Thin(Stage):
             raise IsslError(f"{self.data.name}: no image has {self.attribute}={self.value!r}; there are {there}")
         rng = np.random.default_rng(self.seed)
         count = len(members) - round(self.keep * len(members))
-        _write_positions(folder, rng.permutation(len(groups) if self.at_random else members)[:count])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return rng.permutation(len(groups) if self.at_random else members)[:count]
 
 
-class Pick(Stage):
-    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest: positions.json."""
+class Pick(Positions):
+    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest."""
 
     name: ClassVar[str] = "pick"
 
     influence: Influence
     quantile: float = Field(ge=0, le=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
-        _write_positions(folder, order[[round(self.quantile * (len(order) - 1))]])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return order[[round(self.quantile * (len(order) - 1))]]
 
 
-class Draw(Stage):
-    """Choose a share of the images at random: positions.json."""
+class Draw(Positions):
+    """Choose a share of the images at random."""
 
     name: ClassVar[str] = "draw"
 
@@ -266,17 +270,13 @@ class Draw(Stage):
     share: float = Field(gt=0, lt=1)
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         n = len(self.data.load())
-        _write_positions(folder, np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)])
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
+        return np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)]
 
 
-class Top(Stage):
-    """Choose the k training images of the highest influence on one query, or nearest to it: positions.json."""
+class Top(Positions):
+    """Choose the k training images of the highest influence on one query, or nearest to it."""
 
     name: ClassVar[str] = "top"
 
@@ -284,23 +284,9 @@ class Top(Stage):
     query: int = Field(ge=0)  # its position
     k: int = Field(ge=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
         row = self.scores.read(artifacts)[self.query]
-        _write_positions(folder, row.argsort(descending=True, stable=True)[: self.k].numpy())
-
-    def read(self, artifacts: Artifacts) -> list[int]:
-        """The chosen positions, in increasing order."""
-        return _read_positions(artifacts.get(self))
-
-
-def _write_positions(folder: Path, chosen: np.ndarray) -> None:
-    with atomic(folder / "positions.json") as part:
-        part.write_text(json.dumps(sorted(int(i) for i in chosen)))
-
-
-def _read_positions(folder: Path) -> list[int]:
-    chosen: list[int] = json.loads((folder / "positions.json").read_text())
-    return chosen
+        return row.argsort(descending=True, stable=True)[: self.k].numpy()
 
 
 class Measured(Stage):
@@ -356,12 +342,25 @@ class Stability(Measured):
             pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(part, index=False)
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """index and stability_loss, one row an image."""
+        """index and stability_loss, one row per image."""
         return pd.read_parquet(artifacts.get(self) / "losses.parquet")
 
 
-class Cross(Stage):
-    """Cross-influence of training images on queries: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
+class Pairs(Stage):
+    """A number for each query and training image: pairs.safetensors (`scores` (q, n), `query`, `index`)."""
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """The numbers (q, n)."""
+        return read_safetensors(artifacts.get(self) / "pairs.safetensors", "scores")[1]["scores"]
+
+
+def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
+    with atomic(folder / "pairs.safetensors") as part:
+        save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
+
+
+class Cross(Pairs):
+    """Cross-influence of training images on queries."""
 
     name: ClassVar[str] = "cross"
     version: ClassVar[int] = 2
@@ -382,12 +381,8 @@ class Cross(Stage):
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 
-    def read(self, artifacts: Artifacts) -> Tensor:
-        """Scores (q, n) of queries and training images."""
-        return _read_pairs(artifacts.get(self))
 
-
-class TrainingEffect(Stage):
+class TrainingEffect(Pairs):
     """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`. Positive: training on the
     image lowers the query's stability loss. See `issl.analysis.training_influence`.
 
@@ -433,13 +428,9 @@ class TrainingEffect(Stage):
         warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
         return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
 
-    def read(self, artifacts: Artifacts) -> Tensor:
-        """Scores (q, n) of queries and training images."""
-        return _read_pairs(artifacts.get(self))
 
-
-class Nearness(Stage):
-    """Cosine similarity of training images and queries in feature space: pairs.safetensors, as `Cross`."""
+class Nearness(Pairs):
+    """Cosine similarity of training images and queries in feature space."""
 
     name: ClassVar[str] = "nearness"
 
@@ -451,14 +442,10 @@ class Nearness(Stage):
         scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
         _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
 
-    def read(self, artifacts: Artifacts) -> Tensor:
-        """Cosine similarities (q, n) of queries and training images."""
-        return _read_pairs(artifacts.get(self))
-
 
 class Lists(Stage):
-    """Of each image the k nearest others in feature space, and the k others of the highest influence on it, all images
-    of one set: lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
+    """For each image of a set, the k others nearest in feature space and the k others of the highest influence on it:
+    lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
 
     name: ClassVar[str] = "lists"
 
@@ -497,15 +484,6 @@ class Lists(Stage):
         return pd.read_parquet(artifacts.get(self) / "lists.parquet")
 
 
-def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
-    with atomic(folder / "pairs.safetensors") as part:
-        save_file({"scores": scores.contiguous(), "query": query.index, "index": images.index}, part)
-
-
-def _read_pairs(folder: Path) -> Tensor:
-    return read_safetensors(folder / "pairs.safetensors", "scores")[1]["scores"]
-
-
 class Evaluate(Stage):
     """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?), probe.json (its C)."""
 
@@ -533,10 +511,11 @@ class Evaluate(Stage):
         return pd.read_parquet(artifacts.get(self) / "hits.parquet")
 
 
-Choice = Prune | Thin | Pick | Draw | Top  # of positions that are not trained on
+Choice = Prune | Thin | Pick | Draw | Top
 
 # Pretrain names Prune, which names Influence, which names Pretrain
 for _stage in (
-    Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, Nearness, Lists, Evaluate,
+    Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, Nearness, Lists,
+    Evaluate,
 ):  # fmt: skip
     _stage.model_rebuild()

@@ -225,7 +225,7 @@ class Curvature(Protocol):
         return None
 
     def norm_scale(self, layer: Layer) -> float | None:
-        """A factor that makes a row's squared norm an unbiased estimate of the gradient's; None if there is none."""
+        """A factor that makes a row's squared norm an unbiased estimate of the gradient's; None if none does."""
         return 1.0
 
 

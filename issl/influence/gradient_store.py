@@ -43,7 +43,7 @@ CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
 
 
 def choose_memory(computing: Computing, need: int) -> Computing:
-    """With `memory` decided: which of the three ways, for rows of `need` bytes."""
+    """The same settings with `memory` decided: one of the three ways, for rows of `need` bytes."""
     if computing.store is not None:
         return replace(computing, memory="mapped")
     if computing.memory != "auto":
@@ -60,7 +60,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     """The pass over these chunks, with its rows on the CPU.
 
     computing   from `choose_memory`
-    identity    the fingerprint of these rows, which a store must have, too
+    identity    the fingerprint of these rows; a store that has another is refused
     """
 
     def compute(chunk: slice) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is measured, and the pass over the images that measures it: the common part of self- and cross-influence."""
+"""What is measured, and the pass over the images that measures it: shared by self- and cross-influence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Perturbations of the stability loss: what turns an image into its noisy copy x̂.
 
-The paper's is Gaussian noise; the augmentations of pretraining, each with a strength, are its ablation.
+The paper uses Gaussian noise; its ablation uses the augmentations of pretraining, each with a strength.
 Given a seed, a perturbation is a function of an image's pixels and index only.
 """
 

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, apart from the weights: copied from another encoder, or estimated again.
+"""BatchNorm's running statistics, apart from the weights: copied from another encoder, or re-estimated.
 
 Training on other images changes them even where no weight is trained, and an encoder's features with them. No gradient
 of weights sees that, so what a score of weights predicts is measured with the statistics held.

@@ -16,7 +16,7 @@ from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 from issl.pretraining.learner import Learner
 
-History = list[dict[str, int | float]]  # one entry an epoch
+History = list[dict[str, int | float]]  # one entry per epoch
 
 
 @dataclass(frozen=True)

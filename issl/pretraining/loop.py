@@ -54,7 +54,7 @@ class Execution:
     progress: bool = True
 
     def maybe_compiled(self, images_seen: int, *functions: Callable[..., Any]) -> Sequence[Callable[..., Any]]:
-        """These functions, compiled if a run over so many images should be."""
+        """These functions, compiled if that pays off in a run that sees this many images."""
         if self.compiled == "on" and self.shards.world > 1:
             raise IsslError(f"compiled='on' on {self.shards.world} processes: choose auto or off, or one process")
         pays = torch.device(self.device).type == "cuda" and self.shards.world == 1 and images_seen >= WORTH_COMPILING
@@ -125,7 +125,7 @@ def pretrain(
     after_epoch called after each epoch (by the first process) with the number of epochs done and the learner, before
                 that epoch's checkpoint is written: whatever it leaves on disk is there when a run resumes later.
                 The numbers it returns, if any, join the history
-    history     one row an epoch: epoch, loss, feature_std (see `issl.pretraining.learner.spread`; near 0 = collapse),
+    history     one row per epoch: epoch, loss, feature_std (see `issl.pretraining.learner.spread`; near 0 = collapse),
                 lr, images_per_second, and what `after_epoch` returned
     Raises IsslError: too few images for a batch, missing labels, a loss that is not finite or features that
     collapsed (with the epoch and what to try), a checkpoint that is damaged or of another run.
@@ -211,7 +211,7 @@ def _check_sizes(n: int, keep: Tensor, batch_size: int, gaps: bool, shards: Shar
         raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
     if batch_size % shards.world or batch_size // shards.world < 2:
         raise IsslError(
-            f"batch_size={batch_size} on {shards.world} processes: need a multiple of it, two images a process or more"
+            f"batch_size={batch_size} on {shards.world} processes: need a multiple of it, two or more per process"
         )
     if gaps and shards.world > 1:
         raise IsslError(f"gaps=True on {shards.world} processes: their shares would differ; use one process")

@@ -1,4 +1,4 @@
-"""Recipes: every constant of pretraining, one visible table.
+"""Recipes: every constant of pretraining, in one table.
 
 `published` are solo-learn's for CIFAR and ResNet-18 (da Costa et al. 2022, arXiv 2106.01775; its
 scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for runs of up to 200 epochs and for narrow

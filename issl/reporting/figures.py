@@ -99,7 +99,7 @@ def forest(
 def forests(
     axes: Axes, names: Sequence[str], by_method: dict[str, Sequence[Estimate]], label: str, nothing: float | None = None
 ) -> None:
-    """As `forest`, with several methods a row, in their colours, the first on top."""
+    """As `forest`, with several methods per row, in their colours, the first on top."""
     step = 0.7 / max(1, len(by_method))
     for k, (method, estimates) in enumerate(by_method.items()):
         at = np.arange(len(names))[::-1] + step * ((len(by_method) - 1) / 2 - k)
@@ -131,7 +131,7 @@ def _finish(axes: Axes, names: Sequence[str], estimates: Sequence[Estimate], lab
 
 
 def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None) -> None:
-    """Images in reading order, as many as given; those with a true entry in `frames` get a border."""
+    """All images in reading order; those with a true entry in `frames` get a border."""
     axes.set_title(title, loc="left")
     rows = -(-len(images) // columns)
     side, gap = images.pixels.shape[-1], 3
@@ -179,7 +179,7 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
     rho = f"\nρ = {correlation(loss, influence, 'spearman')} (of ranks)" if len(images) >= LEAST else ""
-    ax.set_title(f"against the stability loss, one point an image{rho}", loc="left", fontsize=7)
+    ax.set_title(f"against the stability loss, one point per image{rho}", loc="left", fontsize=7)
     figure.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
     return figure
 

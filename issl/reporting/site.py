@@ -1,7 +1,7 @@
 """The report: results/<profile>/index.html, a static site that opens from a file and needs no network.
 
 Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), an explorer of the images
-by their scores, and where the numbers come from. It shows what the run left and computes nothing of its own.
+by their scores, and where the numbers come from. It shows what the run left and computes nothing itself.
 This module collects the values; the HTML is in templates/, styles and scripts are in static/.
 """
 
@@ -44,7 +44,7 @@ SCALE = {
 
 
 def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artifacts: Artifacts, out: Path) -> Path:
-    """Write the site of a profile from what lies under out/results and out/figures; returns its index.
+    """Write the site of a profile from what is under out/results and out/figures; returns its index.
 
     plans     of all notebooks that may have been run
     explorer  its artifacts must be there; None leaves the image explorer out

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from issl.analysis.statistics import Estimate
@@ -55,19 +54,12 @@ def keep(records: Sequence[Record], folder: Path) -> Path:
     return folder / KEPT
 
 
-def estimate(record: Record, metric: str) -> Estimate:
-    """A metric of a record; a bound stored as null was infinite."""
-    m = record["metrics"][metric]
-    value, low, high = (d if m[k] is None else m[k] for k, d in (("value", np.nan), ("low", -np.inf), ("high", np.inf)))
-    return Estimate(value, low, high, m["n"])
-
-
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per record: claim, method, the paper's number, ours of the first test with its interval, n, verdict, …"""
     rows = []
     for r in records:
         first = r["tests"][0]["metric"]
-        e = estimate(r, first)
+        e = Estimate.of(r["metrics"][first])
         rows.append(
             {
                 "name": r["name"], "claim": r["claim"], "whose": "ours" if r["ours"] else "the paper's",
@@ -111,7 +103,7 @@ def failures(record: Record) -> str:
     found = []
     for test in record["tests"]:
         if not test["holds"]:
-            e, side = estimate(record, test["metric"]), "above" if "above" in test else "below"
+            e, side = Estimate.of(record["metrics"][test["metric"]]), "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
             value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
             found.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {value}")

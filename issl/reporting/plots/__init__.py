@@ -1,1 +1,1 @@
-"""The notebooks' own figures, one module a notebook: tables in, a figure out."""
+"""The notebooks' own figures, one module per notebook: tables in, figure out."""

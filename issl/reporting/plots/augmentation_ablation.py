@@ -34,7 +34,7 @@ def gallery(plan: AugmentationAblation, images: Images, views: dict[str, Tensor]
 
 
 def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, rival: Mapping[Any, Any]) -> Figure:
-    """Of the first method, r between two seeds: at usual strength (a), by strength (b) and by the number of draws (c).
+    """The first method's r between two seeds: at usual strength (a), by strength (b) and by the number of draws (c).
 
     table  method, perturbation, draws, mean_loss, metric, value, low, high, n
     rival  the best augmentation: perturbation, r, inside_grid, margin_usual, margin_matched
@@ -77,7 +77,7 @@ def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, 
 
 
 def each_method(plan: AugmentationAblation, images: Images, first: pd.DataFrame) -> Figure:
-    """r between two seeds at usual strength, a row a perturbation, the methods in their colours.
+    """r between two seeds at usual strength, a row per perturbation, the methods in their colours.
 
     first  rows of `comparison`'s table: Pearson's r, the first number of draws
     """

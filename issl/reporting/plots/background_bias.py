@@ -78,7 +78,7 @@ def _by_rank(ax: Axes, ranked: np.ndarray, colour: tuple[float, float, float]) -
 
 
 def _relations(plan: BackgroundBias, panels: list[Axes], measured: Measured) -> None:
-    """One panel a metric, one line a score; the scores of influence on grey."""
+    """One panel per metric, one line per score; the scores of influence on grey."""
     keys = [(method, score) for score in SHORT for method in plan.methods] + [key for key in measured if not key[0]]
     names = [f"{SHORT[score]}, {NAMES[method]}" if method else score for method, score in keys]
     colours = [figures.COLOURS.get(method, "0.4") for method, _ in keys]
@@ -104,7 +104,7 @@ def swapped(
     """The same scenes on each background, and how much higher their scores are there than on a texture.
 
     scenes   with the attributes scene and background, as `issl.load("scenes-swapped")` gives them
-    change   change of log influence, a row a scene, a column a flat background
+    change   change of log influence, a row per scene, a column per flat background
     by_kind  its mean on each flat background
     rows     what the right panel draws: four of influence, then two of other scores
     """

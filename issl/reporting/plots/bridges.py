@@ -29,7 +29,7 @@ BACKGROUNDS = {  # name in the legend, colour, shift of its points (in share), l
 def bridges(plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd.DataFrame, slope: Estimate) -> Figure:
     """(a) the graph of the first method in two eigenvectors; (b) to (d) gains over random removal; (e) doses.
 
-    chart    x, y, label, top (is its influence among the highest?): one row an image
+    chart    x, y, label, top (is its influence among the highest?): one row per image
     removed  method, removed, share, metric, value, low, high, n
     doses    share, seed, background, value, low, high, n; slope: of value by share, any uniform background
     """
@@ -74,12 +74,12 @@ def _gain(removed: pd.DataFrame, method: str, which: str, metric: str, share: fl
 def _gains(
     plan: Bridges, removed: pd.DataFrame, metric: str, share: float, factor: float = 1.0
 ) -> dict[str, Sequence[Estimate]]:
-    """Of each method, without each kind of image."""
+    """What each method gains without each kind of image."""
     return {m: [_gain(removed, m, which, metric, share).scaled(factor) for which in REMOVED] for m in plan.methods}
 
 
 def _doses(ax: Axes, doses: pd.DataFrame) -> None:
-    """One mark a training, lines through the means."""
+    """One mark per training, lines through the means."""
     for background, (name, colour, shift, width) in BACKGROUNDS.items():
         part = doses[doses["background"] == background]
         mean = part.groupby("share")["value"].mean()

@@ -20,7 +20,7 @@ COLOURS = {"reproduced": "C0", "partly": "C1", "not reproduced": "C3", UNTESTED:
 
 
 def all_claims(records: Sequence[Record], profile: str) -> Figure:
-    """A row a claim: its words, the estimates of its first test (one mark a method), and its verdicts."""
+    """A row per claim: its words, the estimates of its first test (one mark per method), and its verdicts."""
     names = list(dict.fromkeys(r["name"] for r in records))  # by notebook
     size = (figures.PAGE, 0.68 * len(names) + 0.6)
     figure, axes = plt.subplots(len(names), 3, figsize=size, width_ratios=[1.3, 1.1, 1.25], squeeze=False)
@@ -52,7 +52,7 @@ def _estimates(ax: Axes, rows: Sequence[Record]) -> None:
     """A claim's first test: the estimates with their intervals, the bound it asks for, the paper's number."""
     test = rows[0]["tests"][0]
     bound, paper = test.get("above", test.get("below")), rows[0]["paper"]
-    estimates = [verdicts.estimate(r, test["metric"]) for r in rows]
+    estimates = [Estimate.of(r["metrics"][test["metric"]]) for r in rows]
     enrichment = test["metric"].startswith("enrichment")
     log = enrichment or (max(abs(e.value) for e in estimates) < 1e-2 and bound > 0)
     floor = (0.1 if enrichment else 1e-17) if log else -np.inf

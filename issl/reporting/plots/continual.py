@@ -28,9 +28,9 @@ def forgetting(
     plan: Continual, course: pd.DataFrame, drift: pd.DataFrame, images: Mapping[Task, pd.DataFrame],
     found: pd.DataFrame, labels: Mapping[Task, str], sizes: Mapping[Task, int],
 ) -> Figure:  # fmt: skip
-    """A row a task: neighbours lost, influence over training, forgetting by influence, and what predicts it.
+    """A row per task: neighbours lost, influence over training, forgetting by influence, and what predicts it.
 
-    course         task, way, epochs, lost: one row an encoder
+    course         task, way, epochs, lost: one row per encoder
     drift          task, way, epochs, spearman: of influence then with influence after the first task
     images         of each image: rank of influence and the share of its neighbours forgotten, both 0 to 1
     found          task, score, metric, value, low, high, n
@@ -70,7 +70,7 @@ def _drift(ax: Axes, drift: pd.DataFrame) -> None:
 
 
 def _tenths(ax: Axes, images: pd.DataFrame, colour: tuple[float, float, float]) -> None:
-    """One dot an image; means with their intervals of tenths by influence."""
+    """One dot per image; means with their intervals of tenths by influence."""
     ax.scatter(100 * images["rank"], 100 * images["forgotten"], s=4, lw=0, alpha=0.35, color=colour)
     tenth = np.minimum(9, (10 * images["rank"].rank(pct=True) - 1e-9).astype(int))
     means = [statistics.mean(images["forgotten"][tenth == t].to_numpy()).scaled(100) for t in range(10)]

@@ -39,7 +39,7 @@ def found(
     plan: Duplicates, images: Images, detectors: Detectors, truths: Mapping[str, tuple[np.ndarray, np.ndarray]],
     table: pd.DataFrame,
 ) -> Figure:  # fmt: skip
-    """A row a truth: precision-recall curves, average precision and AUC of every detector.
+    """A row per truth: precision-recall curves, average precision and AUC of every detector.
 
     truths  of each truth which images are duplicates, (n,), and which are asked about, (n,)
     table   method, detector, truth, metric, value, low, high, n

@@ -22,9 +22,9 @@ NEGLIGIBLE = 0.147  # rank-biserial effects below it
 def group_effects(plan: Fairness, groups: pd.DataFrame, ranks: np.ndarray, table: pd.DataFrame) -> Figure:
     """The effect of each group against the rest, and the first method's mean rank by two attributes.
 
-    groups  an attribute in each column, one row an image
+    groups  an attribute in each column, one row per image
     ranks   (n,) of the first method's scores, 0 lowest to 1 highest
-    table   method, attribute, group, images, effect (an Estimate), adjusted_p: one row a test
+    table   method, attribute, group, images, effect (an Estimate), adjusted_p: one row per test
     """
     tests = {(r["method"], r["attribute"], r["group"]): r for r in table.to_dict("records")}
     keys = list(dict.fromkeys((attribute, group) for _, attribute, group in tests))
@@ -74,8 +74,8 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     """How far the mean rank of the thinned group rises beyond the control, over training seeds and for each.
 
     members  images of the group
-    rises    method, seed, rise: one row an image of the group and seed
-    table    method, who, estimate: one row a part of the group
+    rises    method, seed, rise: one row per image of the group and per seed
+    table    method, who, estimate: one row per part of the group
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.4), width_ratios=[1.25, 1])
     rows = table.to_dict("records")
@@ -91,7 +91,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     right.axhline(0, color="grey", lw=0.8, ls="--")
     right.set_xticks(range(len(plan.methods)), [NAMES[m] for m in plan.methods])
     right.set(xlabel="", ylabel="change of the mean rank")
-    right.set_title("b  one point a training seed", loc="left")
+    right.set_title("b  one point per training seed", loc="left")
     all_of_it = [(NAMES[r["method"]], r["estimate"]) for r in rows if r["who"] == "all of the group"]
     figure.suptitle(
         f"{plan.groups()[1]} cut to {plan.keep:.0%}: change of its mean influence rank\n"

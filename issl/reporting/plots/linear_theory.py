@@ -25,7 +25,7 @@ def checks(
     """Two checks of the scores, and how well two seeds agree.
 
     closed, by_autograd  (n,) scores by perturbation
-    retrained            perturbation, influence_over_n, change_of_loss: one row a training without an image
+    retrained            perturbation, influence_over_n, change_of_loss: one row per training without an image
     found                the correlation of these two by perturbation
     agreement            of two seeds, by perturbation and loss
     """

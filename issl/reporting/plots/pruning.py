@@ -24,9 +24,9 @@ COMPARED = ("top − none", "top − random", "bottom − random")
 def accuracies(
     plan: Pruning, runs: pd.DataFrame, differences: pd.DataFrame, share: float, best: dict[str, Estimate]
 ) -> Figure:
-    """A row a method: probe and kNN accuracy by the share removed, and the probe's paired differences.
+    """A row per method: probe and kNN accuracy by the share removed, and the probe's paired differences.
 
-    runs         method, removed, share, seed, probe, knn: one row a training
+    runs         method, removed, share, seed, probe, knn: one row per training
     differences  method, share, metric, difference, value, low, high
     share, best  where the top of the first method does best, and its probe's differences there: "none" and "random"
     """
@@ -68,5 +68,5 @@ def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
         f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
         f"{points['random']} against random removal\n"
         f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
-        "one mark a seed, × nothing removed)"
+        "one mark per seed, × nothing removed)"
     )

@@ -28,7 +28,7 @@ PANELS = (  # metric, label, its value without any relation, title
 def agreement(
     plan: SeedCorrelation, images: Images, readings: dict[str, dict[str, np.ndarray]], table: pd.DataFrame
 ) -> Figure:
-    """Above, the scores of two seeds of each method, a row a reading; below, the statistics with their intervals.
+    """Above, the scores of two seeds of each method, a row per reading; below, the statistics with their intervals.
 
     readings  by the kind of seed ("noise", "training") and method, scores (s, n)
     table     seed, method, metric, value, low, high, n

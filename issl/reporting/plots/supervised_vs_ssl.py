@@ -59,7 +59,7 @@ def agreement(
 
 
 def _all_pairs(ax: Axes, estimates: Mapping[str, Estimate], label: str, nothing: float) -> None:
-    """One line a pair; those that the claim is about in red."""
+    """One line per pair; those that the claim is about in red."""
     lines, colours = [], []
     for pair, e in estimates.items():
         name = pair
@@ -84,7 +84,7 @@ def _highest(figure: SubFigure, images: Images, scores: Mapping[str, np.ndarray]
 def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure:
     """The probe's accuracy without some images less that with all, of both models.
 
-    differences  trained, removed, value, low, high, n: one row a model and a way to remove
+    differences  trained, removed, value, low, high, n: one row per model and a way to remove
     """
     first = NAMES[plan.methods[0]]
     names = {

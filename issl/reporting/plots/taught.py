@@ -30,7 +30,7 @@ RISES = {"loss_rise": "influence", "loss_rise_nearest": "nearest"}
 
 
 def lists(plan: Taught, images: Images, queries: Images, first: Mapping[str, Int[np.ndarray, "q k"]]) -> Figure:
-    """A row a query: the query, its images of highest influence, a gap, its nearest images.
+    """A row per query: the query, its images of highest influence, a gap, its nearest images.
 
     first   positions among `images`, the best first, of "influence" and "nearest"
     """

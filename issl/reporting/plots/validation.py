@@ -20,7 +20,7 @@ def retraining(plan: Validation, convex: pd.DataFrame, left_out: pd.DataFrame, n
     """(a) the convex case; (b), (c) one image left out, by the kind of retraining; (d), (e) the LDS of every score.
 
     convex    influence (over n), change: of the own loss of each image left out
-    left_out  kind, image, influence, change (of the own log loss): one row a training
+    left_out  kind, image, influence, change (of the own log loss): one row per training
     numbers   part, score, metric, value, low, high, n: all estimates, as they are saved
     n         how many training images there are
     """
