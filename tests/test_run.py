@@ -180,5 +180,17 @@ def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: P
 
 @pytest.mark.parametrize("profile", ["quick", "mini", "overnight", "paper"])
 def test_profiles_are_valid(profile: str) -> None:
-    plans = profiles.read_profile(profile, list(PLANS))
-    assert set(plans) == set(PLANS) and all(p.profile == profile for p in plans.values())
+    names = profiles.covered(profile)
+    plans = profiles.read_profile(profile, names)
+    assert list(plans) == names and all(p.profile == profile for p in plans.values())
+    assert names == (["01_seed_correlation"] if profile == "overnight" else list(PLANS))
+
+
+def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, capsys) -> None:
+    tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "09"}))
+    assert run.run(ProfileOptions("tiny", out=tmp_path, only="09")) == 0
+    assert cli.main(["run", "--profile", "tiny", "--only", "06", "--out", str(tmp_path)]) == 2
+    assert "profile 'tiny' is not for notebook 06_pruning; it is for 09_linear_theory" in capsys.readouterr().err
+    tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "99"}))
+    assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
+    assert "notebook '99'" in capsys.readouterr().err

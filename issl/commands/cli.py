@@ -64,7 +64,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--profile", default="quick", help="quick (default), mini or paper")
+    add("--profile", default="quick", help="quick (default), mini, overnight or paper")
     add("--only", metavar="03,…", help="only these notebooks, by number or name")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,8 @@ from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
 from issl.files import REPOSITORY
+
+KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ProfileOptions:
 
     def plans(self) -> dict[str, Plan]:
         """The plans of the chosen notebooks, and that of the image explorer where all are chosen."""
-        names = select(self.only) + ([EXPLORER.notebook] if self.only is None else [])
+        names = [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
         return read_profile(self.profile, names, out=str(self.folder), data_root=self.root, device=self.device)
 
 
@@ -65,10 +68,13 @@ def profiles() -> dict[str, Path]:
     return {p.stem: p for p in sorted((notebooks_folder() / "profiles").glob("*.yaml"))}
 
 
-def select(only: str | None) -> list[str]:
-    """Notebook names from a list such as `03,00_method`; all of them where there is none."""
-    if only is None:
-        return list(PLANS)
+def covered(profile: str) -> list[str]:
+    """The notebooks that a profile is for: those that its file lists under `notebooks`, or all."""
+    return select(only) if (only := _content(profile).get("notebooks")) else list(PLANS)
+
+
+def select(only: str) -> list[str]:
+    """Notebook names from a list such as `03,00_method`."""
     chosen = []
     for want in (w.strip() for w in only.split(",") if w.strip()):
         found = [name for name in PLANS if name == want or name.split("_")[0] == want]
@@ -83,26 +89,35 @@ def select(only: str | None) -> list[str]:
 def read_profile(profile: str, names: Sequence[str], **common: str | None) -> dict[str, Plan]:
     """The plans of the named notebooks under a profile; every field is checked.
 
-    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value.
+    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; and `notebooks`,
+    those that it is for, where it is not for all.
     """
+    content, file, there = _content(profile), f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
+    plans = {}
+    for name in names:
+        if name not in there:
+            raise IsslError(f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there[:-1])}")
+        fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
+        try:
+            plans[name] = KNOWN[name](**fields)
+        except IsslError as error:
+            raise IsslError(f"{file}, notebook {name}: {error}") from error
+    return plans
+
+
+def _content(profile: str) -> dict[str, Any]:
+    """A profile's file, whose entries are known."""
     paths = profiles()
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
-    content = yaml.safe_load(paths[profile].read_text()) or {}
-    known: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
-    unknown = set(content) - {"common", *known}
+    content: dict[str, Any] = yaml.safe_load(paths[profile].read_text()) or {}
+    unknown = set(content) - {"common", "notebooks", *KNOWN}
     if unknown:
         raise IsslError(
-            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, {', '.join(known)}"
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, notebooks, "
+            f"{', '.join(KNOWN)}"
         )
-    plans = {}
-    for name in names:
-        fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
-        try:
-            plans[name] = known[name](**fields)
-        except IsslError as error:
-            raise IsslError(f"{paths[profile].name}, notebook {name}: {error}") from error
-    return plans
+    return content
 
 
 def check(plans: dict[str, Plan], out: Path) -> None:

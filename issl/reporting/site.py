@@ -39,6 +39,7 @@ COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
     "quick": "a demonstration on drawn images, in minutes", "mini": "small encoders on subsets of real images",
+    "overnight": "trained encoders of width 16, all of CIFAR-10",
     "paper": "ResNet-18 at full width, the paper's scale",
 }  # fmt: skip
 
