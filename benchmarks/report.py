@@ -23,8 +23,8 @@ Forward and backward with respect to the data is what no method of this kind can
 At width 64, an earlier version computed wide 3 x 3 convolutions by Winograd's algorithm: LoGra rank 16 took 0.62 times
 a plain pass on one thread (512 images; 0.66 without). That kernel was removed: it only gained on one fp32 thread.
 Convolutions no longer absorb the BatchNorm after them either: measured alone, that saved 1 to 2% of a LoGra rank 16
-pass at widths 64 and 16, 3% at width 8, and 4% in bf16. LogIX at its default rank of 64 took 3.43 times a plain pass then.
-From run to run the ratio of LoGra rank 16 varies: 0.68 and 0.70 on one thread, 0.73 twice on two.
+pass at widths 64 and 16, 3% at width 8, and 4% in bf16. LogIX at its default rank of 64 took 3.43 times a plain pass
+then. From run to run the ratio of LoGra rank 16 varies: 0.68 and 0.70 on one thread, 0.73 twice on two.
 
 LogIX and dattri have a LoGra, too. LogIX's caps its rank at a convolution's input channels, ignores dilation and
 groups, and takes the second view as another call of each layer. dattri's LoGra and EK-FAC (0.3.0) hook Linear layers
