@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import forked
@@ -89,6 +90,24 @@ def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.Cap
     assert influence().read(artifacts).equals(scores)
     assert [c.split("/")[0] for c in artifacts.computed] == ["influence"]
     assert victim.name in capsys.readouterr().err and damaged(folder) is None
+
+
+def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
+    made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
+    weights = TRAIN.encoder(made).state_dict()
+    shutil.copytree(made.folder(TRAIN), released / TRAIN.name / TRAIN.key)
+    there = sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*"))
+    fresh = Artifacts(tmp_path / "b", released=released)
+    assert fresh.has(TRAIN) and all(torch.equal(v, weights[k]) for k, v in TRAIN.encoder(fresh).state_dict().items())
+    influence().read(fresh)  # what depends on it is computed into the cache
+    assert [c.split("/")[0] for c in fresh.computed] == ["influence"] and TRAIN.label in fresh.cached
+    assert not (tmp_path / "b" / TRAIN.name).exists()
+    assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
+    victim = released / TRAIN.name / TRAIN.key / "encoder.safetensors"
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    with pytest.raises(issl.IsslError, match=r"released artifact .*encoder.safetensors is damaged.*git checkout"):
+        Artifacts(tmp_path / "c", released=released).get(TRAIN)
+    assert victim.exists()
 
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import atomic, file_digest
+from issl.files import REPOSITORY, atomic, file_digest
 
 MANIFEST = "manifest.json"
 
@@ -70,6 +70,7 @@ class Stage(Config):
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
+    released           artifacts that come with the repository: they are read, never written
     deadline           by time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
@@ -79,11 +80,14 @@ class Artifacts:
     progress: bool = False
     checkpoint_seconds: float = 20.0
     deadline: float | None = None
+    released: Path = REPOSITORY / "released"
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
     def folder(self, stage: Stage) -> Path:
-        return self.root / stage.name / stage.key
+        """Where the stage's files are, or will be: a released artifact is used where there is none of one's own."""
+        own, given = (place / stage.name / stage.key for place in (self.root, self.released))
+        return given if given.is_dir() and not own.is_dir() else own
 
     def get(self, stage: Stage) -> Path:
         """The folder of the stage's files, checked against their checksums."""
@@ -116,6 +120,8 @@ class Artifacts:
         if not folder.is_dir():
             return False
         damage = damaged(folder)
+        if damage is not None and folder.is_relative_to(self.released):
+            raise IsslError(f"released artifact {folder}: {damage}; get it again (git checkout -- {folder})")
         if damage is not None:
             print(f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
