@@ -83,6 +83,8 @@ def test_a_measurement_with_held_statistics_sees_the_weights_alone(artifacts: Ar
     torch.testing.assert_close(Embed(pretrain=HALF, data=QUERY, statistics=FIRST).read(artifacts), features)
     estimated = Embed(pretrain=HALF, data=QUERY, estimated=DATA).read(artifacts)
     assert not torch.equal(estimated, features)
+    with pytest.raises(issl.IsslError, match="not both"):
+        Embed(pretrain=HALF, data=QUERY, statistics=FIRST, estimated=DATA)
 
 
 def test_a_continued_training_starts_from_the_whole_learner(artifacts: Artifacts) -> None:

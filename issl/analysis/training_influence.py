@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -102,12 +101,6 @@ def stability_measure(
         return torch.stack([stability_loss(features, backbone(view)) for view in views]).mean(0)
 
     return measure
-
-
-def probe_measure(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> Measure:
-    """The cross-entropy of each query's class under a fixed linear probe of the features."""
-    x, labels = query.pixels.float() / 255, query.require_labels()
-    return lambda backbone: F.cross_entropy(backbone(x) @ weight.T + bias, labels, reduction="none")
 
 
 def measuring_copy(learner: Learner) -> Learner:

@@ -301,6 +301,12 @@ class Measured(Stage):
     statistics: Pretrain | None = Field(None, exclude_if=is_unset)
     estimated: Data | None = Field(None, exclude_if=is_unset)
 
+    @model_validator(mode="after")
+    def _statistics_of_one_kind(self) -> Measured:
+        if self.statistics is not None and self.estimated is not None:
+            raise ValueError("give `statistics` or `estimated`, not both")
+        return self
+
     def encoder(self, artifacts: Artifacts) -> nn.Module:
         """The encoder with the statistics that are asked for."""
         encoder = self.pretrain.encoder(artifacts)
