@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
-from issl.influence.perturbation import Perturb, Perturbation, as_perturb
+from issl.influence.perturbation import Perturb, Perturbation, keyed_draws
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import AfterEpoch
 
@@ -40,7 +40,7 @@ def stability_losses(
     pass, no gradient. Draw k of seed s is that of seed s + k·2³², as in `issl.self_influence`."""
     device = torch.device("cpu") if device is None else device
     encoder, batch, found = encoder.to(device), 128 if device.type == "cpu" else 1024, []
-    perturbs = [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
+    perturbs = keyed_draws(perturbation, seed, draws)
     for pixels, index in zip(images.pixels.split(batch), images.index.split(batch), strict=True):
         x = pixels.to(device).float() / 255
         plain = encoder(x)

@@ -31,7 +31,7 @@ from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
-from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, as_perturb
+from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
 from issl.keyed_random import uniform
 from issl.pretraining.learner import Learner
 
@@ -94,7 +94,7 @@ def stability_measure(
 ) -> Measure:
     """The stability loss of each query, mean over the draws; draw k of seed s is that of seed s + k·2³²."""
     x = query.pixels.float() / 255
-    views = [as_perturb(perturbation, seed + (k << 32))(x, query.index) for k in range(draws)]
+    views = [perturb(x, query.index) for perturb in keyed_draws(perturbation, seed, draws)]
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
         features = backbone(x)

@@ -21,7 +21,7 @@ from issl.influence.gradient_store import Pass, RowsOf, choose_memory, fingerpri
 from issl.influence.layers import Layer, scored_layers
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import check_features, per_example, second_moments
-from issl.influence.perturbation import Perturb, Perturbation, as_perturb, describe
+from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
 
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
@@ -59,7 +59,7 @@ class Measurement:
 
     def perturbs(self) -> list[Perturb]:
         """One for each draw."""
-        return [as_perturb(self.perturbation, self.seed + (k << 32)) for k in range(self.draws)]
+        return keyed_draws(self.perturbation, self.seed, self.draws)
 
 
 @dataclass(frozen=True)

@@ -112,3 +112,8 @@ def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
         f"perturbation {perturbation!r}: need an object with .keyed(seed), such as GaussianNoise(), or a "
         "callable (pixels in [0, 1], index) -> pixels"
     )
+
+
+def keyed_draws(perturbation: Perturbation | Perturb, seed: int, draws: int) -> list[Perturb]:
+    """The perturbation drawn several times; draw k of seed s is that of seed s + k·2³²."""
+    return [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
