@@ -10,25 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from issl.analysis.training_influence import training_influence
     from issl.data.datasets import load
     from issl.data.images import Images
     from issl.errors import IsslError
     from issl.influence.computing import Computing
     from issl.influence.cross import cross_influence, top_influences
-    from issl.influence.curvature import EKFAC, Diagonal, Exact, Identity, LoGra
+    from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra, RandomProjection
     from issl.influence.perturbation import Augmentation, GaussianNoise
     from issl.influence.self_influence import self_influence
     from issl.pretraining.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = [
-    "EKFAC", "Augmentation", "Computing", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images", "IsslError",
-    "LoGra", "cross_influence", "load", "load_encoder", "self_influence", "top_influences",
+    "EKFAC", "Augmentation", "Computing", "Curvature", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images",
+    "IsslError", "LoGra", "RandomProjection", "cross_influence", "load", "load_encoder", "self_influence",
+    "top_influences", "training_influence",
 ]  # fmt: skip
 _NAMES = {  # of each module
-    "data.datasets": ("load",), "data.images": ("Images",), "errors": ("IsslError",),
+    "analysis.training_influence": ("training_influence",), "data.datasets": ("load",), "data.images": ("Images",),
+    "errors": ("IsslError",),
     "influence.computing": ("Computing",), "influence.cross": ("cross_influence", "top_influences"),
-    "influence.curvature": ("EKFAC", "Diagonal", "Exact", "Identity", "LoGra"),
+    "influence.curvature": ("EKFAC", "Curvature", "Diagonal", "Exact", "Identity", "LoGra", "RandomProjection"),
     "influence.perturbation": ("Augmentation", "GaussianNoise"), "influence.self_influence": ("self_influence",),
     "pretraining.encoder": ("load_encoder",),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import issl
-from issl.analysis.training_influence import stability_measure, training_influence
+from issl.analysis.training_influence import training_influence
 from issl.data.images import Images
 from issl.data.views import View
 from issl.experiments.cache import Artifacts
@@ -107,8 +107,8 @@ def test_a_continued_training_starts_from_the_whole_learner(artifacts: Artifacts
 def test_the_stage_is_the_librarys_score_and_states_count_by_their_learning_rate(artifacts: Artifacts) -> None:
     common = {"pretrain": FIRST, "data": DATA, "query": QUERY, "share": "own", "batch_size": 16, "draws": 2}
     last = TrainingEffect(**common).read(artifacts)
-    measure = stability_measure(as_queries(QUERY.load()), draws=2)
-    want = training_influence([FIRST.learner(artifacts)], DATA.load(), measure, share="own", batch_size=16)
+    learner, query = FIRST.learner(artifacts), as_queries(QUERY.load())
+    want = training_influence(learner, DATA.load(), query, draws=2, share="own", batch_size=16)
     torch.testing.assert_close(last, want)
     early = TrainingEffect(**common, after=(1,)).read(artifacts)
     both = TrainingEffect(**common, after=(1, 2)).read(artifacts)

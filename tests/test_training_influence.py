@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from forked import on_processes
 from nets import pictures
 from torch import Tensor, nn
 
 import issl
+from issl import Computing
+from issl.analysis.query_measures import margins, probe_losses
 from issl.analysis.training_influence import (
     batch_gradient,
     batches,
@@ -20,8 +26,10 @@ from issl.analysis.training_influence import (
     training_influence,
     two_views,
 )
+from issl.pretraining.encoder import save_encoder
 from issl.pretraining.learner import Learner
 from issl.pretraining.recipes import SSL, recipe
+from issl.shards import ONE, Shards
 
 
 def learner(method: str, seed: int = 0) -> Learner:
@@ -37,6 +45,10 @@ def learner(method: str, seed: int = 0) -> Learner:
             step.step()
             made.follow(0.3)
     return made
+
+
+def flat(gradients) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients])
 
 
 def views(n: int = 7) -> tuple[Tensor, Tensor]:
@@ -57,19 +69,19 @@ def brightness_of_features(images: issl.Images):
 def test_the_marginal_effect_is_the_gradient_of_the_difference_of_two_losses(method: str) -> None:
     model, (xa, xb) = measuring_copy(learner(method)), views()
     weights = list(model.encoder.backbone.parameters())
-    found = list(marginal_effects(model, xa, xb))
+    found = [flat(g) for g in marginal_effects(model, xa, xb)]
     for i in range(len(xa)):
         rows = [k for k in range(len(xa)) if k != i]
         difference = model(xa, xb, None, "fp32")[0] - model(xa[rows], xb[rows], None, "fp32")[0]
-        want = torch.cat([g.flatten() for g in torch.autograd.grad(difference, weights)])
+        want = flat(torch.autograd.grad(difference, weights))
         assert float((found[i] - want).norm() / want.norm()) < 1e-10
 
 
 @pytest.mark.parametrize("method", SSL)
 def test_own_shares_sum_to_the_gradient_of_the_batch(method: str) -> None:
     model, (xa, xb) = measuring_copy(learner(method)), views()
-    total = torch.stack(list(own_effects(model, xa, xb))).sum(0)
-    torch.testing.assert_close(total, batch_gradient(model, xa, xb), rtol=1e-8, atol=1e-12)
+    total = torch.stack([flat(g) for g in own_effects(model, xa, xb)]).sum(0)
+    torch.testing.assert_close(total, flat(batch_gradient(model, xa, xb)), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", SSL)
@@ -83,7 +95,7 @@ def test_a_step_with_the_image_and_one_without_it_differ_by_the_influence(method
 
     def after_a_step(chosen: list[int]) -> Tensor:
         stepped = measuring_copy(trained)
-        slope = batch_gradient(stepped, xa[chosen].double(), xb[chosen].double())
+        slope = flat(batch_gradient(stepped, xa[chosen].double(), xb[chosen].double()))
         nn.utils.vector_to_parameters(
             nn.utils.parameters_to_vector(stepped.encoder.backbone.parameters()) - rate * slope,
             stepped.encoder.backbone.parameters(),
@@ -116,13 +128,14 @@ def test_the_linear_case_is_the_closed_form() -> None:
     for i, effect in enumerate(marginal_effects(model, xa, xb)):
         rest = torch.cat([d[:i], d[i + 1 :]])
         want = w @ (d.T @ d / 5 - rest.T @ rest / 4)
-        torch.testing.assert_close(effect, want.flatten(), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(flat(effect), want.flatten(), rtol=1e-10, atol=1e-14)
 
     def measure(backbone: nn.Module) -> Tensor:
         return backbone(xa[:2]).sum(1)
 
     # it is linear in W, so a step of any size changes it by what its gradient says
-    slope = query_gradients(model.encoder.backbone, measure) @ batch_gradient(model, xa, xb)
+    (asked,) = query_gradients(model.encoder.backbone, measure)
+    slope = asked.flatten(1) @ flat(batch_gradient(model, xa, xb))
     before = measure(model.encoder.backbone)
     with torch.no_grad():
         model.encoder.backbone[1].weight -= 0.1 * (w @ (d.T @ d / 5))
@@ -132,9 +145,9 @@ def test_the_linear_case_is_the_closed_form() -> None:
 def test_the_order_of_the_images_changes_nothing() -> None:
     trained, train = learner("simclr"), pictures(9)
     measure = brightness_of_features(pictures(2, seed=1))
-    plain = training_influence([trained], train, measure, batch_size=4, draws=2)
+    plain = training_influence([trained], train, measure, batch_size=4, view_draws=2)
     shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    other = training_influence([trained], train.subset(shuffled), measure, batch_size=4, draws=2)
+    other = training_influence([trained], train.subset(shuffled), measure, batch_size=4, view_draws=2)
     torch.testing.assert_close(other, plain[:, shuffled], rtol=1e-8, atol=1e-12)
 
 
@@ -151,7 +164,7 @@ def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_w
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rates": [1.0, 2.0]}, "1 learners and 2 rates"),
+        ({"rates": [1.0, 2.0]}, "1 states and 2 rates"),
         ({"batch_size": 2}, "batch_size=2: need 3 to 6"),
         ({"batch_size": 7}, "batch_size=7: need 3 to 6"),
     ],
@@ -159,3 +172,97 @@ def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_w
 def test_bad_settings_are_one_error(settings: dict, message: str) -> None:
     with pytest.raises(issl.IsslError, match=message):
         training_influence([learner("simclr")], pictures(6), brightness_of_features(pictures(2)), **settings)
+
+
+def curvature_by_hand(trained: Learner, train: issl.Images, measure, damping: float) -> Tensor:
+    """∇m_qᵀ (mean_i τ_i τ_iᵀ + λI)⁻¹ τ_i, weight by weight, with dense inverses."""
+    model = measuring_copy(trained)
+    (rows,) = batches(train, len(train), 0, 0)
+    effects = list(marginal_effects(model, *two_views(model, train, rows, 0, 0, None)))
+    total = 0.0
+    for k, asked in enumerate(query_gradients(model.encoder.backbone, measure)):
+        tau = torch.stack([e[k].flatten() for e in effects])
+        h = tau.T @ tau / len(tau)
+        h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+        total = total + asked.flatten(1) @ torch.linalg.solve(h, tau.T)
+    return total[:, rows.argsort()]
+
+
+def test_the_curvature_is_that_of_the_training_gradients() -> None:
+    trained, train = learner("barlow_twins"), pictures(6)
+    measure = brightness_of_features(pictures(2, seed=1))
+    found = training_influence(trained, train, measure, batch_size=6, curvature=issl.Exact(0.1))
+    want = curvature_by_hand(trained, train, measure, 0.1)
+    assert float((found - want).norm() / want.norm()) < 1e-4  # rows are kept in single precision
+    whole = training_influence(trained, train, measure, batch_size=6, curvature=issl.LoGra(rank=1.0, damping=0.1))
+    assert float((whole - want).norm() / want.norm()) < 1e-4
+
+
+def test_random_projections_are_right_on_average_and_at_full_rank_each() -> None:
+    trained, train = learner("simclr"), pictures(5)
+    measure = brightness_of_features(pictures(2, seed=1))
+
+    def found(curvature: issl.Curvature) -> Tensor:
+        return training_influence(trained, train, measure, batch_size=5, share="own", curvature=curvature)
+
+    exact = found(issl.Identity())
+    torch.testing.assert_close(found(issl.RandomProjection(rank=10_000)), exact, rtol=1e-6, atol=1e-9)
+    several = torch.stack([found(issl.RandomProjection(rank=2, seed=s)) for s in range(40)])
+    error = (several.mean(0) - exact).abs()
+    assert bool((error < 4.5 * several.std(0) / 40**0.5 + 1e-9).all())
+    assert float(several.std(0).mean()) > 0
+
+
+def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: Path) -> None:
+    trained, train, query = learner("barlow_twins").float(), pictures(6), pictures(3, seed=1)
+    how = trained.recipe
+    want = training_influence(trained, train, query, batch_size=6)
+    assert want.shape == (3, 6)
+    torch.testing.assert_close(training_influence(trained.encoder, train, query, how, batch_size=6), want)
+    save_encoder(tmp_path / "a.safetensors", trained.encoder, {"recipe": how.model_dump(mode="json")})
+    torch.testing.assert_close(training_influence(tmp_path / "a.safetensors", train, query, batch_size=6), want)
+    save_encoder(tmp_path / "b.safetensors", trained.encoder, {})
+    torch.testing.assert_close(
+        training_influence(str(tmp_path / "b.safetensors"), train, query, how, batch_size=6), want
+    )
+    with pytest.raises(issl.IsslError, match="does not say how it was trained"):
+        training_influence(tmp_path / "b.safetensors", train, query)
+    byol = learner("byol").float()
+    save_encoder(tmp_path / "c.safetensors", byol.encoder, {"recipe": byol.recipe.model_dump(mode="json")})
+    with pytest.raises(issl.IsslError, match="predictor and target are not in it"):
+        training_influence(tmp_path / "c.safetensors", train, query)
+    with pytest.raises(issl.IsslError, match="lacks its predictor"):
+        training_influence(byol.encoder, train, query, byol.recipe)
+    with pytest.raises(issl.IsslError, match="EKFAC"):
+        training_influence(trained, train, query, batch_size=6, curvature=issl.EKFAC())
+
+
+def several_scores(shards: Shards) -> list[np.ndarray]:
+    trained, train = learner("simclr"), pictures(7)
+    measure, computing = brightness_of_features(pictures(2, seed=1)), Computing(shards=shards)
+    common = {"batch_size": 3, "view_draws": 2, "computing": computing}
+    return [
+        training_influence(trained, train, measure, curvature=curvature, **common).numpy()
+        for curvature in (issl.Identity(), issl.LoGra(4))
+    ]
+
+
+def test_processes_share_the_work() -> None:
+    alone = several_scores(ONE)
+    for several in on_processes(2, several_scores):
+        for found, want in zip(several, alone, strict=True):
+            assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-5
+
+
+def test_the_margin_of_a_probe() -> None:
+    query = replace(pictures(4), labels=torch.tensor([0, 1, 2, 0]))
+    backbone = learner("simclr").float().encoder.backbone.eval()
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(3, 8, generator=generator), torch.randn(3, generator=generator)
+    scores = backbone(query.pixels.float() / 255) @ weight.T + bias
+    for k, (found, loss) in enumerate(
+        zip(margins(query, weight, bias)(backbone), probe_losses(query, weight, bias)(backbone), strict=True)
+    ):
+        own = int(query.labels[k])
+        assert float(found) == pytest.approx(max(float(scores[k, c] - scores[k, own]) for c in range(3) if c != own))
+        assert float(loss) == pytest.approx(-float(scores[k].log_softmax(0)[own]), rel=1e-5)

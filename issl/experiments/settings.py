@@ -16,7 +16,7 @@ from issl.data import datasets, scenes
 from issl.data.images import Images
 from issl.data.injection import inject
 from issl.errors import IsslError
-from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra
+from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra, RandomProjection
 
 
 def is_unset(value: object) -> bool:
@@ -87,6 +87,7 @@ KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from ran
     "ekfac": lambda _, damping, __: EKFAC(damping),
     "diagonal": lambda _, damping, __: Diagonal(damping),
     "identity": lambda _, __, ___: Identity(),
+    "random-projection": lambda rank, _, seed: RandomProjection(int(rank), seed),
     "exact": lambda _, damping, __: Exact(damping),
 }
 USUAL: dict[str, Any] = {"rank": 16, "damping": 0.1, "seed": 0}

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.analysis.neighbour_graph import nearest
-from issl.analysis.training_influence import Share, stability_measure, training_influence
+from issl.analysis.training_influence import Share, training_influence
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
@@ -30,7 +30,7 @@ from issl.experiments.settings import Data, Weighing, is_unset
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
-from issl.influence.curvature import LoGra
+from issl.influence.curvature import Identity, LoGra
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
@@ -407,21 +407,23 @@ class TrainingEffect(Pairs):
     draws: int = Field(1, ge=1)
     after: tuple[int, ...] = ()
     share: Share = "marginal"
-    batch_size: int = Field(64, ge=3)
+    batch_size: int = Field(32, ge=3)
     view_seed: int = Field(0, ge=0)
     view_draws: int = Field(1, ge=1)
     small: bool = False
+    curvature: Weighing = Identity()
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         images, query, trained = self.data.load(), self.query.load(), self.pretrain
         states = self.after or (trained.epochs,)
         side = images.pixels.shape[2:]
         scores = training_influence(
-            [trained.learner(artifacts, after=k) for k in states], images,
-            stability_measure(as_queries(query), self.perturbation, self.seed, self.draws),
+            [trained.learner(artifacts, after=k) for k in states], images, as_queries(query),
+            perturbation=self.perturbation, seed=self.seed, draws=self.draws,
             rates=[self._rate(k, len(images)) for k in states], share=self.share, batch_size=self.batch_size,
-            draws=self.view_draws, size=(side[0] // 2, side[1] // 2) if self.small else None, seed=self.view_seed,
-            progress=artifacts.progress,
+            view_seed=self.view_seed, view_draws=self.view_draws,
+            size=(side[0] // 2, side[1] // 2) if self.small else None, curvature=self.curvature,
+            computing=_computing(artifacts),
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 

@@ -4,7 +4,7 @@ Each layer is a block of its own (H is block-diagonal), with rows g_i, one per i
 
     dense     H = mean_i g_i g_iᵀ    score_i = g_iᵀ (H + λI)⁻¹ g_i      Exact (the whole gradient), LoGra (projected)
     diagonal  D = mean_i g_i²        score_i = Σ_k g_ik² / (D_k + λ)     Diagonal (of the weights), EKFAC (eigenbasis)
-    none                             score_i = ‖g_i‖²                    Identity
+    none                             score_i = ‖g_i‖²                    Identity, RandomProjection
 
     LoGra     P_out (Σ_t d_t a_tᵀ) P_inᵀ, P random with orthonormal rows, or PCA: the leading eigenvectors of the
               second moments of d and a                                            (arXiv 2405.13954, §3)
@@ -244,6 +244,29 @@ class Identity(Curvature):
 
 
 @dataclass(frozen=True)
+class RandomProjection(Curvature):
+    """No curvature, on gradients projected as LoGra's and scaled so that their products are right on average."""
+
+    rank: int = 64
+    seed: int = 0
+    damping = 0.0
+    absolute = True
+
+    def __post_init__(self) -> None:
+        rank: object = self.rank
+        if not (isinstance(rank, Integral) and number_or_nan(rank) >= 1):
+            raise IsslError(f"RandomProjection(rank={self.rank!r}): must be a whole number, 1 or more")
+
+    def statistic(self, width: int, n: int, foreign: bool = False) -> Statistic:
+        return NoSum()
+
+    def sketch(self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False) -> Sketch:
+        p_in, p_out = _random_sides(layer, (self.rank, self.rank), self.seed, position)
+        a, b = ((p.shape[1] / p.shape[0]) ** 0.5 for p in (p_in, p_out))
+        return Projected((a * p_in).to(layer.weight), (b * p_out).to(layer.weight))
+
+
+@dataclass(frozen=True)
 class Exact(Curvature):
     """The whole gradient of each layer with its dense damped curvature, for small networks.
 
@@ -335,13 +358,12 @@ class LoGra(Curvature):
         return DenseSum(width, n, foreign)
 
     def sketch(self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False) -> Sketch:
-        (k_out, k_in), (c_out, d_in) = self.ranks(layer), weight_shape(layer)
+        k_out, k_in = self.ranks(layer)
         if self.projection == "pca":
             assert moments is not None
             p_in, p_out = leading_rows(moments.inputs, k_in), leading_rows(moments.outputs, k_out)
         else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
-            p_in, p_out = orthonormal_rows(k_in, d_in, generator), orthonormal_rows(k_out, c_out, generator)
+            p_in, p_out = _random_sides(layer, (k_out, k_in), self.seed, position)
         return Projected(p_in.to(layer.weight), p_out.to(layer.weight))
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
@@ -354,6 +376,13 @@ class LoGra(Curvature):
         if self.projection == "pca" and (k_out, k_in) != (c_out, d_in):
             return None
         return c_out * d_in / (k_out * k_in)
+
+
+def _random_sides(layer: Layer, ranks: tuple[int, int], seed: int, position: int) -> tuple[Tensor, Tensor]:
+    """P_in and P_out of LoGra: `ranks` (k_out, k_in) orthonormal rows, or as many as there are dimensions."""
+    (k_out, k_in), (c_out, d_in) = ranks, weight_shape(layer)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+    return orthonormal_rows(k_in, d_in, generator), orthonormal_rows(k_out, c_out, generator)
 
 
 def orthonormal_rows(rank: int, dim: int, generator: torch.Generator) -> Float[Tensor, "k d"]:

@@ -112,16 +112,18 @@ def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
     save_encoder(path, learner.encoder, about, beside, half=True)
 
 
-def load_learner(path: str | Path) -> Learner:
+def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
     """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
 
-    Recipe and width come from the file's header. Raises IsslError for a missing or damaged file, and for one without a
-    whole learner: BYOL's predictor and target are missing from what `save_encoder` wrote by default.
+    Width and recipe come from the file's header; `recipe` is for files that do not say it. Raises IsslError for a
+    missing or damaged file, and for one without a whole learner: BYOL's predictor and target are missing from what
+    `save_encoder` wrote by default.
     """
     header, tensors = read_encoder(path)
-    settings = header.get("config", {}).get("recipe")
-    if settings is None:
-        raise IsslError(f"{path} holds no learner: its header has no config with a recipe; use load_encoder")
+    settings = header.get("recipe") or header.get("config", {}).get("recipe")
+    if settings is None and recipe is None:
+        raise IsslError(f"{path} does not say how it was trained: give the recipe, such as recipe('simclr')")
+    settings = settings or recipe.model_dump()  # type: ignore[union-attr]  # one of the two is there
     recipe, head = Recipe(**settings), Head(**header["head"])
     learner = Learner(recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0)
     state = {k if k.startswith(BESIDE) else f"encoder.{k}": v for k, v in tensors.items()}
@@ -133,6 +135,22 @@ def load_learner(path: str | Path) -> Learner:
         )
     learner.load_state_dict(state)
     return learner
+
+
+def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = None) -> Learner:
+    """The learner itself; that of a file; or one around an Encoder and its recipe. Raises IsslError where a BYOL
+    predictor and target are missing."""
+    if isinstance(trained, Learner):
+        return trained
+    if isinstance(trained, str | Path):
+        return load_learner(trained, recipe)
+    if not isinstance(trained, Encoder):
+        raise IsslError(f"{type(trained).__name__}: need the file of an encoder, an Encoder or a Learner")
+    if recipe is None:
+        raise IsslError("an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')")
+    if recipe.method == "byol":
+        raise IsslError("a BYOL Encoder lacks its predictor and target: give the Learner, or the file of one")
+    return Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
