@@ -22,6 +22,7 @@ from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic
 
 UNTESTED = "not tested at this scale"
+SUPERSEDED = "superseded"
 
 
 class Condition(Config):
@@ -50,6 +51,15 @@ class Condition(Config):
         return value > self.above if self.above is not None else value < self.below  # type: ignore[operator]
 
 
+class Superseded(Config):
+    """Why a claim's test no longer decides: since when, by which claim, the reason, and what it had found."""
+
+    date: str
+    by: str
+    reason: str
+    found: str
+
+
 class Claim(Config):
     """One entry of claims.yaml."""
 
@@ -60,6 +70,7 @@ class Claim(Config):
     use: str | None = Field(None, description="what the score would be good for, if the claim holds")
     profiles: list[str]
     tests: list[Condition] = Field(min_length=1)
+    superseded: Superseded | None = None
 
 
 @lru_cache
@@ -83,7 +94,7 @@ def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, An
             for t, p in zip(tests, passed, strict=True)
         ],
         "outcome": outcome,
-        "verdict": outcome if profile in claim.profiles else UNTESTED,
+        "verdict": SUPERSEDED if claim.superseded else outcome if profile in claim.profiles else UNTESTED,
     }
 
 

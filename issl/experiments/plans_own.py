@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from itertools import product
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +18,9 @@ from issl.pretraining import recipes
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
+# how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights differ; as it was
+# trained; or only the statistics, on the weights of the encoder that was scored
+Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
 
 
 class Retrained(Scored):
@@ -24,8 +28,10 @@ class Retrained(Scored):
 
     queries            how many test images are queries: the first ones
     draws              perturbation draws an image, in scores and in measurements
+    candidates         how many images are scored, and trained on when training continues: the first ones; none: all
     continued_epochs   "continued": the encoder continues training for this long, without the images
-    continued_lr       with this learning rate (for a batch of 256), on small views
+    continued_lr       with this learning rate (for a batch of 256), on views of the size that it ended on
+    continued_batch    and this batch size; none: that of its training
     """
 
     n: int = Field(256, ge=16)  # many small trainings
@@ -33,23 +39,37 @@ class Retrained(Scored):
     queries: int = Field(24, ge=4)
     draws: int = Field(4, ge=1)
     seeds: int = Field(2, ge=2)
+    candidates: int | None = Field(None, ge=16)
     continued_epochs: int = Field(4, ge=1)
     continued_lr: float = Field(0.05, gt=0)
+    continued_batch: int | None = Field(None, ge=2)
 
     kinds_of_retraining: ClassVar[tuple[Kind, ...]] = ("continued", "from scratch")
 
+    def channels(self, kind: Kind) -> tuple[Channel, ...]:
+        """The ways to measure. (Weights from scratch and the statistics of another network do not fit together.)"""
+        both: tuple[Channel, ...] = ("BatchNorm held", "as trained")
+        return (*both, "BatchNorm alone") if kind == "continued" else both
+
+    def scored(self) -> Data:
+        """The images that are scored, and left out."""
+        return self.data() if self.candidates is None else self.data().model_copy(update={"first": self.candidates})
+
     def retrained(
-        self, kind: Kind, seed: int, without: Draw | Pick | Top | None = None, gaps: bool = False
-    ) -> Pretrain:
-        """Training number `seed` without these images: from fresh weights, or continued from the first encoder."""
+        self, kind: Kind, seed: int, without: Draw | Pick | Top | None = None, gaps: bool = False,
+        first: Pretrain | None = None,
+    ) -> Pretrain:  # fmt: skip
+        """Training number `seed` without these images: from fresh weights, or continued from the encoder `first`."""
         if kind == "from scratch":
             return self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
-        first = self.pretrain()
-        recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": 1.0})
+        first = first or self.pretrain()
+        small = 1.0 if first.recipe.small == 1 else 0.0
+        recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": small})
         return first.model_copy(
             update={
-                "start": first, "recipe": recipe, "epochs": self.continued_epochs, "seed": self.seed + CONTINUED + seed,
-                "without": without, "gaps": gaps,
+                "start": first, "data": self.scored(), "recipe": recipe, "epochs": self.continued_epochs,
+                "batch_size": self.continued_batch or first.batch_size, "seed": self.seed + CONTINUED + seed,
+                "without": without, "gaps": gaps, "snapshots": None,
             }
         )  # fmt: skip
 
@@ -57,24 +77,34 @@ class Retrained(Scored):
         """The queries."""
         return self.data("test").model_copy(update={"first": self.queries})
 
-    def cross(self, curvature: Curvature | None = None) -> Cross:
-        """Cross-influence of all images on the queries under the first encoder."""
+    def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
+        """Cross-influence of the scored images on the queries under an encoder, by default the first."""
         return Cross(
-            pretrain=self.pretrain(), data=self.data(), query=self.query_data(), perturbation=self.noise,
+            pretrain=first or self.pretrain(), data=self.scored(), query=self.query_data(), perturbation=self.noise,
             curvature=curvature or self.curvature, seed=self.noise_seed, draws=self.draws,
         )  # fmt: skip
 
-    def nearness(self) -> Nearness:
-        """Cosine similarity of all images and the queries under the first encoder."""
-        first = self.pretrain()
-        return Nearness(train=self.features(first), query=self.features(first, self.query_data()))
+    def nearness(self, first: Pretrain | None = None) -> Nearness:
+        """Cosine similarity of the scored images and the queries under an encoder, by default the first."""
+        first = first or self.pretrain()
+        return Nearness(train=self.features(first, self.scored()), query=self.features(first, self.query_data()))
 
-    def losses(self, encoder: Pretrain, data: Data) -> Stability:
+    def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
+        """The fields of a stage that measures this retrained encoder."""
+        first = encoder.start or self.pretrain()
+        if channel == "BatchNorm alone":
+            return {"pretrain": first, "statistics": encoder}
+        if channel == "as trained":
+            return {"pretrain": encoder}
+        held = {"statistics": first} if kind == "continued" else {"estimated": self.scored()}
+        return {"pretrain": encoder, **held}
+
+    def losses(self, data: Data, **measured: Any) -> Stability:
         """Stability losses with noise that no score has seen."""
-        return Stability(pretrain=encoder, data=data, perturbation=self.noise, seed=MEASURED, draws=self.draws)
+        return Stability(**measured, data=data, perturbation=self.noise, seed=MEASURED, draws=self.draws)
 
-    def query_losses(self, encoder: Pretrain) -> Stability:
-        return self.losses(encoder, self.query_data())
+    def query_losses(self, **measured: Any) -> Stability:
+        return self.losses(self.query_data(), **measured)
 
 
 class Validation(Retrained):
@@ -114,7 +144,7 @@ class Validation(Retrained):
 
     def draw(self, k: int) -> Draw:
         """The images that subset number `k` leaves out."""
-        return Draw(data=self.data(), share=1 - self.share, seed=k)
+        return Draw(data=self.scored(), share=1 - self.share, seed=k)
 
     def trained_on_all(self, kind: Kind, seed: int) -> Pretrain:
         return self.retrained(kind, seed)
@@ -126,19 +156,26 @@ class Validation(Retrained):
     def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
         return self.retrained(kind, seed, self.draw(k))
 
-    def all_losses(self, encoder: Pretrain) -> Stability:
-        return self.losses(encoder, self.data())
+    def all_losses(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Stability:
+        return self.losses(self.scored(), **self.measured(encoder, kind, channel))
+
+    def all_features(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Embed:
+        return Embed(**self.measured(encoder, kind, channel), data=self.scored())
 
     def stages(self) -> list[Stage]:
         first = self.pretrain()
-        found: list[Stage] = [first, self.scores(), self.nearness(), self.evaluation(first), self.query_losses(first)]
+        found: list[Stage] = [
+            first, self.scores(), self.nearness(), self.evaluation(first), self.query_losses(pretrain=first)
+        ]  # fmt: skip
         found += [self.cross(c) for c in self.curvatures().values()]
         found += [*(self.pick(i) for i in range(self.images)), *(self.draw(k) for k in range(self.subsets))]
-        for kind in self.kinds_of_retraining:
-            for s in range(self.seeds):
-                trained = [self.trained_on_all(kind, s), *(self.without_one(kind, s, i) for i in range(self.images))]
-                found += [stage for e in trained for stage in (self.all_losses(e), self.features(e))]
-                found += [self.query_losses(self.on_subset(kind, s, k)) for k in range(self.subsets)]
+        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
+            trained = [self.trained_on_all(kind, s), *(self.without_one(kind, s, i) for i in range(self.images))]
+            for channel in self.channels(kind):
+                for e in trained:
+                    found += [self.all_losses(e, kind, channel), self.all_features(e, kind, channel)]
+                for k in range(self.subsets):
+                    found.append(self.query_losses(**self.measured(self.on_subset(kind, s, k), kind, channel)))
         return found
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import MANIFEST, Artifacts
-from issl.experiments.claims import UNTESTED
+from issl.experiments.claims import SUPERSEDED, UNTESTED
 from issl.experiments.cost import all_stages
 from issl.experiments.explorer import Explorer
 from issl.experiments.plan import Plan
@@ -34,7 +34,7 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
-KINDS = {"reproduced": "good", "partly": "half", "not reproduced": "bad", UNTESTED: "none"}  # a verdict's CSS class
+KINDS = {"reproduced": "good", "partly": "half", "not reproduced": "bad", UNTESTED: "none", SUPERSEDED: "none"}  # a verdict's CSS class
 COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {

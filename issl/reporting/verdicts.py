@@ -11,13 +11,13 @@ import pandas as pd
 
 from issl.analysis.statistics import Estimate
 from issl.errors import IsslError
-from issl.experiments.claims import UNTESTED, claims
+from issl.experiments.claims import SUPERSEDED, UNTESTED, claims
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.experiments.claims.record writes it
 KEPT = "claims.json"  # a profile's records, beside its figures
-MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "◌"}
+MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "◌", SUPERSEDED: "⊘"}
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
 
 
@@ -88,7 +88,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
         rows.append(
             {
-                "claim": one["claim"] + (" (ours)" if one["whose"] == "ours" else ""), "notebook": one["notebook"],
+                "claim": _in_words(one["name"]), "notebook": one["notebook"],
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
                 "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
@@ -96,6 +96,16 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def _in_words(name: str) -> str:
+    """The claim; whose it is, if not the paper's; why its test was replaced, if it was."""
+    claim = claims()[name]
+    text = claim.claim + (" (ours)" if claim.ours else "")
+    if claim.superseded is None:
+        return text
+    why = claim.superseded
+    return f"{text} Superseded on {why.date} by `{why.by}`: {why.reason} It had found: {why.found}"
 
 
 def failures(record: Record) -> str:
@@ -111,8 +121,8 @@ def failures(record: Record) -> str:
 
 
 def decided(records: Sequence[Record]) -> list[Record]:
-    """The records whose profile is large enough for a verdict on the claim."""
-    return [r for r in records if r["verdict"] != UNTESTED]
+    """The records whose profile is large enough for a verdict on the claim, by a test that still stands."""
+    return [r for r in records if r["verdict"] not in (UNTESTED, SUPERSEDED)]
 
 
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -124,7 +134,7 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"reproduced": [], "partly": [], "not reproduced": []}
     for name, claim in claims().items():
         ours = [r for r in records if r["name"] == name]
-        if claim.use is None or not ours:
+        if claim.use is None or claim.superseded or not ours:
             continue
         for outcome, uses in found.items():
             which = [str(NAMES.get(r["variant"], r["variant"])) for r in ours if r["outcome"] == outcome]
@@ -172,7 +182,7 @@ def latex(records: Sequence[Record]) -> str:
 def _escaped(text: str) -> str:
     marks = {
         "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
-        "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◌": r"$\cdot$", "–": "--",
+        "⊘": r"$\oslash$", "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◌": r"$\cdot$", "–": "--",
     }  # fmt: skip
     for plain, escaped in marks.items():
         text = text.replace(plain, escaped)

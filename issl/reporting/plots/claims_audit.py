@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from issl.analysis.statistics import Estimate
-from issl.experiments.claims import UNTESTED
+from issl.experiments.claims import SUPERSEDED, UNTESTED
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures, verdicts
 from issl.reporting.verdicts import Record
 
-COLOURS = {"reproduced": "C0", "partly": "C1", "not reproduced": "C3", UNTESTED: "0.5"}
+COLOURS = {"reproduced": "C0", "partly": "C1", "not reproduced": "C3", UNTESTED: "0.5", SUPERSEDED: "0.5"}
 
 
 def all_claims(records: Sequence[Record], profile: str) -> Figure:
