@@ -11,6 +11,7 @@ A training that is repeated under other seeds gives another measurement, so no p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -53,6 +54,53 @@ def repeatability(measured: Float[np.ndarray, "s q m"], seed: int = 0) -> Estima
         return np.mean([_rows(runs[i], runs[j]) for i, j in pairs], axis=0)
 
     return _two_way(list(measured), statistic, seed)
+
+
+Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
+
+
+def lds_over_encoders(
+    predicted: Sequence[Table], measured: Sequence[Runs], other: Sequence[Table] | None = None, seed: int = 0
+) -> Estimate:
+    """The LDS, mean over encoders, each with its own predictions and repeated measurements; less that of `other`.
+
+    Percentile interval of a bootstrap at every level at once: encoders, then each one's repetitions, queries and
+    subsets. n counts the encoders.
+    """
+    tables = [predicted, *([] if other is None else [other])]
+
+    def statistic(e: int, repetitions: Any, queries: Any, subsets: Any) -> float:
+        truth = measured[e][repetitions].mean(0)[queries][:, subsets]
+        found = [_rows(np.asarray(table[e])[queries][:, subsets], truth).mean() for table in tables]
+        return float(found[0] if other is None else found[0] - found[1])
+
+    return _every_level(measured, [len(table) for table in tables], statistic, seed)
+
+
+def repeatability_over_encoders(measured: Sequence[Runs], seed: int = 0) -> Estimate:
+    """How well two repetitions agree, see `repeatability`; mean over encoders, interval over them, queries, subsets."""
+
+    def statistic(e: int, _: Any, queries: Any, subsets: Any) -> float:
+        runs = measured[e][:, queries][:, :, subsets]
+        pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
+        return float(np.mean([_rows(runs[i], runs[j]).mean() for i, j in pairs]))
+
+    return _every_level(measured, [], statistic, seed)
+
+
+def _every_level(measured: Sequence[Runs], counts: list[int], statistic: Callable[..., float], seed: int) -> Estimate:
+    if not measured or any(count != len(measured) for count in counts) or any(len(m) < 2 for m in measured):
+        raise IsslError(
+            f"{len(measured)} encoders, tables of {counts or 'none'}: need as many of each, and two or more repetitions"
+        )
+    rng, found = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for k in range(RESAMPLES):
+        drawn = rng.integers(0, len(measured), len(measured))
+        found[k] = np.mean([statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in drawn])
+    every = slice(None)
+    value = np.mean([statistic(e, every, every, every) for e in range(len(measured))])
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high), len(measured))
 
 
 def ceiling(between: Estimate, repetitions: int) -> Estimate:

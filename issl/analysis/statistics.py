@@ -177,6 +177,16 @@ def correlation_margin(
     return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
 
 
+def correlation_difference(a: np.ndarray, b: np.ndarray, truth: np.ndarray, seed: int = 0) -> Estimate:
+    """Spearman's ρ of `a` with the truth minus that of `b`; paired bootstrap interval over images (percentile)."""
+
+    def statistic(x: np.ndarray, y: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
+        first, second, ranks = (stats.rankdata(v, axis=axis) for v in (x, y, t))
+        return pearson(first, ranks, axis) - pearson(second, ranks, axis)
+
+    return _bootstrap(tuple(np.asarray(v, float) for v in (a, b, truth)), statistic, seed)
+
+
 def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
     """log(mean a / mean b) of paired values ≥ 0; 0 = no difference. Bootstrap interval over pairs (percentile)."""
 

@@ -92,6 +92,11 @@ def training_influence(
     rates = [1.0] * len(states) if rates is None else list(rates)
     if not states or len(rates) != len(states):
         raise IsslError(f"training_influence: {len(states)} states and {len(rates)} rates; give one for each")
+    if any(state.recipe.method == "supervised" for state in states):
+        raise IsslError(
+            "training_influence: for self-supervised methods; a supervised loss needs no batch, see the "
+            "loss `CrossEntropy` of issl.cross_influence"
+        )
     if not 3 <= batch_size <= len(train):
         raise IsslError(f"batch_size={batch_size}: need 3 to {len(train)}, the number of training images")
     if share not in ("marginal", "own"):
@@ -145,6 +150,30 @@ def _scores(
     scores = torch.zeros(len(asked), n, dtype=torch.float64)
     scores[:, mine] = whiten(asked.cpu()) @ whiten(kept[mine]).T
     return scores
+
+
+def subset_effects(
+    encoder: Trained, train: Images, query: Images, subsets: Sequence[Sequence[int]], recipe: Recipe | None = None, *,
+    perturbation: Perturbation | Perturb = GaussianNoise(0.05, 0.2), seed: int = 0, draws: int = 4,
+    batch_size: int = 32, view_seed: int = 0, view_draws: int = 1, size: tuple[int, int] | None = None,
+    computing: Computing = Computing(),
+) -> Float[Tensor, "q m"]:  # fmt: skip
+    """∇m_q · ∇L_S, with L_S the mean loss of the subset's batches: what a first-order score can know of a training on
+    each of m subsets (positions in `train`). The arguments are those of `training_influence`."""
+    model = measuring_copy(as_learner(encoder, recipe), computing.device)
+    found = []
+    with full_precision():
+        sketch = GradientSketch(model.encoder.backbone, Identity(), len(train))
+        measures = stability_measures(query, perturbation, seed, draws)
+        asked = torch.cat([sketch(query_gradients(model.encoder.backbone, measure)) for measure in measures])
+        for subset in tqdm(subsets, unit="subset", desc="subsets", disable=not computing.progress):
+            chosen, rows = train.subset(torch.as_tensor(subset)), []
+            for draw in range(view_draws):
+                for batch in batches(chosen, batch_size, view_seed, draw):
+                    views = two_views(model, chosen, batch, view_seed, draw, size)
+                    rows.append(sketch([g.unsqueeze(0) for g in batch_gradient(model, *views)]))
+            found.append((asked @ torch.cat(rows).mean(0)).double().cpu())
+    return torch.stack(found, 1)
 
 
 def measuring_copy(learner: Learner, device: str | torch.device | None = None) -> Learner:
@@ -207,10 +236,10 @@ def own_effects(learner: Learner, xa: Tensor, xb: Tensor) -> Iterator[Gradients]
 
 
 def query_gradients(backbone: nn.Module, measure: Measure) -> Gradients:
-    """∇m_q with respect to each weight, one row for each query, the backbone in eval mode."""
+    """∇m_q with respect to each weight that may change, one row for each query, the backbone in eval mode."""
     training = backbone.training
     backbone.eval()
-    weights = list(backbone.parameters())
+    weights = [w for w in backbone.parameters() if w.requires_grad]
     try:
         values = measure(backbone)
         rows = [torch.autograd.grad(v, weights, retain_graph=True) for v in values]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from issl.analysis.evaluate import embed, stability_losses
+from issl.analysis.training_influence import training_influence
 from issl.data import datasets
 from issl.data.images import Images, decode
 from issl.devices import pick_device
@@ -26,9 +28,12 @@ from issl.influence.cross import as_queries, cross_influence
 from issl.influence.curvature import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
+from issl.pretraining.learner import load_learner
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
 
 LISTS = {"taught": "most positive influence", "opposed": "most negative influence", "nearest": "nearest in features"}
+TRAINED = {"trained": "most positive training-aware influence"}
+MATES = 32  # of an image in the batches that training-aware influence is measured in
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -48,6 +53,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
+    add(
+        "--training-aware",
+        action="store_true",
+        help="another list: by influence through the gradient that training follows (64 passes over the set)",
+    )
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--device", default="auto", help="auto (default), cpu or cuda")
 
@@ -76,18 +86,40 @@ def main(options: argparse.Namespace) -> int:
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
     near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
     loss = float(stability_losses(opened.encoder, queries, noise, options.seed, options.draws, device)[0])
+    trained, which = None, dict(LISTS)
+    if options.training_aware:
+        which |= TRAINED
+        trained = by_training(options, images, queries, noise, device)
     own = images.index.numpy() == int(query.index[0]) if query.attributes["trained_on"][0] else None
-    table = lists(images, scores.numpy(), near.double().numpy(), options.k, own)
+    table = lists(images, scores.numpy(), near.double().numpy(), options.k, own, trained)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
     from issl.reporting import figures  # slow to import
 
     figures.style(screen=False)
     title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra of rank {options.rank}"
-    figures.write(figures.explained(query, images, table, LISTS, loss, title), options.out)
-    print(_summary(table))
+    figures.write(figures.explained(query, images, table, which, loss, title), options.out)
+    print(_summary(table, which))
     print(f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
+
+
+def by_training(
+    options: argparse.Namespace, images: Images, query: Images, noise: GaussianNoise, device: torch.device
+) -> np.ndarray:
+    """Training-aware influence of each image on the query, on views of the size that the training ended on."""
+    if not options.encoder.endswith(".safetensors"):
+        raise IsslError(
+            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file that `issl pretrain` "
+            "or a notebook wrote"
+        )
+    learner = load_learner(options.encoder)
+    height, width = images.pixels.shape[2:]
+    return training_influence(
+        learner, images, query, perturbation=noise, seed=options.seed, draws=options.draws,
+        batch_size=min(MATES, len(images)), size=(height // 2, width // 2) if learner.recipe.small == 1 else None,
+        computing=Computing(device=device, progress=sys.stderr.isatty()),
+    )[0].numpy()  # fmt: skip
 
 
 # --- which training images, which query --------------------------------------------------------------------
@@ -184,29 +216,33 @@ def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Image
 
 
 def lists(
-    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None
-) -> pd.DataFrame:
-    """One row for each image of the three lists: list (see LISTS), rank in it, index, influence on the query, cosine
+    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None,
+    trained: np.ndarray | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """One row for each image of the lists: list (see LISTS), rank in it, index, influence on the query, cosine
     similarity to it, the ranks by both among all training images (1 is the highest), and what is known about the image.
 
     leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own (`itself`)
+    trained     training-aware influence, which adds a list (`trained`), and two columns
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
     k = min(k, int((~own).sum()))
-    by_influence, by_similarity = (
-        pd.Series(np.where(own, np.nan, -v)).rank(method="first").astype("Int64") for v in (influence, similarity)
-    )
-    known = images.attributes.assign(
-        influence=influence, similarity=similarity, influence_rank=by_influence, similarity_rank=by_similarity,
-        position=np.arange(len(images)),
-    )  # fmt: skip
+    scores = {"influence": influence, "similarity": similarity}
+    scores |= {} if trained is None else {"training_influence": trained}
+    ranks = {
+        f"{name}_rank": pd.Series(np.where(own, np.nan, -values)).rank(method="first").astype("Int64")
+        for name, values in scores.items()
+    }
+    known = images.attributes.assign(**scores, **ranks, position=np.arange(len(images)))
     others = known[~own]
     parts = {
         "taught": others.nsmallest(k, "influence_rank"), "opposed": others.nlargest(k, "influence_rank"),
-        "nearest": others.nsmallest(k, "similarity_rank"), "itself": known[own],
+        "nearest": others.nsmallest(k, "similarity_rank"),
     }  # fmt: skip
+    parts |= {} if trained is None else {"trained": others.nsmallest(k, "training_influence_rank")}
+    parts["itself"] = known[own]
     table = pd.concat([p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)])
-    front = ["list", "rank", "index", "influence", "similarity", "influence_rank", "similarity_rank"]
+    front = ["list", "rank", "index", *scores, *ranks]
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
 
 
@@ -216,9 +252,9 @@ def in_common(table: pd.DataFrame) -> str:
     return f"{len(taught & nearest)} of the {len(taught)} most influential are among the {len(nearest)} nearest"
 
 
-def _summary(table: pd.DataFrame) -> str:
+def _summary(table: pd.DataFrame, which: dict[str, str]) -> str:
     lines = []
-    for name, text in LISTS.items():
+    for name, text in which.items():
         part = table[table["list"] == name]
         known = next((part[c].astype(str) for c in ("label_name", "path") if c in part), None)
         each = part["index"].astype(str) if known is None else part["index"].astype(str) + " (" + known + ")"

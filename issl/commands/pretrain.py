@@ -14,6 +14,7 @@ from issl.devices import pick_device
 from issl.files import atomic, writable
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import save_encoder
+from issl.pretraining.learner import Learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import Method, Variant, recipe
 from issl.shards import from_torchrun
@@ -57,6 +58,13 @@ def main(options: argparse.Namespace) -> int:
     if options.watch is not None:
         test = datasets.load(options.data, "test", options.watch, options.data_root, size=size)
         watch = knn_watch(images, test, device, options.epochs, options.watch_every)
+    about = {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)}
+
+    def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+        if done == options.epochs:  # the whole learner: what training-aware influence needs
+            save_learner(out, learner, about, half=False)
+        return None if watch is None else watch(done, learner)
+
     deadline = None if options.time_budget is None else began + 60 * options.time_budget
     saved = out.with_name(out.name + ".checkpoint")
     with from_torchrun(device, options.timeout) as shards:
@@ -73,12 +81,13 @@ def main(options: argparse.Namespace) -> int:
         )  # fmt: skip
         encoder, history = pretrain(
             images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
-            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline), after_epoch=watch,
+            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline), after_epoch=after_epoch,
         )  # fmt: skip
         if first:
             with atomic(out.with_suffix(".csv")) as part:
                 history.to_csv(part, index=False)
-            save_encoder(out, encoder, {"recipe": how.model_dump(mode="json"), "data": images.name, "n": len(images)})
+            if options.epochs == 0:
+                save_encoder(out, encoder, about)
             from issl.reporting import figures  # slow to import
 
             figures.style(screen=False)

@@ -11,7 +11,22 @@ from pydantic import Field
 from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan, Scored
 from issl.experiments.settings import Data, named_curvature
-from issl.experiments.stages import Cross, Draw, Embed, Evaluate, Influence, Nearness, Pick, Pretrain, Stability, Top
+from issl.experiments.stages import (
+    Cross,
+    Draw,
+    Embed,
+    Evaluate,
+    Influence,
+    Nearness,
+    Pairs,
+    Pick,
+    Pretrain,
+    Stability,
+    StatisticsEffect,
+    SubsetEffect,
+    Top,
+    TrainingEffect,
+)
 from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
 
@@ -88,6 +103,19 @@ class Retrained(Scored):
         """Cosine similarity of the scored images and the queries under an encoder, by default the first."""
         first = first or self.pretrain()
         return Nearness(train=self.features(first, self.scored()), query=self.features(first, self.query_data()))
+
+    def of_training(self, first: Pretrain) -> dict[str, Any]:
+        """The fields of a stage that measures what training on the scored images does to the queries."""
+        return {
+            "pretrain": first, "data": self.scored(), "query": self.query_data(), "perturbation": self.noise,
+            "seed": self.noise_seed, "draws": self.draws, "batch_size": self.continued_batch or first.batch_size,
+            "small": first.recipe.small == 1,
+        }  # fmt: skip
+
+    def training_effect(self, first: Pretrain | None = None, **changes: Any) -> TrainingEffect:
+        """Training-aware influence under an encoder, by default the first, whose learner was kept; `changes` are
+        fields of the stage."""
+        return TrainingEffect(**self.of_training(first or self.pretrain()), **changes)
 
     def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
         """The fields of a stage that measures this retrained encoder."""
@@ -350,4 +378,75 @@ class Taught(Retrained):
         return found
 
 
-OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught)
+class TrainingAware(Retrained):
+    """16_training_aware: does the gradient that training follows predict what training on other images changes?"""
+
+    notebook: ClassVar[str] = "16_training_aware"
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    encoders: int = Field(1, ge=1)  # scored, of each method: those trained from seeds `seed`, `seed` + 1, …
+    snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
+    continued_batch: int | None = Field(16, ge=3)  # effects are measured in batches of the same size
+    subsets: int = Field(8, ge=4)
+    share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
+    view_draws: int = Field(1, ge=1)  # draws of batch mates and views
+
+    def first(self, method: recipes.Method, encoder: int) -> Pretrain:
+        """The encoder that is scored."""
+        return self.pretrain(method, self.seed + encoder)
+
+    def untrained(self, method: recipes.Method) -> Pretrain:
+        """The same network before training."""
+        return self.first(method, 0).model_copy(update={"epochs": 0, "snapshots": None})
+
+    def draw(self, k: int) -> Draw:
+        """The images that subset number `k` leaves out."""
+        return Draw(data=self.scored(), share=1 - self.share, seed=k)
+
+    def on_subset(self, first: Pretrain, seed: int, k: int) -> Pretrain:
+        return self.retrained("continued", seed, self.draw(k), first=first)
+
+    def all_along(self, first: Pretrain) -> Pretrain:
+        """A continued training on all candidates, of which states along the way are kept."""
+        run = self.retrained("continued", self.seeds, first=first)
+        states = {k * run.epochs // 3 for k in (1, 2)} - {0}
+        return run.model_copy(update={"snapshots": tuple(sorted(states)) or None})
+
+    def effects(self, first: Pretrain) -> dict[str, Pairs]:
+        """What is known about each image and query, by name: the rungs of the ladder, but for the last."""
+        along, views = self.all_along(first), {"view_draws": self.view_draws}
+        return {
+            "similarity of features": self.nearness(first),
+            "paper, plain gradients": self.cross(Identity(), first),
+            "paper": self.cross(first=first),
+            "own share of the training gradient": self.training_effect(first, share="own", **views),
+            "marginal effect": self.training_effect(first, **views),
+            "marginal, inverse curvature": self.training_effect(first, curvature=self.curvature, **views),
+            "marginal, along the training": self.training_effect(along, after=along.snapshots, **views),
+            "BatchNorm's statistics": StatisticsEffect(**self.of_training(first)),
+        }
+
+    def bound(self, first: Pretrain) -> SubsetEffect:
+        """The gradient of each subset itself: the most that a first-order score can know."""
+        left_out = tuple(self.draw(k) for k in range(self.subsets))
+        return SubsetEffect(**self.of_training(first), left_out=left_out, view_draws=2 * self.view_draws)
+
+    def scored_encoders(self) -> list[tuple[recipes.Method, int]]:
+        return list(product(self.methods, range(self.encoders)))
+
+    def subset_losses(self, first: Pretrain, seed: int, k: int, channel: Channel) -> Stability:
+        return self.query_losses(**self.measured(self.on_subset(first, seed, k), "continued", channel))
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = [self.evaluation(self.untrained(m)) for m in self.methods]
+        found += [self.draw(k) for k in range(self.subsets)]
+        for method, e in self.scored_encoders():
+            first = self.first(method, e)
+            found += [self.evaluation(first), self.query_losses(pretrain=first), self.bound(first)]
+            found += self.effects(first).values()
+            for channel, s, k in product(self.channels("continued"), range(self.seeds), range(self.subsets)):
+                found.append(self.subset_losses(first, s, k, channel))
+        return found
+
+
+OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught, TrainingAware)

@@ -22,7 +22,9 @@ from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.analysis.neighbour_graph import nearest
-from issl.analysis.training_influence import Share, training_influence
+from issl.analysis.query_measures import stability_measures
+from issl.analysis.statistics_influence import statistics_influence
+from issl.analysis.training_influence import Share, subset_effects, training_influence
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
@@ -388,41 +390,53 @@ class Cross(Pairs):
         _write_pairs(folder, scores, images, query)
 
 
-class TrainingEffect(Pairs):
-    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`. Positive: training on the
-    image lowers the query's stability loss. See `issl.analysis.training_influence`.
+class OfTraining(Pairs):
+    """What training on images does to queries, measured on a learner that was kept.
 
-    pretrain   a training with `snapshots`
-    after      its states at which effects are measured, weighed by their learning rate; none: its last state
-    small      on views of half the side
+    pretrain     a training with `snapshots`
+    perturbation, seed, draws    of the queries' stability loss
+    batch_size, view_seed        of the batches and views in which effects are measured
+    small        on views of half the side
     """
-
-    name: ClassVar[str] = "training_effect"
 
     pretrain: Pretrain
     data: Data
     query: Data
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
-    seed: int = Field(0, ge=0)  # of the perturbation
+    seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
-    after: tuple[int, ...] = ()
-    share: Share = "marginal"
     batch_size: int = Field(32, ge=3)
     view_seed: int = Field(0, ge=0)
-    view_draws: int = Field(1, ge=1)
     small: bool = False
+
+    def size(self, images: Images) -> tuple[int, int] | None:
+        """Of the views; None: the images' own."""
+        height, width = images.pixels.shape[2:]
+        return (height // 2, width // 2) if self.small else None
+
+
+class TrainingEffect(OfTraining):
+    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`. Positive: training on the
+    image lowers the query's stability loss. See `issl.analysis.training_influence`.
+
+    after      states of `pretrain` at which effects are measured, weighed by their learning rate; none: its last
+    """
+
+    name: ClassVar[str] = "training_effect"
+
+    after: tuple[int, ...] = ()
+    share: Share = "marginal"
+    view_draws: int = Field(1, ge=1)
     curvature: Weighing = Identity()
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         images, query, trained = self.data.load(), self.query.load(), self.pretrain
         states = self.after or (trained.epochs,)
-        side = images.pixels.shape[2:]
         scores = training_influence(
             [trained.learner(artifacts, after=k) for k in states], images, as_queries(query),
             perturbation=self.perturbation, seed=self.seed, draws=self.draws,
             rates=[self._rate(k, len(images)) for k in states], share=self.share, batch_size=self.batch_size,
-            view_seed=self.view_seed, view_draws=self.view_draws,
-            size=(side[0] // 2, side[1] // 2) if self.small else None, curvature=self.curvature,
+            view_seed=self.view_seed, view_draws=self.view_draws, size=self.size(images), curvature=self.curvature,
             computing=_computing(artifacts),
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
@@ -435,6 +449,45 @@ class TrainingEffect(Pairs):
         steps = n // trained.batch_size
         warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
         return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
+
+
+class SubsetEffect(OfTraining):
+    """∇m_q · ∇L_S, for each query and each subset S: pairs.safetensors (`scores` (q, m)). Negative: a step on the
+    subset raises the query's stability loss.
+
+    left_out   what is missing in each subset
+    """
+
+    name: ClassVar[str] = "subset_effect"
+
+    left_out: tuple[Draw, ...]
+    view_draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query = self.data.load(), self.query.load()
+        subsets = [sorted({*range(len(images))} - {*draw.read(artifacts)}) for draw in self.left_out]
+        scores = subset_effects(
+            self.pretrain.learner(artifacts), images, as_queries(query), subsets, perturbation=self.perturbation,
+            seed=self.seed, draws=self.draws, batch_size=self.batch_size, view_seed=self.view_seed,
+            view_draws=self.view_draws, size=self.size(images), computing=_computing(artifacts),
+        )  # fmt: skip
+        _write_pairs(folder, scores, images, query)
+
+
+class StatisticsEffect(OfTraining):
+    """What training images do to queries through BatchNorm's running statistics alone: pairs.safetensors, as `Cross`.
+    See `issl.analysis.statistics_influence`."""
+
+    name: ClassVar[str] = "statistics_effect"
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query = self.data.load(), self.query.load()
+        measures = stability_measures(as_queries(query), self.perturbation, self.seed, self.draws)
+        learner = self.pretrain.learner(artifacts)
+        scores = statistics_influence(
+            learner, images, measures, self.batch_size, self.view_seed, self.size(images)
+        )  # fmt: skip
+        _write_pairs(folder, scores, images, query)
 
 
 class Nearness(Pairs):
@@ -523,7 +576,8 @@ Choice = Prune | Thin | Pick | Draw | Top
 
 # Pretrain names Prune, which names Influence, which names Pretrain
 for _stage in (
-    Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, Nearness, Lists,
+    Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, SubsetEffect,
+    StatisticsEffect, Nearness, Lists,
     Evaluate,
 ):  # fmt: skip
     _stage.model_rebuild()

@@ -105,11 +105,13 @@ class Learner(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau)
 
 
-def save_learner(path: Path, learner: Learner, about: dict[str, Any]) -> None:
-    """The encoder's file in half precision, with BYOL's predictor and target: all that the training gradient depends
-    on at this moment."""
+def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool = True) -> None:
+    """The encoder's file with BYOL's predictor and target: all that the training gradient depends on at this moment.
+
+    half   in half precision, see `save_encoder`
+    """
     beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
-    save_encoder(path, learner.encoder, about, beside, half=True)
+    save_encoder(path, learner.encoder, about, beside, half)
 
 
 def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:

@@ -195,7 +195,8 @@ def explained(
     """
     others = table[table["list"] != "itself"]
     k, greatest = int(others["rank"].max()), float(others["influence"].abs().max()) or 1.0
-    figure = plt.figure(figsize=(1.5 + 0.72 * k, 4.0))
+    trained = float(others["training_influence"].abs().max()) or 1.0 if "training_influence" in others else None
+    figure = plt.figure(figsize=(1.5 + 0.72 * k, 0.5 + 1.17 * len(lists) + (0.0 if trained is None else 0.4)))
     left, right = figure.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
     shown = left.subplots()
     shown.imshow(query.pixels[0].permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -210,7 +211,10 @@ def explained(
             label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))
             ax.set_title(label if len(label) < 14 else label[:12] + "…", fontsize=6, pad=2)
             influence, cosine = f"{r['influence'] / greatest:+.2f} (#{r['influence_rank']})", f"{r['similarity']:.2f}"
-            ax.set_xlabel(f"{influence}\ncos {cosine} (#{r['similarity_rank']})", fontsize=5.5, labelpad=2)
+            lines = [influence, f"cos {cosine} (#{r['similarity_rank']})"]
+            if trained is not None:
+                lines.append(f"tr {r['training_influence'] / trained:+.2f} (#{r['training_influence_rank']})")
+            ax.set_xlabel("\n".join(lines), fontsize=5.5, labelpad=2)
             plain.append(ax)
     for ax in plain:
         ax.set(xticks=[], yticks=[])
@@ -220,5 +224,9 @@ def explained(
         "±: influence ÷ the greatest (negative: a step that makes that image more stable makes this one less so); "
         "cos: similarity of features; #: rank of all"
     )
+    if trained is not None:
+        legend += (
+            "\ntr: training-aware influence ÷ the greatest (positive: training on that image makes this one stabler)"
+        )
     figure.suptitle(f"{title}\n{legend}", fontsize=7)
     return figure
