@@ -48,6 +48,9 @@ TINY: dict[str, Any] = {
     "15_taught": {
         "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1, "draws": 2, "shown": 1,
     },
+    "16_training_aware": {
+        "rank": 4, "epochs": 2, "queries": 4, "candidates": 32, "subsets": 4, "continued_epochs": 3, "draws": 1,
+    },
 }  # fmt: skip
 
 

@@ -110,8 +110,8 @@ def by_training(
     """Training-aware influence of each image on the query, on views of the size that the training ended on."""
     if not options.encoder.endswith(".safetensors"):
         raise IsslError(
-            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file that `issl pretrain` "
-            "or a notebook wrote"
+            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file that "
+            "`issl pretrain` or a notebook wrote"
         )
     learner = load_learner(options.encoder)
     height, width = images.pixels.shape[2:]

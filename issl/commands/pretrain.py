@@ -81,7 +81,8 @@ def main(options: argparse.Namespace) -> int:
         )  # fmt: skip
         encoder, history = pretrain(
             images, how, width=options.width, epochs=options.epochs, batch_size=options.batch_size,
-            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline), after_epoch=after_epoch,
+            seed=options.seed, execution=execution, checkpoint=Checkpoint(saved, deadline=deadline),
+            after_epoch=after_epoch,
         )  # fmt: skip
         if first:
             with atomic(out.with_suffix(".csv")) as part:

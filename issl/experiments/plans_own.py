@@ -384,6 +384,9 @@ class TrainingAware(Retrained):
     notebook: ClassVar[str] = "16_training_aware"
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
+    queries: int = Field(12, ge=4)
+    draws: int = Field(2, ge=1)
+    candidates: int | None = Field(96, ge=16)
     encoders: int = Field(1, ge=1)  # scored, of each method: those trained from seeds `seed`, `seed` + 1, …
     snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
     continued_batch: int | None = Field(16, ge=3)  # effects are measured in batches of the same size
