@@ -84,3 +84,30 @@ def test_what_statistics_explain_is_least_squares() -> None:
     assert explained_variance.explained_by_trees(rng.normal(size=400), table).low < 0
     with pytest.raises(issl.IsslError, match="20 images for a regression on 5"):
         explained_variance.explained(score[:20], table[:20])
+
+
+def encoders_of(signal: tuple[float, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Predictions that hold to so much of each encoder's truth, and three measurements of it."""
+    rng = np.random.default_rng(5)
+    truths = rng.normal(size=(len(signal), 15, 30))
+    predicted = [s * t + rng.normal(size=t.shape) for s, t in zip(signal, truths, strict=True)]
+    return predicted, [t + rng.normal(size=(3, *t.shape)) for t in truths]
+
+
+def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(monkeypatch) -> None:
+    monkeypatch.setattr(datamodeling, "RESAMPLES", 200)  # enough for an interval that is twice as wide
+    predicted, measured = encoders_of((1.0, 1.0, 1.0))
+    each = [datamodeling.lds(p, m.mean(0)).value for p, m in zip(predicted, measured, strict=True)]
+    alike = datamodeling.lds_over_encoders(predicted, measured)
+    assert alike.value == pytest.approx(np.mean(each)) and alike.low < alike.value < alike.high and alike.n == 3
+    differing = datamodeling.lds_over_encoders(*encoders_of((2.0, 0.0, -2.0)))
+    assert differing.high - differing.low > 2 * (alike.high - alike.low)  # images alone would not say so
+    less = datamodeling.lds_over_encoders(predicted, measured, [np.zeros_like(p) for p in predicted])
+    assert less.value == pytest.approx(alike.value)
+    assert datamodeling.lds_over_encoders(predicted, measured, predicted).high == 0
+    agree = datamodeling.repeatability_over_encoders(measured)
+    assert agree.value == pytest.approx(np.mean([datamodeling.repeatability(m).value for m in measured]))
+    with pytest.raises(issl.IsslError, match="3 encoders, tables of"):
+        datamodeling.lds_over_encoders(predicted[:2], measured)
+    with pytest.raises(issl.IsslError, match="two or more repetitions"):
+        datamodeling.repeatability_over_encoders([m[:1] for m in measured])

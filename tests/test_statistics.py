@@ -146,3 +146,13 @@ def test_average_precision_with_ties_is_scikit_learns() -> None:
     score = np.round(A)
     got = statistics.average_precision(score, FLAG)
     assert got.value == pytest.approx(average_precision_score(FLAG, score)) and got.low <= got.value <= got.high
+
+
+def test_correlation_difference_is_that_of_two_spearmans() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=200)
+    a, b = truth + rng.normal(size=200), rng.normal(size=200)
+    got = statistics.correlation_difference(a, b, truth)
+    want = stats.spearmanr(a, truth).statistic - stats.spearmanr(b, truth).statistic
+    assert got.value == pytest.approx(want) and 0 < got.low < got.value < got.high
+    assert statistics.correlation_difference(a, np.exp(a), truth).high == pytest.approx(0)

@@ -42,6 +42,38 @@ def test_a_metric_that_a_set_does_not_have_is_not_judged(records: list[verdicts.
         claims.judge("low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini")
 
 
+def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
+    source = claims.provenance("mini", {}, torch.device("cpu"), [])
+    metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling")}
+    for name in ("predicts_leaving_one_out", "predicts_leaving_one_out_held"):
+        claims.record(name, metrics, source, tmp_path, dataset="cifar10", n=9, seeds=[0])
+    found = verdicts.read_records(tmp_path.glob("claim_*.json"))
+    assert [(r["name"], r["outcome"], r["verdict"]) for r in found] == [
+        ("predicts_leaving_one_out_held", "reproduced", "reproduced"),
+        ("predicts_leaving_one_out", "reproduced", "superseded"),
+    ]
+    assert [r["name"] for r in verdicts.decided(found)] == ["predicts_leaving_one_out_held"]
+    assert len(verdicts.good_for(found)["reproduced"]) == 1
+    new, old = verdicts.summary(found)
+    assert (
+        "Superseded on 2026-11-25 by `predicts_leaving_one_out_held`" in old["claim"]
+        and "Superseded" not in new["claim"]
+    )
+    # a record that was kept before its test was superseded says so, too
+    kept = json.loads((tmp_path / "claim_predicts_leaving_one_out.json").read_text()) | {"verdict": "reproduced"}
+    (tmp_path / "claim_predicts_leaving_one_out.json").write_text(json.dumps(kept))
+    assert verdicts.read_records(tmp_path.glob("claim_*.json"))[1]["verdict"] == "superseded"
+
+
+def test_every_superseded_claim_names_the_one_that_decides() -> None:
+    old = {name: claim.superseded for name, claim in claims.claims().items() if claim.superseded}
+    assert old
+    for name, why in old.items():
+        assert (
+            claims.claims()[why.by].superseded is None and claims.claims()[why.by].claim == claims.claims()[name].claim
+        )
+
+
 def test_formats(records: list[verdicts.Record]) -> None:
     lines = verdicts.markdown(records).splitlines()
     assert len(lines) == 2 + 3 and all(line.count(" | ") == 5 for line in lines if "---" not in line)

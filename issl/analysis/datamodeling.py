@@ -95,7 +95,7 @@ def _every_level(measured: Sequence[Runs], counts: list[int], statistic: Callabl
         )
     rng, found = np.random.default_rng(seed), np.empty(RESAMPLES)
     for k in range(RESAMPLES):
-        drawn = rng.integers(0, len(measured), len(measured))
+        drawn = rng.integers(0, len(measured), len(measured)).tolist()
         found[k] = np.mean([statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in drawn])
     every = slice(None)
     value = np.mean([statistic(e, every, every, every) for e in range(len(measured))])

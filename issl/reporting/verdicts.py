@@ -36,7 +36,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
         unknown = [r["name"] for r in records if r["name"] not in claims()]
         if unknown:
             raise IsslError(f"{path} records the claim {unknown[0]!r}, which claims.yaml does not state; delete it")
-        found += records
+        found += [r | {"verdict": SUPERSEDED} if claims()[r["name"]].superseded else r for r in records]
     order = {name: k for k, name in enumerate(claims())}
     methods = ["", *NAMES]
 
