@@ -34,7 +34,13 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
-KINDS = {"reproduced": "good", "partly": "half", "not reproduced": "bad", UNTESTED: "none", SUPERSEDED: "none"}  # a verdict's CSS class
+KINDS = {
+    "reproduced": "good",
+    "partly": "half",
+    "not reproduced": "bad",
+    UNTESTED: "none",
+    SUPERSEDED: "none",
+}  # a verdict's CSS class
 COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
