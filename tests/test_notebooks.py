@@ -358,12 +358,11 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
         p.kinds_of_retraining,
         (("taught_more_than_nearest_held", "BatchNorm held"), ("taught_more_than_nearest", "as trained")),
     ):
-        want = np.mean(
-            [
-                moved(kind, channel, s, p.listed("influence", q), q) - moved(kind, channel, s, p.listed("nearest", q), q)
-                for s in range(2) for q in range(2)
-            ]
-        )  # fmt: skip
+        by_list = [
+            np.mean([moved(kind, channel, s, p.listed(which, q), q) for s in range(2) for q in range(2)])
+            for which in ("influence", "nearest")
+        ]
+        want = by_list[0] - by_list[1]
         got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]
         assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
     for kind, (which, prefix) in product(

@@ -78,7 +78,7 @@ def retraining(
         panels[2].set_title(f"{letters[2]}  the same as {letters[0]},\nmeasured in other ways", loc="left")
         for ax in panels:
             ax.tick_params(axis="y", labelsize=6.5)
-    axes[0][2].legend(frameon=False, fontsize=6.5, handletextpad=0.1, borderaxespad=0.2)
+    channels.legend(figure, axes[0][2], {"BatchNorm held": "as in a, b, d, e", "BatchNorm alone": "no weight trained"})
     figure.suptitle(_headline(plan, results, overlap, n), fontsize=8)
     return figure
 
