@@ -12,8 +12,7 @@ from issl.analysis.statistics import Estimate
 from issl.reporting import figures
 
 COLOURS: dict[str, object] = {
-    "BatchNorm held": "black", "as trained": sns.color_palette(figures.PALETTE)[4],
-    "BatchNorm alone": sns.color_palette(figures.PALETTE)[3],
+    "BatchNorm held": "black", "as trained": sns.color_palette(figures.PALETTE)[4], "BatchNorm alone": "0.55",
 }  # fmt: skip
 MARKS = {"BatchNorm held": "o", "as trained": "s", "BatchNorm alone": "X"}
 
