@@ -48,7 +48,7 @@ TINY: dict[str, Any] = {
     "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
     "15_taught": {
         "rank": 4, "width": 2, "epochs": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1,
-        "continued_batch": 16, "draws": 2, "shown": 1,
+        "continued_batch": 16, "draws": 2,
     },
 }  # fmt: skip
 

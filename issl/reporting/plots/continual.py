@@ -54,8 +54,8 @@ def forgetting(
     for ax, text in zip(axes[-1], LABELS, strict=True):
         ax.set_xlabel(text)
     axes[0][0].legend(frameon=False, fontsize=6.5, loc="upper left", handlelength=1)
-    lines = dict(zip(plan.channels, ("solid in a, alone in c", "dotted in a"), strict=True))
-    channels.legend(figure, axes[0][3], lines)
+    remarks = {"BatchNorm held": "solid in a, alone in c", "as trained": "dotted in a"}
+    channels.legend(figure, axes[0][3], remarks)
     figure.suptitle(_headline(plan, found, sizes), fontsize=8.5)
     return figure
 

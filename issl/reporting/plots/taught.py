@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from jaxtyping import Int
 from matplotlib.axes import Axes
@@ -48,7 +49,8 @@ def lists(plan: Taught, images: Images, queries: Images, first: Mapping[str, Int
     figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths)
     figures.gallery(axes[0], queries.subset(range(rows)), "query", columns=1)
     for ax, (name, rank) in zip(axes[1:], first.items(), strict=True):
-        chosen = images.subset(rank[:rows, : plan.top].ravel().tolist())
+        pixels = images.pixels[rank[:rows, : plan.top].ravel()]  # an image may be on several lists
+        chosen = Images(pixels, None, pd.DataFrame({"index": range(len(pixels))}), images.name)
         figures.gallery(ax, chosen, TITLES[name], columns=plan.top)
     return figure
 
@@ -78,11 +80,11 @@ def retraining(
         panels[1].set_yticklabels([])
         some = [name for name in ours if name in EVERY_WAY]
         _every_way(panels[2], results["continued"], {name: ours[name] for name in some}, label)
-        panels[2].set_title(f"{letters[2]}  the same as {letters[0]},\nmeasured in other ways", loc="left")
+        panels[2].set_title(f"{letters[2]}  rows of {letters[0]},\nmeasured in three ways", loc="left")
         for ax in panels:
             ax.tick_params(axis="y", labelsize=6.5)
     channels.legend(figure, axes[0][2], {"BatchNorm held": "as in a, b, d, e", "BatchNorm alone": "no weight trained"})
-    figure.suptitle(_headline(plan, results, overlap, n), fontsize=8)
+    figure.suptitle(_headline(plan, results, overlap, n), fontsize=7.5)
     return figure
 
 
@@ -101,15 +103,14 @@ def _every_way(
 
 def _headline(plan: Taught, results: Results, overlap: float, n: int) -> str:
     changes, rises = (
-        " and ".join(_times(results[kind]["BatchNorm held"][name], kind) for kind in plan.kinds_of_retraining)
+        ", ".join(_times(results[kind]["BatchNorm held"][name], kind) for kind in plan.kinds_of_retraining)
         for name in ("change_less_nearest", "rise_less_anothers")
     )
     return (
-        f"Without the {plan.k} images of highest influence a query changes {changes}\n"
-        f"times as much as without its {plan.k} nearest; the lists share {overlap:.0%}. "
-        f"Without its training-aware list its loss is\n"
-        f"{rises} times that without another’s (a list made for another query)\n"
-        f"({plan.dataset}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} profile; bars: 95%)"
+        f"Change of a query without its {plan.k} images of highest influence: {changes} times that without its nearest"
+        f"\nIts loss without its training-aware list: {rises} times that without another’s (another query’s list)\n"
+        f"({plan.dataset}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} profile; bars: 95%; "
+        f"{overlap:.0%} of the images of highest influence are among the nearest)"
     )
 
 
