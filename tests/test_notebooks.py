@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from issl.commands import profiles, run
 from issl.commands.profiles import ProfileOptions
 from issl.experiments import claims
 from issl.experiments.plans import PLANS
-from issl.experiments.plans_own import Kind
+from issl.experiments.plans_own import Channel, Kind
 from issl.experiments.stages import Evaluate, Stability, Top
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
@@ -46,7 +47,8 @@ TINY: dict[str, Any] = {
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
     "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
     "15_taught": {
-        "rank": 4, "width": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1, "draws": 2, "shown": 1,
+        "rank": 4, "width": 2, "epochs": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1,
+        "continued_batch": 16, "draws": 2,
     },
     "16_training_aware": {
         "rank": 4, "epochs": 2, "queries": 4, "candidates": 32, "subsets": 4, "continued_epochs": 3, "draws": 1,
@@ -284,18 +286,23 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
     p = plan("12_continual")
     artifacts = p.artifacts()
     for task in p.tasks:
-        encoders = (p.encoder(task, 0), p.encoder(task, 0, "second", 1), p.encoder(task, 0, "more", 1))
-        first, second, more = (nearest(p.old_features(task, e).read(artifacts), 5)[0] for e in encoders)
-        lost = np.array([[len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)] for way in (second, more)])
-        excess = np.round(lost[0] - lost[1], 9)
-        scores = p.old_scores(task, encoders[0]).read(artifacts)["influence"]
-        got = record(out, f"predicts_forgetting.{task}")
-        assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx(excess.mean())
-        want = scores.corr(pd.Series(excess), method="spearman")
-        assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(scores)
+        scores = p.old_scores(task, p.encoder(task, 0)).read(artifacts)["influence"]
         old, new = (d.load() for d in p.sets(task))
         key = "label_name" if task == "classes" else "uniform"
         assert not set(old.attributes[key]) & set(new.attributes[key])
+        for claim, channel in (("predicts_forgetting_held", "BatchNorm held"), ("predicts_forgetting", "as trained")):
+            stages = [
+                p.old_features(task, 0, way, leg, channel) for way, leg in (("first", 0), ("second", 1), ("more", 1))
+            ]
+            held = p.encoder(task, 0) if channel == "BatchNorm held" else None
+            assert [s.statistics for s in stages] == [None, held, held]
+            first, second, more = (nearest(s.read(artifacts), 5)[0] for s in stages)
+            lost = [[len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)] for way in (second, more)]
+            excess = np.round(np.subtract(*lost), 9)
+            got = record(out, f"{claim}.{task}")
+            assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx(excess.mean())
+            want = scores.corr(pd.Series(excess), method="spearman")
+            assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(scores)
 
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
@@ -331,22 +338,50 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out:
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     p = plan("15_taught")
     artifacts = p.artifacts()
-    cross, near = p.cross().read(artifacts), p.nearness().read(artifacts)
-    for q in range(2):
-        assert p.influential(q).read(artifacts) == sorted(cross[q].topk(p.k).indices.tolist())
-        assert p.nearest(q).read(artifacts) == sorted(near[q].topk(p.k).indices.tolist())
+    for which, stage in p.scores().items():
+        scores = stage.read(artifacts)
+        for q in range(2):
+            assert p.listed(which, q).read(artifacts) == sorted(scores[q].topk(p.k).indices.tolist())
+    assert p.training_effect().batch_size == p.retrained("continued", 0).batch_size
 
-    def moved(kind: Kind, s: int, removal: Top, q: int) -> float:
+    def moved(kind: Kind, channel: Channel, s: int, removal: Top, q: int) -> float:
         encoders = (p.retrained(kind, s, removal), p.retrained(kind, s))
-        a, b = (p.query_features(e).read(artifacts)[q].double() for e in encoders)
+        a, b = (p.query_features(**p.measured(e, kind, channel)).read(artifacts)[q].double() for e in encoders)
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
 
-    for kind in p.kinds_of_retraining:
-        want = np.mean(
-            [moved(kind, s, p.influential(q), q) - moved(kind, s, p.nearest(q), q) for s in range(2) for q in range(2)]
+    def rise(kind: Kind, s: int, removal: Top, q: int) -> float:
+        """Of a query's log loss, BatchNorm held, less the mean over queries."""
+        without, full = (
+            np.log(p.query_losses(**p.measured(e, kind, "BatchNorm held")).read(artifacts)["stability_loss"])
+            for e in (p.retrained(kind, s, removal), p.retrained(kind, s))
         )
-        got = record(out, f"taught_more_than_nearest.{kind}")["metrics"]["change_less_nearest"]["value"]
+        return float((without - full)[q] - (without - full).mean())
+
+    for kind, (claim, channel) in product(
+        p.kinds_of_retraining,
+        (("taught_more_than_nearest_held", "BatchNorm held"), ("taught_more_than_nearest", "as trained")),
+    ):
+        by_list = [
+            np.mean([moved(kind, channel, s, p.listed(which, q), q) for s in range(2) for q in range(2)])
+            for which in ("influence", "nearest")
+        ]
+        want = by_list[0] - by_list[1]
+        got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]
         assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+    for kind, (which, prefix) in product(
+        p.kinds_of_retraining, (("training-aware", ""), ("influence", "influence_"), ("nearest", "nearest_"))
+    ):
+        own, anothers = (
+            np.mean([rise(kind, s, p.listed(which, (q + other) % 2), q) for s in range(2) for q in range(2)])
+            for other in (0, 1)
+        )
+        got = record(out, f"training_aware_list_is_the_querys.{kind}")["metrics"]
+        assert got[f"{prefix}rise_less_anothers"]["value"] == pytest.approx(own - anothers, rel=1e-3, abs=1e-4)
+    table = numbers(out, "15_taught")
+    measured = table[table["metric"] == "single"].groupby("kind")["channel"].unique()
+    assert {kind: set(found) for kind, found in measured.items()} == {
+        kind: set(p.channels(kind)) for kind in p.kinds_of_retraining
+    }
 
 
 def test_11_holds_every_record_in_all_formats(out: Path) -> None:

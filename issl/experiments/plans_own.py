@@ -76,7 +76,8 @@ class Retrained(Scored):
     ) -> Pretrain:  # fmt: skip
         """Training number `seed` without these images: from fresh weights, or continued from the encoder `first`."""
         if kind == "from scratch":
-            return self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
+            fresh = self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
+            return fresh.model_copy(update={"snapshots": None})
         first = first or self.pretrain()
         small = 1.0 if first.recipe.small == 1 else 0.0
         recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": small})
@@ -225,6 +226,8 @@ class Continual(Scored):
     seeds: int = Field(1, ge=1)
     neighbours: int = Field(10, ge=1)
 
+    channels: ClassVar[tuple[Channel, ...]] = ("BatchNorm held", "as trained")  # the first one decides
+
     def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
         """The images of the first and of the second task."""
         if task == "style":
@@ -255,8 +258,15 @@ class Continual(Scored):
         """Scores of the first task's images."""
         return self.influence(encoder, data=self.sets(task)[0])
 
-    def old_features(self, task: Task, encoder: Pretrain) -> Embed:
-        return self.features(encoder, self.sets(task)[0])
+    def old_features(
+        self, task: Task, seed: int, way: Way = "first", leg: int = 0, channel: Channel = "as trained"
+    ) -> Embed:
+        """Features of the first task's images; "BatchNorm held": its statistics are those after the first task."""
+        held = way != "first" and channel == "BatchNorm held"
+        return Embed(
+            pretrain=self.encoder(task, seed, way, leg), data=self.sets(task)[0],
+            statistics=self.encoder(task, seed) if held else None,
+        )  # fmt: skip
 
     def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
         """Accuracy of an encoder on the first or the second task."""
@@ -273,7 +283,8 @@ class Continual(Scored):
             for s in range(self.seeds):
                 for way, leg in dict.fromkeys([*self.path("second"), *self.path("more")]):
                     e = self.encoder(task, s, way, leg)
-                    found += [e, self.old_scores(task, e), self.old_features(task, e)]
+                    found += [e, self.old_scores(task, e)]
+                    found += [self.old_features(task, s, way, leg, channel) for channel in self.channels]
                     found += [self.accuracy(task, e, "old"), self.accuracy(task, e, "new")]
         return found
 
@@ -333,48 +344,50 @@ class Bridges(Scored):
 
 
 class Taught(Retrained):
-    """15_taught: which training images taught the encoder about this test image? Against nearest neighbours."""
+    """15_taught: which training images taught the encoder about this test image? By influence, by the gradient that
+    training follows, and by similarity."""
 
     notebook: ClassVar[str] = "15_taught"
 
-    asked: int = Field(4, ge=2)  # how many queries are retrained for: the first ones
-    share: float = Field(0.1, gt=0, lt=1)  # of the training images, removed for a query
-    drawn: int = Field(4, ge=2)  # removals at random
+    snapshots: int | None = Field(1, ge=1)  # so the whole learner is kept
+    asked: int = Field(3, ge=2)  # how many queries are retrained for: the first ones
+    share: float = Field(0.1, gt=0, lt=1)  # of the scored images, removed for a query
+    drawn: int = Field(3, ge=2)  # removals at random
     shown: int = Field(3, ge=1)
-    top: int = Field(8, ge=1)
+    top: int = Field(6, ge=1)
 
     @property
     def k(self) -> int:
         """How many images are removed."""
-        return max(1, round(self.share * self.n))
+        return max(1, round(self.share * (self.n if self.candidates is None else min(self.n, self.candidates))))
 
-    def influential(self, query: int) -> Top:
-        """The images of the highest influence on a query."""
-        return Top(scores=self.cross(), query=query, k=self.k)
+    def scores(self) -> dict[str, Cross | TrainingEffect | Nearness]:
+        """A number for each query and training image, by the name of its lists."""
+        return {"influence": self.cross(), "training-aware": self.training_effect(), "nearest": self.nearness()}
 
-    def nearest(self, query: int) -> Top:
-        """The images nearest to a query in feature space."""
-        return Top(scores=self.nearness(), query=query, k=self.k)
+    def listed(self, which: str, query: int) -> Top:
+        """The images that lead such a list for a query."""
+        return Top(scores=self.scores()[which], query=query, k=self.k)
 
     def random(self, number: int) -> Draw:
         """As many random images."""
-        return Draw(data=self.data(), share=self.share, seed=number)
+        return Draw(data=self.scored(), share=self.share, seed=number)
 
-    def removals(self) -> list[Draw | Top]:
-        lists = [find(query) for query in range(self.asked) for find in (self.influential, self.nearest)]
-        return [*lists, *(self.random(number) for number in range(self.drawn))]
+    def removals(self) -> dict[tuple[str, int], Draw | Top]:
+        """The images that are removed, by the list's name and the query that it is for (or its number)."""
+        lists = {(which, query): self.listed(which, query) for which in self.scores() for query in range(self.asked)}
+        return {**lists, **{("random", number): self.random(number) for number in range(self.drawn)}}
 
-    def query_features(self, encoder: Pretrain) -> Embed:
-        return self.features(encoder, self.query_data())
+    def query_features(self, **measured: Any) -> Embed:
+        return Embed(**measured, data=self.query_data())
 
     def stages(self) -> list[Stage]:
-        first = self.pretrain()
-        found: list[Stage] = [first, self.cross(), self.nearness(), self.query_features(first), *self.removals()]
-        for kind in self.kinds_of_retraining:
-            for s in range(self.seeds):
-                for removal in (None, *self.removals()):
-                    encoder = self.retrained(kind, s, removal)
-                    found += [self.query_losses(encoder), self.query_features(encoder)]
+        removals = list(self.removals().values())
+        found: list[Stage] = [self.pretrain(), *self.scores().values(), *removals]
+        for kind, s, removal in product(self.kinds_of_retraining, range(self.seeds), (None, *removals)):
+            for channel in self.channels(kind):
+                how = self.measured(self.retrained(kind, s, removal), kind, channel)
+                found += [self.query_losses(**how), self.query_features(**how)]
         return found
 
 

@@ -97,24 +97,26 @@ def forest(
 
 
 def forests(
-    axes: Axes, names: Sequence[str], by_method: dict[str, Sequence[Estimate]], label: str, nothing: float | None = None
-) -> None:
-    """As `forest`, with several methods per row, in their colours, the first on top."""
-    step = 0.7 / max(1, len(by_method))
-    for k, (method, estimates) in enumerate(by_method.items()):
-        at = np.arange(len(names))[::-1] + step * ((len(by_method) - 1) / 2 - k)
-        _intervals(axes, at, estimates, [COLOURS[method]] * len(names), 1.1, 10, NAMES[method])
-    _finish(axes, names, [e for estimates in by_method.values() for e in estimates], label, nothing)
+    axes: Axes, names: Sequence[str], by_group: Mapping[str, Sequence[Estimate]], label: str,
+    nothing: float | None = None, colours: Mapping[str, Any] = COLOURS, marks: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """As `forest`, with several methods (or other groups) per row, in their colours and marks, the first on top."""
+    step = 0.7 / max(1, len(by_group))
+    for k, (group, estimates) in enumerate(by_group.items()):
+        at = np.arange(len(names))[::-1] + step * ((len(by_group) - 1) / 2 - k)
+        mark = "o" if marks is None else marks[group]
+        _intervals(axes, at, estimates, [colours[group]] * len(names), 1.1, 10, NAMES.get(group, group), mark)
+    _finish(axes, names, [e for estimates in by_group.values() for e in estimates], label, nothing)
 
 
 def _intervals(
     axes: Axes, at: np.ndarray, estimates: Sequence[Estimate], colours: Any, width: float, size: float,
-    label: str | None = None,
+    label: str | None = None, mark: str = "o",
 ) -> None:  # fmt: skip
     """Points with their intervals; an open end goes far beyond any panel."""
     ends = np.clip([[e.low, e.high] for e in estimates], -1e12, 1e12)
     axes.hlines(at, *ends.T, color=colours, lw=width)
-    axes.scatter([e.value for e in estimates], at, c=colours, s=size, zorder=3, label=label)
+    axes.scatter([e.value for e in estimates], at, c=colours, s=size, zorder=3, label=label, marker=mark)
 
 
 def _finish(axes: Axes, names: Sequence[str], estimates: Sequence[Estimate], label: str, nothing: float | None) -> None:
