@@ -80,7 +80,8 @@ class Retrained(Scored):
             return fresh.model_copy(update={"snapshots": None})
         first = first or self.pretrain()
         small = 1.0 if first.recipe.small == 1 else 0.0
-        recipe = first.recipe.model_copy(update={"lr": self.continued_lr, "small": small})
+        # plain steps: LARS would scale each layer's gradient, and nothing that is scored knows of that
+        recipe = first.recipe.model_copy(update={"optimizer": "sgd", "lr": self.continued_lr, "small": small})
         return first.model_copy(
             update={
                 "start": first, "data": self.scored(), "recipe": recipe, "epochs": self.continued_epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from issl.analysis.statistics import Estimate
 from issl.reporting import figures
 
-COLOURS: dict[str, object] = {
+COLOURS: dict[str, Any] = {
     "BatchNorm held": "black", "as trained": sns.color_palette(figures.PALETTE)[4], "BatchNorm alone": "0.55",
 }  # fmt: skip
 MARKS = {"BatchNorm held": "o", "as trained": "s", "BatchNorm alone": "X"}

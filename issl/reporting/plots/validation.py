@@ -16,8 +16,7 @@ from issl.analysis.statistics import Estimate
 from issl.experiments.plans_own import Channel, Kind, Validation
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
-
-CHANNELS: dict[Channel, str] = {"BatchNorm held": "o", "as trained": "s", "BatchNorm alone": "D"}
+from issl.reporting.plots import channels
 
 
 def retraining(plan: Validation, convex: pd.DataFrame, numbers: pd.DataFrame, n: int) -> Figure:
@@ -47,8 +46,8 @@ def retraining(plan: Validation, convex: pd.DataFrame, numbers: pd.DataFrame, n:
         top = _lds(ax, plan, kind, numbers)
         ax.set_title(f"{letter}  {kind}; grey: ceiling {top.value:.2f}", loc="left")
     handles = [
-        Line2D([], [], color="0.3", marker=mark, ms=4 if mark == "o" else 3, lw=0, label=channel)
-        for channel, mark in CHANNELS.items()
+        Line2D([], [], color=channels.COLOURS[channel], marker=mark, ms=4, lw=0, label=channel)
+        for channel, mark in channels.MARKS.items()
     ]
     below.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     above.suptitle(_headline(plan, numbers, n), fontsize=8.5)
@@ -99,7 +98,8 @@ def _lds(ax: Axes, plan: Validation, kind: Kind, numbers: pd.DataFrame) -> Estim
             figures.forest(ax, lines, "LDS: rank correlation with retraining\non subsets", 0.0, colours)
         else:
             at = np.arange(len(lines))[::-1] + (0.25 if channel == "as trained" else -0.25)
-            ax.scatter([e.value for _, e in lines], at, marker=CHANNELS[channel], s=9, color="0.6", lw=0)
+            mark, colour = channels.MARKS[channel], channels.COLOURS[channel]
+            ax.scatter([e.value for _, e in lines], at, marker=mark, s=9, color=colour, lw=0)
     return top
 
 
