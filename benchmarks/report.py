@@ -37,7 +37,7 @@ def write_report(results: Path, out: Path) -> None:
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     parts, writers = [HEAD], {
         "wide": _timings, "wide-2": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory,
-        "pretraining": _pretraining,
+        "pretraining": _pretraining, "training": _training,
     }  # fmt: skip
     for name, write in writers.items():
         if name in found:
@@ -116,4 +116,19 @@ def _pretraining(part: Mapping[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     lines += [f"| {r['loop']} | {r['views_per_second']:.0f} | {r['ratio']:.2f} |" for r in part["rows"]]
+    return "\n".join([*lines, "", _where(part)])
+
+
+def _training(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"## Training-aware influence on {part['queries']} queries, {part['rows'][0]['data']}\n",
+        "The ratio is to one forward and backward pass over the same two views of the same images. An image's marginal "
+        "effect leaves it out of its batch, so the ratio is the batch size, and the time grows with n.\n",
+        "| effect | width | batch | images | seconds | × plain | minutes for 2,000 images |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in part["rows"]:
+        minutes = r["seconds"] / r["images"] * 2000 / 60
+        cells = (r["share"], r["width"], r["batch_size"], r["images"], f"{r['seconds']:.1f}", f"{r['ratio']:.1f}")
+        lines.append(f"| {' | '.join(str(c) for c in cells)} | {minutes:.1f} |")
     return "\n".join([*lines, "", _where(part)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from itertools import product
@@ -22,6 +23,7 @@ from issl.analysis.neighbour_graph import nearest
 from issl.commands import profiles, run
 from issl.commands.profiles import ProfileOptions
 from issl.experiments import claims
+from issl.experiments.cache import Artifacts
 from issl.experiments.plans import PLANS
 from issl.experiments.plans_own import Channel, Kind
 from issl.experiments.stages import Evaluate, Stability, Top
@@ -239,47 +241,62 @@ def test_09_closed_form(out: Path) -> None:
     np.testing.assert_allclose(table["change_of_loss"], table["change_by_formula"], rtol=1e-4)
 
 
+def log_losses(stage: Stability, artifacts: Artifacts) -> np.ndarray:
+    return np.log(np.maximum(stage.read(artifacts)["stability_loss"].to_numpy(), 1e-8))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(pd.Series(a).corr(pd.Series(b), method="spearman"))
+
+
 def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     assert record(out, "convex_theory")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("10_validation")
     artifacts, n = p.artifacts(), len(p.data().load())
+    names = {"BatchNorm held": "_held", "as trained": ""}
+    for kind, (channel, suffix) in itertools.product(p.kinds_of_retraining, names.items()):
 
-    def log(stage: Stability) -> np.ndarray:
-        return np.log(np.maximum(stage.read(artifacts)["stability_loss"].to_numpy(), 1e-8))
+        def after(s: int, k: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
+            return log_losses(p.query_losses(**p.measured(p.on_subset(kind, s, k), kind, channel)), artifacts)
 
-    def shift(kind: Kind, i: int) -> np.ndarray:
-        """Of every image's log loss, without image number `i`, mean over seeds."""
-        pairs = [(p.without_one(kind, s, i), p.trained_on_all(kind, s)) for s in range(2)]
-        return np.mean([log(p.all_losses(without)) - log(p.all_losses(full)) for without, full in pairs], axis=0)
+        def shift(i: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
+            """Of every image's log loss, without image number `i`, mean over seeds."""
+            pairs = [(p.without_one(kind, s, i), p.trained_on_all(kind, s)) for s in range(2)]
+            both = [[log_losses(p.all_losses(e, kind, channel), artifacts) for e in pair] for pair in pairs]
+            return np.mean([without - full for without, full in both], axis=0)
 
-    for kind in p.kinds_of_retraining:
-        after = np.stack(
-            [np.stack([log(p.query_losses(p.on_subset(kind, s, k))) for k in range(4)], 1) for s in range(2)]
-        )
-        after = (after - after.mean(1, keepdims=True)).mean(0)
-        scores = p.cross().read(artifacts).numpy() / np.exp(log(p.query_losses(p.pretrain())))[:, None]
-        predicted = np.zeros_like(after)
+        measured = np.stack([np.stack([after(s, k) for k in range(4)], 1) for s in range(2)])
+        measured = (measured - measured.mean(1, keepdims=True)).mean(0)
+        losses = np.exp(log_losses(p.query_losses(pretrain=p.pretrain()), artifacts))
+        scores = p.cross().read(artifacts).numpy() / losses[:, None]
+        predicted = np.zeros_like(measured)
         for k in range(4):
             gone = p.draw(k).read(artifacts)
             assert len(gone) == n // 2
             predicted[:, k] = -np.delete(scores, gone, 1).sum(1)
         predicted -= predicted.mean(0)
-        want = np.mean(
-            [pd.Series(a).corr(pd.Series(b), method="spearman") for a, b in zip(predicted, after, strict=True)]
-        )
-        got = record(out, f"predicts_subsets.{kind}")["metrics"]
+        want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
+        got = record(out, f"predicts_subsets{suffix}.{kind}")["metrics"]
         assert got["lds"]["value"] == pytest.approx(want) and 0 <= got["ceiling"]["value"] <= 1
         # single images, left out; the first is the image at the head of the score
         influence = p.scores().read(artifacts)["influence"].to_numpy()
         places = [p.pick(i).read(artifacts)[0] for i in range(4)]
         assert places[0] == influence.argmax()
-        shifts = [shift(kind, i) for i in range(4)]
+        shifts = [shift(i) for i in range(4)]
         changes = [d[k] - np.delete(d, k).mean() for d, k in zip(shifts, places, strict=True)]
-        got = record(out, f"predicts_leaving_one_out.{kind}")["metrics"]
+        got = record(out, f"predicts_leaving_one_out{suffix}.{kind}")["metrics"]
         assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
-        assert got["spearman"]["value"] == pytest.approx(
-            pd.Series(influence[places]).corr(pd.Series(changes), method="spearman")
-        )
+        assert got["spearman"]["value"] == pytest.approx(rank_correlation(influence[places], np.array(changes)))
+    own = record(out, "moves_own_features.continued")["metrics"]
+    assert {"spearman", "less_stability_loss", "less_gradient_norm", "ceiling"} <= own.keys()
+    # with no weight trained, queries' losses move all the same
+    first = p.pretrain()
+    statistics_alone = p.measured(p.on_subset("continued", 0, 0), "continued", "BatchNorm alone")
+    assert statistics_alone["pretrain"] == first
+    moved = log_losses(p.query_losses(**statistics_alone), artifacts) - log_losses(
+        p.query_losses(pretrain=first), artifacts
+    )
+    assert np.abs(moved).max() > 1e-3
 
 
 def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:
@@ -382,6 +399,36 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     assert {kind: set(found) for kind, found in measured.items()} == {
         kind: set(p.channels(kind)) for kind in p.kinds_of_retraining
     }
+
+
+def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
+    p = plan("16_training_aware")
+    artifacts, table = p.artifacts(), numbers(out, "16_training_aware")
+    n = len(p.scored().load())
+    for method in p.methods:
+        first = p.first(method, 0)
+        kept = np.ones((p.subsets, n), bool)
+        for k in range(p.subsets):
+            kept[k, p.draw(k).read(artifacts)] = False
+        losses = np.exp(log_losses(p.query_losses(pretrain=first), artifacts))
+        predicted = -(p.training_effect(first).read(artifacts).numpy() / losses[:, None]) @ kept.T.astype(float)
+        runs = [
+            np.stack(
+                [log_losses(p.subset_losses(first, s, k, "BatchNorm held"), artifacts) for k in range(p.subsets)], 1
+            )
+            for s in range(p.seeds)
+        ]
+        measured = np.mean([run - run.mean(0) for run in runs], 0)
+        predicted -= predicted.mean(0)
+        want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
+        got = record(out, f"training_aware_predicts.{method}")["metrics"]
+        assert got["lds"]["value"] == pytest.approx(want)
+        assert got["lds_less_paper"]["value"] == pytest.approx(want - got["lds_paper"]["value"])
+    shown = table[table["method"].isin(p.methods)]
+    assert set(shown["channel"]) == set(p.channels("continued"))
+    assert {*p.effects(p.first("simclr", 0)), "similarity of pixels", "gradient of the subset", "ceiling"} == set(
+        shown["predictor"]
+    )
 
 
 def test_11_holds_every_record_in_all_formats(out: Path) -> None:

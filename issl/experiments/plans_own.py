@@ -403,6 +403,7 @@ class TrainingAware(Retrained):
     candidates: int | None = Field(96, ge=16)
     encoders: int = Field(1, ge=1)  # scored, of each method: those trained from seeds `seed`, `seed` + 1, …
     snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
+    continued_epochs: int = Field(4, ge=3)  # two states along it are kept
     continued_batch: int | None = Field(16, ge=3)  # effects are measured in batches of the same size
     subsets: int = Field(8, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
