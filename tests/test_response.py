@@ -98,16 +98,18 @@ def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_diffe
     monkeypatch.setattr(datamodeling, "RESAMPLES", 200)  # enough for an interval that is twice as wide
     predicted, measured = encoders_of((1.0, 1.0, 1.0))
     each = [datamodeling.lds(p, m.mean(0)).value for p, m in zip(predicted, measured, strict=True)]
-    alike = datamodeling.lds_over_encoders(predicted, measured)
+    tables = [{"ours": p, "nothing": np.zeros_like(p)} for p in predicted]
+    found = datamodeling.lds_over_encoders(tables, measured, [("ours", "nothing"), ("ours", "ours")])
+    alike = found["ours"]
     assert alike.value == pytest.approx(np.mean(each)) and alike.low < alike.value < alike.high and alike.n == 3
-    differing = datamodeling.lds_over_encoders(*encoders_of((2.0, 0.0, -2.0)))
+    assert found["ours less nothing"] == alike and found["nothing"].value == found["nothing"].high == 0
+    assert found["ours less ours"].low == found["ours less ours"].high == 0
+    other, runs = encoders_of((2.0, 0.0, -2.0))
+    differing = datamodeling.lds_over_encoders([{"x": p} for p in other], runs)["x"]
     assert differing.high - differing.low > 2 * (alike.high - alike.low)  # images alone would not say so
-    less = datamodeling.lds_over_encoders(predicted, measured, [np.zeros_like(p) for p in predicted])
-    assert less.value == pytest.approx(alike.value)
-    assert datamodeling.lds_over_encoders(predicted, measured, predicted).high == 0
     agree = datamodeling.repeatability_over_encoders(measured)
     assert agree.value == pytest.approx(np.mean([datamodeling.repeatability(m).value for m in measured]))
-    with pytest.raises(issl.IsslError, match="3 encoders, tables of"):
-        datamodeling.lds_over_encoders(predicted[:2], measured)
+    with pytest.raises(issl.IsslError, match="2 tables of predictions for 3 encoders"):
+        datamodeling.lds_over_encoders(tables[:2], measured)
     with pytest.raises(issl.IsslError, match="two or more repetitions"):
         datamodeling.repeatability_over_encoders([m[:1] for m in measured])

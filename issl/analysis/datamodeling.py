@@ -10,7 +10,7 @@ A training that is repeated under other seeds gives another measurement, so no p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,47 +60,63 @@ Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
 
 
 def lds_over_encoders(
-    predicted: Sequence[Table], measured: Sequence[Runs], other: Sequence[Table] | None = None, seed: int = 0
-) -> Estimate:
-    """The LDS, mean over encoders, each with its own predictions and repeated measurements; less that of `other`.
+    predicted: Sequence[Mapping[str, Table]], measured: Sequence[Runs], less: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+) -> dict[str, Estimate]:  # fmt: skip
+    """The LDS of each prediction by name, mean over encoders, which each have their own predictions and repeated
+    measurements; under "A less B", for each pair in `less`, the difference of two.
 
-    Percentile interval of a bootstrap at every level at once: encoders, then each one's repetitions, queries and
+    Percentile intervals of a bootstrap at every level at once: encoders, then each one's repetitions, queries and
     subsets. n counts the encoders.
     """
-    tables = [predicted, *([] if other is None else [other])]
+    if len(predicted) != len(measured) or not predicted:
+        raise IsslError(f"{len(predicted)} tables of predictions for {len(measured)} encoders: need one for each")
+    names = list(predicted[0])
+    stacked = [np.stack([np.asarray(tables[name], float) for name in names]) for tables in predicted]
 
-    def statistic(e: int, repetitions: Any, queries: Any, subsets: Any) -> float:
-        truth = measured[e][repetitions].mean(0)[queries][:, subsets]
-        found = [_rows(np.asarray(table[e])[queries][:, subsets], truth).mean() for table in tables]
-        return float(found[0] if other is None else found[0] - found[1])
+    def statistic(e: int, repetitions: Any, queries: Any, subsets: Any) -> np.ndarray:
+        ours, truth = stacked[e][:, queries][:, :, subsets], measured[e][repetitions].mean(0)[queries][:, subsets]
+        both = stats.rankdata(ours, axis=-1), stats.rankdata(truth, axis=-1)[None]
+        return np.asarray(pearson(*both, -1)).mean(-1)
 
-    return _every_level(measured, [len(table) for table in tables], statistic, seed)
+    value, drawn = _every_level(measured, statistic, seed)
+    of = {name: (value[k], drawn[:, k]) for k, name in enumerate(names)}
+    of |= {f"{a} less {b}": (of[a][0] - of[b][0], of[a][1] - of[b][1]) for a, b in less}
+    return {name: _percentiles(*found, len(measured)) for name, found in of.items()}
 
 
 def repeatability_over_encoders(measured: Sequence[Runs], seed: int = 0) -> Estimate:
     """How well two repetitions agree, see `repeatability`; mean over encoders, interval over them, queries, subsets."""
 
-    def statistic(e: int, _: Any, queries: Any, subsets: Any) -> float:
-        runs = measured[e][:, queries][:, :, subsets]
-        pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
-        return float(np.mean([_rows(runs[i], runs[j]).mean() for i, j in pairs]))
+    def statistic(e: int, _: Any, queries: Any, subsets: Any) -> np.ndarray:
+        ranks = stats.rankdata(measured[e][:, queries][:, :, subsets], axis=-1)
+        pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
+        return np.array([np.mean([np.mean(pearson(ranks[i], ranks[j], -1)) for i, j in pairs])])
 
-    return _every_level(measured, [], statistic, seed)
+    value, drawn = _every_level(measured, statistic, seed)
+    return _percentiles(value[0], drawn[:, 0], len(measured))
 
 
-def _every_level(measured: Sequence[Runs], counts: list[int], statistic: Callable[..., float], seed: int) -> Estimate:
-    if not measured or any(count != len(measured) for count in counts) or any(len(m) < 2 for m in measured):
+def _every_level(
+    measured: Sequence[Runs], statistic: Callable[..., np.ndarray], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of a statistic over encoders, and over resampled ones, each on its own resampled runs."""
+    if any(np.ndim(m) != 3 or len(m) < 2 for m in measured):
         raise IsslError(
-            f"{len(measured)} encoders, tables of {counts or 'none'}: need as many of each, and two or more repetitions"
+            f"measurements of shape {[np.shape(m) for m in measured]}: need two or more repetitions of each"
         )
-    rng, found = np.random.default_rng(seed), np.empty(RESAMPLES)
-    for k in range(RESAMPLES):
-        drawn = rng.integers(0, len(measured), len(measured)).tolist()
-        found[k] = np.mean([statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in drawn])
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        some = rng.integers(0, len(measured), len(measured)).tolist()
+        drawn.append(np.mean([statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in some], axis=0))
     every = slice(None)
-    value = np.mean([statistic(e, every, every, every) for e in range(len(measured))])
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high), len(measured))
+    value = np.mean([statistic(e, every, every, every) for e in range(len(measured))], axis=0)
+    return value, np.stack(drawn)
+
+
+def _percentiles(value: float, drawn: np.ndarray, n: int) -> Estimate:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high), n)
 
 
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
