@@ -28,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, metavar="FILE", help="the encoder, .safetensors; beside it its history, .csv"
     )
     add("--method", default="simclr", choices=get_args(Method), help="default: simclr")
-    add("--recipe", default="published", choices=get_args(Variant), help="published (default) or short")
+    add("--recipe", default="published", choices=get_args(Variant), help="published (default), short or long")
     add("--width", type=int, default=64, help="of ResNet-18's first stage (64)")
     add("--epochs", type=int, default=200, help="default: 200")
     add("--batch-size", type=int, default=256, help="of all processes together (256)")
