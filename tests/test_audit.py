@@ -117,13 +117,41 @@ def estimates(low: float) -> dict[str, Estimate]:
     [
         (1.5, "mini", "reproduced", "reproduced"),
         (0.7, "mini", "partly", "partly"),
-        (-0.5, "paper", "not reproduced", "not reproduced"),
+        (-0.5, "paper", "contradicted", "contradicted"),
         (1.5, "quick", "reproduced", claims.UNTESTED),
     ],
 )
 def test_verdicts(low: float, profile: str, outcome: str, verdict: str) -> None:
     got = claims.judge("uniform_backgrounds", estimates(low), profile)
     assert (got["outcome"], got["verdict"]) == (outcome, verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ceiling", "state"),
+    [
+        (0.1, 0.3, 0.6, "holds"), (-0.1, 0.2, 0.6, "undecided"), (-0.3, -0.1, 0.6, "contradicted"),
+        (-0.3, -0.1, 0.2, "undecided"), (0.1, 0.3, 0.2, "holds"), (np.nan, np.nan, 0.6, "undecided"),
+    ],
+)  # fmt: skip
+def test_a_test_is_contradicted_only_where_it_could_have_held(
+    low: float, high: float, ceiling: float, state: str
+) -> None:
+    needs = claims.Condition(metric="ceiling", bound="value", above=0.3)
+    above = claims.Condition(metric="rho", bound="low", above=0.0, needs=needs)
+    metrics = {"rho": Estimate((low + high) / 2, low, high, 9), "ceiling": Estimate(ceiling, 0.0, 1.0, 9)}
+    assert above.state(metrics) == state
+    below = claims.Condition(metric="rho", bound="high", below=0.0, needs=needs)
+    assert below.state(metrics | {"rho": Estimate(-(low + high) / 2, -high, -low, 9)}) == state
+    exact = claims.Condition(metric="rho", bound="value", above=0.0)
+    assert exact.state({"rho": Estimate(-1.0, -1.0, -1.0, 1)}) == "contradicted"
+    with pytest.raises(issl.IsslError, match="'ceiling' was not measured"):
+        above.state({"rho": metrics["rho"]})
+
+
+def test_outcomes() -> None:
+    assert claims.outcome(["holds", "holds"]) == "reproduced" and claims.outcome(["undecided", "holds"]) == "partly"
+    assert claims.outcome(["undecided", "contradicted"]) == "contradicted"
+    assert claims.outcome(["undecided", "undecided"]) == "undecided"
 
 
 def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:

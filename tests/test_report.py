@@ -117,8 +117,8 @@ def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: P
 
 def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     index = (site / "index.html").read_text()
-    assert "3 tests of 2 claims: 2 reproduced, 1 not reproduced" in index
-    assert 'class="badge bad">BYOL ○ not reproduced (0/1)' in index and "SimCLR 0.97 [0.87, 0.99]" in index
+    assert "3 tests of 2 claims: 2 reproduced, 1 contradicted" in index
+    assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index and "SimCLR 0.97 [0.87, 0.99]" in index
     assert "a ranking that holds under another draw of the noise [SimCLR]" in index
     assert "which failed" in index and "BYOL: pearson above 0.924: it is" in index
 

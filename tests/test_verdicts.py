@@ -44,7 +44,7 @@ def test_a_metric_that_a_set_does_not_have_is_not_judged(records: list[verdicts.
 
 def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
     source = claims.provenance("mini", {}, torch.device("cpu"), [])
-    metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling")}
+    metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling", "ceiling")}
     for name in ("predicts_leaving_one_out", "predicts_leaving_one_out_held"):
         claims.record(name, metrics, source, tmp_path, dataset="cifar10", n=9, seeds=[0])
     found = verdicts.read_records(tmp_path.glob("claim_*.json"))
@@ -78,13 +78,13 @@ def test_formats(records: list[verdicts.Record]) -> None:
     lines = verdicts.markdown(records).splitlines()
     assert len(lines) == 2 + 3 and all(line.count(" | ") == 5 for line in lines if "---" not in line)
     assert "SimCLR 0.80 [0.70, 0.90]<br>BYOL 0.95 [0.85, 1.05]" in lines[3] and "0.974" in lines[3]
-    assert "SimCLR ○ not reproduced (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
+    assert "SimCLR ○ contradicted (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
     assert lines[2].startswith("| The score is") and "(ours)" in lines[2] and "1e-09" in lines[2]
     tex = verdicts.latex(records)
     assert tex.count("&") == 7 * 4 and r"auc\_injected" in tex and tex.count(r"\makecell") == 6
     table = verdicts.table(records)
     assert table.loc[1, ["low", "high", "tests_held", "verdict"]].tolist() == [
-        pytest.approx(0.7), pytest.approx(0.9), 0, "not reproduced",
+        pytest.approx(0.7), pytest.approx(0.9), 0, "contradicted",
     ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_what_failed_is_said_with_what_was_asked(records: list[verdicts.Record])
 def test_what_it_is_good_for_follows_the_outcomes(records: list[verdicts.Record]) -> None:
     uses = verdicts.good_for(records)
     assert uses["reproduced"] == ["a ranking that holds under another draw of the noise [BYOL]"]
-    assert uses["not reproduced"][0] == "a ranking that holds under another draw of the noise [SimCLR]"
+    assert uses["contradicted"][0] == "a ranking that holds under another draw of the noise [SimCLR]"
     named = [c.use for c in claims.claims().values() if c.use]
     assert len(named) == len(set(named)) >= 10
     assert not any(c.use for name, c in claims.claims().items() if name in ("method_exact", "convex_theory"))

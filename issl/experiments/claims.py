@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from issl.devices import device_name
 from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic
 
+State = Literal["holds", "contradicted", "undecided"]
 UNTESTED = "not tested at this scale"
 SUPERSEDED = "superseded"
 
@@ -30,6 +32,8 @@ class Condition(Config):
 
     where_measured   the metric needs something that not every data set has (pairs judged by people): where it was not
                      measured, the condition is skipped
+    needs            another condition, such as one of the ceiling: where it does not hold, this one is never
+                     contradicted
     """
 
     metric: str
@@ -37,6 +41,7 @@ class Condition(Config):
     above: float | None = None
     below: float | None = None
     where_measured: bool = False
+    needs: Condition | None = None
 
     @model_validator(mode="after")
     def _one_side(self) -> Condition:
@@ -44,11 +49,24 @@ class Condition(Config):
             raise ValueError("give exactly one of `above` and `below`")
         return self
 
-    def holds(self, metrics: dict[str, Estimate]) -> bool:
-        if self.metric not in metrics:
-            raise IsslError(f"claim test: metric {self.metric!r} was not measured; there are {sorted(metrics)}")
-        value = float(getattr(metrics[self.metric], self.bound))
-        return value > self.above if self.above is not None else value < self.below  # type: ignore[operator]
+    def state(self, metrics: dict[str, Estimate]) -> State:
+        """contradicted: the whole interval is on the wrong side of the threshold. undecided: it spans it, or what could
+        be seen is too poor (`needs`)."""
+        for metric in (self.metric, *([self.needs.metric] if self.needs else [])):
+            if metric not in metrics:
+                raise IsslError(f"claim test: metric {metric!r} was not measured; there are {sorted(metrics)}")
+        found = metrics[self.metric]
+        value = float(getattr(found, self.bound))
+        if self.above is not None:
+            holds, wrong = value > self.above, found.high < self.above
+        else:
+            assert self.below is not None
+            holds, wrong = value < self.below, found.low > self.below
+        exact = found.low == found.high == found.value  # no interval: it holds, or it does not
+        if holds:
+            return "holds"
+        poor = self.needs is not None and self.needs.state(metrics) != "holds"
+        return "contradicted" if (wrong or (exact and value == value)) and not poor else "undecided"
 
 
 class Superseded(Config):
@@ -86,16 +104,30 @@ def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, An
         raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
     claim = claims()[name]
     tests = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
-    passed = [test.holds(metrics) for test in tests]
-    outcome = "reproduced" if all(passed) else "partly" if any(passed) else "not reproduced"
+    states = [test.state(metrics) for test in tests]
     return {
         "tests": [
-            t.model_dump(exclude_none=True, exclude_defaults=True) | {"holds": p}
-            for t, p in zip(tests, passed, strict=True)
+            t.model_dump(exclude_none=True, exclude_defaults=True) | {"holds": s == "holds", "state": s}
+            for t, s in zip(tests, states, strict=True)
         ],
-        "outcome": outcome,
-        "verdict": SUPERSEDED if claim.superseded else outcome if profile in claim.profiles else UNTESTED,
-    }
+        "outcome": outcome(states), "verdict": verdict(name, outcome(states), profile),
+    }  # fmt: skip
+
+
+def outcome(states: Sequence[State]) -> str:
+    """Of a claim, from the states of its tests."""
+    if all(state == "holds" for state in states):
+        return "reproduced"
+    if "holds" in states:
+        return "partly"
+    return "contradicted" if "contradicted" in states else "undecided"
+
+
+def verdict(name: str, found: str, profile: str) -> str:
+    """The outcome where the profile is large enough for the claim, and its test still decides."""
+    if claims()[name].superseded:
+        return SUPERSEDED
+    return found if profile in claims()[name].profiles else UNTESTED
 
 
 def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
@@ -118,12 +150,12 @@ def record(
     variant  for a claim that a notebook tests more than once: the method, say; in the file's name, "_" for spaces
     source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it
     """
-    verdict = judge(name, metrics, source["profile"])
+    judged = judge(name, metrics, source["profile"])
     claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
         "ours": claim.ours, **about,
-        "metrics": {k: m.as_dict() for k, m in metrics.items()}, **verdict, "provenance": source,
+        "metrics": {k: m.as_dict() for k, m in metrics.items()}, **judged, "provenance": source,
     }  # fmt: skip
     file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)
     with atomic(folder / file) as part:
@@ -140,9 +172,8 @@ def format_record(written: dict[str, Any]) -> str:
         low, high = (["−∞", "∞"][k] if m[b] is None else f"{m[b]:.3g}" for k, b in enumerate(("low", "high")))
         side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
         bound = "" if test["bound"] == "value" else f"{test['bound']} end "
-        holds = "holds" if test["holds"] else "does not hold"
         ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
-        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {holds}")
+        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}")
     lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
     return "\n".join(lines)
 

@@ -34,13 +34,10 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
-KINDS = {
-    "reproduced": "good",
-    "partly": "half",
-    "not reproduced": "bad",
-    UNTESTED: "none",
+KINDS = {  # a verdict's CSS class
+    "reproduced": "good", "partly": "half", "contradicted": "bad", "undecided": "none", UNTESTED: "none",
     SUPERSEDED: "none",
-}  # a verdict's CSS class
+}  # fmt: skip
 COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {

@@ -11,13 +11,13 @@ import pandas as pd
 
 from issl.analysis.statistics import Estimate
 from issl.errors import IsslError
-from issl.experiments.claims import SUPERSEDED, UNTESTED, claims
+from issl.experiments.claims import SUPERSEDED, UNTESTED, Condition, claims, outcome, verdict
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.experiments.claims.record writes it
 KEPT = "claims.json"  # a profile's records, beside its figures
-MARKS = {"reproduced": "●", "partly": "◐", "not reproduced": "○", UNTESTED: "◌", SUPERSEDED: "⊘"}
+MARKS = {"reproduced": "●", "partly": "◐", "contradicted": "○", "undecided": "◇", UNTESTED: "◌", SUPERSEDED: "⊘"}
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
 
 
@@ -36,7 +36,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
         unknown = [r["name"] for r in records if r["name"] not in claims()]
         if unknown:
             raise IsslError(f"{path} records the claim {unknown[0]!r}, which claims.yaml does not state; delete it")
-        found += [r | {"verdict": SUPERSEDED} if claims()[r["name"]].superseded else r for r in records]
+        found += [_by_todays_rules(r) for r in records]
     order = {name: k for k, name in enumerate(claims())}
     methods = ["", *NAMES]
 
@@ -45,6 +45,17 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
         return claims()[r["name"]].notebook, order[r["name"]], known, r["provenance"]["profile"]
 
     return sorted(found, key=place)
+
+
+def _by_todays_rules(record: Record) -> Record:
+    """A record with the outcome of its own tests, and its verdict, by the rules that hold now."""
+    metrics = {name: Estimate.of(m) for name, m in record["metrics"].items()}
+    conditions = [Condition(**{k: v for k, v in t.items() if k not in ("holds", "state")}) for t in record["tests"]]
+    states = [condition.state(metrics) for condition in conditions]
+    tests = [t | {"holds": s == "holds", "state": s} for t, s in zip(record["tests"], states, strict=True)]
+    found = outcome(states)
+    reached = verdict(record["name"], found, record["provenance"]["profile"])
+    return record | {"tests": tests, "outcome": found, "verdict": reached}
 
 
 def keep(records: Sequence[Record], folder: Path) -> Path:
@@ -126,18 +137,18 @@ def decided(records: Sequence[Record]) -> list[Record]:
 
 
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What the score is good for, by the outcome of each use's claim: all of its tests held, some, or none.
+    """What the score is good for, by the outcome of each use's claim.
 
     Methods are named where their outcomes differ. These are outcomes, not verdicts: a profile too small for the claim
     speaks for itself alone.
     """
-    found: dict[str, list[str]] = {"reproduced": [], "partly": [], "not reproduced": []}
+    found: dict[str, list[str]] = {"reproduced": [], "partly": [], "contradicted": [], "undecided": []}
     for name, claim in claims().items():
         ours = [r for r in records if r["name"] == name]
         if claim.use is None or claim.superseded or not ours:
             continue
-        for outcome, uses in found.items():
-            which = [str(NAMES.get(r["variant"], r["variant"])) for r in ours if r["outcome"] == outcome]
+        for reached, uses in found.items():
+            which = [str(NAMES.get(r["variant"], r["variant"])) for r in ours if r["outcome"] == reached]
             if which:
                 uses.append(claim.use + ("" if len(which) == len(ours) else f" [{', '.join(which)}]"))
     return found
@@ -182,7 +193,8 @@ def latex(records: Sequence[Record]) -> str:
 def _escaped(text: str) -> str:
     marks = {
         "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
-        "⊘": r"$\oslash$", "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◌": r"$\cdot$", "–": "--",
+        "⊘": r"$\oslash$", "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◇": r"$\diamond$",
+        "◌": r"$\cdot$", "–": "--",
     }  # fmt: skip
     for plain, escaped in marks.items():
         text = text.replace(plain, escaped)

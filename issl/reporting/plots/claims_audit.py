@@ -16,7 +16,9 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import figures, verdicts
 from issl.reporting.verdicts import Record
 
-COLOURS = {"reproduced": "C0", "partly": "C1", "not reproduced": "C3", UNTESTED: "0.5", SUPERSEDED: "0.5"}
+COLOURS = {
+    "reproduced": "C0", "partly": "C1", "contradicted": "C3", "undecided": "0.35", UNTESTED: "0.5", SUPERSEDED: "0.5",
+}  # fmt: skip
 
 
 def all_claims(records: Sequence[Record], profile: str) -> Figure:
