@@ -193,8 +193,8 @@ def test_a_file_without_the_whole_learner_is_refused(tmp_path: Path) -> None:
     save_encoder(path, Learner(how, 1, None, 0).encoder, {"config": config})
     with pytest.raises(issl.IsslError, match=r"no byol learner: predictor and target are not in it.*snapshots"):
         load_learner(path)
-    save_encoder(path, Learner(how, 1, None, 0).encoder, {})
-    with pytest.raises(issl.IsslError, match="has no config with a recipe; use load_encoder"):
+    save_encoder(path, Learner(how, 1, None, 0).encoder, {})  # nothing about its training
+    with pytest.raises(issl.IsslError, match="does not say how it was trained: give the recipe"):
         load_learner(path)
     with pytest.raises(issl.IsslError, match="does not exist"):
         load_learner(tmp_path / "none.safetensors")
@@ -209,7 +209,7 @@ def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
 def test_bad_names() -> None:
     with pytest.raises(issl.IsslError, match="method 'moco': known are simclr"):
         recipe("moco")
-    with pytest.raises(issl.IsslError, match="recipe 'fast': known are published, short"):
+    with pytest.raises(issl.IsslError, match="recipe 'fast': known are published, short, long"):
         recipe("byol", "fast")
     with pytest.raises(issl.IsslError, match="precision 'fp8': choose auto"):
         computes_bf16(torch.device("cpu"), "fp8")

@@ -117,6 +117,8 @@ def test_every_kind_of_stage_has_a_cost() -> None:
     others = [
         TRAIN, scored, train, stages.Stability(pretrain=TRAIN, data=DATA),
         stages.Cross(pretrain=TRAIN, data=DATA, query=few), stages.TrainingEffect(pretrain=TRAIN, data=DATA, query=few),
+        stages.StatisticsEffect(pretrain=TRAIN, data=DATA, query=few),
+        stages.SubsetEffect(pretrain=TRAIN, data=DATA, query=few, left_out=(stages.Draw(data=DATA, share=0.5),)),
         Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
     ]  # fmt: skip
     kinds = {kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)}
