@@ -112,7 +112,8 @@ def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
 def test_no_record_passes_for_a_larger_scale(out: Path) -> None:
     for path in (out / "results/tiny").glob("claim_*.json"):
         written = json.loads(path.read_text())
-        assert written["provenance"]["profile"] == "tiny" and written["verdict"] == claims.UNTESTED
+        assert written["provenance"]["profile"] == "tiny"
+        assert written["verdict"] in (claims.UNTESTED, claims.SUPERSEDED)
         for m in written["metrics"].values():
             if None not in (m["low"], m["value"], m["high"]):
                 assert m["low"] <= m["value"] + 1e-9 and m["value"] <= m["high"] + 1e-9, path.name
