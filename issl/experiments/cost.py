@@ -37,8 +37,8 @@ def seconds(stage: Stage) -> float:
             work = _count(stage.data) * stage.draws * _gradient(stage.pretrain.width)
         case stages.Cross():
             work = (_count(stage.data) + _count(stage.query)) * stage.draws * _gradient(stage.pretrain.width)
-        case stages.TrainingEffect():  # of both views, there and back, for each image of the batch
-            passes = 3 * 2 * stage.batch_size * stage.view_draws * max(1, len(stage.after))
+        case stages.TrainingEffect():  # both views, there and back in fp32, for each image of the batch
+            passes = 6 * 2 * stage.batch_size * stage.view_draws * max(1, len(stage.after))
             work = _count(stage.data) * passes * _forward(stage.pretrain.width)
         case stages.SubsetEffect():
             passes = 3 * 2 * stage.view_draws * len(stage.left_out)

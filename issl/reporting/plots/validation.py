@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from issl.analysis.statistics import Estimate
 from issl.experiments.plans_own import Channel, Kind, Validation
@@ -96,6 +97,7 @@ def _lds(ax: Axes, plan: Validation, kind: Kind, numbers: pd.DataFrame) -> Estim
             blue, orange = figures.COLOURS[plan.method], sns.color_palette(figures.PALETTE)[1]
             colours = [blue] + ["0.35"] * (len(lines) - 2) + [orange]
             figures.forest(ax, lines, "LDS: rank correlation with retraining\non subsets", 0.0, colours)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
         else:
             at = np.arange(len(lines))[::-1] + (0.25 if channel == "as trained" else -0.25)
             mark, colour = channels.MARKS[channel], channels.COLOURS[channel]
