@@ -7,7 +7,7 @@ from nets import pictures
 from test_training_influence import brightness_of_features, learner
 from torch import nn
 
-from issl.analysis.statistics_influence import by_statistics, image_statistics, statistics_influence
+from issl.analysis.statistics_influence import by_statistics, shares_of_images, statistics_influence
 from issl.analysis.training_influence import batches, two_views
 
 
@@ -22,7 +22,7 @@ def test_statistics_of_a_part_of_the_images_change_a_query_by_their_influence() 
     measure = brightness_of_features(query)
     found = statistics_influence(trained, train, [measure], batch_size=12)
     assert found.shape == (3, 12)
-    own = image_statistics(trained, train, 12)
+    own = shares_of_images(trained, train, 12)
     part, step = own[[0, 2, 5]].mean(0) - own.mean(0), 1e-5
     moved = by_statistics(trained.encoder.backbone)
     before = measure(moved).detach()
@@ -34,7 +34,7 @@ def test_statistics_of_a_part_of_the_images_change_a_query_by_their_influence() 
 
 def test_the_first_layers_shares_are_those_of_its_inputs() -> None:
     trained, train = learner("simclr"), pictures(9)
-    own = image_statistics(trained, train, 4, seed=2)
+    own = shares_of_images(trained, train, 4, seed=2)
     first = next(m for m in trained.encoder.backbone if isinstance(m, nn.BatchNorm2d))
     for rows in batches(train, 4, 2, 0):
         a, b = (trained.encoder.backbone[:2](view) for view in two_views(trained, train, rows, 2, 0, None))

@@ -145,5 +145,4 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed
     for k in range(RESAMPLES):
         rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
         found[k] = statistic(*(t[rows][:, columns] for t in tables)).mean()
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(float(statistic(*tables).mean()), float(low), float(high), q)
+    return _percentiles(statistic(*tables).mean(), found, q)

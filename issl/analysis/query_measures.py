@@ -41,9 +41,8 @@ def probe_losses(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor
     x, labels = query.pixels.float() / 255, query.require_labels()
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
-        features = backbone(_like(backbone, x))
-        scores = features @ weight.to(features).T + bias.to(features)
-        return nn.functional.cross_entropy(scores, labels.to(features.device), reduction="none")
+        scores = nn.functional.linear(backbone(_like(backbone, x)), _like(backbone, weight), _like(backbone, bias))
+        return nn.functional.cross_entropy(scores, labels.to(scores.device), reduction="none")
 
     return measure
 
@@ -53,9 +52,8 @@ def margins(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c
     x, labels = query.pixels.float() / 255, query.require_labels()
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
-        features = backbone(_like(backbone, x))
-        scores = features @ weight.to(features).T + bias.to(features)
-        own: Int64[Tensor, "q 1"] = labels.to(features.device)[:, None]
+        scores = nn.functional.linear(backbone(_like(backbone, x)), _like(backbone, weight), _like(backbone, bias))
+        own: Int64[Tensor, "q 1"] = labels.to(scores.device)[:, None]
         others = scores.scatter(1, own, -torch.inf).amax(1)
         return others - scores.gather(1, own).squeeze(1)
 
@@ -63,5 +61,6 @@ def margins(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c
 
 
 def _like(backbone: nn.Module, x: Tensor) -> Tensor:
+    """On the backbone's device, in its precision."""
     weight = next(backbone.parameters())
     return x.to(weight.device, weight.dtype)

@@ -55,7 +55,7 @@ def by_statistics(backbone: nn.Module) -> nn.Module:
     return copied
 
 
-def image_statistics(
+def shares_of_images(
     model: Learner, train: Images, batch_size: int, seed: int = 0, size: tuple[int, int] | None = None
 ) -> Float[Tensor, "n k"]:
     """Each image's share in every layer's statistics, mean over its two views, in batches as `training_influence`
@@ -98,5 +98,5 @@ def statistics_influence(
     """
     held = by_statistics(learner.encoder.backbone)
     found = [torch.cat([g.flatten(1) for g in query_gradients(held, measure)], 1) for measure in measures]
-    own = image_statistics(learner, train, batch_size, seed, size)
+    own = shares_of_images(learner, train, batch_size, seed, size)
     return -(torch.cat(found) @ (own - own.mean(0)).T).double().cpu()
