@@ -105,6 +105,9 @@ def test_nothing_to_compare_is_said() -> None:
         statistics.top(np.arange(5), 1.5)
 
 
+LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
+
+
 def estimates(low: float) -> dict[str, Estimate]:
     return {
         m: Estimate(low + 0.1, low, low + 0.2, 9)
@@ -115,15 +118,64 @@ def estimates(low: float) -> dict[str, Estimate]:
 @pytest.mark.parametrize(
     ("low", "profile", "outcome", "verdict"),
     [
-        (1.5, "mini", "reproduced", "reproduced"),
-        (0.7, "mini", "partly", "partly"),
+        (1.5, "overnight", "reproduced", "reproduced"),
+        (0.7, "overnight", "partly", "partly"),
         (-0.5, "paper", "contradicted", "contradicted"),
+        (1.5, "mini", "reproduced", claims.UNTESTED),
         (1.5, "quick", "reproduced", claims.UNTESTED),
     ],
 )
 def test_verdicts(low: float, profile: str, outcome: str, verdict: str) -> None:
-    got = claims.judge("uniform_backgrounds", estimates(low), profile)
+    metrics = {m: estimates(low)["auc"] for m in ("cross_class_difference", "betweenness_log_ratio")}
+    metrics["betweenness_log_ratio"] = Estimate(low - 0.6, low - 0.7, low - 0.5, 9)
+    got = claims.judge("semantic_bridges", metrics, profile, "cifar10", LEARNED)
     assert (got["outcome"], got["verdict"]) == (outcome, verdict)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changed", "enough"),
+    [
+        ("cifar10", {}, True), ("cifar10", {"knn": 0.64}, False), ("cifar10", {"encoders": 2}, False),
+        ("fairface", {"knn": 0.3}, True), ("fairface", {"knn": 0.26}, False), ("cifar100", {"knn": 0.36}, True),
+    ],
+)  # fmt: skip
+def test_a_verdict_needs_encoders_that_have_learned(dataset: str, changed: dict[str, float], enough: bool) -> None:
+    r = Estimate(0.95, 0.94, 0.96, 9)
+    got = claims.judge("noise_seed_correlation", {"pearson": r}, "overnight", dataset, LEARNED | changed)
+    assert got["outcome"] == "reproduced"
+    assert got["verdict"] == ("reproduced" if enough else claims.UNTESTED)
+
+
+def test_claims_about_encoders_ask_what_they_learned_and_checks_of_the_code_do_not() -> None:
+    r = Estimate(0.95, 0.94, 0.96, 9)
+    with pytest.raises(issl.IsslError, match="say what they learned"):
+        claims.judge("noise_seed_correlation", {"pearson": r}, "quick", "cifar10")
+    with pytest.raises(issl.IsslError, match="no rule for what its encoders"):
+        claims.judge("noise_seed_correlation", {"pearson": r}, "paper", "folder:x", LEARNED)
+    exact = {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 9)}
+    assert claims.judge("method_exact", exact, "quick", "scenes")["verdict"] == claims.PASSED
+    wrong = {"relative_difference": Estimate(1.0, 1.0, 1.0, 9)}
+    assert claims.judge("method_exact", wrong, "quick", "scenes")["verdict"] == claims.FAILED
+
+
+def test_over_encoders_holds_both_sources_of_error() -> None:
+    def half(e: Estimate) -> float:
+        return (e.high - e.low) / 2
+
+    one = Estimate(0.5, 0.4, 0.6, 50)
+    assert statistics.over_encoders([one]) == one
+    same = statistics.over_encoders([one] * 4)  # nothing between encoders: what is left is the images' error
+    assert same.value == 0.5 and half(same) == pytest.approx(0.1, rel=0.05)
+    exact = [Estimate(v, v, v, 50) for v in (0.0, 1.0)]  # nothing within: draws of two from two
+    assert (statistics.over_encoders(exact).low, statistics.over_encoders(exact).high) == (0.0, 1.0)
+    rng = np.random.default_rng(0)
+    many = [Estimate(v, v - 0.196, v + 0.196, 50) for v in rng.normal(0, 0.3, 60)]
+    both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
+    assert half(statistics.over_encoders(many)) == pytest.approx(1.96 * both, rel=0.06)
+    opened = statistics.over_encoders([one, Estimate(0.5, -np.inf, 0.6, 50)])
+    assert opened.low == -np.inf and opened.high < 0.7
+    with pytest.raises(issl.IsslError, match="no encoder was measured"):
+        statistics.over_encoders([])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +214,7 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
         source,
         tmp_path,
         dataset="scenes",
+        learned=LEARNED,
         method="simclr",
         n=9,
         seeds=[0],
@@ -170,9 +223,11 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
     assert {"claim", "paper", "dataset", "method", "n", "seeds", "metrics", "verdict", "tests"} <= set(written)
     assert {"profile", "commit", "hardware", "torch", "parameters"} <= set(written["provenance"])
     with pytest.raises(issl.IsslError, match="claim 'nothing'"):
-        claims.judge("nothing", {}, "mini")
+        claims.judge("nothing", {}, "mini", "cifar10")
     with pytest.raises(issl.IsslError, match="'auc' was not measured"):
-        claims.judge("uniform_backgrounds", {k: v for k, v in estimates(1.0).items() if k != "auc"}, "mini")
+        claims.judge(
+            "uniform_backgrounds", {k: v for k, v in estimates(1.0).items() if k != "auc"}, "mini", "cifar10", LEARNED
+        )
 
 
 def test_every_claim_names_a_notebook_and_its_profiles() -> None:

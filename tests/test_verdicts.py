@@ -14,11 +14,13 @@ from issl.commands import cli
 from issl.experiments import claims
 from issl.reporting import verdicts
 
+LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
+
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[verdicts.Record]:
-    source = claims.provenance("mini", {}, torch.device("cpu"), [])
-    about = {"dataset": "cifar10", "n": 2000, "seeds": [0]}
+    source = claims.provenance("overnight", {}, torch.device("cpu"), [])
+    about = {"dataset": "cifar10", "learned": LEARNED, "n": 2000, "seeds": [0]}
     for method, value in (("byol", 0.95), ("simclr", 0.8)):
         e = Estimate(value, value - 0.1, value + 0.1, 2000)
         claims.record("noise_seed_correlation", {"pearson": e}, source, tmp_path, method, method=method, **about)
@@ -39,14 +41,16 @@ def test_a_metric_that_a_set_does_not_have_is_not_judged(records: list[verdicts.
     last = records[-1]
     assert [t["metric"] for t in last["tests"]] == ["auc_injected", "precision"] and last["outcome"] == "partly"
     with pytest.raises(issl.IsslError, match="'precision' was not measured"):  # but what every set has is
-        claims.judge("low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini")
+        claims.judge(
+            "low_influence_duplicates", {"auc_injected": Estimate(0.6, 0.5, 0.7, 9)}, "mini", "cifar10", LEARNED
+        )
 
 
 def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
-    source = claims.provenance("mini", {}, torch.device("cpu"), [])
+    source = claims.provenance("overnight", {}, torch.device("cpu"), [])
     metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling", "ceiling")}
     for name in ("predicts_leaving_one_out", "predicts_leaving_one_out_held"):
-        claims.record(name, metrics, source, tmp_path, dataset="cifar10", n=9, seeds=[0])
+        claims.record(name, metrics, source, tmp_path, dataset="cifar10", learned=LEARNED, n=9, seeds=[0])
     found = verdicts.read_records(tmp_path.glob("claim_*.json"))
     assert [(r["name"], r["outcome"], r["verdict"]) for r in found] == [
         ("predicts_leaving_one_out_held", "reproduced", "reproduced"),

@@ -47,6 +47,28 @@ class Estimate:
         return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
+def over_encoders(estimates: Sequence[Estimate], seed: int = 0) -> Estimate:
+    """The mean of what was measured under several encoders on the same images, with an interval over both.
+
+    A two-level bootstrap: encoders are drawn with replacement, and each one's value moves by its own error over images.
+    All of a draw move by the same number of standard errors, because their images are the same. An interval that is
+    open stays open. One encoder alone keeps its interval over images, which says nothing about another training.
+    """
+    if not estimates:
+        raise IsslError("over_encoders: no encoder was measured")
+    if len(estimates) == 1:
+        return estimates[0]
+    value, low, high = (np.array([getattr(e, k) for e in estimates]) for k in ("value", "low", "high"))
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(value), (10 * RESAMPLES, len(value)))
+    errors = rng.standard_normal((10 * RESAMPLES, 1)) / 1.96  # in half-widths of the 95% interval, up or down
+    with np.errstate(invalid="ignore"):
+        moved = np.where(errors < 0, value[drawn] - np.abs(errors) * (value - low)[drawn],
+                         value[drawn] + errors * (high - value)[drawn]).mean(1)  # fmt: skip
+        ends = np.quantile(moved, [0.025, 0.975], method="inverted_cdf")
+    return Estimate(float(value.mean()), float(ends[0]), float(ends[1]), estimates[0].n)
+
+
 def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
     """True for the ⌈share · n⌉ largest scores."""
     score = np.asarray(score)

@@ -23,8 +23,10 @@ from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic
 
 State = Literal["holds", "contradicted", "undecided"]
+Learned = dict[str, float]  # knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
 UNTESTED = "not tested at this scale"
 SUPERSEDED = "superseded"
+PASSED, FAILED = "check passed", "check failed"  # of the code
 
 
 class Condition(Config):
@@ -78,6 +80,30 @@ class Superseded(Config):
     found: str
 
 
+class Scale(Config):
+    """What a claim's encoders must have learned before its verdict says anything about the method.
+
+    knn               kNN accuracy on test images, by data set: the least of all encoders
+    above_untrained   the same less that of the untrained network
+    encoders          how many of each method, trained from different seeds
+    """
+
+    knn: dict[str, float] = {}
+    above_untrained: dict[str, float] = {}
+    encoders: int = Field(1, ge=1)
+
+    def reached(self, dataset: str, learned: Learned) -> bool:
+        """Raises IsslError for a data set without a rule."""
+        if dataset not in {**self.knn, **self.above_untrained}:
+            raise IsslError(f"data set {dataset!r}: claims.yaml has no rule for what its encoders must have learned")
+        gain = learned["knn"] - learned["untrained"]
+        return (
+            learned["encoders"] >= self.encoders
+            and learned["knn"] >= self.knn.get(dataset, 0.0)
+            and gain >= self.above_untrained.get(dataset, 0.0)
+        )
+
+
 class Claim(Config):
     """One entry of claims.yaml."""
 
@@ -87,22 +113,39 @@ class Claim(Config):
     ours: bool = Field(description="true for a claim of this project, not of the paper")
     use: str | None = Field(None, description="what the score would be good for, if the claim holds")
     profiles: list[str]
+    scale: Literal["trained", "learning", "none"] = Field("trained", description="which of the file's scales applies")
+    check: bool = Field(False, description="of the code rather than of a claim: not counted as reproduced")
     tests: list[Condition] = Field(min_length=1)
     superseded: Superseded | None = None
 
 
 @lru_cache
+def _file() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())
+    return content
+
+
+@lru_cache
 def claims() -> dict[str, Claim]:
     """All claims by name."""
-    raw = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())
-    return {name: Claim(**entry) for name, entry in raw.items()}
+    return {name: Claim(**entry) for name, entry in _file().items() if name != "scales"}
 
 
-def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, Any]:
-    """Outcome of the claim's tests, and its verdict at this profile."""
+@lru_cache
+def scales() -> dict[str, Scale]:
+    """What encoders must have learned, by the name that a claim's `scale` gives."""
+    return {name: Scale(**entry) for name, entry in _file()["scales"].items()}
+
+
+def judge(
+    name: str, metrics: dict[str, Estimate], profile: str, dataset: str, learned: Learned | None = None
+) -> dict[str, Any]:
+    """Outcome of the claim's tests, and its verdict at this profile. `learned` as `issl.experiments.plan` gives it."""
     if name not in claims():
         raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
     claim = claims()[name]
+    if learned is None and claim.scale != "none":
+        raise IsslError(f"claim {name!r} is about encoders: say what they learned (learned=plan.learned(...))")
     tests = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
     states = [test.state(metrics) for test in tests]
     return {
@@ -110,7 +153,7 @@ def judge(name: str, metrics: dict[str, Estimate], profile: str) -> dict[str, An
             t.model_dump(exclude_none=True, exclude_defaults=True) | {"holds": s == "holds", "state": s}
             for t, s in zip(tests, states, strict=True)
         ],
-        "outcome": outcome(states), "verdict": verdict(name, outcome(states), profile),
+        "outcome": outcome(states), "verdict": verdict(name, outcome(states), profile, dataset, learned),
     }  # fmt: skip
 
 
@@ -123,11 +166,18 @@ def outcome(states: Sequence[State]) -> str:
     return "contradicted" if "contradicted" in states else "undecided"
 
 
-def verdict(name: str, found: str, profile: str) -> str:
-    """The outcome where the profile is large enough for the claim, and its test still decides."""
-    if claims()[name].superseded:
+def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned | None) -> str:
+    """The outcome, where the claim's test still decides, the profile is one for this claim, and its encoders have
+    learned enough (`Scale`)."""
+    claim = claims()[name]
+    if claim.superseded:
         return SUPERSEDED
-    return found if profile in claims()[name].profiles else UNTESTED
+    if profile not in claim.profiles:
+        return UNTESTED
+    if claim.check:
+        return PASSED if found == "reproduced" else FAILED
+    enough = claim.scale == "none" or (learned is not None and scales()[claim.scale].reached(dataset, learned))
+    return found if enough else UNTESTED
 
 
 def provenance(profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]) -> dict[str, Any]:
@@ -143,18 +193,28 @@ def provenance(profile: str, parameters: dict[str, Any], device: torch.device, a
 
 
 def record(
-    name: str, metrics: dict[str, Estimate], source: dict[str, Any], folder: Path, variant: str = "", **about: Any
+    name: str,
+    metrics: dict[str, Estimate],
+    source: dict[str, Any],
+    folder: Path,
+    variant: str = "",
+    *,
+    dataset: str,
+    learned: Learned | None = None,
+    **about: Any,
 ) -> dict[str, Any]:
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
     variant  for a claim that a notebook tests more than once: the method, say; in the file's name, "_" for spaces
-    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it
+    source   as `provenance` gives it
+    learned  what the encoders that were scored had learned, as `issl.experiments.plan.Plan.learned` gives it
+    about    method, n, seeds and whatever else qualifies it
     """
-    judged = judge(name, metrics, source["profile"])
+    judged = judge(name, metrics, source["profile"], dataset, learned)
     claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,
-        "ours": claim.ours, **about,
+        "ours": claim.ours, "dataset": dataset, "learned": learned, **about,
         "metrics": {k: m.as_dict() for k, m in metrics.items()}, **judged, "provenance": source,
     }  # fmt: skip
     file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)

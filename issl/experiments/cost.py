@@ -33,6 +33,7 @@ def seconds(stage: Stage) -> float:
         case stages.Pretrain():
             passes = _count(stage.data) * stage.epochs * (1.0 if stage.recipe.small > 0.5 else 2.5)
             work = passes * (0.35e-3 + 5.5e-6 * stage.width**2)
+            work += _count(stage.data) * _forward(stage.width) if stage.calibrated else 0.0
         case stages.Influence():
             work = _count(stage.data) * stage.draws * _gradient(stage.pretrain.width)
         case stages.Cross():

@@ -6,6 +6,7 @@ them all, so `issl run` can compute everything before any notebook starts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,7 +16,7 @@ from issl.config import Config
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.claims import provenance
+from issl.experiments.claims import Learned, provenance
 from issl.experiments.settings import Data, Injection
 from issl.experiments.stages import Choice, Embed, Evaluate, Influence, Pretrain
 from issl.influence.curvature import LoGra
@@ -114,13 +115,18 @@ class Plan(Config):
 
 
 class Scored(Plan):
-    """A plan with the settings of the influence."""
+    """A plan with the settings of the influence; `encoders`: how many of each method are scored."""
 
     mean: float = 0.05
     std: float = Field(0.2, ge=0)
     rank: int = Field(16, ge=1)
     damping: float = Field(0.1, gt=0)
     noise_seed: int = Field(0, ge=0)
+    encoders: int = Field(1, ge=1)
+
+    def scored_encoders(self, method: recipes.Method) -> list[Pretrain]:
+        """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …"""
+        return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
 
     @property
     def noise(self) -> GaussianNoise:
@@ -147,7 +153,29 @@ class Scored(Plan):
         a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
+    def untrained(self, encoder: Pretrain | None = None) -> Pretrain:
+        """The same network before any training (by default the first encoder's): what it shows, no training explains."""
+        return (encoder or self.pretrain()).model_copy(update={"epochs": 0, "snapshots": None, "calibrated": True})
+
+    def learned_stages(self, encoders: Iterable[Pretrain]) -> list[Evaluate]:
+        """What `learned` reads."""
+        encoders = list(encoders)
+        return [self.evaluation(e) for e in (*encoders, *map(self.untrained, encoders[:1]))]
+
+    def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain]) -> Learned:
+        """What these encoders, of one method, had learned: the least kNN accuracy of them, that of the first one's
+        network before training, and how many they are. Claims ask for it (`issl.experiments.claims.Scale`)."""
+        stages = self.learned_stages(encoders)
+        *trained, fresh = (float(e.read(artifacts)["knn"].mean()) for e in stages)
+        return {"knn": min(trained), "untrained": fresh, "encoders": len(trained)}
+
     def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
-        """For each method its training, with the scores and the features of this notebook's images."""
-        encoders = [self.pretrain(method) for method in methods]
-        return [stage for e in encoders for stage in (e, self.influence(e), self.features(e))]
+        """For each method its encoders, with the scores and the features of this notebook's images, what they learned,
+        and the same of an untrained network."""
+        found: list[Stage] = []
+        for method in methods:
+            encoders = self.scored_encoders(method)
+            for e in (*encoders, self.untrained(encoders[0])):
+                found += [e, self.influence(e), self.features(e)]
+            found += self.learned_stages(encoders)
+        return found

@@ -401,7 +401,6 @@ class TrainingAware(Retrained):
     queries: int = Field(12, ge=4)
     draws: int = Field(2, ge=1)
     candidates: int | None = Field(96, ge=16)
-    encoders: int = Field(1, ge=1)  # scored, of each method: those trained from seeds `seed`, `seed` + 1, …
     snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
     continued_epochs: int = Field(4, ge=3)  # two states along it are kept
     continued_batch: int | None = Field(16, ge=3)  # effects are measured in batches of the same size
@@ -412,10 +411,6 @@ class TrainingAware(Retrained):
     def first(self, method: recipes.Method, encoder: int) -> Pretrain:
         """The encoder that is scored."""
         return self.pretrain(method, self.seed + encoder)
-
-    def untrained(self, method: recipes.Method) -> Pretrain:
-        """The same network before training."""
-        return self.first(method, 0).model_copy(update={"epochs": 0, "snapshots": None})
 
     def draw(self, k: int) -> Draw:
         """The images that subset number `k` leaves out."""
@@ -449,16 +444,16 @@ class TrainingAware(Retrained):
         left_out = tuple(self.draw(k) for k in range(self.subsets))
         return SubsetEffect(**self.of_training(first), left_out=left_out, view_draws=2 * self.view_draws)
 
-    def scored_encoders(self) -> list[tuple[recipes.Method, int]]:
+    def firsts(self) -> list[tuple[recipes.Method, int]]:
         return list(product(self.methods, range(self.encoders)))
 
     def subset_losses(self, first: Pretrain, seed: int, k: int, channel: Channel) -> Stability:
         return self.query_losses(**self.measured(self.on_subset(first, seed, k), "continued", channel))
 
     def stages(self) -> list[Stage]:
-        found: list[Stage] = [self.evaluation(self.untrained(m)) for m in self.methods]
+        found: list[Stage] = [self.evaluation(self.untrained(self.first(m, 0))) for m in self.methods]
         found += [self.draw(k) for k in range(self.subsets)]
-        for method, e in self.scored_encoders():
+        for method, e in self.firsts():
             first = self.first(method, e)
             found += [self.evaluation(first), self.query_losses(pretrain=first), self.bound(first)]
             found += self.effects(first).values()

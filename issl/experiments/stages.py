@@ -48,6 +48,8 @@ from issl.pretraining.recipes import RECIPES, Recipe
 class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv.
 
+    With `epochs=0` and `calibrated` it is the network before any training, with BatchNorm's statistics of one view of
+    each image: the control that shows what an architecture does by itself.
     With `snapshots`, encoder-EPOCH.safetensors too, after these epochs; these files and the last one hold the whole
     learner (BYOL's predictor and target) in half precision, so what is scored is also what can be shared.
     """
@@ -70,10 +72,13 @@ class Pretrain(Stage):
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
     snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
+    calibrated: bool = Field(False, exclude_if=is_unset)  # BatchNorm's statistics are estimated anew at the end
 
     @model_validator(mode="after")
     def _snapshots_along_the_run(self) -> Pretrain:
         kept = self.snapshots
+        if kept is not None and self.calibrated:
+            raise ValueError("snapshots hold the learner as it was trained; they cannot be calibrated")
         if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
             raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
         return self
@@ -103,6 +108,8 @@ class Pretrain(Stage):
         )  # fmt: skip
         with atomic(folder / "history.csv") as part:
             history.to_csv(part, index=False)
+        if self.calibrated:
+            estimate_statistics(encoder.backbone, images, self.recipe.view_a)
         if self.snapshots is None:
             save_encoder(folder / "encoder.safetensors", encoder, about)
         checkpoint.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from PIL import Image
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import MANIFEST, Artifacts
-from issl.experiments.claims import SUPERSEDED, UNTESTED
+from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
 from issl.experiments.cost import all_stages
 from issl.experiments.explorer import Explorer
 from issl.experiments.plan import Plan
@@ -36,7 +36,7 @@ from issl.reporting.verdicts import Record
 
 KINDS = {  # a verdict's CSS class
     "reproduced": "good", "partly": "half", "contradicted": "bad", "undecided": "none", UNTESTED: "none",
-    SUPERSEDED: "none",
+    SUPERSEDED: "none", PASSED: "good", FAILED: "bad",
 }  # fmt: skip
 COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)

@@ -11,13 +11,16 @@ import pandas as pd
 
 from issl.analysis.statistics import Estimate
 from issl.errors import IsslError
-from issl.experiments.claims import SUPERSEDED, UNTESTED, Condition, claims, outcome, verdict
+from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, Condition, claims, outcome, verdict
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.experiments.claims.record writes it
 KEPT = "claims.json"  # a profile's records, beside its figures
-MARKS = {"reproduced": "●", "partly": "◐", "contradicted": "○", "undecided": "◇", UNTESTED: "◌", SUPERSEDED: "⊘"}
+MARKS = {
+    "reproduced": "●", "partly": "◐", "contradicted": "○", "undecided": "◇", UNTESTED: "◌", SUPERSEDED: "⊘",
+    PASSED: "✓", FAILED: "✗",
+}  # fmt: skip
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
 
 
@@ -54,7 +57,8 @@ def _by_todays_rules(record: Record) -> Record:
     states = [condition.state(metrics) for condition in conditions]
     tests = [t | {"holds": s == "holds", "state": s} for t, s in zip(record["tests"], states, strict=True)]
     found = outcome(states)
-    reached = verdict(record["name"], found, record["provenance"]["profile"])
+    about = record["provenance"]["profile"], record["dataset"], record.get("learned")  # older records lack the last
+    reached = verdict(record["name"], found, *about)
     return record | {"tests": tests, "outcome": found, "verdict": reached}
 
 
@@ -95,7 +99,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         failed = [failures(records[i]) for i in part.index]
         methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
         numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
-        plain = [f"{MARKS[str(r.verdict)]} {r.verdict} ({r.tests_held}/{r.tests})" for r in part.itertuples()]
+        plain = [_verdict(r) for r in part.itertuples()]
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
         rows.append(
             {
@@ -107,6 +111,13 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def _verdict(r: Any) -> str:
+    """A verdict with its mark and the tests that hold; where the scale allows none, the outcome is said beside it."""
+    held = f"{r.tests_held}/{r.tests}"
+    here = f"here {MARKS[r.outcome]} {r.outcome}, {held}" if r.verdict == UNTESTED else held
+    return f"{MARKS[r.verdict]} {r.verdict} ({here})"
 
 
 def _in_words(name: str) -> str:
@@ -132,8 +143,8 @@ def failures(record: Record) -> str:
 
 
 def decided(records: Sequence[Record]) -> list[Record]:
-    """The records whose profile is large enough for a verdict on the claim, by a test that still stands."""
-    return [r for r in records if r["verdict"] not in (UNTESTED, SUPERSEDED)]
+    """The records at a scale that allows a verdict on the claim, by a test that still stands; no checks of the code."""
+    return [r for r in records if r["verdict"] not in (UNTESTED, SUPERSEDED, PASSED, FAILED)]
 
 
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -194,7 +205,7 @@ def _escaped(text: str) -> str:
     marks = {
         "_": r"\_", "%": r"\%", "&": r"\&", "−": "$-$", "∞": r"$\infty$", "⁻¹": "$^{-1}$", "ᵀ": r"$^\top$",
         "⊘": r"$\oslash$", "●": r"$\bullet$", "◐": r"$\circledast$", "○": r"$\circ$", "◇": r"$\diamond$",
-        "◌": r"$\cdot$", "–": "--",
+        "◌": r"$\cdot$", "–": "--", "✓": r"$\checkmark$", "✗": r"$\times$",
     }  # fmt: skip
     for plain, escaped in marks.items():
         text = text.replace(plain, escaped)

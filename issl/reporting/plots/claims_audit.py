@@ -11,13 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from issl.analysis.statistics import Estimate
-from issl.experiments.claims import SUPERSEDED, UNTESTED
+from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures, verdicts
 from issl.reporting.verdicts import Record
 
 COLOURS = {
     "reproduced": "C0", "partly": "C1", "contradicted": "C3", "undecided": "0.35", UNTESTED: "0.5", SUPERSEDED: "0.5",
+    PASSED: "C0", FAILED: "C3",
 }  # fmt: skip
 
 
