@@ -88,8 +88,8 @@ class Scale(Config):
     encoders          how many of each method, trained from different seeds
     """
 
-    knn: dict[str, float] = {}
-    above_untrained: dict[str, float] = {}
+    knn: dict[str, float] = Field(default_factory=dict)
+    above_untrained: dict[str, float] = Field(default_factory=dict)
     encoders: int = Field(1, ge=1)
 
     def reached(self, dataset: str, learned: Learned) -> bool:

@@ -154,7 +154,7 @@ class Scored(Plan):
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
     def untrained(self, encoder: Pretrain | None = None) -> Pretrain:
-        """The same network before any training (by default the first encoder's): what it shows, no training explains."""
+        """The same network before any training, by default the first encoder's: what it shows, training does not."""
         return (encoder or self.pretrain()).model_copy(update={"epochs": 0, "snapshots": None, "calibrated": True})
 
     def learned_stages(self, encoders: Iterable[Pretrain]) -> list[Evaluate]:
