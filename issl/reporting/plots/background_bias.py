@@ -72,7 +72,7 @@ def galleries(plan: BackgroundBias, images: Images, orders: Mapping[str, np.ndar
     orders   of each method, positions, highest influence first
     uniform  (n,) is the frame uniform?
     """
-    figure, axes = plt.subplots(2, len(orders), figsize=(figures.PAGE, 4.4), squeeze=False)
+    figure, axes = plt.subplots(2, len(orders), figsize=(figures.PAGE, 3.9), squeeze=False)
     for column, (method, order) in zip(axes.T, orders.items(), strict=True):
         for ax, rows, end in zip(column, (order, order[::-1]), ("highest", "lowest"), strict=True):
             chosen = rows[: plan.gallery]
