@@ -23,6 +23,7 @@ from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
 
+TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
 
 
@@ -62,7 +63,8 @@ class Plan(Config):
         inject = Injection(duplicates=self.duplicates, atypical=self.atypical)
         mixed = split == "train" and (self.duplicates > 0 or self.atypical > 0)
         n = (self.n if split == "train" else self.n_test) if n is None else n
-        return Data(name=self.dataset, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
+        name = TESTED_ON.get(self.dataset, self.dataset) if split == "test" else self.dataset
+        return Data(name=name, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
 
     def epochs_of(self, method: recipes.Method) -> int:
         """How many epochs this method trains."""

@@ -251,7 +251,7 @@ class Continual(Scored):
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
-                "data": new if way == "second" else old, "start": before, "epochs": self.leg_epochs,
+                "data": new if way == "second" else old, "start": before, "epochs": self.leg_epochs, "snapshots": None,
                 "seed": self.seed + seed + CONTINUED * leg,
             }
         )  # fmt: skip
@@ -341,7 +341,7 @@ class Bridges(Scored):
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
         return self.pretrain(self.methods[0], self.seed + seed).model_copy(
-            update={"data": self.dose(share), "epochs": self.drawn_epochs}
+            update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
     def dose_scores(self, share: float, seed: int) -> Influence:
