@@ -148,9 +148,13 @@ def record(
     """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was written.
 
     variant  for a claim that a notebook tests more than once: the method, say; in the file's name, "_" for spaces
-    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it
+    source   as `provenance` gives it; about: dataset, method, n, seeds and whatever else qualifies it. Of an encoder
+             that was given as a file, neither recipe nor seeds are known: the record names the file instead
     """
     judged = judge(name, metrics, source["profile"])
+    given = source.get("checkpoints", {}).get(about.get("method"))
+    if given is not None:
+        about = {k: v for k, v in about.items() if k != "recipe"} | {"seeds": [], "checkpoint": given}
     claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from issl.experiments.cache import Stage
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored
 from issl.experiments.settings import Data
 from issl.experiments.stages import Evaluate, Influence, Pretrain, Prune, Thin
@@ -30,12 +31,27 @@ class SeedCorrelation(Scored):
     """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?"""
 
     notebook: ClassVar[str] = "01_seed_correlation"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     noise_seeds: int = Field(2, ge=2)
-    train_seeds: int = Field(2, ge=2)
+    train_seeds: int = Field(2, ge=1)  # of given encoders: as many as each method has files
 
-    def trained(self, method: recipes.Method, seed: int = 0) -> Pretrain:
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_trainings_as_files(cls, fields: Any) -> Any:
+        given = fields.get("checkpoints") if isinstance(fields, dict) else None
+        if not given:
+            return fields
+        return {**fields, "train_seeds": min(len(f) if isinstance(f, list | tuple) else 1 for f in given.values())}
+
+    @model_validator(mode="after")
+    def _two_trainings_to_compare(self) -> SeedCorrelation:
+        if self.train_seeds < 2 and not self.checkpoints:
+            raise ValueError(f"train_seeds = {self.train_seeds}: two trainings or more are compared")
+        return self
+
+    def trained(self, method: recipes.Method, seed: int = 0) -> Pretrain | Given:
         return self.pretrain(method, self.seed + seed)
 
     def scores(self, method: recipes.Method, seed: int = 0, noise: int = 0) -> Influence:
@@ -60,6 +76,7 @@ class AugmentationAblation(Scored):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?"""
 
     notebook: ClassVar[str] = "02_augmentation_ablation"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     scored: int = Field(128, ge=16)
@@ -113,6 +130,7 @@ class BackgroundBias(Scored):
     """03_background_bias: do images of high influence have uniform backgrounds?"""
 
     notebook: ClassVar[str] = "03_background_bias"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     gallery: int = Field(24, ge=1)
@@ -121,8 +139,11 @@ class BackgroundBias(Scored):
     drawn_epochs: int = Field(4, ge=1)
     swapped: int = Field(96, ge=16)
 
-    def drawn_encoder(self) -> Pretrain:
-        """The first method, trained on scenes; if the data set is scenes, the encoder of the other questions."""
+    def drawn_encoder(self) -> Pretrain | Given:
+        """The first method, trained on scenes; the encoder of the other questions if the data set is scenes, or if that
+        encoder was given (it has then seen no scenes)."""
+        if self.checkpoints:
+            return self.pretrain(self.methods[0])
         world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs, "snapshots": None}
         return (self if self.dataset == "scenes" else self.model_copy(update=world)).pretrain(self.methods[0])
 
@@ -139,6 +160,7 @@ class Duplicates(Scored):
     """04_duplicates: does low influence find duplicates?"""
 
     notebook: ClassVar[str] = "04_duplicates"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
@@ -176,7 +198,7 @@ class Fairness(Scored):
         )
 
     def thinned_encoder(self, method: recipes.Method, seed: int, at_random: bool = False) -> Pretrain:
-        return self.pretrain(method, self.seed + seed, self.removal(seed, at_random))
+        return self.training(method, self.seed + seed, self.removal(seed, at_random))
 
     def thinned_scores(self, method: recipes.Method, seed: int, at_random: bool = False) -> Influence:
         """Scores of all images after a training without those of `removal`."""
@@ -221,7 +243,7 @@ class Pruning(Scored):
 
     def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
         """Accuracy of an encoder trained from scratch without this share of the images."""
-        return self.evaluation(self.pretrain(method, seed, self.removal(method, which, share, seed)))
+        return self.evaluation(self.training(method, seed, self.removal(method, which, share, seed)))
 
     def stages(self) -> list[Stage]:
         found: list[Stage] = []
@@ -239,6 +261,7 @@ class Outliers(Scored):
     """07_outliers: does high influence find atypical images?"""
 
     notebook: ClassVar[str] = "07_outliers"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
@@ -287,7 +310,7 @@ class SupervisedVsSSL(Scored):
         return self.evaluation(self.pretrain(method, seed))
 
     def pruned(self, method: recipes.Method, by: By, seed: int) -> Evaluate:
-        return self.evaluation(self.pretrain(method, seed, self.removal(by, seed)))
+        return self.evaluation(self.training(method, seed, self.removal(by, seed)))
 
     def stages(self) -> list[Stage]:
         found = [
@@ -304,6 +327,7 @@ class LinearTheory(Plan):
     """09_linear_theory: the closed form of a linear encoder, checked by retraining without a point."""
 
     notebook: ClassVar[str] = "09_linear_theory"
+    takes_checkpoints: ClassVar[bool] = True
 
     points: int = Field(200, ge=20)
     side: int = Field(8, ge=2)
@@ -319,6 +343,7 @@ class ClaimsAudit(Plan):
     """11_claims_audit: all claims in one table, from the records that the other notebooks left."""
 
     notebook: ClassVar[str] = "11_claims_audit"
+    takes_checkpoints: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
     def stages(self) -> list[Stage]:

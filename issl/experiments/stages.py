@@ -28,6 +28,7 @@ from issl.analysis.training_influence import Share, subset_effects, training_inf
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.given import Given
 from issl.experiments.settings import Data, Weighing, is_unset
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
@@ -42,7 +43,7 @@ from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.optimizer import learning_rate
-from issl.pretraining.recipes import RECIPES, Recipe
+from issl.pretraining.recipes import RECIPES, Method, Recipe
 
 
 class Pretrain(Stage):
@@ -77,6 +78,11 @@ class Pretrain(Stage):
         if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
             raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
         return self
+
+    @property
+    def method(self) -> Method:
+        """By which it is trained."""
+        return self.recipe.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
@@ -139,6 +145,11 @@ class Pretrain(Stage):
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.get(self) / "history.csv")
 
+    def in_words(self, artifacts: Artifacts) -> str:
+        """How it was trained, for the reader of a notebook."""
+        loss = self.history(artifacts)["loss"]
+        return f"loss {loss.iloc[0]:.2f} → {loss.iloc[-1]:.2f} in {len(loss)} epochs"
+
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
         keep = torch.ones(n, dtype=torch.bool)
         if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
@@ -160,7 +171,7 @@ class Influence(Stage):
 
     name: ClassVar[str] = "influence"
 
-    pretrain: Pretrain
+    pretrain: Pretrain | Given
     data: Data
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     curvature: Weighing = LoGra()
@@ -171,8 +182,8 @@ class Influence(Stage):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         supervised = self.loss == "cross_entropy"
-        if supervised and self.pretrain.recipe.method != "supervised":
-            raise IsslError(f"loss='cross_entropy' of a {self.pretrain.recipe.method} encoder: it has no classes")
+        if supervised and self.pretrain.method != "supervised":
+            raise IsslError(f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes")
         encoder, images = self.pretrain.encoder(artifacts, "projector" if supervised else "features"), self.data.load()
         scores = self_influence(
             encoder, images, self.perturbation, self.curvature, self.seed, draws=self.draws,
@@ -298,7 +309,7 @@ class Measured(Stage):
     estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of these images
     """
 
-    pretrain: Pretrain
+    pretrain: Pretrain | Given
     data: Data
     statistics: Pretrain | None = Field(None, exclude_if=is_unset)
     estimated: Data | None = Field(None, exclude_if=is_unset)
@@ -307,6 +318,8 @@ class Measured(Stage):
     def _statistics_of_one_kind(self) -> Measured:
         if self.statistics is not None and self.estimated is not None:
             raise ValueError("give `statistics` or `estimated`, not both")
+        if self.estimated is not None and isinstance(self.pretrain, Given):
+            raise ValueError("`estimated` takes the views of the training, and a given encoder does not say which")
         return self
 
     def encoder(self, artifacts: Artifacts) -> nn.Module:
@@ -314,7 +327,7 @@ class Measured(Stage):
         encoder = self.pretrain.encoder(artifacts)
         if self.statistics is not None:
             return copy_statistics(self.statistics.encoder(artifacts), encoder)
-        if self.estimated is not None:
+        if self.estimated is not None and isinstance(self.pretrain, Pretrain):
             return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
         return encoder
 

@@ -30,12 +30,12 @@ def agreement(
 ) -> Figure:
     """Above, the scores of two seeds of each method, a row per reading; below, the statistics with their intervals.
 
-    readings  by the kind of seed ("noise", "training") and method, scores (s, n)
+    readings  by the kind of seed ("noise", and "training" where there are two) and method, scores (s, n)
     table     seed, method, metric, value, low, high, n
     """
-    figure = plt.figure(figsize=(figures.PAGE, 5.6))
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1])[:, 0]
-    axes = above.subplots(2, len(plan.methods), squeeze=False)
+    figure = plt.figure(figsize=(figures.PAGE, 1.8 + 1.9 * len(readings)))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[len(readings), 1])[:, 0]
+    axes = above.subplots(len(readings), len(plan.methods), squeeze=False)
     for (row, (reading, runs)), (column, method) in product(enumerate(readings.items()), enumerate(plan.methods)):
         part = table[(table["seed"] == reading) & (table["method"] == method)].set_index("metric")["value"]
         _scatter(axes[row, column], runs[method][0], runs[method][1], figures.COLOURS[method])
@@ -54,12 +54,16 @@ def agreement(
     panels[0].axvline(PAPER, color="black", lw=0.9)
     r = {seed: table[(table["metric"] == "pearson") & (table["seed"] == seed)]["value"] for seed in readings}
     above.suptitle(
-        f"Another noise seed: r = {r['noise'].min():.2f} to {r['noise'].max():.2f}. "
-        f"Another training: r = {r['training'].min():.2f} to {r['training'].max():.2f}\n"
+        ". ".join(f"Another {seed}{' seed' * (seed == 'noise')}: r = {_range(v)}" for seed, v in r.items()) + "\n"
         f"({images.name}, n = {len(images):,}, {plan.profile} profile; bars: 95% intervals over images)",
         fontsize=9,
     )
     return figure
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float, float]) -> None:
