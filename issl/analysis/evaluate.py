@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
+from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, keyed_draws
@@ -28,7 +29,8 @@ def embed(encoder: nn.Module, images: Images, device: torch.device | None = None
     """Features of all images, on the CPU; the encoder is moved to `device`."""
     device = torch.device("cpu") if device is None else device
     encoder, batch = encoder.to(device), 128 if device.type == "cpu" else 1024
-    return torch.cat([encoder(x.to(device).float() / 255).float().cpu() for x in images.pixels.split(batch)])
+    with full_precision():
+        return torch.cat([encoder(x.to(device).float() / 255).float().cpu() for x in images.pixels.split(batch)])
 
 
 @torch.no_grad()
@@ -41,30 +43,34 @@ def stability_losses(
     device = torch.device("cpu") if device is None else device
     encoder, batch, found = encoder.to(device), 128 if device.type == "cpu" else 1024, []
     perturbs = keyed_draws(perturbation, seed, draws)
-    for pixels, index in zip(images.pixels.split(batch), images.index.split(batch), strict=True):
-        x = pixels.to(device).float() / 255
-        plain = encoder(x)
-        found.append(
-            torch.stack([stability_loss(plain, encoder(p(x, index))) for p in perturbs]).double().mean(0).cpu()
-        )
+    with full_precision():
+        for pixels, index in zip(images.pixels.split(batch), images.index.split(batch), strict=True):
+            x = pixels.to(device).float() / 255
+            plain = encoder(x)
+            found.append(
+                torch.stack([stability_loss(plain, encoder(p(x, index))) for p in perturbs]).double().mean(0).cpu()
+            )
     return torch.cat(found).numpy()
 
 
 def knn_hits(
     train: Float[Tensor, "n d"], labels: Int64[Tensor, " n"],
     test: Float[Tensor, "m d"], truth: Int64[Tensor, " m"], k: int = 200, temperature: float = 0.1,
+    device: torch.device | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Does the weighted vote of its k nearest training images give each test image's class?
 
-    Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4).
+    Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4); computed on `device`.
     """
-    train, hits = F.normalize(train, dim=1), []
-    for rows, wanted in zip(F.normalize(test, dim=1).split(1024), truth.split(1024), strict=True):
-        near, which = (rows @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(rows), int(labels.max()) + 1)
-        votes.scatter_add_(1, labels[which], (near / temperature).exp())
-        hits.append(votes.argmax(1) == wanted)
-    return torch.cat(hits).numpy()
+    device, classes, hits = torch.device("cpu") if device is None else device, int(labels.max()) + 1, []
+    train, labels = F.normalize(train.to(device), dim=1), labels.to(device)
+    with full_precision():
+        for rows in F.normalize(test.to(device), dim=1).split(1024):
+            near, which = (rows @ train.T).topk(min(k, len(train)), dim=1)
+            votes = near.new_zeros(len(rows), classes)
+            votes.scatter_add_(1, labels[which], (near / temperature).exp())
+            hits.append(votes.argmax(1))
+    return (torch.cat(hits).cpu() == truth).numpy()
 
 
 def knn_watch(train: Images, test: Images, device: torch.device, epochs: int, every: int = 1) -> AfterEpoch:
@@ -76,7 +82,7 @@ def knn_watch(train: Images, test: Images, device: torch.device, epochs: int, ev
         if done % every and done != epochs:
             return None
         backbone = learner.encoder.backbone.eval()
-        hits = knn_hits(embed(backbone, train, device), labels, embed(backbone, test, device), truth)
+        hits = knn_hits(embed(backbone, train, device), labels, embed(backbone, test, device), truth, device=device)
         return {"knn_accuracy": float(hits.mean())}
 
     return accuracy

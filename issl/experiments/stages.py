@@ -574,7 +574,7 @@ class Evaluate(Stage):
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
         probe, c = probe_hits(train, labels, test, truth, self.seed)
-        knn = knn_hits(train, labels, test, truth, self.k, self.temperature)
+        knn = knn_hits(train, labels, test, truth, self.k, self.temperature, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
         with atomic(folder / "hits.parquet") as part:
