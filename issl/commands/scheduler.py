@@ -59,6 +59,7 @@ class Task:
     error: str = ""
     late: bool = False
     job: Any = field(default=None, repr=False)  # of submitit's, where it runs in another process
+    gpu: str | None = None  # the one that this job has for itself
 
 
 class Scheduler:

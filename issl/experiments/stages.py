@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -33,7 +34,7 @@ from issl.experiments.settings import Data, Weighing, is_unset
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
-from issl.influence.curvature import Identity, LoGra
+from issl.influence.curvature import Identity, LoGra, RandomProjection
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
@@ -396,9 +397,13 @@ class Cross(Pairs):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         encoder, images, query = self.pretrain.encoder(artifacts), self.data.load(), self.query.load()
+        computing = _computing(artifacts)
+        if not isinstance(self.curvature, LoGra | RandomProjection):
+            # whole gradients: as many numbers an image as weights. Twice the passes, instead of tens of gigabytes
+            computing = replace(computing, memory="recomputed")
         scores = cross_influence(
             encoder, images, as_queries(query), self.perturbation, self.curvature, self.seed,
-            draws=self.draws, computing=_computing(artifacts),
+            draws=self.draws, computing=computing,
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 
@@ -573,7 +578,7 @@ class Evaluate(Stage):
         train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
-        probe, c = probe_hits(train, labels, test, truth, self.seed)
+        probe, c = probe_hits(train, labels, test, truth, self.seed, artifacts.device)
         knn = knn_hits(train, labels, test, truth, self.k, self.temperature, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
