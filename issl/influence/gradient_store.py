@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from issl.data.images import Images
+from issl.devices import free_memory, in_batches
 from issl.errors import IsslError
 from issl.files import atomic
 from issl.influence.computing import Computing
@@ -50,7 +50,7 @@ def choose_memory(computing: Computing, need: int) -> Computing:
         return computing
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine
     gb = computing.memory_gb
-    if need <= (0.5 * psutil.virtual_memory().available / here if gb is None else gb * 1e9):
+    if need <= (0.5 * free_memory() / here if gb is None else gb * 1e9):
         return replace(computing, memory="ram")
     fits = 2 * need * here < shutil.disk_usage(tempfile.gettempdir()).free
     return replace(computing, memory="mapped" if fits else "recomputed")
@@ -64,9 +64,10 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     """
 
     def compute(chunk: slice) -> dict[str, Tensor]:
-        starts = range(chunk.start, chunk.stop, computing.batch_size)
-        parts = [rows_of(slice(k, min(k + computing.batch_size, chunk.stop))) for k in starts]
-        return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
+        parts = in_batches(
+            chunk, computing.batch_size, lambda batch: {name: rows.cpu() for name, rows in rows_of(batch).items()}
+        )
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
         total = sum(c.stop - c.start for c in missing)

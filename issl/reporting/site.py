@@ -43,7 +43,7 @@ MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
     "quick": "a demonstration on drawn images, in minutes", "mini": "small encoders on subsets of real images",
     "overnight": "trained encoders of width 16, all of CIFAR-10",
-    "paper": "ResNet-18 at full width, the paper's scale",
+    "paper": "ResNet-18 at full width, the paper's scale", "paper-cifar100": "the paper's scale, on CIFAR-100",
 }  # fmt: skip
 
 
