@@ -155,7 +155,8 @@ class Scored(Plan):
 
     def untrained(self, encoder: Pretrain | None = None) -> Pretrain:
         """The same network before any training, by default the first encoder's: what it shows, training does not."""
-        return (encoder or self.pretrain()).model_copy(update={"epochs": 0, "snapshots": None, "calibrated": True})
+        fresh = {"epochs": 0, "snapshots": None, "calibrated": True, "without": None}
+        return (encoder or self.pretrain()).model_copy(update=fresh)
 
     def learned_stages(self, encoders: Iterable[Pretrain]) -> list[Evaluate]:
         """What `learned` reads."""

@@ -298,16 +298,16 @@ class Explained(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def scores(self, method: recipes.Method, noise: int = 0) -> Influence:
+    def scores(self, encoder: Pretrain, noise: int = 0) -> Influence:
         """Scores under one of two noises."""
-        return self.influence(self.pretrain(method), self.noise_seed + noise)
+        return self.influence(encoder, self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
-        return [
-            stage
-            for m in self.methods
-            for stage in (self.pretrain(m), self.features(self.pretrain(m)), self.scores(m, 0), self.scores(m, 1))
-        ]
+        found = self.of_each(self.methods)
+        for method in self.methods:
+            encoders = self.scored_encoders(method)
+            found += [self.scores(e, 1) for e in (*encoders, self.untrained(encoders[0]))]
+        return found
 
 
 class Bridges(Scored):
