@@ -296,7 +296,11 @@ By = Literal["ssl", "supervised", "random"]
 
 
 class SupervisedVsSSL(Scored):
-    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?"""
+    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
+
+    supervised   how many supervised models are scored, beside `encoders` of each method
+    seeds        of the trainings without the top `share` by either score; 0: none
+    """
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
 
@@ -304,7 +308,7 @@ class SupervisedVsSSL(Scored):
     encoders: int = Field(2, ge=2)  # two trainings of a method are what a supervised one is compared with
     supervised: int = Field(1, ge=1)
     share: float = Field(0.2, gt=0, lt=1)
-    seeds: int = Field(2, ge=1)
+    seeds: int = Field(2, ge=0)
 
     @property
     def trained(self) -> tuple[recipes.Method, recipes.Method]:
