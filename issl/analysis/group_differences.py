@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy import stats
 
 from issl.analysis import statistics
 from issl.analysis.statistics import Estimate
@@ -28,8 +29,8 @@ def group_differences(
     correlation of score and membership given those columns (an Estimate).
     Raises IsslError where no group is that large.
     """
-    ranks = np.atleast_2d(np.asarray(ranks, float))
-    rows = []
+    ranks = stats.rankdata(ranks, axis=1)
+    total, rows = ranks.sum(0), []  # sums of half numbers are exact, so ties stay ties
     for attribute in groups:
         for group in sorted(groups[attribute].unique(), key=_in_order):
             flag = (groups[attribute] == group).to_numpy()
@@ -37,7 +38,7 @@ def group_differences(
                 continue
             row = {"attribute": attribute, "group": group, "images": int(flag.sum())}
             row["effect"] = statistics.over_encoders([statistics.rank_biserial(r, flag)[0] for r in ranks])
-            row["p"] = statistics.rank_biserial(ranks.mean(0), flag)[1]
+            row["p"] = statistics.rank_biserial(total, flag)[1]
             if given is not None:
                 parts = [statistics.partial_spearman(r, flag.astype(float), given) for r in ranks]
                 row["left"] = statistics.over_encoders(parts)
@@ -53,7 +54,7 @@ def group_differences(
 
 def largest(table: pd.DataFrame) -> pd.Series:
     """The row of the largest effect, up or down."""
-    return table.loc[table["effect"].map(lambda e: abs(e.value)).idxmax()]
+    return table.iloc[int(np.argmax([abs(e.value) for e in table["effect"]]))]
 
 
 def magnitude(effect: Estimate) -> Estimate:

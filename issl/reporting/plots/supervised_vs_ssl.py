@@ -55,9 +55,10 @@ def agreement(
 def _highest(figure: SubFigure, images: Images, scores: Mapping[str, np.ndarray]) -> None:
     """The images of highest influence by each score."""
     columns = 24 // len(scores)
+    figure.suptitle("the images of highest influence by …", x=0.01, ha="left", fontsize=8.5)
     for ax, (name, score) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
         rows = np.argsort(-score, kind="stable")[: 3 * columns]
-        figures.gallery(ax, images.subset(rows), f"highest influence: {name}", columns)
+        figures.gallery(ax, images.subset(rows), f"… {name}", columns)
 
 
 def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure:
