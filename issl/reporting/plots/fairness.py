@@ -96,14 +96,15 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     )  # fmt: skip
     right.axhline(0, color="grey", lw=0.8, ls="--")
     right.set_xticks(range(len(methods)), [NAMES[m] for m in methods])
-    right.set(xlabel="", ylabel="change of the mean rank")
+    right.set(xlabel="", ylabel="change of rank")
     right.set_title("b  one point per training seed", loc="left")
-    all_of_it = [(NAMES[r["method"]], r["estimate"]) for r in rows if r["who"] == "all of the group"]
+    whole = [(NAMES[r["method"]], r["estimate"]) for r in rows if r["who"] == "all of the group"]
+    known = [f"{e.value:+.2f}" + ("" if np.isinf(e.low) else f" [{e.low:+.2f}, {e.high:+.2f}]") for _, e in whole]
+    over = "one training seed, so no interval is known" if plan.seeds == 1 else f"95% intervals over {plan.seeds} seeds"
     figure.suptitle(
-        f"{plan.groups()[1]} cut to {plan.keep:.0%}: change of its mean influence rank\n"
-        + ", ".join(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}] ({name})" for name, e in all_of_it)
-        + f"\n({plan.dataset}, {members} of {plan.n:,} images are of the group, {plan.profile} profile; "
-        f"bars: 95% intervals over {plan.seeds} training seeds)",
+        f"With {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean influence rank changes by "
+        + ", ".join(f"{change} ({name})" for change, (name, _) in zip(known, whole, strict=True))
+        + f"\n({plan.dataset}, {members:,} of {plan.n:,} images are of the group, {plan.profile} profile; {over})",
         fontsize=8.5,
     )
     return figure
