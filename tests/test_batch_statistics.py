@@ -12,8 +12,9 @@ from issl.analysis.training_influence import training_influence
 from issl.data.images import Images
 from issl.data.views import View
 from issl.experiments.cache import Artifacts
+from issl.experiments.plans_paper import SeedCorrelation
 from issl.experiments.settings import Data
-from issl.experiments.stages import Draw, Embed, Pretrain, Stability, TrainingEffect
+from issl.experiments.stages import Draw, Embed, Influence, Pretrain, Stability, TrainingEffect
 from issl.influence.cross import as_queries
 from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
 from issl.pretraining.encoder import resnet18
@@ -115,3 +116,24 @@ def test_the_stage_is_the_librarys_score_and_states_count_by_their_learning_rate
     # three steps an epoch, one epoch of warm-up: the full rate after the first epoch, none at the end of the cosine
     torch.testing.assert_close(both, FIRST.recipe.lr * early)
     assert TrainingEffect(**common, small=True).read(artifacts).shape == last.shape == (6, 48)
+
+
+def test_an_untrained_network_is_calibrated_and_can_be_scored(artifacts: Artifacts) -> None:
+    """As initialised it has no statistics, and is refused; with those of the images, it is a control."""
+    raw = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=0, batch_size=16, seed=3)
+    ready = raw.model_copy(update={"calibrated": True})
+    assert raw.key != ready.key and torch.equal(weights(raw.encoder(artifacts)), weights(ready.encoder(artifacts)))
+    want = estimate_statistics(raw.encoder(artifacts), DATA.load(), raw.recipe.view_a)
+    assert torch.equal(statistics(want), statistics(ready.encoder(artifacts)))
+    with pytest.raises(issl.IsslError, match="was never trained"):
+        Influence(pretrain=raw, data=DATA).read(artifacts)
+    assert Influence(pretrain=ready, data=DATA).read(artifacts)["influence"].median() > 0
+    with pytest.raises(issl.IsslError, match="cannot be calibrated"):
+        Pretrain(**{**dict(FIRST), "calibrated": True})
+
+
+def test_one_untrained_network_serves_all_methods() -> None:
+    plan = SeedCorrelation(n=48, width=1, snapshots=1)
+    fresh = {plan.untrained(plan.pretrain(method)).key for method in plan.methods}
+    assert len(fresh) == 1 and plan.untrained().key in fresh
+    assert plan.untrained(plan.pretrain(seed=1)).key not in fresh

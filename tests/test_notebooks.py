@@ -19,7 +19,7 @@ from nbformat import read
 import issl
 from issl.analysis import baselines, explained_variance, statistics
 from issl.analysis.image_statistics import image_statistics
-from issl.analysis.neighbour_graph import nearest
+from issl.analysis.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.commands import profiles, run
 from issl.commands.profiles import ProfileOptions
 from issl.experiments import claims
@@ -130,18 +130,29 @@ def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> No
     p = plan("01_seed_correlation")
     artifacts = p.artifacts()
 
-    def influence(train: int, noise: int) -> pd.Series:
-        return p.scores("byol", train, noise).read(artifacts)["influence"]
+    encoders = p.scored_encoders("byol")
 
-    for reading, (train, noise) in (("noise", (0, 1)), ("training", (1, 1))):
-        a, b = influence(0, 0), influence(train, noise)
-        got = record(out, f"{reading}_seed_correlation.byol")["metrics"]
-        assert got["pearson"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1])
-        assert got["spearman"]["value"] == pytest.approx(a.corr(b, method="spearman"))
-        assert got["pearson"]["value"] < 0.999  # another seed, another score
-    a, b = influence(0, 0), influence(1, 0)
+    def influence(train: int, noise: int) -> pd.Series:
+        return p.scores(encoders[train], noise).read(artifacts)["influence"]
+
+    def r(a: tuple[int, int], b: tuple[int, int], kind: str = "pearson") -> float:
+        return float(influence(*a).corr(influence(*b), method=kind))  # type: ignore[arg-type]
+
+    # of the noise, the mean over two encoders; of the training, each encoder under a noise of its own
+    wanted = {"noise": [((0, 0), (0, 1)), ((1, 0), (1, 1))], "training": [((0, 0), (1, 1))]}
+    for reading, pairs in wanted.items():
+        got = record(out, f"{reading}_seed_correlation.byol")
+        for kind in ("pearson", "spearman"):
+            want = np.mean([r(*pair, kind=kind) for pair in pairs])
+            assert got["metrics"][kind]["value"] == pytest.approx(want) and want < 0.999  # another seed, another score
+        assert got["learned"]["encoders"] == 2 and 0 <= got["learned"]["knn"] <= 1
     table = numbers(out, "01_seed_correlation").set_index(["seed", "method", "metric"])["value"]
-    assert table["training, same noise", "byol", "pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert table["training, same noise", "byol", "pearson"] == pytest.approx(r((0, 0), (1, 0)))
+    fresh = [p.scores(p.untrained(encoders[0]), k).read(artifacts)["influence"] for k in (0, 1)]
+    assert table["untrained", "byol", "pearson"] == pytest.approx(fresh[0].corr(fresh[1]))
+    draws = numbers(out, "01_seed_correlation_draws").set_index(["seed", "method", "draws"])["value"]
+    four = [p.averaged_scores(encoders[k], k, 4).read(artifacts)["influence"] for k in (0, 1)]
+    assert draws["training", "byol", 4] == pytest.approx(four[0].corr(four[1]))
 
 
 def test_02_compares_with_the_best_augmentation(out: Path) -> None:
@@ -152,6 +163,11 @@ def test_02_compares_with_the_best_augmentation(out: Path) -> None:
     margin = got["metrics"]["margin_usual"]["value"]
     assert margin == pytest.approx(first["noise 0.2"] - others.max())
     assert set(table["draws"]) == {1, 4}
+    averaged = table[(table["draws"] == 4) & (table["metric"] == "pearson")].set_index("perturbation")["value"]
+    of_draws = record(out, "sixteen_draws.simclr")["metrics"]
+    assert of_draws["pearson_noise_averaged"]["value"] == pytest.approx(averaged["noise 0.2"])
+    assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(averaged.drop("noise 0.2").mean())
+    assert of_draws["pearson_augmentations_single"]["value"] == pytest.approx(first.filter(regex="[a-z] 1$").mean())
 
 
 def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(out: Path, plan) -> None:
@@ -168,6 +184,14 @@ def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background
     pixels = twins.pixels.view(4, 16, 3, 32, 32).float()
     assert float((pixels[1:] - pixels[:1]).abs()[:, inside].max()) < 40  # sensor noise, no more
     assert record(out, "causal_background")["n"] == 16
+    # on scenes the truth is known of every ordinary image, whatever the detector says
+    ordinary = (images.attributes["atypical"] == "").to_numpy()
+    scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()[ordinary]
+    want = statistics.auc(scores, images.attributes["uniform"].to_numpy(bool)[ordinary])
+    got = record(out, "uniform_backgrounds_by_eye.byol")["metrics"]
+    assert got["auc_labels"]["value"] == pytest.approx(want.value)
+    pooled = statistics.enrichment(p.influence(p.pretrain("byol")).read(p.artifacts())["influence"], uniform, 0.05)
+    assert got["enrichment_top5"]["value"] == pytest.approx(pooled.value)
 
 
 def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_precision_1(out: Path, plan) -> None:
@@ -412,6 +436,11 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     assert got["seeds"] == [0, 1] and got["learned"]["encoders"] == 2
 
 
+def removed_rows(table: pd.DataFrame, method: str, which: str) -> pd.Series:
+    rows = table[(table["table"] == "removed") & (table["method"] == method) & (table["removed"] == which)]
+    return rows.set_index("metric")["value"]
+
+
 def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out: Path, plan) -> None:
     p = plan("14_bridges")
     table = numbers(out, "14_bridges")
@@ -419,6 +448,14 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out:
         (table["table"] == "removed") & (table["removed"] == "betweenness") & (table["metric"] == "modularity")
     ]
     assert (removed["low"] < removed["value"]).all() and (removed["value"] < removed["high"]).all()
+    # against removals of as many of each class, the classes' own counts are the same
+    p_images, score = p.data().load(), p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
+    keep, classes = ~statistics.top(score, 0.1), p_images.require_labels().numpy()
+    net = knn_graph(p.features(p.pretrain("byol")).read(p.artifacts()), p.neighbours)
+    ours = removed_rows(table, "byol", "influence")
+    without_top = modularity(induced(net, keep), classes[keep])
+    between = without_top - ours["modularity (matched)"], without_top - ours["modularity"]
+    assert all(abs(mean - modularity(net, classes)) < 0.05 for mean in between) and between[0] != between[1]
     images = p.dose(0.5).load()
     assert bool((p.dose(0.2).load().masks == images.masks).all())
     plain = ((images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")).to_numpy()

@@ -183,7 +183,7 @@ def test_profiles_are_valid(profile: str) -> None:
     names = profiles.covered(profile)
     plans = profiles.read_profile(profile, names)
     assert list(plans) == names and all(p.profile == profile for p in plans.values())
-    assert names == (["01_seed_correlation"] if profile == "overnight" else list(PLANS))
+    assert names == list(PLANS) or (profile == "overnight" and set(names) < set(PLANS))
 
 
 def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, capsys) -> None:

@@ -18,6 +18,7 @@ from scipy import stats
 from issl.errors import IsslError
 
 RESAMPLES = 1000
+LARGE = 5000  # images, from which on an AUC's interval is computed rather than bootstrapped
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,12 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
 def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
     """P(score of a flagged image > score of another one), ties count half; 0.5 = no relation.
 
-    The Mann-Whitney statistic over the number of pairs; percentile bootstrap over both groups.
+    The Mann-Whitney statistic over the number of pairs; percentile bootstrap over both groups, or in a large set the
+    normal interval of DeLong et al. (1988, Biometrics 44), which is the same there and takes no resamples.
     """
     score, flag = np.asarray(score, dtype=float), _flag(flag)
+    if len(score) >= LARGE:
+        return clustered_auc(score, flag, np.arange(len(score)))
     yes, no = score[flag], score[~flag]
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:

@@ -23,6 +23,7 @@ from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
 
+TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
 
 
@@ -62,7 +63,8 @@ class Plan(Config):
         inject = Injection(duplicates=self.duplicates, atypical=self.atypical)
         mixed = split == "train" and (self.duplicates > 0 or self.atypical > 0)
         n = (self.n if split == "train" else self.n_test) if n is None else n
-        return Data(name=self.dataset, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
+        name = TESTED_ON.get(self.dataset, self.dataset) if split == "test" else self.dataset
+        return Data(name=name, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None)
 
     def epochs_of(self, method: recipes.Method) -> int:
         """How many epochs this method trains."""
@@ -154,9 +156,12 @@ class Scored(Plan):
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
     def untrained(self, encoder: Pretrain | None = None) -> Pretrain:
-        """The same network before any training, by default the first encoder's: what it shows, training does not."""
-        fresh = {"epochs": 0, "snapshots": None, "calibrated": True, "without": None}
-        return (encoder or self.pretrain()).model_copy(update=fresh)
+        """The network of an encoder (by default the first) before any training: what it shows, training does not.
+
+        It is the same for every method and whatever is left out, so it is made by one recipe, on all images.
+        """
+        changes = {"epochs": 0, "snapshots": None, "calibrated": True, "recipe": recipes.recipe("simclr", self.recipe)}
+        return (encoder or self.pretrain()).model_copy(update={**changes, "without": None})
 
     def learned_stages(self, encoders: Iterable[Pretrain]) -> list[Evaluate]:
         """What `learned` reads."""
@@ -166,17 +171,18 @@ class Scored(Plan):
     def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain]) -> Learned:
         """What these encoders, of one method, had learned: the least kNN accuracy of them, that of the first one's
         network before training, and how many they are. Claims ask for it (`issl.experiments.claims.Scale`)."""
-        stages = self.learned_stages(encoders)
-        *trained, fresh = (float(e.read(artifacts)["knn"].mean()) for e in stages)
-        return {"knn": min(trained), "untrained": fresh, "encoders": len(trained)}
+        return learned_by(self.learned_stages(encoders), artifacts)
 
     def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
-        """For each method its encoders, with the scores and the features of this notebook's images, what they learned,
-        and the same of an untrained network."""
-        found: list[Stage] = []
-        for method in methods:
-            encoders = self.scored_encoders(method)
-            for e in (*encoders, self.untrained(encoders[0])):
-                found += [e, self.influence(e), self.features(e)]
-            found += self.learned_stages(encoders)
-        return found
+        """For each method its encoders, with the scores and the features of this notebook's images, and what they
+        learned; the same of the network before training."""
+        encoders = [e for method in methods for e in self.scored_encoders(method)]
+        each = (*encoders, self.untrained(encoders[0]))
+        return [*(stage for e in each for stage in (e, self.influence(e), self.features(e))),
+                *self.learned_stages(encoders)]  # fmt: skip
+
+
+def learned_by(evaluations: list[Evaluate], artifacts: Artifacts) -> Learned:
+    """What encoders had learned, by evaluations of each; the last one is of the untrained network."""
+    *trained, fresh = (float(e.read(artifacts)["knn"].mean()) for e in evaluations)
+    return {"knn": min(trained), "untrained": fresh, "encoders": len(trained)}

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from issl.experiments.cache import Stage
-from issl.experiments.plan import Plan, Scored
+from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.claims import Learned
+from issl.experiments.plan import Plan, Scored, learned_by
 from issl.experiments.settings import Data, named_curvature
 from issl.experiments.stages import (
     Cross,
@@ -195,7 +196,7 @@ class Validation(Retrained):
     def stages(self) -> list[Stage]:
         first = self.pretrain()
         found: list[Stage] = [
-            first, self.scores(), self.nearness(), self.evaluation(first), self.query_losses(pretrain=first)
+            first, self.scores(), self.nearness(), *self.learned_stages([first]), self.query_losses(pretrain=first)
         ]  # fmt: skip
         found += [self.cross(c) for c in self.curvatures().values()]
         found += [*(self.pick(i) for i in range(self.images)), *(self.draw(k) for k in range(self.subsets))]
@@ -250,7 +251,7 @@ class Continual(Scored):
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
-                "data": new if way == "second" else old, "start": before, "epochs": self.leg_epochs,
+                "data": new if way == "second" else old, "start": before, "epochs": self.leg_epochs, "snapshots": None,
                 "seed": self.seed + seed + CONTINUED * leg,
             }
         )  # fmt: skip
@@ -274,6 +275,14 @@ class Continual(Scored):
         at = 0 if on == "old" else 1
         return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
 
+    def _learned(self, task: Task) -> list[Evaluate]:
+        encoders = [self.encoder(task, s) for s in range(self.seeds)]
+        return [self.accuracy(task, e, "old") for e in (*encoders, self.untrained(encoders[0]))]
+
+    def task_learned(self, task: Task, artifacts: Artifacts) -> Learned:
+        """As `learned`, of the encoders after the first task, on that task."""
+        return learned_by(self._learned(task), artifacts)
+
     def path(self, way: Way) -> list[tuple[Way, int]]:
         """The encoders along one way, from the first task on."""
         return [("first", 0), *((way, leg) for leg in range(1, self.legs + 1))]
@@ -281,6 +290,7 @@ class Continual(Scored):
     def stages(self) -> list[Stage]:
         found: list[Stage] = []
         for task in self.tasks:
+            found += self._learned(task)
             for s in range(self.seeds):
                 for way, leg in dict.fromkeys([*self.path("second"), *self.path("more")]):
                     e = self.encoder(task, s, way, leg)
@@ -303,11 +313,8 @@ class Explained(Scored):
         return self.influence(encoder, self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
-        found = self.of_each(self.methods)
-        for method in self.methods:
-            encoders = self.scored_encoders(method)
-            found += [self.scores(e, 1) for e in (*encoders, self.untrained(encoders[0]))]
-        return found
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        return [*self.of_each(self.methods), *(self.scores(e, 1) for e in (*encoders, self.untrained(encoders[0])))]
 
 
 class Bridges(Scored):
@@ -331,17 +338,27 @@ class Bridges(Scored):
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
         return self.pretrain(self.methods[0], self.seed + seed).model_copy(
-            update={"data": self.dose(share), "epochs": self.drawn_epochs}
+            update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
     def dose_scores(self, share: float, seed: int) -> Influence:
         return self.influence(self.dose_encoder(share, seed), data=self.dose(share))
 
     def stages(self) -> list[Stage]:
-        tests = [self.features(self.pretrain(method), self.data("test")) for method in self.methods]
+        tests = [self.features(e, self.data("test")) for method in self.methods for e in self.scored_encoders(method)]
         doses = [(dose, seed) for dose in self.doses for seed in range(self.dose_seeds)]
         drawn = [stage for at in doses for stage in (self.dose_encoder(*at), self.dose_scores(*at))]
-        return [*self.of_each(self.methods), *tests, *drawn]
+        return [*self.of_each(self.methods), *tests, *drawn, *self._doses_learned()]
+
+    def _doses_learned(self) -> list[Evaluate]:
+        """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the usual backgrounds."""
+        encoders = [self.dose_encoder(share, seed) for share in self.doses for seed in range(self.dose_seeds)]
+        test = Data(name="scenes", split="test", n=self.n_test)
+        return [self.evaluation(e, e.data, test) for e in (*encoders, self.untrained(encoders[0]))]
+
+    def doses_learned(self, artifacts: Artifacts) -> Learned:
+        """As `learned`, of the encoders of all doses: one for each number of uniform backgrounds and seed."""
+        return learned_by(self._doses_learned(), artifacts)
 
 
 class Taught(Retrained):
@@ -384,7 +401,12 @@ class Taught(Retrained):
 
     def stages(self) -> list[Stage]:
         removals = list(self.removals().values())
-        found: list[Stage] = [self.pretrain(), *self.scores().values(), *removals]
+        found: list[Stage] = [
+            self.pretrain(),
+            *self.learned_stages([self.pretrain()]),
+            *self.scores().values(),
+            *removals,
+        ]
         for kind, s, removal in product(self.kinds_of_retraining, range(self.seeds), (None, *removals)):
             for channel in self.channels(kind):
                 how = self.measured(self.retrained(kind, s, removal), kind, channel)
@@ -410,7 +432,7 @@ class TrainingAware(Retrained):
 
     def first(self, method: recipes.Method, encoder: int) -> Pretrain:
         """The encoder that is scored."""
-        return self.pretrain(method, self.seed + encoder)
+        return self.scored_encoders(method)[encoder]
 
     def draw(self, k: int) -> Draw:
         """The images that subset number `k` leaves out."""
@@ -451,11 +473,11 @@ class TrainingAware(Retrained):
         return self.query_losses(**self.measured(self.on_subset(first, seed, k), "continued", channel))
 
     def stages(self) -> list[Stage]:
-        found: list[Stage] = [self.evaluation(self.untrained(self.first(m, 0))) for m in self.methods]
+        found: list[Stage] = [e for m in self.methods for e in self.learned_stages(self.scored_encoders(m))]
         found += [self.draw(k) for k in range(self.subsets)]
         for method, e in self.firsts():
             first = self.first(method, e)
-            found += [self.evaluation(first), self.query_losses(pretrain=first), self.bound(first)]
+            found += [self.query_losses(pretrain=first), self.bound(first)]
             found += self.effects(first).values()
             for channel, s, k in product(self.channels("continued"), range(self.seeds), range(self.subsets)):
                 found.append(self.subset_losses(first, s, k, channel))

@@ -33,25 +33,34 @@ class SeedCorrelation(Scored):
     notebook: ClassVar[str] = "01_seed_correlation"
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
+    encoders: int = Field(2, ge=2)
     noise_seeds: int = Field(2, ge=2)
-    train_seeds: int = Field(2, ge=2)
+    draws: tuple[int, ...] = Field((1, 4), min_length=1)  # of the noise, averaged; on some of the images alone:
+    averaged: int = Field(128, ge=16)  # the first ones
 
-    def trained(self, method: recipes.Method, seed: int = 0) -> Pretrain:
-        return self.pretrain(method, self.seed + seed)
+    def scores(self, encoder: Pretrain, noise: int = 0) -> Influence:
+        """Scores of all images with one draw of noise number `noise`."""
+        return self.influence(encoder, self.noise_seed + noise)
 
-    def scores(self, method: recipes.Method, seed: int = 0, noise: int = 0) -> Influence:
-        """Scores under training number `seed` and noise number `noise`."""
-        return self.influence(self.trained(method, seed), self.noise_seed + noise)
+    def averaged_scores(self, encoder: Pretrain, noise: int, draws: int) -> Influence:
+        """Scores of the first `averaged` images, with so many draws."""
+        data = self.data().model_copy(update={"first": self.averaged})
+        return self.influence(encoder, self.noise_seed + noise, data=data, draws=draws)
 
-    def noises(self, seed: int) -> list[int]:
-        """The first encoder is scored under every noise; each other encoder under the first noise and its own."""
-        return list(range(self.noise_seeds)) if seed == 0 else [0, seed]
+    def noises(self, number: int) -> list[int]:
+        """Encoder number `number` is scored under every noise, and under one of its own."""
+        return sorted({*range(self.noise_seeds), number})
 
     def stages(self) -> list[Stage]:
-        seeds = [(m, seed) for m in self.methods for seed in range(self.train_seeds)]
-        return [
-            stage for m, s in seeds for stage in (self.trained(m, s), *(self.scores(m, s, k) for k in self.noises(s)))
-        ]
+        found: list[Stage] = []
+        for method in self.methods:
+            encoders = self.scored_encoders(method)
+            found += self.learned_stages(encoders)
+            found += [self.scores(self.untrained(encoders[0]), k) for k in range(self.noise_seeds)]
+            for number, encoder in enumerate(encoders):
+                found += [encoder, *(self.scores(encoder, k) for k in self.noises(number))]
+                found += [self.averaged_scores(encoder, k, draws) for draws in self.draws for k in (0, number or 1)]
+        return found
 
 
 AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
@@ -65,8 +74,8 @@ class AugmentationAblation(Scored):
     methods: tuple[recipes.Method, ...] = ("simclr",)
     scored: int = Field(128, ge=16)
     sigmas: tuple[float, ...] = (0.05, 0.2, 0.4)
-    strengths: tuple[float, ...] = (1.0,)
-    draws: tuple[int, ...] = (1, 4)
+    strengths: tuple[float, ...] = (1.0,)  # 1 among them
+    draws: tuple[int, ...] = Field((1, 4), min_length=1)
 
     @property
     def usual(self) -> str:
@@ -88,26 +97,43 @@ class AugmentationAblation(Scored):
                 found[f"{kind} {strength:g}"] = Augmentation(kind, usual * strength)
         return found
 
-    def draws_of(self, name: str) -> tuple[int, ...]:
-        """Several numbers of draws for the paper's noise and for SSL's augmentations; one for the others."""
-        return self.draws if name in (self.usual, "crop 1", "chain 1") else self.draws[:1]
+    def at_full(self) -> list[str]:
+        """The augmentations at strength 1."""
+        return [f"{kind} 1" for kind in AUGMENTATIONS]
 
-    def scores(self, method: recipes.Method, name: str, draws: int, seed: int) -> Influence:
+    def draws_of(self, name: str) -> tuple[int, ...]:
+        """Several numbers of draws for the paper's noise and for the augmentations at strength 1: the ends of `draws`,
+        for the noise, the crop and the chain all; one for the others."""
+        if name in (self.usual, "crop 1", "chain 1"):
+            return self.draws
+        return tuple(dict.fromkeys((self.draws[0], self.draws[-1]))) if name in self.at_full() else self.draws[:1]
+
+    def scores(self, encoder: Pretrain, name: str, draws: int, seed: int) -> Influence:
         """Scores of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
         return self.influence(
-            self.pretrain(method), self.noise_seed + seed, data=self.scored_data(),
-            perturbation=self.perturbations()[name], draws=draws,
+            encoder, self.noise_seed + seed, data=self.scored_data(), perturbation=self.perturbations()[name],
+            draws=draws,
         )  # fmt: skip
 
     def stages(self) -> list[Stage]:
-        scores = [
-            self.scores(method, name, draws, seed)
-            for method in self.methods
-            for name in self.perturbations()
-            for draws in self.draws_of(name)
-            for seed in range(2)
-        ]
-        return [*(self.pretrain(method) for method in self.methods), *scores]
+        found: list[Stage] = []
+        for method in self.methods:
+            encoders = self.scored_encoders(method)
+            found += [*encoders, *self.learned_stages(encoders)]
+            fresh = self.untrained(encoders[0])
+            found += [self.scores(fresh, name, self.draws[0], s) for name in self.controls() for s in range(2)]
+            found += [
+                self.scores(encoder, name, draws, seed)
+                for encoder in encoders
+                for name in self.perturbations()
+                for draws in self.draws_of(name)
+                for seed in range(2)
+            ]
+        return found
+
+    def controls(self) -> list[str]:
+        """The perturbations that an untrained network is scored under: the paper's, and the augmentations."""
+        return [self.usual, *self.at_full()]
 
 
 class BackgroundBias(Scored):
@@ -122,18 +148,23 @@ class BackgroundBias(Scored):
     drawn_epochs: int = Field(4, ge=1)
     swapped: int = Field(96, ge=16)
 
-    def drawn_encoder(self) -> Pretrain:
-        """The first method, trained on scenes; if the data set is scenes, the encoder of the other questions."""
+    def drawn_plan(self) -> BackgroundBias:
+        """The same plan on scenes; itself, where the data set is scenes."""
         world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs, "snapshots": None}
-        return (self if self.dataset == "scenes" else self.model_copy(update=world)).pretrain(self.methods[0])
+        return self if self.dataset == "scenes" else self.model_copy(update=world)
 
-    def swapped_scores(self) -> Influence:
-        """Scores of the same scenes on each background, under that encoder."""
-        return self.influence(self.drawn_encoder(), data=Data(name="scenes-swapped", n=self.swapped))
+    def drawn_encoders(self) -> list[Pretrain]:
+        """The first method, trained on scenes."""
+        return self.drawn_plan().scored_encoders(self.methods[0])
+
+    def swapped_scores(self, encoder: Pretrain) -> Influence:
+        """Scores of the same scenes on each background, under one of these encoders."""
+        return self.influence(encoder, data=Data(name="scenes-swapped", n=self.swapped))
 
     def stages(self) -> list[Stage]:
-        evaluations = [self.evaluation(self.pretrain(method)) for method in self.methods]
-        return [*self.of_each(self.methods), *evaluations, self.drawn_encoder(), self.swapped_scores()]
+        drawn = self.drawn_encoders()
+        scenes = [stage for e in drawn for stage in (e, self.swapped_scores(e))]
+        return [*self.of_each(self.methods), *scenes, *self.drawn_plan().learned_stages(drawn)]
 
 
 class Duplicates(Scored):
@@ -174,12 +205,6 @@ class Fairness(Scored):
         """The attributes and the group that is thinned: those given, else the data set's."""
         attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
         return self.attributes or attributes, self.thinned or thinned
-
-    def learned_of_all(self, artifacts: Artifacts) -> Learned:
-        """What the encoders of all methods together had learned: the least of them, the best untrained network."""
-        each = [self.learned(artifacts, self.scored_encoders(m)) for m in self.methods]
-        least, best = min(e["knn"] for e in each), max(e["untrained"] for e in each)
-        return {"knn": least, "untrained": best, "encoders": sum(e["encoders"] for e in each)}
 
     def thinning_methods(self) -> tuple[recipes.Method, ...]:
         """The methods that are trained again."""
@@ -234,6 +259,10 @@ class Pruning(Scored):
         """The seeds that are retrained: the one that was scored cannot judge what its own scores remove."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
+    def judging(self, method: recipes.Method) -> list[Pretrain]:
+        """The encoders of these seeds, trained on all images."""
+        return [self.pretrain(method, seed) for seed in self.judges]
+
     def scores(self, method: recipes.Method) -> Influence:
         """Scores under the encoder of the first seed."""
         return self.influence(self.pretrain(method))
@@ -252,9 +281,8 @@ class Pruning(Scored):
     def stages(self) -> list[Stage]:
         found: list[Stage] = []
         for method in self.methods:
-            found.append(self.scores(method))
+            found += [self.scores(method), *self.learned_stages(self.judging(method))]
             for seed in self.judges:
-                found.append(self.all_kept(method, seed))
                 found += [
                     self.pruned(method, which, share, seed) for share in self.shares for which in get_args(Removed)
                 ]
@@ -284,12 +312,9 @@ class Outliers(Scored):
         return self.features(encoder, self.new_images())
 
     def stages(self) -> list[Stage]:
-        found = self.of_each(self.methods)
-        for method in self.methods:
-            encoders = self.scored_encoders(method)
-            for e in (*encoders, self.untrained(encoders[0])):
-                found += [self.new_scores(e), self.new_features(e)]
-        return found
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        each = (*encoders, self.untrained(encoders[0]))
+        return [*self.of_each(self.methods), *map(self.new_scores, each), *map(self.new_features, each)]
 
 
 By = Literal["ssl", "supervised", "random"]
@@ -347,14 +372,12 @@ class SupervisedVsSSL(Scored):
         return self.evaluation(self.pretrain(method, seed, self.removal(by, seed)))
 
     def stages(self) -> list[Stage]:
-        found: list[Stage] = [self.cross_entropy_scores(e) for e in self.supervised_encoders()]
-        found += [self.evaluation(e) for e in self.supervised_encoders()]
-        scored = [e for m in self.methods for e in self.scored_encoders(m)]
-        before = [self.untrained(self.pretrain(m)) for m in self.methods]
-        for e in (*scored, *before, *self.supervised_encoders()):
-            found += [e, self.scores(e, 0), self.scores(e, 1)]
-        for m in self.methods:
-            found += self.learned_stages(self.scored_encoders(m))
+        classifiers = self.supervised_encoders()
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        each = (*encoders, self.untrained(encoders[0]), *classifiers)
+        found: list[Stage] = [*map(self.cross_entropy_scores, classifiers), *map(self.evaluation, classifiers)]
+        found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
+        found += self.learned_stages(encoders)
         for method in self.trained:
             for seed in self.judges:
                 found += [self.all_kept(method, seed), *(self.pruned(method, by, seed) for by in get_args(By))]

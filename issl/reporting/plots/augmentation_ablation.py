@@ -33,10 +33,13 @@ def gallery(plan: AugmentationAblation, images: Images, views: dict[str, Tensor]
     return figure
 
 
-def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, rival: Mapping[Any, Any]) -> Figure:
+def comparison(
+    plan: AugmentationAblation, images: Images, table: pd.DataFrame, untrained: pd.DataFrame, rival: Mapping[Any, Any]
+) -> Figure:
     """The first method's r between two seeds: at usual strength (a), by strength (b) and by the number of draws (c).
 
     table  method, perturbation, draws, mean_loss, metric, value, low, high, n
+    untrained  the same of the network before training (a cross in a)
     rival  the best augmentation: perturbation, r, inside_grid, margin_usual, margin_matched
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.PAGE, 2.9), width_ratios=[1.05, 1.3, 0.9])
@@ -48,20 +51,22 @@ def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, 
     left.axvline(PAPER, color="black", lw=0.9)
     rows = [(_label(name), by_name[name]) for name in order]
     figures.forest(left, rows, "Pearson r between two seeds", None, [COLOURS[_kind(name)] for name in order])
-    left.set_title("a  usual strength, one draw", loc="left")
+    before = _by_name(untrained[(untrained["method"] == plan.methods[0]) & (untrained["metric"] == "pearson")])
+    places = range(len(order) - 1, -1, -1)
+    left.plot([before[name].value for name in order], list(places), "x", color="0.4", ms=4)
+    left.set_title("a  one draw (×: untrained)", loc="left")
     for kind in COLOURS:
         part = first[first["perturbation"].map(_kind) == kind].sort_values("mean_loss")
         _curve(middle, part, "mean_loss", kind, 1.4 if kind == "noise" else 0.8)
     lowest = min(0, first["low"].min()) - 0.03
     middle.set(xscale="log", xlabel="strength: mean stability loss (log)", ylim=(lowest, 1.05))
-    middle.set_title("b  by strength (colours as in a)", loc="left")
-    for name in (plan.usual, "crop 1", "chain 1"):
+    middle.set_title("b  by strength", loc="left")
+    for name in (plan.usual, *plan.at_full()):
         _curve(right, r[r["perturbation"] == name], "draws", _kind(name), 1.2)
     right.set(xscale="log", xlabel="draws K averaged", ylim=middle.get_ylim())
     right.set_xticks(list(plan.draws), [str(k) for k in plan.draws])
     right.minorticks_off()
     right.set_title("c  more draws", loc="left")
-    right.legend(frameon=False, fontsize=6.5, loc="lower right")
     matched = (
         f"at equal strength {rival['margin_matched']}" if rival["inside_grid"] else "no noise of the grid is as weak"
     )
@@ -70,7 +75,7 @@ def comparison(plan: AugmentationAblation, images: Images, table: pd.DataFrame, 
         f"best augmentation ({_kind(rival['perturbation'])}) r = {rival['r']:.2f}; "
         f"margin {rival['margin_usual']}, {matched}\n"
         f"({images.name}, {len(images)} images scored, {NAMES[plan.methods[0]]}, {plan.profile} profile; "
-        "bars: 95% intervals; line and band in a: the paper)",
+        "bars: 95% intervals; colours as in a, line and band: the paper)",
         fontsize=8.5,
     )
     return figure

@@ -25,7 +25,7 @@ SHORT = {"influence": "influence", "stability loss ℓ": "loss ℓ", "gradient n
 PANELS = (  # metric, its value without any relation, title, label
     ("enrichment_top5", 1, "b  top 5%", "relative risk (log)"),
     ("auc", 0.5, "c  all images", "AUC"),
-    ("partial_correlation", 0, "d  controlled", "partial rank corr.\n(brightness, contrast)"),
+    ("auc_labels", 0.5, "d  known backgrounds", "AUC"),
 )
 BRIDGES = (
     ("cross_class_difference", "share of edges to other classes,\ntop 5% less controls of the same class"),
@@ -57,9 +57,62 @@ def uniform_frames(
     m = measured[method, "influence"]
     above.suptitle(
         f"{NAMES[method]}: uniform frames are {m['enrichment_top5'].value:.1f}× as frequent in the top 5% "
-        f"by influence, AUC {m['auc'].value:.2f}; "
-        f"given brightness and contrast ρ = {m['partial_correlation'].value:.2f}\n"
-        f"({images.name}, n = {len(images):,}, {plan.profile} profile; bars: 95% intervals; dashed: no relation)",
+        f"by influence, AUC {m['auc'].value:.2f}"
+        + (f"; by eye, AUC {m['auc_labels']}" if "auc_labels" in m else "")
+        + f"\n({images.name}, n = {len(images):,}, {plan.encoders} encoder{'s' * (plan.encoders > 1)} a method, "
+        f"{plan.profile} profile; bars: 95% intervals; dashed: no relation)",
+        fontsize=8.5,
+    )
+    return figure
+
+
+def galleries(plan: BackgroundBias, images: Images, orders: Mapping[str, np.ndarray], uniform: np.ndarray) -> Figure:
+    """The images of highest and of lowest influence under the first encoder of each method, uniform frames outlined.
+
+    orders   of each method, positions, highest influence first
+    uniform  (n,) is the frame uniform?
+    """
+    figure, axes = plt.subplots(2, len(orders), figsize=(figures.PAGE, 3.9), squeeze=False)
+    for column, (method, order) in zip(axes.T, orders.items(), strict=True):
+        for ax, rows, end in zip(column, (order, order[::-1]), ("highest", "lowest"), strict=True):
+            chosen = rows[: plan.gallery]
+            outlined = uniform[chosen].tolist()
+            figures.gallery(ax, images.subset(chosen.tolist()), f"{NAMES[method]}: {end}", 6, outlined)
+    counts = [f"{NAMES[m]} {uniform[order[: plan.gallery]].sum()}" for m, order in orders.items()]
+    figure.suptitle(
+        f"Uniform frames (outlined) among the {plan.gallery} of highest influence: {', '.join(counts)}; "
+        f"by chance {plan.gallery * uniform.mean():.1f}\n"
+        f"({images.name}, n = {len(images):,}, seed {plan.seed}, {plan.profile} profile)",
+        fontsize=8.5,
+    )
+    return figure
+
+
+def by_colour(plan: BackgroundBias, images: Images, labels: pd.DataFrame, measured: Measured) -> Figure:
+    """AUC of each score against backgrounds that are known: all uniform ones, white, black and other ones.
+
+    labels  as `issl.data.background_labels` gives them
+    """
+    colours = labels["colour"].value_counts()
+    kinds = {"auc_labels": ("all uniform", int(labels["uniform"].sum()))}
+    kinds |= {f"auc_labels_{c}": (c, int(colours.get(c, 0))) for c in ("white", "black", "other")}
+    keys = [(m, score) for score in SHORT for m in plan.methods] + [key for key in measured if not key[0]]
+    names = [f"{SHORT[score]}, {NAMES[m]}" if m else score for m, score in keys]
+    paints = [figures.COLOURS.get(m, "0.4") for m, _ in keys]
+    missing = Estimate(np.nan, np.nan, np.nan, 0)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(figures.PAGE, 3.1), sharey=True)
+    for ax, (metric, (kind, count)) in zip(axes, kinds.items(), strict=True):
+        rows = [(name, measured[key].get(metric, missing)) for name, key in zip(names, keys, strict=True)]
+        figures.forest(ax, rows, "AUC", 0.5, paints)
+        ax.set_xlim(0, 1)
+        ax.set_title(f"{kind} ({count})", loc="left")
+    found = measured[plan.methods[0], "influence"]
+    said = [f"{kind} {found[metric].value:.2f}" for metric, (kind, _) in kinds.items() if metric in found]
+    figure.suptitle(
+        f"Known backgrounds against those that are not uniform, {NAMES[plan.methods[0]]}, influence: AUC "
+        f"{', '.join(said)}\n"
+        f"({images.name}, {len(labels)} labelled images, {plan.profile} profile; bars: 95% intervals; "
+        "dashed: no relation)",
         fontsize=8.5,
     )
     return figure
@@ -150,9 +203,9 @@ def bridges(plan: BackgroundBias, images: Images, table: pd.DataFrame) -> Figure
     for ax, (metric, label) in zip(panels, BRIDGES, strict=True):
         part = table[table["metric"] == metric].to_dict("records")
         found = {(r["method"], r["score"]): Estimate.of(r) for r in part}
-        keys = [(method, score) for score in SHORT for method in plan.methods]
-        rows = [(f"{score}, {NAMES[method]}", found[method, score]) for method, score in keys]
-        figures.forest(ax, rows, label, 0.0, [figures.COLOURS[method] for method, _ in keys])
+        keys = [(m, score) for score in SHORT for m in plan.methods] + [key for key in found if not key[0]]
+        rows = [(f"{score}, {NAMES[m]}" if m else score, found[m, score]) for m, score in keys]
+        figures.forest(ax, rows, label, 0.0, [figures.COLOURS.get(m, "0.4") for m, _ in keys])
         e = found[plan.methods[0], "influence"]
         headline.append(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]")
     figure.suptitle(

@@ -17,6 +17,7 @@ from issl.experiments.plans_own import Bridges
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
+SMALLEST = {"modularity": 0.01, "separability": 0.005}  # the gain that would matter, by claims.yaml
 REMOVED = ("influence", "betweenness", "lowest influence")
 BACKGROUNDS = {  # name in the legend, colour, shift of its points (in share), line width
     "uniform": ("any uniform", "black", 0.0, 1.6),
@@ -40,9 +41,14 @@ def bridges(plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd
     _places(places, chart)
     places.set_title(f"a  {NAMES[plan.methods[0]]}; circles: top {plan.shares[0]:.0%}", loc="left")
     for ax, metric, letter in ((modular, "modularity", "b"), (silhouette, "separability", "c")):
-        names = ["influence", "betweenness", "lowest\ninfluence"]
+        names = ["influence,\nmatched", "influence", "betweenness", "lowest\ninfluence"]
         gains = _gains(plan, removed, metric, plan.shares[0])
+        test = {m: _gain(removed, m, "influence", f"{metric} (matched)", plan.shares[0]) for m in plan.methods}
+        gains = {m: [test[m], *gains[m]] for m in plan.methods}
         figures.forests(ax, names, gains, f"gain over random removal, {plan.shares[0]:.0%}", 0.0)
+        before = _gain(removed, "untrained", "influence", f"{metric} (matched)", plan.shares[0])
+        ax.plot(before.value, len(names) - 0.55, "x", color="0.4", ms=4)
+        ax.axvline(SMALLEST[metric], color="grey", lw=0.8, ls=":")
         ax.set_title(f"{letter}  {metric}", loc="left")
         ax.locator_params(axis="x", nbins=4)
     silhouette.set_yticklabels([])
@@ -94,9 +100,10 @@ def _doses(ax: Axes, doses: pd.DataFrame) -> None:
 
 def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     first, share = plan.methods[0], plan.shares[0]
-    gain = {m: _gain(removed, first, "influence", m, share).value for m in ("modularity", "separability")}
+    gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in SMALLEST}
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
     return (
-        f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against random removal\n"
-        f"({plan.dataset}, n = {n:,}; e: {plan.drawn:,} scenes; bars: 95%; {plan.profile} profile)"
+        f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
+        f"({plan.dataset}, n = {n:,}; e: {plan.drawn:,} scenes; bars: 95%; dotted: what would matter; ×: untrained; "
+        f"{plan.profile} profile)"
     )

@@ -56,8 +56,40 @@ def agreement(
     above.suptitle(
         f"Another noise seed: r = {r['noise'].min():.2f} to {r['noise'].max():.2f}. "
         f"Another training: r = {r['training'].min():.2f} to {r['training'].max():.2f}\n"
-        f"({images.name}, n = {len(images):,}, {plan.profile} profile; bars: 95% intervals over images)",
+        f"({images.name}, n = {len(images):,}, {plan.encoders} encoders a method, {plan.profile} profile; "
+        "bars: 95% intervals)",
         fontsize=9,
+    )
+    return figure
+
+
+def more_draws(plan: SeedCorrelation, images: Images, by_draws: pd.DataFrame) -> Figure:
+    """r against the number of draws averaged, a panel per kind of seed; the line is the paper's number.
+
+    by_draws  seed, method, draws, value, low, high, n
+    """
+    readings = list(by_draws["seed"].unique())
+    figure, axes = plt.subplots(1, len(readings), figsize=(figures.PAGE, 2.5), sharey=True, squeeze=False)
+    for ax, reading in zip(axes[0], readings, strict=True):
+        for method in plan.methods:
+            part = by_draws[(by_draws["seed"] == reading) & (by_draws["method"] == method)]
+            spread = [part["value"] - part["low"], part["high"] - part["value"]]
+            ax.errorbar(
+                part["draws"], part["value"], yerr=spread, color=figures.COLOURS[method], marker="o", ms=4,
+                lw=1.2, elinewidth=0.7, label=NAMES[method],
+            )  # fmt: skip
+        ax.axhline(PAPER, color="black", lw=0.9)
+        ax.set(xscale="log", xlabel="draws of the noise averaged")
+        ax.set_xticks(list(plan.draws), [str(k) for k in plan.draws])
+        ax.minorticks_off()
+        ax.set_title(f"another {reading} seed", loc="left")
+    axes[0, 0].set_ylabel("Pearson r")
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    figure.suptitle(
+        "More draws measure the score better; two trainings may still disagree about it\n"
+        f"({images.name}, {min(plan.averaged, len(images))} images, {plan.encoders} encoders a method, "
+        f"{plan.profile} profile; line: the paper's {PAPER}; bars: 95% intervals)",
+        fontsize=8.5,
     )
     return figure
 
@@ -72,7 +104,7 @@ def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float,
 def all_runs(plan: SeedCorrelation, images: Images, matrix: pd.DataFrame) -> Figure:
     """Rank correlations (runs × runs) as a heat map; the runs of each method in the order of the plan."""
     figure, ax = plt.subplots(figsize=(figures.PAGE, 0.9 + 0.36 * len(matrix)))
-    short = [f"t{t} n{s}" for _ in plan.methods for t in range(plan.train_seeds) for s in plan.noises(t)]
+    short = [f"t{t} n{s}" for _ in plan.methods for t in range(plan.encoders) for s in plan.noises(t)]
     sns.heatmap(
         matrix, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 7}, square=False,
         cbar_kws={"label": "Spearman ρ"}, xticklabels=short, ax=ax,
