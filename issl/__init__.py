@@ -17,21 +17,23 @@ if TYPE_CHECKING:
     from issl.influence.computing import Computing
     from issl.influence.cross import cross_influence, top_influences
     from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra, RandomProjection
+    from issl.influence.fitted import Fitted, fit, load_fitted
     from issl.influence.perturbation import Augmentation, GaussianNoise
     from issl.influence.self_influence import self_influence
     from issl.pretraining.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = [
-    "EKFAC", "Augmentation", "Computing", "Curvature", "Diagonal", "Exact", "GaussianNoise", "Identity", "Images",
-    "IsslError", "LoGra", "RandomProjection", "cross_influence", "load", "load_encoder", "self_influence",
-    "top_influences", "training_influence",
+    "EKFAC", "Augmentation", "Computing", "Curvature", "Diagonal", "Exact", "Fitted", "GaussianNoise", "Identity",
+    "Images", "IsslError", "LoGra", "RandomProjection", "cross_influence", "fit", "load", "load_encoder", "load_fitted",
+    "self_influence", "top_influences", "training_influence",
 ]  # fmt: skip
 _NAMES = {  # of each module
     "analysis.training_influence": ("training_influence",), "data.datasets": ("load",), "data.images": ("Images",),
     "errors": ("IsslError",),
     "influence.computing": ("Computing",), "influence.cross": ("cross_influence", "top_influences"),
     "influence.curvature": ("EKFAC", "Curvature", "Diagonal", "Exact", "Identity", "LoGra", "RandomProjection"),
+    "influence.fitted": ("Fitted", "fit", "load_fitted"),
     "influence.perturbation": ("Augmentation", "GaussianNoise"), "influence.self_influence": ("self_influence",),
     "pretraining.encoder": ("load_encoder",),
 }  # fmt: skip

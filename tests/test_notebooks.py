@@ -40,13 +40,16 @@ TINY: dict[str, Any] = {
     **{name: {"rank": 4} for name, plan in PLANS.items() if "rank" in plan.model_fields and name != "00_method"},
     "02_augmentation_ablation": {"rank": 4, "scored": 32},
     "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
-    "05_fairness": {"rank": 4, "thinned": "cool"},
+    "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
+    "07_outliers": {"rank": 4, "made_strange": 0.25, "encoders": 2},
+    "08_supervised_vs_ssl": {"rank": 4, "supervised": 2},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
         "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "continued_epochs": 1, "draws": 2, "ranks": [2],
         "dampings": [], "kinds": ["exact"], "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
+    "13_explained": {"rank": 4, "encoders": 2},
     "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
     "15_taught": {
         "rank": 4, "width": 2, "epochs": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1,
@@ -216,10 +219,36 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     thinned, at_random = (p.removal(0, at_random).read(artifacts) for at_random in (False, True))
     assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(0.9 * (groups == "cool").sum())
     table = numbers(out, "05_fairness")
-    assert (table["adjusted_p"] >= table["p"]).all()
+    assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
     # two groups: what one gains the other loses
-    effects = table[table["attribute"] == "group"].set_index("group")["value"]
-    assert effects["cool"] == pytest.approx(-effects["warm"])
+    effects = table[table["attribute"] == "group"].set_index(["scored", "group"])["value"]
+    for who in ("simclr", "untrained"):
+        assert effects[who, "cool"] == pytest.approx(-effects[who, "warm"])
+
+
+def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, plan) -> None:
+    p = plan("05_fairness")
+    artifacts, images = p.artifacts(), p.data().load()
+    groups = images.attributes[list(p.groups()[0])].astype(str)
+    encoders = [*p.scored_encoders("simclr"), p.untrained(p.pretrain("simclr"))]
+    ranks = [p.influence(e).read(artifacts)["influence"].rank().to_numpy() for e in encoders]
+    for name in ("simclr", "all methods"):  # of one method, so both are of the same encoders
+        got = record(out, f"group_differences_of_one.{name}")
+        attribute, group = got["largest_group"].split(": ")
+        member = (groups[attribute] == group).to_numpy()
+        first, second, before = (2 * statistics.auc(r, member).value - 1 for r in ranks)
+        metrics = {k: m["value"] for k, m in got["metrics"].items()}
+        assert metrics["signed_effect"] == pytest.approx((first + second) / 2)
+        assert metrics["largest_effect"] == pytest.approx(abs(first + second) / 2)
+        assert metrics["untrained"] == pytest.approx(before)
+        table = numbers(out, "05_fairness")
+        row = table[(table["scored"] == name) & (table["attribute"] == attribute) & (table["group"] == group)].iloc[0]
+        assert metrics["its_adjusted_p"] == pytest.approx(row["adjusted_p"])
+        assert row["p"] == pytest.approx(statistics.rank_biserial(sum(ranks[:2]), member)[1])
+        assert abs(metrics["signed_effect"]) == table[table["scored"] == name]["value"].abs().max()
+        assert got["seeds"] == [0, 1] and got["learned"]["encoders"] == 2
+    assert record(out, "group_differences.simclr")["seeds"] == [0]  # as it was
+    assert record(out, "thinned_group_rises.simclr")["learned"]["encoders"] == p.seeds
 
 
 def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
@@ -242,21 +271,61 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
         assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
 
 
-def test_07_a_score_that_knows_them_finds_all_atypical_images(out: Path, plan) -> None:
-    strange = (plan("07_outliers").data().load().attributes["atypical"] != "").to_numpy()
-    assert strange.sum() >= 9 and statistics.auc(strange.astype(float), strange).value == 1.0
-    table = numbers(out, "07_outliers")
-    assert set(table["detector"]) == {
-        "influence",
-        "stability loss ℓ",
-        "gradient norm ‖g‖",
-        "kNN distance",
-        "isolation forest",
-    }
-    difference = record(out, "high_influence_atypical.byol")["metrics"]["auc_less_loss"]["value"]
-    row = table[(table["method"] == "byol") & (table["truth"] == "all") & (table["metric"] == "auc")]
-    row = row.set_index("detector")["value"]
-    assert difference == pytest.approx(row["influence"] - row["stability loss ℓ"])
+def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: Path, plan) -> None:
+    p = plan("07_outliers")
+    artifacts, images = p.artifacts(), p.new_images().load()
+    kind = images.attributes["atypical"].to_numpy()
+    assert (kind != "").sum() >= 12 and p.new_images().inject.duplicates == 0
+    for e in p.scored_encoders("byol"):
+        stage = p.new_scores(e)
+        assert (stage.data, stage.others) == (p.data(), p.new_images()) and stage.others.split == "test"
+    no_static = (kind != "") & ~np.isin(kind, ["corrupted", "static"])
+    rest = no_static | (kind == "")
+    each = [p.new_scores(e).read(artifacts)["influence"].to_numpy() for e in p.scored_encoders("byol")]
+    want = np.mean([statistics.auc(s[rest], no_static[rest]).value for s in each])
+    got = record(out, "high_influence_ambiguous.byol")
+    assert got["metrics"]["auc_without_static"]["value"] == pytest.approx(want)
+    assert [t["metric"] for t in got["tests"]] == ["auc_without_static"]  # nobody judged drawn scenes
+    table = numbers(out, "07_outliers").set_index(["method", "detector", "truth"])["value"]
+    assert table["byol", "influence", "without static"] == pytest.approx(want)
+    before = p.new_scores(p.untrained(p.pretrain("simclr"))).read(artifacts)["influence"].to_numpy()
+    control = statistics.auc(before[rest], no_static[rest]).value
+    assert got["metrics"]["untrained_auc_without_static"]["value"] == pytest.approx(control)
+    assert table["untrained", "influence", "without static"] == pytest.approx(control)
+
+
+def test_07_the_old_test_is_asked_of_the_images_that_were_trained_on(out: Path, plan) -> None:
+    p = plan("07_outliers")
+    artifacts, strange = p.artifacts(), (p.data().load().attributes["atypical"] != "").to_numpy()
+    scores = [p.influence(e).read(artifacts) for e in p.scored_encoders("byol")]
+    aucs = [[statistics.auc(s[c].to_numpy(), strange).value for s in scores] for c in ("influence", "stability_loss")]
+    got = record(out, "high_influence_atypical.byol")
+    assert got["metrics"]["auc"]["value"] == pytest.approx(np.mean(aucs[0])) and got["asked_of"] == "training images"
+    assert got["metrics"]["auc_less_loss"]["value"] == pytest.approx(np.mean(aucs[0]) - np.mean(aucs[1]))
+
+
+def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:
+    p = plan("08_supervised_vs_ssl")
+    artifacts = p.artifacts()
+
+    def rho(x: pd.Series, y: pd.Series) -> float:
+        return float(x.corr(y, method="spearman"))
+
+    def agreement(e: Any, f: Any) -> float:
+        (a, b), (c, d) = ([p.scores(g, noise).read(artifacts)["influence"] for noise in range(2)] for g in (e, f))
+        return (rho(a, d) + rho(b, c)) / 2 / np.sqrt(rho(a, b) * rho(c, d))
+
+    first, second = p.scored_encoders("simclr")
+    supervised = p.supervised_encoders()
+    seeds = agreement(first, second)
+    across = np.mean([agreement(e, s) for e in (first, second) for s in supervised])
+    got = record(out, "supervised_differs_more_than_seeds.simclr")["metrics"]
+    assert got["seeds"]["value"] == pytest.approx(seeds) and got["supervised"]["value"] == pytest.approx(across)
+    assert got["seeds_less_supervised"]["value"] == pytest.approx(seeds - across)
+    own_loss = [p.cross_entropy_scores(s).read(artifacts)["influence"] for s in supervised]
+    plain = [rho(p.scores(e).read(artifacts)["influence"], ce) for e in (first, second) for ce in own_loss]
+    assert got["spearman_cross_entropy"]["value"] == pytest.approx(np.mean(plain))
+    assert record(out, "supervised_differs.simclr")["metrics"]["spearman"]["value"] == pytest.approx(np.mean(plain))
 
 
 def test_09_closed_form(out: Path) -> None:
@@ -350,13 +419,21 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     p = plan("13_explained")
     table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
-    a, b = (p.scores("byol", noise).read(p.artifacts())["influence"] for noise in range(2))
-    r = np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in (a, b)))[0, 1]
-    assert table["byol", "together", "repeatable"] == pytest.approx(r)
-    share = record(out, "more_than_statistics.byol")["metrics"]["pixels_of_repeatable"]["value"]
-    assert share == pytest.approx(table["byol", "together", "pixels, trees"] / r)
     contrast = image_statistics(p.data().load())["contrast"]
-    assert table["byol", "alone", "contrast"] == pytest.approx(a.corr(contrast, method="spearman"))
+    groups = {"byol": p.scored_encoders("byol"), "untrained": [p.untrained(p.pretrain("simclr"))]}
+    for who, encoders in groups.items():
+        pairs = [[p.scores(e, noise).read(p.artifacts())["influence"] for noise in range(2)] for e in encoders]
+        rs = [np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in pair))[0, 1] for pair in pairs]
+        assert table[who, "together", "repeatable"] == pytest.approx(np.mean(rs))
+        plain = [pair[0].corr(contrast, method="spearman") for pair in pairs]
+        assert table[who, "alone", "contrast"] == pytest.approx(np.mean(plain))
+    got = record(out, "more_than_statistics.byol")
+    assert got["metrics"]["repeatable"]["value"] == pytest.approx(table["byol", "together", "repeatable"])
+    assert got["metrics"]["all_statistics"]["value"] == pytest.approx(table["byol", "together", "all, trees"])
+    share = got["metrics"]["untrained_pixels_of_repeatable"]["value"]  # of one encoder
+    untrained = table["untrained", "together"]
+    assert share == pytest.approx(untrained["pixels, trees"] / untrained["repeatable"])
+    assert got["seeds"] == [0, 1] and got["learned"]["encoders"] == 2
 
 
 def removed_rows(table: pd.DataFrame, method: str, which: str) -> pd.Series:

@@ -41,6 +41,23 @@ def test_the_second_time_nothing_is_computed(tmp_path: Path) -> None:
     )
 
 
+def test_other_images_are_scored_under_the_curvature_of_the_data(tmp_path: Path) -> None:
+    artifacts, test = Artifacts(tmp_path), Data(name="scenes", split="test", n=20)
+    scores = influence(others=test).read(artifacts)
+    assert scores["index"].tolist() == test.load().index.tolist()
+    encoder = TRAIN.encoder(artifacts)
+    settings = {"perturbation": GaussianNoise(), "curvature": LoGra(2)}
+    want = issl.fit(encoder, DATA.load(), **settings).score(test.load())
+    np.testing.assert_allclose(scores["influence"], want["influence"], rtol=1e-5)
+    # its own curvature would give other scores; and the same images, as others, the scores that they have anyway
+    alone = influence(data=test).read(artifacts)["influence"]
+    assert not np.allclose(scores["influence"], alone, rtol=0.05)
+    again = influence(others=DATA).read(artifacts)
+    np.testing.assert_allclose(again["influence"], influence().read(artifacts)["influence"], rtol=1e-4)
+    # a stage without other images keeps its key
+    assert "others" not in influence().model_dump(mode="json") and influence(others=test).key != influence().key
+
+
 def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
     Artifacts(tmp_path).get(influence())
 

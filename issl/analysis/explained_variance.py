@@ -66,10 +66,12 @@ def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, E
     if len(x) < 10 * (x.shape[1] + 1):
         raise IsslError(f"{len(x)} images for a regression on {x.shape[1]} statistics; take at least ten per statistic")
     rng, n = np.random.default_rng(seed), len(y)
+    columns = np.column_stack([np.ones(n), x, y])
     with threadpool_limits(1):  # thousands of small products
-        draws = np.array([_parts(x[rows], y[rows]) for rows in rng.integers(0, n, (RESAMPLES, n))])
+        counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(RESAMPLES))
+        draws = np.array([_parts(columns.T @ (columns * c[:, None])) for c in counts])
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    values = _parts(x, y)
+    values = _parts(columns.T @ columns)
     return {
         name: Estimate(float(v), float(a), float(b), n)
         for name, v, a, b in zip(("all", *by.columns), values, low, high, strict=True)
@@ -93,21 +95,21 @@ def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds
         return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
 
     rng, n = np.random.default_rng(seed), len(y)
-    low, high = np.quantile([r2(rows) for rows in rng.integers(0, n, (RESAMPLES, n))], [0.025, 0.975])
+    low, high = np.quantile([r2(rng.integers(0, n, n)) for _ in range(RESAMPLES)], [0.025, 0.975])
     return Estimate(r2(slice(None)), float(low), float(high), n)
 
 
-def _parts(x: np.ndarray, y: np.ndarray) -> list[float]:
-    """Adjusted R² of all columns, and for each column the loss without it."""
-    every = range(x.shape[1])
-    whole = _r2(x, y, list(every))
-    return [whole, *(whole - _r2(x, y, [k for k in every if k != j]) for j in every)]
+def _parts(products: Float[np.ndarray, "m m"]) -> list[float]:
+    """Adjusted R² of all columns, and for each column the loss without it, from the products of the columns 1, x, y."""
+    every = range(1, len(products) - 1)
+    whole = _r2(products, list(every))
+    return [whole, *(whole - _r2(products, [k for k in every if k != j]) for j in every)]
 
 
-def _r2(x: np.ndarray, y: np.ndarray, columns: Sequence[int]) -> float:
-    n, k = len(y), len(columns)
-    design = np.column_stack([np.ones(n), x[:, columns]])
+def _r2(products: Float[np.ndarray, "m m"], columns: Sequence[int]) -> float:
+    design, n, k = [0, *columns], products[0, 0], len(columns)
+    along = products[design, -1]
     # normal equations: a few well-scaled columns, solved thousands of times
-    weights = np.linalg.lstsq(design.T @ design, design.T @ y, rcond=None)[0]
-    left = np.mean((y - design @ weights) ** 2) / np.var(y)
+    weights = np.linalg.lstsq(products[np.ix_(design, design)], along, rcond=None)[0]
+    left = (products[-1, -1] - weights @ along) / (products[-1, -1] - products[0, -1] ** 2 / n)
     return float(1 - left * (n - 1) / (n - k - 1))

@@ -218,12 +218,13 @@ class Scored(Plan):
     def untrained(self, encoder: Pretrain | Given | None = None) -> Pretrain:
         """The network of an encoder (by default the first) before any training: what it shows, training does not.
 
-        It is the same for every method, so it is made by one recipe. Beside a given encoder, a ResNet-18 of its width.
+        It is the same for every method and whatever is left out, so it is made by one recipe, on all images. Beside a
+        given encoder, a ResNet-18 of its width.
         """
         changes = {"epochs": 0, "snapshots": None, "calibrated": True, "recipe": recipes.recipe("simclr", self.recipe)}
         if isinstance(encoder, Given):
             return self.training().model_copy(update={"width": encoder.width, **changes})
-        return (encoder or self.training()).model_copy(update=changes)
+        return (encoder or self.training()).model_copy(update={**changes, "without": None})
 
     def learned_stages(self, encoders: Iterable[Pretrain | Given]) -> list[Evaluate]:
         """What `learned` reads."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored, learned_by
 from issl.experiments.settings import Data, named_curvature
 from issl.experiments.stages import (
@@ -309,16 +310,13 @@ class Explained(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def scores(self, method: recipes.Method, noise: int = 0) -> Influence:
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
         """Scores under one of two noises."""
-        return self.influence(self.pretrain(method), self.noise_seed + noise)
+        return self.influence(encoder, self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
-        return [
-            stage
-            for m in self.methods
-            for stage in (self.pretrain(m), self.features(self.pretrain(m)), self.scores(m, 0), self.scores(m, 1))
-        ]
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        return [*self.of_each(self.methods), *(self.scores(e, 1) for e in (*encoders, self.untrained(encoders[0])))]
 
 
 class Bridges(Scored):

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from issl.experiments.cache import Stage
+from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.claims import Learned
 from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored
-from issl.experiments.settings import Data
-from issl.experiments.stages import Evaluate, Influence, Pretrain, Prune, Thin
+from issl.experiments.settings import Data, Injection
+from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain, Prune, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -195,7 +196,11 @@ GROUPS: dict[str, tuple[tuple[str, ...], str]] = {  # by data set: attributes, a
 
 
 class Fairness(Scored):
-    """05_fairness: does influence differ between groups of people, and rise in a group that is thinned?"""
+    """05_fairness: does influence differ between groups of people, and rise in a group that is thinned?
+
+    smallest   groups of fewer images (or with fewer others) are not tested
+    retrained  the methods that are trained again without most of the group, from `seeds` seeds; none: all of them
+    """
 
     notebook: ClassVar[str] = "05_fairness"
 
@@ -204,11 +209,17 @@ class Fairness(Scored):
     thinned: str | None = None  # the group (of the first attribute) that is thinned; None: the data set's largest
     keep: float = Field(0.1, gt=0, lt=1)
     seeds: int = Field(1, ge=1)
+    smallest: int = Field(50, ge=2)
+    retrained: tuple[recipes.Method, ...] | None = None
 
     def groups(self) -> tuple[tuple[str, ...], str]:
         """The attributes and the group that is thinned: those given, else the data set's."""
         attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
         return self.attributes or attributes, self.thinned or thinned
+
+    def thinning_methods(self) -> tuple[recipes.Method, ...]:
+        """The methods that are trained again."""
+        return self.methods if self.retrained is None else self.retrained
 
     def removal(self, seed: int, at_random: bool = False) -> Thin:
         """Most of the group, or as many images at random."""
@@ -224,12 +235,21 @@ class Fairness(Scored):
         """Scores of all images after a training without those of `removal`."""
         return self.influence(self.thinned_encoder(method, seed, at_random))
 
+    def thinned_encoders(self, method: recipes.Method) -> list[Pretrain]:
+        """All that are trained again, with and without the group."""
+        return [self.thinned_encoder(method, seed, r) for seed in range(self.seeds) for r in (False, True)]
+
+    def learned_without(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
+        """What these had learned, the least of both kinds; `encoders`: pairs of them, from different seeds."""
+        return {**self.learned(artifacts, self.thinned_encoders(method)), "encoders": self.seeds}
+
     def stages(self) -> list[Stage]:
         arms = [(seed, at_random) for seed in range(self.seeds) for at_random in (False, True)]
         found: list[Stage] = [*self.of_each(self.methods), *(self.removal(*arm) for arm in arms)]
-        for method in self.methods:
+        for method in self.thinning_methods():
             for arm in arms:
                 found += [self.thinned_encoder(method, *arm), self.thinned_scores(method, *arm)]
+            found += self.learned_stages(self.thinned_encoders(method))
         return found
 
 
@@ -281,28 +301,51 @@ class Pruning(Scored):
 
 
 class Outliers(Scored):
-    """07_outliers: does high influence find atypical images?"""
+    """07_outliers: does high influence find atypical images?
+
+    made_strange   the share of the test images that is replaced by strange ones (as `atypical` is of training images)
+    """
 
     notebook: ClassVar[str] = "07_outliers"
     takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
+    made_strange: float = Field(0.1, gt=0, le=0.5)
+
+    def new_images(self) -> Data:
+        """Test images, some of them made strange: no encoder was trained on them."""
+        return self.data("test").model_copy(update={"inject": Injection(atypical=self.made_strange)})
+
+    def new_scores(self, encoder: Pretrain | Given) -> Influence:
+        """Their scores under the curvature of the training images."""
+        return self.influence(encoder, others=self.new_images())
+
+    def new_features(self, encoder: Pretrain | Given) -> Embed:
+        return self.features(encoder, self.new_images())
 
     def stages(self) -> list[Stage]:
-        return self.of_each(self.methods)
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        each = (*encoders, self.untrained(encoders[0]))
+        return [*self.of_each(self.methods), *map(self.new_scores, each), *map(self.new_features, each)]
 
 
 By = Literal["ssl", "supervised", "random"]
 
 
 class SupervisedVsSSL(Scored):
-    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?"""
+    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
+
+    supervised   how many supervised models are scored, beside `encoders` of each method
+    seeds        of the trainings without the top `share` by either score; 0: none
+    """
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
+    encoders: int = Field(2, ge=2)  # two trainings of a method are what a supervised one is compared with
+    supervised: int = Field(1, ge=1)
     share: float = Field(0.2, gt=0, lt=1)
-    seeds: int = Field(2, ge=1)
+    seeds: int = Field(2, ge=0)
 
     @property
     def trained(self) -> tuple[recipes.Method, recipes.Method]:
@@ -314,13 +357,18 @@ class SupervisedVsSSL(Scored):
         """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def cross_entropy_scores(self) -> Influence:
-        """Scores by the supervised model's own loss."""
-        return self.influence(self.pretrain("supervised"), perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
+    def supervised_encoders(self) -> list[Pretrain]:
+        """The supervised models that are scored."""
+        return [self.training("supervised", self.seed + k) for k in range(self.supervised)]
 
-    def stability_scores(self) -> Influence:
-        """Scores by the stability loss under the supervised model."""
-        return self.influence(self.pretrain("supervised"))
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
+        """Scores by the stability loss, under one of two noises."""
+        return self.influence(encoder, self.noise_seed + noise)
+
+    def cross_entropy_scores(self, encoder: Pretrain | None = None) -> Influence:
+        """Scores by a supervised model's own loss, by default the first's."""
+        encoder = encoder or self.supervised_encoders()[0]
+        return self.influence(encoder, perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
 
     def removal(self, by: By, seed: int) -> Prune:
         """The top of one of the two scores, or as many images at random."""
@@ -336,10 +384,12 @@ class SupervisedVsSSL(Scored):
         return self.evaluation(self.training(method, seed, self.removal(by, seed)))
 
     def stages(self) -> list[Stage]:
-        found = [
-            *self.of_each(self.methods), self.pretrain("supervised"), self.cross_entropy_scores(),
-            self.stability_scores(),
-        ]  # fmt: skip
+        classifiers = self.supervised_encoders()
+        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
+        each = (*encoders, self.untrained(encoders[0]), *classifiers)
+        found: list[Stage] = [*map(self.cross_entropy_scores, classifiers), *map(self.evaluation, classifiers)]
+        found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
+        found += self.learned_stages(encoders)
         for method in self.trained:
             for seed in self.judges:
                 found += [self.all_kept(method, seed), *(self.pruned(method, by, seed) for by in get_args(By))]

@@ -11,7 +11,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
 from issl.influence.curvature import Identity, LoGra, RandomProjection
+from issl.influence.fitted import fit
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.self_influence import self_influence
@@ -177,7 +178,10 @@ def _computing(artifacts: Artifacts, store: Path | None = None) -> Computing:
 
 
 class Influence(Stage):
-    """Score images under an encoder: influence.parquet, settings.json (with the damping per layer)."""
+    """Score images under an encoder: influence.parquet, settings.json (with the damping per layer).
+
+    others   these images are scored instead, under the curvature of `data`
+    """
 
     name: ClassVar[str] = "influence"
 
@@ -189,22 +193,28 @@ class Influence(Stage):
     draws: int = Field(1, ge=1)
     average: Literal["gradients", "scores"] = "gradients"
     loss: Literal["stability", "cross_entropy"] = "stability"  # cross_entropy: of a supervised encoder's class scores
+    others: Data | None = Field(None, exclude_if=is_unset)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         supervised = self.loss == "cross_entropy"
         if supervised and self.pretrain.method != "supervised":
             raise IsslError(f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes")
         encoder, images = self.pretrain.encoder(artifacts, "projector" if supervised else "features"), self.data.load()
-        scores = self_influence(
-            encoder, images, self.perturbation, self.curvature, self.seed, draws=self.draws,
-            average=self.average, loss=CrossEntropy() if supervised else stability_loss,
-            computing=_computing(artifacts, store=folder / "rows"),
-        )  # fmt: skip
+        what: dict[str, Any] = {
+            "perturbation": self.perturbation, "curvature": self.curvature, "seed": self.seed, "draws": self.draws,
+            "average": self.average, "loss": CrossEntropy() if supervised else stability_loss,
+        }  # fmt: skip
+        if self.others is None:
+            scores = self_influence(encoder, images, **what, computing=_computing(artifacts, store=folder / "rows"))
+        else:
+            fitted = fit(encoder, images, **what, computing=_computing(artifacts))
+            scores = fitted.score(self.others.load(), computing=_computing(artifacts))
         with atomic(folder / "settings.json") as part:
             part.write_text(json.dumps(scores.attrs, indent=1))
         with atomic(folder / "influence.parquet") as part:
             scores.to_parquet(part, index=False)
-        shutil.rmtree(folder / "rows")
+        if self.others is None:
+            shutil.rmtree(folder / "rows")
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table of scores, one row per image, see `issl.self_influence`."""

@@ -24,7 +24,7 @@ from issl.errors import IsslError
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.measurement import Measurement, Run, as_images, prepare
+from issl.influence.measurement import Measurement, Run, not_empty, prepare
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation
 
 QUERIES = 1 << 40  # more than any index of a training image
@@ -55,15 +55,11 @@ def cross_influence(
     `top_influences` needs less memory. Raises IsslError as `self_influence` does.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
+    queries = not_empty(query)
     with full_precision():
-        run, blocks = _blocks(encoder, train, as_images(query), what, computing)
-        scores: Tensor | None = None
-        for positions, block in blocks:
-            if scores is None:
-                scores = torch.zeros(len(block), len(run.data), dtype=torch.float64)
-            scores[:, positions] = block.cpu()
-    assert scores is not None  # every process has a share
-    return computing.shards.sum(scores)
+        run = prepare(encoder, train, what, computing)
+        check_sizes(run.data, queries)  # before the pass
+        return every_score(run, run.whitenings([curvature.damping]), queries)
 
 
 def top_influences(
@@ -86,17 +82,33 @@ def top_influences(
     One row per query and rank: query (its index), rank (1 is the highest), index (the training image's), influence.
     The other arguments are those of `cross_influence`.
     """
-    if k < 1:
-        raise IsslError(f"k={k}: must be 1 or more")
+    _check_k(k)
     what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
-    queries = as_images(query)
+    queries = not_empty(query)
     with full_precision():
-        run, blocks = _blocks(encoder, train, queries, what, computing)
-        best = (torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64))
-        for positions, block in blocks:
-            places = torch.arange(positions.start, positions.stop).expand(len(queries), -1)
-            best = _best(k, (best[0], block.cpu()), (best[1], places))
-    parts = computing.shards.objects(best)
+        run = prepare(encoder, train, what, computing)
+        check_sizes(run.data, queries)  # before the pass
+        return highest_scores(run, run.whitenings([curvature.damping]), queries, k)
+
+
+def every_score(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor) -> Float[Tensor, "q n"]:
+    """The scores of `cross_influence` under the first of these inverse curvatures."""
+    queries = not_empty(query)
+    scores = torch.zeros(len(queries), len(run.data), dtype=torch.float64)
+    for positions, block in _blocks(run, whitenings, queries):
+        scores[:, positions] = block.cpu()
+    return run.computing.shards.sum(scores)
+
+
+def highest_scores(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor, k: int) -> pd.DataFrame:
+    """The table of `top_influences` under the first of these inverse curvatures."""
+    _check_k(k)
+    queries = not_empty(query)
+    best = (torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64))
+    for positions, block in _blocks(run, whitenings, queries):
+        places = torch.arange(positions.start, positions.stop).expand(len(queries), -1)
+        best = _best(k, (best[0], block.cpu()), (best[1], places))
+    parts = run.computing.shards.objects(best)
     values, places = _best(k, [p[0] for p in parts], [p[1] for p in parts])
     kept = values.shape[1]
     return pd.DataFrame(
@@ -108,6 +120,20 @@ def top_influences(
     )  # fmt: skip
 
 
+def check_sizes(train: Images, queries: Images) -> None:
+    """Both must have the same height and width."""
+    if queries.pixels.shape[2:] != train.pixels.shape[2:]:
+        raise IsslError(
+            f"query images are {tuple(queries.pixels.shape[2:])} px, the training images "
+            f"{tuple(train.pixels.shape[2:])}; load both at one size"
+        )
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise IsslError(f"k={k}: must be 1 or more")
+
+
 def _best(k: int, values: Any, places: Any) -> tuple[Tensor, Tensor]:
     """The k highest of the values side by side, and their places."""
     v, p = torch.cat(list(values), 1), torch.cat(list(places), 1)
@@ -116,25 +142,13 @@ def _best(k: int, values: Any, places: Any) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(
-    encoder: nn.Module, train: Images | Tensor, queries: Images, what: Measurement, computing: Computing
-) -> tuple[Run, Iterator[tuple[slice, Tensor]]]:
-    """The scores (q, b) of each chunk of training images."""
-    if len(queries) == 0:
-        raise IsslError(f"query {queries.name!r}: the set is empty")
-    run = prepare(encoder, train, what, computing)
-    if queries.pixels.shape[2:] != run.data.pixels.shape[2:]:
-        raise IsslError(
-            f"query images are {tuple(queries.pixels.shape[2:])} px, the training images "
-            f"{tuple(run.data.pixels.shape[2:])}; load both at one size"
-        )
-    whitenings = {name: w[0] for name, w in run.whitenings([what.curvature.damping]).items()}
-    whitened = torch.cat([_whitened(whitenings, rows, run) for _, rows in run.rows_of_others(queries)()])
-
-    def blocks() -> Iterator[tuple[slice, Tensor]]:
-        for positions, rows in run.rows():
-            yield positions, whitened @ _whitened(whitenings, rows, run).T
-
-    return run, blocks()
+    run: Run, whitenings: dict[str, list[Whitening]], queries: Images
+) -> Iterator[tuple[slice, Float[Tensor, "q b"]]]:
+    """The scores of each chunk of training images."""
+    first = {name: w[0] for name, w in whitenings.items()}
+    whitened = torch.cat([_whitened(first, rows, run) for _, rows in run.rows_of_others(queries)()])
+    for positions, rows in run.rows():
+        yield positions, whitened @ _whitened(first, rows, run).T
 
 
 def _whitened(whitenings: dict[str, Whitening], rows: Any, run: Run) -> Float[Tensor, "b m"]:

@@ -96,6 +96,18 @@ class Probe:
             sums = {name: sums[name] + found[name] for name in sums}
         return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
 
+    def sketches(self, moments: dict[str, Moments | None], norms_only: bool) -> dict[str, Sketch]:
+        """What is kept of each image's gradient, by layer."""
+        return {
+            name: self.what.curvature.sketch(layer, k, moments[name], norms_only)
+            for k, (name, layer) in enumerate(self.layers.items())
+        }
+
+    def row_bytes(self, sketches: dict[str, Sketch]) -> int:
+        """Of one image's rows."""
+        width = sum(kept_width(layer, sketches[name]) for name, layer in self.layers.items())
+        return self.dtype.itemsize * self.what.draws * width
+
     def rows_of(
         self, images: Images, sketches: dict[str, Sketch], loss: Loss | CrossEntropy, computing: Computing
     ) -> RowsOf:
@@ -119,37 +131,59 @@ class Probe:
 
 @dataclass(frozen=True)
 class Run:
-    """A measurement that is ready: the rows of the training images, and how to compute those of others."""
+    """A measurement that is ready: the rows of the images, and how to compute those of others."""
 
     data: Images
     what: Measurement
     computing: Computing  # `memory` is decided
     probe: Probe
     sketches: dict[str, Sketch]
-    row_bytes: int  # of one image
-    rows: Pass  # of the training images
+    rows: Pass  # of the images
     fisher_rows: Pass | None  # the same for the loss that makes H, if that is another
 
     def rows_of_others(self, images: Images) -> Pass:
         """The rows of other images, under the same encoder and projections; computed, not stored."""
         computing = replace(self.computing, memory="recomputed", store=None, progress=False)
         rows_of = self.probe.rows_of(images, self.sketches, self.what.loss, computing)
-        return make_pass(rows_of, split(slice(0, len(images)), self.row_bytes), computing, identity=str)
+        return make_pass(rows_of, split(slice(0, len(images)), self.probe.row_bytes(self.sketches)), computing, str)
+
+    def sums(self, foreign: bool) -> dict[str, Statistic]:
+        """What each layer's curvature is made from, over all images and processes.
+
+        foreign     rows other than those that are summed will be whitened
+        """
+        count = len(self.data) * (self.what.draws if self.what.pooled else 1)
+        sums = {
+            name: self.what.curvature.statistic(kept_width(layer, self.sketches[name]), count, foreign)
+            for name, layer in self.probe.layers.items()
+        }
+        for _, rows in (self.fisher_rows or self.rows)():
+            for name, statistic in sums.items():
+                g = rows(f"layer.{name}").to(self.probe.device)
+                statistic.add(g.flatten(0, 1) if self.what.pooled else g.mean(1))
+        self.computing.shards.reduce(list(sums.values()))
+        return sums
 
     def whitenings(self, dampings: Sequence[float]) -> dict[str, list[Whitening]]:
         """Each layer's inverse curvature at each damping, over all images and processes."""
-        curvature, foreign = self.what.curvature, self.fisher_rows is not None
-        sums: dict[str, Statistic] = {}
-        count = len(self.data) * (self.what.draws if self.what.pooled else 1)
-        for _, rows in (self.fisher_rows or self.rows)():
-            for name in self.probe.layers:
-                g = rows(f"layer.{name}").to(self.probe.device)
-                g = g.flatten(0, 1) if self.what.pooled else g.mean(1)
-                if name not in sums:
-                    sums[name] = curvature.statistic(g.shape[1], count, foreign)
-                sums[name].add(g)
-        self.computing.shards.reduce([sums[name] for name in self.probe.layers])
-        return {n: [sums[n].whitening(d, curvature.absolute) for d in dampings] for n in self.probe.layers}
+        return whitenings(self.sums(foreign=self.fisher_rows is not None), self.what.curvature, dampings)
+
+
+def whitenings(
+    sums: dict[str, Statistic], curvature: Curvature, dampings: Sequence[float]
+) -> dict[str, list[Whitening]]:
+    """Each layer's inverse curvature at each damping."""
+    return {name: [sums[name].whitening(d, curvature.absolute) for d in dampings] for name in sums}
+
+
+def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> Probe:
+    """The frozen encoder, after every check that needs no image."""
+    perturbs = what.perturbs()
+    scored_layers(encoder, what.skip)  # before any work
+    first = next(encoder.parameters())
+    device = first.device if computing.device is None else torch.device(computing.device)
+    model = frozen_copy(encoder, device)
+    return Probe(model, scored_layers(model, what.skip), what, perturbs, device, first.dtype)
 
 
 def prepare(
@@ -159,24 +193,18 @@ def prepare(
 
     norms_only  gradients of two images will never be multiplied
     """
-    data = as_images(images)
-    if len(data) == 0:
-        raise IsslError(f"images {data.name!r}: the set is empty")
-    perturbs = what.perturbs()
-    scored_layers(encoder, what.skip)  # before any work
-    first = next(encoder.parameters())
-    device = first.device if computing.device is None else torch.device(computing.device)
-    model = frozen_copy(encoder, device)
-    layers = scored_layers(model, what.skip)
-    probe = Probe(model, layers, what, perturbs, device, first.dtype)
-    _check_independent(model, probe.pixels(data, slice(0, 4)))
-    moments = probe.moments(data, computing)
-    sketches = {
-        name: what.curvature.sketch(layer, k, moments[name], norms_only)
-        for k, (name, layer) in enumerate(layers.items())
-    }
-    share = computing.shards.share(len(data))
-    row_bytes = first.element_size() * what.draws * sum(kept_width(layers[n], sketches[n]) for n in layers)
+    data = not_empty(images)
+    probe = open_probe(encoder, what, computing)
+    check_independent(probe.model, probe.pixels(data, slice(0, 4)))
+    return set_up(probe, data, probe.sketches(probe.moments(data, computing), norms_only), computing, norms_only)
+
+
+def set_up(
+    probe: Probe, images: Images | Tensor, sketches: dict[str, Sketch], computing: Computing, norms_only: bool = False
+) -> Run:
+    """The pass over some images, where it is known what is kept of each gradient."""
+    data, what = not_empty(images), probe.what
+    share, row_bytes = computing.shards.share(len(data)), probe.row_bytes(sketches)
     computing = choose_memory(computing, row_bytes * (share.stop - share.start))
     settings = (
         describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
@@ -187,11 +215,24 @@ def prepare(
         return make_pass(
             probe.rows_of(data, sketches, loss, computing), split(share, row_bytes),
             computing if computing.store is None else replace(computing, store=Path(computing.store) / folder),
-            lambda: fingerprint(model, data, *settings, getattr(loss, "__qualname__", repr(loss))),
+            lambda: fingerprint(probe.model, data, *settings, describe_loss(loss)),
         )  # fmt: skip
 
     fisher_rows = None if what.fisher is None else rows(what.fisher, "fisher")
-    return Run(data, what, computing, probe, sketches, row_bytes, rows(what.loss, ""), fisher_rows)
+    return Run(data, what, computing, probe, sketches, rows(what.loss, ""), fisher_rows)
+
+
+def describe_loss(loss: Loss | CrossEntropy) -> str:
+    """A text that is the same in every process: a function's name, or a loss's settings."""
+    return getattr(loss, "__qualname__", repr(loss))
+
+
+def not_empty(images: Images | Tensor) -> Images:
+    """`as_images`, with at least one image."""
+    data = as_images(images)
+    if len(data) == 0:
+        raise IsslError(f"images {data.name!r}: the set is empty")
+    return data
 
 
 def as_images(images: Images | Tensor) -> Images:
@@ -231,7 +272,7 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
 
 
 @torch.no_grad()
-def _check_independent(model: nn.Module, x: Tensor) -> None:
+def check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     together = model(x)
     check_features(together, len(x))

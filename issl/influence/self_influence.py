@@ -19,9 +19,9 @@ from issl.data.images import Images
 from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.influence.computing import Computing
-from issl.influence.curvature import Curvature, LoGra
+from issl.influence.curvature import Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.measurement import Measurement, prepare
+from issl.influence.measurement import Measurement, Run, prepare
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, describe
 
 
@@ -72,41 +72,51 @@ def self_influence(
         if not value > 0:
             raise IsslError(f"sweep: damping {value} must be > 0")
     with full_precision():
-        run = prepare(encoder, images, what, computing, norms_only=draws == 1 or what.pooled)
-        dampings = [curvature.damping, *sweep]
-        whitenings = run.whitenings(dampings)
-        n = len(run.data)
-        losses, squares = np.zeros(n), np.zeros(n)
-        scores, draw_scores = np.zeros((len(dampings), n)), np.zeros((n, draws))
-        for positions, rows in run.rows():
-            losses[positions] = rows("loss").double()
-            for name, layer in run.probe.layers.items():
-                g = rows(f"layer.{name}").to(run.probe.device)  # (b, draws, r)
-                scale = curvature.norm_scale(layer)
-                size = g.double().square().mean(1) if what.pooled else g.double().mean(1).square()
-                squares[positions] += np.nan if scale is None else (size.sum(1) * scale).cpu().numpy()
-                for k, whitening in enumerate(whitenings[name]):
-                    w = whitening.whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
-                    center = w.mean(1)
-                    # "scores": each draw's own; "gradients": its share in ‖w̄‖², whose mean over draws is ‖w̄‖²
-                    each = w.square().sum(2) if what.pooled else (w * center[:, None]).sum(2)
-                    scores[k, positions] += each.mean(1).cpu().numpy()
-                    if k == 0:
-                        draw_scores[positions] += each.cpu().numpy()
-        losses, squares, scores, draw_scores = computing.shards.gather([losses, squares, scores, draw_scores])
+        run = prepare(encoder, images, what, computing, norms_only=norms_suffice(what))
+        return scores(run, run.whitenings([curvature.damping, *sweep]), sweep)
+
+
+def norms_suffice(what: Measurement) -> bool:
+    """Whether a self-influence never multiplies two different gradients."""
+    return what.draws == 1 or what.pooled
+
+
+def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[float] = ()) -> pd.DataFrame:
+    """The table of `self_influence`: each image of `run` under these inverse curvatures, one for each damping."""
+    what, shards = run.what, run.computing.shards
+    curvature, draws, n = what.curvature, what.draws, len(run.data)
+    losses, squares = np.zeros(n), np.zeros(n)
+    values, draw_scores = np.zeros((1 + len(sweep), n)), np.zeros((n, draws))
+    for positions, rows in run.rows():
+        losses[positions] = rows("loss").double()
+        for name, layer in run.probe.layers.items():
+            g = rows(f"layer.{name}").to(run.probe.device)  # (b, draws, r)
+            scale = curvature.norm_scale(layer)
+            size = g.double().square().mean(1) if what.pooled else g.double().mean(1).square()
+            squares[positions] += np.nan if scale is None else (size.sum(1) * scale).cpu().numpy()
+            for k, whitening in enumerate(whitenings[name]):
+                w = whitening.whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
+                center = w.mean(1)
+                # "scores": each draw's own; "gradients": its share in ‖w̄‖², whose mean over draws is ‖w̄‖²
+                each = w.square().sum(2) if what.pooled else (w * center[:, None]).sum(2)
+                values[k, positions] += each.mean(1).cpu().numpy()
+                if k == 0:
+                    draw_scores[positions] += each.cpu().numpy()
+    losses, squares, values, draw_scores = shards.gather([losses, squares, values, draw_scores])
     columns = {
-        "index": run.data.index.numpy(), "influence": scores[0],
-        "stability_loss" if loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),
+        "index": run.data.index.numpy(), "influence": values[0],
+        "stability_loss" if what.loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),
     }  # fmt: skip
     if draws > 1:
         # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta method)
         factor = 1 if what.pooled else 2
         columns["standard_error"] = factor * draw_scores.std(1, ddof=1) / np.sqrt(draws)
-    columns |= {f"influence@{value:g}": scores[k + 1] for k, value in enumerate(sweep)}
+    columns |= {f"influence@{value:g}": values[k + 1] for k, value in enumerate(sweep)}
     result = pd.DataFrame(columns)
     result.attrs = {
-        "curvature": repr(curvature), "perturbation": describe(perturbation), "seed": seed, "images": run.data.name,
-        "n": n, "damping": {name: w[0].damping for name, w in whitenings.items()}, "skip": list(skip), "draws": draws,
-        "average": average, "precision": computing.precision, "memory": run.computing.memory,
+        "curvature": repr(curvature), "perturbation": describe(what.perturbation), "seed": what.seed,
+        "images": run.data.name, "n": n, "damping": {name: w[0].damping for name, w in whitenings.items()},
+        "skip": list(what.skip), "draws": draws, "average": what.average, "precision": run.computing.precision,
+        "memory": run.computing.memory,
     }  # fmt: skip
     return result

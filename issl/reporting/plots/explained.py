@@ -13,22 +13,24 @@ from issl.experiments.plans_own import Explained
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
+COLOURS = {**figures.COLOURS, "untrained": "0.45"}
+MARKS = {**dict.fromkeys(NAMES, "o"), "untrained": "x"}
 ByMethod = Mapping[str, Mapping[str, Estimate]]
 
 
 def statistics_of_the_score(plan: Explained, alone: ByMethod, unique: ByMethod, together: ByMethod) -> Figure:
     """What each statistic alone, each in addition to the others, and all together say about influence.
 
-    alone, unique  by method and statistic: Spearman's ρ, and the R² that is lost without it
+    alone, unique  by method (and `untrained`) and statistic: Spearman's ρ, and the R² that is lost without it
     together       by method and group of statistics: R²
     """
     figure, axes = plt.subplots(1, 3, figsize=(figures.PAGE, 3.6), width_ratios=[1, 1, 0.95])
     names = list(next(iter(alone.values())))
-    figures.forests(axes[0], names, _rows(alone, names), "Spearman ρ with influence", 0.0)
-    figures.forests(axes[1], names, _rows(unique, names), "unique R² (lost without it)", 0.0)
+    figures.forests(axes[0], names, _rows(alone, names), "Spearman ρ with influence", 0.0, COLOURS, MARKS)
+    figures.forests(axes[1], names, _rows(unique, names), "unique R² (lost without it)", 0.0, COLOURS, MARKS)
     axes[1].set_yticklabels([])
     groups = list(next(iter(together.values())))
-    figures.forests(axes[2], groups, _rows(together, groups), "R² of influence")
+    figures.forests(axes[2], groups, _rows(together, groups), "R² of influence", None, COLOURS, MARKS)
     axes[2].set_xlim(min(0, *(e.low for row in together.values() for e in row.values())) - 0.02, 1)
     axes[2].axvline(0, color="grey", lw=0.8, ls="--")
     axes[2].axhspan(-0.5, 0.5, color="0.93", lw=0, zorder=0)
@@ -38,11 +40,12 @@ def statistics_of_the_score(plan: Explained, alone: ByMethod, unique: ByMethod, 
         ax.axhline(len(FORWARD) - 0.5, color="0.8", lw=0.7)
     axes[1].legend(frameon=False, fontsize=6.5, loc="center right")
     shown = ("pixels, trees", "all, trees", "repeatable")
-    found = [f"{NAMES[m]} {' / '.join(f'{row[k].value:.2f}' for k in shown)}" for m, row in together.items()]
+    found = [f"{NAMES.get(m, m)} {' / '.join(f'{row[k].value:.2f}' for k in shown)}" for m, row in together.items()]
     figure.suptitle(
         "How much of influence do simple statistics explain? "
         "R² on unseen images, pixels alone / with a forward pass / repeatable:\n"
-        f"{';  '.join(found)}\n({plan.dataset}, n = {plan.n:,}, {plan.profile} profile; bars: 95% intervals)",
+        f"{';  '.join(found)}\n({plan.dataset}, n = {plan.n:,}, {plan.encoders} encoder"
+        f"{'s' if plan.encoders > 1 else ''} a method, {plan.profile} profile; bars: 95% intervals)",
         fontsize=8.5,
     )
     return figure

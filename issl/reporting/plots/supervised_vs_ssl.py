@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from scipy import stats
 
 from issl.analysis.statistics import Estimate
 from issl.data.images import Images
@@ -17,68 +15,50 @@ from issl.experiments.plans_paper import SupervisedVsSSL
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
-SHORT = {
-    "supervised, ": "sup. ", "supervised: ": "sup.: ", "cross-entropy": "CE", "stability loss": "stability",
-}  # fmt: skip
-BOUND = 0.5  # of the claim
+ROWS = ("another training", "another SSL method", "supervised", "untrained")  # with whom an encoder is compared
 
 
 def agreement(
-    plan: SupervisedVsSSL, images: Images, ssl: np.ndarray, supervised: np.ndarray,
-    measured: Mapping[str, Mapping[str, Estimate]],
+    plan: SupervisedVsSSL, images: Images, measured: Mapping[str, Mapping[str, Estimate]],
+    scores: Mapping[str, np.ndarray],
 ) -> Figure:  # fmt: skip
-    """Ranks of both scores, how well all pairs of scores agree, and the images of highest influence on each model.
+    """How well an encoder's scores agree with others', the claim's difference, and the images of highest influence.
 
-    ssl, supervised  (n,) scores of the first method, and of the supervised model's cross-entropy
-    measured         by pair of scores, the claim's pair first: spearman, overlap_top5
+    measured  by method: the agreement with each of ROWS (as far as it was measured), `training − supervised` and
+              `supervised, by cross-entropy`
+    scores    (n,) by model, for the galleries
     """
-    first = NAMES[plan.methods[0]]
-    claimed = next(iter(measured.values()))["spearman"]
-    figure = plt.figure(figsize=(figures.PAGE, 5.4))
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.15, 1])[:, 0]
-    scatter, rho, shared = above.subplots(1, 3, width_ratios=[1.05, 1, 1])
-    x, y = (100 * stats.rankdata(score) / len(score) for score in (ssl, supervised))
-    scatter.scatter(x, y, s=4, alpha=0.4, lw=0, color=figures.COLOURS[plan.methods[0]], rasterized=True)
-    scatter.set(xlabel=f"influence rank, {first} (%)", ylabel="supervised, cross-entropy (%)")
-    scatter.set_title(f"a  ρ = {claimed}", loc="left")
-    _all_pairs(rho, {name: es["spearman"] for name, es in measured.items()}, "Spearman ρ", 0.0)
-    rho.set_title("b  dotted: the bound", loc="left")
-    top = {name: es["overlap_top5"] for name, es in measured.items()}
-    _all_pairs(shared, top, "overlap of the top 5%", 0.05)
-    shared.set_title("c  dashed: chance", loc="left")
-    shared.set_yticklabels([])
-    _highest(below, images, {first: ssl, "supervised, cross-entropy": supervised})
-    between = [es["spearman"].value for name, es in measured.items() if "supervised" not in name]
-    others = f"; two SSL methods: ρ = {min(between):.2f} to {max(between):.2f}" if between else ""
+    figure = plt.figure(figsize=(figures.PAGE, 4.9))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.3, 1])[:, 0]
+    left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
+    names = [name for name in ROWS if all(name in row for row in measured.values())]
+    by_method = {m: [row[name] for name in names] for m, row in measured.items()}
+    figures.forests(left, names, by_method, "Spearman ρ of influence, noise taken out", 0.0)
+    left.set_title("a  agreement of an encoder's scores with …", loc="left")
+    left.legend(frameon=False, loc="best", fontsize=7)
+    lines = [(NAMES[m], row["training − supervised"]) for m, row in measured.items()]
+    label = "ρ with another training − ρ with supervised"
+    figures.forest(right, lines, label, 0.0, [figures.COLOURS[m] for m in measured])
+    right.set_title("b  the test: right of 0?", loc="left")
+    _highest(below, images, scores)
+    first = measured[plan.methods[0]]
     figure.suptitle(
-        f"{first} and a supervised model: ρ = {claimed}{others}\n"
-        f"({plan.dataset}, n = {plan.n:,}, {plan.profile} profile; bars: 95% intervals)",
+        f"{NAMES[plan.methods[0]]} agrees with another training of itself by ρ = {first['another training']}, with a "
+        f"supervised model by {first['supervised']}\n"
+        f"(with the model's cross-entropy: {first['supervised, by cross-entropy']}; {plan.dataset}, n = {plan.n:,}, "
+        f"{plan.encoders} encoders a method, {plan.supervised} supervised, {plan.profile} profile; 95% intervals)",
         fontsize=8.5,
     )
     return figure
 
 
-def _all_pairs(ax: Axes, estimates: Mapping[str, Estimate], label: str, nothing: float) -> None:
-    """One line per pair; those that the claim is about in red."""
-    lines, colours = [], []
-    for pair, e in estimates.items():
-        name = pair
-        for long, short in SHORT.items():
-            name = name.replace(long, short)
-        lines.append((name, e))
-        colours.append("C3" if "~ sup. CE" in name else "0.4")
-    figures.forest(ax, lines, label, nothing, colours)
-    ax.axvline(BOUND, color="black", lw=0.7, ls=":")
-    ax.tick_params(axis="y", labelsize=6.5)
-
-
 def _highest(figure: SubFigure, images: Images, scores: Mapping[str, np.ndarray]) -> None:
-    """The 30 images of highest influence by each score."""
-    classes = images.attributes["label_name"]
+    """The images of highest influence by each score."""
+    columns = 24 // len(scores)
+    figure.suptitle("the images of highest influence by …", x=0.01, ha="left", fontsize=8.5)
     for ax, (name, score) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
-        rows = np.argsort(-score, kind="stable")[:30]
-        title = f"highest influence, {name}\n({classes.iloc[rows].nunique()} classes)"
-        figures.gallery(ax, images.subset(rows), title, columns=10)
+        rows = np.argsort(-score, kind="stable")[: 3 * columns]
+        figures.gallery(ax, images.subset(rows), f"… {name}", columns)
 
 
 def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure:

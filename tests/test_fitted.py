@@ -1,0 +1,278 @@
+"""A curvature that is kept: fitted once, written, added up, and used for other images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from forked import on_processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS, make, pictures
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import issl
+from issl import EKFAC, Augmentation, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra, RandomProjection
+from issl.influence.kept_curvature import HEADER, KeptCurvature, pack, read, unpack
+from issl.influence.losses import CrossEntropy
+from issl.shards import ONE, Shards
+
+CURVATURES = (LoGra(3), LoGra(3, projection="pca", fit=20), EKFAC(), EKFAC(fit=10), Diagonal(), Exact())
+SEVERAL = {"draws": 3, "average": "scores"}
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
+    assert list(a) == list(b)
+    np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), rtol=rtol)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES, ids=repr)
+@pytest.mark.parametrize("options", [{}, {"draws": 2}, SEVERAL], ids=str)
+def test_fit_then_score_is_self_influence(curvature, options: dict, tmp_path: Path) -> None:
+    """Also after the curvature was written and read. Exact's many columns make the other side take its Gram form."""
+    net, images = make("batchnorm"), pictures(90)
+    want = issl.self_influence(net, images, curvature=curvature, seed=3, sweep=[0.5], **options)
+    fitted = issl.fit(net, images, curvature=curvature, seed=3, **options)
+    same(fitted.score(images, sweep=[0.5]), want, rtol=1e-8)
+    fitted.save(tmp_path / "c.safetensors")
+    opened = issl.load_fitted(tmp_path / "c.safetensors", net)
+    same(opened.score(images, sweep=[0.5]), fitted.score(images, sweep=[0.5]))
+    assert opened.damping == pytest.approx(want.attrs["damping"], rel=1e-12) and opened.n == 90
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bit_for_bit_where_the_sums_are_the_same(name: str) -> None:
+    """More images than numbers kept in any layer: no Gram form, so not a bit differs."""
+    net, images = make(name, torch.float32), pictures(40)
+    same(issl.fit(net, images, curvature=LoGra(4)).score(images), issl.self_influence(net, images, curvature=LoGra(4)))
+
+
+def test_cross_and_top_are_those_of_the_whole(tmp_path: Path) -> None:
+    net, images, query = make("residual"), pictures(40), pictures(5, seed=2)
+    issl.fit(net, images, curvature=LoGra(4)).save(tmp_path / "c.safetensors")
+    fitted = issl.load_fitted(tmp_path / "c.safetensors", net)
+    want = issl.cross_influence(net, images, query, curvature=LoGra(4))
+    torch.testing.assert_close(fitted.cross(images, query), want, rtol=1e-12, atol=0)
+    top = issl.top_influences(net, images, query, 3, curvature=LoGra(4))
+    pd.testing.assert_frame_equal(fitted.top(images, query, 3), top)
+    few = images.subset(range(10, 20))  # other images, the same curvature
+    torch.testing.assert_close(fitted.cross(few, query), want[:, 10:20], rtol=1e-12, atol=0)
+
+
+def test_new_images_by_the_formula() -> None:
+    """g (H + λ)⁻¹ g of images that are not in H, from one-image gradients."""
+    from issl.influence import reference
+
+    net, images, new = make("stride"), pictures(30), pictures(7, seed=5)
+    _, h_rows = reference.gradients(net, images, GaussianNoise().keyed(0))
+    _, rows = reference.gradients(net, new, GaussianNoise().keyed(0))
+    want = torch.zeros(7, dtype=torch.float64)
+    for layer, own in h_rows.items():
+        g, r = own.flatten(1), rows[layer].flatten(1)
+        h = g.T @ g / len(g)
+        h += 0.1 * h.diagonal().mean() * torch.eye(len(h))
+        want += (r * torch.linalg.solve(h, r.T).T).sum(1)
+    got = issl.fit(net, images, curvature=Exact(0.1)).score(new)["influence"]
+    np.testing.assert_allclose(got, want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", [LoGra(3), Diagonal(), Exact()], ids=repr)
+@pytest.mark.parametrize("options", [{}, SEVERAL], ids=str)
+def test_parts_add_up_to_the_whole(curvature, options: dict) -> None:
+    net, images = make("batchnorm"), pictures(60)
+    parts = [images.subset(range(0, 11)), images.subset(range(11, 40)), images.subset(range(40, 60))]
+    a, b, c = (issl.fit(net, part, curvature=curvature, **options) for part in parts)
+    whole = issl.fit(net, images, curvature=curvature, **options)
+    for added in (a.add(b).add(c), c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
+        assert added.n == 60 and added.kept.rows == whole.kept.rows
+        for name, total in whole.kept.sums.items():
+            difference = (added.kept.sums[name] - total).norm() / total.norm()
+            assert float(difference) < 1e-12, name
+        same(added.score(images), whole.score(images), rtol=1e-10)
+
+
+def test_bases_from_images_are_extended_and_not_added() -> None:
+    net, images = make("batchnorm"), pictures(40)
+    a, b = (issl.fit(net, images.subset(range(k, k + 20)), curvature=EKFAC()) for k in (0, 20))
+    with pytest.raises(issl.IsslError, match=r"different bases .*fitted.extend"):
+        a.add(b)
+    more = a.extend(images.subset(range(20, 40)))
+    for name, total in more.kept.sums.items():  # a rotation of each layer's gradient keeps its length
+        want = issl.fit(net, images, curvature=Diagonal()).kept.sums[name]
+        assert float(total.sum()) == pytest.approx(float(want.sum()), rel=1e-9)
+
+
+def test_the_same_images_twice() -> None:
+    net, images = make("stride"), pictures(12)
+    fitted = issl.fit(net, images)
+    for again in (lambda: fitted.add(fitted), lambda: fitted.extend(images)):
+        with pytest.raises(issl.IsslError, match="same 12 images of random pictures were added before"):
+            again()
+
+
+@settings(max_examples=30, deadline=None)
+@given(width=st.integers(1, 40), seed=st.integers(0, 99))
+def test_a_triangle_is_the_matrix(width: int, seed: int) -> None:
+    half = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    packed = pack(half @ half.T)
+    assert len(packed) == width * (width + 1) // 2
+    torch.testing.assert_close(unpack(packed), (half @ half.T).tril() + (half @ half.T).tril(-1).T, rtol=0, atol=0)
+    assert torch.equal(pack(half[0]), half[0])
+
+
+def shares(shards: Shards) -> tuple[float, np.ndarray]:
+    net, images = make("batchnorm"), pictures(31)
+    fitted = issl.fit(net, images, curvature=LoGra(4), computing=Computing(shards=shards))
+    scores = fitted.score(pictures(17, seed=9), computing=Computing(shards=shards))
+    return sum(float(total.sum()) for total in fitted.kept.sums.values()), scores["influence"].to_numpy()
+
+
+def test_three_processes_of_uneven_shares() -> None:
+    total, scores = shares(ONE)
+    for each_total, each in on_processes(3, shares):
+        assert each_total == pytest.approx(total, rel=1e-12)
+        np.testing.assert_allclose(each, scores, rtol=1e-9)
+
+
+IN_ANOTHER_PROCESS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from nets import make, pictures
+import issl
+torch.set_num_threads(1)
+fitted = issl.load_fitted(sys.argv[2], make("tokens", torch.float32))
+fitted.score(pictures(9, seed=4)).to_parquet(sys.argv[3])
+"""
+
+
+def test_another_process_scores_the_same(tmp_path: Path) -> None:
+    fitted = issl.fit(make("tokens", torch.float32), pictures(50), Augmentation("crop", 0.5), LoGra(4), seed=2)
+    fitted.save(tmp_path / "c.safetensors")
+    arguments = [str(Path(__file__).parent), str(tmp_path / "c.safetensors"), str(tmp_path / "s.parquet")]
+    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, *arguments], check=True)
+    same(pd.read_parquet(tmp_path / "s.parquet"), fitted.score(pictures(9, seed=4)))
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    """Half a matrix for each layer, no projection that follows from a seed, settings to be read by anyone."""
+    net = make("batchnorm")
+    issl.fit(net, pictures(20), curvature=LoGra(4, seed=7)).save(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        header, shapes = (
+            json.loads(file.metadata()[HEADER]),
+            {k: file.get_slice(k).get_shape() for k in list(file.keys())},
+        )
+    assert shapes == {f"triangle.{name}": [136] for name in ("0", "3", "8", "10")}
+    assert header["version"] == 1 and header["settings"]["curvature"]["fields"]["seed"] == 7
+    assert header["parts"][0]["n"] == 20 and len(header["settings"]["encoder"]) == 64
+    assert not list(tmp_path.glob(".*"))  # no half-written file
+
+
+def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
+    net, path = make("stride"), tmp_path / "c.safetensors"
+    images = replace(pictures(30), labels=torch.arange(30) % 5)
+    fitted = issl.fit(net, images, erase, loss=CrossEntropy(), fisher=half_loss)
+    want = issl.self_influence(net, images, erase, loss=CrossEntropy(), fisher=half_loss)
+    same(fitted.score(images), want, rtol=1e-8)
+    fitted.save(path)
+    with pytest.raises(issl.IsslError, match=r"perturbation .*erase, which .* give it as perturbation="):
+        issl.load_fitted(path, net)
+    with pytest.raises(issl.IsslError, match=r"perturbation is .*erase.* and .*GaussianNoise"):
+        issl.load_fitted(path, net, perturbation=GaussianNoise())
+    opened = issl.load_fitted(path, net, perturbation=erase, fisher=half_loss)
+    same(opened.score(images), fitted.score(images))
+
+
+def erase(x, index):
+    return x * (torch.arange(x.shape[-1]) > 3)
+
+
+def half_loss(features, perturbed):
+    return (features - perturbed).square().sum(1) / 2
+
+
+def changed(path: Path, change) -> Path:
+    kept = read(path)
+    other = path.with_name("other.safetensors")
+    change(kept).save(other)
+    return other
+
+
+def with_setting(name: str, value: object):
+    def change(kept: KeptCurvature) -> KeptCurvature:
+        return replace(kept, settings={**kept.settings, name: value})
+
+    return change
+
+
+def test_what_does_not_belong_together(tmp_path: Path) -> None:
+    net, path = make("batchnorm"), tmp_path / "c.safetensors"
+    fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
+    fitted.save(path)
+    other = make("batchnorm")
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1e-3
+    marks = {name: value + 1 for name, value in fitted.kept.settings["marks"].items()}
+    plain, old = tmp_path / "plain.safetensors", tmp_path / "old.safetensors"
+    save_file({"a": torch.zeros(1)}, plain)
+    save_file({"a": torch.zeros(1)}, old, {HEADER: json.dumps({"version": 0})})
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(path.read_bytes()[:-50])
+    cases = [
+        (path, other, "belongs to another encoder"),
+        (path, make("stride"), "belongs to another encoder"),
+        (tmp_path / "nothing.safetensors", net, "does not exist; make one with issl.fit"),
+        (plain, net, "is no curvature file"),
+        (old, net, "has version 0, this library reads 1"),
+        (broken, net, "curvature file .* is damaged"),
+        (changed(path, with_setting("marks", marks)), net, "projections of layer 0 .* are others here"),
+    ]
+    for file, encoder, message in cases:
+        with pytest.raises(issl.IsslError, match=message):
+            issl.load_fitted(file, encoder)
+    wide = changed(path, with_setting("layers", {"0": 16}))
+    with pytest.raises(issl.IsslError, match=r'does not fit this encoder: layers is \{"0": 16\} in one'):
+        issl.load_fitted(wide, net)
+    for options, message in [
+        ({"curvature": LoGra(5)}, "curvature is .*4.* in one and .*5"), ({"loss": half_loss}, "loss is .*half_loss"),
+    ]:  # fmt: skip
+        with pytest.raises(issl.IsslError, match=message):
+            issl.load_fitted(path, net, **options)
+    second = issl.fit(net, pictures(20, seed=1), curvature=LoGra(4), seed=1)
+    with pytest.raises(issl.IsslError, match="cannot be added: seed is 0 in one and 1 in the other"):
+        fitted.add(second)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda f: f.score(pictures(4, side=16)), r"are \(16, 16\) px, the curvature is of images of \(12, 12\) px"),
+        (lambda f: f.cross(pictures(4), pictures(2, side=16)), "query images are"),
+        (lambda f: f.score(pictures(4).subset([])), "empty"),
+        (lambda f: f.score(pictures(4), computing=Computing(store="rows")), "store='rows'.*drop it"),
+        (lambda f: f.score(pictures(4), computing=Computing(device="cuda")), "encoder is on cpu"),
+        (lambda f: f.save("c.pt"), "ends in .safetensors"),
+        (lambda f: f.top(pictures(4), pictures(2), 0), "k=0"),
+        (lambda f: issl.fit(make("stride"), pictures(4), curvature=Identity()), "sums nothing"),
+        (lambda f: issl.fit(make("stride"), pictures(4), curvature=RandomProjection(4)), "sums nothing"),
+        (lambda f: issl.fit(large(), pictures(4), curvature=Exact()), r"take .* GB.*lower rank"),
+    ],
+)
+def test_what_cannot_be_done(attempt, message: str) -> None:
+    fitted = issl.fit(make("stride"), pictures(20))
+    with pytest.raises(issl.IsslError, match=message):
+        attempt(fitted)
+
+
+def large() -> nn.Module:
+    """A layer whose gradient's second moment takes terabytes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 3000)).eval()

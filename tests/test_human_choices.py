@@ -1,0 +1,83 @@
+"""CIFAR-10H: the entropy of what people chose, whose images it is of, and files that are missing or wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from disk import write_cifar10
+
+import issl
+from issl.data import human_choices
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three people an image: image 0 is clear, image 1 is not, of all others two in three agree."""
+    write_cifar10(tmp_path, 20, 30)
+    counts = np.zeros(human_choices.SHAPE, np.int64)
+    counts[:, 0], counts[:, 1] = 2, 1
+    counts[0], counts[1] = [0, 3] + [0] * 8, [1, 1, 1] + [0] * 7
+    (tmp_path / "cifar10h").mkdir()
+    np.save(tmp_path / human_choices.FILE, counts)
+    return tmp_path
+
+
+def test_entropy_by_the_images_own_index(root: Path) -> None:
+    images = issl.load("cifar10", split="test", root=root)
+    found = human_choices.ambiguity(images, root)
+    assert found[:2] == pytest.approx([0, np.log(3)])
+    assert found[2:] == pytest.approx(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
+    some = images.subset([5, 1, 0])
+    np.testing.assert_array_equal(human_choices.ambiguity(some, root), found[[5, 1, 0]])
+
+
+def test_where_it_is_not_known_the_reason_is_said(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert human_choices.missing("cifar10", root) is None
+    assert "not of scenes" in human_choices.missing("scenes", root)
+    with pytest.raises(issl.IsslError, match="not of scenes"):
+        human_choices.ambiguity(issl.load("scenes", n=16), root)
+    monkeypatch.setenv("ISSL_DATA", str(root))
+    assert human_choices.missing("cifar10") is None
+    monkeypatch.delenv("ISSL_DATA")
+    assert "ISSL_DATA=DIR" in human_choices.missing("cifar10")
+    (root / human_choices.FILE).unlink()
+    with pytest.raises(issl.IsslError, match=r"cifar10h-counts.npy is not there.*jcpeterson/cifar-10h"):
+        human_choices.read(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones((100, 10), np.int64), r"holds int64 \(100, 10\); need counts \(10000, 10\)"),
+        (np.full(human_choices.SHAPE, 0.1), "holds float64"),
+        (np.zeros(human_choices.SHAPE, np.int64), "at least one person"),
+    ],
+)
+def test_wrong_files(root: Path, content: np.ndarray, message: str) -> None:
+    np.save(root / human_choices.FILE, content)
+    with pytest.raises(issl.IsslError, match=message):
+        human_choices.read(root)
+
+
+def test_a_damaged_file_and_a_foreign_index(root: Path) -> None:
+    images = issl.load("cifar10", split="test", root=root)
+    far = replace(images, attributes=images.attributes.assign(index=images.attributes["index"] + 9990))
+    with pytest.raises(issl.IsslError, match="index 10019; people judged test images 0 to 9999"):
+        human_choices.ambiguity(far, root)
+    (root / human_choices.FILE).write_bytes(b"nonsense")
+    with pytest.raises(issl.IsslError, match="is not a readable"):
+        human_choices.read(root)
+
+
+@pytest.mark.data
+def test_the_published_counts(data_root: Path) -> None:
+    if human_choices.missing("cifar10", data_root):
+        pytest.skip(human_choices.missing("cifar10", data_root))
+    counts = human_choices.read(data_root)
+    assert counts.sum(1).min() >= 47 and counts.sum(1).max() <= 63
+    images = issl.load("cifar10", split="test", root=data_root)
+    # most people see the class that the image is labelled with: the order is the test set's own
+    assert (counts.argmax(1) == images.require_labels().numpy()).mean() > 0.98
