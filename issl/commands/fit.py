@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from issl.commands.influence import add_common_arguments, computing_of, load_images, measurement
+from issl.commands.influence import add_common_arguments, computing_of, load_images, measurement, write_broken
 from issl.devices import pick_device
 from issl.files import writable
 from issl.influence.fitted import fit
@@ -34,9 +34,10 @@ def main(options: argparse.Namespace) -> int:
         if shards.rank == 0:
             fitted.save(options.out)
             size, many = options.out.stat().st_size / 1e6, f" on {shards.world} processes" if shards.world > 1 else ""
+            left_out = write_broken(options.out, images)
             print(
                 f"{options.out}: curvature of {fitted.n} images of {images.name}, {len(fitted.damping)} layers, "
-                f"{size:.1f} MB{many}, in {time.monotonic() - began:.0f} s",
+                f"{size:.1f} MB{many}, in {time.monotonic() - began:.0f} s{left_out}",
                 flush=True,
             )
     return 0

@@ -53,7 +53,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def add_common_arguments(command: argparse.ArgumentParser) -> None:
     """Which images, which encoder, what is measured, and how it is computed."""
     add = command.add_argument
-    add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, cifar100, fairface or scenes")
+    add(
+        "--data", required=True, metavar="SET",
+        help="folder:, tar:, parquet: or arrow:PATH, cifar10, cifar100, fairface or scenes",
+    )  # fmt: skip
+    add("--skip-broken", action="store_true", help="leave out images that cannot be decoded; a table names them")
+    add("--workers", type=int, metavar="N", help="threads that decode images (default: the cores)")
     add_encoder_arguments(command)
     add("--split", default="train", help="train (default) or test")
     add("--images", "--n", dest="n", type=int, metavar="N", help="how many (default: all); under torchrun use --images")
@@ -139,14 +144,28 @@ def main(options: argparse.Namespace) -> int:
             figures.style(screen=False)
             about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
             figures.write(figures.scored(scores, images, about), out.with_suffix(".png"))
-            print(f"{out} (.png): {len(scores)} scores in {time.monotonic() - began:.0f} s", flush=True)
+            left_out = write_broken(out, images)
+            print(f"{out} (.png): {len(scores)} scores in {time.monotonic() - began:.0f} s{left_out}", flush=True)
     return 0
 
 
 def load_images(options: argparse.Namespace, opened: Opened) -> Images:
     """The images that these options name, at the encoder's size where they can be resized."""
     size = opened.size if options.size is None and datasets.is_resized(options.data) else options.size
-    return datasets.load(options.data, options.split, options.n, options.data_root, size=size)
+    return datasets.load(
+        options.data, options.split, options.n, options.data_root, size=size, skip_broken=options.skip_broken,
+        workers=options.workers,
+    )  # fmt: skip
+
+
+def write_broken(out: Path, images: Images) -> str:
+    """The table of the images that were left out, OUT.broken.csv, if there are any; says so for the last line."""
+    if not images.broken:
+        return ""
+    path = out.with_suffix(".broken.csv")
+    with atomic(path) as part:
+        pd.DataFrame(images.broken, columns=["image", "why"]).to_csv(part, index=False)
+    return f"; {len(images.broken)} images could not be decoded: {path}"
 
 
 def computing_of(options: argparse.Namespace, shards: Shards, device: torch.device) -> Computing:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from issl.data.images import Images
+from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 from issl.files import atomic
 from issl.influence.computing import Computing
@@ -125,8 +126,9 @@ def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(data.pixels.numpy().tobytes())
-    digest.update(data.index.numpy().tobytes())
+    pixels = data.pixels
+    digest.update(pixels.identity().encode() if isinstance(pixels, LazyPixels) else pixels.contiguous().numpy().data)
+    digest.update(data.index.numpy().data)
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from issl.influence.layers import Layer, scored_layers
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import check_features, per_example, second_moments
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
+from issl.shards import Shards
 
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
@@ -72,6 +73,11 @@ class Probe:
     perturbs: list[Perturb]
     device: torch.device
     dtype: torch.dtype
+
+    def check(self, images: Images, shards: Shards) -> None:
+        """IsslError for an encoder that mixes the images of a batch, on the first ones of this process's share."""
+        share = shards.share(len(images))
+        _check_independent(self.model, self.pixels(images, torch.arange(share.start, min(share.start + 4, share.stop))))
 
     def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
         return images.pixels[positions].to(self.device).to(self.dtype) / 255
@@ -195,7 +201,7 @@ def prepare(
     """
     data = not_empty(images)
     probe = open_probe(encoder, what, computing)
-    check_independent(probe.model, probe.pixels(data, slice(0, 4)))
+    probe.check(data, computing.shards)
     return set_up(probe, data, probe.sketches(probe.moments(data, computing), norms_only), computing, norms_only)
 
 
@@ -270,7 +276,7 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
 
 
 @torch.no_grad()
-def check_independent(model: nn.Module, x: Tensor) -> None:
+def _check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     together = model(x)
     check_features(together, len(x))
