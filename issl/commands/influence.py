@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -65,7 +65,9 @@ def add_common_arguments(command: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PX", help="side of the images (default: the encoder's own)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add_measurement_arguments(command)
-    add("--batch-size", type=int, default=64, help="images at once (64)")
+    add(
+        "--batch-size", type=_batch, default=64, metavar="B", help="images at once (64), or auto: what fits into memory"
+    )
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the encoder's pass (fp32)")
     add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
@@ -202,6 +204,10 @@ def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
     if out.suffix == ".csv":
         with atomic(out.with_suffix(".json")) as part:
             part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+
+
+def _batch(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def _rank(text: str) -> int | float:

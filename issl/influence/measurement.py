@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.errors import IsslError
+from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
 from issl.influence.frozen_encoder import frozen_copy
@@ -101,6 +102,17 @@ class Probe:
             found = second_moments(self.model, self.layers, *self.views(images, batch, self.perturbs[0]), loss)
             sums = {name: sums[name] + found[name] for name in sums}
         return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
+
+    def choose_batch(self, images: Images, sketches: dict[str, Sketch], computing: Computing) -> Computing:
+        """The same settings with `batch_size` decided, by a trial on the first images of this process's share."""
+        if computing.batch_size != "auto":
+            return computing
+        rows_of, start = (
+            self.rows_of(images, sketches, self.what.loss, computing),
+            computing.shards.share(len(images)).start,
+        )
+        size = choose_batch_size(lambda count: rows_of(slice(start, min(start + count, len(images)))), self.device)
+        return replace(computing, batch_size=size)
 
     def sketches(self, moments: dict[str, Moments | None], norms_only: bool) -> dict[str, Sketch]:
         """What is kept of each image's gradient, by layer."""
@@ -212,6 +224,7 @@ def set_up(
     data, what = not_empty(images), probe.what
     share, row_bytes = computing.shards.share(len(data)), probe.row_bytes(sketches)
     computing = choose_memory(computing, row_bytes * (share.stop - share.start))
+    computing = probe.choose_batch(data, sketches, computing)
     settings = (
         describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
         norms_only,
