@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `explain`, `doctor`, `verdicts`, `download`."""
+"""The command line, `issl COMMAND`: run, compute, pretrain, influence, fit, merge, explain, doctor and so on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from issl.errors import IsslError, OutOfTime
 
 IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
     "influence": "score your own images under your own encoder",
+    "fit": "keep the curvature of a set of images, to score others under it",
+    "merge": "add kept curvatures of different images",
     "explain": "show which training images taught an encoder about an image",
     "pretrain": "train an encoder on your own images",
 }

@@ -129,7 +129,10 @@ def download(name: str, root: str | Path | None = None) -> Path:
 def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path:
     """The parquet files of a set or, where there are none, the folder in which torchvision finds it."""
     if name not in SOURCES:
-        raise IsslError(f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10 and folder:PATH")
+        raise IsslError(
+            f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10, and folder:PATH (also tar:, "
+            "parquet:, arrow:)"
+        )
     source, base = SOURCES[name], data_root(root)
     if split not in source.splits:
         raise IsslError(f"split {split!r}: {name} has {' and '.join(source.splits)}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.errors import IsslError
+from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
 from issl.influence.frozen_encoder import frozen_copy
@@ -22,6 +23,7 @@ from issl.influence.layers import Layer, scored_layers
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import check_features, per_example, second_moments
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
+from issl.shards import Shards
 
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
@@ -73,6 +75,11 @@ class Probe:
     device: torch.device
     dtype: torch.dtype
 
+    def check(self, images: Images, shards: Shards) -> None:
+        """IsslError for an encoder that mixes the images of a batch, on the first ones of this process's share."""
+        share = shards.share(len(images))
+        _check_independent(self.model, self.pixels(images, torch.arange(share.start, min(share.start + 4, share.stop))))
+
     def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
         return images.pixels[positions].to(self.device).to(self.dtype) / 255
 
@@ -95,6 +102,17 @@ class Probe:
             found = second_moments(self.model, self.layers, *self.views(images, batch, self.perturbs[0]), loss)
             sums = {name: sums[name] + found[name] for name in sums}
         return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
+
+    def choose_batch(self, images: Images, sketches: dict[str, Sketch], computing: Computing) -> Computing:
+        """The same settings with `batch_size` decided, by a trial on the first images of this process's share."""
+        if computing.batch_size != "auto":
+            return computing
+        rows_of, start = (
+            self.rows_of(images, sketches, self.what.loss, computing),
+            computing.shards.share(len(images)).start,
+        )
+        size = choose_batch_size(lambda count: rows_of(slice(start, min(start + count, len(images)))), self.device)
+        return replace(computing, batch_size=size)
 
     def sketches(self, moments: dict[str, Moments | None], norms_only: bool) -> dict[str, Sketch]:
         """What is kept of each image's gradient, by layer."""
@@ -195,7 +213,7 @@ def prepare(
     """
     data = not_empty(images)
     probe = open_probe(encoder, what, computing)
-    check_independent(probe.model, probe.pixels(data, slice(0, 4)))
+    probe.check(data, computing.shards)
     return set_up(probe, data, probe.sketches(probe.moments(data, computing), norms_only), computing, norms_only)
 
 
@@ -206,6 +224,7 @@ def set_up(
     data, what = not_empty(images), probe.what
     share, row_bytes = computing.shards.share(len(data)), probe.row_bytes(sketches)
     computing = choose_memory(computing, row_bytes * (share.stop - share.start))
+    computing = probe.choose_batch(data, sketches, computing)
     settings = (
         describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
         norms_only,
@@ -272,7 +291,7 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
 
 
 @torch.no_grad()
-def check_independent(model: nn.Module, x: Tensor) -> None:
+def _check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     together = model(x)
     check_features(together, len(x))

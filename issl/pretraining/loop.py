@@ -163,7 +163,7 @@ def pretrain(
     }  # fmt: skip
     history = checkpoint.resume(learner, optimizer, identity)
     order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
-    pixels, keep, kept = images.pixels.to(device), keep.to(device), int(keep.sum())
+    pixels, keep, kept = images.tensor().to(device), keep.to(device), int(keep.sum())
     half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
     steps = (n if gaps else kept) // batch_size  # of an epoch
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps

@@ -194,7 +194,7 @@ def _sheet(images: Images, path: Path) -> None:
     n, _, h, w = images.pixels.shape
     rows = -(-n // COLUMNS)
     sheet = np.zeros((rows * COLUMNS, h, w, 3), np.uint8)
-    sheet[:n] = images.pixels.permute(0, 2, 3, 1).numpy()
+    sheet[:n] = images.tensor().permute(0, 2, 3, 1).numpy()
     joined = sheet.reshape(rows, COLUMNS, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(rows * h, COLUMNS * w, 3)
     with atomic(path) as part:
         Image.fromarray(joined).save(part, "PNG")
