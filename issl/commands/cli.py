@@ -71,6 +71,7 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    add("--from-scratch", action="store_true", help="make again the encoders and scores that come with the repository")
     add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
     add(
         "--checkpoint",
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
         return doctor(options.data_root, options.out, options.device)
     from issl.commands.profiles import ProfileOptions
 
-    names = ("profile", "only", "data_root", "device", "out")
+    names = ("profile", "only", "data_root", "device", "out", "from_scratch")
     shared = ProfileOptions(
         **{name: getattr(options, name) for name in names},
         minutes=options.time_budget,

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Job:
     device: str
     threads: int
     deadline: float | None  # seconds since the epoch: a job may run on another machine
+    released: bool = True  # are artifacts that come with the repository used?
     gpu: str | None = None  # the only one that it sees; None: what its machine shows it
 
     def __call__(self) -> Ended:
@@ -48,7 +50,8 @@ class Job:
         if self.threads:
             torch.set_num_threads(self.threads)
         deadline = None if self.deadline is None else time.monotonic() + self.deadline - time.time()
-        return make(self.stage, Artifacts(self.root, pick_device(self.device), deadline=deadline))
+        artifacts = Artifacts(self.root, pick_device(self.device), deadline=deadline)
+        return make(self.stage, artifacts if self.released else replace(artifacts, released=None))
 
     def checkpoint(self) -> DelayedSubmission:
         """Slurm is about to stop it: submit it again, to continue from its last checkpoint."""
@@ -76,6 +79,7 @@ def compute(
     plans = (options if cluster == "local" else replace(options, device="auto")).plans()
     check(plans, options.folder)
     began, artifacts = time.monotonic(), Artifacts(options.folder / "artifacts")
+    artifacts = replace(artifacts, released=None) if options.from_scratch else artifacts
     scheduler = Scheduler(plans.values(), artifacts.has, jobs)
     say(f"profile {options.profile}: {len(scheduler.tasks)} stages, {scheduler.count()}")
     executor = _executor(cluster, artifacts.root / "jobs", jobs, slurm or {})
@@ -84,7 +88,16 @@ def compute(
     gpus = visible_gpus(options.device) if cluster == "local" else []
     try:
         while scheduler.ready() or scheduler.running():
-            _submit(scheduler, executor, Job, artifacts.root, options.device, threads, deadline, gpus)
+            _submit(
+                scheduler,
+                executor,
+                partial(Job, released=not options.from_scratch),
+                artifacts.root,
+                options.device,
+                threads,
+                deadline,
+                gpus,
+            )
             time.sleep(POLL_SECONDS)
             for task in scheduler.running():
                 if task.job.done():

@@ -31,6 +31,7 @@ class ProfileOptions:
     minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no stage begins after it
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those that the profile names;
                   a method may have several. Notebooks that train encoders themselves are then left out
+    from_scratch  make again what comes with the repository
     """
 
     profile: str = "quick"
@@ -40,6 +41,7 @@ class ProfileOptions:
     out: Path | None = None
     minutes: float | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
+    from_scratch: bool = False
 
     @property
     def folder(self) -> Path:
@@ -57,7 +59,13 @@ class ProfileOptions:
         names = [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
         names = [name for name in names if name not in self.left_out()]
         return read_profile(
-            self.profile, names, self._given(), out=str(self.folder), data_root=self.root, device=self.device
+            self.profile,
+            names,
+            self._given(),
+            out=str(self.folder),
+            data_root=self.root,
+            device=self.device,
+            from_scratch=self.from_scratch,
         )
 
     def left_out(self) -> list[str]:
@@ -105,7 +113,10 @@ def select(only: str) -> list[str]:
 
 
 def read_profile(
-    profile: str, names: Sequence[str], checkpoints: Mapping[str, list[str]] | None = None, **common: str | None
+    profile: str,
+    names: Sequence[str],
+    checkpoints: Mapping[str, list[str]] | None = None,
+    **common: str | bool | None,
 ) -> dict[str, Plan]:
     """The plans of the named notebooks under a profile; every field is checked.
 
