@@ -187,5 +187,8 @@ def _open_store(store: Path, identity: str) -> None:
     if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")
     if not mark.exists():
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
+        try:
+            with atomic(mark) as part:
+                part.write_text(json.dumps({"identity": identity}))
+        except OSError as error:
+            raise IsslError(f"store {store} cannot be written ({error}); choose another folder") from error

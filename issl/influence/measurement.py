@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
+from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
@@ -25,6 +26,7 @@ from issl.influence.per_example import check_features, per_example, second_momen
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
 from issl.shards import Shards
 
+LARGEST_SEED = 1 << 62  # a key of 64 bits, of which queries set one of their own
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
 
@@ -46,8 +48,10 @@ class Measurement:
             raise IsslError(f"average={self.average!r}: choose gradients or scores")
         if not isinstance(self.curvature, Curvature) or isinstance(self.curvature, type):
             raise IsslError(f"curvature {self.curvature!r}: need an object such as LoGra(rank=16)")
-        if self.draws < 1:
-            raise IsslError(f"draws={self.draws}: must be 1 or more")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < LARGEST_SEED:
+            raise IsslError(f"seed={self.seed!r}: give a whole number from 0 to 2⁶² − 1")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise IsslError(f"draws={self.draws!r}: must be a whole number, 1 or more")
         if self.draws > 1 and (not isinstance(self.perturbation, Perturbation) or self.seed >= 2**32):
             raise IsslError(
                 f"draws={self.draws}: several draws need a perturbation with .keyed(seed), such as GaussianNoise(), "
@@ -86,7 +90,7 @@ class Probe:
     def views(self, images: Images, positions: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         """The images at these positions, and their perturbed views, checked."""
         x = self.pixels(images, positions)
-        shaken = perturb(x, images.index[positions])
+        shaken = perturb(x.clone(), images.index[positions])  # one that works in place must not change the image
         _check_view(shaken, x, images.index[positions])
         return x, shaken
 
@@ -196,10 +200,14 @@ def whitenings(
 
 def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> Probe:
     """The frozen encoder, after every check that needs no image."""
+    if torch.is_inference_mode_enabled():
+        raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
     perturbs = what.perturbs()
     scored_layers(encoder, what.skip)  # before any work
     first = next(encoder.parameters())
     device = first.device if computing.device is None else torch.device(computing.device)
+    if device.type == "cuda":
+        pick_device("cuda")  # says why there is none
     model = frozen_copy(encoder, device)
     return Probe(model, scored_layers(model, what.skip), what, perturbs, device, first.dtype)
 
@@ -297,6 +305,11 @@ def _check_independent(model: nn.Module, x: Tensor) -> None:
     check_features(together, len(x))
     alone = model(x[:1])
     check_features(alone, 1)
+    with torch.enable_grad():
+        if not model(x[:1].clone().requires_grad_()).requires_grad:
+            raise IsslError(
+                "encoder cuts its features off from their gradient; remove no_grad or detach in its forward"
+            )
     if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
         raise IsslError(
             "encoder gives an image other features alone than in a batch, so its loss is not per example; remove what "
