@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from issl.analysis.training_influence import training_influence
     from issl.data.datasets import load
     from issl.data.images import Images
+    from issl.data.torch_dataset import from_dataset
     from issl.errors import IsslError
     from issl.influence.computing import Computing
     from issl.influence.cross import cross_influence, top_influences
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EKFAC", "Augmentation", "Computing", "Curvature", "Diagonal", "Exact", "Fitted", "GaussianNoise", "Identity",
-    "Images", "IsslError", "LoGra", "RandomProjection", "cross_influence", "fit", "load", "load_encoder", "load_fitted",
-    "self_influence", "top_influences", "training_influence",
+    "Images", "IsslError", "LoGra", "RandomProjection", "cross_influence", "fit", "from_dataset", "load",
+    "load_encoder", "load_fitted", "self_influence", "top_influences", "training_influence",
 ]  # fmt: skip
 _NAMES = {  # of each module
     "analysis.training_influence": ("training_influence",), "data.datasets": ("load",), "data.images": ("Images",),
+    "data.torch_dataset": ("from_dataset",),
     "errors": ("IsslError",),
     "influence.computing": ("Computing",), "influence.cross": ("cross_influence", "top_influences"),
     "influence.curvature": ("EKFAC", "Curvature", "Diagonal", "Exact", "Identity", "LoGra", "RandomProjection"),

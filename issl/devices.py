@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from issl.errors import IsslError
 
+T = TypeVar("T")
+
+NODES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")  # of NVIDIA's driver, on Linux
+NEEDED_DRIVER = {"11": 450, "12": 525, "13": 580}  # the oldest for each CUDA (NVIDIA, CUDA compatibility guide)
+
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto is the GPU if there is one. Raises IsslError for other names, and without a GPU."""
+    """The device of that name; auto is the GPU if there is one.
+
+    Raises IsslError for other names, for cuda without a GPU, and for auto where there is one that torch cannot use.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if (problem := unusable_gpu()) is not None:
+            raise IsslError(f"device 'auto': {problem}, or compute on the CPU with --device cpu")
+        return torch.device("cpu")
     if name not in ("cpu", "cuda"):
         raise IsslError(f"device {name!r}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise IsslError("device 'cuda': torch sees no GPU here; use --device auto, or check the driver")
+        raise IsslError(f"device 'cuda': {unusable_gpu() or 'torch sees no GPU here'}; or use --device cpu")
     return torch.device(name)
+
+
+def unusable_gpu() -> str | None:
+    """Why torch sees no GPU though the machine has one, with the remedy; None where it has none, or hides it
+    (CUDA_VISIBLE_DEVICES is empty)."""
+    nodes = sorted(NODES.glob("nvidia[0-9]*"))
+    if not nodes or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    found = re.search(r"Kernel Module\D*(\d+)[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
+    driver = "its driver" if found is None else f"its driver {found[0].split()[-1]}"
+    if torch.version.cuda is None:
+        return f"there is a GPU ({nodes[0]}), but this torch is built without CUDA; install a build with it"
+    needed = NEEDED_DRIVER.get(torch.version.cuda.split(".")[0])
+    least = "" if needed is None else f", which needs driver {needed} or newer"
+    return (
+        f"there is a GPU ({nodes[0]}), but torch cannot use {driver}: torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda}{least}; update the driver, install a torch built for an older CUDA"
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -52,14 +86,77 @@ def _cpu_flag(flag: str) -> bool:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 means fp32: no TF32 in matrix products or convolutions on the GPU."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """fp32 means fp32, and the same each time: no TF32 in matrix products or convolutions on the GPU, and cuDNN's
+    deterministic algorithms. What the caller had set, by whichever of torch's names, is restored."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    wanted: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later: the old names raise where the new ones were used
+        wanted += [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv)]
+    else:
+        wanted += [(place, "allow_tf32", False) for place in (matmul, cudnn)]
+    before: list[tuple[Any, str, Any]] = [(place, name, getattr(place, name)) for place, name, _ in wanted]
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
+        for place, name, value in wanted:
+            setattr(place, name, value)
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def in_batches(positions: slice, size: int, run: Callable[[slice], T]) -> list[T]:
+    """`run` on the positions, `size` at a time; where the GPU's memory does not suffice, on half as many from there on.
+
+    For what does not depend on the size of a batch. Raises IsslError where not even one fits.
+    """
+    found, start = [], positions.start
+    while start < positions.stop:
+        part = slice(start, min(start + size, positions.stop))
+        try:
+            found.append(run(part))
+        except torch.OutOfMemoryError:
+            if part.stop - part.start == 1:
+                raise IsslError(
+                    "one image does not fit into the GPU's memory; use smaller images, or --device cpu"
+                ) from None
+        else:
+            start = part.stop
+            continue
+        size = (part.stop - part.start) // 2  # outside of the handler, which keeps the failed step's tensors alive
+        torch.cuda.empty_cache()
+        print(f"the GPU's memory is too small for {2 * size} images at once; going on with {size}", file=sys.stderr)
+    return found
+
+
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container or job (Linux's cgroups)."""
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """The room that is left in this process's cgroup and in those above it, where they have a limit."""
+    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
+    own = {kind: path.strip("/") for line in lines for _, kind, path in [line.split(":", 2)]}
+    for kind, root, limit, usage in (
+        ("", CGROUPS, "memory.max", "memory.current"),
+        ("memory", CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for folder in [root / own.get(kind, ""), *(root / own.get(kind, "")).parents]:
+            if not folder.is_relative_to(root) or not (folder / limit).is_file() or not (folder / usage).is_file():
+                continue
+            most = (folder / limit).read_text().strip()
+            if most.isdigit():
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+                spare = 0 if cached is None else int(cached[1])  # given back when it is needed
+                yield max(0, int(most) - int((folder / usage).read_text()) + spare)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def keep_freed_memory() -> None:

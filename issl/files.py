@@ -36,16 +36,16 @@ def atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def writable(out: Path, suffixes: Sequence[str]) -> None:
+def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
     """Make the folder of an output file; IsslError for a suffix that is not allowed, or if it cannot be written."""
     if out.suffix not in suffixes:
-        raise IsslError(f"--out {out}: give a file name that ends in {' or '.join(suffixes)}")
+        raise IsslError(f"{option} {out}: give a file name that ends in {' or '.join(suffixes)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IsslError(f"--out {out}: its folder cannot be made ({error})") from error
+        raise IsslError(f"{option} {out}: its folder cannot be made ({error})") from error
     if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise IsslError(f"--out {out}: cannot be written there")
+        raise IsslError(f"{option} {out}: cannot be written there")
 
 
 def file_digest(path: Path) -> str:

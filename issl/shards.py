@@ -105,7 +105,12 @@ def from_torchrun(device: torch.device, timeout_s: float = 600.0) -> Iterator[Sh
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise IsslError(
+                f"process {local + 1} on a machine with {gpus} GPUs: start one a GPU, --nproc-per-node {gpus}"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:

@@ -47,6 +47,8 @@ SMALL = {  # what follows the command as it stands; of an option that is given t
     "compute": ["--only", "00"],
     "pretrain": ["--epochs", "1", "--width", "1", "--images", "12", "--batch-size", "4", "--recipe", "short"],
     "influence": ["--images", "8", "--rank", "2"],
+    "fit": ["--images", "8", "--rank", "2"],
+    "merge": [],
     "explain": [],
 }
 LEAVES = {"run": "figures/mini/01_seed_correlation.png", "compute": "artifacts/pretrain", "explain": "explain.png"}
@@ -60,9 +62,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         write_cifar10(folder / "DIR", 32, 20)
         rng = np.random.default_rng(0)
-        Path("photos").mkdir()
-        for k in range(12):
-            Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(f"photos/{k}.jpg")
+        for name in ("photos", "new"):
+            Path(name).mkdir()
+            for k in range(12):
+                Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(f"{name}/{k}.jpg")
         Image.fromarray(rng.integers(0, 255, (60, 50, 3), dtype=np.uint8)).save("photo.png")
         model = torchvision.models.resnet18().train()
         with torch.no_grad():
@@ -72,6 +75,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for data, out in (("cifar10", "byol.safetensors"), ("folder:photos", "mine.safetensors")):
             told = ["--data", data, "--data-root", "DIR", "--width", "1", "--epochs", "1", "--batch-size", "4"]
             assert cli.main(["pretrain", *told, "--recipe", "short", "--out", f"kept/{out}"]) == 0
+        for data, out in (("photos", "curvature"), ("new", "more")):
+            told = ["--data", f"folder:{data}", "--encoder", "weights.pt", "--rank", "2", "--images", "4"]
+            assert cli.main(["fit", *told, "--out", f"kept/{out}.safetensors"]) == 0
     return folder
 
 
@@ -79,7 +85,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the desk, with profiles that take seconds."""
     monkeypatch.chdir(desk)
-    for name in ("byol.safetensors", "mine.safetensors"):
+    for name in ("byol.safetensors", "mine.safetensors", "curvature.safetensors", "more.safetensors"):
         shutil.copy(f"kept/{name}", name)  # a command may have left another
     monkeypatch.setenv("ISSL_DATA", str(desk / "DIR"))
     common = {
@@ -133,7 +139,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
             issl.data.published.download(options.name, options.data_root)
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
-    given += SMALL[given[0]]
+    given += SMALL[given[0]][:2] if "--curvature-from" in given else SMALL[given[0]]  # which decides the rank
     left = Path(options.out or LEAVES[given[0]])
     if left.is_file():
         left.unlink()  # another command's
@@ -192,7 +198,7 @@ def test_no_block_is_forgotten() -> None:
     """What the tests below run is all there is, but for two that are no code: what a run prints, and the layout."""
     languages = re.findall(r"^```(\w*)\n", README, re.MULTILINE)
     opened = [language for language in languages if language]
-    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 3, "diff": 3}
+    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 4, "diff": 3}
     assert set(opened) == {"bash", "python", "diff"} and README.count("```") == 2 * (len(opened) + 3)
 
 
@@ -204,6 +210,10 @@ def test_the_code_runs(small: None) -> None:
         names: dict = {}
         exec(compile(text, "README.md", "exec"), names)
         assert len(names["scores"]) in (12, 32) and (names["scores"]["influence"] >= 0).all()
+    fitting = next(text for text in blocks("python") if "issl.fit(" in text)
+    names["images"] = issl.load("folder:photos", size=32)
+    exec(compile(fitting.replace("size=64", "size=32").replace("/path/to/", ""), "README.md", "exec"), names)
+    assert len(names["scores"]) == 12 and names["crossed"].shape == (12, 12)
     index = torch.arange(32)
     pixels = issl.load("scenes", n=32).pixels.float() / 255
     changed = (names["erase"](pixels, index) != pixels).any(1).flatten(1).sum(1)

@@ -255,6 +255,36 @@ def test_bad_commands(arguments: list[str], message: str, photos: Path, tmp_path
     assert message in error and error.count("\n") == 1
 
 
+def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept while scoring, or fitted in parts and merged; then used for other images."""
+    encoder, kept = ours(tmp_path / "e.safetensors"), tmp_path / "c.safetensors"
+    common = ["--data", f"folder:{photos}", "--encoder", encoder]
+
+    def scored(name: str, *more: str) -> pd.DataFrame:
+        assert cli.main(["influence", *common, "--out", str(tmp_path / f"{name}.parquet"), *more]) == 0
+        return pd.read_parquet(tmp_path / f"{name}.parquet")
+
+    whole = scored("whole", "--rank", "2", "--save-curvature", str(kept))
+    pd.testing.assert_frame_equal(scored("later", "--curvature-from", str(kept)), whole, rtol=1e-9)
+    for part in "ab":
+        common[1] = f"folder:{photos / part}"
+        assert cli.main(["fit", *common, "--rank", "2", "--out", str(tmp_path / f"{part}.safetensors")]) == 0
+    assert "curvature of 5 images of folder:b, 20 layers" in capsys.readouterr().out
+    parts = [str(tmp_path / f"{part}.safetensors") for part in "ab"]
+    assert cli.main(["merge", *parts, "--out", str(tmp_path / "ab.safetensors")]) == 0
+    assert "curvature of 10 images, in 2 parts" in capsys.readouterr().out
+    few = scored("few", "--curvature-from", str(tmp_path / "ab.safetensors"))
+    assert len(few) == 5 and (few["influence"] > 0).all()
+    for more, message in [
+        (["--curvature-from", str(kept), "--rank", "3"], "--rank 3: the file of --curvature-from"),
+        (["--curvature-from", str(kept), "--size", "64"], "the curvature is of images of (32, 32) px"),
+        (["--curvature-from", "nothing.safetensors"], "does not exist"),
+        (["--save-curvature", "c.pt"], "--save-curvature c.pt: give a file name that ends in .safetensors"),
+    ]:
+        assert cli.main(["influence", *common, "--out", str(tmp_path / "x.csv"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_under_torchrun(photos: Path, tmp_path: Path) -> None:
     encoder = ours(tmp_path / "e.safetensors")

@@ -13,6 +13,7 @@ import torch
 
 import issl
 from issl.experiments.cache import Artifacts, damaged
+from issl.experiments.plans_paper import SeedCorrelation
 from issl.experiments.settings import KINDS, Data, in_key, named_curvature
 from issl.experiments.stages import Cross, Draw, Embed, Influence, Nearness, Pick, Pretrain, Prune, Stability, Thin, Top
 from issl.influence.cross import as_queries
@@ -120,6 +121,7 @@ def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     assert [c.split("/")[0] for c in fresh.computed] == ["influence"] and TRAIN.label in fresh.cached
     assert not (tmp_path / "b" / TRAIN.name).exists()
     assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
+    assert not Artifacts(tmp_path / "d", released=None).has(TRAIN) and fresh.has(TRAIN)
     victim = released / TRAIN.name / TRAIN.key / "encoder.safetensors"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     with pytest.raises(issl.IsslError, match=r"released artifact .*encoder.safetensors is damaged.*git checkout"):
@@ -309,3 +311,9 @@ def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
     assert exact["grad_norm"][0] == pytest.approx(norm, rel=1e-3)
     with pytest.raises(issl.IsslError, match="loss='cross_entropy' of a simclr encoder"):
         influence(loss="cross_entropy").read(artifacts)
+
+
+def test_from_scratch_a_plan_does_not_see_what_is_released() -> None:
+    plan, again = SeedCorrelation(), SeedCorrelation(from_scratch=True)
+    assert plan.artifacts().released is not None and again.artifacts().released is None
+    assert plan.settings() == again.settings()  # it changes no number

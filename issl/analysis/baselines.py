@@ -21,7 +21,7 @@ def pixel_closeness(images: Images) -> np.ndarray:
     """Minus the root mean square pixel distance to the nearest other image, (n,), pixels in [0, 1]."""
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
-    flat = images.pixels.flatten(1).numpy().astype(np.float32) / 255
+    flat = images.tensor().flatten(1).numpy().astype(np.float32) / 255
     distances, _ = NearestNeighbors(n_neighbors=2, algorithm="brute").fit(flat).kneighbors(flat)
     return -distances[:, 1] / np.sqrt(flat.shape[1])
 

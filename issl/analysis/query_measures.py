@@ -38,7 +38,7 @@ def stability_measures(
 
 def probe_losses(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> Measure:
     """The cross-entropy of each query's class under a linear probe on the features, which is held fixed."""
-    x, labels = query.pixels.float() / 255, query.require_labels()
+    x, labels = query.tensor().float() / 255, query.require_labels()
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
         scores = nn.functional.linear(backbone(_like(backbone, x)), _like(backbone, weight), _like(backbone, bias))
@@ -49,7 +49,7 @@ def probe_losses(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor
 
 def margins(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> Measure:
     """How far each query is on the wrong side of a fixed linear probe: the best other class's score less its own's."""
-    x, labels = query.pixels.float() / 255, query.require_labels()
+    x, labels = query.tensor().float() / 255, query.require_labels()
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
         scores = nn.functional.linear(backbone(_like(backbone, x)), _like(backbone, weight), _like(backbone, bias))

@@ -1,4 +1,4 @@
-"""The command line: `issl run`, `compute`, `pretrain`, `influence`, `explain`, `doctor`, `verdicts`, `download`."""
+"""The command line, `issl COMMAND`: run, compute, pretrain, influence, fit, merge, explain, doctor and so on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from issl.errors import IsslError, OutOfTime
 
 IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
     "influence": "score your own images under your own encoder",
+    "fit": "keep the curvature of a set of images, to score others under it",
+    "merge": "add kept curvatures of different images",
     "explain": "show which training images taught an encoder about an image",
     "pretrain": "train an encoder on your own images",
 }
@@ -69,14 +71,24 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
+    add("--from-scratch", action="store_true", help="make again the encoders and scores that come with the repository")
     add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
+    add(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="METHOD=FILE",
+        help="score this encoder instead of training one (repeatable; a method may have several)",
+    )
 
 
-def _pairs(options: Sequence[str]) -> dict[str, str]:
+def _pairs(options: Sequence[str], what: str, example: str) -> list[tuple[str, str]]:
+    """KEY=VALUE, split."""
     for option in options:
-        if "=" not in option:
-            raise IsslError(f"--slurm {option}: write KEY=VALUE, such as partition=gpu")
-    return dict(option.split("=", 1) for option in options)
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise IsslError(f"{what} {option}: write {example}")
+    return [(key, value) for key, _, value in (option.partition("=") for option in options)]
 
 
 def _verdicts(into_readme: bool) -> int:
@@ -115,12 +127,21 @@ def _run(options: argparse.Namespace) -> int:
         return doctor(options.data_root, options.out, options.device)
     from issl.commands.profiles import ProfileOptions
 
-    names = ("profile", "only", "data_root", "device", "out", "time_budget")
-    shared = ProfileOptions(*(getattr(options, name) for name in names))
+    names = ("profile", "only", "data_root", "device", "out", "from_scratch")
+    shared = ProfileOptions(
+        **{name: getattr(options, name) for name in names},
+        minutes=options.time_budget,
+        checkpoints=_pairs(options.checkpoint, "--checkpoint", "METHOD=FILE, such as simclr=weights.ckpt"),
+    )
     if options.command == "compute":
         from issl.commands.compute import compute
 
-        return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
+        return compute(
+            shared,
+            options.jobs,
+            options.cluster,
+            dict(_pairs(options.slurm, "--slurm", "KEY=VALUE, such as partition=gpu")),
+        )
     from issl.commands.run import run
 
     return run(shared, options.again)

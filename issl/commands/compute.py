@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,19 @@ class Job:
     device: str
     threads: int
     deadline: float | None  # seconds since the epoch: a job may run on another machine
+    released: bool = True  # are artifacts that come with the repository used?
+    gpu: str | None = None  # the only one that it sees; None: what its machine shows it
 
     def __call__(self) -> Ended:
         """Make it."""
+        if self.gpu is not None:  # submitit hides all GPUs from local jobs; CUDA reads this when it is first used
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         keep_freed_memory()
         if self.threads:
             torch.set_num_threads(self.threads)
         deadline = None if self.deadline is None else time.monotonic() + self.deadline - time.time()
-        return make(self.stage, Artifacts(self.root, pick_device(self.device), deadline=deadline))
+        artifacts = Artifacts(self.root, pick_device(self.device), deadline=deadline)
+        return make(self.stage, artifacts if self.released else replace(artifacts, released=None))
 
     def checkpoint(self) -> DelayedSubmission:
         """Slurm is about to stop it: submit it again, to continue from its last checkpoint."""
@@ -73,14 +79,25 @@ def compute(
     plans = (options if cluster == "local" else replace(options, device="auto")).plans()
     check(plans, options.folder)
     began, artifacts = time.monotonic(), Artifacts(options.folder / "artifacts")
+    artifacts = replace(artifacts, released=None) if options.from_scratch else artifacts
     scheduler = Scheduler(plans.values(), artifacts.has, jobs)
     say(f"profile {options.profile}: {len(scheduler.tasks)} stages, {scheduler.count()}")
     executor = _executor(cluster, artifacts.root / "jobs", jobs, slurm or {})
     threads = max(1, (os.cpu_count() or 1) // jobs) if cluster == "local" else 0
     deadline = None if options.minutes is None else time.time() + 60 * options.minutes
+    gpus = visible_gpus(options.device) if cluster == "local" else []
     try:
         while scheduler.ready() or scheduler.running():
-            _submit(scheduler, executor, lambda s: Job(s, artifacts.root, options.device, threads, deadline))
+            _submit(
+                scheduler,
+                executor,
+                partial(Job, released=not options.from_scratch),
+                artifacts.root,
+                options.device,
+                threads,
+                deadline,
+                gpus,
+            )
             time.sleep(POLL_SECONDS)
             for task in scheduler.running():
                 if task.job.done():
@@ -97,14 +114,35 @@ def compute(
     return 0 if states <= {"done"} else 1 if "failed" in states else 3
 
 
-def _submit(scheduler: Scheduler, executor: Any, job: Callable[[Stage], Job]) -> None:
-    """Start what is ready, as far as there is room; what starts together is one job array on Slurm."""
+def visible_gpus(device: str) -> list[str]:
+    """The GPUs that jobs on this machine may use, as CUDA_VISIBLE_DEVICES names them; none where they compute on the
+    CPU."""
+    if pick_device(device).type == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+
+
+def least_used(gpus: Sequence[str], taken: Sequence[str | None]) -> str | None:
+    """The GPU that the fewest jobs have; None where there is none."""
+    return min(gpus, key=taken.count) if gpus else None
+
+
+def _submit(
+    scheduler: Scheduler, executor: Any, job: Callable[..., Job], root: Path, device: str, threads: int,
+    deadline: float | None, gpus: Sequence[str],
+) -> None:  # fmt: skip
+    """Start what is ready, as far as there is room; what starts together is one job array on Slurm. Each local job has
+    the GPU with the fewest jobs."""
     chosen = scheduler.ready()[: scheduler.jobs - len(scheduler.running())]
     if not chosen:
         return
+    taken = [task.gpu for task in scheduler.running()]
     with executor.batch():
         for task in chosen:
-            task.job = executor.submit(job(task.stage))
+            task.gpu = least_used(gpus, taken)
+            taken.append(task.gpu)
+            task.job = executor.submit(job(task.stage, root, device, threads, deadline, task.gpu))
     for task in chosen:
         scheduler.start(task)
 

@@ -19,7 +19,7 @@ from issl.commands.progress import in_words
 from issl.commands.scheduler import Scheduler
 from issl.data import datasets
 from issl.data.published import ENVIRONMENT
-from issl.devices import computes_bf16, device_name, pick_device
+from issl.devices import computes_bf16, device_name, free_memory, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
 from issl.experiments.cost import NOTEBOOK, speed
@@ -31,7 +31,12 @@ NEEDED_GB = 2.0  # of free memory, for the quick profile
 
 def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
     """Print what was found; exit code 1 where the quick profile could not run here."""
-    target, wrong, lacking = pick_device(device), [], []
+    wrong, lacking = [], []
+    try:
+        target = pick_device(device)
+    except IsslError as error:  # reported with the rest
+        wrong.append(str(error))
+        target, device = torch.device("cpu"), "cpu"
     options = ProfileOptions(data_root=data_root, out=out, device=device)
     folder, root = options.folder, options.root
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_there(folder))
@@ -46,9 +51,9 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
         print(f"GPU         none that torch sees ({built}); everything runs on the CPU")
     bf16 = "with" if computes_bf16(torch.device("cpu"), "auto") else "without"
     print(f"CPU         {device_name(torch.device('cpu'))} of {os.cpu_count()}, {bf16} bf16")
-    print(f"memory      {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    print(f"memory      {free_memory() / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
     print(f"disk        {disk.free / 1e9:.0f} GB free at {folder}")
-    if memory.available < NEEDED_GB * 1e9:
+    if free_memory() < NEEDED_GB * 1e9:
         wrong.append(f"free memory is below {NEEDED_GB:.0f} GB; close other programs")
     for name in ("artifacts", "figures", "results"):
         if not os.access(_there(folder / name), os.W_OK):

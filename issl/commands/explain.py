@@ -174,15 +174,13 @@ def _header(encoder: str) -> dict[str, Any] | None:
 def read_query(options: argparse.Namespace, images: Images) -> Images:
     """The one image that is asked about; attributes: index, what (for titles), trained_on (is it one of `images`?)."""
     side = int(images.pixels.shape[2])
-    member = re.fullmatch(r"(train|test):(\d+)", options.image)
-    if member and member[1] == "train":
-        places = np.flatnonzero(images.attributes["index"] == int(member[2]))
-        if not len(places):
-            raise IsslError(f"{options.image}: the encoder's {len(images)} training images have no index {member[2]}")
-        return _one(images.pixels[places[0]], int(member[2]), f"training image {member[2]}", True)
+    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image)
+    if member and member[1]:
+        place = _place(options.image, member[1], images)
+        return _one(images.pixels[place], int(images.index[place]), f"training image {member[1]}", True)
     if member:
-        same = {"size": options.size or side} if options.data == "fairface" else {}
-        test = datasets.load(options.data, "test", None, options.data_root, **same)
+        same = options.size or side if options.data == "fairface" else None
+        test = datasets.load(options.data, "test", None, options.data_root, size=same)
         if int(member[2]) >= len(test):
             raise IsslError(f"{options.image}: the test set of {options.data} has {len(test)} images, numbered from 0")
         return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
@@ -205,6 +203,19 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
             "its centred square and resize it, or bring it to that size yourself"
         )
     return _one(torch.from_numpy(decode(data, side, str(path)).copy()), 0, path.name, False)
+
+
+def _place(option: str, which: str, images: Images) -> int:
+    """Where an image is among the training images: by its index or, of files, by its path or its place."""
+    known = images.attributes
+    matches = np.flatnonzero(known["path"].to_numpy() == which) if "path" in known else np.empty(0, np.int64)
+    if not len(matches) and which.isdigit():
+        matches = np.flatnonzero(known["index"] == int(which))
+        if not len(matches) and "path" in known and int(which) < len(images):
+            return int(which)
+    if not len(matches):
+        raise IsslError(f"{option}: the encoder's {len(images)} training images have no index {which}")
+    return int(matches[0])
 
 
 def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Images:

@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     # 32 px: what the encoder's stem is made for
     size = 32 if options.size is None and datasets.is_resized(options.data) else options.size
     how, device = recipe(options.method, options.recipe), pick_device(options.device)
-    images = datasets.load(options.data, options.split, options.n, options.data_root, size=size)
+    images = datasets.load(options.data, options.split, options.n, options.data_root, size=size).in_memory()
     watch = None
     if options.watch is not None:
         test = datasets.load(options.data, "test", options.watch, options.data_root, size=size)

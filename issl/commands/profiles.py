@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ class ProfileOptions:
     only      notebooks by number or name, separated by commas; None for all of them, with the report's image explorer
     out       where figures/, results/ and artifacts/ go; None for the checkout
     minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no stage begins after it
+    checkpoints   (method, file): encoders that are scored instead of trained, in place of those that the profile names;
+                  a method may have several. Notebooks that train encoders themselves are then left out
+    from_scratch  make again what comes with the repository
     """
 
     profile: str = "quick"
@@ -37,6 +40,8 @@ class ProfileOptions:
     device: str = "auto"
     out: Path | None = None
     minutes: float | None = None
+    checkpoints: Sequence[tuple[str, str]] = ()
+    from_scratch: bool = False
 
     @property
     def folder(self) -> Path:
@@ -52,7 +57,28 @@ class ProfileOptions:
     def plans(self) -> dict[str, Plan]:
         """The plans of the chosen notebooks, and that of the image explorer where all are chosen."""
         names = [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
-        return read_profile(self.profile, names, out=str(self.folder), data_root=self.root, device=self.device)
+        names = [name for name in names if name not in self.left_out()]
+        return read_profile(
+            self.profile,
+            names,
+            self._given(),
+            out=str(self.folder),
+            data_root=self.root,
+            device=self.device,
+            from_scratch=self.from_scratch,
+        )
+
+    def left_out(self) -> list[str]:
+        """The notebooks that are left out because they train encoders, and these are given."""
+        if self.only is not None:
+            return []  # what was asked for by name is an error instead
+        return [name for name in covered(self.profile) if needs_training(self.profile, name, self._given())]
+
+    def _given(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for method, file in self.checkpoints:
+            found.setdefault(method, []).append(file)
+        return found
 
 
 def notebooks_folder() -> Path:
@@ -86,23 +112,41 @@ def select(only: str) -> list[str]:
     return sorted(set(chosen))
 
 
-def read_profile(profile: str, names: Sequence[str], **common: str | None) -> dict[str, Plan]:
+def read_profile(
+    profile: str,
+    names: Sequence[str],
+    checkpoints: Mapping[str, list[str]] | None = None,
+    **common: str | bool | None,
+) -> dict[str, Plan]:
     """The plans of the named notebooks under a profile; every field is checked.
 
+    checkpoints   take the place of the profile's own
     A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; and `notebooks`,
     those that it is for, where it is not for all.
     """
-    content, file, there = _content(profile), f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
+    file, there = f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
     plans = {}
     for name in names:
         if name not in there:
             raise IsslError(f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there[:-1])}")
-        fields = {**(content.get("common") or {}), **(content.get(name) or {}), "profile": profile, **common}
+        fields = {**_fields(profile, name, checkpoints), "profile": profile, **common}
         try:
             plans[name] = KNOWN[name](**fields)
         except IsslError as error:
             raise IsslError(f"{file}, notebook {name}: {error}") from error
     return plans
+
+
+def _fields(profile: str, name: str, checkpoints: Mapping[str, list[str]] | None) -> dict[str, Any]:
+    """The fields that a profile sets for a notebook."""
+    content = _content(profile)
+    given = {"checkpoints": checkpoints} if checkpoints else {}
+    return {**(content.get("common") or {}), **(content.get(name) or {}), **given}
+
+
+def needs_training(profile: str, name: str, checkpoints: Mapping[str, list[str]] | None = None) -> bool:
+    """Are encoders given to a notebook that has to train its own?"""
+    return bool(_fields(profile, name, checkpoints).get("checkpoints")) and not KNOWN[name].takes_checkpoints
 
 
 def _content(profile: str) -> dict[str, Any]:
@@ -133,6 +177,8 @@ def check(plans: dict[str, Plan], out: Path) -> None:
             raise IsslError(f"output folder {folder} is not writable; choose another with --out DIR")
     for plan in plans.values():
         pick_device(plan.device)
+        for checkpoint in (file for files in plan.checkpoints.values() for file in files):
+            checkpoint.open()
         for data in (data for stage in plan.stages() for data in _data_of(stage)):
             try:
                 available = data.available()

@@ -41,6 +41,7 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     check(plans, out)
     notebooks = {name: plan for name, plan in plans.items() if name != EXPLORER.notebook}
     print(f"profile {options.profile} on {pick_device(options.device)}: {', '.join(notebooks)}", flush=True)
+    _print_given(next(iter(notebooks.values())), options.left_out())
     artifacts = next(iter(notebooks.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if options.minutes is None else began + 60 * options.minutes
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
@@ -81,6 +82,15 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     except IsslError as error:  # a record of a claim that is no longer stated
         print(f"verdicts: {error}", flush=True)
     return 1 if failed else 3 if late else 0
+
+
+def _print_given(plan: Plan, left_out: list[str]) -> None:
+    """Which encoders are scored instead of trained, and which notebooks that leaves out."""
+    for method, files in plan.checkpoints.items():
+        for file in files:
+            print(f"given   {method}: {file.file.name}, {file.open().about}, sha256 {file.sha256[:16]}…", flush=True)
+    if left_out:
+        print(f"left out, for they train encoders themselves: {', '.join(left_out)}", flush=True)
 
 
 def _print_verdicts(results: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.cost import all_stages, seconds
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.experiments.stages import Pretrain
@@ -58,6 +59,7 @@ class Task:
     error: str = ""
     late: bool = False
     job: Any = field(default=None, repr=False)  # of submitit's, where it runs in another process
+    gpu: str | None = None  # the one that this job has for itself
 
 
 class Scheduler:
@@ -168,13 +170,14 @@ def summary(stage: Stage) -> str:
     """The settings that distinguish a stage from its neighbours, in a line: its encoder's and its images."""
     encoder, data, parts = _encoder(stage), getattr(stage, "data", None), []
     if encoder is not None:
-        parts.append(f"{encoder.recipe.method} seed {encoder.seed}")
+        which = encoder.checkpoint.file.name if isinstance(encoder, Given) else f"seed {encoder.seed}"
+        parts.append(f"{encoder.method} {which}")
     if isinstance(data, Data):
         parts.append(f"{data.name} {data.split} n={data.n}")
     return ", ".join(parts)
 
 
-def _encoder(stage: Stage) -> Pretrain | None:
-    if isinstance(stage, Pretrain):
+def _encoder(stage: Stage) -> Pretrain | Given | None:
+    if isinstance(stage, Pretrain | Given):
         return stage
     return next((found for need in stage.needs().values() if (found := _encoder(need)) is not None), None)

@@ -1,6 +1,6 @@
 """All data sets by name: `load` them, `count` their images, `fingerprint` their bytes.
 
-Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `image_folder`,
+Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `image_folder`, `archives`,
 `judged_pairs`. Nothing is downloaded unless asked for (`issl download NAME`).
 """
 
@@ -10,7 +10,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from issl.data import image_folder, judged_pairs, published, scenes
+from issl.data import archives, image_folder, judged_pairs, published, scenes
 from issl.data.images import Images, sample_positions
 from issl.errors import IsslError
 from issl.files import file_digest
@@ -25,8 +25,14 @@ def load(
     root: str | Path | None = None,
     seed: int = 0,
     size: int | None = None,
+    skip_broken: bool = False,
+    workers: int | None = None,
 ) -> Images:
-    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10` or `folder:PATH`.
+    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10`, `folder:PATH`, `tar:PATH`,
+    `parquet:PATH` or `arrow:PATH`.
+
+    The last four are read where they are and decoded when they are needed, so they may be larger than memory
+    (`issl.data.archives`); the others are held in memory.
 
     scenes-swapped is each of n scenes on four backgrounds, see `issl.data.scenes.swapped`; cifair10 is CIFAR-10's
     training set with its judged pairs, see `issl.data.judged_pairs`.
@@ -35,7 +41,9 @@ def load(
           each image keeping its original `index`; `scenes` draws the first n.
     root  the folder of the sets on disk; default $ISSL_DATA.
     seed  of the subset; for `scenes`, of the drawing.
-    size  side in px of the square images; only for `folder:` (default 32) and `fairface` (default 64).
+    size  side in px of the square images; only for sets with a PATH (default 32) and `fairface` (default 64).
+    skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only for sets with a PATH
+    workers      threads that decode; default: the cores
 
     Raises IsslError: unknown name or split, missing or damaged file, more images asked for than there are.
     """
@@ -45,8 +53,11 @@ def load(
         return scenes.swapped(n, split=split, seed=seed)
     if size is not None and not is_resized(name):
         raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
+    side = 32 if size is None else size
     if name.startswith(image_folder.PREFIX):
-        return image_folder.read(image_folder.folder_of(name, split), n, seed, 32 if size is None else size)
+        return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers)
+    if archives.is_archive(name):
+        return archives.read(name, split, n, seed, side, skip_broken, workers)
     if name == "cifair10":
         return judged_pairs.read(split, n, root, seed)
     return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
@@ -54,7 +65,7 @@ def load(
 
 def is_resized(name: str) -> bool:
     """Whether `load` takes a `size` for this set."""
-    return name.startswith(image_folder.PREFIX) or name == "fairface"
+    return name.startswith(image_folder.PREFIX) or archives.is_archive(name) or name == "fairface"
 
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
@@ -63,6 +74,8 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
         return None
     if name.startswith(image_folder.PREFIX):
         return len(image_folder.image_files(image_folder.folder_of(name, split)))
+    if archives.is_archive(name):
+        return archives.count(name, split)
     if name == "cifair10":
         return published.count("cifar10", "train", root)
     return published.count(name, split, root)
@@ -79,13 +92,15 @@ def fingerprint(name: str, split: str = "train", root: str | Path | None = None)
         folder = image_folder.folder_of(name, split)
         stats = [(str(p.relative_to(folder)), p.stat()) for p in image_folder.image_files(folder)]
         rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    if name == "cifair10":
+        return f"{hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}-{image_folder.VERSION}"
+    if archives.is_archive(name):
+        paths = archives.files(name, split)
+    elif name == "cifair10":
         pairs = judged_pairs.pairs_file(split, root)
-        files = [*published.files("cifar10", "train", root), *published.files("cifar10", "test", root), pairs]
+        paths = [*published.files("cifar10", "train", root), *published.files("cifar10", "test", root), pairs]
     else:
-        files = published.files(name, split, root)
-    return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in files)
+        paths = published.files(name, split, root)
+    return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in paths)
 
 
 @lru_cache(maxsize=64)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
-from issl.data.images import Images, decode, sample_positions
+from issl.data.encoded import Decoding, Files, check
+from issl.data.images import Images, sample_positions
+from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
 PREFIX = "folder:"
+VERSION = 2  # of `read`; 1: an image's index was its place among the sorted files
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -36,19 +39,34 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def read(folder: Path, n: int | None, seed: int, size: int) -> Images:
-    """n of the images below the folder (default: all) as squares of `size` px; attributes: index, path, label_name."""
-    if size < 8:
-        raise IsslError(f"size={size}: images need a side of 8 px or more")
+def path_index(path: str) -> int:
+    """An image's index: 62 bits of the hash of its path in the folder, so other files change nothing about it."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 2
+
+
+def read(
+    folder: Path, n: int | None, seed: int, size: int, skip_broken: bool = False, workers: int | None = None
+) -> Images:
+    """n of the images below the folder (default: all) as squares of `size` px, decoded when they are needed;
+    attributes: index, path, label_name."""
+    check_size(size)
     every = image_files(folder)
     rows = sample_positions(f"folder:{folder}", len(every), n, seed)
-    files = [every[i] for i in rows]
-    pixels = np.stack([decode(p.read_bytes(), size, str(p)) for p in files])
-    attributes = pd.DataFrame({"index": rows, "path": [str(p.relative_to(folder)) for p in files]})
-    parents = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in every]
+    files = Files([every[i] for i in rows])
+    good, broken = check(files, f"folder:{folder}", skip_broken)
+    paths = [files.paths[i].relative_to(folder) for i in good]
+    names = [p.as_posix() for p in paths]
+    attributes = pd.DataFrame({"index": [path_index(name) for name in names], "path": names})
     labels = None
-    if all(p is not None for p in parents):
-        names = sorted({p for p in parents if p is not None})
-        labels = torch.tensor([names.index(parents[i] or "") for i in rows], dtype=torch.int64)
-        attributes["label_name"] = [parents[i] for i in rows]
-    return Images(torch.from_numpy(pixels), labels, attributes, f"folder:{folder.name}")
+    if all(len(p.relative_to(folder).parts) > 1 for p in every):
+        classes = sorted({p.relative_to(folder).parts[0] for p in every})
+        attributes["label_name"] = [p.parts[0] for p in paths]
+        labels = torch.tensor([classes.index(p.parts[0]) for p in paths], dtype=torch.int64)
+    pixels = LazyPixels(Decoding(files, size), (size, size), good, workers)
+    return Images(pixels, labels, attributes, f"folder:{folder.name}", broken=broken)
+
+
+def check_size(size: int) -> None:
+    """IsslError for a side that is too small."""
+    if size < 8:
+        raise IsslError(f"size={size}: images need a side of 8 px or more")

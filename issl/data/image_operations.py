@@ -73,7 +73,8 @@ def hue(x: Pixels, shift: PerImage) -> Pixels:
         value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     )
     turned = sector + 6 * shift[:, None, None]
-    k = (turned[:, None] + x.new_tensor([5, 3, 1])[:, None, None]) % 6
+    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)  # of red, green, blue: 5, 3, 1
+    k = (turned[:, None] + offsets[:, None, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

@@ -7,35 +7,39 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set of images, all of one size, held as one tensor.
+    """A set of images, all of one size.
 
-    pixels      uint8 (n, 3, H, W), 0…255
+    pixels      uint8 (n, 3, H, W), 0…255: a tensor, or `LazyPixels`, which decodes what is asked for
     labels      int64 (n,), or None where the set has none
     attributes  one row per image; always has `index`, the image's identity: it survives `subset`, and the image's
                 random numbers depend on it. With labels there is `label_name`
     name        the data set's name, for titles and records
     masks       uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None
+    broken      the images that were left out because they cannot be decoded: name and reason of each
     """
 
-    pixels: UInt8[Tensor, "n 3 h w"]
+    pixels: UInt8[Tensor, "n 3 h w"] | LazyPixels
     labels: Int64[Tensor, " n"] | None
     attributes: pd.DataFrame
     name: str
     masks: UInt8[Tensor, "n h w"] | None = None
+    broken: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
         n = len(self.pixels)
@@ -58,10 +62,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    @property
+    @cached_property
     def index(self) -> Int64[Tensor, " n"]:
         """The identity of each image, as a tensor."""
         return torch.from_numpy(self.attributes["index"].to_numpy(dtype=np.int64).copy())
+
+    def tensor(self) -> UInt8[Tensor, "n 3 h w"]:
+        """All pixels in memory."""
+        return self.pixels[:] if isinstance(self.pixels, LazyPixels) else self.pixels
+
+    def in_memory(self) -> Images:
+        """The same set with all pixels in memory."""
+        return replace(self, pixels=self.tensor())
 
     def require(self, attributes: Sequence[str]) -> pd.DataFrame:
         """These attributes of the images; if one is missing, an IsslError that names the existing ones."""
@@ -91,7 +103,7 @@ class Images:
         if len(rows) and (int(rows.min()) < -len(self) or int(rows.max()) >= len(self)):
             raise IsslError(f"subset of {self.name!r}: position {int(rows.max())} in a set of {len(self)}")
         return Images(
-            pixels=self.pixels[rows],
+            pixels=self.pixels.subset(rows) if isinstance(self.pixels, LazyPixels) else self.pixels[rows],
             labels=None if self.labels is None else self.labels[rows],
             attributes=self.attributes.iloc[rows.numpy()].reset_index(drop=True),
             name=self.name,
@@ -109,13 +121,19 @@ def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndar
 
 
 def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
-    """The centred square of an encoded image, resized to `size` px if necessary. Raises IsslError, which
+    """The centred square of an encoded image, upright, resized to `size` px if necessary. Raises IsslError, which
     says `what` it is, if the bytes are not an image."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)  # as its camera was held
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise IsslError(f"{what} cannot be decoded ({error}); repair or remove it") from error
+    return square(image, size)
+
+
+def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 s s"]:
+    """The centred square of an RGB image, resized to `size` px if necessary."""
     side = min(image.size)
     if image.size != (size, size):
         left, top = (image.width - side) // 2, (image.height - side) // 2

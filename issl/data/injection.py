@@ -47,7 +47,7 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
     copies, strange = round(duplicates * n), round(atypical * n)
     places = rng.permutation(n)
     originals, copied, odd = places[:copies], places[copies : 2 * copies], places[2 * copies : 2 * copies + strange]
-    pixels, index, attributes = images.pixels.clone(), images.index, images.attributes.copy()
+    pixels, index, attributes = images.tensor().clone(), images.index, images.attributes.copy()
     of, kind, unusual = np.full(n, -1), np.full(n, "", dtype=object), np.full(n, "", dtype=object)
     for column, known in (("duplicate_of", of), ("duplicate_kind", kind), ("atypical", unusual)):
         if column in attributes:
@@ -118,5 +118,5 @@ def _strange(what: AtypicalKind, images: Images, place: int, generator: np.rando
     # one seed per image: the same scene in any set and at any position
     drawn = scenes.draw(1, seed=int(generator.integers(2**31)), config=scenes.ScenesConfig(atypical=0))
     side = x.shape[1:]
-    grown = torch.nn.functional.interpolate(drawn.pixels.float(), side, mode="bilinear", antialias=True)
+    grown = torch.nn.functional.interpolate(drawn.tensor().float(), side, mode="bilinear", antialias=True)
     return grown[0].round().clamp(0, 255).byte()

@@ -66,5 +66,5 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
         ],
         ignore_index=True,
     )  # fmt: skip
-    pixels = torch.cat([first.pixels, second.pixels])
+    pixels = torch.cat([first.tensor(), second.tensor()])
     return Images(pixels, torch.cat([first.require_labels(), second.require_labels()]), attributes, "cifair10")

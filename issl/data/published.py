@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from issl.data import superclasses
 from issl.data.images import Images, decode
 from issl.errors import IsslError
 
@@ -39,6 +40,7 @@ class Source:
     size: int = 32  # side of the images in px
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # → prefix of files
     torchvision: tuple[str, str] | None = None  # its class there, and the folder of its files
+    superclasses: Sequence[str] | None = None  # of each class, by its number
     # names of the codes in a column, for files that do not carry them in their own metadata (the published ones do)
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -50,6 +52,7 @@ SOURCES = {
     ),
     "cifar100": Source(
         "cifar100/cifar100", "img", "fine_label", "uoft-cs/cifar100", torchvision=("CIFAR100", "cifar-100-python"),
+        superclasses=superclasses.OF_CLASS, names={"fine_label": superclasses.CLASSES},
     ),
     "fairface": Source(
         "fairface/0.25", "image", "race", "HuggingFaceM4/FairFace", 64, {"train": "train", "test": "validation"},
@@ -71,11 +74,15 @@ def data_root(root: str | Path | None = None) -> Path | None:
 
 
 def read(name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None) -> Images:
-    """The chosen images of a set; attributes: index, label_name and the set's own columns."""
-    found = _locate(name, split, root)
+    """The chosen images of a set; attributes: index, label_name, superclass (CIFAR-100), and the set's own columns."""
+    found, source = _locate(name, split, root), SOURCES[name]
     if isinstance(found, Path):
-        return _read_torchvision(name, split, found, choose)
-    return _read_parquet(name, found, choose, SOURCES[name].size if size is None else size)
+        images = _read_torchvision(name, split, found, choose)
+    else:
+        images = _read_parquet(name, found, choose, source.size if size is None else size)
+    if source.superclasses is not None:
+        images.attributes["superclass"] = np.array(source.superclasses)[images.require_labels().numpy()]
+    return images
 
 
 def files(name: str, split: str, root: str | Path | None) -> list[Path]:
@@ -122,7 +129,10 @@ def download(name: str, root: str | Path | None = None) -> Path:
 def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path:
     """The parquet files of a set or, where there are none, the folder in which torchvision finds it."""
     if name not in SOURCES:
-        raise IsslError(f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10 and folder:PATH")
+        raise IsslError(
+            f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10, and folder:PATH (also tar:, "
+            "parquet:, arrow:)"
+        )
     source, base = SOURCES[name], data_root(root)
     if split not in source.splits:
         raise IsslError(f"split {split!r}: {name} has {' and '.join(source.splits)}")

@@ -147,7 +147,7 @@ def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images
         sets.append((images, attributes))
     first = [images for images, _ in sets]
     return Images(
-        pixels=torch.cat([i.pixels for i in first]),
+        pixels=torch.cat([i.tensor() for i in first]),
         labels=torch.cat([i.require_labels() for i in first]),
         attributes=pd.concat([a for _, a in sets], ignore_index=True),
         name="scenes-swapped",

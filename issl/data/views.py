@@ -59,10 +59,11 @@ class View(Config):
         elif self.flip > 0:
             x = flip(x, mirror)
         if self.jitter > 0:
-            blends = x.new_tensor([self.brightness, self.contrast, self.saturation])
-            factors = (1 + blends * (2 * u[:, 5:8] - 1)).clamp(min=0)
-            shift = self.hue * (2 * u[:, 8:9] - 1)
-            x = jitter(x, torch.cat([factors, shift], 1), u[:, 9:13].argsort(1), u[:, 13] < self.jitter)
+            # one column each: a tensor made from Python's numbers would be copied, and a GPU waited for
+            blends, around = (self.brightness, self.contrast, self.saturation), 2 * u[:, 5:9] - 1
+            factors = [(1 + s * around[:, k]).clamp(min=0) for k, s in enumerate(blends)]
+            settings = torch.stack([*factors, self.hue * around[:, 3]], 1)
+            x = jitter(x, settings, u[:, 9:13].argsort(1), u[:, 13] < self.jitter)
         if self.grayscale > 0:
             x = grayscale(x, u[:, 14] < self.grayscale)
         if self.blur > 0:

@@ -70,7 +70,7 @@ class Stage(Config):
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
-    released           artifacts that come with the repository: they are read, never written
+    released           artifacts that come with the repository: they are read, never written; None: not even read
     deadline           by time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
@@ -80,14 +80,15 @@ class Artifacts:
     progress: bool = False
     checkpoint_seconds: float = 20.0
     deadline: float | None = None
-    released: Path = REPOSITORY / "released"
+    released: Path | None = REPOSITORY / "released"
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's files are, or will be: a released artifact is used where there is none of one's own."""
-        own, given = (place / stage.name / stage.key for place in (self.root, self.released))
-        return given if given.is_dir() and not own.is_dir() else own
+        own = self.root / stage.name / stage.key
+        given = None if self.released is None else self.released / stage.name / stage.key
+        return given if given is not None and given.is_dir() and not own.is_dir() else own
 
     def get(self, stage: Stage) -> Path:
         """The folder of the stage's files, checked against their checksums."""
@@ -120,7 +121,7 @@ class Artifacts:
         if not folder.is_dir():
             return False
         damage = damaged(folder)
-        if damage is not None and folder.is_relative_to(self.released):
+        if damage is not None and self.released is not None and folder.is_relative_to(self.released):
             raise IsslError(f"released artifact {folder}: {damage}; get it again (git checkout -- {folder})")
         if damage is not None:
             print(f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True)

@@ -172,7 +172,7 @@ def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned 
     claim = claims()[name]
     if claim.superseded:
         return SUPERSEDED
-    if profile not in claim.profiles:
+    if profile.split("-")[0] not in claim.profiles:  # paper-cifar100 is the paper's scale, too
         return UNTESTED
     if claim.check:
         return PASSED if found == "reproduced" else FAILED
@@ -208,9 +208,13 @@ def record(
     variant  for a claim that a notebook tests more than once: the method, say; in the file's name, "_" for spaces
     source   as `provenance` gives it
     learned  what the encoders that were scored had learned, as `issl.experiments.plan.Plan.learned` gives it
-    about    method, n, seeds and whatever else qualifies it
+    about    method, n, seeds and whatever else qualifies it. Of an encoder that was given as a file, neither recipe nor
+             seeds are known: the record names the file instead
     """
     judged = judge(name, metrics, source["profile"], dataset, learned)
+    given = source.get("checkpoints", {}).get(about.get("method"))
+    if given is not None:
+        about = {k: v for k, v in about.items() if k != "recipe"} | {"seeds": [], "checkpoint": given}
     claim = claims()[name]
     content = {
         "name": name, "variant": variant, "notebook": claim.notebook, "claim": claim.claim, "paper": claim.paper,

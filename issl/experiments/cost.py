@@ -17,6 +17,7 @@ from issl.data import scenes
 from issl.errors import IsslError
 from issl.experiments import stages
 from issl.experiments.cache import Stage, in_dependency_order
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.pretraining.loop import Execution, pretrain
@@ -55,6 +56,8 @@ def seconds(stage: Stage) -> float:
             work = _count(stage.data) * (1 + stage.draws) * _forward(stage.pretrain.width)
         case stages.Evaluate() | stages.Nearness():
             work = 0.5 + 3e-4 * _count(stage.train.data)
+        case Given():
+            work = 0.5  # its file is read
         case stages.Prune() | stages.Thin() | stages.Pick() | stages.Draw() | stages.Top():
             work = 0.0  # they sort or draw numbers
         case _:

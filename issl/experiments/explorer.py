@@ -17,6 +17,7 @@ class Explorer(Scored):
     """The report's image explorer; no notebook. It shows the first `shown` images of the profile."""
 
     notebook: ClassVar[str] = "report"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     shown: int = Field(2000, ge=16)

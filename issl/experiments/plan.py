@@ -7,16 +7,18 @@ them all, so `issl run` can compute everything before any notebook starts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from issl.config import Config
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned, provenance
+from issl.experiments.given import CheckpointFile, Given
 from issl.experiments.settings import Data, Injection
 from issl.experiments.stages import Choice, Embed, Evaluate, Influence, Pretrain
 from issl.influence.curvature import LoGra
@@ -25,24 +27,34 @@ from issl.pretraining import recipes
 
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
+Files = Annotated[
+    tuple[CheckpointFile, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v]),
+]
 
 
 class Plan(Config):
     """What all notebooks share: where to read and write, the images, and the encoder that is trained.
 
+    from_scratch           artifacts that come with the repository are made again
     duplicates, atypical   shares of the images that are replaced, see `issl.data.injection`; 0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
     epochs                 one number, or one for each method
     snapshots              how many states along a training are kept, evenly spaced, see `Pretrain.snapshots`
+    checkpoints            by method, the file of an encoder that is scored in place of a training (or several, of other
+                           seeds); only the methods that are given are asked about
     """
 
     notebook: ClassVar[str]
     last: ClassVar[bool] = False  # does it read what the other notebooks left?
+    takes_checkpoints: ClassVar[bool] = False  # can it do without any training?
 
     profile: str = "quick"
     out: str = "."
     data_root: str | None = None
     device: str = "auto"
+    from_scratch: bool = False
     dataset: str = "scenes"
     n: int = Field(512, ge=16)
     n_test: int = Field(300, ge=16)
@@ -56,6 +68,33 @@ class Plan(Config):
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
     snapshots: int | None = Field(None, ge=1)
+    checkpoints: dict[recipes.Method, Files] = Field({}, exclude_if=lambda given: not given)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_that_are_given(cls, fields: Any) -> Any:
+        """With `checkpoints`, `methods` are those of them that have a file."""
+        if not isinstance(fields, dict) or not fields.get("checkpoints") or "methods" not in cls.model_fields:
+            return fields
+        methods, given = fields.get("methods", cls.model_fields["methods"].default), fields["checkpoints"]
+        asked = [m for m in methods if m in given]
+        if not asked:
+            raise ValueError(
+                f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about {', '.join(methods)}"
+            )
+        return {**fields, "methods": asked}
+
+    @model_validator(mode="after")
+    def _can_take_checkpoints(self) -> Plan:
+        if not self.checkpoints:
+            return self
+        if not self.takes_checkpoints:
+            raise ValueError(f"{self.notebook} trains encoders itself; leave it out of --only, or give no checkpoints")
+        if "supervised" in self.checkpoints:
+            raise ValueError(
+                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised one is not asked about"
+            )
+        return self
 
     def data(self, split: str = "train", n: int | None = None) -> Data:
         """The images of this notebook; nothing is injected into a test set."""
@@ -74,7 +113,7 @@ class Plan(Config):
             raise IsslError(f"{self.notebook}: epochs has no entry for {method}; it has {', '.join(self.epochs)}")
         return self.epochs[method]
 
-    def pretrain(
+    def training(
         self, method: recipes.Method | None = None, seed: int | None = None, without: Choice | None = None,
         gaps: bool = False,
     ) -> Pretrain:  # fmt: skip
@@ -88,6 +127,16 @@ class Plan(Config):
             snapshots=tuple(sorted(kept)) or None,
         )  # fmt: skip
 
+    def pretrain(self, method: recipes.Method | None = None, seed: int | None = None) -> Pretrain | Given:
+        """The encoder of a method: a training, or a given one (the first for `seed`, the second for the next)."""
+        method = method or self.method
+        files, k = self.checkpoints.get(method, ()), 0 if seed is None else seed - self.seed
+        if not self.checkpoints:
+            return self.training(method, seed)
+        if not 0 <= k < len(files):
+            raise IsslError(f"{self.notebook}: no checkpoint number {k} of {method}; there are {len(files)}")
+        return Given(method=method, checkpoint=files[k])
+
     def stages(self) -> list[Stage]:
         """Every stage that the notebook reads."""
         return [self.pretrain()]
@@ -97,15 +146,22 @@ class Plan(Config):
         return []
 
     def artifacts(self, progress: bool = False) -> Artifacts:
-        return Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
+        found = Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
+        return replace(found, released=None) if self.from_scratch else found
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the results: not where files are, nor the device."""
-        return self.model_dump(mode="json", exclude={"out", "data_root", "device"})
+        settings = self.model_dump(mode="json", exclude={"out", "data_root", "device", "from_scratch", "checkpoints"})
+        return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})
+
+    def given_files(self) -> dict[str, list[dict[str, str]]]:
+        """By method, the name and the digest of each checkpoint."""
+        return {method: [file.described() for file in files] for method, files in self.checkpoints.items()}
 
     def source(self, artifacts: Artifacts) -> dict[str, Any]:
         """Where this notebook's numbers come from, for its figures and records."""
-        return provenance(self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed)
+        found = provenance(self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed)
+        return found | ({"checkpoints": self.given_files()} if self.checkpoints else {})
 
     @property
     def figures(self) -> Path:
@@ -126,8 +182,16 @@ class Scored(Plan):
     noise_seed: int = Field(0, ge=0)
     encoders: int = Field(1, ge=1)
 
-    def scored_encoders(self, method: recipes.Method) -> list[Pretrain]:
-        """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …"""
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_encoders_as_files(cls, fields: Any) -> Any:
+        given = fields.get("checkpoints") if isinstance(fields, dict) else None
+        if not given:
+            return fields
+        return {**fields, "encoders": min(len(f) if isinstance(f, list | tuple) else 1 for f in given.values())}
+
+    def scored_encoders(self, method: recipes.Method) -> list[Pretrain | Given]:
+        """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …, or those given."""
         return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
 
     @property
@@ -138,7 +202,7 @@ class Scored(Plan):
     def curvature(self) -> LoGra:
         return LoGra(self.rank, self.damping)
 
-    def influence(self, encoder: Pretrain, seed: int | None = None, **changes: Any) -> Influence:
+    def influence(self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any) -> Influence:
         """The scores of this notebook's images under an encoder; `changes` are fields of the stage."""
         settings: dict[str, Any] = {
             "data": self.data(), "perturbation": self.noise, "curvature": self.curvature,
@@ -146,29 +210,32 @@ class Scored(Plan):
         }  # fmt: skip
         return Influence(pretrain=encoder, **settings | changes)
 
-    def features(self, encoder: Pretrain, data: Data | None = None) -> Embed:
+    def features(self, encoder: Pretrain | Given, data: Data | None = None) -> Embed:
         """Features of this notebook's images, or of `data`, under an encoder."""
         return Embed(pretrain=encoder, data=data or self.data())
 
-    def evaluation(self, encoder: Pretrain, train: Data | None = None, test: Data | None = None) -> Evaluate:
+    def evaluation(self, encoder: Pretrain | Given, train: Data | None = None, test: Data | None = None) -> Evaluate:
         """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw them or not."""
         a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
-    def untrained(self, encoder: Pretrain | None = None) -> Pretrain:
+    def untrained(self, encoder: Pretrain | Given | None = None) -> Pretrain:
         """The network of an encoder (by default the first) before any training: what it shows, training does not.
 
-        It is the same for every method and whatever is left out, so it is made by one recipe, on all images.
+        It is the same for every method and whatever is left out, so it is made by one recipe, on all images. Beside a
+        given encoder, a ResNet-18 of its width.
         """
         changes = {"epochs": 0, "snapshots": None, "calibrated": True, "recipe": recipes.recipe("simclr", self.recipe)}
-        return (encoder or self.pretrain()).model_copy(update={**changes, "without": None})
+        if isinstance(encoder, Given):
+            return self.training().model_copy(update={"width": encoder.width, **changes})
+        return (encoder or self.training()).model_copy(update={**changes, "without": None})
 
-    def learned_stages(self, encoders: Iterable[Pretrain]) -> list[Evaluate]:
+    def learned_stages(self, encoders: Iterable[Pretrain | Given]) -> list[Evaluate]:
         """What `learned` reads."""
         encoders = list(encoders)
         return [self.evaluation(e) for e in (*encoders, *map(self.untrained, encoders[:1]))]
 
-    def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain]) -> Learned:
+    def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain | Given]) -> Learned:
         """What these encoders, of one method, had learned: the least kNN accuracy of them, that of the first one's
         network before training, and how many they are. Claims ask for it (`issl.experiments.claims.Scale`)."""
         return learned_by(self.learned_stages(encoders), artifacts)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored, learned_by
 from issl.experiments.settings import Data, named_curvature
 from issl.experiments.stages import (
@@ -77,9 +78,9 @@ class Retrained(Scored):
     ) -> Pretrain:  # fmt: skip
         """Training number `seed` without these images: from fresh weights, or continued from the encoder `first`."""
         if kind == "from scratch":
-            fresh = self.pretrain(seed=self.seed + seed, without=without, gaps=gaps)
+            fresh = self.training(seed=self.seed + seed, without=without, gaps=gaps)
             return fresh.model_copy(update={"snapshots": None})
-        first = first or self.pretrain()
+        first = first or self.training()
         small = 1.0 if first.recipe.small == 1 else 0.0
         # plain steps: LARS would scale each layer's gradient, and nothing that is scored knows of that
         recipe = first.recipe.model_copy(update={"optimizer": "sgd", "lr": self.continued_lr, "small": small})
@@ -98,13 +99,13 @@ class Retrained(Scored):
     def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
         """Cross-influence of the scored images on the queries under an encoder, by default the first."""
         return Cross(
-            pretrain=first or self.pretrain(), data=self.scored(), query=self.query_data(), perturbation=self.noise,
+            pretrain=first or self.training(), data=self.scored(), query=self.query_data(), perturbation=self.noise,
             curvature=curvature or self.curvature, seed=self.noise_seed, draws=self.draws,
         )  # fmt: skip
 
     def nearness(self, first: Pretrain | None = None) -> Nearness:
         """Cosine similarity of the scored images and the queries under an encoder, by default the first."""
-        first = first or self.pretrain()
+        first = first or self.training()
         return Nearness(train=self.features(first, self.scored()), query=self.features(first, self.query_data()))
 
     def of_training(self, first: Pretrain) -> dict[str, Any]:
@@ -118,11 +119,11 @@ class Retrained(Scored):
     def training_effect(self, first: Pretrain | None = None, **changes: Any) -> TrainingEffect:
         """Training-aware influence under an encoder, by default the first, whose learner was kept; `changes` are
         fields of the stage."""
-        return TrainingEffect(**self.of_training(first or self.pretrain()), **changes)
+        return TrainingEffect(**self.of_training(first or self.training()), **changes)
 
     def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
         """The fields of a stage that measures this retrained encoder."""
-        first = encoder.start or self.pretrain()
+        first = encoder.start or self.training()
         if channel == "BatchNorm alone":
             return {"pretrain": first, "statistics": encoder}
         if channel == "as trained":
@@ -247,7 +248,7 @@ class Continual(Scored):
         """After the first task; after `leg` legs on the second task; or after as many more on the first."""
         old, new = self.sets(task)
         if way == "first":
-            return self.pretrain(seed=self.seed + seed).model_copy(update={"data": old})
+            return self.training(seed=self.seed + seed).model_copy(update={"data": old})
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
@@ -304,11 +305,12 @@ class Explained(Scored):
     """13_explained: how much of the score do simple statistics explain?"""
 
     notebook: ClassVar[str] = "13_explained"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def scores(self, encoder: Pretrain, noise: int = 0) -> Influence:
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
         """Scores under one of two noises."""
         return self.influence(encoder, self.noise_seed + noise)
 
@@ -321,6 +323,7 @@ class Bridges(Scored):
     """14_bridges: do images of high influence hold the classes together? Does rarity raise a background's influence?"""
 
     notebook: ClassVar[str] = "14_bridges"
+    takes_checkpoints: ClassVar[bool] = True  # without the doses, which are trainings
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
@@ -331,13 +334,18 @@ class Bridges(Scored):
     drawn_epochs: int = Field(4, ge=1)
     dose_seeds: int = Field(1, ge=1)
 
+    @property
+    def trained_doses(self) -> tuple[float, ...]:
+        """The doses for which encoders are trained: none where encoders are given."""
+        return () if self.checkpoints else self.doses
+
     def dose(self, share: float) -> Data:
         """Scenes of which this share has a uniform background; all else is the same at every share."""
         return Data(name="scenes", n=self.drawn, uniform=share)
 
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
-        return self.pretrain(self.methods[0], self.seed + seed).model_copy(
+        return self.training(self.methods[0], self.seed + seed).model_copy(
             update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
@@ -346,13 +354,15 @@ class Bridges(Scored):
 
     def stages(self) -> list[Stage]:
         tests = [self.features(e, self.data("test")) for method in self.methods for e in self.scored_encoders(method)]
-        doses = [(dose, seed) for dose in self.doses for seed in range(self.dose_seeds)]
+        doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
         drawn = [stage for at in doses for stage in (self.dose_encoder(*at), self.dose_scores(*at))]
         return [*self.of_each(self.methods), *tests, *drawn, *self._doses_learned()]
 
     def _doses_learned(self) -> list[Evaluate]:
         """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the usual backgrounds."""
-        encoders = [self.dose_encoder(share, seed) for share in self.doses for seed in range(self.dose_seeds)]
+        encoders = [self.dose_encoder(share, seed) for share in self.trained_doses for seed in range(self.dose_seeds)]
+        if not encoders:
+            return []
         test = Data(name="scenes", split="test", n=self.n_test)
         return [self.evaluation(e, e.data, test) for e in (*encoders, self.untrained(encoders[0]))]
 
@@ -432,7 +442,7 @@ class TrainingAware(Retrained):
 
     def first(self, method: recipes.Method, encoder: int) -> Pretrain:
         """The encoder that is scored."""
-        return self.scored_encoders(method)[encoder]
+        return self.training(method, self.seed + encoder)
 
     def draw(self, k: int) -> Draw:
         """The images that subset number `k` leaves out."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned
+from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored
 from issl.experiments.settings import Data, Injection
 from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain, Prune, Thin
@@ -31,18 +32,25 @@ class SeedCorrelation(Scored):
     """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?"""
 
     notebook: ClassVar[str] = "01_seed_correlation"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
-    encoders: int = Field(2, ge=2)
+    encoders: int = Field(2, ge=1)
     noise_seeds: int = Field(2, ge=2)
     draws: tuple[int, ...] = Field((1, 4), min_length=1)  # of the noise, averaged; on some of the images alone:
     averaged: int = Field(128, ge=16)  # the first ones
 
-    def scores(self, encoder: Pretrain, noise: int = 0) -> Influence:
+    @model_validator(mode="after")
+    def _two_trainings_to_compare(self) -> SeedCorrelation:
+        if self.encoders < 2 and not self.checkpoints:
+            raise ValueError(f"encoders = {self.encoders}: two trainings or more are compared")
+        return self
+
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
         """Scores of all images with one draw of noise number `noise`."""
         return self.influence(encoder, self.noise_seed + noise)
 
-    def averaged_scores(self, encoder: Pretrain, noise: int, draws: int) -> Influence:
+    def averaged_scores(self, encoder: Pretrain | Given, noise: int, draws: int) -> Influence:
         """Scores of the first `averaged` images, with so many draws."""
         data = self.data().model_copy(update={"first": self.averaged})
         return self.influence(encoder, self.noise_seed + noise, data=data, draws=draws)
@@ -70,6 +78,7 @@ class AugmentationAblation(Scored):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?"""
 
     notebook: ClassVar[str] = "02_augmentation_ablation"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     scored: int = Field(128, ge=16)
@@ -108,7 +117,7 @@ class AugmentationAblation(Scored):
             return self.draws
         return tuple(dict.fromkeys((self.draws[0], self.draws[-1]))) if name in self.at_full() else self.draws[:1]
 
-    def scores(self, encoder: Pretrain, name: str, draws: int, seed: int) -> Influence:
+    def scores(self, encoder: Pretrain | Given, name: str, draws: int, seed: int) -> Influence:
         """Scores of the first `scored` images under a perturbation, averaged over draws; seed 0 or 1."""
         return self.influence(
             encoder, self.noise_seed + seed, data=self.scored_data(), perturbation=self.perturbations()[name],
@@ -140,6 +149,7 @@ class BackgroundBias(Scored):
     """03_background_bias: do images of high influence have uniform backgrounds?"""
 
     notebook: ClassVar[str] = "03_background_bias"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     gallery: int = Field(24, ge=1)
@@ -153,11 +163,11 @@ class BackgroundBias(Scored):
         world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs, "snapshots": None}
         return self if self.dataset == "scenes" else self.model_copy(update=world)
 
-    def drawn_encoders(self) -> list[Pretrain]:
-        """The first method, trained on scenes."""
+    def drawn_encoders(self) -> list[Pretrain | Given]:
+        """The first method, trained on scenes; or the given encoders, which have then seen no scenes."""
         return self.drawn_plan().scored_encoders(self.methods[0])
 
-    def swapped_scores(self, encoder: Pretrain) -> Influence:
+    def swapped_scores(self, encoder: Pretrain | Given) -> Influence:
         """Scores of the same scenes on each background, under one of these encoders."""
         return self.influence(encoder, data=Data(name="scenes-swapped", n=self.swapped))
 
@@ -171,6 +181,7 @@ class Duplicates(Scored):
     """04_duplicates: does low influence find duplicates?"""
 
     notebook: ClassVar[str] = "04_duplicates"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
 
@@ -218,7 +229,7 @@ class Fairness(Scored):
         )
 
     def thinned_encoder(self, method: recipes.Method, seed: int, at_random: bool = False) -> Pretrain:
-        return self.pretrain(method, self.seed + seed, self.removal(seed, at_random))
+        return self.training(method, self.seed + seed, self.removal(seed, at_random))
 
     def thinned_scores(self, method: recipes.Method, seed: int, at_random: bool = False) -> Influence:
         """Scores of all images after a training without those of `removal`."""
@@ -259,7 +270,7 @@ class Pruning(Scored):
         """The seeds that are retrained: the one that was scored cannot judge what its own scores remove."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def judging(self, method: recipes.Method) -> list[Pretrain]:
+    def judging(self, method: recipes.Method) -> list[Pretrain | Given]:
         """The encoders of these seeds, trained on all images."""
         return [self.pretrain(method, seed) for seed in self.judges]
 
@@ -276,7 +287,7 @@ class Pruning(Scored):
 
     def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
         """Accuracy of an encoder trained from scratch without this share of the images."""
-        return self.evaluation(self.pretrain(method, seed, self.removal(method, which, share, seed)))
+        return self.evaluation(self.training(method, seed, self.removal(method, which, share, seed)))
 
     def stages(self) -> list[Stage]:
         found: list[Stage] = []
@@ -296,6 +307,7 @@ class Outliers(Scored):
     """
 
     notebook: ClassVar[str] = "07_outliers"
+    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     made_strange: float = Field(0.1, gt=0, le=0.5)
@@ -304,11 +316,11 @@ class Outliers(Scored):
         """Test images, some of them made strange: no encoder was trained on them."""
         return self.data("test").model_copy(update={"inject": Injection(atypical=self.made_strange)})
 
-    def new_scores(self, encoder: Pretrain) -> Influence:
+    def new_scores(self, encoder: Pretrain | Given) -> Influence:
         """Their scores under the curvature of the training images."""
         return self.influence(encoder, others=self.new_images())
 
-    def new_features(self, encoder: Pretrain) -> Embed:
+    def new_features(self, encoder: Pretrain | Given) -> Embed:
         return self.features(encoder, self.new_images())
 
     def stages(self) -> list[Stage]:
@@ -347,9 +359,9 @@ class SupervisedVsSSL(Scored):
 
     def supervised_encoders(self) -> list[Pretrain]:
         """The supervised models that are scored."""
-        return [self.pretrain("supervised", self.seed + k) for k in range(self.supervised)]
+        return [self.training("supervised", self.seed + k) for k in range(self.supervised)]
 
-    def scores(self, encoder: Pretrain, noise: int = 0) -> Influence:
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
         """Scores by the stability loss, under one of two noises."""
         return self.influence(encoder, self.noise_seed + noise)
 
@@ -369,7 +381,7 @@ class SupervisedVsSSL(Scored):
         return self.evaluation(self.pretrain(method, seed))
 
     def pruned(self, method: recipes.Method, by: By, seed: int) -> Evaluate:
-        return self.evaluation(self.pretrain(method, seed, self.removal(by, seed)))
+        return self.evaluation(self.training(method, seed, self.removal(by, seed)))
 
     def stages(self) -> list[Stage]:
         classifiers = self.supervised_encoders()
@@ -388,6 +400,7 @@ class LinearTheory(Plan):
     """09_linear_theory: the closed form of a linear encoder, checked by retraining without a point."""
 
     notebook: ClassVar[str] = "09_linear_theory"
+    takes_checkpoints: ClassVar[bool] = True
 
     points: int = Field(200, ge=20)
     side: int = Field(8, ge=2)
@@ -403,6 +416,7 @@ class ClaimsAudit(Plan):
     """11_claims_audit: all claims in one table, from the records that the other notebooks left."""
 
     notebook: ClassVar[str] = "11_claims_audit"
+    takes_checkpoints: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
     def stages(self) -> list[Stage]:

@@ -70,7 +70,7 @@ class Data(Config):
 @lru_cache(maxsize=4)
 def _loaded(data: Data, fingerprint: str) -> Images:
     if data.uniform is None:
-        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size)
+        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size).in_memory()
     else:
         images = scenes.draw(data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform))
     if data.classes is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,11 +29,12 @@ from issl.analysis.training_influence import Share, subset_effects, training_inf
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.given import Given
 from issl.experiments.settings import Data, Weighing, is_unset
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
-from issl.influence.curvature import Identity, LoGra
+from issl.influence.curvature import Identity, LoGra, RandomProjection
 from issl.influence.fitted import fit
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -43,7 +45,7 @@ from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.optimizer import learning_rate
-from issl.pretraining.recipes import RECIPES, Recipe
+from issl.pretraining.recipes import RECIPES, Method, Recipe
 
 
 class Pretrain(Stage):
@@ -83,6 +85,11 @@ class Pretrain(Stage):
         if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
             raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
         return self
+
+    @property
+    def method(self) -> Method:
+        """By which it is trained."""
+        return self.recipe.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
@@ -147,6 +154,13 @@ class Pretrain(Stage):
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.get(self) / "history.csv")
 
+    def in_words(self, artifacts: Artifacts) -> str:
+        """How it was trained, for the reader of a notebook."""
+        if self.epochs == 0:
+            return "none"
+        loss = self.history(artifacts)["loss"]
+        return f"loss {loss.iloc[0]:.2f} → {loss.iloc[-1]:.2f} in {len(loss)} epochs"
+
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
         keep = torch.ones(n, dtype=torch.bool)
         if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
@@ -171,7 +185,7 @@ class Influence(Stage):
 
     name: ClassVar[str] = "influence"
 
-    pretrain: Pretrain
+    pretrain: Pretrain | Given
     data: Data
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     curvature: Weighing = LoGra()
@@ -183,8 +197,8 @@ class Influence(Stage):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         supervised = self.loss == "cross_entropy"
-        if supervised and self.pretrain.recipe.method != "supervised":
-            raise IsslError(f"loss='cross_entropy' of a {self.pretrain.recipe.method} encoder: it has no classes")
+        if supervised and self.pretrain.method != "supervised":
+            raise IsslError(f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes")
         encoder, images = self.pretrain.encoder(artifacts, "projector" if supervised else "features"), self.data.load()
         what: dict[str, Any] = {
             "perturbation": self.perturbation, "curvature": self.curvature, "seed": self.seed, "draws": self.draws,
@@ -315,7 +329,7 @@ class Measured(Stage):
     estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of these images
     """
 
-    pretrain: Pretrain
+    pretrain: Pretrain | Given
     data: Data
     statistics: Pretrain | None = Field(None, exclude_if=is_unset)
     estimated: Data | None = Field(None, exclude_if=is_unset)
@@ -324,6 +338,8 @@ class Measured(Stage):
     def _statistics_of_one_kind(self) -> Measured:
         if self.statistics is not None and self.estimated is not None:
             raise ValueError("give `statistics` or `estimated`, not both")
+        if self.estimated is not None and isinstance(self.pretrain, Given):
+            raise ValueError("`estimated` takes the views of the training, and a given encoder does not say which")
         return self
 
     def encoder(self, artifacts: Artifacts) -> nn.Module:
@@ -331,7 +347,7 @@ class Measured(Stage):
         encoder = self.pretrain.encoder(artifacts)
         if self.statistics is not None:
             return copy_statistics(self.statistics.encoder(artifacts), encoder)
-        if self.estimated is not None:
+        if self.estimated is not None and isinstance(self.pretrain, Pretrain):
             return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
         return encoder
 
@@ -400,9 +416,13 @@ class Cross(Pairs):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         encoder, images, query = self.pretrain.encoder(artifacts), self.data.load(), self.query.load()
+        computing = _computing(artifacts)
+        if not isinstance(self.curvature, LoGra | RandomProjection):
+            # whole gradients: as many numbers an image as weights. Twice the passes, instead of tens of gigabytes
+            computing = replace(computing, memory="recomputed")
         scores = cross_influence(
             encoder, images, as_queries(query), self.perturbation, self.curvature, self.seed,
-            draws=self.draws, computing=_computing(artifacts),
+            draws=self.draws, computing=computing,
         )  # fmt: skip
         _write_pairs(folder, scores, images, query)
 
@@ -577,8 +597,8 @@ class Evaluate(Stage):
         train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
-        probe, c = probe_hits(train, labels, test, truth, self.seed)
-        knn = knn_hits(train, labels, test, truth, self.k, self.temperature)
+        probe, c = probe_hits(train, labels, test, truth, self.seed, artifacts.device)
+        knn = knn_hits(train, labels, test, truth, self.k, self.temperature, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
         with atomic(folder / "hits.parquet") as part:

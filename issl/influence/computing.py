@@ -19,7 +19,8 @@ class Computing:
     """How to compute scores; they stay the same up to rounding. Raises IsslError for settings that make no sense.
 
     device      where to compute; default: where the encoder is
-    batch_size  images per forward and backward pass
+    batch_size  images per forward and backward pass; "auto": what fits into the free memory, by a trial with two.
+                Halved where memory runs out
     precision   "bf16" computes the features under autocast, which rounds to 3 digits; curvature and sums do not change
     memory      where the projected gradients stay between their two uses: "ram", "mapped" (in files), or nowhere,
                 "recomputed"; "auto" takes the first that fits into `memory_gb` or the free disk
@@ -30,7 +31,7 @@ class Computing:
     """
 
     device: str | torch.device | None = None
-    batch_size: int = 256
+    batch_size: int | Literal["auto"] = 256
     precision: Literal["fp32", "bf16"] = "fp32"
     memory: Memory = "auto"
     memory_gb: float | None = None
@@ -39,8 +40,8 @@ class Computing:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if not number_or_nan(self.batch_size) >= 1:
-            raise IsslError(f"batch_size={self.batch_size!r}: must be 1 or more")
+        if self.batch_size != "auto" and not number_or_nan(self.batch_size) >= 1:
+            raise IsslError(f"batch_size={self.batch_size!r}: must be 1 or more, or auto")
         if self.precision not in ("fp32", "bf16"):
             raise IsslError(f"precision={self.precision!r}: choose fp32 or bf16")
         if self.memory not in ("auto", "ram", "mapped", "recomputed"):

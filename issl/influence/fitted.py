@@ -45,7 +45,6 @@ from issl.influence.measurement import (
     Measurement,
     Probe,
     Run,
-    check_independent,
     describe_loss,
     not_empty,
     open_probe,
@@ -139,7 +138,7 @@ class Fitted:
             raise IsslError(
                 f"device={str(asked)!r}: the encoder is on {self.probe.device}; name the device in load_fitted"
             )
-        check_independent(self.probe.model, self.probe.pixels(data, slice(0, 4)))
+        self.probe.check(data, computing.shards)
         return set_up(self.probe, data, self.sketches, _one_pass(computing))
 
 

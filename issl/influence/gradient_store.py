@@ -17,12 +17,11 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,8 +29,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from issl.data.images import Images
+from issl.data.lazy_pixels import LazyPixels
+from issl.devices import free_memory
 from issl.errors import IsslError
 from issl.files import atomic
+from issl.influence.batch_size import is_out_of_memory
 from issl.influence.computing import Computing
 
 RowsOf = Callable[[slice], dict[str, Tensor]]  # computes the rows of these images, by name
@@ -50,7 +52,7 @@ def choose_memory(computing: Computing, need: int) -> Computing:
         return computing
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine
     gb = computing.memory_gb
-    if need <= (0.5 * psutil.virtual_memory().available / here if gb is None else gb * 1e9):
+    if need <= (0.5 * free_memory() / here if gb is None else gb * 1e9):
         return replace(computing, memory="ram")
     fits = 2 * need * here < shutil.disk_usage(tempfile.gettempdir()).free
     return replace(computing, memory="mapped" if fits else "recomputed")
@@ -63,10 +65,11 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     identity    the fingerprint of these rows; a store that has another is refused
     """
 
+    in_batches = Batches(rows_of, computing.batch_size)
+
     def compute(chunk: slice) -> dict[str, Tensor]:
-        starts = range(chunk.start, chunk.stop, computing.batch_size)
-        parts = [rows_of(slice(k, min(k + computing.batch_size, chunk.stop))) for k in starts]
-        return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}
+        parts = list(in_batches(chunk))
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
         total = sum(c.stop - c.start for c in missing)
@@ -113,6 +116,40 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     return from_disk
 
 
+@dataclass
+class Batches:
+    """Computes rows batch by batch; a batch that memory does not suffice for is halved, and so are all after it."""
+
+    rows_of: RowsOf
+    size: int | Literal["auto"]  # decided by the time it is used
+
+    def __call__(self, chunk: slice) -> Iterator[dict[str, Tensor]]:
+        """The rows of a chunk's batches, on the CPU."""
+        assert self.size != "auto"
+        start = chunk.start
+        while start < chunk.stop:
+            batch = slice(start, min(start + self.size, chunk.stop))
+            try:
+                found = {name: rows.cpu() for name, rows in self.rows_of(batch).items()}
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(batch.stop - batch.start, error)
+                continue
+            yield found
+            start = batch.stop
+
+    def _halve(self, size: int, error: BaseException) -> None:
+        if size == 1:
+            raise IsslError(
+                f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
+                "images (--size), or a machine with more"
+            ) from error
+        self.size = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def split(share: slice, row_bytes: int) -> list[slice]:
     """A process's share of the images, in chunks whose rows (`row_bytes` each) fit into memory together."""
     step = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
@@ -125,8 +162,9 @@ def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(data.pixels.numpy().tobytes())
-    digest.update(data.index.numpy().tobytes())
+    pixels = data.pixels
+    digest.update(pixels.identity().encode() if isinstance(pixels, LazyPixels) else pixels.contiguous().numpy().data)
+    digest.update(data.index.numpy().data)
     return digest.hexdigest()
 
 
@@ -149,5 +187,8 @@ def _open_store(store: Path, identity: str) -> None:
     if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")
     if not mark.exists():
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
+        try:
+            with atomic(mark) as part:
+                part.write_text(json.dumps({"identity": identity}))
+        except OSError as error:
+            raise IsslError(f"store {store} cannot be written ({error}); choose another folder") from error

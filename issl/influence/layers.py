@@ -21,13 +21,22 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
     """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them.
 
-    Raises IsslError where the encoder cannot be scored: no such layer, train mode, weights that are not
-    finite, normalisation by batch statistics or never trained, unsupported kinds of weights.
+    Raises IsslError where the encoder cannot be scored: not a module, no such layer, train mode, weights that are not
+    there (device meta) or not finite, normalisation by batch statistics or never trained, unsupported kinds of weights.
     """
+    if not isinstance(encoder, nn.Module):
+        raise IsslError(
+            f"encoder is {'None' if encoder is None else f'a {type(encoder).__name__}'}; give a torch.nn.Module, such "
+            "as issl.load_encoder(FILE)"
+        )
+    if isinstance(skip, str):
+        raise IsslError(f"skip={skip!r}: give a list of names, such as [{skip!r}]")
     training = [name or "(the encoder itself)" for name, m in encoder.named_modules() if m.training]
     if training:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
+        if value.is_meta:
+            raise IsslError(f"encoder: {name} has no values (device meta); load its weights, then score it")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise IsslError(f"encoder: {name} holds NaN or infinite values; load an intact checkpoint")
     for name, m in encoder.named_modules():

@@ -13,7 +13,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
+from issl.devices import pick_device
 from issl.errors import IsslError
+from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
 from issl.influence.frozen_encoder import frozen_copy
@@ -22,7 +24,9 @@ from issl.influence.layers import Layer, scored_layers
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import check_features, per_example, second_moments
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
+from issl.shards import Shards
 
+LARGEST_SEED = 1 << 62  # a key of 64 bits, of which queries set one of their own
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
 
@@ -44,8 +48,10 @@ class Measurement:
             raise IsslError(f"average={self.average!r}: choose gradients or scores")
         if not isinstance(self.curvature, Curvature) or isinstance(self.curvature, type):
             raise IsslError(f"curvature {self.curvature!r}: need an object such as LoGra(rank=16)")
-        if self.draws < 1:
-            raise IsslError(f"draws={self.draws}: must be 1 or more")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < LARGEST_SEED:
+            raise IsslError(f"seed={self.seed!r}: give a whole number from 0 to 2⁶² − 1")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise IsslError(f"draws={self.draws!r}: must be a whole number, 1 or more")
         if self.draws > 1 and (not isinstance(self.perturbation, Perturbation) or self.seed >= 2**32):
             raise IsslError(
                 f"draws={self.draws}: several draws need a perturbation with .keyed(seed), such as GaussianNoise(), "
@@ -73,13 +79,18 @@ class Probe:
     device: torch.device
     dtype: torch.dtype
 
+    def check(self, images: Images, shards: Shards) -> None:
+        """IsslError for an encoder that mixes the images of a batch, on the first ones of this process's share."""
+        share = shards.share(len(images))
+        _check_independent(self.model, self.pixels(images, torch.arange(share.start, min(share.start + 4, share.stop))))
+
     def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
         return images.pixels[positions].to(self.device).to(self.dtype) / 255
 
     def views(self, images: Images, positions: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         """The images at these positions, and their perturbed views, checked."""
         x = self.pixels(images, positions)
-        shaken = perturb(x, images.index[positions])
+        shaken = perturb(x.clone(), images.index[positions])  # one that works in place must not change the image
         _check_view(shaken, x, images.index[positions])
         return x, shaken
 
@@ -95,6 +106,17 @@ class Probe:
             found = second_moments(self.model, self.layers, *self.views(images, batch, self.perturbs[0]), loss)
             sums = {name: sums[name] + found[name] for name in sums}
         return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
+
+    def choose_batch(self, images: Images, sketches: dict[str, Sketch], computing: Computing) -> Computing:
+        """The same settings with `batch_size` decided, by a trial on the first images of this process's share."""
+        if computing.batch_size != "auto":
+            return computing
+        rows_of, start = (
+            self.rows_of(images, sketches, self.what.loss, computing),
+            computing.shards.share(len(images)).start,
+        )
+        size = choose_batch_size(lambda count: rows_of(slice(start, min(start + count, len(images)))), self.device)
+        return replace(computing, batch_size=size)
 
     def sketches(self, moments: dict[str, Moments | None], norms_only: bool) -> dict[str, Sketch]:
         """What is kept of each image's gradient, by layer."""
@@ -178,10 +200,14 @@ def whitenings(
 
 def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> Probe:
     """The frozen encoder, after every check that needs no image."""
+    if torch.is_inference_mode_enabled():
+        raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
     perturbs = what.perturbs()
     scored_layers(encoder, what.skip)  # before any work
     first = next(encoder.parameters())
     device = first.device if computing.device is None else torch.device(computing.device)
+    if device.type == "cuda":
+        pick_device("cuda")  # says why there is none
     model = frozen_copy(encoder, device)
     return Probe(model, scored_layers(model, what.skip), what, perturbs, device, first.dtype)
 
@@ -195,7 +221,7 @@ def prepare(
     """
     data = not_empty(images)
     probe = open_probe(encoder, what, computing)
-    check_independent(probe.model, probe.pixels(data, slice(0, 4)))
+    probe.check(data, computing.shards)
     return set_up(probe, data, probe.sketches(probe.moments(data, computing), norms_only), computing, norms_only)
 
 
@@ -206,6 +232,7 @@ def set_up(
     data, what = not_empty(images), probe.what
     share, row_bytes = computing.shards.share(len(data)), probe.row_bytes(sketches)
     computing = choose_memory(computing, row_bytes * (share.stop - share.start))
+    computing = probe.choose_batch(data, sketches, computing)
     settings = (
         describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
         norms_only,
@@ -254,6 +281,8 @@ def _bound(loss: Loss | CrossEntropy, images: Images, positions: slice | Tensor)
 
 
 def _check_finite(values: dict[str, Tensor], index: Int64[Tensor, " b"]) -> None:
+    if bool(torch.stack([torch.isfinite(value).all() for value in values.values()]).all()):
+        return  # one question a batch: each answer is a wait for the GPU
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):
             good = torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1).cpu()
@@ -264,18 +293,23 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
     if not isinstance(shaken, Tensor) or shaken.shape != x.shape:
         shape = tuple(shaken.shape) if isinstance(shaken, Tensor) else type(shaken).__name__
         raise IsslError(f"perturbation gives {shape} for pixels {tuple(x.shape)}; it must keep the shape")
-    finite = torch.isfinite(shaken).flatten(1).all(1).cpu()
+    finite = torch.isfinite(shaken).flatten(1).all(1).cpu()  # then the rest is asked on the CPU
     if not bool(finite.all()):
         raise IsslError(f"perturbation gives NaN or infinite pixels for image index {index[~finite][:5].tolist()}")
 
 
 @torch.no_grad()
-def check_independent(model: nn.Module, x: Tensor) -> None:
+def _check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     together = model(x)
     check_features(together, len(x))
     alone = model(x[:1])
     check_features(alone, 1)
+    with torch.enable_grad():
+        if not model(x[:1].clone().requires_grad_()).requires_grad:
+            raise IsslError(
+                "encoder cuts its features off from their gradient; remove no_grad or detach in its forward"
+            )
     if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
         raise IsslError(
             "encoder gives an image other features alone than in a batch, so its loss is not per example; remove what "

@@ -226,11 +226,13 @@ def check_features(features: object, rows: int) -> None:
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")
-    if not bool(torch.isfinite(features).all()):
+    finite, nonzero = torch.isfinite(features).all(), features.any(1).all()
+    if bool(finite & nonzero):
+        return  # the usual case: a GPU is waited for once
+    if not bool(finite):
         bad = int((~torch.isfinite(features).all(1)).sum())
         raise IsslError(
             f"encoder gives NaN or infinite features for {bad} of {rows} views; check its weights and input"
         )
-    if not bool(features.any(1).all()):
-        bad = int((~features.any(1)).sum())
-        raise IsslError(f"encoder gives an all-zero feature vector for {bad} of {rows} views: its cosine is undefined")
+    bad = int((~features.any(1)).sum())
+    raise IsslError(f"encoder gives an all-zero feature vector for {bad} of {rows} views: its cosine is undefined")

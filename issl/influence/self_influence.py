@@ -8,6 +8,7 @@ The same in a few slow lines: `issl.influence.reference`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import full_precision
-from issl.errors import IsslError
+from issl.errors import IsslError, number_or_nan
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
@@ -69,8 +70,8 @@ def self_influence(
     """
     what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip)
     for value in sweep:
-        if not value > 0:
-            raise IsslError(f"sweep: damping {value} must be > 0")
+        if not 0 < number_or_nan(value) < np.inf:
+            raise IsslError(f"sweep: damping {value!r} must be a finite number > 0")
     with full_precision():
         run = prepare(encoder, images, what, computing, norms_only=norms_suffice(what))
         return scores(run, run.whitenings([curvature.damping, *sweep]), sweep)
@@ -103,6 +104,8 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
                 if k == 0:
                     draw_scores[positions] += each.cpu().numpy()
     losses, squares, values, draw_scores = shards.gather([losses, squares, values, draw_scores])
+    if what.loss is stability_loss and not losses.any():
+        warnings.warn("every influence is 0: the perturbation does not move the features", stacklevel=3)
     columns = {
         "index": run.data.index.numpy(), "influence": values[0],
         "stability_loss" if what.loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),

@@ -23,8 +23,9 @@ History = list[dict[str, int | float]]  # one entry per epoch
 class Checkpoint:
     """Where a run is saved, how often, and when it has to stop.
 
-    path      the file to resume from and to write to; with it, a killed run continues where it was and ends with the
-              same weights. None: nothing is saved
+    path      the file to resume from and to write to; with it, a killed run continues where it was and takes the same
+              steps: on a CPU it ends with the same weights, on a GPU up to rounding, for cuDNN's fastest algorithms sum
+              in another order each time. None: nothing is saved
     seconds   the least time between two saves
     deadline  by the clock of time.monotonic(): an epoch that would end later is not begun; the run is saved and
               OutOfTime raised

@@ -8,9 +8,13 @@ image out (`keep`) changes neither the order nor the views of the others.
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import pandas as pd
@@ -58,9 +62,22 @@ class Execution:
         if self.compiled == "on" and self.shards.world > 1:
             raise IsslError(f"compiled='on' on {self.shards.world} processes: choose auto or off, or one process")
         pays = torch.device(self.device).type == "cuda" and self.shards.world == 1 and images_seen >= WORTH_COMPILING
-        if self.compiled == "on" or (self.compiled == "auto" and pays):
-            return [torch.compile(f, dynamic=False) for f in functions]
-        return functions
+        if self.compiled == "off" or (self.compiled == "auto" and not pays):
+            return functions
+        if (lacking := lacking_for_compilation()) is not None:
+            if self.compiled == "on":
+                raise IsslError(f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off")
+            print(f"training without torch.compile, which needs {lacking}: slower, the same otherwise", file=sys.stderr)
+            return functions
+        return [torch.compile(f, dynamic=False) for f in functions]
+
+
+def lacking_for_compilation() -> str | None:
+    """What torch.compile needs for a GPU and does not find; None where nothing is lacking."""
+    named = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([named] if named else ["cc", "gcc", "clang"])):
+        return f"the C compiler {named} (of $CC)" if named else "a C compiler (gcc or clang)"
+    return None if find_spec("triton") else "the package triton"
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -146,7 +163,7 @@ def pretrain(
     }  # fmt: skip
     history = checkpoint.resume(learner, optimizer, identity)
     order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
-    pixels, keep, kept = images.pixels.to(device), keep.to(device), int(keep.sum())
+    pixels, keep, kept = images.tensor().to(device), keep.to(device), int(keep.sum())
     half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
     steps = (n if gaps else kept) // batch_size  # of an epoch
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps

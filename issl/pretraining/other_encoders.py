@@ -65,7 +65,8 @@ def open_encoder(
     spec      a file (ours, solo-learn's, lightly's, or a plain state dict of a ResNet), `torchvision:NAME` or
               `timm:NAME`
     weights   for the last two: a file with a state dict; default: the model's own pretrained weights (downloaded)
-    mean, std of the pixels in training; default: the model's own if it has them, else ImageNet's
+    mean, std of the pixels in training; default: the model's own if it has them or its layout tells them, else
+              ImageNet's
     Raises IsslError for an unknown name, a missing or damaged file, and keys in no known layout.
     """
     kind, _, name = spec.partition(":")
@@ -83,7 +84,7 @@ def open_encoder(
     header = read_safetensors(path, "encoder")[0].get("issl") if path.suffix == ".safetensors" else None
     if header is not None:
         return Opened(load_encoder(path), 32, _own(json.loads(header), path.name))
-    return resnet_from(read_state(path), str(path), mean or PIXEL_MEAN, std or PIXEL_STD)
+    return resnet_from(read_state(path), str(path), mean, std)
 
 
 def _own(header: dict[str, Any], name: str) -> str:
@@ -131,12 +132,19 @@ PLACES = {
     "generator": {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
 }
 TEACHERS = ("momentum", "teacher", "target", "ema")  # second encoders, which follow the trained one
+# mean and std of the pixels, by the classes of solo-learn's online classifier, where the stem is that for CIFAR
+# (its solo/data/pretrain_dataloader.py)
+SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
-def resnet_from(state: State, what: str, mean: Triple = PIXEL_MEAN, std: Triple = PIXEL_STD) -> Opened:
+def resnet_from(state: State, what: str, mean: Triple | None = None, std: Triple | None = None) -> Opened:
     """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
+    mean, std   of the pixels in training; default: those that solo-learn trains on CIFAR with, else ImageNet's
     """
     found = {p: s for p, s in _prefixes(state).items() if not any(t in p for t in TEACHERS)}
     if len(found) != 1:
@@ -164,7 +172,10 @@ def resnet_from(state: State, what: str, mean: Triple = PIXEL_MEAN, std: Triple 
     net.add_module("flatten", nn.Flatten())
     _load(net, {k: v for k, v in own.items() if not k.startswith(("fc.", "linear."))}, what)
     layout = "solo-learn" if solo else f"keys {prefix}…" if prefix else "plain keys"
-    return Opened(nn.Sequential(Normalize(mean, std), net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
+    classes = len(state["classifier.weight"]) if solo and not large else 0
+    usual_mean, usual_std = SOLO_CIFAR.get(classes, (PIXEL_MEAN, PIXEL_STD))
+    normalize = Normalize(mean or usual_mean, std or usual_std)
+    return Opened(nn.Sequential(normalize, net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
 
 
 def _prefixes(state: State) -> dict[str, State]:

@@ -138,7 +138,7 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
     rows = -(-len(images) // columns)
     side, gap = images.pixels.shape[-1], 3
     canvas = np.full((rows * (side + gap), columns * (side + gap), 3), 255, np.uint8)
-    for k, pixels in enumerate(images.pixels.numpy()):
+    for k, pixels in enumerate(images.tensor().numpy()):
         y, x = divmod(k, columns)
         y, x = y * (side + gap), x * (side + gap)
         canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)

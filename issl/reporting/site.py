@@ -43,7 +43,7 @@ MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
     "quick": "a demonstration on drawn images, in minutes", "mini": "small encoders on subsets of real images",
     "overnight": "trained encoders of width 16, all of CIFAR-10",
-    "paper": "ResNet-18 at full width, the paper's scale",
+    "paper": "ResNet-18 at full width, the paper's scale", "paper-cifar100": "the paper's scale, on CIFAR-100",
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def _sheet(images: Images, path: Path) -> None:
     n, _, h, w = images.pixels.shape
     rows = -(-n // COLUMNS)
     sheet = np.zeros((rows * COLUMNS, h, w, 3), np.uint8)
-    sheet[:n] = images.pixels.permute(0, 2, 3, 1).numpy()
+    sheet[:n] = images.tensor().permute(0, 2, 3, 1).numpy()
     joined = sheet.reshape(rows, COLUMNS, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(rows * h, COLUMNS * w, 3)
     with atomic(path) as part:
         Image.fromarray(joined).save(part, "PNG")

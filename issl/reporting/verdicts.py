@@ -214,7 +214,9 @@ def _escaped(text: str) -> str:
 
 def kept_records(figures: Path) -> list[Record]:
     """The records kept in the repository: figures/*/claims.json."""
-    return read_records(p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name in ("mini", "paper"))
+    return read_records(
+        p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name.split("-")[0] in ("mini", "paper")
+    )
 
 
 def in_readme(text: str, records: Sequence[Record]) -> str:

@@ -27,8 +27,11 @@ BACKGROUNDS = {  # name in the legend, colour, shift of its points (in share), l
 }
 
 
-def bridges(plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd.DataFrame, slope: Estimate) -> Figure:
-    """(a) the graph of the first method in two eigenvectors; (b) to (d) gains over random removal; (e) doses.
+def bridges(
+    plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd.DataFrame, slope: Estimate | None
+) -> Figure:
+    """(a) the graph of the first method in two eigenvectors; (b) to (d) gains over random removal; (e) doses, where
+    encoders were trained for them (`slope` is not None).
 
     chart    x, y, label, top (is its influence among the highest?): one row per image
     removed  method, removed, share, metric, value, low, high, n
@@ -52,14 +55,16 @@ def bridges(plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd
         ax.set_title(f"{letter}  {metric}", loc="left")
         ax.locator_params(axis="x", nbins=4)
     silhouette.set_yticklabels([])
-    probe, by_dose = below.subplots(1, 2, width_ratios=[1, 1.6])
+    widths = [1.0] if slope is None else [1.0, 1.6]
+    probe, *rest = below.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     gains = _gains(plan, removed, "probe", plan.shares[-1], 100)
     label = f"linear probe less that without {plan.shares[-1]:.0%}\nat random (points of accuracy)"
     figures.forests(probe, REMOVED, gains, label, 0.0)
     probe.set_title("d  does the probe gain?", loc="left")
     probe.legend(frameon=False, fontsize=6.5, loc="lower left", bbox_to_anchor=(-0.55, -0.42), ncol=1)
-    _doses(by_dose, doses)
-    by_dose.set_title(f"e  dose and response: slope {slope}", loc="left")
+    for ax in rest:
+        _doses(ax, doses)
+        ax.set_title(f"e  dose and response: slope {slope}", loc="left")
     above.suptitle(_headline(plan, removed, len(chart)), fontsize=8.5)
     return figure
 
@@ -101,9 +106,10 @@ def _doses(ax: Axes, doses: pd.DataFrame) -> None:
 def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     first, share = plan.methods[0], plan.shares[0]
     gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in SMALLEST}
+    doses = f"; e: {plan.drawn:,} scenes" if plan.trained_doses else ""
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
     return (
         f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
-        f"({plan.dataset}, n = {n:,}; e: {plan.drawn:,} scenes; bars: 95%; dotted: what would matter; ×: untrained; "
+        f"({plan.dataset}, n = {n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
         f"{plan.profile} profile)"
     )

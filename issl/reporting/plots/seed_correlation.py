@@ -30,12 +30,12 @@ def agreement(
 ) -> Figure:
     """Above, the scores of two seeds of each method, a row per reading; below, the statistics with their intervals.
 
-    readings  by the kind of seed ("noise", "training") and method, scores (s, n)
+    readings  by the kind of seed ("noise", and "training" where there are two) and method, scores (s, n)
     table     seed, method, metric, value, low, high, n
     """
-    figure = plt.figure(figsize=(figures.PAGE, 5.6))
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1])[:, 0]
-    axes = above.subplots(2, len(plan.methods), squeeze=False)
+    figure = plt.figure(figsize=(figures.PAGE, 1.8 + 1.9 * len(readings)))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[len(readings), 1])[:, 0]
+    axes = above.subplots(len(readings), len(plan.methods), squeeze=False)
     for (row, (reading, runs)), (column, method) in product(enumerate(readings.items()), enumerate(plan.methods)):
         part = table[(table["seed"] == reading) & (table["method"] == method)].set_index("metric")["value"]
         _scatter(axes[row, column], runs[method][0], runs[method][1], figures.COLOURS[method])
@@ -54,9 +54,8 @@ def agreement(
     panels[0].axvline(PAPER, color="black", lw=0.9)
     r = {seed: table[(table["metric"] == "pearson") & (table["seed"] == seed)]["value"] for seed in readings}
     above.suptitle(
-        f"Another noise seed: r = {r['noise'].min():.2f} to {r['noise'].max():.2f}. "
-        f"Another training: r = {r['training'].min():.2f} to {r['training'].max():.2f}\n"
-        f"({images.name}, n = {len(images):,}, {plan.encoders} encoders a method, {plan.profile} profile; "
+        ". ".join(f"Another {seed}{' seed' * (seed == 'noise')}: r = {_range(v)}" for seed, v in r.items()) + "\n"
+        f"({images.name}, n = {len(images):,}, {_encoders(plan)}, {plan.profile} profile; "
         "bars: 95% intervals)",
         fontsize=9,
     )
@@ -87,11 +86,20 @@ def more_draws(plan: SeedCorrelation, images: Images, by_draws: pd.DataFrame) ->
     axes[0, 0].legend(frameon=False, fontsize=7)
     figure.suptitle(
         "More draws measure the score better; two trainings may still disagree about it\n"
-        f"({images.name}, {min(plan.averaged, len(images))} images, {plan.encoders} encoders a method, "
+        f"({images.name}, {min(plan.averaged, len(images))} images, {_encoders(plan)}, "
         f"{plan.profile} profile; line: the paper's {PAPER}; bars: 95% intervals)",
         fontsize=8.5,
     )
     return figure
+
+
+def _encoders(plan: SeedCorrelation) -> str:
+    return f"{plan.encoders} encoder{'s' * (plan.encoders > 1)} a method"
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float, float]) -> None:

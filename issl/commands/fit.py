@@ -1,0 +1,43 @@
+"""`issl fit`: the curvature of a set of images as a file, which `issl influence --curvature-from` scores under."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from issl.commands.influence import add_common_arguments, computing_of, load_images, measurement, write_broken
+from issl.devices import pick_device
+from issl.files import writable
+from issl.influence.fitted import fit
+from issl.pretraining.other_encoders import open_encoder
+from issl.shards import from_torchrun
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `issl fit`."""
+    add_common_arguments(command)
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the curvature, .safetensors")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command; raises IsslError for bad input, before any long work."""
+    writable(options.out, (".safetensors",))
+    device, began = pick_device(options.device), time.monotonic()
+    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    what, images = measurement(options, opened), load_images(options, opened)
+    with from_torchrun(device, options.timeout) as shards:
+        fitted = fit(
+            opened.encoder, images, what.perturbation, what.curvature, what.seed, draws=what.draws,
+            average=what.average, skip=what.skip, computing=computing_of(options, shards, device),
+        )  # fmt: skip
+        if shards.rank == 0:
+            fitted.save(options.out)
+            size, many = options.out.stat().st_size / 1e6, f" on {shards.world} processes" if shards.world > 1 else ""
+            left_out = write_broken(options.out, images)
+            print(
+                f"{options.out}: curvature of {fitted.n} images of {images.name}, {len(fitted.damping)} layers, "
+                f"{size:.1f} MB{many}, in {time.monotonic() - began:.0f} s{left_out}",
+                flush=True,
+            )
+    return 0

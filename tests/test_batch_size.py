@@ -1,0 +1,82 @@
+"""Batches that follow the memory there is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nets import make, pictures
+from torch import Tensor, nn
+
+import issl
+from issl import Computing, LoGra
+from issl.influence import batch_size
+from issl.influence.batch_size import choose_batch_size, free_bytes, is_out_of_memory, peak_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_counted() -> None:
+    def work() -> None:
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a + 1  # 8000
+        a = b * 2  # 12000, then 8000
+        b.add_(1)  # in place, nothing new
+        a.view(10, 100).sum()  # a view of a, and one number
+
+    assert peak_bytes(work, CPU) == 12_000
+
+
+def test_what_a_backward_pass_holds_is_counted() -> None:
+    def work() -> None:
+        x = torch.zeros(1000, requires_grad=True)
+        (x.exp().exp().exp()).sum().backward()
+
+    assert peak_bytes(work, CPU) >= 16_000  # x and three results, which the backward pass needs
+
+
+@pytest.mark.parametrize(("free", "want"), [(10**12, 64), (100 * 4000, 32), (4000, 1), (0, 1)])
+def test_the_batch_fits_into_what_is_free(free: int, want: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "free_bytes", lambda _: free)
+    assert choose_batch_size(lambda count: torch.zeros(count, 1000), CPU) == want
+
+
+def test_the_free_memory_is_that_of_this_machine() -> None:
+    assert 10**6 < free_bytes(CPU) < 10**14
+
+
+def test_auto_gives_the_same_scores() -> None:
+    net, images = make("residual"), pictures(40)
+    want = issl.self_influence(net, images, curvature=LoGra(4))
+    got = issl.self_influence(net, images, curvature=LoGra(4), computing=Computing(batch_size="auto"))
+    np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
+
+
+class Small(nn.Module):
+    """Runs out of memory beyond so many views."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.net, self.most, self.seen = make("stride"), most, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.net(x)
+
+
+def test_a_batch_is_halved_where_memory_runs_out() -> None:
+    images = pictures(30)
+    want = issl.self_influence(make("stride"), images)
+    got = issl.self_influence(Small(13).eval(), images, computing=Computing(batch_size=24))
+    np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
+    with pytest.raises(issl.IsslError, match="memory does not suffice for one image and its view"):
+        issl.self_influence(Small(1).eval(), images.subset([0]))
+
+
+def test_only_memory_is_a_reason() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))

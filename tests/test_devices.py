@@ -1,0 +1,262 @@
+"""The machine: precision that is restored, GPUs that cannot be used, memory that runs out or is limited."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import nets
+import numpy as np
+import psutil
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import issl
+from issl import devices
+from issl.analysis import evaluate
+from issl.commands import compute
+from issl.commands.compute import Job, least_used, visible_gpus
+from issl.devices import free_memory, full_precision, in_batches, pick_device
+from issl.experiments.cache import Artifacts, Stage
+from issl.influence import gradient_store
+from issl.influence.computing import Computing
+from issl.influence.self_influence import self_influence
+from issl.pretraining import loop
+from issl.pretraining.loop import Execution
+from issl.shards import from_torchrun
+
+NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+# --- precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def precision():
+    """What tests change, restored."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.fp32_precision, cudnn.conv.fp32_precision) if NEW else (matmul.allow_tf32, cudnn.allow_tf32)
+    yield
+    if NEW:
+        matmul.fp32_precision, cudnn.conv.fp32_precision = before
+    else:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(not NEW, reason="this torch has only the old names")
+@pytest.mark.parametrize("mine", ["ieee", "tf32"])
+def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision: None) -> None:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul.fp32_precision = conv.fp32_precision = mine
+    with pytest.raises(ZeroDivisionError), full_precision():
+        assert matmul.fp32_precision == conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        raise ZeroDivisionError
+    assert matmul.fp32_precision == conv.fp32_precision == mine and not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_full_precision_where_the_caller_uses_the_old_names(mine: bool, precision: None) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mine
+    with full_precision():
+        pass
+    assert torch.backends.cuda.matmul.allow_tf32 is mine and torch.backends.cudnn.allow_tf32 is mine
+
+
+def test_features_losses_and_votes_are_computed_in_full_precision(precision: None) -> None:
+    seen = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            matmul = torch.backends.cuda.matmul
+            seen.append(matmul.fp32_precision == "ieee" if NEW else not matmul.allow_tf32)
+            return x.flatten(1)
+
+    if NEW:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    evaluate.embed(Watching(), nets.pictures(3))
+    evaluate.stability_losses(Watching(), nets.pictures(3), issl.GaussianNoise())
+    assert len(seen) == 3 and all(seen)
+
+
+# --- a GPU that cannot be used -----------------------------------------------------------------------------
+
+
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None = "535.104.05", cuda="13.2") -> None:
+    """With a GPU that torch does not see."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    monkeypatch.setattr(devices, "NODES", tmp_path / "dev")
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
+    if driver is not None:
+        text = (
+            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
+        )
+        (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch)
+    for name in ("auto", "cuda"):
+        with pytest.raises(
+            issl.IsslError, match=r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu"
+        ):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert pick_device("auto").type == "cpu"
+
+
+def test_a_torch_without_cuda_on_a_machine_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch, driver=None, cuda=None)
+    with pytest.raises(issl.IsslError, match="built without CUDA; install a build with it"):
+        pick_device("auto")
+
+
+def test_a_machine_without_a_gpu_computes_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch)  # a container without the GPU sees the driver's version, but no GPU
+    (tmp_path / "dev" / "nvidia0").unlink()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(issl.IsslError, match="torch sees no GPU here"):
+        pick_device("cuda")
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(issl.IsslError, match="process 3 on a machine with 2 GPUs"), from_torchrun(torch.device("cuda")):
+        pass
+
+
+# --- compilation -------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert list(Execution("cuda").maybe_compiled(10**9, len, sum)) == [len, sum]
+    assert "training without torch.compile, which needs a C compiler" in capsys.readouterr().err
+    with pytest.raises(issl.IsslError, match=r"compiled='on': torch.compile needs a C compiler"):
+        Execution("cuda", compiled="on").maybe_compiled(10, len)
+    monkeypatch.setenv("CC", "mycc")
+    assert "mycc (of $CC)" in str(loop.lacking_for_compilation())
+    assert Execution("cuda", compiled="off").maybe_compiled(10**9, len) == (len,)
+    assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+
+    def run(part: slice) -> list[int]:
+        sizes.append(part.stop - part.start)
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError
+        return list(range(part.start, part.stop))
+
+    parts = in_batches(slice(2, 21), 8, run)
+    assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [8, 4, *[2] * 9, 1]
+    assert "too small for 4 images at once; going on with 2" in capsys.readouterr().err
+
+    def never(_: slice) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(issl.IsslError, match="one image does not fit into the GPU's memory"):
+        in_batches(slice(0, 4), 4, never)
+
+
+def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = nets.make("batchnorm", torch.float32), nets.pictures(12)
+    whole, features = self_influence(net, images, computing=Computing(batch_size=12)), evaluate.embed(net, images)
+    small = SimpleNamespace(failures=0)
+
+    def crowded(_: object, args: tuple[torch.Tensor]) -> None:
+        if len(args[0]) > 8:
+            small.failures += 1
+            raise torch.OutOfMemoryError
+
+    net[0].register_forward_pre_hook(crowded)
+    np.testing.assert_allclose(
+        self_influence(net, images, computing=Computing(batch_size=12))["influence"], whole["influence"], rtol=1e-5
+    )
+    torch.testing.assert_close(evaluate.embed(net, images), features)
+    assert small.failures >= 2
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
+    plain = free_memory()  # no cgroups: the machine's
+    assert plain == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
+    limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
+    for folder, most, now in ((root / "slurm", "1000000", 400_000), (root / "slurm" / "job", "9000000", 100_000)):
+        folder.mkdir(parents=True)
+        (folder / f"memory.{limit}").write_text(most + "\n")
+        (folder / f"memory.{usage}").write_text(f"{now}\n")
+    assert free_memory() == 600_000  # the limit above the own one is tighter
+    (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    assert free_memory() == 650_000
+    chosen = gradient_store.choose_memory(Computing(), 400_000)
+    assert chosen.memory != "ram" and gradient_store.choose_memory(Computing(), 300_000).memory == "ram"
+    (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
+    assert free_memory() == min(8_900_000, psutil.virtual_memory().available)
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+class Seen(Stage):
+    """Which GPUs its process sees."""
+
+    name = "seen"
+    number: int
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+
+def test_each_local_job_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus("auto") == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus("auto") == ["0", "1"]
+    assert least_used(["3", "5"], []) == "3" and least_used(["3", "5"], ["3", "5", "5"]) == "3"
+    assert least_used(["3", "5"], ["3"]) == "5" and least_used([], [None]) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit starts it
+    job = Job(Seen(number=0), tmp_path, "cpu", 1, None, gpu="5")
+    assert job().error == ""
+    assert (Artifacts(tmp_path).get(Seen(number=0)) / "gpus.txt").read_text() == "5"
+    assert visible_gpus("cpu") == []
+
+
+# --- the probe on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", evaluate.PENALTIES)
+def test_our_logistic_regression_is_scikit_learns(c: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (300,), generator=generator)
+    x = torch.randn(300, 12, generator=generator) + torch.nn.functional.one_hot(y, 12)
+    w, b = evaluate.logistic_regression(x, y, 4, c)
+    theirs = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(x.double().numpy(), y.numpy())
+    want = torch.from_numpy(theirs.predict_proba(x.double().numpy()))
+    torch.testing.assert_close((x @ w + b).softmax(1).double(), want, atol=3e-3, rtol=0)

@@ -1,0 +1,182 @@
+"""Encoders that others trained, in the place of trainings: keys, records, which notebooks, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_scale import same_features, small, thin
+from torch import nn
+from torchvision.models import resnet18
+
+import issl
+from issl.commands.cli import main
+from issl.commands.profiles import ProfileOptions, check
+from issl.experiments import claims
+from issl.experiments.cache import Artifacts
+from issl.experiments.given import CheckpointFile, Given
+from issl.experiments.plans import PLANS
+from issl.experiments.plans_own import Bridges, Validation
+from issl.experiments.plans_paper import Duplicates, SeedCorrelation
+from issl.experiments.settings import Data
+from issl.experiments.stages import Embed, Influence, Pretrain
+from issl.influence.curvature import LoGra
+from issl.pretraining.other_encoders import open_encoder
+
+DATA = Data(name="scenes", n=24)
+TAKES = {"01", "02", "03", "04", "07", "09", "11", "13", "14"}
+
+
+def calibrated(net: nn.Module, seed: int = 0) -> nn.Module:
+    """BatchNorm's statistics as a training would leave them: those of drawn images."""
+    pixels = issl.load("scenes", n=16).pixels.float() / 255
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = None
+                m.reset_running_stats()
+        net.train()(pixels)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def full_width() -> nn.Module:
+    """ResNet-18 with CIFAR's stem, at full width."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return calibrated(small(resnet18(), 2))
+
+
+def solo(net: nn.Module, classes: int = 10) -> dict:
+    """As solo-learn saves it: `backbone`, beside its momentum copy, a projector and the online classifier."""
+    keys = {f"backbone.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    keys |= {f"momentum_backbone.{k}": v + 1 for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    keys |= {"projector.0.weight": torch.ones(8, 512), "classifier.weight": torch.ones(classes, 512)}
+    return {"state_dict": keys, "epoch": 999, "pytorch-lightning_version": "1.5.0"}
+
+
+def lightly(net: nn.Module) -> dict:
+    """As lightly's examples save it: the children by their place."""
+    body = nn.Sequential(*list(net.children())[:-1])
+    return {"state_dict": nn.ModuleDict({"backbone": body, "projection_head": nn.Linear(512, 8)}).state_dict()}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A thin encoder, in solo-learn's layout."""
+    torch.save(solo(calibrated(small(thin(), 2))), tmp_path / "simclr-ep=999.ckpt")
+    return tmp_path / "simclr-ep=999.ckpt"
+
+
+@pytest.mark.parametrize("layout", ["solo-learn", "lightly"])
+def test_encoders_at_full_width_are_scored(layout: str, full_width: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "weights.ckpt"
+    torch.save(solo(full_width) if layout == "solo-learn" else lightly(small(full_width, 2)), file)
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    given = Given(method="simclr", checkpoint={"file": file, "mean": imagenet[0], "std": imagenet[1]})
+    artifacts = Artifacts(tmp_path / "artifacts")
+    if layout == "solo-learn":  # lightly's stem is padded by 1: the weights are the same, the features are not
+        same_features(given.encoder(artifacts), nn.Sequential(*list(full_width.children())[:-1]), 32)
+    assert given.width == 64
+    few = DATA.model_copy(update={"first": 6})
+    scores = Influence(pretrain=given, data=few, curvature=LoGra(4)).read(artifacts)
+    assert len(scores) == 6 and (scores["influence"] > 0).all()
+    assert Embed(pretrain=given, data=few).read(artifacts).shape == (6, 512)
+    about = json.loads((artifacts.get(given) / "about.json").read_text())
+    assert about["file"] == "weights.ckpt" and about["sha256"] == issl.files.file_digest(file)
+    assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "artifacts").rglob("*.json"))
+
+
+def test_solo_learns_pixels_are_those_of_its_cifar(checkpoint: Path, tmp_path: Path) -> None:
+    net = small(thin(), 2)
+    for classes, mean in ((10, 0.4914), (100, 0.5071), (7, 0.485)):
+        torch.save(solo(net, classes), tmp_path / "a.ckpt")
+        assert open_encoder(str(tmp_path / "a.ckpt")).encoder[0].mean.flatten()[0] == pytest.approx(mean)
+    assert open_encoder(str(checkpoint), mean=(0.1, 0.2, 0.3)).encoder[0].mean.flatten()[0] == pytest.approx(0.1)
+
+
+def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path) -> None:
+    def given(file: Path, **more: object) -> Given:
+        return Given(method="simclr", checkpoint={"file": file, **more})
+
+    (tmp_path / "other.ckpt").write_bytes(checkpoint.read_bytes())
+    key = given(checkpoint).key
+    assert given(tmp_path / "other.ckpt").key == key and given(checkpoint, mean=(0.1, 0.2, 0.3)).key != key
+    assert Influence(pretrain=given(checkpoint), data=DATA).key == Influence(pretrain=given(checkpoint), data=DATA).key
+    checkpoint.write_bytes(checkpoint.read_bytes() + b" ")
+    assert given(checkpoint).key != key
+    # a training's key is what it was before an encoder could be given
+    assert Pretrain(data=DATA, width=1, epochs=1, batch_size=16).key == "7df37cf03d5dbfa5"
+    assert (
+        Influence(pretrain=Pretrain(data=DATA, width=1, epochs=1, batch_size=16), data=DATA).key == "49a158a5340676ed"
+    )
+
+
+def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
+    assert {name.split("_")[0] for name, plan in PLANS.items() if plan.takes_checkpoints} == TAKES
+    for name, plan in PLANS.items():
+        if plan.takes_checkpoints:
+            stages = plan(checkpoints={"simclr": checkpoint}).stages()
+            needed = [need for stage in stages for need in (stage, *stage.needs().values())]
+            assert not any(isinstance(s, Pretrain) and s.epochs for s in needed), name  # the control is untrained
+    plan = SeedCorrelation(checkpoints={"simclr": str(checkpoint)})
+    assert plan.methods == ("simclr",) and plan.encoders == 1
+    two = SeedCorrelation(checkpoints={"simclr": [str(checkpoint), str(checkpoint)]})
+    assert two.encoders == 2 == len(two.scored_encoders("simclr"))
+    assert Bridges(checkpoints={"simclr": checkpoint}).trained_doses == ()
+    # what a kernel is given makes the same plan
+    again = SeedCorrelation(**json.loads(json.dumps(plan.model_dump(mode="json", exclude_unset=True))))
+    assert again == plan and "checkpoints" not in SeedCorrelation().model_dump()
+
+
+def test_records_name_the_file_and_its_digest(checkpoint: Path, tmp_path: Path) -> None:
+    plan = Duplicates(checkpoints={"simclr": checkpoint}, out=str(tmp_path))
+    source = plan.source(Artifacts(tmp_path))
+    metrics = {m: issl.analysis.statistics.Estimate(0.5, 0.4, 0.6, 9) for m in ("auc_injected", "precision")}
+    about = {"dataset": "scenes", "recipe": "published", "n": 9, "seeds": [0]}
+    about["learned"] = {"knn": 0.7, "untrained": 0.2, "encoders": 1}
+    written = claims.record("low_influence_duplicates", metrics, source, tmp_path, "simclr", method="simclr", **about)
+    named = [{"file": checkpoint.name, "sha256": CheckpointFile(file=checkpoint).sha256}]
+    assert written["checkpoint"] == named and "recipe" not in written and written["seeds"] == []
+    assert (
+        written["provenance"]["checkpoints"] == {"simclr": named} == written["provenance"]["parameters"]["checkpoints"]
+    )
+    assert str(tmp_path) not in json.dumps(written)
+    other = claims.record("low_influence_duplicates", metrics, source, tmp_path, "byol", method="byol", **about)
+    assert other["recipe"] == "published" and "checkpoint" not in other
+
+
+def test_a_run_leaves_out_what_has_to_train(checkpoint: Path, tmp_path: Path) -> None:
+    options = ProfileOptions("quick", out=tmp_path, checkpoints=[("simclr", str(checkpoint))])
+    assert {name.split("_")[0] for name in options.plans()} == TAKES | {"report"}
+    assert {name.split("_")[0] for name in options.left_out()} == {"00", "05", "06", "08", "10", "12", "15", "16"}
+    check(options.plans(), tmp_path)
+    plain = ProfileOptions("quick", out=tmp_path)
+    assert plain.left_out() == [] and len(plain.plans()) == len(PLANS) + 1
+
+
+def test_bad_checkpoints_are_one_clear_error(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "mlp.ckpt")
+    for arguments, message in [
+        (["--checkpoint", "simclr"], "--checkpoint simclr: write METHOD=FILE"),
+        (["--checkpoint", f"simclr={tmp_path}/none.ckpt"], "none.ckpt' is not a file; check the path"),
+        (["--checkpoint", f"simclr={tmp_path}/mlp.ckpt"], "no ResNet among its keys"),
+        (["--checkpoint", f"moco={checkpoint}"], "there are checkpoints for moco"),
+        (["--checkpoint", f"simclr={checkpoint}", "--only", "06"], "06_pruning trains encoders itself"),
+        (["--checkpoint", f"byol={checkpoint}", "--only", "02"], "asks about simclr"),
+    ]:
+        assert (
+            main(["run", "--out", str(tmp_path / "out"), *(arguments + ["--only", "03"] * ("--only" not in arguments))])
+            == 2
+        )
+        assert message in capsys.readouterr().err
+    with pytest.raises(issl.IsslError, match="a given encoder does not say which"):
+        Embed(pretrain=Given(method="simclr", checkpoint=checkpoint), data=DATA, estimated=DATA)
+    with pytest.raises(issl.IsslError, match="only its backbone is read"):
+        Given(method="simclr", checkpoint=checkpoint).encoder(Artifacts(tmp_path), "projector")
+    with pytest.raises(issl.IsslError, match="10_validation trains encoders itself"):
+        Validation(checkpoints={"simclr": checkpoint})
+    with pytest.raises(issl.IsslError, match="two trainings or more"):
+        SeedCorrelation(encoders=1)
