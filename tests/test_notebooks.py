@@ -418,7 +418,7 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     p = plan("13_explained")
-    table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"]
+    table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"].sort_index()
     contrast = image_statistics(p.data().load())["contrast"]
     groups = {"byol": p.scored_encoders("byol"), "untrained": [p.untrained(p.pretrain("simclr"))]}
     for who, encoders in groups.items():

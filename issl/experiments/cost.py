@@ -36,7 +36,8 @@ def seconds(stage: Stage) -> float:
             work = passes * (0.35e-3 + 5.5e-6 * stage.width**2)
             work += _count(stage.data) * _forward(stage.width) if stage.calibrated else 0.0
         case stages.Influence():
-            work = _count(stage.data) * stage.draws * _gradient(stage.pretrain.width)
+            others = 0 if stage.others is None else _count(stage.others)
+            work = (_count(stage.data) + others) * stage.draws * _gradient(stage.pretrain.width)
         case stages.Cross():
             work = (_count(stage.data) + _count(stage.query)) * stage.draws * _gradient(stage.pretrain.width)
         case stages.TrainingEffect():  # both views, there and back in fp32, for each image of the batch

@@ -18,7 +18,7 @@ from issl.reporting import figures
 
 STATIC = ("corrupted", "static")  # kinds of strange images that have noise over them
 COLOURS = {**figures.COLOURS, "untrained": "0.45"}
-TITLES = {"without static": "strange, no static"}
+TITLES = {"without static": "all but static"}
 SHOWN = 32  # images of a gallery
 Found = Mapping[tuple[str, str, str, str], Estimate]
 
@@ -92,9 +92,10 @@ def _detectors(
         figures.forests(ax, names, rows, label, chance, COLOURS, marks)
         ax.axhspan(len(names) - 1.5, len(names) - 0.5, color="0.93", lw=0, zorder=0)
         if by_people:
-            ax.set_title("ambiguity", loc="left")
+            ax.set_title("ambiguous\nto people", loc="left", fontsize=7.5)
         else:
-            ax.set_title(f"{TITLES.get(truth, truth)} ({truths[truth].sum():,})", loc="left")
+            name = f"made strange:\n{TITLES.get(truth, truth)} ({truths[truth].sum():,})"
+            ax.set_title(name, loc="left", fontsize=7.5)
             ax.set_xlim(-0.03, 1.03)
             ax.set_xticks([0, 0.5, 1])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups), frameon=False)

@@ -28,8 +28,8 @@ def agreement(
               `supervised, by cross-entropy`
     scores    (n,) by model, for the galleries
     """
-    figure = plt.figure(figsize=(figures.PAGE, 4.9))
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.3, 1])[:, 0]
+    figure = plt.figure(figsize=(figures.PAGE, 4.4))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
     names = [name for name in ROWS if all(name in row for row in measured.values())]
     by_method = {m: [row[name] for name in names] for m, row in measured.items()}
@@ -55,10 +55,9 @@ def agreement(
 def _highest(figure: SubFigure, images: Images, scores: Mapping[str, np.ndarray]) -> None:
     """The images of highest influence by each score."""
     columns = 24 // len(scores)
-    figure.suptitle("the images of highest influence by …", x=0.01, ha="left", fontsize=8.5)
     for ax, (name, score) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
         rows = np.argsort(-score, kind="stable")[: 3 * columns]
-        figures.gallery(ax, images.subset(rows), f"… {name}", columns)
+        figures.gallery(ax, images.subset(rows), f"highest influence:\n{name}", columns)
 
 
 def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure:
