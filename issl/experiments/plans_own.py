@@ -338,7 +338,7 @@ class Bridges(Scored):
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
         return self.training(self.methods[0], self.seed + seed).model_copy(
-            update={"data": self.dose(share), "epochs": self.drawn_epochs}
+            update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
     def dose_scores(self, share: float, seed: int) -> Influence:
