@@ -40,10 +40,11 @@ READING = {ATEN._local_scalar_dense.default, ATEN.equal.default, ATEN.is_nonzero
 
 
 # operations that compute nothing: other views of the same memory, and memory itself
-VIEWS = set(
-    "view _unsafe_view t transpose expand detach slice select unsqueeze squeeze split split_with_sizes as_strided alias "
-    "permute unbind unfold diagonal narrow empty empty_strided empty_like new_empty lift_fresh".split()
-)
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "expand", "detach", "slice", "select", "unsqueeze", "squeeze",
+    "split", "split_with_sizes", "as_strided", "alias", "permute", "unbind", "unfold", "diagonal", "narrow",
+    "empty", "empty_strided", "empty_like", "new_empty", "lift_fresh",
+}  # fmt: skip
 
 
 @dataclass

@@ -155,7 +155,7 @@ def test_the_doctor_lists_a_profiles_stages_by_kind(
     monkeypatch.setattr(profiles, "profiles", lambda: {"few": tmp_path / "few.yaml"})
     monkeypatch.delenv("ISSL_DATA", raising=False)
     found = listed("few", capsys)
-    assert {k: v[0] for k, v in found.items()} == {"pretrain": 1, "influence": 2, "embed": 1, "all": 4}
+    assert {k: v[0] for k, v in found.items()} == {"pretrain": 1, "influence": 2, "embed": 1, "lists": 1, "all": 5}
     for column in (1, 2):
         assert found["all"][column] == pytest.approx(sum(v[column] for k, v in found.items() if k != "all"), abs=0.02)
     assert found["all"][3] == max(v[3] for v in found.values())
