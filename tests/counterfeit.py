@@ -39,11 +39,22 @@ READING = {ATEN._local_scalar_dense.default, ATEN.equal.default, ATEN.is_nonzero
            ATEN.masked_select.default, ATEN._unique2.default, ATEN.unique_dim.default}  # fmt: skip
 
 
+# operations that compute nothing: other views of the same memory, and memory itself
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "expand", "detach", "slice", "select", "unsqueeze", "squeeze",
+    "split", "split_with_sizes", "as_strided", "alias", "permute", "unbind", "unfold", "diagonal", "narrow",
+    "empty", "empty_strided", "empty_like", "new_empty", "lift_fresh",
+}  # fmt: skip
+
+
 @dataclass
 class Seen:
-    """How often the host waited for the device, by line of issl: `folder/file.py:line`."""
+    """waits      how often the host waited for the device, by line of issl: `folder/file.py:line`
+    launches   operations that compute or copy, about as many as kernels
+    """
 
     waits: Counter[str] = field(default_factory=Counter)
+    launches: int = 0
 
 
 _watching: list[Seen] = []
@@ -113,6 +124,8 @@ def on_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = next((leaf for leaf in flat if isinstance(leaf, torch.device)), None)
     if func in READING or _leaves(func, here, target) or _enters(func, flat) or _by_mask(func, args):
         _wait()
+    if _watching and func.overloadpacket.__name__ not in VIEWS:
+        _watching[-1].launches += 1
     wrapped = {id(leaf.inner): leaf for leaf in here}
 
     def inside(leaf: Any) -> Any:

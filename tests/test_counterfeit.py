@@ -23,6 +23,7 @@ from issl import GaussianNoise
 from issl.analysis import evaluate
 from issl.analysis.training_influence import training_influence
 from issl.data import image_operations
+from issl.experiments import cost
 from issl.experiments.settings import KINDS, named_curvature
 from issl.influence import curvature, losses, perturbation
 from issl.influence.computing import Computing
@@ -129,6 +130,16 @@ def grown(run: Callable[[int], object]) -> dict[str, int]:
     """The lines at which the host waits more often in a run of four steps than in one of two."""
     few, many = (waits(lambda steps=steps: run(steps)) for steps in (2, 4))  # type: ignore[misc]
     return {line: count - few.get(line, 0) for line, count in many.items() if count > few.get(line, 0)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cost_model_knows_how_many_kernels_a_step_launches(method: Method, gpu: torch.device) -> None:
+    counts = []
+    for steps in (1, 2):
+        with counterfeit.watched() as seen:
+            trained(gpu, method, n=8 * steps, variant="published")
+        counts.append(seen.launches)
+    assert counts[1] - counts[0] == pytest.approx(cost.LAUNCHES[method], rel=0.15)
 
 
 def test_a_batch_of_scores_waits_a_few_times(gpu: torch.device, net: torch.nn.Module) -> None:

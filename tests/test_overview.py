@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
+from test_scale import thin
 
-from issl.commands import cli, progress
+from issl.commands import cli, profiles, progress
 from issl.commands.progress import Overview, in_words
 from issl.commands.scheduler import Ended, Scheduler
 from issl.errors import IsslError
@@ -21,6 +23,7 @@ from issl.experiments.plan import Plan
 from issl.experiments.plans import PLANS
 from issl.experiments.settings import Data
 from issl.experiments.stages import Embed, Evaluate, Influence, Nearness, Pretrain
+from issl.pretraining.encoder import resnet18
 from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=48)
@@ -105,8 +108,68 @@ def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
     assert about in text and "ok      [01]" in text and "1 of 1 notebooks" in text
 
 
-def test_every_kind_of_stage_has_a_cost() -> None:
+def test_flop_are_those_of_the_network() -> None:
+    """Counted by torch itself, and the launches by the counterfeit GPU (tests/test_counterfeit.py)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for width, side in ((4, 32), (6, 48)):
+        net, x = resnet18(width).eval(), torch.rand(2, 3, side, side)
+        outputs: list[int] = []
+        for m in net.modules():
+            if isinstance(m, torch.nn.Conv2d):
+                m.register_forward_hook(lambda _, __, out, to=outputs: to.append(out[0].numel()))
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            net(x)
+        found = cost.shape(width, side)
+        assert counted.get_total_flops() == 2 * found.flop and sum(outputs) == found.outputs
+        assert found.weights == sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+    assert cost.flop(64) == pytest.approx(1.11e9, rel=0.01)
+
+
+def test_a_gpu_takes_small_trainings_by_their_launches_and_large_ones_by_their_flop() -> None:
+    for method in ("simclr", "byol", "barlow_twins", "supervised"):
+        small = TRAIN.model_copy(update={"recipe": recipe(method, "short"), "data": Data(name="scenes", n=160)})
+        launches = 10 * cost.LAUNCHES[method] * cost.H200.launch
+        assert cost.seconds(small, cost.H200) == pytest.approx(cost.OVERHEAD + launches)
+    paper = Pretrain(data=Data(name="cifar10", n=50_000), recipe=recipe("simclr"), width=64, epochs=1, batch_size=256)
+    want = 195 * 256 * 6 * cost.flop(64) / cost.H200.half
+    assert cost.seconds(paper, cost.H200) == pytest.approx(cost.OVERHEAD + want) and 1.5 < want < 3
+    scores = Influence(pretrain=paper, data=Data(name="cifar10", n=50_000))
+    assert 8 < cost.seconds(scores, cost.H200) < 20 and 2 < cost.gigabytes(scores) < 20
+    assert cost.seconds(paper) > 100 * cost.seconds(paper, cost.H200)
+
+
+def listed(profile: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """By kind of stage: number, hours of a GPU and of a CPU, gigabytes."""
+    assert cli.main(["doctor", "--profile", profile]) == 0
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[3:]]
+    return {line[0]: [float(v) for v in line[1:]] for line in lines if len(line) == 5}
+
+
+def test_the_doctor_lists_a_profiles_stages_by_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its data is not here."""
+    content = {"notebooks": "07,13", "common": {"dataset": "cifar10", "n": 1000, "methods": ["simclr"]}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(profiles, "profiles", lambda: {"few": tmp_path / "few.yaml"})
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    found = listed("few", capsys)
+    assert {k: v[0] for k, v in found.items()} == {"pretrain": 1, "influence": 2, "embed": 1, "lists": 1, "all": 5}
+    for column in (1, 2):
+        assert found["all"][column] == pytest.approx(sum(v[column] for k, v in found.items() if k != "all"), abs=0.02)
+    assert found["all"][3] == max(v[3] for v in found.values())
+
+
+@pytest.mark.slow
+def test_the_papers_profile_fits_into_sixteen_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = listed("paper", capsys)["all"]
+    assert whole[1] <= 16 and whole[3] < 80
+
+
+def test_every_kind_of_stage_has_a_cost(tmp_path: Path) -> None:
     """Those that only choose images are named; a kind that the model does not know is an error, not 0 seconds."""
+    torch.save({"state_dict": thin().state_dict()}, tmp_path / "weights.pt")
     scored, few = Influence(pretrain=TRAIN, data=DATA), Data(name="scenes", n=20)
     train, query = Embed(pretrain=TRAIN, data=DATA), Embed(pretrain=TRAIN, data=few)
     chosen = [
@@ -120,6 +183,7 @@ def test_every_kind_of_stage_has_a_cost() -> None:
         stages.StatisticsEffect(pretrain=TRAIN, data=DATA, query=few),
         stages.SubsetEffect(pretrain=TRAIN, data=DATA, query=few, left_out=(stages.Draw(data=DATA, share=0.5),)),
         Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
+        stages.Given(method="simclr", checkpoint=tmp_path / "weights.pt"),
     ]  # fmt: skip
     kinds = {kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)}
     assert {type(stage) for stage in chosen + others} == kinds

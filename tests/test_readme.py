@@ -51,7 +51,7 @@ SMALL = {  # what follows the command as it stands; of an option that is given t
     "merge": [],
     "explain": [],
 }
-LEAVES = {"run": "figures/mini/01_seed_correlation.png", "compute": "artifacts/pretrain", "explain": "explain.png"}
+LEAVES = {"run": "figures/{profile}/01_seed_correlation.png", "compute": "artifacts/pretrain", "explain": "explain.png"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = torchvision.models.resnet18().train()
         with torch.no_grad():
             model(torch.rand(4, 3, 64, 64))  # BatchNorm has seen images
-        torch.save(model.state_dict(), "weights.pt")
+        for name in ("weights.pt", "simclr.ckpt", "byol.ckpt", "barlow.ckpt"):
+            torch.save(model.state_dict(), name)
         Path("kept").mkdir()
         for data, out in (("cifar10", "byol.safetensors"), ("folder:photos", "mine.safetensors")):
             told = ["--data", data, "--data-root", "DIR", "--width", "1", "--epochs", "1", "--batch-size", "4"]
@@ -140,7 +141,7 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
         return
     options = cli.parser(given[0]).parse_args(given)  # an unknown option ends the test
     given += SMALL[given[0]][:2] if "--curvature-from" in given else SMALL[given[0]]  # which decides the rank
-    left = Path(options.out or LEAVES[given[0]])
+    left = Path(options.out or LEAVES[given[0]].format(profile=getattr(options, "profile", "")))
     if left.is_file():
         left.unlink()  # another command's
     if given[0] == "influence":

@@ -58,6 +58,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    doctor.add_argument("--profile", help="only this profile: its stages by kind, with hours and memory")
     parsers = {name: commands.add_parser(name, help=text) for name, text in IMAGES.items()}
     if command in parsers:
         import_module(f"issl.commands.{command}").add_arguments(parsers[command])
@@ -122,8 +123,10 @@ def _run(options: argparse.Namespace) -> int:
         code: int = import_module(f"issl.commands.{options.command}").main(options)
         return code
     if options.command == "doctor":
-        from issl.commands.doctor import doctor
+        from issl.commands.doctor import doctor, stage_list
 
+        if options.profile is not None:
+            return stage_list(options.profile)
         return doctor(options.data_root, options.out, options.device)
     from issl.commands.profiles import ProfileOptions
 

@@ -21,8 +21,8 @@ from issl.data import datasets
 from issl.data.published import ENVIRONMENT
 from issl.devices import computes_bf16, device_name, free_memory, pick_device
 from issl.errors import IsslError
-from issl.experiments.cache import Artifacts
-from issl.experiments.cost import NOTEBOOK, speed
+from issl.experiments.cache import Artifacts, Stage
+from issl.experiments.cost import CPU, H200, NOTEBOOK, distinct, gigabytes, machine, seconds, speed
 from issl.experiments.plans import PLANS
 from issl.files import PACKAGE
 
@@ -72,9 +72,9 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
             "cifar10 and cifair/duplicates_cifar10.csv (README, Real data)"
         )
     factor = speed(target)
-    print(f"speed       {1 / factor:.2f} × the machine that costs were measured on ({target})")
+    print(f"speed       {1 / factor:.2f} × the machine that costs are reckoned for ({target})")
     for profile in profiles():
-        print(f"  {profile:9} {_cost(replace(options, profile=profile), factor, lacking)}")
+        print(f"  {profile:14} {_cost(replace(options, profile=profile), factor, lacking, target)}")
     for text in wrong:
         print(f"WRONG       {text}")
     print(
@@ -83,7 +83,29 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     return 1 if wrong else 0
 
 
-def _cost(options: ProfileOptions, factor: float, lacking: list[str]) -> str:
+def stage_list(profile: str) -> int:
+    """Print a profile's stages by kind: how many, hours of a GPU and of a CPU, the peak of the GPU's memory; no data is
+    needed. All by arithmetic, see `issl.experiments.cost`."""
+    plans = ProfileOptions(profile).plans()
+    kinds: dict[str, list[Stage]] = {}
+    for stage in distinct(plans.values()):
+        kinds.setdefault(stage.name, []).append(stage)
+    print(f"profile {profile}: {', '.join(name for name in plans if name in PLANS)}\n\n{'stage':20}{'number':>8}"
+          f"{'H200 hours':>12}{'CPU hours':>12}{'GPU GB':>8}")  # fmt: skip
+    total = [0, 0.0, 0.0, 0.0]
+    for name, found in kinds.items():
+        gpu, cpu = (sum(seconds(stage, on) for stage in found) / 3600 for on in (H200, CPU))
+        peak = max(map(gigabytes, found))
+        print(f"{name:20}{len(found):8,}{gpu:12.2f}{cpu:12,.0f}{peak:8.1f}")
+        total = [total[0] + len(found), total[1] + gpu, total[2] + cpu, max(total[3], peak)]
+    print(f"{'all':20}{total[0]:8,}{total[1]:12.2f}{total[2]:12,.0f}{total[3]:8.1f}")
+    print(
+        "\nBy arithmetic (issl/experiments/cost.py): FLOP and kernels that are launched; in one process, after another."
+    )
+    return 0
+
+
+def _cost(options: ProfileOptions, factor: float, lacking: list[str], target: torch.device) -> str:
     """How many stages are missing and how long they would take; or which data sets are needed and missing."""
     plans = options.plans()
     needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
@@ -91,7 +113,9 @@ def _cost(options: ProfileOptions, factor: float, lacking: list[str]) -> str:
         return f"needs {', '.join(needs)}"
     folder = Artifacts(options.folder / "artifacts").folder
     try:
-        scheduler = Scheduler(plans.values(), lambda stage: folder(stage).is_dir(), other=NOTEBOOK * len(PLANS))
+        scheduler = Scheduler(
+            plans.values(), lambda stage: folder(stage).is_dir(), other=NOTEBOOK * len(PLANS), on=machine(target)
+        )
     except IsslError as error:
         return f"cannot run: {str(error).splitlines()[0]}"
     left, count = len(scheduler.to_do()), len(scheduler.tasks)

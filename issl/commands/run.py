@@ -21,7 +21,7 @@ from issl.commands.scheduler import Scheduler, make
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
-from issl.experiments.cost import AFTER, NOTEBOOK
+from issl.experiments.cost import AFTER, NOTEBOOK, machine
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER
 from issl.reporting.verdicts import MARKS, decided, good_for, read_records
@@ -45,7 +45,8 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     artifacts = next(iter(notebooks.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if options.minutes is None else began + 60 * options.minutes
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
-    scheduler = Scheduler(plans.values(), artifacts.has, other=NOTEBOOK * len(notebooks) + after)
+    other = NOTEBOOK * len(notebooks) + after
+    scheduler = Scheduler(plans.values(), artifacts.has, other=other, on=machine(artifacts.device))
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)

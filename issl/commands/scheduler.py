@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.cost import all_stages, seconds
+from issl.experiments.cost import CPU, Machine, all_stages, seconds
 from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
@@ -67,10 +67,14 @@ class Scheduler:
 
     there   is a stage's artifact there?
     jobs    how many run at once
+    on      the machine that costs are reckoned for
     other   the notebooks' share of the work, in seconds of the cost model; the caller lowers it as they end
     """
 
-    def __init__(self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0):
+    def __init__(
+        self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0,
+        on: Machine = CPU,
+    ):  # fmt: skip
         plans = list(plans)
         self.jobs, self.other = jobs, other
         self.tasks: dict[str, Task] = {}  # a stage's label is the hash of all it depends on, so it is computed once
@@ -78,7 +82,7 @@ class Scheduler:
             state: State = "cached" if there(stage) else "not needed"
             needs = [self.tasks[need.label] for need in stage.needs().values()]
             label = stage.label
-            self.tasks[label] = Task(stage, label, needs, seconds(stage), state)
+            self.tasks[label] = Task(stage, label, needs, seconds(stage, on), state)
         self._read = {plan.notebook: [self.tasks[stage.label] for stage in plan.stages()] for plan in plans}
         needed = {task.label for tasks in self._read.values() for task in tasks}
         for task in reversed(self.tasks.values()):

@@ -74,7 +74,7 @@ def data_root(root: str | Path | None = None) -> Path | None:
 
 
 def read(name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None) -> Images:
-    """The chosen images of a set; attributes: index, label_name, superclass (CIFAR-100), and the set's own columns."""
+    """The chosen images of a set; attributes: index, label_name, the set's own columns, and CIFAR-100's superclass."""
     found, source = _locate(name, split, root), SOURCES[name]
     if isinstance(found, Path):
         images = _read_torchvision(name, split, found, choose)

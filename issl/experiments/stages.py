@@ -11,12 +11,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -171,6 +171,17 @@ class Pretrain(Stage):
         return keep
 
 
+def _kind_of_encoder(value: object) -> str:
+    given = isinstance(value, Given) or (isinstance(value, dict) and "checkpoint" in value)
+    return "given" if given else "pretrain"
+
+
+# by its kind, so that an error is about the one that was meant
+AnyEncoder = Annotated[
+    Annotated[Pretrain, Tag("pretrain")] | Annotated[Given, Tag("given")], Discriminator(_kind_of_encoder)
+]
+
+
 def _computing(artifacts: Artifacts, store: Path | None = None) -> Computing:
     """How gradients are computed. On a CPU in small batches: fresh memory is slow there, and caches are small."""
     batch_size = 64 if artifacts.device.type == "cpu" else 256
@@ -185,7 +196,7 @@ class Influence(Stage):
 
     name: ClassVar[str] = "influence"
 
-    pretrain: Pretrain | Given
+    pretrain: AnyEncoder
     data: Data
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     curvature: Weighing = LoGra()
@@ -329,7 +340,7 @@ class Measured(Stage):
     estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of these images
     """
 
-    pretrain: Pretrain | Given
+    pretrain: AnyEncoder
     data: Data
     statistics: Pretrain | None = Field(None, exclude_if=is_unset)
     estimated: Data | None = Field(None, exclude_if=is_unset)
