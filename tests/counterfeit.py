@@ -2,7 +2,7 @@
 
     with counterfeit.watched() as seen: …      # seen.waits: how often issl waited for the device, by its line
 
-The device is torch's PrivateUse1, registered from Python alone (torch 2.9 or later has the hooks), under the name
+The device is torch's PrivateUse1, registered from Python alone (torch 2.11 has the hooks, as has 2.15), under the name
 `gpu`. Each tensor is a wrapper around one on the CPU. What a real GPU would raise, raises here too: an operation on
 tensors of both devices (0-dimensional ones on the CPU are fine, as are indices on the CPU), `.numpy()`, a generator of
 the CPU. What makes the host wait is counted: copies in both directions, reading a number, and results whose shape
@@ -28,7 +28,7 @@ import issl
 
 NAME = "gpu"
 HOOKS = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-WHY_NOT = f"torch {torch.__version__} has no hooks for a device written in Python (2.9 or later has)"
+WHY_NOT = f"torch {torch.__version__} has no hooks for a device written in Python (2.11 has)"
 FOLDER = str(Path(issl.__file__).parent)
 ATEN = torch.ops.aten
 # operations that may take tensors of the CPU beside those of the device
