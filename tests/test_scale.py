@@ -285,6 +285,28 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert message in capsys.readouterr().err
 
 
+def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder, out = ours(tmp_path / "e.safetensors"), tmp_path / "all"
+    given = ["influence", "--data", f"folder:{photos}", "--encoder", encoder]
+    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
+    assert "1 parts fitted, 1 scored" in capsys.readouterr().out and (out / "scores.png").is_file()
+    assert cli.main([*given, "--rank", "2", "--out", str(tmp_path / "one.parquet")]) == 0
+    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(out / "scores")
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
+    capsys.readouterr()
+    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
+    assert "0 parts fitted, 0 scored" in capsys.readouterr().out
+    other = [*given, "--curvature-from", str(out / "curvature.safetensors"), "--out", str(tmp_path / "again")]
+    assert cli.main(other) == 0 and "0 parts fitted, 1 scored" in capsys.readouterr().out
+    for more, message in [
+        (["--out", str(out), "--rank", "3"], "of another encoder, images or setting"),
+        (["--out", str(out), "--store", "x"], "drop --store"),
+        (["--out", "x.csv", "--cluster", "slurm"], "give a folder with --out"),
+    ]:
+        assert cli.main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_under_torchrun(photos: Path, tmp_path: Path) -> None:
     encoder = ours(tmp_path / "e.safetensors")

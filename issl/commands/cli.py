@@ -74,13 +74,6 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
 
 
-def _pairs(options: Sequence[str]) -> dict[str, str]:
-    for option in options:
-        if "=" not in option:
-            raise IsslError(f"--slurm {option}: write KEY=VALUE, such as partition=gpu")
-    return dict(option.split("=", 1) for option in options)
-
-
 def _verdicts(into_readme: bool) -> int:
     from issl.files import REPOSITORY, atomic
     from issl.reporting.verdicts import in_readme, kept_records, markdown
@@ -120,9 +113,9 @@ def _run(options: argparse.Namespace) -> int:
     names = ("profile", "only", "data_root", "device", "out", "time_budget")
     shared = ProfileOptions(*(getattr(options, name) for name in names))
     if options.command == "compute":
-        from issl.commands.compute import compute
+        from issl.commands.compute import compute, pairs
 
-        return compute(shared, options.jobs, options.cluster, _pairs(options.slurm))
+        return compute(shared, options.jobs, options.cluster, pairs(options.slurm))
     from issl.commands.run import run
 
     return run(shared, options.again)

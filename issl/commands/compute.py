@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def compute(
     began, artifacts = time.monotonic(), Artifacts(options.folder / "artifacts")
     scheduler = Scheduler(plans.values(), artifacts.has, jobs)
     say(f"profile {options.profile}: {len(scheduler.tasks)} stages, {scheduler.count()}")
-    executor = _executor(cluster, artifacts.root / "jobs", jobs, slurm or {})
+    executor = executor_for(cluster, artifacts.root / "jobs", jobs, slurm or {})
     threads = max(1, (os.cpu_count() or 1) // jobs) if cluster == "local" else 0
     deadline = None if options.minutes is None else time.time() + 60 * options.minutes
     try:
@@ -119,7 +119,15 @@ def _ended(task: Task) -> Ended:
     return result
 
 
-def _executor(cluster: str, folder: Path, jobs: int, slurm: Mapping[str, str]) -> Any:
+def pairs(options: Sequence[str]) -> dict[str, str]:
+    """sbatch's options, written KEY=VALUE."""
+    for option in options:
+        if "=" not in option:
+            raise IsslError(f"--slurm {option}: write KEY=VALUE, such as partition=gpu")
+    return dict(option.split("=", 1) for option in options)
+
+
+def executor_for(cluster: str, folder: Path, jobs: int, slurm: Mapping[str, str]) -> Any:
     """submitit's executor; a Slurm that is not there is an error here, before anything is submitted."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,0 +1,108 @@
+"""`issl influence --out FOLDER`: scores in parts, by any number of processes, here, by torchrun, or as Slurm arrays."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+import torch
+
+from issl.commands.compute import executor_for, pairs
+from issl.commands.measuring import computing_of, load_images, measured, write_broken
+from issl.devices import keep_freed_memory, pick_device
+from issl.errors import IsslError
+from issl.influence.fitted import load_fitted
+from issl.influence.in_parts import InParts
+from issl.pretraining.other_encoders import open_encoder
+from issl.shards import ONE
+
+Phase = Literal["fit", "merge", "score"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does: complete a phase, beside others that do the same."""
+
+    options: argparse.Namespace
+    phase: Phase
+    number: int  # of this process among `many`
+    many: int
+
+    def __call__(self) -> int:
+        """Complete the phase; how many parts were made here."""
+        options = self.options
+        keep_freed_memory()
+        device = pick_device(options.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+        what, kept = measured(options, opened)
+        parts = InParts(options.out, load_images(options, opened), start=self.number / self.many)
+        computing = computing_of(options, ONE, device)
+        if self.phase != "score":
+            return 0 if kept is not None else parts.fit(opened.encoder, what, computing)
+        return parts.score(load_fitted(kept or parts.curvature, opened.encoder, device=device), computing)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command; raises IsslError for bad input, before any long work."""
+    out, began = options.out, time.monotonic()
+    if options.store is not None or options.save_curvature is not None:
+        raise IsslError(
+            f"--out {out} is a folder, where curvature.safetensors is kept, and no gradients: drop --store "
+            "and --save-curvature"
+        )
+    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    what, _ = measured(options, opened)
+    images = load_images(options, opened)  # names broken images before any work
+    number, many = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if number == 0:
+        side = images.pixels.shape[-1]
+        print(f"{len(images)} images of {images.name} at {side} px, {opened.about}, {what.curvature}", flush=True)
+    if options.cluster == "slurm":
+        _submit(options)
+    else:
+        made = [Work(options, phase, number, many)() for phase in ("fit", "score")]
+        print(f"process {number} of {many}: {made[0]} parts fitted, {made[1]} scored", flush=True)
+    if number == 0:
+        from issl.reporting import figures  # slow to import
+
+        columns = ["index", "influence", "stability_loss"]
+        figures.style(screen=False)
+        about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
+        figures.write(figures.scored(InParts(out, images).table(columns), images, about), out / "scores.png")
+        left_out = write_broken(out / "scores", images)
+        print(
+            f"{out}/scores/*.parquet (scores.png): {len(images)} scores in {time.monotonic() - began:.0f} s{left_out}"
+        )
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> None:
+    """Three steps on Slurm, each after the one before: an array that fits, a job that merges, an array that scores.
+
+    A step also makes what the one before left undone, so a job that is killed costs its part alone.
+    """
+    after: list[Any] = []
+    steps: list[tuple[Phase, int]] = [("fit", options.jobs), ("merge", 1), ("score", options.jobs)]
+    for phase, many in steps:
+        executor = executor_for("slurm", options.out / "jobs", many, pairs(options.slurm))
+        if after:
+            ids = ":".join(dict.fromkeys(job.job_id.split("_")[0] for job in after))
+            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterany:{ids}"})
+        with executor.batch():
+            after = [executor.submit(Work(options, phase, number, many)) for number in range(many)]
+        print(f"{phase}: {many} jobs, {after[0].job_id}", flush=True)
+    try:
+        made = [job.result() for job in after]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+        raise IsslError(
+            f"a job failed: {str(error).strip().splitlines()[-1]}; see {options.out / 'jobs'}, then start the same "
+            "command again: what is done is kept"
+        ) from error
+    print(f"{sum(made)} parts scored by {len(made)} jobs", flush=True)
