@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import submitit
 import torch
 from forked import on_processes
 from nets import make, pictures
@@ -305,6 +306,24 @@ def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest
     ]:
         assert cli.main([*given, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_three_steps_of_jobs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As on Slurm (tests/test_compute.py), by submitit's executor that runs them in this process."""
+    asked: list[dict] = []
+
+    def executor_for(cluster: str, folder: Path, jobs: int, slurm: dict) -> submitit.AutoExecutor:
+        executor = submitit.AutoExecutor(folder, cluster="debug")
+        monkeypatch.setattr(executor, "update_parameters", lambda **options: asked.append(options))
+        return executor
+
+    monkeypatch.setattr("issl.commands.in_parts.executor_for", executor_for)
+    given = ["influence", "--data", f"folder:{photos}", "--encoder", ours(tmp_path / "e.safetensors"), "--rank", "2"]
+    assert cli.main([*given, "--out", str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "fit: 2 jobs" in said and "merge: 1 jobs" in said and "score: 2 jobs" in said and "1 parts scored" in said
+    assert [next(iter(a["slurm_additional_parameters"].values()))[:9] for a in asked] == ["afterany:"] * 2
+    assert len(pd.read_parquet(tmp_path / "all" / "scores")) == 10
 
 
 @pytest.mark.slow

@@ -57,13 +57,18 @@ def main(options: argparse.Namespace) -> int:
             f"--out {out} is a folder, where curvature.safetensors is kept, and no gradients: drop --store "
             "and --save-curvature"
         )
+    if options.jobs < 1:
+        raise IsslError(f"--jobs {options.jobs}: need 1 or more")
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
     what, _ = measured(options, opened)
     images = load_images(options, opened)  # names broken images before any work
     number, many = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if number == 0:
         side = images.pixels.shape[-1]
-        print(f"{len(images)} images of {images.name} at {side} px, {opened.about}, {what.curvature}", flush=True)
+        several = f" on {many} processes" if many > 1 else ""
+        print(
+            f"{len(images)} images of {images.name} at {side} px, {opened.about}, {what.curvature}{several}", flush=True
+        )
     if options.cluster == "slurm":
         _submit(options)
     else:
@@ -88,21 +93,36 @@ def _submit(options: argparse.Namespace) -> None:
 
     A step also makes what the one before left undone, so a job that is killed costs its part alone.
     """
-    after: list[Any] = []
+    submitted: dict[Phase, list[Any]] = {}
     steps: list[tuple[Phase, int]] = [("fit", options.jobs), ("merge", 1), ("score", options.jobs)]
+    before: list[Any] = []
     for phase, many in steps:
         executor = executor_for("slurm", options.out / "jobs", many, pairs(options.slurm))
-        if after:
-            ids = ":".join(dict.fromkeys(job.job_id.split("_")[0] for job in after))
-            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterany:{ids}"})
+        if before:
+            number = before[0].job_id.split("_")[0]  # of the whole array
+            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterany:{number}"})
         with executor.batch():
-            after = [executor.submit(Work(options, phase, number, many)) for number in range(many)]
-        print(f"{phase}: {many} jobs, {after[0].job_id}", flush=True)
+            before = [executor.submit(Work(options, phase, k, many)) for k in range(many)]
+        submitted[phase] = before
+        print(f"{phase}: {many} jobs, {before[0].job_id}", flush=True)
+    for phase, jobs in submitted.items():
+        errors = [error for job in jobs if (error := _error(job)) is not None]
+        if errors and phase == "score":
+            raise IsslError(
+                f"{len(errors)} of {len(jobs)} scoring jobs failed ({errors[0]}); see {options.out}/jobs, then "
+                "start the same command again: what is done is kept"
+            )
+        if errors:
+            print(
+                f"{phase}: {len(errors)} of {len(jobs)} jobs failed ({errors[0]}); the next step takes over", flush=True
+            )
+    print(f"{sum(job.result() for job in submitted['score'])} parts scored by {options.jobs} jobs", flush=True)
+
+
+def _error(job: Any) -> str | None:
+    """Wait for a job; the last line of its error, if it failed or left no result."""
     try:
-        made = [job.result() for job in after]
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-        raise IsslError(
-            f"a job failed: {str(error).strip().splitlines()[-1]}; see {options.out / 'jobs'}, then start the same "
-            "command again: what is done is kept"
-        ) from error
-    print(f"{sum(made)} parts scored by {len(made)} jobs", flush=True)
+        error = job.exception()
+    except submitit.core.utils.UncompletedJobError as gone:  # killed from outside
+        error = gone
+    return None if error is None else str(error).strip().splitlines()[-1]
