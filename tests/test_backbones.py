@@ -71,7 +71,12 @@ def test_scored_as_autograd_says_or_named(name: str) -> None:
         assert sorted(listed.split(",")) == sorted(skip)
     images = pictures(6, side=32 if name in ("ConvNeXt", "ResNet-50") else 16)
     losses, gradients = reference.gradients(net, images, GaussianNoise().keyed(0))
-    assert list(gradients) == list(scored_layers(net, skip)) and len(gradients) >= 8
+    if name == "Swin":  # windows, not images, are the rows of its attention: named when it is called, and left out
+        with pytest.raises(issl.IsslError, match=r"layers.0.blocks.0.attn.qkv sees .* rows .* skip="):
+            issl.self_influence(net, images, skip=skip)
+        skip = [table.removesuffix(".relative_position_bias_table") for table in skip]
+    gradients = {layer: gradients[layer] for layer in scored_layers(net, skip)}
+    assert len(gradients) >= 8
     got = issl.self_influence(net, images, curvature=Exact(), skip=skip)
     np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-7)
     norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
