@@ -17,7 +17,7 @@ from torchvision.models import get_model
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import issl
-from issl import Exact, GaussianNoise, LoGra
+from issl import Exact, GaussianNoise, Identity, LoGra
 from issl.influence import reference
 from issl.influence.layers import scored_layers
 from issl.pretraining.other_encoders import open_encoder
@@ -77,11 +77,13 @@ def test_scored_as_autograd_says_or_named(name: str) -> None:
         skip = [table.removesuffix(".relative_position_bias_table") for table in skip]
     gradients = {layer: gradients[layer] for layer in scored_layers(net, skip)}
     assert len(gradients) >= 8
-    got = issl.self_influence(net, images, curvature=Exact(), skip=skip)
-    np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-7)
     norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
-    np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-7)
-    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6)
+    plain = issl.self_influence(net, images, curvature=Identity(), skip=skip)
+    np.testing.assert_allclose(plain["stability_loss"], losses, rtol=1e-7)
+    np.testing.assert_allclose(plain["grad_norm"], norm, rtol=1e-7)
+    if name != "ResNet-50":  # its widest layer has two million weights: no dense reference
+        exact = issl.self_influence(net, images, curvature=Exact(), skip=skip)
+        np.testing.assert_allclose(exact["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6)
 
 
 @pytest.mark.slow
