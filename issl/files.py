@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
+WAIT_SECONDS = 0.5  # until it is looked again whether another process has finished a file
 
 
 @contextmanager
@@ -46,6 +50,48 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
         raise IsslError(f"{option} {out}: its folder cannot be made ({error})") from error
     if not os.access(out.parent, os.W_OK) or out.is_dir():
         raise IsslError(f"{option} {out}: cannot be written there")
+
+
+def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: int = 0) -> int:
+    """Make every file that is not there, beside other processes that do the same; returns once all are there.
+
+    Whoever takes a file holds a lock on it, which the system releases if the process dies: then another makes it. Any
+    number of processes may come and go, also on other machines with the same file system.
+
+    make    called with a file's number and a path to write to, which becomes the file's in one step
+    start   the number to begin with, so that processes begin with different ones
+    Returns how many were made here.
+    """
+    made, numbers = 0, [*range(start, len(paths)), *range(start)]
+    while missing := [k for k in numbers if not paths[k].exists()]:
+        for k in missing:
+            lock = FileLock(paths[k].parent / ".locks" / f"{paths[k].name}.lock", timeout=0)
+            lock_folder = Path(lock.lock_file).parent
+            lock_folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with lock:
+                    if not paths[k].exists():
+                        with atomic(paths[k]) as part:
+                            make(k, part)
+                        made += 1
+            except Timeout:
+                continue  # another process is at it
+        if any(not paths[k].exists() for k in missing):
+            time.sleep(WAIT_SECONDS)
+    return made
+
+
+def belongs(folder: Path, identity: str, what: str) -> None:
+    """A folder that is filled bit by bit belongs to one computation: IsslError if it holds `what` of another."""
+    mark = folder / "identity.json"
+    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
+        raise IsslError(f"{folder} holds {what} of another encoder, images or setting; use another folder")
+    if not mark.exists():
+        try:
+            with atomic(mark) as part:
+                part.write_text(json.dumps({"identity": identity}))
+        except OSError as error:
+            raise IsslError(f"folder {folder} cannot be written ({error}); choose another") from error
 
 
 def file_digest(path: Path) -> str:

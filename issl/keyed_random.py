@@ -7,7 +7,10 @@ a counter-based generator: a key selects an independent stream (Salmon et al. 20
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from issl.errors import IsslError
+
+SEVERAL_THREADS = 2_000_000  # numbers in a batch, from which on threads share the drawing
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -36,6 +41,20 @@ def uniform(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[
 
 def _stack(index: Tensor, shape: Sequence[int], draw: Callable[[int], np.ndarray]) -> Tensor:
     out = np.empty((len(index), *shape), dtype=np.float32)
-    for row, i in enumerate(index.tolist()):
+
+    def fill(row: int, i: int) -> None:
         out[row] = draw(i)
+
+    rows = enumerate(index.tolist())
+    if out.size < SEVERAL_THREADS:
+        for row, i in rows:
+            fill(row, i)
+    else:  # NumPy draws without the interpreter's lock
+        list(_threads(os.getpid()).map(lambda pair: fill(*pair), rows))
     return torch.from_numpy(out)
+
+
+@lru_cache(maxsize=2)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """This process's threads; one that was forked from it has none of them."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import pandas as pd
 import pytest
+import torch
 import yaml
 
 from issl.commands import cli, profiles, run
@@ -25,6 +27,7 @@ from issl.commands.scheduler import Ended, Scheduler
 from issl.experiments.cache import Artifacts
 from issl.experiments.plan import Plan
 from issl.experiments.stages import Embed, Evaluate, Influence
+from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 TINY = {
     "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},
@@ -222,6 +225,33 @@ def test_the_readmes_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkey
     assert cli.main([*given, "--only", "00", "--out", str(tmp_path)]) == 0
     made = json.loads(next((tmp_path / "artifacts" / "pretrain").glob("*/manifest.json")).read_text())
     assert made["made_with"]
+
+
+@pytest.mark.slow
+def test_scores_in_parts_on_slurm(tmp_path: Path, slurm, capsys) -> None:
+    """An array that fits, a job that merges, an array that scores."""
+    encoder = new_encoder(1, Head(hidden=8, out=8), 0).train()
+    with torch.no_grad():
+        encoder(torch.rand(32, 3, 32, 32))  # BatchNorm has seen images
+    save_encoder(tmp_path / "e.safetensors", encoder, {})
+    given = [
+        "influence",
+        "--data",
+        "scenes",
+        "--images",
+        "24",
+        "--encoder",
+        str(tmp_path / "e.safetensors"),
+        "--rank",
+        "2",
+    ]
+    given += ["--device", "cpu", "--out"]
+    assert cli.main([*given, str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "fit: 2 jobs" in said and "merge: 1 jobs" in said and "score: 2 jobs" in said
+    assert cli.main([*given, str(tmp_path / "one.parquet")]) == 0
+    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(tmp_path / "all" / "scores")
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-5)
 
 
 def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import issl
-from issl import Computing, LoGra
+from issl import Computing, LoGra, keyed_random
 from issl.commands import cli
 from issl.data.image_folder import path_index
 from issl.data.lazy_pixels import LazyPixels
@@ -207,6 +207,14 @@ def test_a_camera_held_sideways(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(jpeg(pixels, orientation=6))  # to be turned clockwise by a quarter
     upright, turned = issl.load(f"folder:{tmp_path}").tensor()
     assert torch.equal(turned, upright.rot90(-1, (1, 2)))
+
+
+def test_threads_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, shape = torch.arange(40), (3, 17, 5)
+    alone = [draw(3, index, shape) for draw in (keyed_random.normal, keyed_random.uniform)]
+    monkeypatch.setattr(keyed_random, "SEVERAL_THREADS", 0)
+    several = [draw(3, index, shape) for draw in (keyed_random.normal, keyed_random.uniform)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, several, strict=True))
 
 
 # --- broken files ---

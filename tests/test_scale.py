@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import submitit
 import torch
 from forked import on_processes
 from nets import make, pictures
@@ -283,6 +284,46 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ]:
         assert cli.main(["influence", *common, "--out", str(tmp_path / "x.csv"), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder, out = ours(tmp_path / "e.safetensors"), tmp_path / "all"
+    given = ["influence", "--data", f"folder:{photos}", "--encoder", encoder]
+    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
+    assert "1 parts fitted, 1 scored" in capsys.readouterr().out and (out / "scores.png").is_file()
+    assert cli.main([*given, "--rank", "2", "--out", str(tmp_path / "one.parquet")]) == 0
+    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(out / "scores")
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
+    capsys.readouterr()
+    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
+    assert "0 parts fitted, 0 scored" in capsys.readouterr().out
+    other = [*given, "--curvature-from", str(out / "curvature.safetensors"), "--out", str(tmp_path / "again")]
+    assert cli.main(other) == 0 and "0 parts fitted, 1 scored" in capsys.readouterr().out
+    for more, message in [
+        (["--out", str(out), "--rank", "3"], "of another encoder, images or setting"),
+        (["--out", str(out), "--store", "x"], "drop --store"),
+        (["--out", "x.csv", "--cluster", "slurm"], "give a folder with --out"),
+    ]:
+        assert cli.main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_three_steps_of_jobs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As on Slurm (tests/test_compute.py), by submitit's executor that runs them in this process."""
+    asked: list[dict] = []
+
+    def executor_for(cluster: str, folder: Path, jobs: int, slurm: dict) -> submitit.AutoExecutor:
+        executor = submitit.AutoExecutor(folder, cluster="debug")
+        monkeypatch.setattr(executor, "update_parameters", lambda **options: asked.append(options))
+        return executor
+
+    monkeypatch.setattr("issl.commands.in_parts.executor_for", executor_for)
+    given = ["influence", "--data", f"folder:{photos}", "--encoder", ours(tmp_path / "e.safetensors"), "--rank", "2"]
+    assert cli.main([*given, "--out", str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "fit: 2 jobs" in said and "merge: 1 jobs" in said and "score: 2 jobs" in said and "1 parts scored" in said
+    assert [next(iter(a["slurm_additional_parameters"].values()))[:9] for a in asked] == ["afterany:"] * 2
+    assert len(pd.read_parquet(tmp_path / "all" / "scores")) == 10
 
 
 @pytest.mark.slow

@@ -83,15 +83,6 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _pairs(options: Sequence[str], what: str, example: str) -> list[tuple[str, str]]:
-    """KEY=VALUE, split."""
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not (key and equals and value):
-            raise IsslError(f"{what} {option}: write {example}")
-    return [(key, value) for key, _, value in (option.partition("=") for option in options)]
-
-
 def _verdicts(into_readme: bool) -> int:
     from issl.files import REPOSITORY, atomic
     from issl.reporting.verdicts import in_readme, kept_records, markdown
@@ -128,23 +119,18 @@ def _run(options: argparse.Namespace) -> int:
         if options.profile is not None:
             return stage_list(options.profile)
         return doctor(options.data_root, options.out, options.device)
-    from issl.commands.profiles import ProfileOptions
+    from issl.commands.profiles import ProfileOptions, pairs, sbatch_options
 
     names = ("profile", "only", "data_root", "device", "out", "from_scratch")
     shared = ProfileOptions(
         **{name: getattr(options, name) for name in names},
         minutes=options.time_budget,
-        checkpoints=_pairs(options.checkpoint, "--checkpoint", "METHOD=FILE, such as simclr=weights.ckpt"),
+        checkpoints=pairs(options.checkpoint, "--checkpoint", "METHOD=FILE, such as simclr=weights.ckpt"),
     )
     if options.command == "compute":
         from issl.commands.compute import compute
 
-        return compute(
-            shared,
-            options.jobs,
-            options.cluster,
-            dict(_pairs(options.slurm, "--slurm", "KEY=VALUE, such as partition=gpu")),
-        )
+        return compute(shared, options.jobs, options.cluster, sbatch_options(options.slurm))
     from issl.commands.run import run
 
     return run(shared, options.again)

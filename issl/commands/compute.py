@@ -82,7 +82,7 @@ def compute(
     artifacts = replace(artifacts, released=None) if options.from_scratch else artifacts
     scheduler = Scheduler(plans.values(), artifacts.has, jobs)
     say(f"profile {options.profile}: {len(scheduler.tasks)} stages, {scheduler.count()}")
-    executor = _executor(cluster, artifacts.root / "jobs", jobs, slurm or {})
+    executor = executor_for(cluster, artifacts.root / "jobs", jobs, slurm or {})
     threads = max(1, (os.cpu_count() or 1) // jobs) if cluster == "local" else 0
     deadline = None if options.minutes is None else time.time() + 60 * options.minutes
     gpus = visible_gpus(options.device) if cluster == "local" else []
@@ -157,7 +157,7 @@ def _ended(task: Task) -> Ended:
     return result
 
 
-def _executor(cluster: str, folder: Path, jobs: int, slurm: Mapping[str, str]) -> Any:
+def executor_for(cluster: str, folder: Path, jobs: int, slurm: Mapping[str, str]) -> Any:
     """submitit's executor; a Slurm that is not there is an error here, before anything is submitted."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from issl.commands.influence import add_common_arguments, computing_of, load_images, measurement, write_broken
+from issl.commands.measuring import add_common_arguments, computing_of, load_images, measurement, write_broken
 from issl.devices import pick_device
 from issl.files import writable
 from issl.influence.fitted import fit

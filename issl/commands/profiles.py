@@ -81,6 +81,20 @@ class ProfileOptions:
         return found
 
 
+def pairs(options: Sequence[str], what: str, example: str) -> list[tuple[str, str]]:
+    """Options that are written KEY=VALUE, split."""
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise IsslError(f"{what} {option}: write {example}")
+    return [(key, value) for key, _, value in (option.partition("=") for option in options)]
+
+
+def sbatch_options(options: Sequence[str]) -> dict[str, str]:
+    """sbatch's options for jobs on Slurm."""
+    return dict(pairs(options, "--slurm", "KEY=VALUE, such as partition=gpu"))
+
+
 def notebooks_folder() -> Path:
     """The notebooks of this checkout."""
     folder = REPOSITORY / "notebooks"

@@ -72,26 +72,27 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files."""
+    """Image files, by their paths in a folder (as texts: a million `Path`s take a gigabyte)."""
 
-    paths: Sequence[Path]
+    folder: Path
+    paths: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def open(self, i: int) -> io.BufferedIOBase:
         try:
-            return self.paths[i].open("rb")
+            return (self.folder / self.paths[i]).open("rb")
         except OSError as error:
             raise IsslError(
-                f"{self.paths[i]} cannot be read ({error}); restore it, or remove it from the set"
+                f"{self.name(i)} cannot be read ({error}); restore it, or remove it from the set"
             ) from error
 
     def name(self, i: int) -> str:
-        return str(self.paths[i])
+        return str(self.folder / self.paths[i])
 
     def identity(self) -> str:
-        return _of_files(self.paths)
+        return _of_files([self.folder / path for path in self.paths])
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,10 @@ def broken(encoded: Encoded, rows: np.ndarray, workers: int = 8) -> list[tuple[i
     Where the closing mark of a JPEG or PNG is not where it belongs, the image is decoded to be sure. An image that is
     damaged in between is found only when it is needed.
     """
+    shares = [rows[k : k + 256].tolist() for k in range(0, len(rows), 256)]
     with ThreadPoolExecutor(workers) as pool:
-        faults = pool.map(lambda i: _fault(encoded, i), rows.tolist())
-        return [(i, fault) for i, fault in zip(rows.tolist(), faults, strict=True) if fault]
+        found = pool.map(lambda share: [(i, fault) for i in share if (fault := _fault(encoded, i))], shares)
+        return [each for share in found for each in share]
 
 
 def _fault(encoded: Encoded, i: int) -> str:

@@ -50,18 +50,19 @@ def read(
     """n of the images below the folder (default: all) as squares of `size` px, decoded when they are needed;
     attributes: index, path, label_name."""
     check_size(size)
-    every = image_files(folder)
+    every = [path.relative_to(folder).as_posix() for path in image_files(folder)]
     rows = sample_positions(f"folder:{folder}", len(every), n, seed)
-    files = Files([every[i] for i in rows])
+    files = Files(folder, every if n is None else [every[i] for i in rows])
     good, broken = check(files, f"folder:{folder}", skip_broken)
-    paths = [files.paths[i].relative_to(folder) for i in good]
-    names = [p.as_posix() for p in paths]
+    names = [files.paths[i] for i in good]
     attributes = pd.DataFrame({"index": [path_index(name) for name in names], "path": names})
     labels = None
-    if all(len(p.relative_to(folder).parts) > 1 for p in every):
-        classes = sorted({p.relative_to(folder).parts[0] for p in every})
-        attributes["label_name"] = [p.parts[0] for p in paths]
-        labels = torch.tensor([classes.index(p.parts[0]) for p in paths], dtype=torch.int64)
+    if all("/" in path for path in every):
+        classes = sorted({path.partition("/")[0] for path in every})
+        known = [name.partition("/")[0] for name in names]
+        attributes["label_name"] = known
+        number = {name: k for k, name in enumerate(classes)}
+        labels = torch.tensor([number[name] for name in known], dtype=torch.int64)
     pixels = LazyPixels(Decoding(files, size), (size, size), good, workers)
     return Images(pixels, labels, attributes, f"folder:{folder.name}", broken=broken)
 

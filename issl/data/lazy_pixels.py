@@ -6,6 +6,7 @@ to another, and a process that holds a GPU need not fork. At most one further ba
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +83,8 @@ class LazyPixels:
 
     def identity(self) -> str:
         """A text that changes when the images may have changed."""
-        return f"{self.source.identity()} {tuple(self.shape)} {self.rows.tolist()}"
+        rows = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        return f"{self.source.identity()} {tuple(self.shape)} {rows}"
 
     def _start(self, place: int) -> Future[np.ndarray]:
         pool = _threads(os.getpid(), self.workers or _default_workers())

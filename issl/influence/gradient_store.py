@@ -11,7 +11,6 @@ So a pass can be repeated, in one of three ways with the same numbers:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -32,7 +31,7 @@ from issl.data.images import Images
 from issl.data.lazy_pixels import LazyPixels
 from issl.devices import free_memory
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import atomic, belongs
 from issl.influence.batch_size import is_out_of_memory
 from issl.influence.computing import Computing
 
@@ -112,7 +111,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     if computing.store is None:
         weakref.finalize(from_disk, shutil.rmtree, folder, ignore_errors=True)
     else:
-        _open_store(folder, identity())
+        belongs(folder, identity(), "gradients")
     return from_disk
 
 
@@ -179,16 +178,3 @@ def _read_rows(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise IsslError(f"stored gradients {path} are damaged ({error}); delete this file and run again") from error
-
-
-def _open_store(store: Path, identity: str) -> None:
-    """A store belongs to one measurement: rows of another must not be mixed in."""
-    mark = store / "identity.json"
-    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
-        raise IsslError(f"store {store} holds gradients of another encoder, images or setting; use another folder")
-    if not mark.exists():
-        try:
-            with atomic(mark) as part:
-                part.write_text(json.dumps({"identity": identity}))
-        except OSError as error:
-            raise IsslError(f"store {store} cannot be written ({error}); choose another folder") from error

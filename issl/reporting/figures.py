@@ -25,6 +25,7 @@ from issl.pretraining.recipes import NAMES
 PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = "colorblind"
 SHOWN = 16  # images of a gallery at each end of a ranking
+COMPARED = 20_000  # the most images whose loss and influence are compared in `scored`
 LEAST = 10  # images: a correlation of fewer is not worth a number
 COLOURS = dict(zip(NAMES, sns.color_palette(PALETTE), strict=False))  # of each method, the same in every figure
 
@@ -154,7 +155,7 @@ def gallery(axes: Axes, images: Images, title: str, columns: int = 8, frames: Se
 def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
     """The images of the highest and of the lowest influence, and influence against the plain stability loss.
 
-    scores   as `issl.self_influence` returns them, in the order of the images
+    scores   as `issl.self_influence` returns them, in the order of the images; of very many, a random part is compared
     """
     influence, loss = scores["influence"].to_numpy(), scores["stability_loss"].to_numpy()
     order, k = influence.argsort(kind="stable")[::-1], min(SHOWN, (len(images) + 1) // 2)
@@ -172,6 +173,10 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
                 text = Path(known.iloc[rows[place]]).name
                 ax.set_title(text if len(text) < 13 else "…" + text[-11:], fontsize=5, pad=1.5)
     ax = right.subplots()
+    sample = np.arange(len(images))
+    if len(images) > COMPARED:
+        sample = np.random.default_rng(0).choice(len(images), COMPARED, replace=False)
+    loss, influence = loss[sample], influence[sample]
     ax.scatter(loss, influence, s=4, lw=0, alpha=0.6)
     ax.set(xlabel="stability loss (0 to 2)", ylabel="influence (no unit)")
     if loss.min() > 0 and influence.min() > 0:  # influence grows like a power of the loss
@@ -181,7 +186,8 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
     rho = f"\nρ = {correlation(loss, influence, 'spearman')} (of ranks)" if len(images) >= LEAST else ""
-    ax.set_title(f"against the stability loss, one point per image{rho}", loc="left", fontsize=7)
+    points = "one point per image" if len(images) <= COMPARED else f"{COMPARED:,} images drawn at random"
+    ax.set_title(f"against the stability loss, {points}{rho}", loc="left", fontsize=7)
     figure.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
     return figure
 
