@@ -53,7 +53,8 @@ def change(path: Path, **common) -> None:
 def test_what_there_is_to_do_comes_in_order_and_once(tiny: Path, tmp_path: Path) -> None:
     plans = read_profile("tiny", ["00_method", "07_outliers"], out=str(tmp_path))
     found = [task.stage for task in Scheduler(plans.values(), lambda _: False).tasks.values()]
-    assert [s.name for s in found].count("pretrain") == 2 and len(found) == len({s.label for s in found}) == 4
+    # two notebooks read one encoder each, and the second a network before training
+    assert len(found) == len({s.label for s in found}) and [s.name for s in found].count("pretrain") == 3
     for k, stage in enumerate(found):
         assert all(needed in found[:k] for needed in stage.needs().values())
 
@@ -154,7 +155,7 @@ def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path:
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append) == 3
-    assert "the same command continues from here" in "\n".join(said) and "1 out of time, 2 blocked" in said[-1]
+    assert "the same command continues from here" in "\n".join(said) and "2 out of time, 12 blocked" in said[-1]
 
 
 def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

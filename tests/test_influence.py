@@ -236,7 +236,7 @@ def test_skip_leaves_a_layer_out() -> None:
         ({"images": torch.zeros(3, 4, 4)}, "need issl.Images or a tensor"),
         ({"images": torch.rand(3, 3, 4, 4)}, "give uint8"),
         ({"images": pictures(4).subset([])}, "empty"),
-        ({"seed": -1}, "seed -1"),
+        ({"seed": -1}, "seed=-1: give a whole number"),
         ({"perturbation": 3}, "perturbation 3"),
         ({"curvature": "ekfac"}, "curvature 'ekfac': need an object"),
         ({"curvature": LoGra}, "need an object such as LoGra"),

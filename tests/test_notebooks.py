@@ -190,7 +190,8 @@ def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background
     want = statistics.auc(scores, images.attributes["uniform"].to_numpy(bool)[ordinary])
     got = record(out, "uniform_backgrounds_by_eye.byol")["metrics"]
     assert got["auc_labels"]["value"] == pytest.approx(want.value)
-    pooled = statistics.enrichment(p.influence(p.pretrain("byol")).read(p.artifacts())["influence"], uniform, 0.05)
+    scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
+    pooled = statistics.enrichment(scores, uniform, 0.05)
     assert got["enrichment_top5"]["value"] == pytest.approx(pooled.value)
 
 

@@ -122,7 +122,7 @@ def test_an_interrupt_ends_the_kernels_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "profile 'huge': there are mini, overnight, paper, quick"),
+        (["--profile", "huge"], "profile 'huge': there are mini, overnight, paper-cifar100, paper, quick"),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),

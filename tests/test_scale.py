@@ -25,7 +25,7 @@ import issl
 from issl import EKFAC, Computing, Exact, LoGra, cross_influence, self_influence, top_influences
 from issl.commands import cli
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
-from issl.pretraining.other_encoders import open_encoder, read_state, resnet_from
+from issl.pretraining.other_encoders import SOLO_CIFAR, Triple, open_encoder, read_state, resnet_from
 from issl.shards import ONE, Shards
 
 # --- several processes -------------------------------------------------------------------------------------
@@ -88,9 +88,12 @@ def trained(net: nn.Module, side: int = 32) -> nn.Module:
     return net.eval()
 
 
-def same_features(ours: nn.Module, theirs: nn.Module, side: int) -> None:
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of the pixels
+
+
+def same_features(ours: nn.Module, theirs: nn.Module, side: int, scale: tuple[Triple, Triple] = IMAGENET) -> None:
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(v)[:, None, None] for v in scale)
     with torch.no_grad():
         want = theirs((x - mean) / std).flatten(1)
         torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-5)
@@ -127,7 +130,7 @@ def test_resnets_in_others_layouts(layout: str, tmp_path: Path) -> None:
     opened = open_encoder(str(tmp_path / "weights.pt"))
     side = 32 if layout in ("small", "solo-learn", "children") else 64
     assert opened.size == (32 if side == 32 else 224)
-    same_features(opened.encoder, body, side)
+    same_features(opened.encoder, body, side, SOLO_CIFAR[10] if layout == "solo-learn" else IMAGENET)
 
 
 def test_lightlys_own_resnet(tmp_path: Path) -> None:

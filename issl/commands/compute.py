@@ -39,8 +39,8 @@ class Job:
     device: str
     threads: int
     deadline: float | None  # seconds since the epoch: a job may run on another machine
-    released: bool = True  # are artifacts that come with the repository used?
     gpu: str | None = None  # the only one that it sees; None: what its machine shows it
+    released: bool = True  # are artifacts that come with the repository used?
 
     def __call__(self) -> Ended:
         """Make it."""
