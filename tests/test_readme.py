@@ -262,7 +262,8 @@ def test_adding_a_notebook(checkout: Path) -> None:
     said = in_checkout(checkout, "-m", "issl", "run", "--only", "17", "--out", str(checkout))
     assert "1 of 1 notebooks ended well" in said
     record = json.loads((checkout / "results/quick/claim_bright_images.json").read_text())
-    assert record["verdict"] in ("reproduced", "contradicted", "undecided")
+    assert record["outcome"] in ("reproduced", "contradicted", "undecided")
+    assert record["verdict"] == "not tested at this scale" and record["learned"]["encoders"] == 1
     assert (checkout / "figures/quick/17_brightness.png").is_file()
     assert "Bright images have high influence" in (checkout / "results/quick/index.html").read_text()
 

@@ -220,7 +220,7 @@ def test_light_and_dark_and_a_phone(page: Any) -> None:
     assert colour() == "rgb(255, 255, 255)"
     page.click("#theme")
     assert colour() == "rgb(20, 22, 26)"
-    page.wait_for_timeout(1000)  # the browser stores it beside the page, not at once where the machine is busy
+    page.wait_for_timeout(3000)  # the browser stores it beside the page, not at once where the machine is busy
     page.reload()
     assert colour() == "rgb(20, 22, 26)"  # it is remembered
     page.click("#theme")

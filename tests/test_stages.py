@@ -314,6 +314,6 @@ def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
 
 
 def test_from_scratch_a_plan_does_not_see_what_is_released() -> None:
-    plan, again = SeedCorrelation(), SeedCorrelation(from_scratch=True)
+    plan, again = SeedCorrelation(), SeedCorrelation(ignore_released=True)
     assert plan.artifacts().released is not None and again.artifacts().released is None
     assert plan.settings() == again.settings()  # it changes no number

@@ -65,7 +65,7 @@ class ProfileOptions:
             out=str(self.folder),
             data_root=self.root,
             device=self.device,
-            from_scratch=self.from_scratch,
+            ignore_released=self.from_scratch,
         )
 
     def left_out(self) -> list[str]:

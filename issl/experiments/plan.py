@@ -37,7 +37,7 @@ Files = Annotated[
 class Plan(Config):
     """What all notebooks share: where to read and write, the images, and the encoder that is trained.
 
-    from_scratch           artifacts that come with the repository are made again
+    ignore_released        artifacts that come with the repository are made again
     duplicates, atypical   shares of the images that are replaced, see `issl.data.injection`; 0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
     epochs                 one number, or one for each method
@@ -54,7 +54,7 @@ class Plan(Config):
     out: str = "."
     data_root: str | None = None
     device: str = "auto"
-    from_scratch: bool = False
+    ignore_released: bool = False
     dataset: str = "scenes"
     n: int = Field(512, ge=16)
     n_test: int = Field(300, ge=16)
@@ -147,11 +147,13 @@ class Plan(Config):
 
     def artifacts(self, progress: bool = False) -> Artifacts:
         found = Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
-        return replace(found, released=None) if self.from_scratch else found
+        return replace(found, released=None) if self.ignore_released else found
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the results: not where files are, nor the device."""
-        settings = self.model_dump(mode="json", exclude={"out", "data_root", "device", "from_scratch", "checkpoints"})
+        settings = self.model_dump(
+            mode="json", exclude={"out", "data_root", "device", "ignore_released", "checkpoints"}
+        )
         return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})
 
     def given_files(self) -> dict[str, list[dict[str, str]]]:

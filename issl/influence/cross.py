@@ -55,7 +55,7 @@ def cross_influence(
     `top_influences` needs less memory. Raises IsslError as `self_influence` does.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
-    queries = not_empty(query)
+    queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
         check_sizes(run.data, queries)  # before the pass
@@ -84,7 +84,7 @@ def top_influences(
     """
     _check_k(k)
     what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
-    queries = not_empty(query)
+    queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
         check_sizes(run.data, queries)  # before the pass
@@ -93,7 +93,7 @@ def top_influences(
 
 def every_score(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor) -> Float[Tensor, "q n"]:
     """The scores of `cross_influence` under the first of these inverse curvatures."""
-    queries = not_empty(query)
+    queries = not_empty(query, "query images")
     scores = torch.zeros(len(queries), len(run.data), dtype=torch.float64)
     for positions, block in _blocks(run, whitenings, queries):
         scores[:, positions] = block.cpu()
@@ -103,7 +103,7 @@ def every_score(run: Run, whitenings: dict[str, list[Whitening]], query: Images 
 def highest_scores(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor, k: int) -> pd.DataFrame:
     """The table of `top_influences` under the first of these inverse curvatures."""
     _check_k(k)
-    queries = not_empty(query)
+    queries = not_empty(query, "query images")
     best = (torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64))
     for positions, block in _blocks(run, whitenings, queries):
         places = torch.arange(positions.start, positions.stop).expand(len(queries), -1)

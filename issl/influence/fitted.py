@@ -90,7 +90,7 @@ class Fitted:
         """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` gives it."""
         with full_precision():
             run = self._run(train, computing)
-            check_sizes(run.data, not_empty(query))
+            check_sizes(run.data, not_empty(query, "query images"))
             return every_score(run, self._whitenings(()), query)
 
     def top(
@@ -99,7 +99,7 @@ class Fitted:
         """The k images of `train` of the highest influence on each query, as `issl.top_influences` gives them."""
         with full_precision():
             run = self._run(train, computing)
-            check_sizes(run.data, not_empty(query))
+            check_sizes(run.data, not_empty(query, "query images"))
             return highest_scores(run, self._whitenings(()), query, k)
 
     def extend(self, images: Images | Tensor, *, computing: Computing = Computing()) -> Fitted:

@@ -254,11 +254,11 @@ def describe_loss(loss: Loss | CrossEntropy) -> str:
     return getattr(loss, "__qualname__", repr(loss))
 
 
-def not_empty(images: Images | Tensor) -> Images:
-    """`as_images`, with at least one image."""
+def not_empty(images: Images | Tensor, what: str = "images") -> Images:
+    """`as_images`, with at least one image; `what` they are, for the error."""
     data = as_images(images)
     if len(data) == 0:
-        raise IsslError(f"images {data.name!r}: the set is empty")
+        raise IsslError(f"{what} {data.name!r}: the set is empty")
     return data
 
 
