@@ -57,7 +57,8 @@ class ProfileOptions:
     def plans(self) -> dict[str, Plan]:
         """The plans of the chosen notebooks, and that of the image explorer where all are chosen."""
         names = [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
-        names = [name for name in names if name not in self.left_out()]
+        left_out = self.left_out()
+        names = [name for name in names if name not in left_out]
         return read_profile(
             self.profile,
             names,

@@ -303,13 +303,11 @@ def _check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     together = model(x)
     check_features(together, len(x))
-    alone = model(x[:1])
-    check_features(alone, 1)
     with torch.enable_grad():
-        if not model(x[:1].clone().requires_grad_()).requires_grad:
-            raise IsslError(
-                "encoder cuts its features off from their gradient; remove no_grad or detach in its forward"
-            )
+        alone = model(x[:1].clone().requires_grad_())
+    check_features(alone, 1)
+    if not alone.requires_grad:
+        raise IsslError("encoder cuts its features off from their gradient; remove no_grad or detach in its forward")
     if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
         raise IsslError(
             "encoder gives an image other features alone than in a batch, so its loss is not per example; remove what "
