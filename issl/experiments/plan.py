@@ -196,6 +196,11 @@ class Scored(Plan):
         """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …, or those given."""
         return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
 
+    def with_untrained(self, methods: Iterable[recipes.Method]) -> list[Pretrain | Given]:
+        """The encoders that are scored, method by method, and last their network before any training."""
+        encoders = [e for method in methods for e in self.scored_encoders(method)]
+        return [*encoders, self.untrained(encoders[0])]
+
     @property
     def noise(self) -> GaussianNoise:
         return GaussianNoise(self.mean, self.std)
@@ -245,10 +250,9 @@ class Scored(Plan):
     def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
         """For each method its encoders, with the scores and the features of this notebook's images, and what they
         learned; the same of the network before training."""
-        encoders = [e for method in methods for e in self.scored_encoders(method)]
-        each = (*encoders, self.untrained(encoders[0]))
+        each = self.with_untrained(methods)
         return [*(stage for e in each for stage in (e, self.influence(e), self.features(e))),
-                *self.learned_stages(encoders)]  # fmt: skip
+                *map(self.evaluation, each)]  # fmt: skip
 
 
 def learned_by(evaluations: list[Evaluate], artifacts: Artifacts) -> Learned:

@@ -315,8 +315,7 @@ class Explained(Scored):
         return self.influence(encoder, self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
-        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
-        return [*self.of_each(self.methods), *(self.scores(e, 1) for e in (*encoders, self.untrained(encoders[0])))]
+        return [*self.of_each(self.methods), *(self.scores(e, 1) for e in self.with_untrained(self.methods))]
 
 
 class Bridges(Scored):

@@ -324,8 +324,7 @@ class Outliers(Scored):
         return self.features(encoder, self.new_images())
 
     def stages(self) -> list[Stage]:
-        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
-        each = (*encoders, self.untrained(encoders[0]))
+        each = self.with_untrained(self.methods)
         return [*self.of_each(self.methods), *map(self.new_scores, each), *map(self.new_features, each)]
 
 
@@ -385,8 +384,8 @@ class SupervisedVsSSL(Scored):
 
     def stages(self) -> list[Stage]:
         classifiers = self.supervised_encoders()
-        encoders = [e for method in self.methods for e in self.scored_encoders(method)]
-        each = (*encoders, self.untrained(encoders[0]), *classifiers)
+        *encoders, fresh = self.with_untrained(self.methods)
+        each = (*encoders, fresh, *classifiers)
         found: list[Stage] = [*map(self.cross_entropy_scores, classifiers), *map(self.evaluation, classifiers)]
         found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
         found += self.learned_stages(encoders)
