@@ -37,6 +37,9 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")
     _profile_arguments(run)
+    run.add_argument(
+        "--jobs", type=int, metavar="N", help="how many stages at once (default: one a core, up to 4; 1 on a GPU)"
+    )
     run.add_argument("--again", action="store_true", help="run notebooks even if nothing they depend on has changed")
     compute = commands.add_parser(
         "compute", help="compute only a profile's missing stages, several at once or on Slurm"
@@ -133,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
         return compute(shared, options.jobs, options.cluster, sbatch_options(options.slurm))
     from issl.commands.run import run
 
-    return run(shared, options.again)
+    return run(shared, options.again, options.jobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

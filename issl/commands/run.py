@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from issl.commands.compute import Job
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, check, notebooks_folder
 from issl.commands.progress import Overview
-from issl.commands.scheduler import Scheduler, make
+from issl.commands.scheduler import Scheduler, Task, make
+from issl.commands.workers import Workers, default_workers
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
@@ -29,14 +32,17 @@ from issl.reporting.verdicts import MARKS, decided, good_for, read_records
 AT_ONCE = 2  # notebooks at once, beside the stages: their kernels mostly import and draw
 
 
-def run(options: ProfileOptions, again: bool = False) -> int:
+def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -> int:
     """Run a profile; returns the exit code: 0 where every notebook ended well, 3 where time was too short for some
     (none failed), else 1.
 
-    The stages are made one after another in dependency order; a notebook starts when its own stages have ended. A
-    notebook whose outputs were made from the same cells, plan, artifacts and code is not run, unless `again`.
+    The stages are made in dependency order, `jobs` at once (`default_workers`; 1: in this process); a notebook starts
+    when its own stages have ended. A notebook whose outputs were made from the same cells, plan, artifacts and code is
+    not run, unless `again`.
     Raises IsslError for input that is wrong, before any long work.
     """
+    if jobs is not None and jobs < 1:
+        raise IsslError(f"--jobs {jobs}: need 1 or more")
     began, plans, out = time.monotonic(), options.plans(), options.folder
     check(plans, out)
     notebooks = {name: plan for name, plan in plans.items() if name != EXPLORER.notebook}
@@ -47,6 +53,7 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
     other = NOTEBOOK * len(notebooks) + after
     scheduler = Scheduler(plans.values(), artifacts.has, other=other, on=machine(artifacts.device))
+    scheduler.jobs = jobs or default_workers(artifacts.device.type, scheduler.remaining())
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)
@@ -59,9 +66,7 @@ def run(options: ProfileOptions, again: bool = False) -> int:
                 ends.append(start(_notebook, name, waiting.pop(name), scheduler, artifacts, again, overview))
 
         start_settled(first)
-        while ready := scheduler.ready():
-            scheduler.start(task := ready[0])
-            scheduler.end(task, make(task.stage, artifacts))
+        for task in _made(scheduler, artifacts):
             if task.state == "done":
                 overview.stage(task)
             start_settled(first)
@@ -83,6 +88,30 @@ def run(options: ProfileOptions, again: bool = False) -> int:
     except IsslError as error:  # a record of a claim that is no longer stated
         print(f"verdicts: {error}", flush=True)
     return 1 if failed else 3 if late else 0
+
+
+def _made(scheduler: Scheduler, artifacts: Artifacts) -> Iterator[Task]:
+    """Make all stages, `scheduler.jobs` at once; yields each that has ended, well or not."""
+    if scheduler.jobs == 1:
+        while ready := scheduler.ready():
+            scheduler.start(task := ready[0])
+            scheduler.end(task, make(task.stage, artifacts))
+            yield task
+        return
+    late = None if artifacts.deadline is None else time.time() + artifacts.deadline - time.monotonic()
+    job = partial(
+        Job, root=artifacts.root, device=str(artifacts.device), released=artifacts.released is not None, deadline=late,
+        threads=max(1, (os.cpu_count() or 1) // scheduler.jobs),
+    )  # fmt: skip
+    workers = Workers(scheduler.jobs)
+    while scheduler.ready() or scheduler.running():
+        for task in scheduler.ready()[: workers.idle]:
+            scheduler.start(task)
+            workers.start(task, job(task.stage))
+        for task, ended in workers.ended():
+            scheduler.end(task, ended)
+            yield task
+    workers.close()
 
 
 def _print_given(plan: Plan, left_out: list[str]) -> None:

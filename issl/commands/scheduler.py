@@ -1,6 +1,6 @@
 """The stages that a run makes: the state of each, what can start, what a failure blocks, how long the rest will take.
 
-`issl run` makes them one after another in its own process, `issl compute` several at once as jobs.
+`issl run` makes them in its own process or in a few workers, `issl compute` as jobs.
 """
 
 from __future__ import annotations
