@@ -21,6 +21,7 @@ from issl.analysis.statistics import Estimate
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError
+from issl.experiments.metrics import words
 from issl.files import PACKAGE, REPOSITORY, atomic, installed
 
 State = Literal["holds", "contradicted", "undecided"]
@@ -238,7 +239,7 @@ def format_record(written: dict[str, Any]) -> str:
         side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
         bound = "" if test["bound"] == "value" else f"{test['bound']} end "
         ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
-        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}")
+        lines.append(f"  {words(test['metric'])} = {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}")
     lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
     return "\n".join(lines)
 

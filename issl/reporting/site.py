@@ -102,24 +102,23 @@ def _card(name: str, records: Sequence[Record], executed: Path, figures: Path, s
 
 
 def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """The result of the notebook's first claim: claim, measured, lines (text and verdict, one per method), and how many
+    """The result of the notebook's first claim: claim, sentence, reached (its verdicts, with their marks), and how many
     more claims it has."""
     own = [r for r in records if r["notebook"] == name]
     if not own:
         claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
-        return {"claim": claim, "lines": [], "more": 0}
+        return {"claim": claim, "sentence": "", "reached": [], "more": 0}
     first = [r for r in own if r["name"] == own[0]["name"]]
-    row = verdicts.summary(first)[0]
-    found = [r["verdict"] for r in first]
-    lines = [(f"{verdicts.MARKS[v]} {text}: {v}", v) for text, v in zip(row["ours"], found, strict=True)]
+    reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in first)]
     more = len({r["name"] for r in own}) - 1
-    return {"claim": row["claim"], "measured": row["measured"], "lines": lines, "more": more}
+    claim = verdicts.summary(first)[0]["claim"]
+    return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
 
 
 def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
 
-    A cell of text has id and text; one of code has code, folded (a summary to hide the code behind, or None) and
+    A cell of text has id and text; one of code has code, folded (the summary that the code is hidden behind) and
     outputs (kind, content), the kind being text, png or html.
     """
     from nbconvert.filters import markdown2html  # slow to import
@@ -139,9 +138,15 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
         elif cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
             code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True)))
-            fold = next((text for tag, text in folded.items() if tag in tags), None)
+            fold = next((text for tag, text in folded.items() if tag in tags), _code_summary(cell.source))
             cells.append({"code": code, "folded": fold, "outputs": [_output(output) for output in cell.outputs]})
     return cells, headings
+
+
+def _code_summary(source: str) -> str:
+    """What stands for a folded cell of code: how much there is of it."""
+    lines = len(source.splitlines())
+    return f"Code, {lines} line{'' if lines == 1 else 's'}"
 
 
 def _output(output: Any) -> tuple[str, str]:
