@@ -137,7 +137,9 @@ def sentence(records: Sequence[Record]) -> str:
         elif own:
             parts.append(phrase + (f" ({'; '.join(f'{v}: {numbers[v]}' for v in own)})" if own != [""] else ""))
     if len(records) == 1:
-        head = f"The {records[0]['verdict']}" if reached <= {PASSED, FAILED} else f"The claim {parts[0]} here"
+        r = records[0]
+        where = f"with {_name(r['variant'])}" if r["variant"] in NAMES else f"here {r['variant']}".strip()
+        head = f"The {r['verdict']}" if reached <= {PASSED, FAILED} else f"The claim {PHRASES[r['outcome']]} {where}"
         text = f"{head}: {measured} = {next(iter(numbers.values()))}"
     else:
         text = f"Measured as {measured}, the claim {_listed(parts)}"
