@@ -126,7 +126,10 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    folded = {"parameters": "Parameters: defaults", "injected-parameters": "Parameters: this run's"}
+    folded = {
+        "parameters": "Parameters: defaults", "injected-parameters": "Parameters: this run's",
+        "solution": "Answers, checked",
+    }  # fmt: skip
     cells: list[dict[str, Any]] = []
     headings = []
     for number, cell in enumerate(notebook.cells):
