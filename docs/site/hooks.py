@@ -14,12 +14,13 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 PAGES = {  # files outside docs/ that are pages of the site
     "README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "benchmarks.md", "released/README.md": "released.md",
 }  # fmt: skip
 COPIED = ("LICENSE", "CITATION.cff", "figures/mini/*.png", "notebooks/*.ipynb")  # and what they link to
+FETCHED = "https://unpkg.com/iframe-worker/shim"
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(\))")
 CODE_OR_MATHS = re.compile(r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL)
 
@@ -46,6 +47,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}{posixpath.relpath(target, posixpath.dirname(here) or '.')}{found[3] or ''}{found[4]}"
 
     return CODE_OR_MATHS.sub(_mathml, LINK.sub(led, markdown))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """The theme would fetch what its search needs in pages from files: use ours."""
+    return output.replace(FETCHED, posixpath.relpath("site/worker.js", posixpath.dirname(page.file.dest_uri) or "."))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """The page for a wrong address, too."""
+    return output.replace(FETCHED, "site/worker.js")
 
 
 def _mathml(found: re.Match[str]) -> str:
