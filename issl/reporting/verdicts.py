@@ -227,15 +227,17 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def short_markdown(records: Sequence[Record]) -> str:
-    """A line for each claim whose test still decides, at the largest scale that it was measured at, as a table."""
-    lines = ["| claim | paper | ours (95% interval) | at | verdict |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(r["name"] for r in records if r["verdict"] != SUPERSEDED):
+    """A line for each claim whose test still decides, at the largest scale that it was measured at, as a table; checks
+    of the code are left out."""
+    lines = ["| claim | paper | ours (95% interval) | verdict |", "|---|---|---|---|"]
+    for name in dict.fromkeys(r["name"] for r in records if r["verdict"] not in (SUPERSEDED, PASSED, FAILED)):
         own = [r for r in records if r["name"] == name]
         at = max((r["provenance"]["profile"] for r in own), key=_scale)
         own = [r for r in own if r["provenance"]["profile"] == at]
         row = summary(own)[0]
         by = [f"{n} {m}".strip() for n, m in zip(map(_number, table(own).itertuples()), _methods(own), strict=True)]
-        cells = (row["claim"], row["paper"], f"{row['measured']} = {', '.join(by)}", at, _short_verdict(own))
+        where = "" if at == SCALES[0] else f"{at}: "
+        cells = (row["claim"], row["paper"], f"{row['measured']} = {', '.join(by)}", where + _short_verdict(own))
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -254,13 +256,19 @@ def _name(variant: str) -> str:
 
 
 def _short_verdict(records: Sequence[Record]) -> str:
-    """The verdicts, those that agree together; where the scale allows none, the outcomes so far."""
-    by: dict[str, list[str]] = {}
-    for r, method in zip(records, _methods(records), strict=True):
-        early = r["verdict"] == UNTESTED
-        reached = r["outcome"] if early else r["verdict"]
-        by.setdefault(f"{'◌ so far ' if early else ''}{MARKS[reached]} {reached}", []).append(method)
-    return "; ".join(said if len(by) == 1 else f"{said} {_listed(methods)}" for said, methods in by.items())
+    """The verdicts by their marks, with the methods; in words where all agree. Where the scale allows no verdict, the
+    outcomes so far."""
+    parts = []
+    for early in (False, True):
+        by: dict[str, list[str]] = {}
+        for r, method in zip(records, _methods(records), strict=True):
+            if (r["verdict"] == UNTESTED) == early:
+                by.setdefault(r["outcome"] if early else r["verdict"], []).append(method)
+        if by:
+            alone = len(by) == 1 and len(next(iter(by.values()))) == len(records)
+            marked = [f"{MARKS[v]} {v if alone else ', '.join(methods)}" for v, methods in by.items()]
+            parts.append(("◌ so far " if early else "") + "; ".join(marked))
+    return "; ".join(parts)
 
 
 def latex(records: Sequence[Record]) -> str:
