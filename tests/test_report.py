@@ -53,6 +53,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nbformat.v4.new_markdown_cell("## Part one"),
             nbformat.v4.new_code_cell("n = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(
+                "t",
+                outputs=[
+                    nbformat.v4.new_output(
+                        "display_data", {"text/html": "<table><th>overlap_top1</th><td>barlow_twins</td></table>"}
+                    )
+                ],
+            ),
+            nbformat.v4.new_code_cell(
                 "print('<b>')", outputs=[nbformat.v4.new_output("stream", text="<b> & \x1b[31mred\x1b[0m")]
             ),
         ]
@@ -110,7 +118,8 @@ def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: P
     text = (site / "report/00_method.html").read_text()
     assert text.count("<math") == 2 and "<mfrac>" in text and "cost: $5" in text
     assert "&lt;b&gt; &amp; red" in text and "\x1b" not in text and "Parameters: defaults" in text
-    assert text.count('<details class="fold">') == 2 and "<summary>Code, 1 line</summary>" in text
+    assert text.count('<details class="fold">') == 3 and "<summary>Code, 1 line</summary>" in text
+    assert "<th>overlap of the top 1%</th><td>Barlow Twins</td>" in text
     assert "Part one" in text.split("<main")[0]  # in the page's own contents
     index = (site / "index.html").read_text()
     assert "The method &lt;fast&gt;" in index

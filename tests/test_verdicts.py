@@ -142,7 +142,7 @@ def test_the_pages_show_the_records_that_are_kept(repository: Path, capsys: pyte
 def test_every_metric_that_a_test_asks_for_has_words() -> None:
     conditions = [t for claim in claims.claims().values() for t in claim.tests]
     asked = {t.metric for t in [*conditions, *(t.needs for t in conditions if t.needs)]}
-    assert asked == set(metrics.all_words()) and not any("_" in text for text in metrics.all_words().values())
+    assert asked <= set(metrics.all_words()) and not any("_" in text for text in metrics.all_words().values())
     with pytest.raises(issl.IsslError, match="'moon_phase' has no words"):
         metrics.words("moon_phase")
 

@@ -12,7 +12,7 @@ from issl.files import PACKAGE
 
 @lru_cache
 def all_words() -> dict[str, str]:
-    """The words of every metric that a claim's test asks for (metrics.yaml)."""
+    """The words of every metric that a claim's test asks for, and of others that tables show (metrics.yaml)."""
     found: dict[str, str] = yaml.safe_load((PACKAGE / "experiments" / "metrics.yaml").read_text())
     return found
 

@@ -19,7 +19,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from issl.data.images import Images
@@ -28,6 +28,7 @@ from issl.experiments.cache import MANIFEST, Artifacts
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
 from issl.experiments.cost import all_stages
 from issl.experiments.explorer import Explorer
+from issl.experiments.metrics import all_words
 from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 from issl.pretraining.recipes import NAMES
@@ -164,10 +165,16 @@ def _output(output: Any) -> tuple[str, str]:
     if "image/png" in data:
         return "png", data["image/png"].strip()
     if "text/html" in data:
-        return "html", Markup(data["text/html"])
+        return "html", Markup(_cells_in_words(data["text/html"]))
     if "text/markdown" in data:
         return "html", Markup(markdown2html(_with_mathml(data["text/markdown"])))
     return "text", data.get("text/plain", "")
+
+
+def _cells_in_words(table: str) -> str:
+    """A table whose cells name metrics and methods as people do."""
+    known = all_words() | NAMES
+    return re.sub(r"(?<=>)[^<>]+(?=<)", lambda cell: escape(known[cell[0]]) if cell[0] in known else cell[0], table)
 
 
 def _with_mathml(source: str) -> str:

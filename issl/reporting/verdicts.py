@@ -135,7 +135,7 @@ def sentence(records: Sequence[Record]) -> str:
         if own and all(variant in NAMES for variant in own):
             parts.append(f"{phrase} with {_listed([f'{_name(v)} ({numbers[v]})' for v in own])}")
         elif own:
-            parts.append(phrase + (f" ({'; '.join(f'{v}: {numbers[v]}' for v in own)})" if own != [""] else ""))
+            parts.append(phrase + (f" ({'; '.join(f'{_name(v)}: {numbers[v]}' for v in own)})" if own != [""] else ""))
     if len(records) == 1:
         r = records[0]
         where = f"with {_name(r['variant'])}" if r["variant"] in NAMES else f"here {r['variant']}".strip()
@@ -252,7 +252,7 @@ def _methods(records: Sequence[Record]) -> list[str]:
 
 def _name(variant: str) -> str:
     """A method as people write it; any other variant as it is."""
-    return str({str(k): v for k, v in NAMES.items()}.get(variant, variant))
+    return NAMES.get(variant, variant)
 
 
 def _short_verdict(records: Sequence[Record]) -> str:
