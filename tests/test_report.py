@@ -53,6 +53,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nbformat.v4.new_markdown_cell("## Part one"),
             nbformat.v4.new_code_cell("n = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(
+                "answer = 6",
+                metadata={"tags": ["solution"]},
+                outputs=[nbformat.v4.new_output("stream", text="the answer: 42")],
+            ),
+            nbformat.v4.new_code_cell(
                 "t",
                 outputs=[
                     nbformat.v4.new_output(
@@ -118,7 +123,7 @@ def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: P
     text = (site / "report/00_method.html").read_text()
     assert text.count("<math") == 2 and "<mfrac>" in text and "cost: $5" in text
     assert "&lt;b&gt; &amp; red" in text and "\x1b" not in text and "Parameters: defaults" in text
-    assert text.count('<details class="fold">') == 3 and "<summary>Code, 1 line</summary>" in text
+    assert text.count('<details class="fold">') == 4 and "<summary>Code, 1 line</summary>" in text
     assert "<th>overlap of the top 1%</th><td>Barlow Twins</td>" in text
     assert "Part one" in text.split("<main")[0]  # in the page's own contents
     index = (site / "index.html").read_text()
@@ -241,6 +246,7 @@ def test_light_and_dark_and_a_phone(page: Any) -> None:
     page.click("#notebooks h3 a >> nth=0")
     assert page.locator("math").count() == 2 and page.evaluate("document.documentElement.scrollWidth") <= 360
     assert not page.locator("code", has_text="print").is_visible()
+    assert not page.get_by_text("the answer: 42").is_visible()
     page.click("#unfold")
     assert page.locator("code", has_text="print").is_visible()
     page.click(".home")

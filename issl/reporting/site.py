@@ -119,8 +119,8 @@ def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
 def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
 
-    A cell of text has id and text; one of code has code, folded (the summary that the code is hidden behind) and
-    outputs (kind, content), the kind being text, png or html.
+    A cell of text has id and text; one of code has code, folded (the summary that the code is hidden behind), outputs
+    (kind, content), the kind being text, png or html, and solution: are these hidden, too?
     """
     from nbconvert.filters import markdown2html  # slow to import
     from pygments import highlight
@@ -143,7 +143,8 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
             tags = cell.metadata.get("tags", [])
             code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True)))
             fold = next((text for tag, text in folded.items() if tag in tags), _code_summary(cell.source))
-            cells.append({"code": code, "folded": fold, "outputs": [_output(output) for output in cell.outputs]})
+            outputs = [_output(output) for output in cell.outputs]
+            cells.append({"code": code, "folded": fold, "outputs": outputs, "solution": "solution" in tags})
     return cells, headings
 
 
