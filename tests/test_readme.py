@@ -77,6 +77,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("weights.pt", "simclr.ckpt", "byol.ckpt", "barlow.ckpt"):
             torch.save(model.state_dict(), name)
         Path("kept").mkdir()
+        Path("released").symlink_to(REPOSITORY / "released")
         for data, out in (("cifar10", "byol.safetensors"), ("folder:photos", "mine.safetensors")):
             told = ["--data", data, "--data-root", "DIR", "--width", "1", "--epochs", "1", "--batch-size", "4"]
             assert cli.main(["pretrain", *told, "--recipe", "short", "--out", f"kept/{out}"]) == 0
