@@ -16,8 +16,9 @@ from sklearn.linear_model import LogisticRegression
 import issl
 from issl import devices
 from issl.analysis import evaluate
-from issl.commands import compute
-from issl.commands.compute import Job, least_used, visible_gpus
+from issl.commands import workers
+from issl.commands.scheduler import Task
+from issl.commands.workers import Job, Workers, default_workers, visible_gpus
 from issl.devices import free_memory, full_precision, in_batches, pick_device
 from issl.experiments.cache import Artifacts, Stage
 from issl.influence import gradient_store
@@ -231,21 +232,26 @@ class Seen(Stage):
         (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 
 
-def test_each_local_job_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "pick_device", lambda _: torch.device("cuda"))
+def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert visible_gpus("auto") == ["3", "5"]
+    assert visible_gpus("auto") == ["3", "5"] and default_workers("cuda", 600.0) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus("auto") == ["0", "1"]
-    assert least_used(["3", "5"], []) == "3" and least_used(["3", "5"], ["3", "5", "5"]) == "3"
-    assert least_used(["3", "5"], ["3"]) == "5" and least_used([], [None]) is None
     monkeypatch.undo()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit starts it
-    job = Job(Seen(number=0), tmp_path, "cpu", 1, None, gpu="5")
-    assert job().error == ""
-    assert (Artifacts(tmp_path).get(Seen(number=0)) / "gpus.txt").read_text() == "5"
     assert visible_gpus("cpu") == []
+    seen = set()
+    with Workers(2, ["3", "5"]) as both:
+        for number in range(2):
+            both.start(
+                Task(Seen(number=number), "seen", [], 0.0, "running"), Job(Seen(number=number), tmp_path, "cpu", 1)
+            )
+        while both.idle < 2:
+            assert all(ended.error == "" for _, ended in both.ended())
+    for number in range(2):
+        seen.add((Artifacts(tmp_path).get(Seen(number=number)) / "gpus.txt").read_text())
+    assert seen == {"3", "5"}
 
 
 # --- the probe on a GPU ------------------------------------------------------------------------------------
