@@ -19,7 +19,7 @@ from issl.analysis import evaluate
 from issl.commands import workers
 from issl.commands.scheduler import Task
 from issl.commands.workers import Job, Workers, default_workers, visible_gpus
-from issl.devices import free_memory, full_precision, in_batches, pick_device
+from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.experiments.cache import Artifacts, Stage
 from issl.influence import gradient_store
 from issl.influence.computing import Computing
@@ -168,15 +168,17 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.Captur
             raise torch.OutOfMemoryError
         return list(range(part.start, part.stop))
 
-    parts = in_batches(slice(2, 21), 8, run)
+    batches = Batches(8)
+    parts = list(batches(slice(2, 21), run))
     assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [8, 4, *[2] * 9, 1]
-    assert "too small for 4 images at once; going on with 2" in capsys.readouterr().err
+    assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
+    assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
     def never(_: slice) -> None:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(issl.IsslError, match="one image does not fit into the GPU's memory"):
-        in_batches(slice(0, 4), 4, never)
+    with pytest.raises(issl.IsslError, match="memory does not suffice for one image"):
+        list(Batches(4)(slice(0, 4), never))
 
 
 def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
