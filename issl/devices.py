@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,28 +106,42 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, value)
 
 
-def in_batches(positions: slice, size: int, run: Callable[[slice], T]) -> list[T]:
-    """`run` on the positions, `size` at a time; where the GPU's memory does not suffice, on half as many from there on.
+@dataclass
+class Batches:
+    """Runs on positions, `size` at a time; where memory does not suffice, on half as many, from there on and in later
+    calls. For what does not depend on the size of a batch."""
 
-    For what does not depend on the size of a batch. Raises IsslError where not even one fits.
-    """
-    found, start = [], positions.start
-    while start < positions.stop:
-        part = slice(start, min(start + size, positions.stop))
-        try:
-            found.append(run(part))
-        except torch.OutOfMemoryError:
-            if part.stop - part.start == 1:
-                raise IsslError(
-                    "one image does not fit into the GPU's memory; use smaller images, or --device cpu"
-                ) from None
-        else:
-            start = part.stop
-            continue
-        size = (part.stop - part.start) // 2  # outside of the handler, which keeps the failed step's tensors alive
-        torch.cuda.empty_cache()
-        print(f"the GPU's memory is too small for {2 * size} images at once; going on with {size}", file=sys.stderr)
-    return found
+    size: int
+
+    def __call__(self, positions: slice, run: Callable[[slice], T]) -> Iterator[T]:
+        """What `run` gives for each batch. Raises IsslError where not even one image fits."""
+        start = positions.start
+        while start < positions.stop:
+            part = slice(start, min(start + self.size, positions.stop))
+            try:
+                found = run(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if part.stop - part.start == 1:
+                    raise IsslError(
+                        f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
+                        "images (--size), or a machine with more"
+                    ) from None
+            else:
+                yield found
+                start = part.stop
+                continue
+            self.size = (part.stop - part.start) // 2  # outside of the handler, which keeps the failed step's tensors
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"too little memory for {part.stop - part.start} images at once; going on with {self.size}",
+                  file=sys.stderr)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no more memory could be had, on a CPU or a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

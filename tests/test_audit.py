@@ -196,6 +196,9 @@ def test_a_test_is_contradicted_only_where_it_could_have_held(
     assert below.state(metrics | {"rho": Estimate(-(low + high) / 2, -high, -low, 9)}) == state
     exact = claims.Condition(metric="rho", bound="value", above=0.0)
     assert exact.state({"rho": Estimate(-1.0, -1.0, -1.0, 1)}) == "contradicted"
+    p = claims.Condition(metric="p", bound="value", below=0.05, p_value=True)
+    states = [p.state({"p": Estimate(value, value, value, 1)}) for value in (0.01, 0.3)]
+    assert states == ["holds", "undecided"]
     with pytest.raises(issl.IsslError, match="'ceiling' was not measured"):
         above.state({"rho": metrics["rho"]})
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import issl
 from issl import Computing, LoGra
+from issl.devices import is_out_of_memory
 from issl.influence import batch_size
-from issl.influence.batch_size import choose_batch_size, free_bytes, is_out_of_memory, peak_bytes
+from issl.influence.batch_size import choose_batch_size, free_bytes, peak_bytes
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,15 @@ import psutil
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch._dynamo.testing import CompileCounter
 
 import issl
 from issl import devices
 from issl.analysis import evaluate
-from issl.commands import compute
-from issl.commands.compute import Job, least_used, visible_gpus
-from issl.devices import free_memory, full_precision, in_batches, pick_device
+from issl.commands import workers
+from issl.commands.scheduler import Task
+from issl.commands.workers import Job, Workers, default_workers, visible_gpus
+from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.experiments.cache import Artifacts, Stage
 from issl.influence import gradient_store
 from issl.influence.computing import Computing
@@ -155,6 +158,18 @@ def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
     assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
 
 
+def test_the_twelfth_shape_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one function, in one process: torch stops at eight by itself. By a backend that only counts, and needs no
+    compiler."""
+    seen = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
+    monkeypatch.setattr(loop, "lacking_for_compilation", lambda: None)
+    (double,) = Execution("cpu", compiled="on").maybe_compiled(1, lambda x: 2 * x)
+    for size in range(1, 13):
+        assert double(torch.ones(size)).sum() == 2 * size
+    assert seen.frame_count == 12
+
+
 # --- memory ------------------------------------------------------------------------------------------------
 
 
@@ -167,15 +182,17 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.Captur
             raise torch.OutOfMemoryError
         return list(range(part.start, part.stop))
 
-    parts = in_batches(slice(2, 21), 8, run)
+    batches = Batches(8)
+    parts = list(batches(slice(2, 21), run))
     assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [8, 4, *[2] * 9, 1]
-    assert "too small for 4 images at once; going on with 2" in capsys.readouterr().err
+    assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
+    assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
     def never(_: slice) -> None:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(issl.IsslError, match="one image does not fit into the GPU's memory"):
-        in_batches(slice(0, 4), 4, never)
+    with pytest.raises(issl.IsslError, match="memory does not suffice for one image"):
+        list(Batches(4)(slice(0, 4), never))
 
 
 def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,21 +248,26 @@ class Seen(Stage):
         (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 
 
-def test_each_local_job_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "pick_device", lambda _: torch.device("cuda"))
+def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert visible_gpus("auto") == ["3", "5"]
+    assert visible_gpus("auto") == ["3", "5"] and default_workers("cuda", 600.0) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus("auto") == ["0", "1"]
-    assert least_used(["3", "5"], []) == "3" and least_used(["3", "5"], ["3", "5", "5"]) == "3"
-    assert least_used(["3", "5"], ["3"]) == "5" and least_used([], [None]) is None
     monkeypatch.undo()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit starts it
-    job = Job(Seen(number=0), tmp_path, "cpu", 1, None, gpu="5")
-    assert job().error == ""
-    assert (Artifacts(tmp_path).get(Seen(number=0)) / "gpus.txt").read_text() == "5"
     assert visible_gpus("cpu") == []
+    seen = set()
+    with Workers(2, ["3", "5"]) as both:
+        for number in range(2):
+            both.start(
+                Task(Seen(number=number), "seen", [], 0.0, "running"), Job(Seen(number=number), tmp_path, "cpu", 1)
+            )
+        while both.idle < 2:
+            assert all(ended.error == "" for _, ended in both.ended())
+    for number in range(2):
+        seen.add((Artifacts(tmp_path).get(Seen(number=number)) / "gpus.txt").read_text())
+    assert seen == {"3", "5"}
 
 
 # --- the probe on a GPU ------------------------------------------------------------------------------------

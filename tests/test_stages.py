@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import issl
+from issl.analysis.image_statistics import image_statistics
 from issl.experiments.cache import Artifacts, damaged
 from issl.experiments.plans_paper import SeedCorrelation
 from issl.experiments.settings import KINDS, Data, in_key, named_curvature
@@ -209,6 +210,12 @@ def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
     )
     assert sorted(order[top]) == list(range(1, 13)) and sorted(order[bottom]) == list(range(37, 49))
     assert some == same != other and len(some) == 12
+    top, some = (
+        Prune(influence=scored, which=which, share=0.25).read(artifacts) for which in ("top flat", "random flat")
+    )
+    flattest = image_statistics(scored.data.load())["border_std"].rank(method="first").to_numpy() <= 24
+    assert flattest[top].all() and flattest[some].all() and len(top) == len(some) == 12 and top != some
+    assert max(order[top]) < min(set(order[flattest]) - set(order[top]))
     thin = {"data": DATA, "attribute": "group", "value": "warm", "keep": 0.25}
     group = DATA.load().attributes["group"].to_numpy()
     removed = Thin(**thin).read(artifacts)

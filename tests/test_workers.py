@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,11 @@ def task(name: str) -> Task:
 
 
 def test_a_worker_that_dies_takes_only_its_own_stage_with_it() -> None:
-    workers = Workers(2)
+    with Workers(2) as workers:
+        _one_dies(workers)
+
+
+def _one_dies(workers: Workers) -> None:
     workers.start(task("a/1"), fine)
     workers.start(task("b/2"), dies)
     assert workers.idle == 0
@@ -50,7 +55,6 @@ def test_a_worker_that_dies_takes_only_its_own_stage_with_it() -> None:
     while len(ends) < 2:
         ends += workers.ended()
     assert len({end.seconds for _, end in ends} - {os.getpid()}) == 2 and not any(end.error for _, end in ends)
-    workers.close()
 
 
 def test_two_at_once_make_what_one_after_another_makes(tmp_path: Path) -> None:
@@ -99,11 +103,19 @@ def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path
     assert len(gone) == len(children) and not alive
 
 
+def test_after_an_error_they_end_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+        for _ in range(2):
+            workers.start(task("a/1"), partial(time.sleep, 120))
+        raise KeyboardInterrupt
+    children = [c for c in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
+    assert not psutil.wait_procs(children, timeout=30)[1] and time.monotonic() - began < 60
+
+
 def test_how_many_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert (
-        default_workers("cpu", 600.0) == 4 and default_workers("cpu", 5.0) == 1 and default_workers("cuda", 600.0) == 1
-    )
+    assert default_workers("cpu", 600.0) == 4 and default_workers("cpu", 5.0) == 1
     assert default_workers("cpu", 60.0) == 4
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert default_workers("cpu", 600.0) == 2

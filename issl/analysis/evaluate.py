@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
-from issl.devices import full_precision, in_batches
+from issl.devices import Batches, full_precision
 from issl.errors import IsslError
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, keyed_draws
@@ -34,7 +34,7 @@ def embed(encoder: nn.Module, images: Images, device: torch.device | None = None
         return encoder(images.pixels[part].to(device).float() / 255).float().cpu()
 
     with full_precision():
-        return torch.cat(in_batches(slice(0, len(images)), batch, features))
+        return torch.cat(list(Batches(batch)(slice(0, len(images)), features)))
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def stability_losses(
         return torch.stack(each).double().mean(0).cpu()
 
     with full_precision():
-        return torch.cat(in_batches(slice(0, len(images)), batch, losses)).numpy()
+        return torch.cat(list(Batches(batch)(slice(0, len(images)), losses))).numpy()
 
 
 def knn_hits(

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 
-from issl.commands.compute import Job
+from issl.commands.compute import made_by_workers
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, check, notebooks_folder
 from issl.commands.progress import Overview
 from issl.commands.scheduler import Scheduler, Task, make
-from issl.commands.workers import Workers, default_workers
+from issl.commands.workers import Job, default_workers, threads_each, visible_gpus
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
@@ -101,17 +101,9 @@ def _made(scheduler: Scheduler, artifacts: Artifacts) -> Iterator[Task]:
     late = None if artifacts.deadline is None else time.time() + artifacts.deadline - time.monotonic()
     job = partial(
         Job, root=artifacts.root, device=str(artifacts.device), released=artifacts.released is not None, deadline=late,
-        threads=max(1, (os.cpu_count() or 1) // scheduler.jobs),
+        threads=threads_each(scheduler.jobs),
     )  # fmt: skip
-    workers = Workers(scheduler.jobs)
-    while scheduler.ready() or scheduler.running():
-        for task in scheduler.ready()[: workers.idle]:
-            scheduler.start(task)
-            workers.start(task, job(task.stage))
-        for task, ended in workers.ended():
-            scheduler.end(task, ended)
-            yield task
-    workers.close()
+    yield from made_by_workers(scheduler, job, visible_gpus(str(artifacts.device)))
 
 
 def _print_given(plan: Plan, left_out: list[str]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
@@ -21,6 +21,7 @@ from issl.experiments.stages import Pretrain
 
 # "not needed": its artifact is missing, and so it stays, because everything that would read it is there
 State = Literal["cached", "not needed", "waiting", "running", "done", "failed", "out of time", "blocked"]
+BUNDLE = 300.0  # s: what one job of a cluster makes; the queue, Python and torch take 10 s and more to start it
 BELIEF = 0.2  # the weight of the cost model beside what was measured, as a share of the whole run
 
 
@@ -58,8 +59,7 @@ class Task:
     seconds: float = 0.0
     error: str = ""
     late: bool = False
-    job: Any = field(default=None, repr=False)  # of submitit's, where it runs in another process
-    gpu: str | None = None  # the one that this job has for itself
+    log: str = ""  # where its job on a cluster wrote more, in words
 
 
 class Scheduler:
@@ -100,6 +100,17 @@ class Scheduler:
         waiting = [task for task in self.tasks.values() if task.state == "waiting"]
         return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
 
+    def bundle(self) -> list[Task]:
+        """The next ready stage, with waiting ones that need nothing but it and what is done: those that fit with it
+        into BUNDLE seconds by the cost model. Empty where none is ready."""
+        chosen: dict[str, Task] = {}
+        for task in self.tasks.values():  # in dependency order
+            can = all(need.state in ("cached", "done") or need.label in chosen for need in task.needs)
+            spent = sum(other.cost for other in chosen.values())
+            if task.state == "waiting" and can and (not chosen or spent + task.cost <= BUNDLE):
+                chosen[task.label] = task
+        return list(chosen.values())
+
     def running(self) -> list[Task]:
         """Those that are being made."""
         return [task for task in self.tasks.values() if task.state == "running"]
@@ -107,6 +118,11 @@ class Scheduler:
     def start(self, task: Task) -> None:
         """Note that a task begins now."""
         task.state, task.began = "running", time.monotonic()
+
+    def postpone(self, tasks: Iterable[Task]) -> None:
+        """Note that these were not begun after all."""
+        for task in tasks:
+            task.state = "waiting"
 
     def end(self, task: Task, ended: Ended) -> None:
         """Note how a task ended. If it failed, everything that depends on it is blocked."""

@@ -1,4 +1,4 @@
-"""Processes that make stages side by side, each with its share of this machine's cores.
+"""Processes that make stages side by side, each with its share of this machine's cores, or a GPU of its own.
 
 A stage of a small network gains little from a second thread (those of 01 and 16 of the quick profile: 85 s on one
 thread, 70 s on two), so two stages at once on a thread each end much earlier than one after the other on both.
@@ -10,27 +10,58 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from issl.commands.scheduler import Ended, Task
+import torch
+
+from issl.commands.scheduler import Ended, Task, make
+from issl.devices import keep_freed_memory, pick_device
+from issl.experiments.cache import Artifacts, Stage
 
 WORTH_IT = 60.0  # seconds of work, by the cost model: a worker needs some seconds to import torch
 AT_MOST = 4  # workers by default: each holds its images
 
 
-def default_workers(device: str, work: float) -> int:
-    """How many stages to make at once: one on a GPU and for little work (in seconds), else one a core, up to four."""
-    return 1 if device != "cpu" or work < WORTH_IT else min(AT_MOST, os.cpu_count() or 1)
+@dataclass(frozen=True)
+class Job:
+    """What another process does: make one artifact, under the same lock and with the same checkpoints as here.
+
+    threads    of torch; 0: as many as it takes by itself
+    deadline   seconds since the epoch: the process may run on another machine
+    released   are artifacts that come with the repository used?
+    """
+
+    stage: Stage
+    root: Path
+    device: str
+    threads: int
+    deadline: float | None = None
+    released: bool = True
+
+    def __call__(self) -> Ended:
+        """Make it."""
+        keep_freed_memory()
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        deadline = None if self.deadline is None else time.monotonic() + self.deadline - time.time()
+        artifacts = Artifacts(self.root, pick_device(self.device), deadline=deadline)
+        return make(self.stage, artifacts if self.released else replace(artifacts, released=None))
 
 
 class Workers:
-    """`count` processes; each makes one stage at a time. One that dies takes only its own stage with it."""
+    """`count` processes; each makes one stage at a time. One that dies takes only its own stage with it.
 
-    def __init__(self, count: int):
-        self._idle = [_worker() for _ in range(count)]
-        self._busy: dict[Future[Ended], tuple[Task, ProcessPoolExecutor]] = {}
+    gpus   the GPUs that they share; none: each sees what this process sees
+    """
+
+    def __init__(self, count: int, gpus: Sequence[str] = ()):
+        self._idle = [_Worker(gpus[k % len(gpus)] if gpus else None) for k in range(count)]
+        self._busy: dict[Future[Ended], tuple[Task, _Worker]] = {}
 
     @property
     def idle(self) -> int:
@@ -40,7 +71,7 @@ class Workers:
     def start(self, task: Task, job: Callable[[], Ended]) -> None:
         """Let an idle worker do the task's job."""
         worker = self._idle.pop()
-        self._busy[worker.submit(job)] = task, worker
+        self._busy[worker.pool.submit(job)] = task, worker
 
     def ended(self) -> list[tuple[Task, Ended]]:
         """Wait until a stage has ended, well or not; returns those that have."""
@@ -50,25 +81,43 @@ class Workers:
             try:
                 found.append((task, future.result()))
             except BrokenProcessPool:
-                worker.shutdown()
-                worker = _worker()
+                worker.pool.shutdown()
+                worker = _Worker(worker.gpu)
                 found.append((task, Ended(0.0, f"the process that made {task.label} was killed (out of memory?)")))
             self._idle.append(worker)
         return found
 
-    def close(self) -> None:
-        """End the idle processes."""
-        for worker in self._idle:
-            worker.shutdown()
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """End them: the idle ones as they like, after an error all at once."""
+        busy = [worker for _, worker in self._busy.values()]
+        for worker in (*self._idle, *busy):
+            worker.end(at_once=error is not None)
 
 
-def _worker() -> ProcessPoolExecutor:
-    # spawn: torch's threads do not survive a fork
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+class _Worker:
+    """One process, started with its first job."""
+
+    def __init__(self, gpu: str | None):
+        self.gpu = gpu
+        # spawn: torch's threads do not survive a fork
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(gpu,))
+
+    def end(self, at_once: bool) -> None:
+        # copied first: the pool forgets its processes when it shuts down
+        processes = list((self.pool._processes or {}).values()) if at_once else []
+        self.pool.shutdown(wait=not at_once, cancel_futures=True)
+        for process in processes:
+            process.kill()
 
 
-def _end_with_parent() -> None:
-    """Leave Ctrl-C to the process that started this one, and end when it does, however it ends."""
+def _begin(gpu: str | None) -> None:
+    """What a worker does first: take its GPU, leave Ctrl-C to the process that started it, and end when that does."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads this when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -78,3 +127,23 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def default_workers(device: str, work: float) -> int:
+    """How many stages to make at once: for little work (in seconds) one; else one a core, up to four; or one a GPU."""
+    if work < WORTH_IT:
+        return 1
+    return len(visible_gpus(device)) or min(AT_MOST, os.cpu_count() or 1)
+
+
+def visible_gpus(device: str) -> list[str]:
+    """The GPUs that workers may use, as CUDA_VISIBLE_DEVICES names them; none where they compute on the CPU."""
+    if pick_device(device).type == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+
+
+def threads_each(workers: int) -> int:
+    """The threads of each of so many workers that share this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // workers)

@@ -38,6 +38,7 @@ class Condition(Config):
                      measured, the condition is skipped
     needs            another condition, such as one of the ceiling: where it does not hold, this one is never
                      contradicted
+    p_value          the metric is a p-value: one that is too large is no evidence against the claim
     """
 
     metric: str
@@ -45,6 +46,7 @@ class Condition(Config):
     above: float | None = None
     below: float | None = None
     where_measured: bool = False
+    p_value: bool = False
     needs: Condition | None = None
 
     @model_validator(mode="after")
@@ -70,7 +72,8 @@ class Condition(Config):
         if holds:
             return "holds"
         poor = self.needs is not None and self.needs.state(metrics) != "holds"
-        return "contradicted" if (wrong or (exact and value == value)) and not poor else "undecided"
+        against = wrong or (exact and value == value)
+        return "contradicted" if against and not poor and not self.p_value else "undecided"
 
 
 class Superseded(Config):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
+from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import nearest
 from issl.analysis.query_measures import stability_measures
 from issl.analysis.statistics_influence import statistics_influence
@@ -250,12 +251,13 @@ class Positions(Stage):
 
 
 class Prune(Positions):
-    """Choose a share of the images: those with the highest or the lowest score, or random ones."""
+    """Choose a share of the images: those with the highest or the lowest score, or random ones; "flat": one half of
+    twice as many images, those with the flattest frame (`image_statistics`: border_std)."""
 
     name: ClassVar[str] = "prune"
 
     influence: Influence
-    which: Literal["top", "bottom", "random"]
+    which: Literal["top", "bottom", "random", "top flat", "random flat"]
     share: float = Field(gt=0, lt=1)
     column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
@@ -264,8 +266,11 @@ class Prune(Positions):
         scores = self.influence.read(artifacts)[self.column].to_numpy()
         count = round(self.share * len(scores))
         order = np.argsort(-scores, kind="stable")
-        if self.which == "random":
+        if self.which.startswith("random"):
             order = np.random.default_rng(self.seed).permutation(len(scores))
+        if self.which.endswith("flat"):
+            frames = image_statistics(self.influence.data.load())["border_std"].to_numpy()
+            order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
         return order[-count:] if self.which == "bottom" else order[:count]
 
 

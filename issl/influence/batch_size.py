@@ -74,8 +74,3 @@ class _Counted(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.live -= size
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no more memory could be had, on a CPU or a GPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,10 +16,10 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,10 +29,9 @@ from tqdm import tqdm
 
 from issl.data.images import Images
 from issl.data.lazy_pixels import LazyPixels
-from issl.devices import free_memory
+from issl.devices import Batches, free_memory
 from issl.errors import IsslError
 from issl.files import atomic, belongs
-from issl.influence.batch_size import is_out_of_memory
 from issl.influence.computing import Computing
 
 RowsOf = Callable[[slice], dict[str, Tensor]]  # computes the rows of these images, by name
@@ -64,10 +63,14 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     identity    the fingerprint of these rows; a store that has another is refused
     """
 
-    in_batches = Batches(rows_of, computing.batch_size)
+    assert computing.batch_size != "auto"  # decided by now
+    in_batches = Batches(computing.batch_size)
+
+    def on_cpu(batch: slice) -> dict[str, Tensor]:
+        return {name: rows.cpu() for name, rows in rows_of(batch).items()}
 
     def compute(chunk: slice) -> dict[str, Tensor]:
-        parts = list(in_batches(chunk))
+        parts = list(in_batches(chunk, on_cpu))
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
@@ -113,40 +116,6 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
     else:
         belongs(folder, identity(), "gradients")
     return from_disk
-
-
-@dataclass
-class Batches:
-    """Computes rows batch by batch; a batch that memory does not suffice for is halved, and so are all after it."""
-
-    rows_of: RowsOf
-    size: int | Literal["auto"]  # decided by the time it is used
-
-    def __call__(self, chunk: slice) -> Iterator[dict[str, Tensor]]:
-        """The rows of a chunk's batches, on the CPU."""
-        assert self.size != "auto"
-        start = chunk.start
-        while start < chunk.stop:
-            batch = slice(start, min(start + self.size, chunk.stop))
-            try:
-                found = {name: rows.cpu() for name, rows in self.rows_of(batch).items()}
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._halve(batch.stop - batch.start, error)
-                continue
-            yield found
-            start = batch.stop
-
-    def _halve(self, size: int, error: BaseException) -> None:
-        if size == 1:
-            raise IsslError(
-                f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
-                "images (--size), or a machine with more"
-            ) from error
-        self.size = size // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def split(share: slice, row_bytes: int) -> list[slice]:

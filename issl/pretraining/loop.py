@@ -38,6 +38,7 @@ from issl.shards import ONE, Shards
 
 COLLAPSED = 0.02  # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which the minute of compilation pays off on a GPU
+VERSIONS = 128  # of a function that torch compiles, in one process
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history; after_epoch may add others
 AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
 
@@ -69,7 +70,20 @@ class Execution:
                 raise IsslError(f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off")
             print(f"training without torch.compile, which needs {lacking}: slower, the same otherwise", file=sys.stderr)
             return functions
-        return [torch.compile(f, dynamic=False) for f in functions]
+        return [_compiled(f) for f in functions]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for a process that trains many networks: torch counts the versions of a function over all of them
+    (widths, batch and view sizes, recipes), and after eight runs it eagerly, without a word."""
+    compiled = torch.compile(function, dynamic=False)
+    from torch._dynamo import config  # slow to import
+
+    def call(*arguments: Any) -> Any:
+        with config.patch(recompile_limit=VERSIONS):
+            return compiled(*arguments)
+
+    return call
 
 
 def lacking_for_compilation() -> str | None:
