@@ -20,7 +20,7 @@ PAGES = {  # files outside docs/ that are pages of the site
     "benchmarks/RESULTS.md": "benchmarks.md", "released/README.md": "released.md",
 }  # fmt: skip
 COPIED = ("LICENSE", "CITATION.cff", "figures/mini/*.png", "notebooks/*.ipynb")  # and what they link to
-FETCHED = "https://unpkg.com/iframe-worker/shim"
+FETCHED = re.compile(r"https://[^\s\"]+/iframe-worker/shim")
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(\))")
 CODE_OR_MATHS = re.compile(r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL)
 
@@ -51,12 +51,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """The theme would fetch what its search needs in pages from files: use ours."""
-    return output.replace(FETCHED, posixpath.relpath("site/worker.js", posixpath.dirname(page.file.dest_uri) or "."))
+    return FETCHED.sub(posixpath.relpath("site/worker.js", posixpath.dirname(page.file.dest_uri) or "."), output)
 
 
 def on_post_template(output: str, template_name: str, config: Any) -> str:
     """The page for a wrong address, too."""
-    return output.replace(FETCHED, "site/worker.js")
+    return FETCHED.sub("site/worker.js", output)
 
 
 def _mathml(found: re.Match[str]) -> str:
