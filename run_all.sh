@@ -9,7 +9,7 @@ Usage: ./run_all.sh [--test [PYTEST ARGS…] | ISSL RUN OPTIONS…]
 
   ./run_all.sh                      set up, then run the quick profile on the embedded data
   ./run_all.sh --profile mini --data-root DIR
-                                    real CIFAR-10 images (see README, "Real data")
+                                    real CIFAR-10 images (see docs/data.md)
   ./run_all.sh --test               set up, then run the tests
   ./run_all.sh --help               this text, and the options of `issl run`
 

@@ -19,7 +19,18 @@ from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
+BUNDLED = PACKAGE / "bundled"  # what a wheel carries of it: notebooks and profiles, released encoders, kept records
 WAIT_SECONDS = 0.5  # until it is looked again whether another process has finished a file
+
+
+def installed() -> bool:
+    """Is this library installed from a wheel, away from its checkout?"""
+    return BUNDLED.is_dir()
+
+
+def provided(name: str) -> Path:
+    """What comes with the code beside the library itself: the folder `notebooks`, `released` or `figures`."""
+    return (BUNDLED if installed() else REPOSITORY) / name
 
 
 @contextmanager

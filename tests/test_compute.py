@@ -250,9 +250,11 @@ def test_a_real_slurm_trains_two_side_by_side(
 
 
 @pytest.mark.slow
-def test_the_readmes_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path) -> None:
+def test_the_documented_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path) -> None:
     """As it stands, GPU and all, on a profile that takes seconds."""
-    (line,) = re.findall(r"^issl compute .*--cluster slurm.*$", (repository / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(
+        r"^issl compute .*--cluster slurm.*$", (repository / "docs/scale.md").read_text(), re.MULTILINE
+    )
     monkeypatch.setattr(profiles, "profiles", lambda: {"paper": tiny})
     given = [*shlex.split(line)[1:], "cpus_per_task=1"]
     assert cli.main([*given, "--only", "00", "--out", str(tmp_path)]) == 0

@@ -96,6 +96,16 @@ def test_lines_of_code_can_be_read(code: list[nbformat.NotebookNode]) -> None:
     assert not long
 
 
+def test_exercises_hide_their_answers_and_check_them(name: str) -> None:
+    cells = nbformat.read(notebooks_folder() / f"{name}.ipynb", as_version=4).cells
+    (texts,) = [c.source.split("## Exercises\n")[1] for c in cells if "## Exercises\n" in c.source]
+    question, hidden = texts.split("<details><summary>Answer", 1)
+    assert question.strip() and "nswer:" not in question and hidden.rstrip().endswith("</details>")
+    (checked,) = [c for c in cells if "solution" in c.metadata.get("tags", [])]
+    assert checked is cells[-1] and checked.metadata["jupyter"]["source_hidden"]
+    assert any(word in checked.source for word in ("assert ", "assert_close(", "assert_allclose("))
+
+
 @pytest.mark.parametrize(
     "source",
     [

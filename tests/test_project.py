@@ -48,7 +48,9 @@ def test_the_lock_holds_every_dependency_with_hashes_and_no_address(repository: 
 
 
 def test_version_is_one(repository: Path) -> None:
-    assert project(repository)["version"] == issl.__version__
+    cited = yaml.safe_load((repository / "CITATION.cff").read_text())["version"]
+    latest = re.search(r"^## (\S+)$", (repository / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert project(repository)["version"] == issl.__version__ == cited == latest[1]
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:

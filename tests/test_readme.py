@@ -1,4 +1,4 @@
-"""The README as documentation that is run: every command that it shows, and every block of code.
+"""README and docs/ as documentation that is run: every command that they show, and every block of code.
 
 Commands run as they stand, but smaller: fewer images and epochs, a narrower encoder, weights from a file instead of
 the network. `./run_all.sh` and `./run_all.sh --test` are what `.ci/run` calls.
@@ -34,14 +34,18 @@ from issl.commands import cli, profiles
 from issl.errors import IsslError
 from issl.influence import reference
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+REPOSITORY = Path(__file__).parent.parent
+PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))}
+EVERYTHING = "\n".join(PAGES.values())
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", EVERYTHING, re.DOTALL)
 
 
-LINES = [line for raw in "\n".join(blocks("bash")).splitlines() if (line := raw.split("#")[0].strip())]
+LINES = list(
+    dict.fromkeys(line for raw in "\n".join(blocks("bash")).splitlines() if (line := raw.split("#")[0].strip()))
+)
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
     "run": ["--only", "01"],
     "compute": ["--only", "00"],
@@ -56,7 +60,7 @@ LEAVES = {"run": "figures/{profile}/01_seed_correlation.png", "compute": "artifa
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README's reader has: data, photos, weights, an encoder of ours."""
+    """A folder with what the reader has: data, photos, weights, an encoder of ours."""
     folder = tmp_path_factory.mktemp("desk")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -73,6 +77,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("weights.pt", "simclr.ckpt", "byol.ckpt", "barlow.ckpt"):
             torch.save(model.state_dict(), name)
         Path("kept").mkdir()
+        Path("released").symlink_to(REPOSITORY / "released")
         for data, out in (("cifar10", "byol.safetensors"), ("folder:photos", "mine.safetensors")):
             told = ["--data", data, "--data-root", "DIR", "--width", "1", "--epochs", "1", "--batch-size", "4"]
             assert cli.main(["pretrain", *told, "--recipe", "short", "--out", f"kept/{out}"]) == 0
@@ -197,23 +202,25 @@ def serves_lab(arguments: list[str], repository: Path) -> None:
 
 def test_no_block_is_forgotten() -> None:
     """What the tests below run is all there is, but for two that are no code: what a run prints, and the layout."""
-    languages = re.findall(r"^```(\w*)\n", README, re.MULTILINE)
+    languages = re.findall(r"^```(\w*)\n", EVERYTHING, re.MULTILINE)
     opened = [language for language in languages if language]
-    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 4, "diff": 3}
-    assert set(opened) == {"bash", "python", "diff"} and README.count("```") == 2 * (len(opened) + 3)
+    assert {k: opened.count(k) for k in ("python", "diff")} == {"python": 5, "diff": 3}
+    assert set(opened) == {"bash", "python", "diff"} and EVERYTHING.count("```") == 2 * (len(opened) + 3)
 
 
 def test_the_code_runs(small: None) -> None:
     """One's own code, and a perturbation of one's own."""
-    own, perturbed = (text for text in blocks("python") if "self_influence" in text)
-    own = own.replace("encoder = ...", 'encoder = issl.load_encoder("mine.safetensors")  #').replace("/path/to/", "")
-    for text in (own.replace("size=64", "size=32"), perturbed):
+    shown = [text for text in blocks("python") if "self_influence" in text]
+    assert len(shown) == 3
+    own = 'encoder = issl.load_encoder("mine.safetensors")  #'
+    for text in sorted(shown, key=lambda text: "def erase" in text):
         names: dict = {}
-        exec(compile(text, "README.md", "exec"), names)
+        ready = text.replace("encoder = ...", own).replace("/path/to/", "").replace("size=64", "size=32")
+        exec(compile(ready, "documentation", "exec"), names)
         assert len(names["scores"]) in (12, 32) and (names["scores"]["influence"] >= 0).all()
     fitting = next(text for text in blocks("python") if "issl.fit(" in text)
     names["images"] = issl.load("folder:photos", size=32)
-    exec(compile(fitting.replace("size=64", "size=32").replace("/path/to/", ""), "README.md", "exec"), names)
+    exec(compile(fitting.replace("size=64", "size=32").replace("/path/to/", ""), "documentation", "exec"), names)
     assert len(names["scores"]) == 12 and names["crossed"].shape == (12, 12)
     index = torch.arange(32)
     pixels = issl.load("scenes", n=32).pixels.float() / 255
@@ -223,7 +230,7 @@ def test_the_code_runs(small: None) -> None:
 
 @pytest.fixture
 def checkout(repository: Path, tmp_path: Path) -> Path:
-    """A copy of what the README's changes are made to."""
+    """A copy of what the changes are made to."""
     folder = tmp_path / "checkout"
     for name in ("issl", "notebooks"):
         shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -312,7 +319,7 @@ def test_adding_a_curvature(checkout: Path) -> None:
 
 def test_every_command_in_passing_is_known() -> None:
     """What the text names inline: `issl doctor`, say."""
-    for inline in re.findall(r"`((?:\./run_all\.sh|(?:\.venv/bin/)?issl) [^`]+)`", README):
+    for inline in re.findall(r"`((?:\./run_all\.sh|(?:\.venv/bin/)?issl) [^`]+)`", EVERYTHING):
         words = shlex.split(inline.replace(" …", ""))
         given = ["run", *words[1:]] if words[0] == "./run_all.sh" else words[1:]
         if "--test" in given or "--help" in given:
@@ -322,8 +329,29 @@ def test_every_command_in_passing_is_known() -> None:
         assert all(w.split("=")[0] in known for w in given if w.startswith("--")), inline
 
 
-def test_what_it_links_to_is_there(repository: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (repository / link).exists(), link
-    for word in re.findall(r"--only (\d+)", README):
-        assert word == "17" or profiles.select(word)  # 17 is the README's own example
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_it_links_to_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+    for word in re.findall(r"--only (\d+)", PAGES[page]):
+        assert word == "17" or profiles.select(word)  # 17 is the example of docs/extending.md
+
+
+def test_the_readme_is_short_and_every_page_is_reached_from_it() -> None:
+    """Directly: what is not linked there is not found."""
+    readme = PAGES[REPOSITORY / "README.md"]
+    assert len(readme.splitlines()) <= 150
+    missing = {page.name for page in PAGES if f"(docs/{page.name}" not in readme} - {"README.md", "api.md"}
+    assert not missing  # the API reference is of the site alone
+    site = yaml.safe_load(re.sub(r"!!\S+", "", (REPOSITORY / "mkdocs.yml").read_text()))
+    listed = re.findall(r"[\w-]+\.md", json.dumps(site["nav"]))
+    assert {page.name for page in PAGES} - {"README.md"} <= set(listed) and len(listed) == len(set(listed))

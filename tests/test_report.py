@@ -53,6 +53,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nbformat.v4.new_markdown_cell("## Part one"),
             nbformat.v4.new_code_cell("n = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(
+                "answer = 6",
+                metadata={"tags": ["solution"]},
+                outputs=[nbformat.v4.new_output("stream", text="the answer: 42")],
+            ),
+            nbformat.v4.new_code_cell(
+                "t",
+                outputs=[
+                    nbformat.v4.new_output(
+                        "display_data", {"text/html": "<table><th>overlap_top1</th><td>barlow_twins</td></table>"}
+                    )
+                ],
+            ),
+            nbformat.v4.new_code_cell(
                 "print('<b>')", outputs=[nbformat.v4.new_output("stream", text="<b> & \x1b[31mred\x1b[0m")]
             ),
         ]
@@ -110,6 +123,8 @@ def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: P
     text = (site / "report/00_method.html").read_text()
     assert text.count("<math") == 2 and "<mfrac>" in text and "cost: $5" in text
     assert "&lt;b&gt; &amp; red" in text and "\x1b" not in text and "Parameters: defaults" in text
+    assert text.count('<details class="fold">') == 4 and "<summary>Code, 1 line</summary>" in text
+    assert "<th>overlap of the top 1%</th><td>Barlow Twins</td>" in text
     assert "Part one" in text.split("<main")[0]  # in the page's own contents
     index = (site / "index.html").read_text()
     assert "The method &lt;fast&gt;" in index
@@ -119,8 +134,10 @@ def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     index = (site / "index.html").read_text()
     assert "3 tests of 2 claims: 1 reproduced, 1 contradicted, 1 check passed" in index
     assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index and "SimCLR 0.97 [0.87, 0.99]" in index
+    finding = "Measured as r, the claim holds with SimCLR (0.97 [0.87, 0.99]) and does not hold with BYOL (0.80 ["
+    assert finding in index
     assert "a ranking that holds under another draw of the noise [SimCLR]" in index
-    assert "which failed" in index and "BYOL: pearson above 0.924: it is" in index
+    assert "which failed" in index and "BYOL: r above 0.924: it is" in index
 
 
 def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
@@ -228,5 +245,9 @@ def test_light_and_dark_and_a_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.click("#notebooks h3 a >> nth=0")
     assert page.locator("math").count() == 2 and page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert not page.locator("code", has_text="print").is_visible()
+    assert not page.get_by_text("the answer: 42").is_visible()
+    page.click("#unfold")
+    assert page.locator("code", has_text="print").is_visible()
     page.click(".home")
     assert page.url.endswith("index.html#nb-00_method")

@@ -11,7 +11,7 @@ import torch
 import issl
 from issl.analysis.statistics import Estimate
 from issl.commands import cli
-from issl.experiments import claims
+from issl.experiments import claims, metrics
 from issl.reporting import verdicts
 
 LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
@@ -85,7 +85,7 @@ def test_formats(records: list[verdicts.Record]) -> None:
     assert "SimCLR ○ contradicted (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
     assert lines[2].startswith("| The score is") and "(ours)" in lines[2] and "1e-09" in lines[2]
     tex = verdicts.latex(records)
-    assert tex.count("&") == 7 * 4 and r"auc\_injected" in tex and tex.count(r"\makecell") == 6
+    assert tex.count("&") == 7 * 4 and "AUC for injected duplicates" in tex and tex.count(r"\makecell") == 6
     table = verdicts.table(records)
     assert table.loc[1, ["low", "high", "tests_held", "verdict"]].tolist() == [
         pytest.approx(0.7), pytest.approx(0.9), 0, "contradicted",
@@ -93,13 +93,13 @@ def test_formats(records: list[verdicts.Record]) -> None:
 
 
 def test_what_failed_is_said_with_what_was_asked(records: list[verdicts.Record]) -> None:
-    seeds = next(row for row in verdicts.summary(records) if row["measured"] == "pearson")
-    assert seeds["failed"] == ["SimCLR: pearson above 0.924: it is 0.8"]
+    seeds = next(row for row in verdicts.summary(records) if row["measured"] == "r")
+    assert seeds["failed"] == ["SimCLR: r above 0.924: it is 0.8"]
     assert verdicts.summary(records)[0]["failed"] == []
-    assert verdicts.failures(records[-1]) == "precision above 0.5: it is 0.2"
+    assert verdicts.failures(records[-1]) == "share of duplicates among the lowest scores above 0.5: it is 0.2"
     one = {"metric": "auc", "bound": "low", "above": 0.5, "holds": False}
     unbounded = {**records[-1], "tests": [one], "metrics": {"auc": {"value": 0.6, "low": None, "high": 0.7, "n": 9}}}
-    assert verdicts.failures(unbounded) == "low end of auc above 0.5: it is −∞"
+    assert verdicts.failures(unbounded) == "low end of AUC above 0.5: it is −∞"
 
 
 def test_what_it_is_good_for_follows_the_outcomes(records: list[verdicts.Record]) -> None:
@@ -126,13 +126,48 @@ def test_bad_records_and_readmes(tmp_path: Path, records: list[verdicts.Record])
     with pytest.raises(issl.IsslError, match="cannot be read"):
         verdicts.read_records([path])
     with pytest.raises(issl.IsslError, match="markers"):
-        verdicts.in_readme("# nothing", records)
+        verdicts.in_page("# nothing", "new")
     text = f"a\n{verdicts.BEGIN}\nold\n{verdicts.END}\nb"
-    assert verdicts.in_readme(text, records) == f"a\n{verdicts.BEGIN}\n{verdicts.markdown(records)}{verdicts.END}\nb"
+    assert verdicts.in_page(text, "new\n") == f"a\n{verdicts.BEGIN}\nnew\n{verdicts.END}\nb"
 
 
-def test_the_readme_shows_the_records_that_are_kept(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, kept = (repository / "README.md").read_text(), verdicts.kept_records(repository / "figures")
-    assert kept and verdicts.in_readme(text, kept) == text, "run `issl verdicts --readme`"
-    assert cli.main(["verdicts"]) == 0
+def test_the_pages_show_the_records_that_are_kept(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for page, text in verdicts.pages(repository).items():
+        assert page.read_text() == text, f"{page}: run `issl verdicts --readme`"
+    kept = verdicts.kept_records(repository / "figures")
+    assert kept and cli.main(["verdicts"]) == 0
     assert capsys.readouterr().out == verdicts.markdown(kept)
+
+
+def test_every_metric_that_a_test_asks_for_has_words() -> None:
+    conditions = [t for claim in claims.claims().values() for t in claim.tests]
+    asked = {t.metric for t in [*conditions, *(t.needs for t in conditions if t.needs)]}
+    assert asked <= set(metrics.all_words()) and not any("_" in text for text in metrics.all_words().values())
+    with pytest.raises(issl.IsslError, match="'moon_phase' has no words"):
+        metrics.words("moon_phase")
+
+
+def test_a_line_for_each_claim(records: list[verdicts.Record]) -> None:
+    """In words, at the largest scale; a record of a smaller one is left out."""
+    old = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records[1:3]]
+    lines = verdicts.short_markdown([*old, *records]).splitlines()
+    assert len(lines) == 2 + 2 and "pearson" not in "".join(lines)  # a check is no claim
+    assert lines[2].endswith("| r = 0.80 [0.70, 0.90] SimCLR, 0.95 [0.85, 1.05] BYOL | overnight: ○ SimCLR; ● BYOL |")
+    assert lines[3].endswith("| AUC for injected duplicates = 0.60 [0.55, 0.65] | overnight: ◐ partly |")
+    small = [r | {"verdict": claims.UNTESTED} for r in old]
+    assert verdicts.short_markdown(small).endswith("| ◌ so far ○ SimCLR; ● BYOL |\n")
+    assert verdicts.short_markdown([old[0], small[1]]).endswith("| ○ SimCLR; ◌ so far ● BYOL |\n")
+
+
+def test_a_finding_is_a_sentence(records: list[verdicts.Record]) -> None:
+    two = verdicts.sentence(records[1:3])
+    assert two.startswith(
+        "Measured as r, the claim holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR ("
+    )
+    assert two.endswith("(0.80 [0.70, 0.90]).")
+    assert verdicts.sentence(records[:1]) == "The check passed: largest relative difference = 1e-09."
+    small = [records[3] | {"verdict": claims.UNTESTED}]
+    assert verdicts.sentence(small) == (
+        "The claim holds in part with SimCLR: AUC for injected duplicates = 0.60 [0.55, 0.65]; "
+        "at this scale that decides nothing."
+    )

@@ -51,7 +51,9 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         "--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …"
     )
     verdicts = commands.add_parser("verdicts", help="the verdicts of the records under figures/, as one table")
-    verdicts.add_argument("--readme", action="store_true", help="write the table into README.md instead of printing it")
+    verdicts.add_argument(
+        "--readme", action="store_true", help="write it into README.md and docs/verdicts.md instead of printing it"
+    )
     download = commands.add_parser("download", help="download a data set from its public source")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)")
@@ -87,17 +89,18 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _verdicts(into_readme: bool) -> int:
-    from issl.files import REPOSITORY, atomic
-    from issl.reporting.verdicts import in_readme, kept_records, markdown
+    from issl.files import REPOSITORY, atomic, installed, provided
+    from issl.reporting.verdicts import kept_records, markdown, pages
 
-    records, readme = kept_records(REPOSITORY / "figures"), REPOSITORY / "README.md"
-    if into_readme:
-        text = in_readme(readme.read_text(), records)
-        with atomic(readme) as part:
+    if not into_readme:
+        print(markdown(kept_records(provided("figures"))), end="")
+        return 0
+    if installed():
+        raise IsslError("--readme writes into the pages of a checkout, and this is an installed wheel: leave it out")
+    for page, text in pages(REPOSITORY).items():
+        with atomic(page) as part:
             part.write_text(text)
-        print(f"{readme}: {len(records)} records")
-    else:
-        print(markdown(records), end="")
+        print(page)
     return 0
 
 

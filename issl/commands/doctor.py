@@ -69,7 +69,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
     if lacking:
         print(
             "            to get one: issl download NAME --data-root DIR (cifar10, cifar100, fairface); cifair10 is "
-            "cifar10 and cifair/duplicates_cifar10.csv (README, Real data)"
+            "cifar10 and cifair/duplicates_cifar10.csv (docs/data.md)"
         )
     factor = speed(target)
     print(f"speed       {1 / factor:.2f} × the machine that costs are reckoned for ({target})")

@@ -17,7 +17,7 @@ from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
-from issl.files import REPOSITORY
+from issl.files import REPOSITORY, installed, provided
 
 KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
@@ -27,7 +27,7 @@ class ProfileOptions:
     """What `issl run` and `issl compute` have in common.
 
     only      notebooks by number or name, separated by commas; None for all of them, with the report's image explorer
-    out       where figures/, results/ and artifacts/ go; None for the checkout
+    out       where figures/, results/ and artifacts/ go; None for the checkout, or the current folder without one
     minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no stage begins after it
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those that the profile names;
                   a method may have several. Notebooks that train encoders themselves are then left out
@@ -46,7 +46,8 @@ class ProfileOptions:
     @property
     def folder(self) -> Path:
         """The output folder, as an absolute path."""
-        return (REPOSITORY if self.out is None else self.out).resolve()
+        usual = Path.cwd() if installed() else REPOSITORY
+        return (usual if self.out is None else self.out).resolve()
 
     @property
     def root(self) -> str | None:
@@ -97,10 +98,10 @@ def sbatch_options(options: Sequence[str]) -> dict[str, str]:
 
 
 def notebooks_folder() -> Path:
-    """The notebooks of this checkout."""
-    folder = REPOSITORY / "notebooks"
+    """The notebooks that come with the code."""
+    folder = provided("notebooks")
     if not folder.is_dir():
-        raise IsslError(f"no notebooks at {folder}: `issl run` needs the repository (git clone, then ./run_all.sh)")
+        raise IsslError(f"no notebooks at {folder}: install issl from its wheel, or clone the repository")
     return folder
 
 

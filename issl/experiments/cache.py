@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import REPOSITORY, atomic, file_digest
+from issl.files import atomic, file_digest, provided
 
 MANIFEST = "manifest.json"
 
@@ -80,7 +80,7 @@ class Artifacts:
     progress: bool = False
     checkpoint_seconds: float = 20.0
     deadline: float | None = None
-    released: Path | None = REPOSITORY / "released"
+    released: Path | None = field(default_factory=lambda: provided("released"))
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 

@@ -16,11 +16,13 @@ import torch
 import yaml
 from pydantic import Field, model_validator
 
+from issl import __version__
 from issl.analysis.statistics import Estimate
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError
-from issl.files import PACKAGE, REPOSITORY, atomic
+from issl.experiments.metrics import words
+from issl.files import PACKAGE, REPOSITORY, atomic, installed
 
 State = Literal["holds", "contradicted", "undecided"]
 Learned = dict[str, float]  # knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
@@ -240,14 +242,16 @@ def format_record(written: dict[str, Any]) -> str:
         side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
         bound = "" if test["bound"] == "value" else f"{test['bound']} end "
         ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
-        lines.append(f"  {test['metric']:24} {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}")
+        lines.append(f"  {words(test['metric'])} = {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}")
     lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
     return "\n".join(lines)
 
 
 @lru_cache
 def commit() -> str:
-    """The code's commit, marked where files differ from it; "unknown" outside a checkout."""
+    """The code's commit, marked where files differ from it; of a wheel, its version; "unknown" elsewhere."""
+    if installed():
+        return f"version {__version__}"
     try:
         head = subprocess.run(
             ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

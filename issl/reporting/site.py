@@ -19,7 +19,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from issl.data.images import Images
@@ -28,6 +28,7 @@ from issl.experiments.cache import MANIFEST, Artifacts
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
 from issl.experiments.cost import all_stages
 from issl.experiments.explorer import Explorer
+from issl.experiments.metrics import all_words
 from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 from issl.pretraining.recipes import NAMES
@@ -102,32 +103,34 @@ def _card(name: str, records: Sequence[Record], executed: Path, figures: Path, s
 
 
 def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """The result of the notebook's first claim: claim, measured, lines (text and verdict, one per method), and how many
+    """The result of the notebook's first claim: claim, sentence, reached (its verdicts, with their marks), and how many
     more claims it has."""
     own = [r for r in records if r["notebook"] == name]
     if not own:
         claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
-        return {"claim": claim, "lines": [], "more": 0}
+        return {"claim": claim, "sentence": "", "reached": [], "more": 0}
     first = [r for r in own if r["name"] == own[0]["name"]]
-    row = verdicts.summary(first)[0]
-    found = [r["verdict"] for r in first]
-    lines = [(f"{verdicts.MARKS[v]} {text}: {v}", v) for text, v in zip(row["ours"], found, strict=True)]
+    reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in first)]
     more = len({r["name"] for r in own}) - 1
-    return {"claim": row["claim"], "measured": row["measured"], "lines": lines, "more": more}
+    claim = verdicts.summary(first)[0]["claim"]
+    return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
 
 
 def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
 
-    A cell of text has id and text; one of code has code, folded (a summary to hide the code behind, or None) and
-    outputs (kind, content), the kind being text, png or html.
+    A cell of text has id and text; one of code has code, folded (the summary that the code is hidden behind), outputs
+    (kind, content), the kind being text, png or html, and solution: are these hidden, too?
     """
     from nbconvert.filters import markdown2html  # slow to import
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    folded = {"parameters": "Parameters: defaults", "injected-parameters": "Parameters: this run's"}
+    folded = {
+        "parameters": "Parameters: defaults", "injected-parameters": "Parameters: this run's",
+        "solution": "Answers, checked",
+    }  # fmt: skip
     cells: list[dict[str, Any]] = []
     headings = []
     for number, cell in enumerate(notebook.cells):
@@ -139,9 +142,16 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
         elif cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
             code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True)))
-            fold = next((text for tag, text in folded.items() if tag in tags), None)
-            cells.append({"code": code, "folded": fold, "outputs": [_output(output) for output in cell.outputs]})
+            fold = next((text for tag, text in folded.items() if tag in tags), _code_summary(cell.source))
+            outputs = [_output(output) for output in cell.outputs]
+            cells.append({"code": code, "folded": fold, "outputs": outputs, "solution": "solution" in tags})
     return cells, headings
+
+
+def _code_summary(source: str) -> str:
+    """What stands for a folded cell of code: how much there is of it."""
+    lines = len(source.splitlines())
+    return f"Code, {lines} line{'' if lines == 1 else 's'}"
 
 
 def _output(output: Any) -> tuple[str, str]:
@@ -156,10 +166,16 @@ def _output(output: Any) -> tuple[str, str]:
     if "image/png" in data:
         return "png", data["image/png"].strip()
     if "text/html" in data:
-        return "html", Markup(data["text/html"])
+        return "html", Markup(_cells_in_words(data["text/html"]))
     if "text/markdown" in data:
         return "html", Markup(markdown2html(_with_mathml(data["text/markdown"])))
     return "text", data.get("text/plain", "")
+
+
+def _cells_in_words(table: str) -> str:
+    """A table whose cells name metrics and methods as people do."""
+    known = all_words() | NAMES
+    return re.sub(r"(?<=>)[^<>]+(?=<)", lambda cell: escape(known[cell[0]]) if cell[0] in known else cell[0], table)
 
 
 def _with_mathml(source: str) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 from issl.analysis.statistics import Estimate
 from issl.errors import IsslError
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, Condition, claims, outcome, verdict
+from issl.experiments.metrics import words
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
@@ -22,6 +23,10 @@ MARKS = {
     PASSED: "✓", FAILED: "✗",
 }  # fmt: skip
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
+SCALES = ("mini", "overnight", "paper")  # the profiles whose records are kept in the repository, the largest last
+PHRASES = {
+    "reproduced": "holds", "partly": "holds in part", "contradicted": "does not hold", "undecided": "is undecided",
+}  # fmt: skip
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
@@ -90,9 +95,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One entry for each claim and profile, its methods together, as text: claim, notebook, paper, measured, ours (a
-    list), n, profile, data, verdict (a list; one where all agree), reached (the same without method and counts),
-    failed (the tests that do not hold, in words)."""
+    """One entry for each claim and profile, its methods together, as text: claim, notebook, paper, measured (the first
+    test's metric, in words), ours (its numbers, a list), found (both, as lines), n, profile, data, verdict (a list; one
+    where all agree), reached (the same without method and counts), failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
     for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
@@ -104,13 +109,48 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "claim": _in_words(one["name"]), "notebook": one["notebook"],
-                "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": one["metric"],
-                "ours": numbers, "n": f"{one['n']:,}", "profile": profile, "data": one["dataset"],
+                "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": words(one["metric"]),
+                "ours": numbers, "found": _found(words(one["metric"]), numbers), "n": f"{one['n']:,}",
+                "profile": profile, "data": one["dataset"],
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
                 "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
             }
         )  # fmt: skip
     return rows
+
+
+def _found(measured: str, numbers: Sequence[str]) -> list[str]:
+    return [f"{measured} = {numbers[0]}"] if len(numbers) == 1 else [f"{measured}:", *numbers]
+
+
+def sentence(records: Sequence[Record]) -> str:
+    """What one claim's records say, in a sentence: with which methods it holds, by which numbers, and whether that
+    decides anything."""
+    measured = words(records[0]["tests"][0]["metric"])
+    numbers = dict(zip((r["variant"] for r in records), map(_number, table(records).itertuples()), strict=True))
+    reached = {r["verdict"] for r in records}
+    parts = []
+    for found, phrase in PHRASES.items():
+        own = [r["variant"] for r in records if r["outcome"] == found]
+        if own and all(variant in NAMES for variant in own):
+            parts.append(f"{phrase} with {_listed([f'{_name(v)} ({numbers[v]})' for v in own])}")
+        elif own:
+            parts.append(phrase + (f" ({'; '.join(f'{_name(v)}: {numbers[v]}' for v in own)})" if own != [""] else ""))
+    if len(records) == 1:
+        r = records[0]
+        where = f"with {_name(r['variant'])}" if r["variant"] in NAMES else f"here {r['variant']}".strip()
+        head = f"The {r['verdict']}" if reached <= {PASSED, FAILED} else f"The claim {PHRASES[r['outcome']]} {where}"
+        text = f"{head}: {measured} = {next(iter(numbers.values()))}"
+    else:
+        text = f"Measured as {measured}, the claim {_listed(parts)}"
+    if reached == {SUPERSEDED}:
+        return text + "; another test has taken this one's place."
+    return text + ("; at this scale that decides nothing." if reached == {UNTESTED} else ".")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
 
 
 def _verdict(r: Any) -> str:
@@ -138,7 +178,7 @@ def failures(record: Record) -> str:
             e, side = Estimate.of(record["metrics"][test["metric"]]), "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
             value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
-            found.append(f"{bound}{test['metric']} {side} {test[side]:g}: it is {value}")
+            found.append(f"{bound}{words(test['metric'])} {side} {test[side]:g}: it is {value}")
     return "; ".join(found)
 
 
@@ -179,11 +219,56 @@ def markdown(records: Sequence[Record]) -> str:
     ]
     for r in summary(records):
         cells = (
-            r["claim"], r["paper"], f"`{r['measured']}` " + "<br>".join(r["ours"]), r["n"],
+            r["claim"], r["paper"], "<br>".join(r["found"]), r["n"],
             f"{r['profile']}, {r['data']}", "<br>".join(r["verdict"]),
         )  # fmt: skip
         lines.append("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def short_markdown(records: Sequence[Record]) -> str:
+    """A line for each claim whose test still decides, at the largest scale that it was measured at, as a table; checks
+    of the code are left out."""
+    lines = ["| claim | paper | ours (95% interval) | verdict |", "|---|---|---|---|"]
+    for name in dict.fromkeys(r["name"] for r in records if r["verdict"] not in (SUPERSEDED, PASSED, FAILED)):
+        own = [r for r in records if r["name"] == name]
+        at = max((r["provenance"]["profile"] for r in own), key=_scale)
+        own = [r for r in own if r["provenance"]["profile"] == at]
+        row = summary(own)[0]
+        by = [f"{n} {m}".strip() for n, m in zip(map(_number, table(own).itertuples()), _methods(own), strict=True)]
+        where = "" if at == SCALES[0] else f"{at}: "
+        cells = (row["claim"], row["paper"], f"{row['measured']} = {', '.join(by)}", where + _short_verdict(own))
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _scale(profile: str) -> int:
+    return SCALES.index(profile.split("-")[0])
+
+
+def _methods(records: Sequence[Record]) -> list[str]:
+    return [_name(r["variant"]) if len(records) > 1 else "" for r in records]
+
+
+def _name(variant: str) -> str:
+    """A method as people write it; any other variant as it is."""
+    return NAMES.get(variant, variant)
+
+
+def _short_verdict(records: Sequence[Record]) -> str:
+    """The verdicts by their marks, with the methods; in words where all agree. Where the scale allows no verdict, the
+    outcomes so far."""
+    parts = []
+    for early in (False, True):
+        by: dict[str, list[str]] = {}
+        for r, method in zip(records, _methods(records), strict=True):
+            if (r["verdict"] == UNTESTED) == early:
+                by.setdefault(r["outcome"] if early else r["verdict"], []).append(method)
+        if by:
+            alone = len(by) == 1 and len(next(iter(by.values()))) == len(records)
+            marked = [f"{MARKS[v]} {v if alone else ', '.join(methods)}" for v, methods in by.items()]
+            parts.append(("◌ so far " if early else "") + "; ".join(marked))
+    return "; ".join(parts)
 
 
 def latex(records: Sequence[Record]) -> str:
@@ -214,14 +299,20 @@ def _escaped(text: str) -> str:
 
 def kept_records(figures: Path) -> list[Record]:
     """The records kept in the repository: figures/*/claims.json."""
-    return read_records(
-        p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name.split("-")[0] in ("mini", "paper")
-    )
+    return read_records(p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name.split("-")[0] in SCALES)
 
 
-def in_readme(text: str, records: Sequence[Record]) -> str:
-    """The README with a new table of verdicts. Raises IsslError where the markers are missing."""
+def in_page(text: str, table: str) -> str:
+    """A page with a new table of verdicts between its markers. Raises IsslError where they are missing."""
     if BEGIN not in text or END not in text:
-        raise IsslError(f"README.md: the markers of the table of verdicts are missing: {BEGIN} … {END}")
+        raise IsslError(f"the markers of the table of verdicts are missing from the page: {BEGIN} … {END}")
     before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{markdown(records)}{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
+
+
+def pages(repository: Path) -> dict[Path, str]:
+    """The pages that show verdicts, as they must read by the records that are kept: a line a claim in the README, all
+    of it in docs/verdicts.md."""
+    records = kept_records(repository / "figures")
+    tables = {"README.md": short_markdown(records), "docs/verdicts.md": markdown(records)}
+    return {(repository / name): in_page((repository / name).read_text(), text) for name, text in tables.items()}

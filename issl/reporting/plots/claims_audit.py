@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from issl.analysis.statistics import Estimate
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
+from issl.experiments.metrics import words
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures, verdicts
 from issl.reporting.verdicts import Record
@@ -27,14 +28,14 @@ def all_claims(records: Sequence[Record], profile: str) -> Figure:
     names = list(dict.fromkeys(r["name"] for r in records))  # by notebook
     size = (figures.PAGE, 0.68 * len(names) + 0.6)
     figure, axes = plt.subplots(len(names), 3, figsize=size, width_ratios=[1.3, 1.1, 1.25], squeeze=False)
-    for (words, numbers, verdict), name in zip(axes, names, strict=True):
+    for (text, numbers, verdict), name in zip(axes, names, strict=True):
         rows = [r for r in records if r["name"] == name]
         _estimates(numbers, rows)
-        for ax in (words, verdict):
+        for ax in (text, verdict):
             ax.set_axis_off()
             ax.set(xlim=(0, 1), ylim=(-0.7, len(rows) - 0.3))
-        text = f"{rows[0]['notebook'][:2]}  {rows[0]['claim']}" + (" (ours)" if rows[0]["ours"] else "")
-        _text(words, (len(rows) - 1) / 2, textwrap.fill(text, 42))
+        claim = f"{rows[0]['notebook'][:2]}  {rows[0]['claim']}" + (" (ours)" if rows[0]["ours"] else "")
+        _text(text, (len(rows) - 1) / 2, textwrap.fill(claim, 42))
         for y, r in enumerate(reversed(rows)):
             who = f"{NAMES.get(r['variant'], r['variant'])}: " if r["variant"] else ""
             held = f"{sum(t['holds'] for t in r['tests'])}/{len(r['tests'])}"
@@ -80,7 +81,7 @@ def _estimates(ax: Axes, rows: Sequence[Record]) -> None:
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=6.5, pad=1)
-    ax.set_xlabel(test["metric"], fontsize=6.5, labelpad=1)
+    ax.set_xlabel(textwrap.shorten(words(test["metric"]), 52, placeholder=" …"), fontsize=6.5, labelpad=1)
 
 
 def _limits(estimates: Sequence[Estimate], marks: Sequence[float], floor: float) -> tuple[float, float]:

@@ -1,0 +1,103 @@
+"""The wheel: what it carries, and that it runs without the clone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import issl
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the sdist of this checkout, by kind."""
+    out = tmp_path_factory.mktemp("dist")
+    repository = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(out)], cwd=repository, check=True)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
+
+
+def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], repository: Path) -> None:
+    with zipfile.ZipFile(built["wheel"]) as wheel:
+        names = set(wheel.namelist())
+        for folder, pattern in (
+            ("notebooks", "*.ipynb"),
+            ("notebooks", "profiles/*.yaml"),
+            ("figures", "*/claims.json"),
+        ):
+            found = sorted((repository / folder).glob(pattern))
+            assert found
+            for path in found:
+                place = f"issl/bundled/{path.relative_to(repository)}"
+                assert wheel.read(place) == path.read_bytes()
+        (about,) = (n for n in names if n.endswith("METADATA"))
+        said = Parser().parsestr(wheel.read(about).decode())
+    released = [p for p in (repository / "released").rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert len(released) > 3 and {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
+    code = {str(p.relative_to(repository)) for p in (repository / "issl").rglob("*") if p.is_file()}
+    code = {name for name in code if "__pycache__" not in name}
+    assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
+    assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
+    assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
+    assert said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 40e6
+
+
+def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path], repository: Path) -> None:
+    with tarfile.open(built["sdist"]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames()}
+    for folder in ("notebooks", "released", "tests", "docs"):
+        here = [p for p in (repository / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        missing = {
+            str(p.relative_to(repository)) for p in here if p.suffix in (".py", ".ipynb", ".yaml", ".md")
+        } - names
+        assert here and not missing
+    assert {"pyproject.toml", "README.md", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "run_all.sh"} <= names
+
+
+@pytest.fixture
+def away(built: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """The program of a new environment with the wheel, beside the packages of this one, and its variables.
+
+    The tests' packages are put on the path by a .pth file: one that names a folder does not follow the .pth files
+    in it, so the editable installation of this checkout is not seen.
+    """
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(built["wheel"]) as wheel:
+        wheel.extractall(site)
+    (site / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "ISSL_DATA")}
+    return environment / "bin/python", variables
+
+
+@pytest.mark.slow
+def test_it_runs_from_the_wheel_in_any_folder(away: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """Two notebooks of the quick profile, in an empty folder: outputs, report and records are there."""
+    python, variables = away
+    desk = tmp_path / "desk"
+    desk.mkdir()
+
+    def issl_(*arguments: str) -> str:
+        done = subprocess.run(
+            [python, "-m", "issl", *arguments], env=variables, cwd=desk, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert issl_("--version").strip() == issl.__version__
+    said = issl_("run", "--only", "00,09", "--jobs", "1")
+    assert "2 of 2 notebooks ended well" in said
+    assert (desk / "figures/quick/09_linear_theory.png").is_file() and (desk / "results/quick/index.html").is_file()
+    assert f'"commit": "version {issl.__version__}"' in (desk / "results/quick/claim_method_exact.json").read_text()
+    assert issl_("verdicts").startswith("| claim |")
+    assert not (Path(python).parent.parent / "artifacts").exists()
