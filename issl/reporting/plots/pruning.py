@@ -17,8 +17,10 @@ STYLES = {
     "top": ("highest influence", "o", "-"),
     "random": ("random", "s", "--"),
     "bottom": ("lowest influence", "^", ":"),
+    "top flat": ("highest influence of the flattest frames", "o", "-"),
+    "random flat": ("any of the flattest frames", "s", "--"),
 }
-COMPARED = ("top − none", "top − random", "bottom − random")
+COMPARED = ("top − none", "top − random", "bottom − random", "top flat − none", "top flat − random flat")
 
 
 def accuracies(
@@ -55,6 +57,8 @@ def _by_share(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     none = runs[runs["removed"] == "none"][metric]
     for k, (which, (name, marker, line)) in enumerate(STYLES.items()):
         part = runs[runs["removed"] == which]
+        if part.empty:  # not an arm of this plan
+            continue
         mean = part.groupby("share")[metric].mean()
         ax.plot([0, *100 * mean.index], [100 * none.mean(), *100 * mean], color=f"C{k}", ls=line, lw=1.1, label=name)
         ax.scatter(100 * part["share"] + 0.25 * (k - 1), 100 * part[metric], color=f"C{k}", marker=marker, s=14)
