@@ -48,8 +48,18 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise IsslError(f"{option} {out}: its folder cannot be made ({error})") from error
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise IsslError(f"{option} {out}: cannot be written there")
+    if out.is_dir():
+        raise IsslError(f"{option} {out}: is a folder; give the name of a file")
+    check_writable(out.parent, f"{option} {out}")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """IsslError where no file can be written in this folder. (Asked for permission, root is always given it.)"""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise IsslError(f"{what}: cannot be written there ({error.strerror}); choose another place") from error
 
 
 def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: int = 0) -> int:

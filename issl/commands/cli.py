@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from issl import __version__
+from issl.commands.arguments import finite
 from issl.errors import IsslError, OutOfTime
 
 IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
@@ -76,7 +77,7 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
     add("--from-scratch", action="store_true", help="make again the encoders and scores that come with the repository")
-    add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
+    add("--time-budget", type=finite, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
     add(
         "--checkpoint",
         action="append",

@@ -94,7 +94,7 @@ class Images:
 
     def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
         """The images at positions `idx` (or where a boolean mask is true), each keeping its `index`."""
-        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(np.array(idx))
+        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(_positions(idx, self.name))
         if rows.dtype == torch.bool:
             if len(rows) != len(self):
                 raise IsslError(f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images")
@@ -109,6 +109,13 @@ class Images:
             name=self.name,
             masks=None if self.masks is None else self.masks[rows],
         )
+
+
+def _positions(idx: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
+    found = np.array(idx)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "biu"):
+        raise IsslError(f"subset of {name!r}: {idx!r}; give positions (whole numbers) or a mask")
+    return found if len(found) else found.astype(np.int64)
 
 
 def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndarray:
@@ -126,10 +133,28 @@ def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             ImageOps.exif_transpose(opened, in_place=True)  # as its camera was held
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IsslError(f"{what} cannot be decoded ({error}); repair or remove it") from error
+            image = eight_bits(opened, what).convert("RGB")
+    except IsslError:
+        raise
+    except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
+        raise IsslError(f"{what} cannot be decoded ({in_words(error)}); repair or remove it") from error
     return square(image, size)
+
+
+def in_words(error: Exception) -> str:
+    """Why an image cannot be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged at its start"
+    return str(error) or type(error).__name__
+
+
+def eight_bits(image: Image.Image, what: str) -> Image.Image:
+    """A greyscale image of 16 bits, scaled to 8 (Pillow cuts it off at 255, which is white); others as they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise IsslError(f"{what} has pixels of mode {image.mode}, whose range is not known; save it with 8 or 16 bits")
+    return image
 
 
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 s s"]:
