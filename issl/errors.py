@@ -20,9 +20,11 @@ class OutOfTime(IsslError):
         super().__init__(f"{what}, the time budget is spent; {remedy}")
 
 
-def is_whole(value: object, least: int = 0, most: float = math.inf) -> bool:
+def is_whole(value: object, least: int = 0, most: int | None = None) -> bool:
     """Is it a whole number in this range? A truth value is none."""
-    return type(value) is not bool and isinstance(value, Integral) and least <= int(value) <= most
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return least <= int(value) and (most is None or int(value) <= most)
 
 
 def number_or_nan(value: object) -> float:

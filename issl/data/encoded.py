@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image
 
-from issl.data.images import decode, in_words
+from issl.data.images import decode, in_words, unknown_range
 from issl.errors import IsslError
 
 TAIL = 4096  # bytes at a file's end in which its closing mark must be
@@ -275,6 +275,8 @@ def broken(encoded: Encoded, rows: np.ndarray, workers: int = 8) -> list[tuple[i
 def _fault(encoded: Encoded, i: int) -> str:
     try:
         with encoded.open(i) as file, Image.open(cast(BinaryIO, file)) as image:
+            if why := unknown_range(image):
+                return why
             mark = CLOSING.get(image.format or "")
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL))

@@ -132,12 +132,13 @@ def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
     says `what` it is, if the bytes are not an image."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            why = unknown_range(opened)
             ImageOps.exif_transpose(opened, in_place=True)  # as its camera was held
-            image = eight_bits(opened, what).convert("RGB")
-    except IsslError:
-        raise
+            image = eight_bits(opened).convert("RGB")
     except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
         raise IsslError(f"{what} cannot be decoded ({in_words(error)}); repair or remove it") from error
+    if why:
+        raise IsslError(f"{what} has {why}")
     return square(image, size)
 
 
@@ -148,12 +149,17 @@ def in_words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def eight_bits(image: Image.Image, what: str) -> Image.Image:
+def unknown_range(image: Image.Image) -> str:
+    """Why it cannot be known what is white in this image; "" where it can."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        return f"pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits"
+    return ""
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
     """A greyscale image of 16 bits, scaled to 8 (Pillow cuts it off at 255, which is white); others as they are."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise IsslError(f"{what} has pixels of mode {image.mode}, whose range is not known; save it with 8 or 16 bits")
     return image
 
 

@@ -226,9 +226,7 @@ def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> P
     try:
         torch.empty(1, device=device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise IsslError(
-            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try cpu"
-        ) from error
+        raise IsslError(f"device={str(device)!r} cannot be used here ({str(error).split('. ')[0]}); try cpu") from error
     model = frozen_copy(encoder, device)
     return Probe(model, scored_layers(model, what.skip, what.untrained), what, perturbs, device, first.dtype)
 

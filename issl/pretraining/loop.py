@@ -227,7 +227,7 @@ def pretrain(
 def _check_sizes(n: int, keep: Tensor, batch_size: int, gaps: bool, shards: Shards) -> None:
     if len(keep) != n:
         raise IsslError(f"keep has {len(keep)} entries for {n} images")
-    if not 2 <= batch_size <= (kept := int(keep.sum())):
+    if not is_whole(batch_size, 2, kept := int(keep.sum())):
         raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
     if batch_size % shards.world or batch_size // shards.world < 2:
         raise IsslError(
