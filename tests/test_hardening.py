@@ -333,19 +333,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("of torchvision's that is not", lambda f: "torchvision:nope", "torchvision has no model 'nope'; see"),
 ]  # fmt: skip
 
-PRETRAIN = (
-    "pretrain",
-    "--data",
-    "scenes",
-    "--n",
-    "32",
-    "--recipe",
-    "short",
-    "--width",
-    "1",
-    "--out",
-    "OUT.safetensors",
-)
+PRETRAIN = ("pretrain", "--data", "scenes", "--n", "32", "--batch-size", "16", "--width", "1", "--out", "OUT.safetensors")  # fmt: skip
 INFLUENCE = ("influence", "--data", "scenes", "--n", "8", "--encoder", "ENCODER", "--out", "OUT.csv")
 EXPLAIN = (
     "explain",
