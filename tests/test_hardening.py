@@ -333,7 +333,8 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("of torchvision's that is not", lambda f: "torchvision:nope", "torchvision has no model 'nope'; see"),
 ]  # fmt: skip
 
-PRETRAIN = ("pretrain", "--data", "scenes", "--n", "32", "--batch-size", "16", "--width", "1", "--out", "OUT.safetensors")  # fmt: skip
+SMALL = ("--data", "scenes", "--n", "32", "--batch-size", "16", "--width", "1")
+PRETRAIN = ("pretrain", *SMALL, "--out", "OUT.safetensors")
 INFLUENCE = ("influence", "--data", "scenes", "--n", "8", "--encoder", "ENCODER", "--out", "OUT.csv")
 EXPLAIN = (
     "explain",

@@ -178,7 +178,7 @@ def _header(encoder: str) -> dict[str, Any] | None:
 def read_query(options: argparse.Namespace, images: Images) -> Images:
     """The one image that is asked about; attributes: index, what (for titles), trained_on (is it one of `images`?)."""
     side = int(images.pixels.shape[2])
-    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image)
+    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)  # a name may hold a newline
     if member and member[1]:
         place = _place(options.image, member[1], images)
         return _one(images.pixels[place], int(images.index[place]), f"training image {member[1]}", True)

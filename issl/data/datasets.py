@@ -72,6 +72,12 @@ def load(
     return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
 
 
+def without_place(name: str) -> str:
+    """A set's name for others to read: of one with a PATH, only the last part of it."""
+    kind, colon, place = name.partition(":")
+    return f"{kind}:{Path(place).name}" if colon else name
+
+
 def is_resized(name: str) -> bool:
     """Whether `load` takes a `size` for this set."""
     return name.startswith(image_folder.PREFIX) or archives.is_archive(name) or name == "fairface"
