@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -150,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options = parser(given[0] if given else None).parse_args(given)
     try:
-        return _run(options)
+        with _ended_like_an_interrupt():
+            return _run(options)
     except OutOfTime as late:
         print(f"issl: {late}", file=sys.stderr)
         return 3
@@ -160,3 +164,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("issl: stopped; run the same command again to continue from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        from issl.commands.scheduler import in_short
+
+        if (said := in_short(error)) is None:
+            raise
+        print(f"issl: error: {said}", file=sys.stderr)
+        return 2
+
+
+@contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM, which batch systems and `kill` send, ends a command as Ctrl-C does: kernels and workers end with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
-from issl.files import REPOSITORY, check_writable
+from issl.files import REPOSITORY, check_writable, remove_leftovers
 
 KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
@@ -188,6 +188,8 @@ def check(plans: dict[str, Plan], out: Path) -> None:
                 f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
             ) from error
         check_writable(folder, f"output folder {folder} (--out)")
+    for place in (*(out / "figures").glob("**/"), *(out / "results").glob("**/")):
+        remove_leftovers(place)
     for plan in plans.values():
         pick_device(plan.device)
         for checkpoint in (file for files in plan.checkpoints.values() for file in files):

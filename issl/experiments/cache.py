@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import REPOSITORY, atomic, file_digest
+from issl.files import REPOSITORY, atomic, file_digest, remove_leftovers
 
 MANIFEST = "manifest.json"
 
@@ -103,9 +103,11 @@ class Artifacts:
                     if self.deadline is not None and time.monotonic() >= self.deadline:
                         raise OutOfTime(f"{label} was not begun")
                     _make_folder(work)
-                    began = time.time()
+                    for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
+                        remove_leftovers(folder)  # they would become part of the artifact
+                    began = time.monotonic()
                     stage.make(work, self)
-                    _write_manifest(work, stage, self.device, time.time() - began)
+                    _write_manifest(work, stage, self.device, time.monotonic() - began)
                     work.replace(final)
                     self.computed.append(label)
                     return final
