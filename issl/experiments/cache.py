@@ -150,8 +150,8 @@ def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
 def damaged(folder: Path) -> str | None:
     """What is wrong with an artifact, in words; None where every file is as its manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is missing or unreadable ({error})"
     for name, digest in files.items():
         path = folder / name
