@@ -37,6 +37,7 @@ from issl.commands import profiles, run
 from issl.commands.profiles import ProfileOptions
 from issl.config import Config
 from issl.experiments.cache import Artifacts, in_dependency_order
+from issl.files import PART
 
 PROFILE = {
     "common": {
@@ -105,7 +106,7 @@ def _without_times(table: pd.DataFrame) -> str:
 
 def leftovers(folder: Path) -> list[str]:
     """Files that are no one's: temporary ones, and artifacts that were begun and not ended."""
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if ".part" in p.name]
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if PART in p.name or p.suffix == ".part"]
 
 
 def disturbed(faults: Faults, folder: Path, usual: float) -> Iterator[dict[str, Any]]:

@@ -138,8 +138,8 @@ def main() -> int:
             grows, holds, seconds = slope(work, count)
             print(f"{what:10} {count:6} calls, {seconds * 1e3:7.1f} ms each: {grows:8.1f} bytes a call, {holds:.0f} MB")
             sys.stdout.flush()
-        # a file that is being written, or an artifact that is being made, has this in its name
-        left = [p for p in Path(place).rglob("*") if ".part" in p.name or p.name.startswith("issl-rows-")]
+        marks = (PART, ".part", "issl-rows-")  # of a file being written, an artifact being made, stored gradients
+        left = [p for p in Path(place).rglob("*") if any(mark in p.name for mark in marks)]
     print(f"left over: {len(left)} temporary files or folders")
     return int(bool(left))
 

@@ -23,7 +23,8 @@ from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
-PART = ".part-"  # in the names of files that are being written
+PART = ".issl-part-"  # in the names of files that are being written; nobody else's are called so
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what a file system says that has none
 NO_ROOM = {  # what the system says where a file cannot be written, and no program is to blame
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up",
     errno.EFBIG: "files may not become so large here", errno.EROFS: "the disk is read-only",
@@ -61,7 +62,12 @@ def _new_part(path: Path) -> tuple[int, Path]:
     """A new file beside this one, locked as long as this process writes it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return handle, Path(name)  # then no leftover is ever removed, for none can be told from a file in use
         if os.fstat(handle).st_nlink:  # another process may have taken it for a leftover before it was locked
             return handle, Path(name)
         os.close(handle)
@@ -73,8 +79,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in folder.glob(f".*{PART}*"):
         try:
             handle = _locked(path)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # it is being written, or was just finished
+        except OSError:
+            continue  # it is being written, was just finished, or there are no locks here
         path.unlink(missing_ok=True)
         os.close(handle)
         removed.append(path)
@@ -91,8 +97,12 @@ def scratch_folder(prefix: str) -> tuple[Path, int]:
             continue  # it is used, or another user's
         shutil.rmtree(old, ignore_errors=True)
         os.close(handle)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    return folder, _locked(folder)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        try:
+            return folder, _locked(folder)
+        except (FileNotFoundError, BlockingIOError):
+            continue  # another process took it for one of these before it was locked
 
 
 def _locked(path: Path) -> int:

@@ -99,6 +99,7 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert left_over(tmp_path) == []
         before, finished = finished, len(list(tmp_path.glob(f"*/*/{MANIFEST}")))
         fails_at = 1 if finished > before else fails_at + 1
+    print(f"{points} writes failed")
     assert points >= 8 and found == undisturbed
 
 
