@@ -192,10 +192,11 @@ def belongs(folder: Path, identity: str, what: str) -> None:
         raise IsslError(f"{folder} holds {what} of another encoder, images or setting; use another folder")
     if not mark.exists():
         try:
-            with atomic(mark) as part:
-                part.write_text(json.dumps({"identity": identity}))
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise IsslError(f"folder {folder} cannot be written ({error}); choose another") from error
+        with atomic(mark) as part:
+            part.write_text(json.dumps({"identity": identity}))
 
 
 def file_digest(path: Path) -> str:
