@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 
 class IsslError(Exception):
@@ -18,6 +18,13 @@ class OutOfTime(IsslError):
             "the same command continues from here" if resumable else "give a checkpoint file to be able to continue"
         )
         super().__init__(f"{what}, the time budget is spent; {remedy}")
+
+
+def is_whole(value: object, least: int = 0, most: int | None = None) -> bool:
+    """Is it a whole number in this range? A truth value is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return least <= int(value) and (most is None or int(value) <= most)
 
 
 def number_or_nan(value: object) -> float:

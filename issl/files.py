@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +24,13 @@ from issl.errors import IsslError
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
 BUNDLED = PACKAGE / "bundled"  # what a wheel carries of it: notebooks and profiles, released encoders, kept records
+PART = ".issl-part-"  # in the names of files that are being written; nobody else's are called so
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what a file system says that has none
+NO_ROOM = {  # what the system says where a file cannot be written, and no program is to blame
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up",
+    errno.EFBIG: "files may not become so large here", errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there", errno.EPERM: "you may not write there", errno.EIO: "the disk fails",
+}  # fmt: skip
 WAIT_SECONDS = 0.5  # until it is looked again whether another process has finished a file
 
 
@@ -37,18 +48,97 @@ def provided(name: str) -> Path:
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded path; on success it becomes `path` in one step, on failure nothing is left.
 
-    Each call has its own temporary name, so two processes that write the same file do not mix.
+    Each call has its own temporary name, so two processes that write the same file do not mix. What a killed process
+    leaves, `remove_leftovers` finds. IsslError where there is no room, or no right, to write the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = _new_part(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     try:
         yield part
         part.chmod(0o644)
         part.replace(path)
+    except (OSError, SafetensorError) as error:
+        if why_no_room(error) is None:
+            raise
+        raise _cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _new_part(path: Path) -> tuple[int, Path]:
+    """A new file beside this one, locked as long as this process writes it."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return handle, Path(name)  # then no leftover is ever removed, for none can be told from a file in use
+        if os.fstat(handle).st_nlink:  # another process may have taken it for a leftover before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed processes left in this folder of files that they were writing; returns what it was."""
+    removed = []
+    for path in folder.glob(f".*{PART}*"):
+        try:
+            handle = _locked(path)
+        except OSError:
+            continue  # it is being written, was just finished, or there are no locks here
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        removed.append(path)
+    return removed
+
+
+def scratch_folder(prefix: str) -> tuple[Path, int]:
+    """A new folder for temporary files, and the handle of its lock; those of processes that were killed are removed."""
+    parent = Path(tempfile.gettempdir())
+    for old in parent.glob(f"{prefix}*"):
+        try:
+            handle = _locked(old)
+        except OSError:
+            continue  # it is used, or another user's
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(handle)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        try:
+            return folder, _locked(folder)
+        except (FileNotFoundError, BlockingIOError):
+            continue  # another process took it for one of these before it was locked
+
+
+def _locked(path: Path) -> int:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def why_no_room(error: BaseException) -> str | None:
+    """Why the system does not let a file be written; None for any other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := re.search(r"os error (\d+)", str(error))):  # safetensors' errors are texts
+        code = int(found[1])
+    return None if code is None else NO_ROOM.get(code)
+
+
+def _cannot_write(path: Path, error: Exception) -> IsslError:
+    return IsslError(
+        f"{path} cannot be written: {why_no_room(error) or error}; make room or choose another place, and run the same "
+        "command again: what was finished is kept"
+    )
 
 
 def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
@@ -59,8 +149,19 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise IsslError(f"{option} {out}: its folder cannot be made ({error})") from error
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        raise IsslError(f"{option} {out}: cannot be written there")
+    if out.is_dir():
+        raise IsslError(f"{option} {out}: is a folder; give the name of a file")
+    check_writable(out.parent, f"{option} {out}")
+    remove_leftovers(out.parent)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """IsslError where no file can be written in this folder. (Asked for permission, root is always given it.)"""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise IsslError(f"{what}: cannot be written there ({error.strerror}); choose another place") from error
 
 
 def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: int = 0) -> int:
@@ -73,6 +174,8 @@ def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: in
     start   the number to begin with, so that processes begin with different ones
     Returns how many were made here.
     """
+    for folder in {path.parent for path in paths}:
+        remove_leftovers(folder)
     made, numbers = 0, [*range(start, len(paths)), *range(start)]
     while missing := [k for k in numbers if not paths[k].exists()]:
         for k in missing:
@@ -95,14 +198,16 @@ def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: in
 def belongs(folder: Path, identity: str, what: str) -> None:
     """A folder that is filled bit by bit belongs to one computation: IsslError if it holds `what` of another."""
     mark = folder / "identity.json"
+    remove_leftovers(folder)
     if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(f"{folder} holds {what} of another encoder, images or setting; use another folder")
     if not mark.exists():
         try:
-            with atomic(mark) as part:
-                part.write_text(json.dumps({"identity": identity}))
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise IsslError(f"folder {folder} cannot be written ({error}); choose another") from error
+        with atomic(mark) as part:
+            part.write_text(json.dumps({"identity": identity}))
 
 
 def file_digest(path: Path) -> str:

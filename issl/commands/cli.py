@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from issl import __version__
+from issl.commands.arguments import finite
 from issl.errors import IsslError, OutOfTime
 
 IMAGES = {  # commands about your own images: each has a module with `add_arguments` and `main`
@@ -78,7 +82,7 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
     add("--from-scratch", action="store_true", help="make again the encoders and scores that come with the repository")
-    add("--time-budget", type=float, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
+    add("--time-budget", type=finite, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
     add(
         "--checkpoint",
         action="append",
@@ -152,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options = parser(given[0] if given else None).parse_args(given)
     try:
-        return _run(options)
+        with _ended_like_an_interrupt():
+            return _run(options)
     except OutOfTime as late:
         print(f"issl: {late}", file=sys.stderr)
         return 3
@@ -162,3 +167,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("issl: stopped; run the same command again to continue from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        from issl.commands.scheduler import in_short
+
+        if (said := in_short(error)) is None:
+            raise
+        print(f"issl: error: {said}", file=sys.stderr)
+        return 2
+
+
+@contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM, which batch systems and `kill` send, ends a command as Ctrl-C does: kernels and workers end with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import re
 import sys
 import time
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from issl.analysis.evaluate import embed, stability_losses
 from issl.analysis.training_influence import training_influence
 from issl.data import datasets
-from issl.data.images import Images, decode
+from issl.data.encoded import read_all
+from issl.data.images import Images, decode, in_words
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.settings import Data
@@ -28,6 +29,7 @@ from issl.influence.cross import as_queries, cross_influence
 from issl.influence.curvature import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.perturbation import GaussianNoise
+from issl.pretraining.encoder import read_header
 from issl.pretraining.learner import load_learner
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
 
@@ -58,6 +60,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="another list: by influence through the gradient that training follows (64 passes over the set)",
     )
+    add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--device", default="auto", help="auto (default), cpu or cuda")
 
@@ -71,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
     skip = opened.own_names(options.skip.split(","))
-    scored_layers(opened.encoder, skip)
+    scored_layers(opened.encoder, skip, options.untrained)
     images, known = training_images(options, opened)
     query = read_query(options, images)
     curvature = LoGra(options.rank, options.damping)
@@ -81,6 +84,7 @@ def main(options: argparse.Namespace) -> int:
     queries = query if query.attributes["trained_on"][0] else as_queries(query)
     scores = cross_influence(
         opened.encoder, images, queries, noise, curvature, options.seed, draws=options.draws, skip=skip,
+        untrained=options.untrained,
         computing=Computing(device=device, batch_size=64),
     )[0]  # fmt: skip
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
@@ -167,14 +171,14 @@ def _header(encoder: str) -> dict[str, Any] | None:
     """What our own checkpoint says about its training."""
     if not encoder.endswith(".safetensors") or not Path(encoder).is_file():
         return None
-    entry = json.loads(read_safetensors(Path(encoder), "encoder")[0].get("issl", "null"))
-    return entry if isinstance(entry, dict) and ("config" in entry or "data" in entry) else None
+    entry = read_header(read_safetensors(Path(encoder), "encoder")[0], Path(encoder))
+    return entry if entry is not None and ("config" in entry or "data" in entry) else None
 
 
 def read_query(options: argparse.Namespace, images: Images) -> Images:
     """The one image that is asked about; attributes: index, what (for titles), trained_on (is it one of `images`?)."""
     side = int(images.pixels.shape[2])
-    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image)
+    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)  # a name may hold a newline
     if member and member[1]:
         place = _place(options.image, member[1], images)
         return _one(images.pixels[place], int(images.index[place]), f"training image {member[1]}", True)
@@ -190,12 +194,16 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
         raise IsslError(
             f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of {options.data}"
         )
+    with path.open("rb") as opened:
+        data = read_all(opened, str(path))
     try:
-        with Image.open(path) as file:
-            size, data = file.size, path.read_bytes()
+        with Image.open(io.BytesIO(data)) as file:
+            size = file.size
             file.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise IsslError(f"{path} is not an image that can be read ({error}); give a PNG, JPEG or the like") from error
+    except Exception as error:
+        raise IsslError(
+            f"{path} is not an image that can be read ({in_words(error)}); give a PNG, JPEG or the like"
+        ) from error
     # a folder's own images are resized as they are read; a set of a fixed size takes no other
     if size != (side, side) and not options.fit and not options.data.startswith("folder:"):
         raise IsslError(

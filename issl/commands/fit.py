@@ -29,7 +29,8 @@ def main(options: argparse.Namespace) -> int:
     with from_torchrun(device, options.timeout) as shards:
         fitted = fit(
             opened.encoder, images, what.perturbation, what.curvature, what.seed, draws=what.draws,
-            average=what.average, skip=what.skip, computing=computing_of(options, shards, device),
+            average=what.average, skip=what.skip, untrained=what.untrained,
+            computing=computing_of(options, shards, device),
         )  # fmt: skip
         if shards.rank == 0:
             fitted.save(options.out)

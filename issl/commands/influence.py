@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
     device, began = pick_device(options.device), time.monotonic()
     opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
     what, kept = measured(options, opened)
-    layers = scored_layers(opened.encoder, what.skip)
+    layers = scored_layers(opened.encoder, what.skip, what.untrained)
     images = load_images(options, opened)
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> int:
         else:
             scores = self_influence(
                 opened.encoder, images, what.perturbation, what.curvature, what.seed, draws=what.draws,
-                average=what.average, skip=what.skip, computing=computing,
+                average=what.average, skip=what.skip, untrained=what.untrained, computing=computing,
             )  # fmt: skip
         if first:
             _write(out, scores, images.attributes)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
+from issl.commands.arguments import finite
 from issl.data import datasets
 from issl.data.images import Images
 from issl.errors import IsslError
@@ -25,7 +26,7 @@ from issl.shards import Shards
 
 MEASURED: dict[str, Any] = {  # the options of a measurement, with what they are if they are not given
     "curvature": "logra", "rank": 16, "damping": 0.1, "noise_mean": 0.05, "noise_std": 0.2, "seed": 0, "draws": 1,
-    "average": "gradients", "skip": "",
+    "average": "gradients", "skip": "", "untrained": False,
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def add_common_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the encoder's pass (fp32)")
-    add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
+    add("--timeout", type=finite, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
 def add_measurement_arguments(command: argparse.ArgumentParser) -> None:
@@ -63,6 +64,7 @@ def add_measurement_arguments(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the perturbation (0)")
     add("--draws", type=int, help="perturbations per image (1)")
     add("--average", choices=["gradients", "scores"], help="what is averaged over the perturbations (gradients)")
+    add("--untrained", action="store_true", default=None, help="score an encoder as initialised, as a control")
     add("--skip", metavar="A,B", help="layers or parameters to leave out of the score, by name")
 
 
@@ -73,6 +75,7 @@ def measurement(options: argparse.Namespace, opened: Opened) -> Measurement:
         GaussianNoise(given["noise_mean"], given["noise_std"]),
         named_curvature(given["curvature"], given["rank"], given["damping"]),
         given["seed"], given["draws"], given["average"], skip=opened.own_names(given["skip"].split(",")),
+        untrained=given["untrained"],
     )  # fmt: skip
 
 
@@ -129,8 +132,13 @@ def write_broken(out: Path, images: Images) -> str:
 
 
 def _batch(text: str) -> int | Literal["auto"]:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: need a whole number, 1 or more, or auto")
     return "auto" if text == "auto" else int(text)
 
 
 def _rank(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: need a whole number, or with a point a fraction") from error

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from issl.errors import IsslError
 from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic, file_digest
 
@@ -73,12 +74,24 @@ def is_current(name: str, plan: Plan, key: str) -> bool:
 def execute(source: Path, target: Path, plan: Plan) -> str | None:
     """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the error."""
     import nbformat  # slow to import, like papermill, and a run that finds everything current needs neither
+
+    try:
+        with atomic(target) as part:
+            return _executed(source, target, part, plan)
+    except (nbformat.ValidationError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    except IsslError as error:  # there is no room for it
+        return str(error)
+
+
+def _executed(source: Path, target: Path, part: Path, plan: Plan) -> str | None:
+    """Write the executed copy to `part`, which becomes `target`; returns the error of a cell."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     try:
         papermill.execute_notebook(
-            source, target, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            source, part, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
             progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},
@@ -88,6 +101,4 @@ def execute(source: Path, target: Path, plan: Plan) -> str | None:
         )  # fmt: skip
     except PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
-    except (nbformat.ValidationError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from issl.analysis.evaluate import knn_watch
+from issl.commands.arguments import finite, whole
 from issl.data import datasets
 from issl.devices import pick_device
 from issl.files import atomic, writable
@@ -30,20 +31,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--method", default="simclr", choices=get_args(Method), help="default: simclr")
     add("--recipe", default="published", choices=get_args(Variant), help="published (default), short or long")
     add("--width", type=int, default=64, help="of ResNet-18's first stage (64)")
-    add("--epochs", type=int, default=200, help="default: 200")
+    add("--epochs", type=whole(0), default=200, help="default: 200")
     add("--batch-size", type=int, default=256, help="of all processes together (256)")
     add("--seed", type=int, default=0, help="of weights, order and views (0)")
     add("--split", default="train", help="train (default) or test")
     add("--images", "--n", dest="n", type=int, metavar="N", help="how many (default: all); under torchrun use --images")
     add("--size", type=int, metavar="PX", help="side of the images (folders and fairface; default: 32)")
-    add("--watch", type=int, metavar="M", help="add the kNN accuracy on M test images to the history (labelled sets)")
-    add("--watch-every", type=int, default=10, metavar="E", help="how often, in epochs (10)")
+    add(
+        "--watch",
+        type=whole(1),
+        metavar="M",
+        help="add the kNN accuracy on M test images to the history (labelled sets)",
+    )
+    add("--watch-every", type=whole(1), default=10, metavar="E", help="how often, in epochs (10)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the networks (auto)")
     add("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile (auto: long runs on a GPU)")
-    add("--time-budget", type=float, metavar="MIN", help="stop in time, with a checkpoint; the same command continues")
-    add("--timeout", type=float, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
+    add("--time-budget", type=finite, metavar="MIN", help="stop in time, with a checkpoint; the same command continues")
+    add("--timeout", type=finite, default=600.0, metavar="S", help="how long processes wait for each other (600 s)")
 
 
 def main(options: argparse.Namespace) -> int:

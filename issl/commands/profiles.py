@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from issl.experiments.cache import Stage
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
-from issl.files import REPOSITORY, installed, provided
+from issl.files import REPOSITORY, check_writable, installed, provided, remove_leftovers
 
 KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
@@ -189,8 +188,9 @@ def check(plans: dict[str, Plan], out: Path) -> None:
             raise IsslError(
                 f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
             ) from error
-        if not os.access(folder, os.W_OK):
-            raise IsslError(f"output folder {folder} is not writable; choose another with --out DIR")
+        check_writable(folder, f"output folder {folder} (--out)")
+    for place in (*(out / "figures").glob("**/"), *(out / "results").glob("**/")):
+        remove_leftovers(place)
     for plan in plans.values():
         pick_device(plan.device)
         for checkpoint in (file for files in plan.checkpoints.values() for file in files):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from issl.devices import is_out_of_memory
 from issl.errors import IsslError, OutOfTime
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.cost import CPU, Machine, all_stages, seconds
@@ -18,6 +19,7 @@ from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.experiments.stages import Pretrain
+from issl.files import why_no_room
 
 # "not needed": its artifact is missing, and so it stays, because everything that would read it is there
 State = Literal["cached", "not needed", "waiting", "running", "done", "failed", "out of time", "blocked"]
@@ -41,9 +43,18 @@ def make(stage: Stage, artifacts: Artifacts) -> Ended:
         artifacts.get(stage)
     except IsslError as known:
         error, late = str(known), isinstance(known, OutOfTime)
-    except Exception:  # noqa: BLE001 (it is shown whole)
-        error = traceback.format_exc()
+    except Exception as unknown:  # noqa: BLE001 (it is shown whole)
+        error = in_short(unknown) or traceback.format_exc()
     return Ended(time.monotonic() - began, error, late)
+
+
+def in_short(error: Exception) -> str | None:
+    """What a full disk or memory is to the reader, in one line; None for any other error, which is shown whole."""
+    if (why := why_no_room(error)) is not None:
+        return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: {why}; make room and run it again"
+    if is_out_of_memory(error):
+        return "the memory does not suffice; end other programs, or use fewer images, a smaller width or batch size"
+    return None
 
 
 @dataclass

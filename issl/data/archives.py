@@ -64,6 +64,10 @@ def read(
     known = table.iloc[good].reset_index(drop=True)
     labels = None
     if "label" in known and not known["label"].isna().any():
+        if known["label"].dtype.kind not in "iu" and (known["label"] % 1 != 0).any():
+            raise IsslError(f"{name}: its column label holds {known['label'].iloc[0]!r}; need whole numbers, or texts")
+        if known["label"].min() < 0:
+            raise IsslError(f"{name}: its column label holds {known['label'].min()}; drop the column, or number from 0")
         labels = torch.from_numpy(known["label"].to_numpy(dtype=np.int64, copy=True))
         if "label_name" not in known:
             known["label_name"] = known["label"].astype(str)
@@ -78,6 +82,9 @@ def _opened(name: str, paths: Sequence[Path]) -> tuple[Encoded, pd.DataFrame]:
         if not len(members):
             raise IsslError(f"{name}: its archives hold no images (looked for {', '.join(sorted(SUFFIXES))})")
         names = [f"{paths[archive].name}/{member}" for archive, _, _, member in members.members]
+        if len(set(names)) < len(names):
+            twice = next(text for k, text in enumerate(names) if text in names[:k])
+            raise IsslError(f"{name}: {twice} occurs twice; each image needs a name of its own")
         known = pd.DataFrame({"index": [path_index(text) for text in names], "path": names})
         if any(label is not None for label in labels):
             known["label"] = pd.Series(labels)
@@ -85,6 +92,9 @@ def _opened(name: str, paths: Sequence[Path]) -> tuple[Encoded, pd.DataFrame]:
     try:
         if name.startswith("parquet:"):
             column = _image_column(name, pq.read_schema(paths[0]))
+            for path in paths[1:]:
+                if column not in pq.read_schema(path).names:
+                    raise IsslError(f"{path}: no column {column}, as {paths[0].name} has; write all files alike")
             plain = [c for c, kind in _plain(pq.read_schema(paths[0])) if c != column]
             table = pa.concat_tables([pq.read_table(path, columns=plain) for path in paths])
             encoded: Encoded = ParquetRows(paths, column)
@@ -101,8 +111,13 @@ def _opened(name: str, paths: Sequence[Path]) -> tuple[Encoded, pd.DataFrame]:
     if "index" in known:
         known = known.rename(columns={"index": "own_index"})
     known.insert(0, "index", np.arange(len(known)))
-    classes = _class_names(table.schema)
+    if "label" in known and pa.types.is_string(table.schema.field("label").type):
+        known = known.rename(columns={"label": "label_name"})
+        known["label"] = known["label_name"].astype("category").cat.codes
+    classes = _class_names(name, table.schema)
     if classes:
+        if (highest := int(known["label"].max())) >= len(classes):
+            raise IsslError(f"{name}: label {highest}, but its metadata names {len(classes)} classes; write it again")
         known["label_name"] = np.array(classes)[known["label"].to_numpy(dtype=np.int64)]
     return encoded, known
 
@@ -122,9 +137,12 @@ def _plain(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     return [(field.name, field.type) for field in schema if any(test(field.type) for test in tests)]
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
+def _class_names(name: str, schema: pa.Schema) -> list[str] | None:
     """The names of the classes in `label`, from Hugging Face's metadata."""
-    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = info.get("info", {}).get("features", {}).get("label", {})
-    found: list[str] | None = feature.get("names")
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = info.get("info", {}).get("features", {}).get("label", {})
+        found: list[str] | None = feature.get("names")
+    except (ValueError, AttributeError) as error:
+        raise IsslError(f"{name}: its metadata `huggingface` cannot be read ({error}); write it without") from error
     return found if "label" in schema.names else None

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from issl.data import archives, image_folder, judged_pairs, published, scenes
 from issl.data.images import Images, sample_positions
-from issl.errors import IsslError
+from issl.errors import IsslError, is_whole
 from issl.files import file_digest
 
+LARGEST_SEED = 1 << 32
 DRAWN = ("scenes", "scenes-swapped")
 
 
@@ -47,12 +48,20 @@ def load(
 
     Raises IsslError: unknown name or split, missing or damaged file, more images asked for than there are.
     """
+    if not isinstance(name, str):
+        raise IsslError(f"data set {name!r}: give its name, such as cifar10 or folder:PATH")
+    if n is not None and not is_whole(n, 1):
+        raise IsslError(f"n={n!r}: data set {name!r}: ask for a whole number of images, 1 or more, or None for all")
+    if not is_whole(seed, 0, LARGEST_SEED):
+        raise IsslError(f"seed={seed!r}: give a whole number from 0 to 2³²")
+    if workers is not None and not is_whole(workers, 1):
+        raise IsslError(f"workers={workers!r}: give a whole number of threads, 1 or more, or None for the cores")
+    if size is not None and not is_resized(name):
+        raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
     if name == "scenes":
         return scenes.draw(n, split=split, seed=seed)
     if name == "scenes-swapped":
         return scenes.swapped(n, split=split, seed=seed)
-    if size is not None and not is_resized(name):
-        raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
     side = 32 if size is None else size
     if name.startswith(image_folder.PREFIX):
         return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers)
@@ -61,6 +70,12 @@ def load(
     if name == "cifair10":
         return judged_pairs.read(split, n, root, seed)
     return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
+
+
+def without_place(name: str) -> str:
+    """A set's name for others to read: of one with a PATH, only the last part of it."""
+    kind, colon, place = name.partition(":")
+    return f"{kind}:{Path(place).name}" if colon else name
 
 
 def is_resized(name: str) -> bool:

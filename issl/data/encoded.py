@@ -21,15 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from issl.data.images import decode
+from issl.data.images import decode, in_words, unknown_range
 from issl.errors import IsslError
 
 TAIL = 4096  # bytes at a file's end in which its closing mark must be
 CLOSING = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 KEPT_GROUPS = 2  # parquet row groups that are held
-NOT_AN_IMAGE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+LARGEST = 2**29  # bytes of an encoded image; a photograph has some 10⁷
+LARGEST_CLASS = 18  # digits of a class number
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}  # by a file's first two bytes
 
 
 @runtime_checkable
@@ -63,11 +65,24 @@ class Decoding:
 
     def __getitem__(self, i: int) -> UInt8[np.ndarray, "3 s s"]:
         with self.encoded.open(i) as file:
-            data = file.read()
+            data = read_all(file, self.encoded.name(i))
         return decode(data, self.size, self.encoded.name(i))
 
     def identity(self) -> str:
         return f"{self.encoded.identity()} at {self.size} px"
+
+
+def read_all(file: io.BufferedIOBase, name: str) -> bytes:
+    """The bytes of an encoded image; IsslError for one that is far too large to be one."""
+    data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise IsslError(f"{name} has more than {LARGEST / 1e6:.0f} MB; an image has far less: remove it")
+    return data
+
+
+def on_one_line(name: str) -> str:
+    """A name as it is, or quoted where it would break a message (a name may hold a newline)."""
+    return name if name.isprintable() else repr(name)
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Files:
             ) from error
 
     def name(self, i: int) -> str:
-        return str(self.folder / self.paths[i])
+        return on_one_line(str(self.folder / self.paths[i]))
 
     def identity(self) -> str:
         return _of_files([self.folder / path for path in self.paths])
@@ -107,12 +122,14 @@ class TarMembers:
 
     def open(self, i: int) -> io.BufferedIOBase:
         archive, offset, length, _ = self.members[i]
+        if length > LARGEST:
+            raise IsslError(f"{self.name(i)} has {length / 1e6:.0f} MB; an image has far less: remove it")
         with self.archives[archive].open("rb") as file:
             return io.BytesIO(os.pread(file.fileno(), length, offset))
 
     def name(self, i: int) -> str:
         archive, _, _, name = self.members[i]
-        return f"{self.archives[archive]}:{name}"
+        return on_one_line(f"{self.archives[archive]}:{name}")
 
     def identity(self) -> str:
         return _of_files(self.archives)
@@ -124,6 +141,12 @@ def tar_members(archives: Sequence[Path], suffixes: set[str]) -> tuple[TarMember
     for number, path in enumerate(archives):
         found: list[tuple[int, int, int, str]] = []
         classes: dict[str, int] = {}
+        with path.open("rb") as file:
+            how = COMPRESSED.get(file.read(2))
+        if how is not None:
+            raise IsslError(
+                f"{path} is compressed ({how}), so its images cannot be read one by one; unpack it to a .tar"
+            )
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
@@ -133,7 +156,7 @@ def tar_members(archives: Sequence[Path], suffixes: set[str]) -> tuple[TarMember
                     elif member.isfile() and suffix == ".cls":
                         content = archive.extractfile(member)
                         assert content is not None  # it is a file
-                        classes[key] = int(content.read())
+                        classes[key] = _class_number(content.read(LARGEST_CLASS + 1), f"{path}:{member.name}")
         except (tarfile.TarError, OSError, ValueError) as error:
             raise IsslError(
                 f"{path} is no readable, uncompressed tar archive ({error}); repair or remove it"
@@ -141,6 +164,13 @@ def tar_members(archives: Sequence[Path], suffixes: set[str]) -> tuple[TarMember
         members += found
         labels += [classes.get(os.path.splitext(name)[0]) for *_, name in found]  # noqa: PTH122
     return TarMembers(archives, members), labels
+
+
+def _class_number(content: bytes, name: str) -> int:
+    text = content.decode("ascii", "replace").strip()
+    if not text.isdigit() or len(text) > LARGEST_CLASS:
+        raise IsslError(f"{on_one_line(name)} holds {text!r}; a class number is 0 or more")
+    return int(text)
 
 
 class Rows:
@@ -156,8 +186,10 @@ class Rows:
         part = int(np.searchsorted(self.starts, i, side="right")) - 1
         value = self.images(part)[i - int(self.starts[part])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None:
-            raise IsslError(f"{self.name(i)} holds no bytes; write the set with its images embedded")
+        if not isinstance(data, bytes):
+            raise IsslError(
+                f"{self.name(i)} holds no encoded image but {data!r:.80}; write the set with images embedded"
+            )
         return io.BytesIO(data)
 
     def images(self, part: int) -> pa.Array:
@@ -243,19 +275,19 @@ def broken(encoded: Encoded, rows: np.ndarray, workers: int = 8) -> list[tuple[i
 def _fault(encoded: Encoded, i: int) -> str:
     try:
         with encoded.open(i) as file, Image.open(cast(BinaryIO, file)) as image:
+            if why := unknown_range(image):
+                return why
             mark = CLOSING.get(image.format or "")
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL))
             if mark is None or mark in file.read():
                 return ""
         with encoded.open(i) as file:
-            Image.open(io.BytesIO(file.read())).load()
-    except UnidentifiedImageError:
-        return "not an image, or damaged at its start"
-    except NOT_AN_IMAGE as error:
-        return str(error)
+            Image.open(io.BytesIO(read_all(file, encoded.name(i)))).load()
     except IsslError as error:
         return str(error)
+    except Exception as error:  # noqa: BLE001 (whatever a decoder raises on a stranger's bytes: it is told)
+        return in_words(error)
     return ""
 
 

@@ -11,10 +11,11 @@ import torch
 from issl.data.encoded import Decoding, Files, check
 from issl.data.images import Images, sample_positions
 from issl.data.lazy_pixels import LazyPixels
-from issl.errors import IsslError
+from issl.errors import IsslError, is_whole
 
 PREFIX = "folder:"
 VERSION = 2  # of `read`; 1: an image's index was its place among the sorted files
+LARGEST_SIDE = 8192  # px: an image of 200 MB
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -36,6 +37,11 @@ def image_files(folder: Path) -> list[Path]:
             f"image folder {str(folder)!r} has no images (looked for {', '.join(sorted(SUFFIXES))}, also in "
             "sub-folders)"
         )
+    for path in files:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise IsslError(f"image folder: the name {str(path)!r} is not in UTF-8; rename this file") from error
     return files
 
 
@@ -68,6 +74,8 @@ def read(
 
 
 def check_size(size: int) -> None:
-    """IsslError for a side that is too small."""
-    if size < 8:
-        raise IsslError(f"size={size}: images need a side of 8 px or more")
+    """IsslError for a side that is too small or too large."""
+    if not is_whole(size, 8, LARGEST_SIDE):
+        raise IsslError(
+            f"size={size!r}: images need a side of 8 px or more, and at most {LARGEST_SIDE}: a whole number"
+        )

@@ -94,7 +94,7 @@ class Images:
 
     def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
         """The images at positions `idx` (or where a boolean mask is true), each keeping its `index`."""
-        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(np.array(idx))
+        rows = idx if isinstance(idx, Tensor) else torch.from_numpy(_positions(idx, self.name))
         if rows.dtype == torch.bool:
             if len(rows) != len(self):
                 raise IsslError(f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images")
@@ -111,6 +111,13 @@ class Images:
         )
 
 
+def _positions(idx: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
+    found = np.array(idx)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "biu"):
+        raise IsslError(f"subset of {name!r}: {idx!r}; give positions (whole numbers) or a mask")
+    return found if len(found) else found.astype(np.int64)
+
+
 def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndarray:
     """The positions that a request for `n` of `total` images gets: all, or a random subset in the original order."""
     if n is None:
@@ -125,11 +132,35 @@ def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
     says `what` it is, if the bytes are not an image."""
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            why = unknown_range(opened)
             ImageOps.exif_transpose(opened, in_place=True)  # as its camera was held
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IsslError(f"{what} cannot be decoded ({error}); repair or remove it") from error
+            image = eight_bits(opened).convert("RGB")
+    except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
+        raise IsslError(f"{what} cannot be decoded ({in_words(error)}); repair or remove it") from error
+    if why:
+        raise IsslError(f"{what} has {why}")
     return square(image, size)
+
+
+def in_words(error: Exception) -> str:
+    """Why an image cannot be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged at its start"
+    return str(error) or type(error).__name__
+
+
+def unknown_range(image: Image.Image) -> str:
+    """Why it cannot be known what is white in this image; "" where it can."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        return f"pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits"
+    return ""
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A greyscale image of 16 bits, scaled to 8 (Pillow cuts it off at 255, which is white); others as they are."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 s s"]:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from issl.config import Config
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
-from issl.files import atomic, file_digest, provided
+from issl.files import atomic, file_digest, provided, remove_leftovers
 
 MANIFEST = "manifest.json"
 
@@ -103,9 +103,11 @@ class Artifacts:
                     if self.deadline is not None and time.monotonic() >= self.deadline:
                         raise OutOfTime(f"{label} was not begun")
                     _make_folder(work)
-                    began = time.time()
+                    for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
+                        remove_leftovers(folder)  # they would become part of the artifact
+                    began = time.monotonic()
                     stage.make(work, self)
-                    _write_manifest(work, stage, self.device, time.time() - began)
+                    _write_manifest(work, stage, self.device, time.monotonic() - began)
                     work.replace(final)
                     self.computed.append(label)
                     return final
@@ -148,8 +150,8 @@ def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
 def damaged(folder: Path) -> str | None:
     """What is wrong with an artifact, in words; None where every file is as its manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is missing or unreadable ({error})"
     for name, digest in files.items():
         path = folder / name

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from issl import __version__
 from issl.analysis.statistics import Estimate
 from issl.config import Config
+from issl.data.datasets import without_place
 from issl.devices import device_name
 from issl.errors import IsslError
 from issl.experiments.metrics import words
@@ -216,6 +217,7 @@ def record(
     about    method, n, seeds and whatever else qualifies it. Of an encoder that was given as a file, neither recipe nor
              seeds are known: the record names the file instead
     """
+    dataset = without_place(dataset)
     judged = judge(name, metrics, source["profile"], dataset, learned)
     given = source.get("checkpoints", {}).get(about.get("method"))
     if given is not None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from issl.config import Config
+from issl.data import datasets
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
@@ -154,7 +155,13 @@ class Plan(Config):
         settings = self.model_dump(
             mode="json", exclude={"out", "data_root", "device", "ignore_released", "checkpoints"}
         )
+        settings["dataset"] = self.set_name
         return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})
+
+    @property
+    def set_name(self) -> str:
+        """The data set as figures and records name it: without the place of a folder on this machine."""
+        return datasets.without_place(self.dataset)
 
     def given_files(self) -> dict[str, list[dict[str, str]]]:
         """By method, the name and the digest of each checkpoint."""

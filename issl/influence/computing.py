@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from issl.errors import IsslError, number_or_nan
+from issl.errors import IsslError, is_whole, number_or_nan
 from issl.shards import ONE, Shards
 
 Memory = Literal["auto", "ram", "mapped", "recomputed"]
@@ -40,8 +40,8 @@ class Computing:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size != "auto" and not number_or_nan(self.batch_size) >= 1:
-            raise IsslError(f"batch_size={self.batch_size!r}: must be 1 or more, or auto")
+        if self.batch_size != "auto" and not is_whole(self.batch_size, 1):
+            raise IsslError(f"batch_size={self.batch_size!r}: must be 1 or more, a whole number, or auto")
         if self.precision not in ("fp32", "bf16"):
             raise IsslError(f"precision={self.precision!r}: choose fp32 or bf16")
         if self.memory not in ("auto", "ram", "mapped", "recomputed"):
@@ -53,6 +53,8 @@ class Computing:
                 f"store={str(self.store)!r} keeps gradients in files, memory={self.memory!r} does not; drop one of them"
             )
         try:
-            torch.device(self.device or "cpu")
+            device = torch.device(self.device or "cpu")
         except RuntimeError as error:
             raise IsslError(f"device={self.device!r}: torch knows no such device; try cpu or cuda") from error
+        if device.type == "meta":
+            raise IsslError("device='meta' holds no values; try cpu or cuda")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import full_precision
-from issl.errors import IsslError
+from issl.errors import IsslError, is_whole
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
@@ -47,6 +47,7 @@ def cross_influence(
     loss: Loss | CrossEntropy = stability_loss,
     fisher: Loss | CrossEntropy | None = None,
     skip: Sequence[str] = (),
+    untrained: bool = False,
     computing: Computing = Computing(),
 ) -> Float[Tensor, "q n"]:
     """I(i → j) of every training image i (column) on every query j (row), in double precision on the CPU.
@@ -54,7 +55,7 @@ def cross_influence(
     The arguments are those of `issl.self_influence`; gradients are means over the draws. For large sets
     `top_influences` needs less memory. Raises IsslError as `self_influence` does.
     """
-    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
+    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip, untrained=untrained)
     queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
@@ -75,6 +76,7 @@ def top_influences(
     loss: Loss | CrossEntropy = stability_loss,
     fisher: Loss | CrossEntropy | None = None,
     skip: Sequence[str] = (),
+    untrained: bool = False,
     computing: Computing = Computing(),
 ) -> pd.DataFrame:
     """The k training images of the highest (most positive) influence on each query, without holding q × n scores.
@@ -83,7 +85,7 @@ def top_influences(
     The other arguments are those of `cross_influence`.
     """
     _check_k(k)
-    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip)
+    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip, untrained=untrained)
     queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
@@ -130,8 +132,8 @@ def check_sizes(train: Images, queries: Images) -> None:
 
 
 def _check_k(k: int) -> None:
-    if k < 1:
-        raise IsslError(f"k={k}: must be 1 or more")
+    if not is_whole(k, 1):
+        raise IsslError(f"k={k!r}: must be a whole number, 1 or more")
 
 
 def _best(k: int, values: Any, places: Any) -> tuple[Tensor, Tensor]:

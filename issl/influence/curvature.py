@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,9 +30,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from issl import keyed_random
-from issl.errors import IsslError, number_or_nan
+from issl.errors import IsslError, is_whole, number_or_nan
 from issl.influence.layers import Layer, weight_shape
 from issl.shards import Summed
+
+LARGEST_SEED = 1 << 40  # of projections: a generator takes 64 bits, of which a layer's place in the encoder needs some
 
 # --- what is kept of a layer's gradient --------------------------------------------------------------------
 
@@ -254,8 +255,10 @@ class RandomProjection(Curvature):
 
     def __post_init__(self) -> None:
         rank: object = self.rank
-        if not (isinstance(rank, Integral) and number_or_nan(rank) >= 1):
+        if not is_whole(rank, 1):
             raise IsslError(f"RandomProjection(rank={self.rank!r}): must be a whole number, 1 or more")
+        if not is_whole(self.seed, 0, LARGEST_SEED):
+            raise IsslError(f"RandomProjection(seed={self.seed!r}): must be a whole number from 0 to 2⁴⁰")
 
     def statistic(self, width: int, n: int, foreign: bool = False) -> Statistic:
         return NoSum()
@@ -423,7 +426,7 @@ def _check(curvature: Curvature, fit: object = None, seed: object = 0) -> None:
             f"{name}(damping={curvature.damping!r}): must be a finite number > 0, a fraction of the curvature's mean "
             "diagonal"
         )
-    if fit is not None and not (isinstance(fit, Integral) and number_or_nan(fit) >= 1):
+    if fit is not None and not is_whole(fit, 1):
         raise IsslError(f"{name}(fit={fit!r}): must be a number of images, 1 or more, or None for all")
-    if not (isinstance(seed, Integral) and number_or_nan(seed) >= 0):
-        raise IsslError(f"{name}(seed={seed!r}): must be a whole number, 0 or more")
+    if not is_whole(seed, 0, LARGEST_SEED):
+        raise IsslError(f"{name}(seed={seed!r}): must be a whole number from 0 to 2⁴⁰")

@@ -154,6 +154,7 @@ def fit(
     loss: Loss | CrossEntropy = stability_loss,
     fisher: Loss | CrossEntropy | None = None,
     skip: Sequence[str] = (),
+    untrained: bool = False,
     computing: Computing = Computing(),
 ) -> Fitted:
     """The curvature of these images' losses, by one pass that stores no gradients; the arguments are those of
@@ -162,7 +163,7 @@ def fit(
     Raises IsslError as `self_influence` does, and for a curvature that sums nothing over images (Identity,
     RandomProjection) or whose sums do not fit into memory.
     """
-    what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip)
+    what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip, untrained)
     return _fit(encoder, images, what, _one_pass(computing))[0]
 
 
@@ -207,8 +208,9 @@ def load_fitted(
     }  # fmt: skip
     chosen = {name: _chosen(path, name, given, settings[name], *both) for name, (given, *both) in own.items()}
     what = Measurement(
-        seed=settings["seed"], draws=settings["draws"], average=settings["average"], skip=settings["skip"], **chosen
-    )
+        seed=settings["seed"], draws=settings["draws"], average=settings["average"], skip=settings["skip"],
+        untrained=settings.get("untrained", False), **chosen,
+    )  # fmt: skip
     probe = open_probe(encoder, what, Computing(device=device))
     sketches: dict[str, Sketch] = (
         {
@@ -266,6 +268,8 @@ def _keep(run: Run, digest: str) -> KeptCurvature:
         "fisher": _as_loss(what.fisher), "skip": list(what.skip), "marks": _marks(run.sketches),
     }  # fmt: skip
     bases = _bases(run.sketches) if _from_images(what.curvature) else {}
+    if what.untrained:  # older files have no such entry
+        settings["untrained"] = True
     if bases:
         settings["marks"] = {}
     rows = len(data) * (what.draws if what.pooled else 1)

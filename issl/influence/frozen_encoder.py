@@ -8,20 +8,28 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from issl.errors import IsslError
 
 
 def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
     """A faster copy with the same features and frozen parameters: convolutions in NHWC, the better layout on CPUs and
-    GPUs alike, and eval-mode BatchNorm as one product and one sum.
+    GPUs alike, eval-mode BatchNorm as one product and one sum, parametrised weights as what they amount to.
 
     Raises IsslError for an encoder that cannot be copied.
     """
+    # torch does not copy what was computed with a gradient: the older weight_norm, features that a module kept
+    kept = (v for m in encoder.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     try:
-        model = copy.deepcopy(encoder)
+        model = copy.deepcopy(encoder, {id(v): v.detach().clone() for v in kept})
     except Exception as error:
         raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
+    for m in list(model.modules()):
+        if parametrize.is_parametrized(m):
+            assert isinstance(m.parametrizations, nn.ModuleDict)
+            for name in list(m.parametrizations):
+                parametrize.remove_parametrizations(m, name, leave_parametrized=True)
     model = model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
     for m in model.modules():
         if type(m) is nn.BatchNorm2d and not m.training and m.running_mean is not None and m.running_var is not None:

@@ -31,7 +31,7 @@ from issl.data.images import Images
 from issl.data.lazy_pixels import LazyPixels
 from issl.devices import Batches, free_memory
 from issl.errors import IsslError
-from issl.files import atomic, belongs
+from issl.files import atomic, belongs, scratch_folder
 from issl.influence.computing import Computing
 
 RowsOf = Callable[[slice], dict[str, Tensor]]  # computes the rows of these images, by name
@@ -99,7 +99,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
 
         return from_memory
 
-    folder = Path(tempfile.mkdtemp(prefix="issl-rows-") if computing.store is None else computing.store)
+    folder, lock = scratch_folder("issl-rows-") if computing.store is None else (Path(computing.store), None)
 
     def from_disk() -> Iterator[Chunk]:
         with shown([c for c in chunks if not _rows_file(folder, c).exists()]) as bar:
@@ -111,8 +111,8 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
                     bar.update(chunk.stop - chunk.start)
                 yield chunk, partial(_read_rows, path)
 
-    if computing.store is None:
-        weakref.finalize(from_disk, shutil.rmtree, folder, ignore_errors=True)
+    if lock is not None:
+        weakref.finalize(from_disk, _remove, folder, lock)
     else:
         belongs(folder, identity(), "gradients")
     return from_disk
@@ -134,6 +134,11 @@ def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
     digest.update(pixels.identity().encode() if isinstance(pixels, LazyPixels) else pixels.contiguous().numpy().data)
     digest.update(data.index.numpy().data)
     return digest.hexdigest()
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def _rows_file(folder: Path, chunk: slice) -> Path:

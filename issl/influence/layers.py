@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from issl.errors import IsslError
 
 Layer = nn.Linear | nn.Conv2d
+COMPILED = ("torch.ao.nn", "torch.nn.quantized")  # packages of quantised layers
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -18,25 +20,82 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
     return len(layer.weight), layer.weight[0].numel()
 
 
-def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Layer]:
+def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False) -> dict[str, Layer]:
     """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them.
 
+    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the result.
+
+    untrained   BatchNorm that was never trained is no error
     Raises IsslError where the encoder cannot be scored: not a module, no such layer, train mode, weights that are not
     there (device meta) or not finite, normalisation by batch statistics or never trained, unsupported kinds of weights.
     """
+    check_encoder(encoder, untrained)
+    if isinstance(skip, str) or not isinstance(skip, Sequence):
+        example = [skip] if isinstance(skip, str) else ["head"]
+        raise IsslError(f"skip={skip!r}: give a list of names, such as {example}")
+
+    def skipped(name: str) -> bool:
+        return any(name == s or name.startswith(s + ".") for s in skip)
+
+    every = dict(_modules(encoder))
+    known = {*every, *(f"{name}.{own}".lstrip(".") for name, m in every.items() for own, _ in _weights(m))}
+    if unknown := [s for s in skip if s not in known]:
+        raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
+    layers: dict[str, Layer] = {}
+    unsupported: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, m in every.items():
+        if isinstance(m, Layer):
+            if skipped(name):
+                continue
+            layers[name] = m
+            own = id(m.weight if not parametrize.is_parametrized(m, "weight") else m)
+            if own in owners:
+                raise IsslError(
+                    f"encoder: {owners[own]} and {name} share one weight; call one module twice instead, or "
+                    f"skip both: skip={[owners[own], name]}"
+                )
+            owners[own] = name
+        elif not isinstance(m, NORMS):
+            for own_name, p in _weights(m):
+                full = f"{name}.{own_name}" if name else own_name
+                if p.ndim >= 2 and not skipped(full):
+                    unsupported[full] = f"{full} ({type(m).__name__})"
+    if unsupported:
+        raise IsslError(
+            f"encoder: weights outside Linear and Conv2d are not supported: {_some(list(unsupported.values()))}; leave "
+            f"them out of the score with skip={list(unsupported)} (--skip {','.join(unsupported)})"
+        )
+    if not layers:
+        raise IsslError(
+            "encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else "")
+        )
+    return layers
+
+
+def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:
+    """IsslError for an encoder that cannot be scored, whatever is left out of the score."""
     if not isinstance(encoder, nn.Module):
         raise IsslError(
             f"encoder is {'None' if encoder is None else f'a {type(encoder).__name__}'}; give a torch.nn.Module, such "
             "as issl.load_encoder(FILE)"
         )
-    if isinstance(skip, str):
-        raise IsslError(f"skip={skip!r}: give a list of names, such as [{skip!r}]")
+    for name, m in encoder.named_modules():
+        if isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith(COMPILED):
+            raise IsslError(
+                f"encoder: {name or 'it'} is a {type(m).__name__}, whose weights cannot be followed; give the module "
+                "as it was before torch.jit or quantisation"
+            )
     training = [name or "(the encoder itself)" for name, m in encoder.named_modules() if m.training]
     if training:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
         if value.is_meta:
             raise IsslError(f"encoder: {name} has no values (device meta); load its weights, then score it")
+        if nn.parameter.is_lazy(value):
+            raise IsslError(f"encoder: {name} has no values (a lazy layer); load its weights, then score it")
+        if value.is_complex():
+            raise IsslError(f"encoder: {name} is {value.dtype}; only real weights can be scored")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise IsslError(f"encoder: {name} holds NaN or infinite values; load an intact checkpoint")
     for name, m in encoder.named_modules():
@@ -46,49 +105,24 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = ()) -> dict[str, Lay
                     f"encoder: {name} normalises by the batch (track_running_stats=False), so examples see each "
                     "other; use running statistics"
                 )
-            if not m.running_mean.any() and bool((m.running_var == 1).all()):
-                raise IsslError(f"encoder: {name} was never trained (running mean 0, variance 1); load trained weights")
-
-    def skipped(name: str) -> bool:
-        return any(name == s or name.startswith(s + ".") for s in skip)
-
-    unknown = [s for s in skip if not _exists(encoder, s)]
-    if unknown:
-        raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
-    layers: dict[str, Layer] = {}
-    unsupported: list[str] = []
-    owners: dict[int, str] = {}
-    for name, m in encoder.named_modules():
-        if isinstance(m, Layer):
-            if skipped(name):
-                continue
-            layers[name] = m
-            if id(m.weight) in owners:
+            if not untrained and not m.running_mean.any() and bool((m.running_var == 1).all()):
                 raise IsslError(
-                    f"encoder: {owners[id(m.weight)]} and {name} share one weight; call one module twice instead, or "
-                    f"skip both: skip={[owners[id(m.weight)], name]}"
+                    f"encoder: {name} was never trained (running mean 0, variance 1); load trained weights or, for an "
+                    "encoder as initialised, say untrained=True (--untrained)"
                 )
-            owners[id(m.weight)] = name
-        elif not isinstance(m, NORMS):
-            for own, p in m.named_parameters(recurse=False):
-                full = f"{name}.{own}" if name else own
-                if p.ndim >= 2 and not skipped(full):
-                    unsupported.append(f"{full} ({type(m).__name__})")
-    if unsupported:
-        names = [u.split(" ")[0] for u in unsupported]
-        raise IsslError(
-            f"encoder: weights outside Linear and Conv2d are not supported: {_some(unsupported)}; leave them out of "
-            f"the score with skip={names} (--skip {','.join(names)})"
-        )
-    if not layers:
-        raise IsslError(
-            "encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else "")
-        )
-    return layers
 
 
-def _exists(encoder: nn.Module, name: str) -> bool:
-    return name in dict(encoder.named_modules()) or name in dict(encoder.named_parameters())
+def _modules(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, but not those that compute a weight."""
+    return ((name, m) for name, m in encoder.named_modules() if "parametrizations" not in name.split("."))
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters by name, a parametrised one as it is applied."""
+    yield from module.named_parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        yield from ((name, getattr(module, name)) for name in module.parametrizations)
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

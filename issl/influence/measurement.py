@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import pick_device
-from issl.errors import IsslError
+from issl.errors import IsslError, is_whole
 from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
@@ -42,16 +42,25 @@ class Measurement:
     loss: Loss | CrossEntropy = stability_loss
     fisher: Loss | CrossEntropy | None = None
     skip: Sequence[str] = ()
+    untrained: bool = False
 
     def __post_init__(self) -> None:
         if self.average not in ("gradients", "scores"):
             raise IsslError(f"average={self.average!r}: choose gradients or scores")
         if not isinstance(self.curvature, Curvature) or isinstance(self.curvature, type):
             raise IsslError(f"curvature {self.curvature!r}: need an object such as LoGra(rank=16)")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < LARGEST_SEED:
+        if not is_whole(self.seed, 0, LARGEST_SEED - 1):
             raise IsslError(f"seed={self.seed!r}: give a whole number from 0 to 2⁶² − 1")
-        if not isinstance(self.draws, int) or self.draws < 1:
+        for name, loss in (("loss", self.loss), ("fisher", self.fisher)):
+            if not (callable(loss) or isinstance(loss, CrossEntropy) or (name == "fisher" and loss is None)):
+                raise IsslError(
+                    f"{name}={loss!r}: need a function (features, perturbed features) -> one loss per image, or "
+                    "CrossEntropy()"
+                )
+        if not is_whole(self.draws, 1):
             raise IsslError(f"draws={self.draws!r}: must be a whole number, 1 or more")
+        for name in ("seed", "draws"):  # numpy's are none to JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
         if self.draws > 1 and (not isinstance(self.perturbation, Perturbation) or self.seed >= 2**32):
             raise IsslError(
                 f"draws={self.draws}: several draws need a perturbation with .keyed(seed), such as GaussianNoise(), "
@@ -90,9 +99,15 @@ class Probe:
     def views(self, images: Images, positions: slice | Tensor, perturb: Perturb) -> tuple[Tensor, Tensor]:
         """The images at these positions, and their perturbed views, checked."""
         x = self.pixels(images, positions)
-        shaken = perturb(x.clone(), images.index[positions])  # one that works in place must not change the image
+        try:
+            shaken = perturb(x.clone(), images.index[positions])  # one that works in place must not change the image
+        except Exception as error:
+            raise IsslError(
+                f"perturbation {describe(self.what.perturbation)} fails ({type(error).__name__}: {error}); it is "
+                "called with pixels (b, 3, h, w) in [0, 1] and the images' index (b,)"
+            ) from error
         _check_view(shaken, x, images.index[positions])
-        return x, shaken
+        return x, shaken.to(x.dtype)
 
     def moments(self, images: Images, computing: Computing) -> dict[str, Moments | None]:
         """Each layer's second moments over the images that the curvature chooses, if it needs any."""
@@ -203,13 +218,17 @@ def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> P
     if torch.is_inference_mode_enabled():
         raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
     perturbs = what.perturbs()
-    scored_layers(encoder, what.skip)  # before any work
+    scored_layers(encoder, what.skip, what.untrained)  # before any work
     first = next(encoder.parameters())
     device = first.device if computing.device is None else torch.device(computing.device)
     if device.type == "cuda":
         pick_device("cuda")  # says why there is none
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise IsslError(f"device={str(device)!r} cannot be used here ({str(error).split('. ')[0]}); try cpu") from error
     model = frozen_copy(encoder, device)
-    return Probe(model, scored_layers(model, what.skip), what, perturbs, device, first.dtype)
+    return Probe(model, scored_layers(model, what.skip, what.untrained), what, perturbs, device, first.dtype)
 
 
 def prepare(
@@ -273,6 +292,8 @@ def as_images(images: Images | Tensor) -> Images:
         raise IsslError(
             f"images: pixels are {images.dtype}; give uint8, 0 to 255 (for floats: (255 * x).round().byte())"
         )
+    if images.is_meta or 0 in images.shape[1:]:
+        raise IsslError(f"images: {tuple(images.shape)} on {images.device} holds no pixels; give images with values")
     return Images(images.cpu(), None, pd.DataFrame({"index": range(len(images))}), "tensor")
 
 
@@ -293,6 +314,8 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
     if not isinstance(shaken, Tensor) or shaken.shape != x.shape:
         shape = tuple(shaken.shape) if isinstance(shaken, Tensor) else type(shaken).__name__
         raise IsslError(f"perturbation gives {shape} for pixels {tuple(x.shape)}; it must keep the shape")
+    if not shaken.is_floating_point():
+        raise IsslError(f"perturbation gives {shaken.dtype} for pixels in [0, 1]; return floats in that range")
     finite = torch.isfinite(shaken).flatten(1).all(1).cpu()  # then the rest is asked on the CPU
     if not bool(finite.all()):
         raise IsslError(f"perturbation gives NaN or infinite pixels for image index {index[~finite][:5].tolist()}")
@@ -301,7 +324,16 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
 @torch.no_grad()
 def _check_independent(model: nn.Module, x: Tensor) -> None:
     """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
-    together = model(x)
+    try:
+        together = model(x)
+    except IsslError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise IsslError(
+            f"encoder fails on pixels of shape {tuple(x.shape)} ({type(error).__name__}: {said}); give images of the "
+            "size that it was made for (size=, --size), and remove hooks that are left over"
+        ) from error
     check_features(together, len(x))
     with torch.enable_grad():
         alone = model(x[:1].clone().requires_grad_())

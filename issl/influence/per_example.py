@@ -210,10 +210,11 @@ def _backward(
             check_features(features, 2 * b)
             features = features.to(x.dtype)
             losses = loss(features[:b], features[b:])
-            if losses.shape != (b,):
-                raise IsslError(
-                    f"loss gives shape {tuple(losses.shape)} for {b} images; it must give one loss per image"
-                )
+            if not isinstance(losses, Tensor) or losses.shape != (b,):
+                shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+                raise IsslError(f"loss gives {shape} for {b} images; it must give one loss per image")
+            if not losses.requires_grad:
+                raise IsslError("loss does not depend on the encoder's features; remove detach or no_grad from it")
             losses.sum().backward()
     finally:
         for handle in handles:

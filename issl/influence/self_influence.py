@@ -25,6 +25,8 @@ from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.measurement import Measurement, Run, prepare
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, describe
 
+EQUAL = 1e-6  # the relative spread below which scores are called equal
+
 
 def self_influence(
     encoder: nn.Module,
@@ -39,6 +41,7 @@ def self_influence(
     loss: Loss | CrossEntropy = stability_loss,
     fisher: Loss | CrossEntropy | None = None,
     skip: Sequence[str] = (),
+    untrained: bool = False,
     computing: Computing = Computing(),
 ) -> pd.DataFrame:
     """The influence of each image on the encoder, one row per image, in the order given.
@@ -58,6 +61,7 @@ def self_influence(
                   CrossEntropy() for the influence on a supervised model (the images need labels)
     fisher        such a loss, from whose gradients H is made; default: `loss` itself
     skip          names of layers or parameters to leave out of the score
+    untrained     score an encoder as initialised, as a control; else BatchNorm that was never trained is an error
     computing     device, batch size, precision, memory, processes: see `issl.Computing`
 
     Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean over draws;
@@ -68,7 +72,9 @@ def self_influence(
 
     Raises IsslError for an encoder that cannot be scored, bad images or settings, NaN.
     """
-    what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip)
+    what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip, untrained)
+    if not isinstance(sweep, Sequence | np.ndarray):
+        raise IsslError(f"sweep={sweep!r}: give a list of dampings, such as [0.01, 1.0]")
     for value in sweep:
         if not 0 < number_or_nan(value) < np.inf:
             raise IsslError(f"sweep: damping {value!r} must be a finite number > 0")
@@ -104,8 +110,8 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
                 if k == 0:
                     draw_scores[positions] += each.cpu().numpy()
     losses, squares, values, draw_scores = shards.gather([losses, squares, values, draw_scores])
-    if what.loss is stability_loss and not losses.any():
-        warnings.warn("every influence is 0: the perturbation does not move the features", stacklevel=3)
+    if (word := says_nothing(values[0], losses)) is not None:
+        warnings.warn(word, stacklevel=3)
     columns = {
         "index": run.data.index.numpy(), "influence": values[0],
         "stability_loss" if what.loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),
@@ -119,7 +125,22 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
     result.attrs = {
         "curvature": repr(curvature), "perturbation": describe(what.perturbation), "seed": what.seed,
         "images": run.data.name, "n": n, "damping": {name: w[0].damping for name, w in whitenings.items()},
-        "skip": list(what.skip), "draws": draws, "average": what.average, "precision": run.computing.precision,
-        "memory": run.computing.memory,
+        "skip": list(what.skip), "untrained": what.untrained, "draws": draws, "average": what.average,
+        "precision": run.computing.precision, "memory": run.computing.memory,
     }  # fmt: skip
     return result
+
+
+def says_nothing(influence: np.ndarray, losses: np.ndarray) -> str | None:
+    """Why these scores rank no image before another, in words; None where they do."""
+    if not losses.any():
+        return "every influence is 0: the perturbation does not move the features; use a stronger one"
+    low, high = influence.min(), influence.max()
+    if high == 0:
+        return "every influence is 0: no gradient is left, or the damping is too large; check `damping` and `skip`"
+    if len(influence) > 1 and high - low <= EQUAL * high:
+        return (
+            f"every influence is {high:.6g}: there are fewer images than directions, so that a curvature with so "
+            "little damping sets all alike; score more images, raise the damping or lower the rank"
+        )
+    return None

@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from issl.config import Config
-from issl.errors import IsslError
+from issl.errors import IsslError, is_whole
 from issl.files import atomic, read_safetensors
 
 # channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+WIDEST = 1024  # channels of the first stage: 11 GB of weights
 
 
 class Normalize(nn.Module):
@@ -66,8 +69,8 @@ class BasicBlock(nn.Module):
 
 def resnet18(width: int = 64) -> nn.Sequential:
     """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the usual one."""
-    if width < 1:
-        raise IsslError(f"width={width}: the first stage needs 1 channel or more (64 is ResNet-18's own)")
+    if not is_whole(width, 1, WIDEST):
+        raise IsslError(f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)")
     stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     stages: list[nn.Module] = []
     inside = width
@@ -163,9 +166,37 @@ def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
     metadata, state = read_safetensors(path, "encoder")
-    header = json.loads(metadata.get("issl", "null"))
+    header = read_header(metadata, path)
     if header is None:
         raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
     if "head" not in header:
         raise IsslError(f"encoder {str(path)!r} is from an older version of this library; retrain it")
+    _check_shapes(header, state, path)
     return header, state
+
+
+def read_header(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
+    """What `save_encoder` wrote about an encoder; None for another file. Raises IsslError for an entry that is none."""
+    try:
+        header = json.loads(metadata.get("issl", "null"))
+    except ValueError as error:
+        raise IsslError(f"encoder {path}: its header's entry `issl` cannot be read ({error}); get it again") from error
+    if header is not None and not isinstance(header, dict):
+        raise IsslError(f"encoder {path}: its header's entry `issl` is a {type(header).__name__}; get it again")
+    return header
+
+
+def _check_shapes(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
+    """IsslError where the tensors are not those that the header promises, before any of that size is allocated."""
+    head = Head.model_validate(header["head"])
+    wrong = f"encoder {path}: its tensors are not those of its header (width {header.get('width')!r}, head {head})"
+    if not is_whole(header.get("width"), 1, WIDEST) or head.layers > len(state):
+        raise IsslError(f"{wrong}; get it again")
+    try:
+        with torch.device("meta"):
+            expected = Encoder(header["width"], head).state_dict()
+    except RuntimeError as error:  # of a size that no tensor can have
+        raise IsslError(f"{wrong}; get it again") from error
+    bad = [name for name, value in expected.items() if name not in state or state[name].shape != value.shape]
+    if bad:
+        raise IsslError(f"{wrong}: {bad[0]} is missing or of another shape; get it again")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS
 from issl.devices import computes_bf16
-from issl.errors import IsslError, OutOfTime
+from issl.errors import IsslError, OutOfTime, is_whole
 from issl.pretraining.checkpoint import Checkpoint, weights_digest
 from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
 from issl.pretraining.encoder import Encoder
@@ -37,6 +37,7 @@ from issl.pretraining.recipes import recipe as published
 from issl.shards import ONE, Shards
 
 COLLAPSED = 0.02  # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
+LARGEST_SEED = 1 << 40  # see `_generator`
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which the minute of compilation pays off on a GPU
 VERSIONS = 128  # of a function that torch compiles, in one process
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history; after_epoch may add others
@@ -164,6 +165,8 @@ def pretrain(
     recipe = published("simclr") if recipe is None else recipe
     n, device, shards = len(images), torch.device(execution.device), execution.shards
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
+    if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
+        raise IsslError(f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰")
     _check_sizes(n, keep, batch_size, gaps, shards)
     labels = images.require_labels().to(device) if recipe.method == "supervised" else None
     learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed, start)
@@ -238,7 +241,7 @@ def pretrain(
 def _check_sizes(n: int, keep: Tensor, batch_size: int, gaps: bool, shards: Shards) -> None:
     if len(keep) != n:
         raise IsslError(f"keep has {len(keep)} entries for {n} images")
-    if not 2 <= batch_size <= (kept := int(keep.sum())):
+    if not is_whole(batch_size, 2, kept := int(keep.sum())):
         raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
     if batch_size % shards.world or batch_size // shards.world < 2:
         raise IsslError(

@@ -7,9 +7,10 @@ Each maps float pixels in [0, 1] to features, with its normalisation inside and 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.files import read_safetensors
-from issl.pretraining.encoder import PIXEL_MEAN, PIXEL_STD, Normalize, load_encoder
+from issl.pretraining.encoder import PIXEL_MEAN, PIXEL_STD, Normalize, load_encoder, read_header
 
 State = dict[str, Tensor]
 Triple = tuple[float, float, float]
@@ -51,10 +52,11 @@ def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _triple(text: str) -> tuple[float, float, float]:
-    parts = [float(p) for p in text.split(",")]
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B")
-    return parts[0], parts[1], parts[2]
+    try:
+        red, green, blue = (float(p) for p in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B") from error
+    return red, green, blue
 
 
 def open_encoder(
@@ -69,6 +71,11 @@ def open_encoder(
               ImageNet's
     Raises IsslError for an unknown name, a missing or damaged file, and keys in no known layout.
     """
+    for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        if values is not None and not all(least < v < math.inf for v in values):
+            raise IsslError(
+                f"{what}={values}: need finite numbers{', above 0' if what == 'std' else ''}, one a channel"
+            )
     kind, _, name = spec.partition(":")
     if kind == "torchvision":
         return _torchvision(name, weights, mean or PIXEL_MEAN, std or PIXEL_STD)
@@ -81,9 +88,9 @@ def open_encoder(
         raise IsslError(
             f"encoder {spec!r} is not a file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
         )
-    header = read_safetensors(path, "encoder")[0].get("issl") if path.suffix == ".safetensors" else None
+    header = read_header(read_safetensors(path, "encoder")[0], path) if path.suffix == ".safetensors" else None
     if header is not None:
-        return Opened(load_encoder(path), 32, _own(json.loads(header), path.name))
+        return Opened(load_encoder(path), 32, _own(header, path.name))
     return resnet_from(read_state(path), str(path), mean, std)
 
 
@@ -104,15 +111,21 @@ def read_state(path: Path) -> State:
             raise IsslError(
                 f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote (.pt, .pth, .ckpt)"
             )
+        if begins == b"PK":
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # what the file asks for, by torch's message
+        asks = f" (it asks for {named[1]})" if named else ""
         raise IsslError(
-            f"{path} holds more than tensors ({str(error).splitlines()[0]}), and reading that could run code. If you "
-            "trust its source, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], "
-            "'weights.pt')"
+            f"{path} holds more than tensors{asks}, and reading that could run code. If you trust its source, save its "
+            "weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise IsslError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from error
+    except IsslError:
+        raise
+    except Exception as error:  # of a file that is damaged, whatever torch's reader stumbles over
+        said = str(error).splitlines() or [type(error).__name__]
+        raise IsslError(f"{path} cannot be read as weights ({said[0]}); it is damaged: get it again") from error
     while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
         inside = [k for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)]
         if not inside:
@@ -120,7 +133,26 @@ def read_state(path: Path) -> State:
         content = content[inside[0]]
     if not isinstance(content, dict):
         raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for name, value in state.items():
+        # strides may say of one number that it is a thousand million
+        if value.layout == torch.strided and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise IsslError(f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file again")
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """IsslError for a zip archive that would unpack to more than the file holds: torch.save does not compress."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise IsslError(f"{path} cannot be read as weights ({error}); it is damaged: get it again") from error
+    if declared > path.stat().st_size:
+        raise IsslError(
+            f"{path} declares {declared / 1e6:,.1f} MB of content in a file of {path.stat().st_size / 1e6:,.1f} MB, "
+            "which torch.save never writes; get it from its source again"
+        )
 
 
 # --- ResNets in other key layouts ------------------------------------------------------------------------

@@ -59,6 +59,11 @@ def save(figure: Figure, name: str, data: pd.DataFrame, folder: Path, provenance
     return paths
 
 
+def literal(name: object) -> str:
+    """A name for a figure's text: matplotlib would read what stands between two dollar signs as a formula."""
+    return str(name).replace("$", r"\$")
+
+
 def write(figure: Figure, path: Path) -> None:
     """Write a figure alone, in the format of the file's suffix, and close it."""
     with atomic(path) as part:
@@ -79,7 +84,7 @@ def training(history: pd.DataFrame, title: str) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if column != "loss":
             ax.set_ylim(0, 1.05 * max(1.0 if column == "feature_std" else 0.0, known[column].max()))
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(literal(title), fontsize=9)
     return figure
 
 
@@ -124,7 +129,7 @@ def _finish(axes: Axes, names: Sequence[str], estimates: Sequence[Estimate], lab
     """Names, label, the line of no effect; where an interval is open, limits that hold all that is finite."""
     if nothing is not None:
         axes.axvline(nothing, color="grey", lw=0.8, ls="--")
-    axes.set_yticks(np.arange(len(names))[::-1], list(names))
+    axes.set_yticks(np.arange(len(names))[::-1], [literal(name) for name in names])
     axes.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
     values = np.array([[e.value, e.low, e.high] for e in estimates])
     if np.isinf(values).any():
@@ -171,7 +176,7 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
             if place < k:
                 ax.imshow(images.pixels[rows[place]].permute(1, 2, 0).numpy(), interpolation="nearest")
                 text = Path(known.iloc[rows[place]]).name
-                ax.set_title(text if len(text) < 13 else "…" + text[-11:], fontsize=5, pad=1.5)
+                ax.set_title(literal(text if len(text) < 13 else "…" + text[-11:]), fontsize=5, pad=1.5)
     ax = right.subplots()
     sample = np.arange(len(images))
     if len(images) > COMPARED:
@@ -188,7 +193,7 @@ def scored(scores: pd.DataFrame, images: Images, about: str) -> Figure:
     rho = f"\nρ = {correlation(loss, influence, 'spearman')} (of ranks)" if len(images) >= LEAST else ""
     points = "one point per image" if len(images) <= COMPARED else f"{COMPARED:,} images drawn at random"
     ax.set_title(f"against the stability loss, {points}{rho}", loc="left", fontsize=7)
-    figure.suptitle(f"Influence of {len(images):,} images of {images.name} ({about})", fontsize=8)
+    figure.suptitle(literal(f"Influence of {len(images):,} images of {images.name} ({about})"), fontsize=8)
     return figure
 
 
@@ -208,7 +213,7 @@ def explained(
     left, right = figure.subfigures(1, 2, width_ratios=[1.5, 0.72 * k])  # type: ignore[misc]
     shown = left.subplots()
     shown.imshow(query.pixels[0].permute(1, 2, 0).numpy(), interpolation="nearest")
-    shown.set_title(query.attributes["what"][0], fontsize=8)
+    shown.set_title(literal(query.attributes["what"][0]), fontsize=8)
     shown.set_xlabel(f"stability loss {loss:.3f}", fontsize=7)
     plain = [shown]
     for row, (name, text) in zip(right.subfigures(len(lists), 1), lists.items(), strict=True):
@@ -217,7 +222,7 @@ def explained(
         for ax, r in zip(row.subplots(1, k, squeeze=False)[0], members, strict=True):
             ax.imshow(images.pixels[r["position"]].permute(1, 2, 0).numpy(), interpolation="nearest")
             label = str(r.get("label_name", Path(str(r.get("path", r["index"]))).name))
-            ax.set_title(label if len(label) < 14 else label[:12] + "…", fontsize=6, pad=2)
+            ax.set_title(literal(label if len(label) < 14 else label[:12] + "…"), fontsize=6, pad=2)
             influence, cosine = f"{r['influence'] / greatest:+.2f} (#{r['influence_rank']})", f"{r['similarity']:.2f}"
             lines = [influence, f"cos {cosine} (#{r['similarity_rank']})"]
             if trained is not None:
@@ -236,5 +241,5 @@ def explained(
         legend += (
             "\ntr: training-aware influence ÷ the greatest (positive: training on that image makes this one stabler)"
         )
-    figure.suptitle(f"{title}\n{legend}", fontsize=7)
+    figure.suptitle(literal(f"{title}\n{legend}"), fontsize=7)
     return figure

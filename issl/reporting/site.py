@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
+from issl.reporting.own_paths import hidden, own_paths
 from issl.reporting.verdicts import Record
 
 KINDS = {  # a verdict's CSS class
@@ -58,6 +60,7 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     results, figures = out / "results" / profile, out / "figures" / profile
     site, index = results / "report", results / "index.html"
     site.mkdir(parents=True, exist_ok=True)
+    places = own_paths([*plans.values(), *([] if explorer is None else [explorer])], out)
     records = verdicts.read_records(sorted(results.glob("claim_*.json")))
     done = [name for name in plans if (results / f"{name}.ipynb").is_file()]
     if not done:
@@ -70,7 +73,7 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
         index, "index.html", profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=claims,
         untested=UNTESTED in reached, counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
-        cards=[_card(name, records, results / f"{name}.ipynb", figures, site) for name in done],
+        cards=[_card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done],
         explorer=None if explorer is None else _explorer(explorer, artifacts, site),
         provenance=_provenance(records), stages=_stages(plans, artifacts),
     )  # fmt: skip
@@ -80,12 +83,17 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
 # --- notebooks ---------------------------------------------------------------------------------------------
 
 
-def _card(name: str, records: Sequence[Record], executed: Path, figures: Path, site: Path) -> dict[str, Any]:
-    """Write a notebook's page; returns what the index shows of it."""
+def _card(
+    name: str, records: Sequence[Record], executed: Path, figures: Path, site: Path, places: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write a notebook's page; returns what the index shows of it.
+
+    places   of this machine, which the page must not show
+    """
     notebook = nbformat.read(executed, as_version=4)
     first = next((c.source for c in notebook.cells if c.cell_type == "markdown"), name)
     title, page, picture = first.splitlines()[0].lstrip("# ").strip(), f"report/{name}.html", figures / f"{name}.png"
-    cells, parts = notebook_cells(notebook)
+    cells, parts = notebook_cells(notebook, places)
     _write(site / f"{name}.html", "notebook.html", name=name, title=title, cells=cells, parts=parts)
     card: dict[str, Any] = {
         "name": name, "title": title, "page": page, "finding": finding(name, records),
@@ -116,7 +124,7 @@ def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
     return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
 
 
-def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def notebook_cells(notebook: Any, places: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
 
     A cell of text has id and text; one of code has code, folded (the summary that the code is hidden behind), outputs
@@ -141,9 +149,9 @@ def notebook_cells(notebook: Any) -> tuple[list[dict[str, Any]], list[tuple[str,
             cells.append({"id": f"cell-{number}", "text": Markup(markdown2html(_with_mathml(cell.source)))})
         elif cell.cell_type == "code":
             tags = cell.metadata.get("tags", [])
-            code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True)))
+            code = Markup(highlight(hidden(cell.source, places), PythonLexer(), HtmlFormatter(nowrap=True)))
             fold = next((text for tag, text in folded.items() if tag in tags), _code_summary(cell.source))
-            outputs = [_output(output) for output in cell.outputs]
+            outputs = [_output(output, places) for output in cell.outputs]
             cells.append({"code": code, "folded": fold, "outputs": outputs, "solution": "solution" in tags})
     return cells, headings
 
@@ -154,22 +162,28 @@ def _code_summary(source: str) -> str:
     return f"Code, {lines} line{'' if lines == 1 else 's'}"
 
 
-def _output(output: Any) -> tuple[str, str]:
-    """A cell's output: its kind (text, png or html) and content. HTML comes from the notebook's own cells."""
+def _output(output: Any, places: Mapping[str, str]) -> tuple[str, str]:
+    """A cell's output: its kind (text, png or html) and content. HTML comes from the notebook's own cells; what a
+    stranger's name may have brought into it is kept from running and from asking the network by the page's policy."""
     from nbconvert.filters import markdown2html, strip_ansi
 
     if output.output_type == "stream":
-        return "text", strip_ansi(output.text)
+        return "text", hidden(strip_ansi(output.text), places)
     if output.output_type == "error":
-        return "text", strip_ansi("\n".join(output.traceback))
+        return "text", hidden(strip_ansi("\n".join(output.traceback)), places)
     data = output.data
     if "image/png" in data:
         return "png", data["image/png"].strip()
     if "text/html" in data:
-        return "html", Markup(_cells_in_words(data["text/html"]))
+        return "html", _staying(_cells_in_words(hidden(data["text/html"], places)))
     if "text/markdown" in data:
-        return "html", Markup(markdown2html(_with_mathml(data["text/markdown"])))
-    return "text", data.get("text/plain", "")
+        return "html", _staying(markdown2html(_with_mathml(hidden(data["text/markdown"], places))))
+    return "text", hidden(data.get("text/plain", ""), places)
+
+
+def _staying(html: str) -> Markup:
+    """HTML without what would send the reader elsewhere: a page's policy does not forbid that."""
+    return Markup(re.sub(r"<(?=\s*meta)", "&lt;", html, flags=re.IGNORECASE))
 
 
 def _cells_in_words(table: str) -> str:
@@ -275,9 +289,9 @@ def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[tuple[str, int
 
 
 def _write(path: Path, template: str, **values: Any) -> None:
-    """Write a page from a template."""
+    """Write a page from a template. Only scripts with the page's own nonce run, which nobody can know beforehand."""
     with atomic(path) as part:
-        part.write_text(_templates().get_template(template).render(**values))
+        part.write_text(_templates().get_template(template).render(**values, nonce=secrets.token_urlsafe(16)))
 
 
 @lru_cache

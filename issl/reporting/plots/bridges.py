@@ -110,6 +110,6 @@ def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
     return (
         f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
-        f"({plan.dataset}, n = {n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
+        f"({plan.set_name}, n = {n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
         f"{plan.profile} profile)"
     )

@@ -44,7 +44,7 @@ def statistics_of_the_score(plan: Explained, alone: ByMethod, unique: ByMethod, 
     figure.suptitle(
         "How much of influence do simple statistics explain? "
         "R² on unseen images, pixels alone / with a forward pass / repeatable:\n"
-        f"{';  '.join(found)}\n({plan.dataset}, n = {plan.n:,}, {plan.encoders} encoder"
+        f"{';  '.join(found)}\n({plan.set_name}, n = {plan.n:,}, {plan.encoders} encoder"
         f"{'s' if plan.encoders > 1 else ''} a method, {plan.profile} profile; bars: 95% intervals)",
         fontsize=8.5,
     )

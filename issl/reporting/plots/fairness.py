@@ -55,7 +55,7 @@ def group_effects(plan: Fairness, groups: pd.DataFrame, ranks: np.ndarray, table
     figure.suptitle(
         f"The group that differs most, {most['group']} ({most['attribute']}), ranks "
         f"{'higher' if e.value > 0 else 'lower'} by a {word} effect: {e}; untrained: {same.value:.2f}\n"
-        f"({plan.dataset}, n = {plan.n:,}, {plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method, "
+        f"({plan.set_name}, n = {plan.n:,}, {plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method, "
         f"{plan.profile} profile; bars: 95% intervals; between the dotted lines: negligible)",
         fontsize=8.5,
     )
@@ -104,7 +104,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     figure.suptitle(
         f"With {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean influence rank changes by "
         + ", ".join(f"{change} ({name})" for change, (name, _) in zip(known, whole, strict=True))
-        + f"\n({plan.dataset}, {members:,} of {plan.n:,} images are of the group, {plan.profile} profile; {over})",
+        + f"\n({plan.set_name}, {members:,} of {plan.n:,} images are of the group, {plan.profile} profile; {over})",
         fontsize=8.5,
     )
     return figure

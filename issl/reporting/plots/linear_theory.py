@@ -51,7 +51,7 @@ def checks(
     figure.suptitle(
         "In a linear encoder influence is sensitivity × leverage; influence / n predicts retraining "
         f"with r = {worst.value:.3f} [{worst.low:.3f}, {worst.high:.3f}] or better\n"
-        f"({plan.dataset}, n = {plan.points}, {plan.side}×{plan.side} grey, {plan.profile} profile; "
+        f"({plan.set_name}, n = {plan.points}, {plan.side}×{plan.side} grey, {plan.profile} profile; "
         "dotted: equality; bars: 95% intervals)",
         fontsize=8.5,
     )

@@ -63,7 +63,7 @@ def atypical(
     many = f"{plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method"
     lines = [f"{line} ({NAMES[first]})" for line in said]
     lines.append(
-        f"({plan.dataset}, {len(images):,} test images, curvature of {plan.n:,} training images, {many}, "
+        f"({plan.set_name}, {len(images):,} test images, curvature of {plan.n:,} training images, {many}, "
         f"{plan.profile} profile; bars: 95% intervals; dashed: chance)"
     )
     figure.suptitle("\n".join(lines), fontsize=8.5)

@@ -71,6 +71,6 @@ def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
     return (
         f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
         f"{points['random']} against random removal\n"
-        f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
+        f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
         "one mark per seed, × nothing removed)"
     )

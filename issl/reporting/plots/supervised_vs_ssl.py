@@ -45,7 +45,7 @@ def agreement(
     figure.suptitle(
         f"{NAMES[plan.methods[0]]} agrees with another training of itself by ρ = {first['another training']}, with a "
         f"supervised model by {first['supervised']}\n"
-        f"(with the model's cross-entropy: {first['supervised, by cross-entropy']}; {plan.dataset}, n = {plan.n:,}, "
+        f"(with the model's cross-entropy: {first['supervised, by cross-entropy']}; {plan.set_name}, n = {plan.n:,}, "
         f"{plan.encoders} encoders a method, {plan.supervised} supervised, {plan.profile} profile; 95% intervals)",
         fontsize=8.5,
     )
@@ -81,7 +81,8 @@ def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure
         f"Without the top {plan.share:.0%} by SSL influence: {first} {value[False, 'top by ssl']:+.1f}, "
         f"supervised {value[True, 'top by ssl']:+.1f} points; "
         f"at random {value[False, 'random']:+.1f}, {value[True, 'random']:+.1f}\n"
-        f"({plan.dataset}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; bars: 95% intervals over seeds)",
+        f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
+        "bars: 95% intervals over seeds)",
         fontsize=8.5,
     )
     return figure

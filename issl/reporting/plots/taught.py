@@ -109,7 +109,7 @@ def _headline(plan: Taught, results: Results, overlap: float, n: int) -> str:
     return (
         f"Change of a query without its {plan.k} most influential images: {changes} times that without its nearest\n"
         f"Its loss without its training-aware list: {rises} times that without another query’s (“another’s”)\n"
-        f"({plan.dataset}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} profile; bars: 95%; "
+        f"({plan.set_name}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} profile; bars: 95%; "
         f"{overlap:.0%} of the images of highest influence are among the nearest)"
     )
 

@@ -51,7 +51,7 @@ def _headline(plan: TrainingAware, table: pd.DataFrame, n: int) -> str:
         found.append(f"{NAMES[method]} {ours:.2f} against {paper:.2f}")
     return (
         f"What a training does to a query: marginal effect against the paper's score: {', '.join(found)}\n"
-        f"({plan.dataset}, {n} images scored, encoders of width {plan.width} trained on {plan.n}; "
+        f"({plan.set_name}, {n} images scored, encoders of width {plan.width} trained on {plan.n}; "
         f"{plan.encoders} an objective, {plan.subsets} subsets, {plan.seeds} seeds, {plan.queries} queries; "
         f"{plan.profile} profile)"
     ).replace("-", "−")

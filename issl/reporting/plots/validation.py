@@ -113,6 +113,6 @@ def _headline(plan: Validation, numbers: pd.DataFrame, n: int) -> str:
         found.append(f"{lds} {kind} (ceiling {top.value:.2f})")
     return (
         f"What retraining shows, BatchNorm held: LDS {', '.join(found)}\n"
-        f"({plan.dataset}, n = {n}, {NAMES[plan.method]}, width {plan.width}; {plan.images} images left out, "
+        f"({plan.set_name}, n = {n}, {NAMES[plan.method]}, width {plan.width}; {plan.images} images left out, "
         f"{plan.subsets} subsets, {plan.seeds} seeds, {plan.queries} queries; {plan.profile} profile)"
     )

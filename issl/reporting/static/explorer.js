@@ -81,6 +81,7 @@
   at("attribute").addEventListener("change", () => { shown = step; filters(); });
   at("value").addEventListener("change", () => { shown = step; draw(); });
   at("moreimages").addEventListener("click", () => { shown += step; draw(); });
+  document.querySelector("form.controls").addEventListener("submit", (e) => e.preventDefault());
   at("detail").addEventListener("click", (e) => { if (e.target === at("detail")) at("detail").close(); });
   filters();
 })();

@@ -1,0 +1,161 @@
+"""Files that strangers send: strange, damaged, or made to do harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from disk import png
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from issl.files import read_safetensors
+from issl.pretraining.encoder import Head, new_encoder, save_encoder
+
+PIXELS = (np.arange(3 * 16 * 16) % 251).astype(np.uint8).reshape(3, 16, 16)
+GOOD = png(PIXELS)
+PICTURE = Image.fromarray(PIXELS.transpose(1, 2, 0))
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """One of a PNG's parts."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def declaring(width: int, height: int) -> bytes:
+    """A PNG of a hundred bytes that says that it is so large."""
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def with_text_of(length: int) -> bytes:
+    """A PNG with a compressed text that unpacks to so many bytes."""
+    place = GOOD.index(b"IDAT") - 4
+    return GOOD[:place] + chunk(b"zTXt", b"k\0\0" + zlib.compress(b"A" * length)) + GOOD[place:]
+
+
+def folder(parent: Path, **files: bytes) -> str:
+    """A data set of these files: name (`_` before the suffix) → bytes."""
+    place = parent / "images"
+    place.mkdir()
+    for name, content in files.items():
+        (place / name.replace("__", ".")).write_bytes(content)
+    return f"folder:{place}"
+
+
+# --- archives and tables -----------------------------------------------------------------------------------
+
+
+def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
+    path = parent / "set.tar"
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return f"tar:{path}"
+
+
+def tar_declaring(parent: Path, name: str, size: int) -> str:
+    """An archive of a kilobyte with a member that says that it is so large."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    (parent / "set.tar").write_bytes(info.tobuf() + GOOD.ljust(1024, b"\0"))
+    return f"tar:{parent / 'set.tar'}"
+
+
+def sparse_image(parent: Path, size: int) -> str:
+    """A folder with a PNG that really is so large, of zeros that take no room on the disk."""
+    data = folder(parent, a__png=GOOD)
+    with (parent / "images" / "b.png").open("wb") as file:
+        file.write(GOOD[:60])
+        file.truncate(size)
+    return data
+
+
+def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
+    return f"parquet:{parent / 'set.parquet'}"
+
+
+def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) -> str:
+    for name, columns in (("a", first), ("b", second)):
+        pq.write_table(pa.table(columns), parent / f"{name}.parquet")
+    return f"parquet:{parent}"
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Unpickled with the usual reader, it creates a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def malicious(path: Path, mark: Path, how: str) -> Path:
+    """A checkpoint that would run a command: as torch writes them now, as it did before, and as a bare pickle."""
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
+    else:
+        torch.save({"state_dict": Evil(mark)}, path, _use_new_zipfile_serialization=how == "zip")
+    return path
+
+
+def zip_bomb(path: Path, unpacked: int) -> Path:
+    """A checkpoint of some kilobytes that unpacks to so many bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        with archive.open("a/data.pkl", "w") as member:
+            for _ in range(unpacked // 2**20):
+                member.write(b"\0" * 2**20)
+        archive.writestr("a/version", "3")
+    return path
+
+
+def repeated(path: Path) -> Path:
+    """A checkpoint with one number that declares to be ten thousand million."""
+    one = torch.zeros(1)
+    torch.save({"conv1.weight": one.expand(10**9, 3, 3, 3), "layer1.0.conv1.weight": one.expand(10**9, 10, 3, 3)}, path)
+    return path
+
+
+def ours(parent: Path, change: Callable[[dict[str, Any]], Any] | None = None, value: float | None = None) -> Path:
+    """An encoder of this library with trained statistics; its header changed, or its first weight set to a value."""
+    path, encoder = parent / "mine.safetensors", new_encoder(1, Head(hidden=4, out=4), seed=0)
+    with torch.no_grad():
+        for _ in range(3):
+            encoder.train()(torch.rand(8, 3, 32, 32))
+    save_encoder(path, encoder, {"recipe": {"method": "simclr"}, "data": "scenes", "n": 12})
+    header, tensors = json.loads(read_safetensors(path, "encoder")[0]["issl"]), load_file(path)
+    if value is not None:
+        next(iter(v for k, v in tensors.items() if k.endswith("conv1.weight"))).fill_(value)
+    changed = header if change is None else change(header)
+    save_file(tensors, path, {"issl": changed if isinstance(changed, str) else json.dumps(changed)})
+    return path

@@ -1,0 +1,314 @@
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts, clocks that jump. Each time
+it is said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run.
+
+The same at random moments and on a large scale: benchmarks/faults.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import forked
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hostile import ours
+
+import issl
+from issl import files
+from issl.commands import cli, notebooks
+from issl.commands.scheduler import make
+from issl.experiments.cache import MANIFEST, Artifacts, Stage, in_dependency_order
+from issl.experiments.plans import PLANS
+from issl.experiments.settings import Data
+from issl.experiments.stages import Embed, Influence, Pretrain
+from issl.files import PART, atomic, remove_leftovers, scratch_folder
+from issl.pretraining import loop
+from issl.pretraining.recipes import recipe
+
+DATA = Data(name="scenes", n=32)
+TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
+STAGES: tuple[Stage, ...] = (Influence(pretrain=TRAINED, data=DATA), Embed(pretrain=TRAINED, data=DATA))
+
+
+def made(root: Path) -> dict[str, str]:
+    """Make all stages; the digest of every file but the history, which says how long it took."""
+    artifacts = Artifacts(root, checkpoint_seconds=0.0, released=None)
+    for stage in in_dependency_order(STAGES):
+        artifacts.get(stage)
+    found = {}
+    for path in root.glob(f"*/*/{MANIFEST}"):
+        listed = json.loads(path.read_text())["files"]
+        found |= {f"{path.parent.name}/{k}": v for k, v in listed.items() if "history" not in k}
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    torch.set_num_threads(1)
+    return made(tmp_path_factory.mktemp("undisturbed"))
+
+
+def left_over(root: Path) -> list[Path]:
+    return [p for p in root.rglob("*") if PART in p.name]
+
+
+# --- no room -----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any) -> None:
+    """Every write of every stage fails once: one line each time, and the next run goes on from there."""
+    count, fails_at = 0, 1
+
+    @contextmanager
+    def filling(path: Path) -> Iterator[Path]:
+        nonlocal count
+        count += 1
+        with atomic(path) as part:
+            yield part
+            if count == fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")]:
+        if module is not files:
+            monkeypatch.setattr(module, "atomic", filling)
+    points, finished = 0, 0
+    while True:
+        count = 0
+        try:
+            found = made(tmp_path)
+            break
+        except issl.IsslError as error:
+            points += 1
+            assert "cannot be written: the disk is full; make room" in str(error) and "\n" not in str(error)
+            assert left_over(tmp_path) == []
+        before, finished = finished, len(list(tmp_path.glob(f"*/*/{MANIFEST}")))
+        fails_at = 1 if finished > before else fails_at + 1
+    print(f"{points} writes failed")
+    assert points >= 8 and found == undisturbed
+
+
+def with_files_of(limit: int, words: list[str]) -> tuple[int, str]:
+    """Run a command where no file may be larger; its exit code and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        code = cli.main(words)
+    return code, said.getvalue()
+
+
+SCENES = ["--data", "scenes", "--n", "16"]
+PRETRAIN = ["pretrain", *SCENES, "--batch-size", "8", "--width", "1"]
+SCORED = [*SCENES, "--encoder", "ENCODER", "--rank", "2"]
+LIMITED = {
+    "encoder": ([*PRETRAIN, "--epochs", "1", "--out", "OUT.safetensors"], 9000),
+    "table": (["influence", *SCORED, "--out", "OUT.parquet"], 500),
+    "curvature": (["fit", *SCORED, "--out", "OUT.safetensors"], 900),
+    "picture": (["explain", "test:3", *SCORED, "--any-data", "--k", "2", "--draws", "1", "--out", "OUT.png"], 4000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LIMITED)
+def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_path: Path) -> None:
+    """By the system itself: through safetensors, pyarrow and Pillow."""
+    words, limit = LIMITED[what]
+    encoder = str(ours(tmp_path))
+    words = [w.replace("OUT", str(tmp_path / "out")).replace("ENCODER", encoder) for w in words]
+    queue = forked.context.Queue()
+    process = forked.context.Process(target=forked.report, args=(queue, with_files_of, limit, words))
+    process.start()
+    code, said = queue.get(timeout=300)
+    process.join()
+    assert code == 2 and said.count("\n") == 1, said
+    assert "cannot be written: files may not become so large here; make room" in said
+    assert left_over(tmp_path) == [] and not list(tmp_path.glob(f"out{Path(words[-1]).suffix}"))
+
+
+def test_a_place_that_may_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(issl.IsslError, match="cannot be written: the disk is read-only; make room or choose another"):
+        made(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out_is_one_line(error: Exception, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Embed, "make", fail)
+    artifacts = Artifacts(tmp_path, released=None)
+    artifacts.get(TRAINED)
+    ended = make(STAGES[1], artifacts)
+    assert ended.error.startswith("the memory does not suffice") and "\n" not in ended.error
+    assert artifacts.has(TRAINED)  # what was finished is kept
+    monkeypatch.setattr("issl.commands.influence.main", fail)
+    assert cli.main(["influence", *SCENES, "--encoder", "x", "--out", "y.csv"]) == 2
+    assert capsys.readouterr().err.startswith("issl: error: the memory does not suffice")
+
+
+# --- what killed processes leave ---------------------------------------------------------------------------
+
+
+def dies_while_it_writes(path: Path) -> None:
+    with atomic(path) as part:
+        part.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    work = tmp_path / "pretrain" / f"{TRAINED.key}.part"
+    process = forked.context.Process(target=dies_while_it_writes, args=(work / "encoder.safetensors",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(left_over(work)) == 1
+    with atomic(work / "mine.json") as part:
+        part.write_text("{}")
+        assert len(remove_leftovers(work)) == 1 and part.exists()  # one that is being written is not a leftover
+    (work / "mine.json").unlink()
+    assert made(tmp_path) == undisturbed and left_over(tmp_path / "pretrain" / TRAINED.key) == []
+
+
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "issl-rows-dead").mkdir()
+    first, lock = scratch_folder("issl-rows-")
+    second, other = scratch_folder("issl-rows-")
+    assert sorted(tmp_path.iterdir()) == sorted([first, second])
+    os.close(lock)
+    os.close(other)
+    computing = issl.Computing(memory="mapped")
+    scores = issl.self_influence(small_net(), issl.load("scenes", n=4), computing=computing)
+    assert len(scores) == 4 and list(tmp_path.glob("issl-rows-*")) == []
+
+
+def small_net() -> torch.nn.Module:
+    parts = (torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return torch.nn.Sequential(*parts).eval()
+
+
+def trains(out: Path) -> tuple[int, str]:
+    """A long training, which says by a file that it has begun."""
+    batches, said = loop.epoch_batches, io.StringIO()
+
+    def begun(*settings: Any) -> list[torch.Tensor]:
+        (out.parent / "begun").touch()
+        return batches(*settings)
+
+    loop.epoch_batches = begun
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main(
+            ["pretrain", *SCENES, "--batch-size", "8", "--width", "1", "--epochs", "5000", "--out", str(out)]
+        )
+    return code, said.getvalue()
+
+
+def test_sigterm_ends_a_command_as_an_interrupt_does(tmp_path: Path) -> None:
+    queue = forked.context.Queue()
+    process = forked.context.Process(target=forked.report, args=(queue, trains, tmp_path / "x.safetensors"))
+    process.start()
+    while not (tmp_path / "begun").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.terminate()
+    assert queue.get(timeout=60) == (130, "issl: stopped; run the same command again to continue from here\n")
+    process.join()
+    assert left_over(tmp_path) == []
+
+
+def test_a_kernel_that_is_killed_is_a_notebook_that_failed(tmp_path: Path) -> None:
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, tmp_path / "x.ipynb")
+    plan = PLANS["00_method"](profile="tiny", out=str(tmp_path))
+    plan.results.mkdir(parents=True)
+    error = notebooks.execute(tmp_path / "x.ipynb", plan.results / "x.ipynb", plan)
+    assert error is not None and "Kernel died" in error and left_over(tmp_path) == []
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_version(path: Path) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"files": [1, 2]}))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a flipped bit": ("encoder.safetensors", flip),
+    "cut off": ("encoder.safetensors", lambda p: p.write_bytes(p.read_bytes()[:100])),
+    "empty": ("encoder.safetensors", lambda p: p.write_bytes(b"")),
+    "gone": ("encoder.safetensors", Path.unlink),
+    "a manifest that is none": (MANIFEST, lambda p: p.write_text("[]")),
+    "a manifest of no bytes": (MANIFEST, lambda p: p.write_bytes(b"")),
+    "a manifest of another kind": (MANIFEST, of_another_version),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_artifact_is_told_and_made_again_alone(
+    how: str, tmp_path: Path, undisturbed: Any, capsys: Any
+) -> None:
+    assert made(tmp_path) == undisturbed
+    name, damage = DAMAGE[how]
+    others = {p: p.stat().st_mtime_ns for p in tmp_path.glob("[!p]*/*/*")}
+    damage(tmp_path / "pretrain" / TRAINED.key / name)
+    assert made(tmp_path) == undisturbed
+    assert "; it will be made again" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, years = time.time, 0.0
+
+    def jumping() -> float:
+        nonlocal years
+        years = -years + 1
+        return now() + 10 * 365 * 86400 * (1 if years > 0 else -1)
+
+    monkeypatch.setattr(time, "time", jumping)
+    assert made(tmp_path) == undisturbed
+    manifests = [json.loads(p.read_text()) for p in tmp_path.glob(f"*/*/{MANIFEST}")]
+    assert all(0 <= m["made_with"]["seconds"] < 600 for m in manifests)
+    artifacts = Artifacts(tmp_path, released=None)
+    assert pd.Series([artifacts.has(stage) for stage in STAGES]).all()
+
+
+def test_a_run_killed_at_random_moments_gives_the_same_numbers(tmp_path: Path, undisturbed: Any) -> None:
+    """A sample of what benchmarks/faults.py does."""
+    moments, kills = np.random.default_rng(0).uniform(0.1, 1.5, 6), 0
+    for moment in moments:
+        process = forked.context.Process(target=made, args=(tmp_path,))
+        process.start()
+        process.join(moment)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    assert kills >= 1 and made(tmp_path) == undisturbed and left_over(tmp_path) == []
