@@ -157,8 +157,10 @@ def test_the_command_does_what_it_says(line: str, small: None, desk: Path, repos
             check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(repository)},
         )  # fmt: skip
         assert done.returncode == 0 and "on 2 processes" in done.stdout, done.stderr
-    elif "slurm" in given and shutil.which("sbatch") is None:
-        assert cli.main([*given, "--out", str(desk)]) == 2  # with a Slurm: tests/test_compute.py
+    elif "slurm" in given:
+        with pytest.MonkeyPatch.context() as patch:  # with a Slurm: tests/test_compute.py
+            patch.setenv("PATH", str(tmp_path))
+            assert cli.main([*given, "--out", str(desk)]) == 2
         return
     else:
         assert cli.main([*given, *(["--out", str(desk)] if given[0] in ("run", "compute") else [])]) == 0

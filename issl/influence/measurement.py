@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
-from issl.devices import pick_device
+from issl.devices import is_out_of_memory, pick_device
 from issl.errors import IsslError, is_whole
 from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
@@ -102,6 +102,8 @@ class Probe:
         try:
             shaken = perturb(x.clone(), images.index[positions])  # one that works in place must not change the image
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # the batch will be halved
             raise IsslError(
                 f"perturbation {describe(self.what.perturbation)} fails ({type(error).__name__}: {error}); it is "
                 "called with pixels (b, 3, h, w) in [0, 1] and the images' index (b,)"
@@ -329,6 +331,8 @@ def _check_independent(model: nn.Module, x: Tensor) -> None:
     except IsslError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         said = (str(error).splitlines() or [""])[0]
         raise IsslError(
             f"encoder fails on pixels of shape {tuple(x.shape)} ({type(error).__name__}: {said}); give images of the "
