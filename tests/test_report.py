@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,7 +25,6 @@ from issl.experiments.claims import provenance, record
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.reporting import site as report
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 SETTINGS: dict[str, Any] = {
     "profile": "mini", "n": 40, "width": 1, "epochs": 1, "batch_size": 20, "rank": 2, "duplicates": 0.1,
     "atypical": 0.1, "methods": ["simclr", "byol"],
@@ -168,18 +166,6 @@ def test_without_anything_run_there_is_nothing_to_report(tmp_path: Path) -> None
 
 
 # --- in a browser ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import pytest
 import torch
 from hostile import GOOD, Evil, encoded, malicious, ours, parquet, repeated, tar, zip_bomb
 from PIL import Image
-from test_report import CHROMIUM
 
 import issl
 from issl.analysis.statistics import Estimate
@@ -208,18 +207,6 @@ def test_no_place_of_the_machine_is_in_the_report_or_a_record(site: Path) -> Non
     assert "~/photos and REPOSITORY/issl/x.py" in page and "PYTHON/lib/x.py" in page
     written = json.loads((site / "claim_method_exact.json").read_text())
     assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == "parquet:set.parquet"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(

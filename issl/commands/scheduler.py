@@ -115,11 +115,12 @@ class Scheduler:
         """The next ready stage, with waiting ones that need nothing but it and what is done: those that fit with it
         into BUNDLE seconds by the cost model. Empty where none is ready."""
         chosen: dict[str, Task] = {}
+        spent = 0.0
         for task in self.tasks.values():  # in dependency order
             can = all(need.state in ("cached", "done") or need.label in chosen for need in task.needs)
-            spent = sum(other.cost for other in chosen.values())
             if task.state == "waiting" and can and (not chosen or spent + task.cost <= BUNDLE):
                 chosen[task.label] = task
+                spent += task.cost
         return list(chosen.values())
 
     def running(self) -> list[Task]:
