@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def write_report(results: Path, out: Path) -> None:
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     parts, writers = [HEAD], {
         "wide": _timings, "wide-2": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory,
-        "pretraining": _pretraining, "training": _training,
+        "pretraining": _pretraining, "training": _training, "gpu": _gpu,
     }  # fmt: skip
     for name, write in writers.items():
         if name in found:
@@ -132,3 +133,68 @@ def _training(part: Mapping[str, Any]) -> str:
         cells = (r["share"], r["width"], r["batch_size"], r["images"], f"{r['seconds']:.1f}", f"{r['ratio']:.1f}")
         lines.append(f"| {' | '.join(str(c) for c in cells)} | {minutes:.1f} |")
     return "\n".join([*lines, "", _where(part)])
+
+
+def _gpu(part: Mapping[str, Any]) -> str:
+    """The parts of gpu.py that have been measured; each says where."""
+    writers = {
+        "equality": _equality, "small": _small, "pretraining": _epochs, "influence": _pass, "evaluation": _evaluation,
+    }  # fmt: skip
+    parts = [
+        text for name, write in writers.items() if name in part for text in (write(part[name]), _where(part[name]))
+    ]
+    return "\n".join(["## On a GPU\n", *parts])
+
+
+def _equality(part: Mapping[str, Any]) -> str:
+    seconds = part["seconds"]
+    return (
+        f"Scores of {part['images']:,} CIFAR-10 images, a trained encoder of width {part['width']}, beside the CPU's: "
+        f"relative difference {part['median_relative_difference']:.0e} in the median, "
+        f"{part['largest_relative_difference']:.1e} at most, Spearman {part['spearman']:.7f}; "
+        f"{'the same' if part['same_each_time'] else 'NOT the same'} each time. "
+        f"{seconds['cpu']:.1f} s on the CPU, {seconds['cuda again']:.1f} s here.\n"
+    )
+
+
+def _small(part: Mapping[str, Any]) -> str:
+    lines = [
+        f"Trainings as in the profile `overnight` (width 16, compiled, batches of 256), {part['at_once']} at once on "
+        "one GPU, a process each:\n",
+        "| method | images/s, views of half the side | images/s, full views | seconds of compilation |",
+        "|---|---:|---:|---:|",
+    ]
+    for r in part["rows"]:
+        half, full = r["images_per_second"][1:6], r["images_per_second"][-1]
+        waiting = sum(256 * 40 / s for s in r["images_per_second"] if s < 1000)
+        shown = f"{full:,}" if r["images_per_second"][6] < 1000 else "(none)"
+        lines.append(f"| {r['method']} | {median(half):,} | {shown} | {waiting:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+def _epochs(part: Mapping[str, Any]) -> str:
+    lines = [
+        "Pretraining at width 64 (bf16, NHWC, batches of 256), an epoch of CIFAR-10:\n",
+        "| method | compiled | images/s | seconds an epoch | peak GB |", "|---|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for r in part["rows"]:
+        cells = (f"{r['images_per_second']:,.0f}", f"{r['epoch_seconds']:.1f}", f"{r['peak_gb']:.1f}")
+        lines.append(f"| {r['method']} | {r['compiled']} | {' | '.join(cells)} |")
+    for method, spent in part["parts"].items():
+        told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in spent.items())
+        lines.append(f"\nA step of {method}, uncompiled, each part waited for: {told}.")
+    return "\n".join([*lines, ""])
+
+
+def _pass(part: Mapping[str, Any]) -> str:
+    plain = part["seconds"]["plain forward + backward"]
+    told = [f"{name} {s:.1f} s ({s / plain:.2f} × plain)" for name, s in part["seconds"].items()]
+    return (
+        f"Scores of {part['images']:,} images at width {part['width']}: {', '.join(told)}; "
+        f"peak {part['peak_gb']:.1f} GB.\n"
+    )
+
+
+def _evaluation(part: Mapping[str, Any]) -> str:
+    told = [f"{name} {s:.1f} s" for name, s in part["seconds"].items()]
+    return f"Evaluation of all of CIFAR-10 at width 64: {', '.join(told)}.\n"

@@ -123,6 +123,17 @@ def test_what_one_job_of_a_cluster_makes() -> None:
     assert s.bundle() == [train]
 
 
+def test_the_longest_chain_starts_first() -> None:
+    plan, s = chain()
+    s = Scheduler([plan], lambda stage: stage == plan.stages()[0], jobs=2, longest_first=True)
+    _, influence, train, test, evaluate = s.tasks.values()
+    assert influence.path == influence.cost and train.path == train.cost + evaluate.cost
+    assert [task.path for task in s.ready()] == sorted((influence.path, train.path, test.path), reverse=True)
+    assert s.ready()[0] is max(influence, train, test, key=lambda task: task.path)
+    s.end(test, Ended(1.0))
+    assert test not in s.ready()
+
+
 def test_a_job_stops_at_the_first_stage_that_does_not_end_well(tmp_path: Path) -> None:
     wrong, right = Chain(n=64, width=1, batch_size=65).pretrain(), Chain(n=64, width=1).pretrain()
     jobs = tuple(Job(stage, tmp_path, "cpu", 1) for stage in (right, wrong, right))

@@ -195,6 +195,21 @@ def test_snapshots_lie_along_the_run(kept: tuple[int, ...]) -> None:
         Pretrain(data=DATA, epochs=4, snapshots=kept)
 
 
+def test_a_released_encoder_may_come_without_its_states(tmp_path: Path) -> None:
+    stage = TRAIN.model_copy(update={"epochs": 2, "snapshots": (1,)})
+    made = Artifacts(tmp_path / "a")
+    folder = tmp_path / "released" / stage.name / stage.key
+    shutil.copytree(made.get(stage), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["encoder-0001.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "encoder-0001.safetensors").unlink()
+    fresh = Artifacts(tmp_path / "b", released=tmp_path / "released")
+    assert fresh.has(stage) and stage.encoder(fresh) is not None
+    with pytest.raises(issl.IsslError, match=r"encoder-0001.*its states along the training.*--from-scratch"):
+        stage.encoder(fresh, after=1)
+
+
 def test_an_unwritable_cache_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(issl.IsslError, match="choose another place"):

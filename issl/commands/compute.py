@@ -73,7 +73,7 @@ def compute(
     began, artifacts = time.monotonic(), Artifacts(options.folder / "artifacts")
     artifacts = replace(artifacts, released=None) if options.from_scratch else artifacts
     on_gpus = visible_gpus(options.device) if cluster == "local" else [key for key in slurm if "gpu" in key]
-    scheduler = Scheduler(plans.values(), artifacts.has, jobs, on=H200 if on_gpus else CPU)
+    scheduler = Scheduler(plans.values(), artifacts.has, jobs, on=H200 if on_gpus else CPU, longest_first=True)
     say(f"profile {options.profile}: {len(scheduler.tasks)} stages, {scheduler.count()}")
     job = partial(
         Job, root=artifacts.root, device=options.device, threads=threads_each(jobs) if cluster == "local" else 0,

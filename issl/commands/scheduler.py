@@ -66,6 +66,7 @@ class Task:
     needs: list[Task]
     cost: float
     state: State
+    path: float = 0.0  # cost of the longest chain that begins with it
     began: float = 0.0
     seconds: float = 0.0
     error: str = ""
@@ -79,15 +80,17 @@ class Scheduler:
     there   is a stage's artifact there?
     jobs    how many run at once
     on      the machine that costs are reckoned for
+    longest_first   what the longest chain waits for starts first, so that none is left over at the end; else what the
+                    first plan reads, so that its notebook can run early
     other   the notebooks' share of the work, in seconds of the cost model; the caller lowers it as they end
     """
 
     def __init__(
         self, plans: Iterable[Plan], there: Callable[[Stage], bool], jobs: int = 1, other: float = 0.0,
-        on: Machine = CPU,
+        on: Machine = CPU, longest_first: bool = False,
     ):  # fmt: skip
         plans = list(plans)
-        self.jobs, self.other = jobs, other
+        self.jobs, self.other, self.longest_first = jobs, other, longest_first
         self.tasks: dict[str, Task] = {}  # a stage's label is the hash of all it depends on, so it is computed once
         for stage in all_stages(plans):
             state: State = "cached" if there(stage) else "not needed"
@@ -100,6 +103,10 @@ class Scheduler:
             if task.state == "not needed" and task.label in needed:
                 task.state = "waiting"
                 needed |= {need.label for need in task.needs}
+            if task.state == "waiting":  # those that wait for it have been seen
+                task.path += task.cost
+                for need in task.needs:
+                    need.path = max(need.path, task.path)
         self.whole = other + sum(task.cost for task in self.to_do())
 
     def to_do(self) -> list[Task]:
@@ -107,9 +114,10 @@ class Scheduler:
         return [task for task in self.tasks.values() if task.state not in ("cached", "not needed")]
 
     def ready(self) -> list[Task]:
-        """The waiting ones whose dependencies are done."""
+        """The waiting ones whose dependencies are done, in the order in which they should start."""
         waiting = [task for task in self.tasks.values() if task.state == "waiting"]
-        return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
+        found = [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
+        return sorted(found, key=lambda task: -task.path) if self.longest_first else found
 
     def bundle(self) -> list[Task]:
         """The next ready stage, with waiting ones that need nothing but it and what is done: those that fit with it

@@ -149,7 +149,13 @@ class Pretrain(Stage):
         if after not in (None, self.epochs, *(self.snapshots or ())):
             raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")
         name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
-        return artifacts.get(self) / name
+        file = artifacts.get(self) / name
+        if not file.is_file():
+            raise IsslError(
+                f"{file} is not there: this encoder was released without its states along the training; train it again "
+                "with --from-scratch"
+            )
+        return file
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""

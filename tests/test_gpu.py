@@ -1,0 +1,154 @@
+"""On a real GPU: the same numbers as on the CPU, and the host does not wait. `pytest -m gpu tests/test_gpu.py`"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nets
+import numpy as np
+import pytest
+import torch
+
+import issl
+from issl import GaussianNoise
+from issl.analysis import evaluate
+from issl.analysis.training_influence import training_influence
+from issl.devices import Batches, full_precision
+from issl.experiments.settings import KINDS, named_curvature
+from issl.influence.computing import Computing
+from issl.influence.cross import cross_influence
+from issl.influence.perturbation import Augmentation
+from issl.influence.self_influence import self_influence
+from issl.pretraining import loop
+from issl.pretraining.encoder import resnet18
+from issl.pretraining.learner import Learner
+from issl.pretraining.loop import Execution
+from issl.pretraining.recipes import SSL, Method, recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+METHODS: tuple[Method, ...] = (*SSL, "supervised")
+CUDA = torch.device("cuda")
+FOLDER = str(Path(issl.__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    return nets.make("batchnorm", torch.float32)
+
+
+def trained(device: torch.device | str, method: Method, n: int = 256, **settings: Any):
+    images = issl.load("scenes", n=n, size=None)
+    with full_precision():
+        return loop.pretrain(
+            images, recipe(method, "short"), width=4, epochs=2, batch_size=64,
+            execution=Execution(device, "fp32", progress=False), **settings,
+        )  # fmt: skip
+
+
+# --- the same numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_cross_influence(kind: str, net: torch.nn.Module) -> None:
+    images, weighing = nets.pictures(20), named_curvature(kind, 3)
+    for settings in ({"draws": 2, "sweep": [1.0]}, {"perturbation": Augmentation("chain")}):
+        here, there = (
+            self_influence(net, images, curvature=weighing, computing=Computing(device=d, batch_size=8), **settings)
+            for d in ("cpu", CUDA)
+        )
+        np.testing.assert_allclose(there["influence"], here["influence"], rtol=1e-3)
+    here, there = (
+        cross_influence(net, images, nets.pictures(5, 1), curvature=weighing, computing=Computing(device=d))
+        for d in ("cpu", CUDA)
+    )
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5 * float(here.abs().max()))
+
+
+def test_scores_of_a_resnet_and_the_same_each_time() -> None:
+    torch.manual_seed(0)
+    encoder, images = resnet18(8).train(), issl.load("scenes", n=200)
+    with torch.no_grad():
+        encoder(images.pixels[:64].float() / 255)
+    cpu, one, two = (self_influence(encoder.eval(), images, computing=Computing(device=d)) for d in ("cpu", CUDA, CUDA))
+    np.testing.assert_allclose(one["influence"], cpu["influence"], rtol=1e-2)
+    assert (one == two).all(axis=None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_takes_the_same_steps_and_the_same_each_time(method: Method) -> None:
+    (_, here), (one, there), (two, again) = (trained(d, method) for d in ("cpu", CUDA, CUDA))
+    np.testing.assert_allclose(there["loss"], here["loss"], rtol=2e-2)
+    assert (there["loss"] == again["loss"]).all()
+    assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+def test_features_losses_votes_and_probe(net: torch.nn.Module) -> None:
+    images, labels = nets.pictures(60), torch.arange(60) % 3
+    cpu = torch.device("cpu")
+    here, there = (evaluate.embed(copy.deepcopy(net), images, d) for d in (cpu, CUDA))
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
+    losses = [evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d) for d in (cpu, CUDA)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3, atol=1e-6)
+    hits = [evaluate.knn_hits(here, labels, here, labels, k=3, device=d) for d in (cpu, CUDA)]
+    assert (hits[0] == hits[1]).all() and not hits[0].all()
+    probes = [evaluate.probe_hits(here, labels, here, labels, device=d)[0].mean() for d in (cpu, CUDA)]
+    assert abs(probes[0] - probes[1]) <= 0.05
+
+
+@pytest.mark.parametrize(("method", "share"), [("byol", "marginal"), ("simclr", "own")])
+def test_training_aware_influence(method: Method, share: Any) -> None:
+    images = issl.load("scenes", n=4)
+    learner = Learner(recipe(method, "short"), 2, None, 0)
+    here, there = (
+        training_influence(
+            learner, images, images.subset([0]), share=share, batch_size=4, size=(16, 16), computing=Computing(device=d)
+        )
+        for d in ("cpu", CUDA)
+    )
+    torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-3 * float(here.abs().max()))
+
+
+# --- the host does not wait --------------------------------------------------------------------------------
+
+
+def waits(run: Callable[[], object]) -> Counter[str]:
+    """How often torch had to wait for the device, by line of issl."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    lines = (f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message))
+    return Counter(line.removeprefix(f"{FOLDER}/") for line in lines)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_waits_once_an_epoch(method: Method) -> None:
+    trained(CUDA, method)  # what is made at the first use
+    few, many = (waits(lambda steps=steps: trained(CUDA, method, n=64 * steps)) for steps in (2, 6))  # type: ignore[misc]
+    assert not many - few
+
+
+# --- memory that runs out ----------------------------------------------------------------------------------
+
+
+def test_half_the_batch_where_the_memory_does_not_suffice(capsys: pytest.CaptureFixture[str]) -> None:
+    free = torch.cuda.mem_get_info()[0]
+
+    def run(part: slice) -> int:
+        size = free // 3 if part.stop - part.start > 2 else 1 << 20
+        return len([torch.empty(size, dtype=torch.uint8, device=CUDA) for _ in range(4)])
+
+    assert len(list(Batches(8)(slice(0, 8), run))) == 4
+    assert "going on with 2" in capsys.readouterr().err
