@@ -16,6 +16,7 @@ from test_notebooks import TINY
 from issl.commands import cli, notebooks, profiles, run
 from issl.commands.notebooks import fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, notebooks_folder
+from issl.errors import IsslError
 from issl.experiments.plan import Plan
 from issl.experiments.plans import PLANS
 
@@ -122,7 +123,7 @@ def test_an_interrupt_ends_the_kernels_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "profile 'huge': there are mini, overnight, paper-cifar100, paper, quick"),
+        (["--profile", "huge"], "profile 'huge': there are mini, overnight-injected, overnight, paper-barlow_twins"),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),
@@ -180,16 +181,43 @@ def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: P
 
 SOME = {
     "overnight": ("01", "02", "03", "05", "07", "08", "13", "14"),
+    "overnight-injected": ("04",),
     "paper-cifar100": ("01", "02", "04", "06"),
+    "paper-byol": ("10", "15"),
+    "paper-barlow_twins": ("10", "15"),
 }  # notebooks of profiles that are not for all
 
 
-@pytest.mark.parametrize("profile", ["quick", "mini", "overnight", "paper", "paper-cifar100"])
+@pytest.mark.parametrize("profile", ["quick", "mini", "paper", *SOME])
 def test_profiles_are_valid(profile: str) -> None:
     names = profiles.covered(profile)
     plans = profiles.read_profile(profile, names)
     assert list(plans) == names and all(p.profile == profile for p in plans.values())
     assert names == [name for name in PLANS if name[:2] in SOME.get(profile, tuple(n[:2] for n in PLANS))]
+
+
+def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own settings come first, entry by entry."""
+    tinier = tiny.with_name("tinier.yaml")
+    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": tiny, "tinier": tinier})
+    tinier.write_text(
+        yaml.safe_dump({"base": "tiny", "notebooks": "01,09", "common": {"n": 32}, "01_seed_correlation": {"rank": 3}})
+    )
+    assert [n[:2] for n in profiles.covered("tinier")] == ["01", "09"]
+    base, own = (profiles.read_profile(p, ["01_seed_correlation"])["01_seed_correlation"] for p in ("tiny", "tinier"))
+    assert own.settings() == {**base.settings(), "profile": "tinier", "n": 32, "rank": 3}
+    for base in ("none", "tinier"):
+        tinier.write_text(yaml.safe_dump({"base": base}))
+        with pytest.raises(IsslError, match=f"tinier.yaml: base '{base}'; it may be tiny"):
+            profiles.covered("tinier")
+
+
+def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> None:
+    for method in ("byol", "barlow_twins"):
+        for name, plan in profiles.read_profile(f"paper-{method}", profiles.covered(f"paper-{method}")).items():
+            there = profiles.read_profile("paper", [name])[name].settings()
+            changed = {k for k, v in plan.settings().items() if v != there[k]}
+            assert plan.method == method and changed <= {"profile", "method", "snapshots"}
 
 
 def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, capsys) -> None:

@@ -136,8 +136,8 @@ def read_profile(
     """The plans of the named notebooks under a profile; every field is checked.
 
     checkpoints   take the place of the profile's own
-    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; and `notebooks`,
-    those that it is for, where it is not for all.
+    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; `notebooks`, those
+    that it is for, where it is not for all; and `base`, another profile whose settings hold where it has none.
     """
     file, there = f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
     plans = {}
@@ -165,15 +165,30 @@ def needs_training(profile: str, name: str, checkpoints: Mapping[str, list[str]]
 
 
 def _content(profile: str) -> dict[str, Any]:
+    """What a profile's file says, on top of what its base says."""
+    content = _file(profile)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    possible = [name for name in profiles() if "base" not in _file(name)]
+    if base not in possible:
+        raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
+    changed = _file(base)
+    for entry, value in content.items():
+        changed[entry] = {**(changed.get(entry) or {}), **(value or {})} if entry != "notebooks" else value
+    return changed
+
+
+def _file(profile: str) -> dict[str, Any]:
     """A profile's file, whose entries are known."""
     paths = profiles()
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content: dict[str, Any] = yaml.safe_load(paths[profile].read_text()) or {}
-    unknown = set(content) - {"common", "notebooks", *KNOWN}
+    unknown = set(content) - {"base", "common", "notebooks", *KNOWN}
     if unknown:
         raise IsslError(
-            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are common, notebooks, "
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are base, common, notebooks, "
             f"{', '.join(KNOWN)}"
         )
     return content

@@ -90,7 +90,7 @@ class Scheduler:
         on: Machine = CPU, longest_first: bool = False,
     ):  # fmt: skip
         plans = list(plans)
-        self.jobs, self.other, self.longest_first = jobs, other, longest_first
+        self.jobs, self.other = jobs, other
         self.tasks: dict[str, Task] = {}  # a stage's label is the hash of all it depends on, so it is computed once
         for stage in all_stages(plans):
             state: State = "cached" if there(stage) else "not needed"
@@ -107,6 +107,8 @@ class Scheduler:
                 task.path += task.cost
                 for need in task.needs:
                     need.path = max(need.path, task.path)
+        # nothing has a longer path than what it needs, so in both orders it comes later
+        self._order = sorted(self.tasks.values(), key=lambda task: -task.path if longest_first else 0.0)
         self.whole = other + sum(task.cost for task in self.to_do())
 
     def to_do(self) -> list[Task]:
@@ -115,16 +117,15 @@ class Scheduler:
 
     def ready(self) -> list[Task]:
         """The waiting ones whose dependencies are done, in the order in which they should start."""
-        waiting = [task for task in self.tasks.values() if task.state == "waiting"]
-        found = [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
-        return sorted(found, key=lambda task: -task.path) if self.longest_first else found
+        waiting = [task for task in self._order if task.state == "waiting"]
+        return [task for task in waiting if all(need.state in ("cached", "done") for need in task.needs)]
 
     def bundle(self) -> list[Task]:
         """The next ready stage, with waiting ones that need nothing but it and what is done: those that fit with it
         into BUNDLE seconds by the cost model. Empty where none is ready."""
         chosen: dict[str, Task] = {}
         spent = 0.0
-        for task in self.tasks.values():  # in dependency order
+        for task in self._order:
             can = all(need.state in ("cached", "done") or need.label in chosen for need in task.needs)
             if task.state == "waiting" and can and (not chosen or spent + task.cost <= BUNDLE):
                 chosen[task.label] = task

@@ -46,7 +46,9 @@ MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
     "quick": "a demonstration on drawn images, in minutes", "mini": "small encoders on subsets of real images",
     "overnight": "trained encoders of width 16, all of CIFAR-10",
+    "overnight-injected": "trained encoders of width 16, CIFAR-10 with duplicates put in",
     "paper": "ResNet-18 at full width, the paper's scale", "paper-cifar100": "the paper's scale, on CIFAR-100",
+    "paper-byol": "the paper's scale, for BYOL", "paper-barlow_twins": "the paper's scale, for Barlow Twins",
 }  # fmt: skip
 
 
