@@ -1,7 +1,9 @@
-"""Who finds the pairs that people judged duplicates? cleanlab's near-duplicate score, distances, and low influence.
+"""Who finds the pairs that people judged duplicates? cleanlab's near-duplicate score, fastdup's similarity, distances,
+and low influence.
 
     pip install "cleanlab[datalab]"          # never needed to use or test issl
-    ISSL_DATA=DIR python benchmarks/duplicates.py
+    python -m venv apart && apart/bin/pip install fastdup     # it pins an older numpy
+    ISSL_DATA=DIR python benchmarks/duplicates.py --fastdup apart/bin/python
 
 2,000 training images of CIFAR-10, the judged ones among them, with their partners (ciFAIR), under the SimCLR encoder
 that comes with the repository. A member of a pair counts as found where it ranks high. docs/compare.md has the table.
@@ -9,10 +11,15 @@ that comes with the repository. A member of a pair counts as found where it rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from cleanlab import Datalab
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -31,12 +38,39 @@ def by_cleanlab(features: Tensor) -> np.ndarray:
     return 1 - lab.get_issues("near_duplicate")["near_duplicate_score"].to_numpy()
 
 
+FASTDUP = """
+import sys, fastdup
+found = fastdup.create(work_dir=sys.argv[2], input_dir=sys.argv[1])
+found.run(nearest_neighbors_k=2, threshold=0.0)
+found.similarity()[["filename_from", "filename_to", "distance"]].to_csv(sys.argv[3], index=False)
+"""
+
+
+def by_fastdup(images: issl.Images, python: str) -> np.ndarray:
+    """The similarity to the most similar other image, in fastdup's own features; 0 where it lists none."""
+    best = np.zeros(len(images))
+    with tempfile.TemporaryDirectory() as place:
+        pictures, work, table = (Path(place) / name for name in ("pictures", "work", "found.csv"))
+        pictures.mkdir()
+        for k, pixels in enumerate(images.pixels):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(pictures / f"{k:05}.png")
+        subprocess.run([python, "-c", FASTDUP, pictures, work, table], check=True, cwd=place)
+        found = pd.read_csv(table)
+    for side in ("filename_from", "filename_to"):
+        at = [int(Path(name).stem) for name in found[side]]
+        np.maximum.at(best, at, found["distance"].to_numpy(float))  # it calls the similarity so
+    return best
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fastdup", metavar="PYTHON", help="that has fastdup; left out without")
+    options = parser.parse_args()
     encoder, images = issl.load_encoder(provided("released") / ENCODER), issl.load("cifair10", n=2000)
     partner = images.attributes["duplicate_of"].to_numpy()
     member = (partner >= 0) | np.isin(images.index.numpy(), partner[partner >= 0])
     features, scores = embed(encoder, images).double(), issl.self_influence(encoder, images)
-    detectors: Mapping[str, np.ndarray] = {
+    detectors: dict[str, np.ndarray] = {
         "cleanlab, near duplicates, on the encoder's features": by_cleanlab(features),
         "nearest neighbour in the encoder's features": baselines.embedding_closeness(features),
         "perceptual hash": baselines.hash_closeness(images),
@@ -44,6 +78,8 @@ def main() -> None:
         "low influence": -scores["influence"].to_numpy(),
         "low stability loss": -scores["stability_loss"].to_numpy(),
     }
+    if options.fastdup:
+        detectors["fastdup's similarity, its own features"] = by_fastdup(images, str(Path(options.fastdup).absolute()))
     print(f"{len(images)} images, {member.sum()} of them in judged pairs\n")
     print("| by | average precision | AUC |\n|---|---|---|")
     for name, found in detectors.items():

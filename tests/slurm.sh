@@ -13,7 +13,7 @@ start)
     chmod 0400 "$folder/munge.key"
     munged --force --socket="$folder/run/munge.socket" --key-file="$folder/munge.key" \
         --log-file="$folder/log/munged.log" --pid-file="$folder/run/munged.pid" --seed-file="$folder/run/munge.seed"
-    host="$(hostname -s)" cores="$(nproc)"
+    host="$(hostname -s)" cores="$(getconf _NPROCESSORS_ONLN)"  # nproc heeds OMP_NUM_THREADS
     read -r first second < <(python3 -c '
 import socket
 a, b = socket.socket(), socket.socket()
