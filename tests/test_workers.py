@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import issl
-from issl.commands import run
+from issl.commands import run, workers
 from issl.commands.scheduler import Ended, Scheduler, Task
 from issl.commands.workers import Workers, default_workers
 from issl.experiments.cache import Artifacts
@@ -127,3 +128,23 @@ def test_how_many_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_workers("cpu", 60.0) == 4
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert default_workers("cpu", 600.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "free", "peak", "expected"),
+    [
+        (1, 16, 80, 0.6, 4),
+        (2, 16, 80, 0.6, 8),
+        (2, 4, 80, 0.6, 4),
+        (1, 16, 24, 9, 2),
+        (1, 16, 8, 9, 1),
+        (4, 2, 80, 1, 4),
+    ],
+)
+def test_how_many_share_a_gpu_by_default(
+    gpus: int, cores: int, free: float, peak: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "visible_gpus", lambda _: [str(k) for k in range(gpus)])
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 10**9, 80 * 10**9))
+    assert default_workers("cuda", 600.0, peak) == expected and default_workers("cuda", 5.0, peak) == 1

@@ -24,7 +24,7 @@ from issl.commands.workers import Job, default_workers, threads_each, visible_gp
 from issl.devices import device_name, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts
-from issl.experiments.cost import AFTER, NOTEBOOK, machine
+from issl.experiments.cost import AFTER, NOTEBOOK, gigabytes, machine
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER
 from issl.reporting.verdicts import MARKS, decided, good_for, read_records
@@ -53,7 +53,8 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
     other = NOTEBOOK * len(notebooks) + after
     scheduler = Scheduler(plans.values(), artifacts.has, other=other, on=machine(artifacts.device))
-    scheduler.jobs = jobs or default_workers(artifacts.device.type, scheduler.remaining())
+    peak = max((gigabytes(task.stage) for task in scheduler.to_do()), default=0.0)
+    scheduler.jobs = jobs or default_workers(artifacts.device.type, scheduler.remaining(), peak)
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)

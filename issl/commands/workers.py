@@ -1,4 +1,4 @@
-"""Processes that make stages side by side, each with its share of this machine's cores, or a GPU of its own.
+"""Processes that make stages side by side, each with its share of this machine's cores and GPUs.
 
 A stage of a small network gains little from a second thread (those of 01 and 16 of the quick profile: 85 s on one
 thread, 70 s on two), so two stages at once on a thread each end much earlier than one after the other on both.
@@ -25,6 +25,10 @@ from issl.experiments.cache import Artifacts, Stage
 
 WORTH_IT = 60.0  # seconds of work, by the cost model: a worker needs some seconds to import torch
 AT_MOST = 4  # workers by default: each holds its images
+# workers that share a GPU by default: a training of a narrow network waits for Python most of the time. On an H100 four
+# of width 16 side by side were no slower than two, and nine did less in all than four (docs/gpu.md)
+ON_A_GPU = 4
+CONTEXT = 1.0  # GB of a GPU's memory that each process takes beside its stage
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,16 @@ def _begin(gpu: str | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def default_workers(device: str, work: float) -> int:
-    """How many stages to make at once: for little work (in seconds) one; else one a core, up to four; or one a GPU."""
+def default_workers(device: str, work: float, peak: float = 0.0) -> int:
+    """How many stages to make at once: for little work (in seconds) one; else one a core, up to four; on GPUs up to
+    four on each, as many as its free memory holds where a stage takes `peak` GB."""
+    cores = os.cpu_count() or 1
     if work < WORTH_IT:
         return 1
-    return len(visible_gpus(device)) or min(AT_MOST, os.cpu_count() or 1)
+    if not (gpus := visible_gpus(device)):
+        return min(AT_MOST, cores)
+    fit = int(torch.cuda.mem_get_info()[0] / 1e9 / (peak + CONTEXT))
+    return len(gpus) * max(1, min(ON_A_GPU, fit, cores // len(gpus)))
 
 
 def visible_gpus(device: str) -> list[str]:
