@@ -136,9 +136,9 @@ def test_how_many_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, 16, 80, 0.6, 4),
         (2, 16, 80, 0.6, 8),
         (2, 4, 80, 0.6, 4),
-        (1, 16, 24, 9, 2),
-        (1, 16, 8, 9, 1),
-        (4, 2, 80, 1, 4),
+        (1, 16, 24, 9.0, 2),
+        (1, 16, 8, 9.0, 1),
+        (4, 2, 80, 1.0, 4),
     ],
 )
 def test_how_many_share_a_gpu_by_default(
