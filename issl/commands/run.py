@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from issl.commands import first_look as first_looks
 from issl.commands.compute import made_by_workers
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, check, notebooks_folder
@@ -45,23 +46,29 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         raise IsslError(f"--jobs {jobs}: need 1 or more")
     began, plans, out = time.monotonic(), options.plans(), options.folder
     check(plans, out)
+    first_look, said = first_looks.find(options)
     notebooks = {name: plan for name, plan in plans.items() if name != EXPLORER.notebook}
     print(f"profile {options.profile} on {pick_device(options.device)}: {', '.join(notebooks)}", flush=True)
     _print_given(next(iter(notebooks.values())), options.left_out())
+    print(*said, sep="\n", end="\n" if said else "", flush=True)
     artifacts = next(iter(notebooks.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if options.minutes is None else began + 60 * options.minutes
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
     other = NOTEBOOK * len(notebooks) + after
-    scheduler = Scheduler(plans.values(), artifacts.has, other=other, on=machine(artifacts.device))
+    before = [] if first_look is None else [first_look.plan]
+    scheduler = Scheduler([*before, *plans.values()], artifacts.has, other=other, on=machine(artifacts.device))
     scheduler.jobs = jobs or default_workers(artifacts.device.type, scheduler.remaining())
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)
     with overview.shown(), _notebooks_beside_us() as start:
+        looking: list[Callable[[], str]] = []
         first, last = ({n: p for n, p in notebooks.items() if p.last == late} for late in (False, True))
         ends: list[Callable[[], str]] = []
 
         def start_settled(waiting: dict[str, Plan]) -> None:
+            if first_look is not None and not looking and scheduler.settled(first_look.plan):
+                looking.append(start(_look, first_look, scheduler, artifacts, again, overview, began))
             for name in [name for name, plan in waiting.items() if scheduler.settled(plan)]:
                 ends.append(start(_notebook, name, waiting.pop(name), scheduler, artifacts, again, overview))
 
@@ -73,6 +80,8 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         words = [ended() for ended in ends]
         start_settled(last)  # they read what the others left
         words += [ended() for ended in ends[len(words) :]]
+        for looked in looking:
+            looked()
     failed, late = words.count("FAILED"), words.count("LATE")
     problem = scheduler.problem(plans[EXPLORER.notebook]) if EXPLORER.notebook in plans else None
     page = _report(options, artifacts) + (f" (without its images: {problem.error})" if problem else "")
@@ -166,6 +175,22 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
         pool.shutdown()
         for name in set(few) - set(given):
             os.environ.pop(name, None)
+
+
+def _look(
+    found: first_looks.Found, scheduler: Scheduler, artifacts: Artifacts, again: bool, overview: Overview, began: float
+) -> str:
+    """Draw the first look and print its line. What is wrong with the photos or their scores is said, and fails nothing:
+    the notebooks need neither. Returns how it ended: ok or left out."""
+    try:
+        problem = scheduler.problem(found.plan)
+        if problem is not None:
+            raise IsslError(problem.error)
+        overview.say(f"{first_looks.show(found, artifacts, again)} ({time.monotonic() - began:.0f} s after the start)")
+    except IsslError as error:
+        overview.say(f"first look: left out, {error}")
+        return "left out"
+    return "ok"
 
 
 def _notebook(
