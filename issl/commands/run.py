@@ -28,8 +28,10 @@ from issl.experiments.cache import Artifacts
 from issl.experiments.cost import AFTER, NOTEBOOK, machine
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER
-from issl.reporting.verdicts import MARKS, decided, good_for, read_records
+from issl.reporting.guide import guide
+from issl.reporting.verdicts import decided, good_for, read_records
 
+WIDE = 110  # columns of the text at the end
 AT_ONCE = 2  # notebooks at once, beside the stages: their kernels mostly import and draw
 
 
@@ -93,7 +95,7 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         flush=True,
     )
     try:
-        _print_verdicts(out / "results" / options.profile)
+        _print_guide(options.profile, out / "results" / options.profile)
     except IsslError as error:  # a record of a claim that is no longer stated
         print(f"verdicts: {error}", flush=True)
     return 1 if failed else 3 if late else 0
@@ -124,17 +126,27 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
         print(f"left out, for they train encoders themselves: {', '.join(left_out)}", flush=True)
 
 
-def _print_verdicts(results: Path) -> None:
-    """Sum up the records in this folder, in a few lines."""
+def _print_guide(profile: str, results: Path) -> None:
+    """What this run was, what it decided, what to open first and how to go on."""
     records = read_records(sorted(results.glob("claim_*.json")))
-    if not records:
-        return
-    reached = [r["verdict"] for r in records]
-    counts = ", ".join(f"{mark} {reached.count(v)} {v}" for v, mark in MARKS.items() if v in reached)
-    print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
-    for outcome, uses in good_for(decided(records)).items():
-        if uses:
-            print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
+    found = guide(profile, records, [p.stem for p in sorted(results.glob("*.ipynb"))])
+    if found.what:
+        print(textwrap.fill(" ".join(found.what), WIDE, initial_indent="\n"))
+    if not found.rehearsal:
+        for outcome, uses in good_for(decided(records)).items():
+            if uses:
+                print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}")
+    if found.first:
+        print("\nOpen first, in the report:")
+    picture = results.parents[1] / "figures" / profile / "first_look.png"
+    looked = [("first_look", "real photos, by their influence under a released encoder")] if picture.is_file() else []
+    for name, why in (*looked, *found.first):
+        print(textwrap.fill(f"{name:24} {why}", WIDE, initial_indent="  ", subsequent_indent=" " * 27))
+    if found.further:
+        print("\nThen:")
+    for what, commands in found.further:
+        print("\n".join([f"  {what}:", *(f"    {command}" for command in commands)]))
+    sys.stdout.flush()
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from issl.analysis.image_statistics import image_statistics
@@ -41,7 +42,7 @@ def seen(ranked: pd.DataFrame, shown: int) -> list[str]:
         for end, rows in ends.items()
     }
     sentences = [f"The {shown} of highest influence: mostly {classes['highest']}; of lowest: {classes['lowest']}."]
-    statistic = max(STATISTICS, key=lambda name: abs(_apart(ranked[name], shown)))
+    statistic = max(STATISTICS, key=lambda name: abs(_apart(ranked[name].to_numpy(), shown)))
     means = [rows[statistic].mean() for rows in (*ends.values(), ranked)]
     sentences.append(
         f"Of three simple statistics they differ most in {STATISTICS[statistic]}: on average {means[0]:.2f} against "
@@ -76,9 +77,9 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 132))
 
 
-def _apart(ranked: pd.Series[float], shown: int) -> float:
+def _apart(values: Float[np.ndarray, " n"], shown: int) -> float:
     """How far the means of both ends are from each other, in standard deviations of all."""
-    return float((ranked.head(shown).mean() - ranked.tail(shown).mean()) / (ranked.std() or 1.0))
+    return float((values[:shown].mean() - values[-shown:].mean()) / (values.std() or 1.0))
 
 
 def _listed(parts: list[str]) -> str:
