@@ -72,7 +72,8 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     uses = verdicts.good_for(verdicts.decided(records))
     _write(
         index, "index.html", profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=claims,
-        guide=guide(profile, records, done), look=_first_look(figures, site), counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
+        guide=guide(profile, records, done), look=_first_look(figures, site),
+        counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=[_card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done],
         explorer=None if explorer is None else _explorer(explorer, artifacts, site),
@@ -111,12 +112,14 @@ def bars(row: Mapping[str, Any]) -> list[dict[str, Any] | None]:
         return round(float(np.clip(4 + 92 * (v - lowest) / span, 0, 100)), 1)
 
     found: list[dict[str, Any] | None] = []
-    for (method, value, low, high), text, reached in zip(row["intervals"], row["ours"], row["reached"], strict=True):
-        about = f"{text}; dashed: the test's threshold, {row['asked']:g}; n = {row['n']}; {reached}"
-        bar = {"low": place(low), "value": place(value), "high": place(high), "asked": place(row["asked"])}
-        found.append(
-            bar | {"text": f"{row['measured']}: {about}", "kind": KINDS[reached]} if np.isfinite(value) else None
-        )
+    for (_, *numbers), text, reached in zip(row["intervals"], row["ours"], row["reached"], strict=True):
+        if not np.isfinite(numbers[0]):
+            found.append(None)
+            continue
+        asked = f"dashed: the test's threshold, {row['asked']:g}"
+        about = {"text": f"{row['measured']}: {text}; {asked}; n = {row['n']}; {reached}", "kind": KINDS[reached]}
+        places = zip(("value", "low", "high", "asked"), map(place, [*numbers, row["asked"]]), strict=True)
+        found.append(dict(places) | about)
     return found
 
 
