@@ -157,7 +157,7 @@ def test_real_photos_come_first_and_only_once(
     assert written["seen"] == plots.seen(ranked, 4) and written["encoder"].startswith("SimCLR encoder, width 16, 100")
     assert str(tmp_path) not in picture.with_suffix(".json").read_text()
     again = go()
-    assert "stages: 0 computed" in again and "(current)" in about(again)[1]
+    assert "stages: 0 computed" in again and about(again)[1].endswith("first_look.png, current")
 
 
 def test_without_photos_one_line_says_how_to_get_them(go: Callable[..., str], tmp_path: Path) -> None:

@@ -51,13 +51,14 @@ def find(options: ProfileOptions) -> tuple[Found | None, list[str]]:
     return Found(plan, place), [*lines, f"first look: CIFAR-10 at {place.folder} ({place.layout})"]
 
 
-def show(found: Found, artifacts: Artifacts, again: bool) -> str:
-    """Draw the picture from its scores, which are there, unless it is current; returns where it is and what is seen."""
+def show(found: Found, artifacts: Artifacts, again: bool) -> tuple[Path, str]:
+    """Draw the picture from its scores, which are there, unless it is current; returns where it is, and what is seen
+    (nothing new in a current one)."""
     plan = found.plan
     key = fingerprint(PLOTS, plan, device_name(artifacts.device))
     picture = plan.figures / f"{plan.notebook}.png"
     if not again and is_current(plan.notebook, plan, key):
-        return f"first look: {picture} (current)"
+        return picture, ""
     import matplotlib.pyplot as plt  # slow to import, as are these two
 
     from issl.reporting import figures
@@ -73,4 +74,4 @@ def show(found: Found, artifacts: Artifacts, again: bool) -> str:
     plt.close(figure)
     plan.results.mkdir(parents=True, exist_ok=True)
     note_made(plan.notebook, plan, key)
-    return f"first look: {picture}\n            {sentences[0]}"
+    return picture, sentences[0]

@@ -71,6 +71,8 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         def start_settled(waiting: dict[str, Plan]) -> None:
             if first_look is not None and not looking and scheduler.settled(first_look.plan):
                 looking.append(start(_look, first_look, scheduler, artifacts, again, overview, began))
+            if first_look is not None and not looking:
+                return  # so that no notebook takes its core
             for name in [name for name, plan in waiting.items() if scheduler.settled(plan)]:
                 ends.append(start(_notebook, name, waiting.pop(name), scheduler, artifacts, again, overview))
 
@@ -198,7 +200,9 @@ def _look(
         problem = scheduler.problem(found.plan)
         if problem is not None:
             raise IsslError(problem.error)
-        overview.say(f"{first_looks.show(found, artifacts, again)} ({time.monotonic() - began:.0f} s after the start)")
+        picture, seen = first_looks.show(found, artifacts, again)
+        how = f"{time.monotonic() - began:.0f} s after the start\n            {seen}" if seen else "current"
+        overview.say(f"first look: {picture}, {how}")
     except IsslError as error:
         overview.say(f"first look: left out, {error}")
         return "left out"
