@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from disk import png, write_parquet
+from disk import png, write_batches, write_parquet
 from PIL import Image
 
 import issl
@@ -170,24 +170,8 @@ def test_cifar100_has_superclasses_in_both_layouts(
 
 def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small archive with the real structure; the checksums that torchvision verifies are those of its files."""
-    base = tmp_path / "cifar-10-batches-py"
-    base.mkdir()
-    flat = pixels.reshape(12, -1)
-    batches = {f"data_batch_{k}": (flat[k - 1 : k], [k]) for k in range(1, 6)} | {
-        "test_batch": (flat[5:], list(range(7)))
-    }
-    meta = {"label_names": list("abcdefghij")}
-    sums = {}
-    for name, content in {
-        **{k: {"data": d, "labels": y} for k, (d, y) in batches.items()},
-        "batches.meta": meta,
-    }.items():
-        (base / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    base = write_batches(tmp_path, pixels, monkeypatch)
     kind = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
-    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
     assert (kind.__name__, kind.base_folder) == published.SOURCES["cifar10"].torchvision
     kind100 = torchvision.datasets.CIFAR100
     assert (kind100.__name__, kind100.base_folder) == published.SOURCES["cifar100"].torchvision

@@ -24,11 +24,13 @@ from issl.experiments.cache import Artifacts
 from issl.experiments.claims import provenance, record
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.reporting import site as report
+from issl.reporting.verdicts import read_records, summary
 
 SETTINGS: dict[str, Any] = {
     "profile": "mini", "n": 40, "width": 1, "epochs": 1, "batch_size": 20, "rank": 2, "duplicates": 0.1,
     "atypical": 0.1, "methods": ["simclr", "byol"],
 }  # fmt: skip
+LOOK = {"seen": ["Ships <above> frogs.", "Mostly."], "encoder": "SimCLR encoder", "images": 3000, "layout": "a layout"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
         plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
         (figures / f"{name}.csv").write_text("a\n1\n")
+    plt.imsave(figures / "first_look.png", np.zeros((20, 30)))
+    (figures / "first_look.json").write_text(json.dumps(LOOK))
     plan = EXPLORER(**SETTINGS, out=str(out))
     artifacts = Artifacts(out / "artifacts")
     for stage in plan.stages():
@@ -136,6 +140,30 @@ def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     assert finding in index
     assert "a ranking that holds under another draw of the noise [SimCLR]" in index
     assert "which failed" in index and "BYOL: r above 0.924: it is" in index
+
+
+def test_the_first_look_comes_first_and_the_head_says_what_was_decided(site: Path) -> None:
+    index = (site / "index.html").read_text()
+    assert index.index('id="start"') < index.index('id="look"') < index.index('id="verdicts"')
+    assert "3,000 photos of CIFAR-10 (found as a layout)" in index and "Ships &lt;above&gt; frogs. Mostly." in index
+    assert (site / "report/first_look.png").is_file()
+    assert "Decided, by tests that were stated beforehand: 1 reproduced, 1 contradicted." in index
+    assert '<a href="report/01_seed_correlation.html">01_seed_correlation</a>: Measured as r, the claim holds' in index
+
+
+def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
+    """On one scale, with the test's threshold: where the number is above it, so is the dot."""
+    records = read_records(sorted(site.glob("claim_*.json")))
+    row = next(r for r in summary(records) if r["notebook"] == "01_seed_correlation")
+    simclr, byol = report.bars(row)
+    assert simclr and byol and row["asked"] == 0.924 and simclr["asked"] == byol["asked"]
+    assert byol["low"] < byol["value"] < byol["high"] <= simclr["asked"] < simclr["value"] < simclr["high"]
+    ratio = (simclr["value"] - byol["value"]) / (byol["value"] - byol["low"])
+    assert ratio == pytest.approx(0.17 / 0.1, rel=0.02)
+    assert "r: BYOL 0.80 [0.70, 0.82]; dashed: the test's threshold, 0.924; n = 40; contradicted" in byol["text"]
+    assert (site / "index.html").read_text().count('<svg class="interval') == len(records)
+    unknown = row | {"intervals": [("SimCLR", np.nan, np.nan, np.nan), *row["intervals"][1:]]}
+    assert report.bars(unknown)[0] is None
 
 
 def test_the_explorers_lists_are_the_librarys(site: Path) -> None:
@@ -214,6 +242,80 @@ def test_an_image_opens_by_keyboard_and_leads_to_its_neighbours(page: Any) -> No
     assert "rank 1 of 40" not in page.inner_text("#detail") or page.locator("#detail .strip .t").count() == 12
     page.keyboard.press("Escape")
     assert not page.locator("#detail").is_visible()
+
+
+def places_of(page: Any, selector: str) -> list[int]:
+    return page.eval_on_selector_all(f"{selector} .t", "tiles => tiles.map(t => Number(t.dataset.place))")
+
+
+def test_the_methods_side_by_side_mark_what_they_share(page: Any) -> None:
+    """In the order that is chosen, of the images that the filter leaves; counted here by themselves."""
+    assert page.locator("#lists h4").all_inner_texts() == ["SimCLR", "BYOL"]
+    for order, sign in (("influence, highest first", -1), ("influence, lowest first", 1)):
+        page.select_option("#order", order)
+        tops = []
+        for k, method in enumerate(("SimCLR", "BYOL")):
+            scores = np.array(page.evaluate(f"EXPLORER.methods['{method}'].influence"))
+            tops.append(places_of(page, f"#lists section >> nth={k} >> .grid"))
+            np.testing.assert_array_equal(scores[tops[-1]], np.sort(sign * scores)[:12] * sign)
+        shared = set(tops[0]) & set(tops[1])
+        assert f"in common SimCLR and BYOL {len(shared)}." in page.inner_text("#agree")
+        assert set(places_of(page, "#lists")) == set(tops[0]) | set(tops[1])
+        marked = page.eval_on_selector_all(
+            "#lists .t.shared", "tiles => tiles.map(t => [t.dataset.place, t.innerText])"
+        )
+        assert sorted(marked) == sorted([[str(p), "2"] for p in shared] * 2)
+        assert shared  # of forty images, twelve each: chance gives four
+        labels = page.eval_on_selector_all("#lists .t.shared", "tiles => tiles.map(t => t.ariaLabel)")
+        assert sum("also in the list of BYOL" in label for label in labels) == len(shared)
+    assert "two random lists of 12 of 40 would have 3.6" in page.inner_text("#agree").lower()
+    page.select_option("#each", "24")
+    assert len(places_of(page, "#lists")) == 48
+    page.select_option("#attribute", "group")
+    page.select_option("#value", "cool")
+    group = page.evaluate("EXPLORER.attributes.group")
+    assert {group[p] for p in places_of(page, "#lists")} == {"cool"}
+
+
+def test_an_image_shows_its_numbers_and_its_twin_in_the_other_list(page: Any) -> None:
+    tile = page.locator("#lists .t.shared").first
+    place = int(tile.get_attribute("data-place"))
+    title = tile.get_attribute("title")
+    influence = page.evaluate("EXPLORER.methods.BYOL.influence")
+    rank = 1 + sum(v > influence[place] for v in influence)
+    assert (
+        f"image {page.evaluate('EXPLORER.index')[place]}" in title and f"(rank {rank} of 40)" in title.split("BYOL:")[1]
+    )
+    for act in (tile.hover, tile.focus):
+        act()
+        assert page.locator("#lists .same").count() == 2
+        page.locator("#grid .t").last.hover()
+        page.locator("#grid .t").last.focus()
+        assert page.locator("#lists .same").count() == 0
+
+
+def test_figures_enlarge_by_pointer_and_by_keyboard(page: Any) -> None:
+    def shown() -> str:
+        return page.locator("#sheet img").get_attribute("src").rsplit("/", 1)[-1]
+
+    page.locator("#look .figure").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#large").is_visible() and shown() == "first_look.png"
+    assert page.inner_text("#caption") == "Ships <above> frogs. Mostly." and page.inner_text("#which") == "1 of 3"
+    page.keyboard.press("ArrowRight")
+    assert shown() == "00_method.png" and "The check passed" in page.inner_text("#caption")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert shown() == "01_seed_correlation.png"
+    page.click("#zoom")
+    assert page.locator("#zoom").get_attribute("aria-pressed") == "true"
+    page.keyboard.press("Escape")
+    assert not page.locator("#large").is_visible()
+    assert "01_seed_correlation" in page.evaluate("document.activeElement.innerHTML")  # the one that was seen last
+    page.locator("#nb-00_method .figure").click()
+    assert page.locator("#large").is_visible() and shown() == "00_method.png"
+    page.locator("#large .close").click()
+    assert not page.locator("#large").is_visible()
 
 
 def test_light_and_dark_and_a_phone(page: Any) -> None:

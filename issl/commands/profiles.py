@@ -13,6 +13,7 @@ from issl.data import published
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Stage
+from issl.experiments.first_look import FirstLook
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER, PLANS
 from issl.experiments.settings import Data
@@ -68,6 +69,15 @@ class ProfileOptions:
             device=self.device,
             ignore_released=self.from_scratch,
         )
+
+    def first_look(self) -> dict[str, Any] | None:
+        """The fields of the first look: the profile's, and where things are. None where the profile has none, or only
+        some notebooks are asked for."""
+        content = _content(self.profile)
+        if self.only is not None or FirstLook.notebook not in content:
+            return None
+        common = {"profile": self.profile, "out": str(self.folder), "data_root": self.root, "device": self.device}
+        return (content[FirstLook.notebook] or {}) | common
 
     def left_out(self) -> list[str]:
         """The notebooks that are left out because they train encoders, and these are given."""
@@ -137,7 +147,8 @@ def read_profile(
 
     checkpoints   take the place of the profile's own
     A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; `notebooks`, those
-    that it is for, where it is not for all; and `base`, another profile whose settings hold where it has none.
+    that it is for, where it is not for all; `first_look`, where real photos are to be shown before all else; and
+    `base`, another profile whose settings hold where it has none.
     """
     file, there = f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
     plans = {}
@@ -185,11 +196,11 @@ def _file(profile: str) -> dict[str, Any]:
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content: dict[str, Any] = yaml.safe_load(paths[profile].read_text()) or {}
-    unknown = set(content) - {"base", "common", "notebooks", *KNOWN}
+    allowed = ("base", "common", "notebooks", *KNOWN, FirstLook.notebook)
+    unknown = set(content) - set(allowed)
     if unknown:
         raise IsslError(
-            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are base, common, notebooks, "
-            f"{', '.join(KNOWN)}"
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are {', '.join(allowed)}"
         )
     return content
 

@@ -42,6 +42,10 @@ class Overview:
         self.scheduler.other -= NOTEBOOK
         self._print(line)
 
+    def say(self, line: str) -> None:
+        """Print a line about anything else."""
+        self._print(line)
+
     def _print(self, line: str, more: str = "") -> None:
         if self._progress is None:
             print(line + more, flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from issl.commands import first_look as first_looks
 from issl.commands.compute import made_by_workers
 from issl.commands.notebooks import execute, fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, check, notebooks_folder
@@ -27,8 +28,10 @@ from issl.experiments.cache import Artifacts
 from issl.experiments.cost import AFTER, NOTEBOOK, gigabytes, machine
 from issl.experiments.plan import Plan
 from issl.experiments.plans import EXPLORER
-from issl.reporting.verdicts import MARKS, decided, good_for, read_records
+from issl.reporting.guide import guide
+from issl.reporting.verdicts import decided, good_for, read_records
 
+WIDE = 110  # columns of the text at the end
 AT_ONCE = 2  # notebooks at once, beside the stages: their kernels mostly import and draw
 
 
@@ -45,24 +48,32 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         raise IsslError(f"--jobs {jobs}: need 1 or more")
     began, plans, out = time.monotonic(), options.plans(), options.folder
     check(plans, out)
+    first_look, said = first_looks.find(options)
     notebooks = {name: plan for name, plan in plans.items() if name != EXPLORER.notebook}
     print(f"profile {options.profile} on {pick_device(options.device)}: {', '.join(notebooks)}", flush=True)
     _print_given(next(iter(notebooks.values())), options.left_out())
+    print(*said, sep="\n", end="\n" if said else "", flush=True)
     artifacts = next(iter(notebooks.values())).artifacts(progress=sys.stderr.isatty())
     artifacts.deadline = None if options.minutes is None else began + 60 * options.minutes
     after = AFTER if any(plan.last for plan in notebooks.values()) else 0.0
     other = NOTEBOOK * len(notebooks) + after
-    scheduler = Scheduler(plans.values(), artifacts.has, other=other, on=machine(artifacts.device))
+    before = [] if first_look is None else [first_look.plan]
+    scheduler = Scheduler([*before, *plans.values()], artifacts.has, other=other, on=machine(artifacts.device))
     peak = max((gigabytes(task.stage) for task in scheduler.to_do()), default=0.0)
     scheduler.jobs = jobs or default_workers(artifacts.device.type, scheduler.remaining(), peak)
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)
     with overview.shown(), _notebooks_beside_us() as start:
+        looking: list[Callable[[], str]] = []
         first, last = ({n: p for n, p in notebooks.items() if p.last == late} for late in (False, True))
         ends: list[Callable[[], str]] = []
 
         def start_settled(waiting: dict[str, Plan]) -> None:
+            if first_look is not None and not looking and scheduler.settled(first_look.plan):
+                looking.append(start(_look, first_look, scheduler, artifacts, again, overview, began))
+            if first_look is not None and not looking:
+                return  # so that no notebook takes its core
             for name in [name for name, plan in waiting.items() if scheduler.settled(plan)]:
                 ends.append(start(_notebook, name, waiting.pop(name), scheduler, artifacts, again, overview))
 
@@ -74,6 +85,8 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         words = [ended() for ended in ends]
         start_settled(last)  # they read what the others left
         words += [ended() for ended in ends[len(words) :]]
+        for looked in looking:
+            looked()
     failed, late = words.count("FAILED"), words.count("LATE")
     problem = scheduler.problem(plans[EXPLORER.notebook]) if EXPLORER.notebook in plans else None
     page = _report(options, artifacts) + (f" (without its images: {problem.error})" if problem else "")
@@ -85,7 +98,7 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         flush=True,
     )
     try:
-        _print_verdicts(out / "results" / options.profile)
+        _print_guide(options.profile, out / "results" / options.profile)
     except IsslError as error:  # a record of a claim that is no longer stated
         print(f"verdicts: {error}", flush=True)
     return 1 if failed else 3 if late else 0
@@ -116,17 +129,27 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
         print(f"left out, for they train encoders themselves: {', '.join(left_out)}", flush=True)
 
 
-def _print_verdicts(results: Path) -> None:
-    """Sum up the records in this folder, in a few lines."""
+def _print_guide(profile: str, results: Path) -> None:
+    """What this run was, what it decided, what to open first and how to go on."""
     records = read_records(sorted(results.glob("claim_*.json")))
-    if not records:
-        return
-    reached = [r["verdict"] for r in records]
-    counts = ", ".join(f"{mark} {reached.count(v)} {v}" for v, mark in MARKS.items() if v in reached)
-    print(f"verdicts: {counts} ({len(records)} tests of {len({r['name'] for r in records})} claims)")
-    for outcome, uses in good_for(decided(records)).items():
-        if uses:
-            print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}", flush=True)
+    found = guide(profile, records, [p.stem for p in sorted(results.glob("*.ipynb"))])
+    if found.what:
+        print(textwrap.fill(" ".join(found.what), WIDE, initial_indent="\n"))
+    if not found.rehearsal:
+        for outcome, uses in good_for(decided(records)).items():
+            if uses:
+                print(f"  {outcome}: {textwrap.shorten('; '.join(uses), 150, placeholder=' …')}")
+    if found.first:
+        print("\nOpen first, in the report:")
+    picture = results.parents[1] / "figures" / profile / "first_look.png"
+    looked = [("first_look", "real photos, by their influence under a released encoder")] if picture.is_file() else []
+    for name, why in (*looked, *found.first):
+        print(textwrap.fill(f"{name:24} {why}", WIDE, initial_indent="  ", subsequent_indent=" " * 27))
+    if found.further:
+        print("\nThen:")
+    for what, commands in found.further:
+        print("\n".join([f"  {what}:", *(f"    {command}" for command in commands)]))
+    sys.stdout.flush()
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> str:
@@ -167,6 +190,24 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
         pool.shutdown()
         for name in set(few) - set(given):
             os.environ.pop(name, None)
+
+
+def _look(
+    found: first_looks.Found, scheduler: Scheduler, artifacts: Artifacts, again: bool, overview: Overview, began: float
+) -> str:
+    """Draw the first look and print its line. What is wrong with the photos or their scores is said, and fails nothing:
+    the notebooks need neither. Returns how it ended: ok or left out."""
+    try:
+        problem = scheduler.problem(found.plan)
+        if problem is not None:
+            raise IsslError(problem.error)
+        picture, seen = first_looks.show(found, artifacts, again)
+        how = f"{time.monotonic() - began:.0f} s after the start\n            {seen}" if seen else "current"
+        overview.say(f"first look: {picture}, {how}")
+    except IsslError as error:
+        overview.say(f"first look: left out, {error}")
+        return "left out"
+    return "ok"
 
 
 def _notebook(

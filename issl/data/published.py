@@ -143,12 +143,30 @@ def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path
         )
     if not base.is_dir():
         raise IsslError(f"data root {str(base)!r} is not a folder; check --data-root or {ENVIRONMENT}")
-    if found := sorted((base / source.folder).glob(f"{source.splits[split]}-*.parquet")):
+    if (found := _found(name, split, base)) is not None:
         return found
-    for folder in (base, base / name):
-        if source.torchvision is not None and (folder / source.torchvision[1]).is_dir():
-            return folder
     raise IsslError(f"data set {name!r} ({split}) is not under {str(base)!r}. {_how_to_get(name, base)}")
+
+
+def layout(name: str, split: str, base: Path) -> str | None:
+    """In which layout this folder holds the set, in words; None where it does not hold it. No file is opened."""
+    found = _found(name, split, base)
+    if found is None:
+        return None
+    return "torchvision's layout" if isinstance(found, Path) else "Hugging Face's parquet files"
+
+
+def _found(name: str, split: str, base: Path) -> list[Path] | Path | None:
+    """As `_locate`; None where this folder holds neither."""
+    source = SOURCES[name]
+    # the second: the folder is itself a snapshot of the set's repository, as the hub's cache keeps it
+    for folder in (base / source.folder, base / Path(source.folder).name):
+        if found := sorted(folder.glob(f"{source.splits[split]}-*.parquet")):
+            return found
+    for place in (base, base / name):
+        if source.torchvision is not None and (place / source.torchvision[1]).is_dir():
+            return place
+    return None
 
 
 def _how_to_get(name: str, base: Path) -> str:

@@ -34,6 +34,7 @@ from issl.experiments.plan import Plan
 from issl.files import PACKAGE, atomic
 from issl.pretraining.recipes import NAMES
 from issl.reporting import verdicts
+from issl.reporting.guide import guide
 from issl.reporting.own_paths import hidden, own_paths
 from issl.reporting.verdicts import Record
 
@@ -67,19 +68,61 @@ def build(profile: str, plans: dict[str, Plan], explorer: Explorer | None, artif
     done = [name for name in plans if (results / f"{name}.ipynb").is_file()]
     if not done:
         raise IsslError(f"{results} holds no executed notebook; `issl run --profile {profile}` makes them")
-    claims = verdicts.summary(records) if records else []
+    claims = [r | {"bars": bars(r)} for r in verdicts.summary(records)] if records else []
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     uses = verdicts.good_for(verdicts.decided(records))
     _write(
         index, "index.html", profile=profile, scale=SCALE.get(profile, "a profile of its own"), claims=claims,
-        untested=UNTESTED in reached, counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
+        guide=guide(profile, records, done), look=_first_look(figures, site),
+        counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=[_card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done],
         explorer=None if explorer is None else _explorer(explorer, artifacts, site),
         provenance=_provenance(records), stages=_stages(plans, artifacts),
     )  # fmt: skip
     return index
+
+
+# --- the head, and the intervals of the verdicts -------------------------------------------------------------
+
+
+def _first_look(figures: Path, site: Path) -> dict[str, Any] | None:
+    """Copy the picture of the first look beside the pages; returns what the index says about it, or None where there is
+    none. Raises IsslError for a damaged description."""
+    picture, about = figures / "first_look.png", figures / "first_look.json"
+    if not (picture.is_file() and about.is_file()):
+        return None
+    try:
+        written = json.loads(about.read_text())
+        found = {name: written[name] for name in ("seen", "encoder", "images", "layout")}
+    except (ValueError, KeyError) as error:
+        raise IsslError(f"{about} is damaged ({error}); delete it and run again") from error
+    shutil.copyfile(picture, site / picture.name)
+    with Image.open(picture) as image:
+        return found | {"image": f"report/{picture.name}", "width": image.width, "height": image.height}
+
+
+def bars(row: Mapping[str, Any]) -> list[dict[str, Any] | None]:
+    """For each number of a row of `verdicts.summary`, where its interval is drawn, in percent of the width: low, value,
+    high; the threshold `asked`; a text. All share one scale. None for a number that is not finite."""
+    finite = [v for _, *numbers in row["intervals"] for v in numbers if np.isfinite(v)]
+    ends = [*finite, row["asked"]]
+    lowest, span = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def place(v: float) -> float:
+        return round(float(np.clip(4 + 92 * (v - lowest) / span, 0, 100)), 1)
+
+    found: list[dict[str, Any] | None] = []
+    for (_, *numbers), text, reached in zip(row["intervals"], row["ours"], row["reached"], strict=True):
+        if not np.isfinite(numbers[0]):
+            found.append(None)
+            continue
+        asked = f"dashed: the test's threshold, {row['asked']:g}"
+        about = {"text": f"{row['measured']}: {text}; {asked}; n = {row['n']}; {reached}", "kind": KINDS[reached]}
+        places = zip(("value", "low", "high", "asked"), map(place, [*numbers, row["asked"]]), strict=True)
+        found.append(dict(places) | about)
+    return found
 
 
 # --- notebooks ---------------------------------------------------------------------------------------------

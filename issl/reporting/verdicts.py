@@ -96,8 +96,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One entry for each claim and profile, its methods together, as text: claim, notebook, paper, measured (the first
-    test's metric, in words), ours (its numbers, a list), found (both, as lines), n, profile, data, verdict (a list; one
-    where all agree), reached (the same without method and counts), failed (the tests that do not hold, in words)."""
+    test's metric, in words), ours (its numbers, a list), found (both, as lines), intervals (the numbers themselves:
+    method, value, low, high, a list), asked (that test's threshold), n, profile, data, verdict (a list; one where all
+    agree), reached (the same without method and counts), failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
     for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
@@ -111,6 +112,8 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "claim": _in_words(one["name"]), "notebook": one["notebook"],
                 "paper": "–" if one["paper"] is None else str(one["paper"]), "measured": words(one["metric"]),
                 "ours": numbers, "found": _found(words(one["metric"]), numbers), "n": f"{one['n']:,}",
+                "intervals": list(zip(methods, part["value"], part["low"], part["high"], strict=True)),
+                "asked": next(v for k, v in records[part.index[0]]["tests"][0].items() if k in ("above", "below")),
                 "profile": profile, "data": one["dataset"],
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
                 "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
