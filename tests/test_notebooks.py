@@ -59,6 +59,7 @@ TINY: dict[str, Any] = {
     "16_training_aware": {
         "rank": 4, "epochs": 2, "queries": 4, "candidates": 32, "subsets": 4, "continued_epochs": 3, "draws": 1,
     },
+    "17_derivation": {"images": 16, "steps": 27},
 }  # fmt: skip
 
 
