@@ -13,7 +13,7 @@ from torch import nn
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned
 from issl.experiments.given import Given
-from issl.experiments.plan import Plan, Scored, learned_by
+from issl.experiments.plan import Epochs, Plan, Scored, learned_by
 from issl.experiments.settings import Data, named_curvature
 from issl.experiments.stages import (
     Cross,
@@ -532,4 +532,39 @@ class Derivation(Plan):
         return []
 
 
-OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught, TrainingAware, Derivation)
+class Objectives(Scored):
+    """18_objectives: what the three SSL objectives see, and whether following them makes features stable.
+
+    batch            images whose projections are looked at: the first ones
+    gradient_batch   images in the batches whose gradients are compared, of which there are `gradient_draws`
+    asked            test images that are followed along the trainings, with `draws` of the noise
+    """
+
+    notebook: ClassVar[str] = "18_objectives"
+
+    n: int = Field(256, ge=32)
+    width: int = Field(4, ge=1)
+    epochs: Epochs | dict[recipes.Method, Epochs] = 12
+    snapshots: int = Field(5, ge=1)
+    batch: int = Field(16, ge=3)
+    gradient_batch: int = Field(32, ge=3)
+    gradient_draws: int = Field(4, ge=2)
+    asked: int = Field(128, ge=8)
+    draws: int = Field(2, ge=1)
+
+    methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
+    followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
+    measured_seed: ClassVar[int] = MEASURED
+
+    def states(self, method: recipes.Method) -> tuple[int, ...]:
+        """The numbers of epochs after which the learner is kept, the end included."""
+        run = self.training(method)
+        return (*(run.snapshots or ()), run.epochs)
+
+    def stages(self) -> list[Stage]:
+        return [self.training(method) for method in self.followed]
+
+
+OWN: tuple[type[Plan], ...] = (
+    Validation, Continual, Explained, Bridges, Taught, TrainingAware, Derivation, Objectives,
+)  # fmt: skip
