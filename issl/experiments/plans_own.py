@@ -548,8 +548,8 @@ class Objectives(Scored):
     snapshots: int = Field(5, ge=1)
     batch: int = Field(16, ge=3)
     gradient_batch: int = Field(32, ge=3)
-    gradient_draws: int = Field(4, ge=2)
-    asked: int = Field(128, ge=8)
+    gradient_draws: int = Field(3, ge=2)
+    asked: int = Field(100, ge=8)
     draws: int = Field(2, ge=1)
 
     methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
@@ -565,6 +565,4 @@ class Objectives(Scored):
         return [self.training(method) for method in self.followed]
 
 
-OWN: tuple[type[Plan], ...] = (
-    Validation, Continual, Explained, Bridges, Taught, TrainingAware, Derivation, Objectives,
-)  # fmt: skip
+OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught, TrainingAware, Derivation, Objectives)

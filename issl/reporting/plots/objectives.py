@@ -16,9 +16,9 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
 SEES = {
-    "simclr": ("which view is picked", "all 2b views", "view"),
-    "byol": ("cosine to its own other view", "each image alone", "image"),
-    "barlow_twins": ("correlation of components", "components, over the batch", "component"),
+    "simclr": ("which view each view picks", "view"),
+    "byol": ("each image's own two views", "image"),
+    "barlow_twins": ("how components correlate", "component"),
 }
 SHORT = {**NAMES, "barlow_twins": "Barlow", "stability": "stability"}
 
@@ -34,13 +34,14 @@ def seen(
     figure, axes = plt.subplots(2, len(matrices), figsize=(figures.PAGE, 4.6))
     largest = max(float(m.abs().max()) for m in moves.values())
     for (above, below), (name, matrix) in zip(axes.T, matrices.items(), strict=True):
-        what, who, unit = SEES[name]
+        what, unit = SEES[name]
         extreme = float(matrix.abs().max())
         shown = np.where(np.eye(len(matrix)) > 0, matrix, np.nan) if name == "byol" else matrix
         above.set_facecolor("0.93")  # what is not looked at
-        first = above.imshow(shown, cmap="RdBu_r", vmin=-extreme, vmax=extreme, interpolation="nearest")
+        colours = {"cmap": "Reds", "vmin": 0} if name == "simclr" else {"cmap": "RdBu_r", "vmin": -extreme}
+        first = above.imshow(shown, vmax=extreme, interpolation="nearest", **colours)
         above.set_title(f"{NAMES[name]} sees\n{what}", loc="left")
-        above.set(xlabel=unit, ylabel=f"{unit} ({who})")
+        above.set(xlabel=unit, ylabel=unit)
         figure.colorbar(first, ax=above, shrink=0.7)
         second = below.imshow(moves[name], cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
         own = float(moves[name].diagonal().mean())
@@ -122,9 +123,9 @@ def curves(plan: Objectives, table: pd.DataFrame, descended: Mapping[str, pd.Ser
         ax.set_xlabel("epoch")
     figure.legend(loc="outside lower center", ncols=len(descended), frameon=False)
     ends = table.groupby("method", sort=False)["stability loss"].agg(lambda v: v.iloc[-1] / v.iloc[0])
-    text = ", ".join(f"{NAMES[name]} {times:.1f}" for name, times in ends.items())
+    text = ", ".join(f"{NAMES[name]} {times:.2f}" for name, times in ends.items())
     figure.suptitle(
-        f"Every objective is descended; the stability loss at the end, in parts of that before training: {text}\n"
+        f"Stability loss at the end, in parts of that before training: {text}\n"
         f"({plan.set_name}, {plan.asked} test images, encoders of width {plan.width}, one training each; 1 − cos)",
         fontsize=8.5,
     )
