@@ -18,6 +18,7 @@ from nbformat import read
 
 import issl
 from issl.analysis import baselines, explained_variance, statistics
+from issl.analysis.evaluate import stability_losses
 from issl.analysis.image_statistics import image_statistics
 from issl.analysis.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.commands import profiles, run
@@ -27,6 +28,7 @@ from issl.experiments.cache import Artifacts
 from issl.experiments.plans import PLANS
 from issl.experiments.plans_own import Channel, Kind
 from issl.experiments.stages import Evaluate, Stability, Top
+from issl.pretraining.batch_statistics import estimate_statistics
 from issl.reporting import verdicts
 from issl.reporting.verdicts import Record
 
@@ -59,6 +61,8 @@ TINY: dict[str, Any] = {
     "16_training_aware": {
         "rank": 4, "epochs": 2, "queries": 4, "candidates": 32, "subsets": 4, "continued_epochs": 3, "draws": 1,
     },
+    "17_derivation": {"images": 16, "steps": 27},
+    "18_objectives": {"rank": 4, "epochs": 3, "snapshots": 2, "batch": 6, "gradient_batch": 8, "gradient_draws": 2},
 }  # fmt: skip
 
 
@@ -546,6 +550,32 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     assert {*p.effects(p.first("simclr", 0)), "similarity of pixels", "gradient of the subset", "ceiling"} == set(
         shown["predictor"]
     )
+
+
+def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(out: Path) -> None:
+    assert record(out, "formula_is_the_derivative")["metrics"]["relative_difference"]["value"] < 1e-3
+    table = numbers(out, "17_derivation").groupby("table")
+    error = table.get_group("epsilon").sort_values("epsilon")["error"].to_numpy()
+    np.testing.assert_allclose(np.log10(error[1] / error[0]), 1, atol=0.1)  # of first order
+    rho = table.get_group("agreement").set_index(["trained", "formula"])["value"]
+    assert rho["stability loss", "Hessian of ℓ"] == rho["stability loss", "as derived"] > 0.9
+    sweep = table.get_group("sweep").sort_values("damping")
+    assert sweep["leverage"].iloc[0] > 0.99 and sweep["norm"].iloc[-1] > 0.95
+
+
+def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
+    assert record(out, "objective_gradients")["metrics"]["relative_difference"]["value"] < 1e-6
+    p = plan("18_objectives")
+    images, asked = p.data().load(), p.data("test").load().subset(range(p.n_test))
+    table = numbers(out, "18_objectives").groupby("table").get_group("curves").set_index(["method", "epoch"])
+    for method in p.followed:
+        assert p.states(method) == (1, 2, 3)
+        run = p.training(method)
+        backbone = run.learner(p.artifacts(), 2).encoder.backbone
+        estimate_statistics(backbone, images, run.recipe.view_a)
+        losses = stability_losses(backbone, asked, p.noise, p.measured_seed, p.draws)
+        assert table.loc[(method, 2), "stability loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert table.loc[("simclr", 0), "stability loss"] == pytest.approx(table.loc[("byol", 0), "stability loss"])
 
 
 def test_11_holds_every_record_in_all_formats(out: Path) -> None:

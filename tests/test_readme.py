@@ -266,14 +266,14 @@ def test_adding_a_notebook(checkout: Path) -> None:
     (parameters,) = (c for c in model["cells"] if "parameters" in c["metadata"].get("tags", []))
     cell = {"cell_type": "code", "execution_count": None, "id": "one", "metadata": {}, "outputs": [], "source": code}
     model["cells"] = [texts[0], parameters, cell]
-    (checkout / "notebooks/17_brightness.ipynb").write_text(json.dumps(model))
+    (checkout / "notebooks/19_brightness.ipynb").write_text(json.dumps(model))
     (checkout / "notebooks/profiles/quick.yaml").write_text("common: {n: 48, width: 1, epochs: 1, batch_size: 16}")
-    said = in_checkout(checkout, "-m", "issl", "run", "--only", "17", "--out", str(checkout))
+    said = in_checkout(checkout, "-m", "issl", "run", "--only", "19", "--out", str(checkout))
     assert "1 of 1 notebooks ended well" in said
     record = json.loads((checkout / "results/quick/claim_bright_images.json").read_text())
     assert record["outcome"] in ("reproduced", "contradicted", "undecided")
     assert record["verdict"] == "not tested at this scale" and record["learned"]["encoders"] == 1
-    assert (checkout / "figures/quick/17_brightness.png").is_file()
+    assert (checkout / "figures/quick/19_brightness.png").is_file()
     assert "Bright images have high influence" in (checkout / "results/quick/index.html").read_text()
 
 

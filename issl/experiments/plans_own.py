@@ -6,12 +6,14 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned
 from issl.experiments.given import Given
-from issl.experiments.plan import Plan, Scored, learned_by
+from issl.experiments.plan import Epochs, Plan, Scored, learned_by
 from issl.experiments.settings import Data, named_curvature
 from issl.experiments.stages import (
     Cross,
@@ -31,6 +33,7 @@ from issl.experiments.stages import (
 )
 from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
+from issl.pretraining.encoder import Normalize
 
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
@@ -493,4 +496,73 @@ class TrainingAware(Retrained):
         return found
 
 
-OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught, TrainingAware)
+class Derivation(Plan):
+    """17_derivation: where the formula comes from, on a network small enough for every derivative.
+
+    pool, hidden, outputs   the network: images averaged to pool × pool, `hidden` tanh units, `outputs` features
+    anchor                  a of the term a/2 ‖θ − θ₀‖² that holds the weights near their start
+    steps                   of gradient descent, where a training is stopped early
+    """
+
+    notebook: ClassVar[str] = "17_derivation"
+    takes_checkpoints: ClassVar[bool] = True
+
+    images: int = Field(48, ge=12)
+    pool: int = Field(4, ge=2)
+    hidden: int = Field(5, ge=2)
+    outputs: int = Field(5, ge=2)
+    anchor: float = Field(0.1, gt=0)
+    damping: float = Field(0.1, gt=0)
+    steps: int = Field(1000, ge=3)
+
+    def network(self) -> nn.Sequential:
+        """Random weights, in double precision; pooling, normalisation and flattening come before the first of them.
+        The biases keep features away from 0, where the cosine has no derivative."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            net = nn.Sequential(
+                nn.AdaptiveAvgPool2d(self.pool), Normalize(), nn.Flatten(),
+                nn.Linear(3 * self.pool**2, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.outputs),
+            ).double()  # fmt: skip
+        for layer in (net[3], net[5]):
+            layer.weight.data *= 2  # far from 0, too
+        return net.eval().requires_grad_(False)
+
+    def stages(self) -> list[Stage]:
+        return []
+
+
+class Objectives(Scored):
+    """18_objectives: what the three SSL objectives see, and whether following them makes features stable.
+
+    batch            images whose projections are looked at: the first ones
+    gradient_batch   images in the batches whose gradients are compared, of which there are `gradient_draws`
+    asked            test images that are followed along the trainings, with `draws` of the noise
+    """
+
+    notebook: ClassVar[str] = "18_objectives"
+
+    n: int = Field(256, ge=32)
+    width: int = Field(4, ge=1)
+    epochs: Epochs | dict[recipes.Method, Epochs] = 12
+    snapshots: int = Field(5, ge=1)
+    batch: int = Field(16, ge=3)
+    gradient_batch: int = Field(32, ge=3)
+    gradient_draws: int = Field(3, ge=2)
+    asked: int = Field(100, ge=8)
+    draws: int = Field(2, ge=1)
+
+    methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
+    followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
+    measured_seed: ClassVar[int] = MEASURED
+
+    def states(self, method: recipes.Method) -> tuple[int, ...]:
+        """The numbers of epochs after which the learner is kept, the end included."""
+        run = self.training(method)
+        return (*(run.snapshots or ()), run.epochs)
+
+    def stages(self) -> list[Stage]:
+        return [self.training(method) for method in self.followed]
+
+
+OWN: tuple[type[Plan], ...] = (Validation, Continual, Explained, Bridges, Taught, TrainingAware, Derivation, Objectives)
