@@ -119,7 +119,7 @@ def go(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Run a profile of one notebook, which is not executed, with a first look at twenty photos; returns what was
-    printed, the notebook's line being how many sets of scores it found."""
+    printed, the notebook's line being how many pictures it found."""
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({"notebooks": "09", "first_look": {"n": 20, "shown": 4, "rank": 2}}))
     monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": profile})
@@ -129,7 +129,7 @@ def go(
     monkeypatch.setattr(run, "_report", lambda *_: "none")
 
     def notebook(*_: object) -> str:
-        print(f"scores: {len([*tmp_path.glob('out/artifacts/influence/*/influence.parquet')])}", flush=True)
+        print(f"pictures: {len([*tmp_path.glob('out/figures/tiny/*.png')])}", flush=True)
         return "ok"
 
     monkeypatch.setattr(run, "_notebook", notebook)
@@ -156,7 +156,7 @@ def test_real_photos_come_first_and_only_once(
     with Image.open(picture) as image:
         assert image.width > 1200
     assert str(picture) in about(printed)[1] and "The 4 of highest influence: mostly" in printed
-    assert "scores: 1" in printed  # the notebook was not started before
+    assert "pictures: 1" in printed  # the notebook was not started before
     written = json.loads(picture.with_suffix(".json").read_text())
     ranked = pd.read_csv(picture.with_suffix(".csv"))
     assert len(ranked) == 20 and ranked["influence"].is_monotonic_decreasing
@@ -168,7 +168,7 @@ def test_real_photos_come_first_and_only_once(
 
 def test_without_photos_one_line_says_how_to_get_them(go: Callable[..., str], tmp_path: Path) -> None:
     printed = go()
-    assert "scores: 0" in printed
+    assert "pictures: 0" in printed
     (line,) = about(printed)
     assert "no CIFAR-10 in the usual places" in line and "issl download cifar10 --data-root DIR" in line
     assert not (tmp_path / "out/figures/tiny/first_look.png").exists()

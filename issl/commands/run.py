@@ -65,15 +65,18 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)
     with overview.shown(), _notebooks_beside_us() as start:
-        looking: list[Callable[[], str]] = []
+        waiting_look = first_look
         first, last = ({n: p for n, p in notebooks.items() if p.last == late} for late in (False, True))
         ends: list[Callable[[], str]] = []
 
         def start_settled(waiting: dict[str, Plan]) -> None:
-            if first_look is not None and not looking and scheduler.settled(first_look.plan):
-                looking.append(start(_look, first_look, scheduler, artifacts, again, overview, began))
-            if first_look is not None and not looking:
-                return  # so that no notebook takes its core
+            nonlocal waiting_look
+            if waiting_look is not None:
+                if not scheduler.settled(waiting_look.plan):
+                    return  # so that no notebook takes its core
+                # here and not beside us: its imports and those of a notebook would meet half-way
+                _look(waiting_look, scheduler, artifacts, again, overview, began)
+                waiting_look = None
             for name in [name for name, plan in waiting.items() if scheduler.settled(plan)]:
                 ends.append(start(_notebook, name, waiting.pop(name), scheduler, artifacts, again, overview))
 
@@ -85,8 +88,6 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
         words = [ended() for ended in ends]
         start_settled(last)  # they read what the others left
         words += [ended() for ended in ends[len(words) :]]
-        for looked in looking:
-            looked()
     failed, late = words.count("FAILED"), words.count("LATE")
     problem = scheduler.problem(plans[EXPLORER.notebook]) if EXPLORER.notebook in plans else None
     page = _report(options, artifacts) + (f" (without its images: {problem.error})" if problem else "")
@@ -194,9 +195,9 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
 
 def _look(
     found: first_looks.Found, scheduler: Scheduler, artifacts: Artifacts, again: bool, overview: Overview, began: float
-) -> str:
+) -> None:
     """Draw the first look and print its line. What is wrong with the photos or their scores is said, and fails nothing:
-    the notebooks need neither. Returns how it ended: ok or left out."""
+    the notebooks need neither."""
     try:
         problem = scheduler.problem(found.plan)
         if problem is not None:
@@ -206,8 +207,6 @@ def _look(
         overview.say(f"first look: {picture}, {how}")
     except IsslError as error:
         overview.say(f"first look: left out, {error}")
-        return "left out"
-    return "ok"
 
 
 def _notebook(
