@@ -520,13 +520,11 @@ class Derivation(Plan):
         The biases keep features away from 0, where the cosine has no derivative."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            net = nn.Sequential(
-                nn.AdaptiveAvgPool2d(self.pool), Normalize(), nn.Flatten(),
-                nn.Linear(3 * self.pool**2, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.outputs),
-            ).double()  # fmt: skip
-        for layer in (net[3], net[5]):
+            layers = nn.Linear(3 * self.pool**2, self.hidden), nn.Linear(self.hidden, self.outputs)
+        for layer in layers:
             layer.weight.data *= 2  # far from 0, too
-        return net.eval().requires_grad_(False)
+        net = nn.Sequential(nn.AdaptiveAvgPool2d(self.pool), Normalize(), nn.Flatten(), layers[0], nn.Tanh(), layers[1])
+        return net.double().eval().requires_grad_(False)
 
     def stages(self) -> list[Stage]:
         return []

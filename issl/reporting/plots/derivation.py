@@ -64,7 +64,9 @@ def another_loss(
     by_group = {trained: list(agreement[trained].values()) for trained in TRAINED}
     label = "Spearman ρ with the change of the image's own\nstability loss, trained without it"
     figures.forests(left, list(agreement[TRAINED[0]]), by_group, label, 0.0, colours)
-    left.legend(frameon=False, title="trained on", loc="lower right", bbox_to_anchor=(0.97, 0.0), title_fontsize=7.5)
+    handles, names = left.get_legend_handles_labels()
+    names = [f"trained on: {name}" for name in names]
+    figure.legend(handles, names, frameon=False, loc="outside lower left", ncols=2)
     left.set_title("a  which formula ranks what retraining shows?", loc="left")
     for k, (name, e) in enumerate(spectra.items()):
         right.plot(range(1, len(e) + 1), e, color=f"C{k + 2}", label=name, lw=1.3)
