@@ -77,8 +77,8 @@ def gradients(plan: Objectives, tables: Mapping[str, Float[np.ndarray, "k k"]], 
         ax.set_yticks(range(len(names)), names if k == 0 else [])
         ax.set_title(when, loc="left")
     ax, moments = right.subplots(), list(tables)
-    for (name, cosine), part in own.groupby(["method", "cosine"], sort=False):
-        with_stability = cosine == "with stability"
+    for (method, cosine), part in own.groupby(["method", "cosine"], sort=False):
+        name, with_stability = str(method), cosine == "with stability"
         label = NAMES[name] if with_stability else None
         style = "-" if with_stability else ":"
         ax.plot(moments, part["value"], color=figures.COLOURS[name], ls=style, marker="o", ms=3, label=label)
@@ -123,10 +123,10 @@ def curves(plan: Objectives, table: pd.DataFrame, descended: Mapping[str, pd.Ser
         ax.set_xlabel("epoch")
     figure.legend(loc="outside lower center", ncols=len(descended), frameon=False)
     ends = table.groupby("method", sort=False)["stability loss"].agg(lambda v: v.iloc[-1] / v.iloc[0])
-    text = ", ".join(f"{NAMES[name]} {times:.2f}" for name, times in ends.items())
+    text = ", ".join(f"{NAMES[str(name)]} {times:.2f}" for name, times in ends.items())
     figure.suptitle(
         f"Stability loss at the end, in parts of that before training: {text}\n"
-        f"({plan.set_name}, {plan.asked} test images, encoders of width {plan.width}, one training each; 1 − cos)",
+        f"({plan.set_name}, {plan.asked_data().first} test images, width {plan.width}, one training each; 1 − cos)",
         fontsize=8.5,
     )
     return figure
