@@ -98,7 +98,7 @@ def damped(
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.PAGE, 2.6))
     left.loglog(sweep["damping"], scores, color="C0", lw=0.5, alpha=0.5)
     middle.semilogx(sweep["damping"], sweep["leverage"], color="C2", label="leverage")
-    middle.semilogx(sweep["damping"], sweep["norm"], color="C3", label="‖g‖²")
+    middle.semilogx(sweep["damping"], sweep["norm"], color="C3", label="‖g‖², by layer")
     for ax in (left, middle):
         ax.axvline(plan.damping, color="grey", lw=0.8, ls="--")
         ax.set_xlabel("damping (dashed: the score's)")

@@ -78,8 +78,7 @@ def gradients(plan: Objectives, tables: Mapping[str, Float[np.ndarray, "k k"]], 
         ax.set_title(when, loc="left")
     ax, moments = right.subplots(), list(tables)
     for (method, cosine), part in own.groupby(["method", "cosine"], sort=False):
-        name = str(method)
-        with_stability = cosine == "with stability"
+        name, with_stability = str(method), cosine == "with stability"
         label = NAMES[name] if with_stability else None
         style = "-" if with_stability else ":"
         ax.plot(moments, part["value"], color=figures.COLOURS[name], ls=style, marker="o", ms=3, label=label)
@@ -127,7 +126,7 @@ def curves(plan: Objectives, table: pd.DataFrame, descended: Mapping[str, pd.Ser
     text = ", ".join(f"{NAMES[str(name)]} {times:.2f}" for name, times in ends.items())
     figure.suptitle(
         f"Stability loss at the end, in parts of that before training: {text}\n"
-        f"({plan.set_name}, {plan.asked} test images, encoders of width {plan.width}, one training each; 1 − cos)",
+        f"({plan.set_name}, {plan.asked_data().first} test images, width {plan.width}, one training each; 1 − cos)",
         fontsize=8.5,
     )
     return figure
