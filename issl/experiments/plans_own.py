@@ -520,11 +520,13 @@ class Derivation(Plan):
         The biases keep features away from 0, where the cosine has no derivative."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            layers = nn.Linear(3 * self.pool**2, self.hidden), nn.Linear(self.hidden, self.outputs)
-        for layer in layers:
-            layer.weight.data *= 2  # far from 0, too
-        net = nn.Sequential(nn.AdaptiveAvgPool2d(self.pool), Normalize(), nn.Flatten(), layers[0], nn.Tanh(), layers[1])
-        return net.double().eval().requires_grad_(False)
+            net = nn.Sequential(
+                nn.AdaptiveAvgPool2d(self.pool), Normalize(), nn.Flatten(),
+                nn.Linear(3 * self.pool**2, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.outputs),
+            ).double()  # fmt: skip
+        for name in ("3.weight", "5.weight"):
+            net.get_parameter(name).data *= 2  # far from 0, too
+        return net.eval().requires_grad_(False)
 
     def stages(self) -> list[Stage]:
         return []
@@ -553,6 +555,10 @@ class Objectives(Scored):
     methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
     followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
     measured_seed: ClassVar[int] = MEASURED
+
+    def asked_data(self) -> Data:
+        """The test images that are followed."""
+        return self.data("test").model_copy(update={"first": min(self.asked, self.n_test)})
 
     def states(self, method: recipes.Method) -> tuple[int, ...]:
         """The numbers of epochs after which the learner is kept, the end included."""
