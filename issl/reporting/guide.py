@@ -107,7 +107,7 @@ def _further(profile: str) -> list[tuple[str, list[str]]]:
     trained = "--recipe short --width 8 --epochs 20 --batch-size 64 --time-budget 30"
     own = [
         f"issl pretrain --data folder:photos {trained} --out mine.safetensors",
-        "issl influence --data folder:photos --encoder mine.safetensors --out mine.parquet",
+        "issl influence --data folder:photos --encoder mine.safetensors --out scores.parquet",
     ]
     larger = [
         ("the same on real images, an hour and a half", [f"{run} --profile mini --data-root DIR"]),
