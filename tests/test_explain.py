@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 import issl
-from issl.commands import cli
+from issl.commands import cli, explain
 from issl.commands.explain import lists
 from issl.influence.cross import as_queries
 from issl.pretraining.encoder import load_encoder
@@ -85,6 +87,33 @@ def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> Non
         load_encoder(trained), images, curvature=issl.LoGra(4), draws=4, computing=issl.Computing(batch_size=64)
     )
     assert row["influence"] == pytest.approx(own["influence"][7], rel=1e-3)
+
+
+def test_files_go_by_their_names(trained: Path, tmp_path: Path, capsys) -> None:
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for k in range(12):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / f"p{k:02}.png")
+    told = [
+        "--encoder",
+        str(trained),
+        "--data",
+        f"folder:{photos}",
+        "--rank",
+        "2",
+        "--k",
+        "3",
+        "--draws",
+        "1",
+        "--any-data",
+    ]
+    assert cli.main(["explain", "train:4", *told, "--out", str(tmp_path / "why.png")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(".png, p") >= 4 and not re.search(r"\d{12}", printed)  # not the hashes of their names
+    query = explain.read_query(
+        Namespace(image="train:4", size=None, data=f"folder:{photos}"), issl.load(f"folder:{photos}")
+    )
+    assert query.attributes["what"][0] == "training image 4 (p04.png)"
 
 
 def test_a_photo_is_fitted_only_where_it_is_asked_for(trained: Path, tmp_path: Path, capsys) -> None:

@@ -42,7 +42,10 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="compute a profile's stages and execute its notebooks")
     _profile_arguments(run)
     run.add_argument(
-        "--jobs", type=int, metavar="N", help="how many stages at once (default: one per core, up to 4; up to 4 per GPU)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many stages at once (default: one per core, up to 4; up to 4 per GPU)",
     )
     run.add_argument("--again", action="store_true", help="run notebooks even if nothing they depend on has changed")
     compute = commands.add_parser(

@@ -181,7 +181,10 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
     member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)  # a name may hold a newline
     if member and member[1]:
         place = _place(options.image, member[1], images)
-        return _one(images.pixels[place], int(images.index[place]), f"training image {member[1]}", True)
+        paths, named = images.attributes.get("path"), f"training image {member[1]}"
+        if paths is not None and paths.iloc[place] != member[1]:
+            named += f" ({paths.iloc[place]})"
+        return _one(images.pixels[place], int(images.index[place]), named, True)
     if member:
         same = options.size or side if options.data == "fairface" else None
         test = datasets.load(options.data, "test", None, options.data_root, size=same)
@@ -275,7 +278,10 @@ def _summary(table: pd.DataFrame, which: dict[str, str]) -> str:
     lines = []
     for name, text in which.items():
         part = table[table["list"] == name]
-        known = next((part[c].astype(str) for c in ("label_name", "path") if c in part), None)
-        each = part["index"].astype(str) if known is None else part["index"].astype(str) + " (" + known + ")"
+        each = part["index"].astype(str)
+        if "path" in part:  # of files, the index is the hash of this
+            each = part["path"].astype(str)
+        elif "label_name" in part:
+            each = each + " (" + part["label_name"].astype(str) + ")"
         lines.append(f"{text}: {', '.join(each)}")
     return "\n".join([*lines, in_common(table)])
