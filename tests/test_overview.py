@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,7 +15,7 @@ import yaml
 from rich.console import Console
 from test_scale import thin
 
-from issl.commands import cli, doctor, profiles, progress
+from issl.commands import cli, doctor, profiles, progress, run
 from issl.commands.progress import Overview, in_words
 from issl.commands.scheduler import Ended, Scheduler
 from issl.errors import IsslError
@@ -61,6 +63,27 @@ class Pair(Plan):
 
 def overview(there: Callable[[Stage], bool] = lambda _: False) -> Overview:
     return Overview(Scheduler([Pair()], there, other=cost.NOTEBOOK), notebooks=1)
+
+
+def test_a_notebook_that_a_stopped_run_ends_is_not_called_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, killed = overview(), threading.Event()
+    kernel = SimpleNamespace(kill=killed.set)
+    children = SimpleNamespace(children=lambda recursive: [kernel])
+    monkeypatch.setattr(run, "psutil", SimpleNamespace(Process=lambda: children))
+
+    def notebook(line: str) -> None:
+        assert killed.wait(60)
+        seen.notebook(line)
+
+    with pytest.raises(KeyboardInterrupt), run._notebooks_beside_us(seen) as start:
+        start(notebook, "FAILED")
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == ""
+    with run._notebooks_beside_us(overview()) as start:
+        start(overview().notebook, "ok")()
+    assert capsys.readouterr().out == "ok\n"
 
 
 def test_what_is_left_follows_what_was_done() -> None:

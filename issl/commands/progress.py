@@ -17,10 +17,14 @@ from issl.experiments.cost import NOTEBOOK
 
 
 class Overview:
-    """What a run prints while it works; each notebook that ends lowers the scheduler's rest by NOTEBOOK seconds."""
+    """What a run prints while it works; each notebook that ends lowers the scheduler's rest by NOTEBOOK seconds.
+
+    stopped   the run is being stopped: a notebook that ends now was ended, which says nothing about it
+    """
 
     def __init__(self, scheduler: Scheduler, notebooks: int):
         self.scheduler, self.notebooks, self.notebooks_done = scheduler, notebooks, 0
+        self.stopped = False
         self._progress: Progress | None = None
 
     def status(self) -> str:
@@ -38,6 +42,8 @@ class Overview:
 
     def notebook(self, line: str) -> None:
         """Print a notebook that ended."""
+        if self.stopped:
+            return
         self.notebooks_done += 1
         self.scheduler.other -= NOTEBOOK
         self._print(line)

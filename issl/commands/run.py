@@ -64,7 +64,7 @@ def run(options: ProfileOptions, again: bool = False, jobs: int | None = None) -
     overview = Overview(scheduler, len(notebooks))
     if scheduler.to_do():
         print(f"{overview.status()} (a first guess)", flush=True)
-    with overview.shown(), _notebooks_beside_us() as start:
+    with overview.shown(), _notebooks_beside_us(overview) as start:
         waiting_look = first_look
         first, last = ({n: p for n, p in notebooks.items() if p.last == late} for late in (False, True))
         ends: list[Callable[[], str]] = []
@@ -169,7 +169,7 @@ def _report(options: ProfileOptions, artifacts: Artifacts) -> str:
 
 
 @contextmanager
-def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
+def _notebooks_beside_us(overview: Overview) -> Iterator[Callable[..., Callable[[], str]]]:
     """Yields start(function, *arguments), which returns a function that waits for the result.
 
     An error or interrupt inside the block ends the kernels at once.
@@ -183,6 +183,7 @@ def _notebooks_beside_us() -> Iterator[Callable[..., Callable[[], str]]]:
     try:
         yield lambda *call: pool.submit(*call).result
     except BaseException:
+        overview.stopped = True
         pool.shutdown(wait=False, cancel_futures=True)
         for kernel in psutil.Process().children(recursive=True):
             kernel.kill()
