@@ -26,7 +26,7 @@ from issl.influence.curvature import LoGra
 from issl.pretraining.other_encoders import open_encoder
 
 DATA = Data(name="scenes", n=24)
-TAKES = {"01", "02", "03", "04", "07", "09", "11", "13", "14"}
+TAKES = {"01", "02", "03", "04", "07", "09", "11", "13", "14", "17"}
 
 
 def calibrated(net: nn.Module, seed: int = 0) -> nn.Module:
