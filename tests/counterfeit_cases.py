@@ -17,6 +17,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from device_cases import scores_and_cross_influence
 
 import issl
 from issl import GaussianNoise
@@ -24,10 +25,9 @@ from issl.analysis import evaluate
 from issl.analysis.training_influence import training_influence
 from issl.data import image_operations
 from issl.experiments import cost
-from issl.experiments.settings import KINDS, named_curvature
+from issl.experiments.settings import KINDS
 from issl.influence import curvature, losses, perturbation
 from issl.influence.computing import Computing
-from issl.influence.cross import cross_influence
 from issl.influence.losses import CrossEntropy
 from issl.influence.perturbation import Augmentation
 from issl.influence.self_influence import self_influence
@@ -63,18 +63,7 @@ def trained(device: torch.device | str, method: Method = "simclr", n: int = 16, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_cross_influence(kind: str, gpu: torch.device, net: torch.nn.Module) -> None:
-    images, weighing = nets.pictures(20), named_curvature(kind, 3)
-    for settings in ({"draws": 2, "sweep": [1.0]}, {"perturbation": Augmentation("chain")}):
-        here, there = (
-            self_influence(net, images, curvature=weighing, computing=Computing(device=d, batch_size=8), **settings)
-            for d in ("cpu", gpu)
-        )
-        np.testing.assert_allclose(there["influence"], here["influence"], rtol=1e-4)
-    here, there = (
-        cross_influence(net, images, nets.pictures(5, 1), curvature=weighing, computing=Computing(device=d))
-        for d in ("cpu", gpu)
-    )
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-6 * float(here.abs().max()))
+    scores_and_cross_influence(kind, net, gpu, relative=1e-4, smallest=1e-6)
 
 
 @pytest.mark.parametrize(("method", "variant"), [*((m, "short") for m in METHODS), ("byol", "published")])

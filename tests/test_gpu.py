@@ -13,16 +13,15 @@ import nets
 import numpy as np
 import pytest
 import torch
+from device_cases import scores_and_cross_influence
 
 import issl
 from issl import GaussianNoise
 from issl.analysis import evaluate
 from issl.analysis.training_influence import training_influence
 from issl.devices import Batches, full_precision
-from issl.experiments.settings import KINDS, named_curvature
+from issl.experiments.settings import KINDS
 from issl.influence.computing import Computing
-from issl.influence.cross import cross_influence
-from issl.influence.perturbation import Augmentation
 from issl.influence.self_influence import self_influence
 from issl.pretraining import loop
 from issl.pretraining.encoder import resnet18
@@ -58,18 +57,7 @@ def trained(device: torch.device | str, method: Method, n: int = 256, **settings
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_cross_influence(kind: str, net: torch.nn.Module) -> None:
-    images, weighing = nets.pictures(20), named_curvature(kind, 3)
-    for settings in ({"draws": 2, "sweep": [1.0]}, {"perturbation": Augmentation("chain")}):
-        here, there = (
-            self_influence(net, images, curvature=weighing, computing=Computing(device=d, batch_size=8), **settings)
-            for d in ("cpu", CUDA)
-        )
-        np.testing.assert_allclose(there["influence"], here["influence"], rtol=1e-3)
-    here, there = (
-        cross_influence(net, images, nets.pictures(5, 1), curvature=weighing, computing=Computing(device=d))
-        for d in ("cpu", CUDA)
-    )
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5 * float(here.abs().max()))
+    scores_and_cross_influence(kind, net, CUDA, relative=1e-3, smallest=1e-5)
 
 
 def test_scores_of_a_resnet_and_the_same_each_time() -> None:
