@@ -181,10 +181,9 @@ def _content(profile: str) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    possible = [name for name in profiles() if "base" not in _file(name)]
-    if base not in possible:
+    if base not in list(profiles()) or "base" in (changed := _file(base)):
+        possible = [name for name in profiles() if "base" not in _file(name)]
         raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
-    changed = _file(base)
     for entry, value in content.items():
         changed[entry] = {**(changed.get(entry) or {}), **(value or {})} if entry != "notebooks" else value
     return changed
