@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,22 @@ class Pair(Plan):
 
 def overview(there: Callable[[Stage], bool] = lambda _: False) -> Overview:
     return Overview(Scheduler([Pair()], there, other=cost.NOTEBOOK), notebooks=1)
+
+
+def test_an_interrupt_ends_the_kernels_at_once() -> None:
+    kernels: list[subprocess.Popen] = []
+
+    def hang() -> int:
+        kernels.append(subprocess.Popen(["sleep", "120"]))
+        return kernels[-1].wait()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), run._notebooks_beside_us(overview()) as start:
+        start(hang)
+        while not kernels:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60 and kernels[0].wait() < 0
 
 
 def test_a_notebook_that_a_stopped_run_ends_is_not_called_failed(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,22 +100,6 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     keys.add(key())
     assert len(keys) == 6
     assert key() == key(plan.model_copy(update={"out": "elsewhere"}))
-
-
-def test_an_interrupt_ends_the_kernels_at_once() -> None:
-    kernels: list[subprocess.Popen] = []
-
-    def hang() -> int:
-        kernels.append(subprocess.Popen(["sleep", "120"]))
-        return kernels[-1].wait()
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), run._notebooks_beside_us() as start:
-        start(hang)
-        while not kernels:
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-    assert time.monotonic() - began < 60 and kernels[0].wait() < 0
 
 
 @pytest.mark.parametrize(
