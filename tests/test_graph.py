@@ -6,10 +6,15 @@ import networkx
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from scipy.spatial.distance import cdist
 
 import issl
 from issl.analysis import baselines, neighbour_graph
+
+
+def graph(features: torch.Tensor, k: int) -> sparse.csr_array:
+    return neighbour_graph.knn_graph(neighbour_graph.nearest(features, k)[0])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def test_nearest_is_brute_force(features: torch.Tensor) -> None:
 
 
 def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(features: torch.Tensor) -> None:
-    net, labels = neighbour_graph.knn_graph(features, 5), np.arange(60) % 3
+    net, labels = graph(features, 5), np.arange(60) % 3
     a = net.toarray()
     degree, m = a.sum(1), a.sum() / 2
     same = labels[:, None] == labels[None]
@@ -64,17 +69,31 @@ def test_bridges_between_two_clusters() -> None:
     generator = torch.Generator().manual_seed(1)
     a = torch.tensor([1.0, 0.0]) + 0.05 * torch.randn(10, 2, generator=generator)
     b = torch.tensor([0.0, 1.0]) + 0.05 * torch.randn(10, 2, generator=generator)
-    net = neighbour_graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=12)
+    net = graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=12)
     labels = np.array([0] * 10 + [1] * 10 + [0])
     assert (net != net.T).nnz == 0 and net.diagonal().sum() == 0
     share = neighbour_graph.cross_class_share(net, labels)
     i, j = net.nonzero()
     for k in range(21):
         assert share[k] == pytest.approx(np.mean(labels[j[i == k]] != labels[k]))
-    near = neighbour_graph.knn_graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=3)
+    near = graph(torch.cat([a, b, torch.tensor([[1.0, 1.0]])]), k=3)
     between = neighbour_graph.betweenness(near, None)
     exact = networkx.betweenness_centrality(networkx.from_scipy_sparse_array(near))
     np.testing.assert_allclose(between, [exact[k] for k in range(21)])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_betweenness_is_the_share_of_shortest_paths(features: torch.Tensor, k: int) -> None:
+    """Of the nearest neighbour alone the graph is in pieces."""
+    net = graph(features, k)
+    peer = networkx.from_scipy_sparse_array(net)
+    exact = networkx.betweenness_centrality(peer)
+    np.testing.assert_allclose(neighbour_graph.betweenness(net, None), [exact[v] for v in range(60)], atol=1e-15)
+    chosen = np.random.default_rng(1).choice(60, 20, replace=False)
+    paths = networkx.betweenness_centrality_subset(peer, chosen.tolist(), list(range(60)))  # each pair counts half
+    want = [2 * paths[v] / ((20 - (v in chosen)) * 58) for v in range(60)]
+    np.testing.assert_allclose(neighbour_graph.betweenness(net, 20, seed=1), want, atol=1e-15)
+    np.testing.assert_allclose(neighbour_graph.betweenness(net, 20, seed=1, at_once=64), want, atol=1e-15)
 
 
 def test_matched_controls() -> None:

@@ -457,7 +457,7 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out:
     # against removals of as many of each class, the classes' own counts are the same
     p_images, score = p.data().load(), p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
     keep, classes = ~statistics.top(score, 0.1), p_images.require_labels().numpy()
-    net = knn_graph(p.features(p.pretrain("byol")).read(p.artifacts()), p.neighbours)
+    net = knn_graph(nearest(p.features(p.pretrain("byol")).read(p.artifacts()), p.neighbours)[0])
     ours = removed_rows(table, "byol", "influence")
     without_top = modularity(induced(net, keep), classes[keep])
     between = without_top - ours["modularity (matched)"], without_top - ours["modularity"]

@@ -227,6 +227,7 @@ def test_every_kind_of_stage_has_a_cost(tmp_path: Path) -> None:
         stages.StatisticsEffect(pretrain=TRAIN, data=DATA, query=few),
         stages.SubsetEffect(pretrain=TRAIN, data=DATA, query=few, left_out=(stages.Draw(data=DATA, share=0.5),)),
         Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
+        stages.Neighbours(features=train), stages.Betweenness(neighbours=stages.Neighbours(features=train)),
         stages.Given(method="simclr", checkpoint=tmp_path / "weights.pt"),
     ]  # fmt: skip
     kinds = {kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)}

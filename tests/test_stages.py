@@ -12,11 +12,26 @@ import pytest
 import torch
 
 import issl
+from issl.analysis import neighbour_graph
 from issl.analysis.image_statistics import image_statistics
 from issl.experiments.cache import Artifacts, damaged
 from issl.experiments.plans_paper import SeedCorrelation
 from issl.experiments.settings import KINDS, Data, in_key, named_curvature
-from issl.experiments.stages import Cross, Draw, Embed, Influence, Nearness, Pick, Pretrain, Prune, Stability, Thin, Top
+from issl.experiments.stages import (
+    Betweenness,
+    Cross,
+    Draw,
+    Embed,
+    Influence,
+    Nearness,
+    Neighbours,
+    Pick,
+    Pretrain,
+    Prune,
+    Stability,
+    Thin,
+    Top,
+)
 from issl.influence.cross import as_queries
 from issl.influence.curvature import EKFAC, Identity, LoGra
 from issl.influence.losses import CrossEntropy
@@ -278,6 +293,17 @@ def test_stability_is_the_loss_that_influence_reports(tmp_path: Path) -> None:
     want = influence(draws=2, seed=3).read(artifacts)
     np.testing.assert_allclose(got["stability_loss"], want["stability_loss"], rtol=1e-3)
     assert (got["index"] == want["index"]).all()
+
+
+def test_neighbours_and_betweenness_are_those_of_the_features(tmp_path: Path) -> None:
+    artifacts, features = Artifacts(tmp_path), Embed(pretrain=TRAIN, data=DATA)
+    near = Neighbours(features=features, k=3)
+    places, distances = near.read(artifacts)
+    want = neighbour_graph.nearest(features.read(artifacts), 3)
+    np.testing.assert_array_equal(places, want[0])
+    np.testing.assert_array_equal(distances, want[1])
+    between = Betweenness(neighbours=near, sources=10, seed=2).read(artifacts)
+    np.testing.assert_array_equal(between, neighbour_graph.betweenness(neighbour_graph.knn_graph(places), 10, seed=2))
 
 
 def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> None:

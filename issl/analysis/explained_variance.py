@@ -19,7 +19,6 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from issl.analysis.baselines import knn_distance
 from issl.analysis.image_statistics import image_statistics
 from issl.analysis.statistics import RESAMPLES, Estimate
 from issl.data.image_operations import luma
@@ -46,9 +45,9 @@ def pixel_table(images: Images) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(PIXELS, columns, strict=True)))
 
 
-def forward_table(features: Float[Tensor, "n d"], stability_loss: np.ndarray, k: int = 10) -> pd.DataFrame:
+def forward_table(features: Float[Tensor, "n d"], stability_loss: np.ndarray, knn_distance: np.ndarray) -> pd.DataFrame:
     """Columns FORWARD, one row per image."""
-    columns = (stability_loss, features.norm(dim=1).numpy(), knn_distance(features, k))
+    columns = (stability_loss, features.norm(dim=1).numpy(), knn_distance)
     return pd.DataFrame(dict(zip(FORWARD, columns, strict=True)))
 
 

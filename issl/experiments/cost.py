@@ -136,6 +136,10 @@ def work(stage: Stage) -> Work:
         case stages.Evaluate() | stages.Nearness():
             data: Data = stage.train.data
             return Work(fixed=0.5, evaluated=_count(data))
+        case stages.Neighbours():  # n² distances, of which the smallest are looked for: 30 s of a core for 50,000
+            return Work(fixed=1e-8 * _count(stage.features.data) ** 2)
+        case stages.Betweenness():  # 6 s for 256 sources among 50,000
+            return Work(fixed=5e-7 * stage.sources * _count(stage.neighbours.features.data))
         case Given():
             return Work(fixed=0.5)  # its file is read
         case stages.Prune() | stages.Thin() | stages.Pick() | stages.Draw() | stages.Top():

@@ -21,7 +21,7 @@ from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.claims import Learned, provenance
 from issl.experiments.given import CheckpointFile, Given
 from issl.experiments.settings import Data, Injection
-from issl.experiments.stages import Choice, Embed, Evaluate, Influence, Pretrain
+from issl.experiments.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
 from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
@@ -227,6 +227,14 @@ class Scored(Plan):
     def features(self, encoder: Pretrain | Given, data: Data | None = None) -> Embed:
         """Features of this notebook's images, or of `data`, under an encoder."""
         return Embed(pretrain=encoder, data=data or self.data())
+
+    def nearest(self, encoder: Pretrain | Given, k: int) -> Neighbours:
+        """The k nearest others of each of this notebook's images, under an encoder."""
+        return Neighbours(features=self.features(encoder), k=k)
+
+    def betweenness(self, encoder: Pretrain | Given, k: int) -> Betweenness:
+        """Of each of this notebook's images, in the graph of its k nearest, under an encoder."""
+        return Betweenness(neighbours=self.nearest(encoder, k), seed=self.seed)
 
     def evaluation(self, encoder: Pretrain | Given, train: Data | None = None, test: Data | None = None) -> Evaluate:
         """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw them or not."""

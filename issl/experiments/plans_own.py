@@ -318,7 +318,9 @@ class Explained(Scored):
         return self.influence(encoder, self.noise_seed + noise)
 
     def stages(self) -> list[Stage]:
-        return [*self.of_each(self.methods), *(self.scores(e, 1) for e in self.with_untrained(self.methods))]
+        each = self.with_untrained(self.methods)
+        again = (stage for e in each for stage in (self.scores(e, 1), self.nearest(e, self.neighbours)))
+        return [*self.of_each(self.methods), *again]
 
 
 class Bridges(Scored):
@@ -358,7 +360,8 @@ class Bridges(Scored):
         tests = [self.features(e, self.data("test")) for method in self.methods for e in self.scored_encoders(method)]
         doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
         drawn = [stage for at in doses for stage in (self.dose_encoder(*at), self.dose_scores(*at))]
-        return [*self.of_each(self.methods), *tests, *drawn, *self._doses_learned()]
+        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [*self.of_each(self.methods), *between, *tests, *drawn, *self._doses_learned()]
 
     def _doses_learned(self) -> list[Evaluate]:
         """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the usual backgrounds."""

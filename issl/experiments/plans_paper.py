@@ -174,7 +174,8 @@ class BackgroundBias(Scored):
     def stages(self) -> list[Stage]:
         drawn = self.drawn_encoders()
         scenes = [stage for e in drawn for stage in (e, self.swapped_scores(e))]
-        return [*self.of_each(self.methods), *scenes, *self.drawn_plan().learned_stages(drawn)]
+        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [*self.of_each(self.methods), *between, *scenes, *self.drawn_plan().learned_stages(drawn)]
 
 
 class Duplicates(Scored):

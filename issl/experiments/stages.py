@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from issl.analysis.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
 from issl.analysis.image_statistics import image_statistics
-from issl.analysis.neighbour_graph import nearest
+from issl.analysis.neighbour_graph import betweenness, knn_graph, nearest
 from issl.analysis.query_measures import stability_measures
 from issl.analysis.statistics_influence import statistics_influence
 from issl.analysis.training_influence import Share, subset_effects, training_influence
@@ -563,6 +563,49 @@ class Nearness(Pairs):
         _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
 
 
+class Neighbours(Stage):
+    """The k nearest other images of each in feature space: neighbours.safetensors (`places`: positions, and
+    `distances`, (n, k) each)."""
+
+    name: ClassVar[str] = "neighbours"
+
+    features: Embed
+    k: int = Field(10, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        places, distances = map(torch.from_numpy, nearest(self.features.read(artifacts), self.k))
+        with atomic(folder / "neighbours.safetensors") as part:
+            save_file({"places": places.int(), "distances": distances}, part)
+
+    def read(self, artifacts: Artifacts) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and cosine distances, (n, k) each, the nearest first."""
+        kept = read_safetensors(artifacts.get(self) / "neighbours.safetensors", "neighbours")[1]
+        return kept["places"].numpy(), kept["distances"].numpy()
+
+
+class Betweenness(Stage):
+    """The share of shortest paths through each image in the graph of nearest neighbours: betweenness.parquet (index,
+    betweenness)."""
+
+    name: ClassVar[str] = "betweenness"
+
+    neighbours: Neighbours
+    sources: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        graph = knn_graph(self.neighbours.read(artifacts)[0])
+        index = self.neighbours.features.data.load().index.numpy()
+        with atomic(folder / "betweenness.parquet") as part:
+            pd.DataFrame({"index": index, "betweenness": betweenness(graph, self.sources, self.seed)}).to_parquet(
+                part, index=False
+            )
+
+    def read(self, artifacts: Artifacts) -> np.ndarray:
+        """(n,), see `issl.analysis.neighbour_graph.betweenness`."""
+        return pd.read_parquet(artifacts.get(self) / "betweenness.parquet")["betweenness"].to_numpy()
+
+
 class Lists(Stage):
     """For each image of a set, the k others nearest in feature space and the k others of the highest influence on it:
     lists.parquet (kind nearest or taught, position, rank, other: its position, value)."""
@@ -636,7 +679,7 @@ Choice = Prune | Thin | Pick | Draw | Top
 # Pretrain names Prune, which names Influence, which names Pretrain
 for _stage in (
     Pretrain, Influence, Prune, Thin, Pick, Draw, Top, Embed, Stability, Cross, TrainingEffect, SubsetEffect,
-    StatisticsEffect, Nearness, Lists,
+    StatisticsEffect, Nearness, Neighbours, Betweenness, Lists,
     Evaluate,
 ):  # fmt: skip
     _stage.model_rebuild()
