@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import issl
 from issl.analysis import statistics
+from issl.analysis.resampled_correlations import resampled_correlations
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal(400)
@@ -224,3 +225,15 @@ def test_disattenuated_difference_is_paired_and_undefined_where_nothing_is_relia
         statistics.disattenuated(np.stack([x, x, x]), a)
     with pytest.raises(issl.IsslError, match=r"\(2, 1499\)"):
         statistics.disattenuated(a, b[:, 1:])
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
+    rng = np.random.default_rng(0)
+    columns = np.stack([rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60)])  # with ties; constant
+    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 20, seed=4)
+    drawn = np.random.default_rng(4)
+    for row in found:
+        x, y = columns[:2, drawn.integers(0, 60, 60)]
+        peer = stats.spearmanr if ranked else stats.pearsonr
+        assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)

@@ -5,6 +5,7 @@ Most are scipy's; every number comes as an Estimate with a 95% confidence interv
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from issl.analysis.resampled_correlations import resampled_correlations
 from issl.errors import IsslError
 
 RESAMPLES = 1000
@@ -200,19 +202,19 @@ def disattenuated_difference(
         )
     ranks = np.concatenate([stats.rankdata(v, axis=1) for v in measured])
     signs = [1 / len(others)] * len(others) + [-1 / max(1, len(less))] * len(less)
+    pairs = [(0, 1)]
+    for k in range(1, len(measured)):  # with x: how reliable it is, and both ways of comparing
+        pairs += [(2 * k, 2 * k + 1), (0, 2 * k + 1), (1, 2 * k)]
 
-    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        def r(i: int, j: int) -> Any:
-            return pearson(columns[i], columns[j], axis)
-
-        own, total = r(0, 1), 0.0
-        for k, sign in enumerate(signs, 1):
-            reliable = own * r(2 * k, 2 * k + 1)
-            allowed = np.sqrt(np.where((own > 0) & (reliable > 0), reliable, np.nan))
-            total = total + sign * (r(0, 2 * k + 1) + r(1, 2 * k)) / 2 / allowed
+    def combined(r: np.ndarray) -> np.ndarray:
+        own, total = r[:, 0], np.zeros(len(r))
+        for k, sign in enumerate(signs):
+            reliable, one, other = r[:, 3 * k + 1], r[:, 3 * k + 2], r[:, 3 * k + 3]
+            allowed = np.sqrt(np.where((own > 0) & (reliable > 0), own * reliable, np.nan))
+            total = total + sign * (one + other) / 2 / allowed
         return total
 
-    found = _bootstrap(tuple(ranks), statistic, seed)
+    found = _of_correlations(ranks, pairs, combined, seed)
     return found if np.isfinite(found.value) else Estimate(np.nan, -np.inf, np.inf, found.n)
 
 
@@ -224,13 +226,8 @@ def agreement(
     scores = np.asarray(scores, float)
     if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
         raise IsslError(f"agreement of scores of shape {scores.shape}: need two or more of the same 3 or more images")
-    pairs = np.triu_indices(len(scores), 1)
-
-    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        rows = [stats.rankdata(c, axis=axis) if kind == "spearman" else c for c in columns]
-        return np.mean([pearson(rows[i], rows[j], axis) for i, j in zip(*pairs, strict=True)], axis=0)
-
-    return _bootstrap(tuple(scores), statistic, seed)
+    pairs = list(itertools.combinations(range(len(scores)), 2))
+    return _of_correlations(scores, pairs, lambda r: r.mean(1), seed, kind == "spearman")
 
 
 def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
@@ -246,24 +243,16 @@ def correlation_margin(
 ) -> Estimate:
     """Pearson's r between two seeds, weighted over a grid of settings, minus that of another setting; paired bootstrap
     interval over images (percentile)."""
-    grid, other = np.asarray(grid, float), np.asarray(other, float)
-    g = len(grid)
-
-    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
-        ours = sum(w * pearson(columns[2 * k], columns[2 * k + 1], axis) for k, w in enumerate(weights) if w > 0)
-        return ours - pearson(columns[2 * g], columns[2 * g + 1], axis)
-
-    return _bootstrap((*grid.reshape(2 * g, -1), *other), statistic, seed)
+    columns = np.concatenate([*np.asarray(grid, float), np.asarray(other, float)])
+    pairs = [(k, k + 1) for k in range(0, len(columns), 2)]
+    return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1], seed)
 
 
 def correlation_difference(a: np.ndarray, b: np.ndarray, truth: np.ndarray, seed: int = 0) -> Estimate:
     """Spearman's ρ of `a` with the truth minus that of `b`; paired bootstrap interval over images (percentile)."""
 
-    def statistic(x: np.ndarray, y: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
-        first, second, ranks = (stats.rankdata(v, axis=axis) for v in (x, y, t))
-        return pearson(first, ranks, axis) - pearson(second, ranks, axis)
-
-    return _bootstrap(tuple(np.asarray(v, float) for v in (a, b, truth)), statistic, seed)
+    columns = np.stack([np.asarray(v, float) for v in (a, b, truth)])
+    return _of_correlations(columns, [(0, 2), (1, 2)], lambda r: r[:, 0] - r[:, 1], seed, ranked=True)
 
 
 def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
@@ -358,6 +347,20 @@ def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
     return (x * y).sum(axis) / np.where(size > 0, size, np.inf)
 
 
+def _of_correlations(
+    columns: Float[np.ndarray, "m n"], pairs: Sequence[tuple[int, int]], combined: Callable[[np.ndarray], np.ndarray],
+    seed: int, ranked: bool = False,
+) -> Estimate:  # fmt: skip
+    """What `combined` makes of the correlations of pairs of columns, (r, pairs) to (r,), with its percentile interval
+    over images drawn with replacement."""
+    values = stats.rankdata(columns, axis=1) if ranked else columns
+    whole = np.array([[pearson(values[i], values[j], -1) for i, j in pairs]])
+    with np.errstate(invalid="ignore"):  # resamples without a value are left out
+        value = float(combined(whole)[0])
+        draws = combined(resampled_correlations(columns, pairs, ranked, RESAMPLES, seed))
+    return _percentiles(value, draws, columns.shape[1])
+
+
 def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Estimate:
     """A statistic of paired columns, with its percentile interval over rows drawn with replacement."""
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # for resamples without a value
@@ -366,9 +369,13 @@ def _bootstrap(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any], s
             columns, statistic, n_resamples=RESAMPLES, vectorized=True, paired=True, method="percentile",
             batch=max(1, 4_000_000 // len(columns[0])), rng=np.random.default_rng(seed),
         )  # fmt: skip
-    known = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+    return _percentiles(float(statistic(*columns)), result.bootstrap_distribution, len(columns[0]))
+
+
+def _percentiles(value: float, draws: np.ndarray, n: int) -> Estimate:
+    known = draws[np.isfinite(draws)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-np.inf, np.inf)
-    return Estimate(float(statistic(*columns)), float(low), float(high), len(columns[0]))
+    return Estimate(value, float(low), float(high), n)
 
 
 def proportion(hits: np.ndarray) -> Estimate:

@@ -29,8 +29,8 @@ from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_widt
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
 
-# what it costs to form, write and read one number of a convolution's patches, in multiplications: about 45 on a CPU core
-# with AVX-512, more on a GPU, whose memory is slower beside its arithmetic
+# what it costs to form, write and read one number of a convolution's patches, in multiplications: about 45 on a core of
+# a CPU with AVX-512, more on a GPU, whose memory is slower beside its arithmetic
 PATCHES = 40
 
 
@@ -147,7 +147,7 @@ def read_outputs(layer: Layer, d: Tensor) -> Float[Tensor, "b g o t"]:
 
 
 def _projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
-    """Whether projecting the inputs costs less before the sum over positions than after, in multiplications per view."""
+    """Whether it costs less, in multiplications per view, to project the inputs before the sum over positions."""
     if sketch.p_in is None:
         return True  # there is nothing to project
     (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
