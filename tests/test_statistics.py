@@ -56,7 +56,7 @@ def test_average_precision_and_auc() -> None:
     gain = statistics.auc_difference(score, A, FLAG)
     assert gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A)) and gain.low > 0.2
     same = statistics.auc_difference(A, A, FLAG)
-    assert same.value == same.low == same.high == 0
+    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
     with pytest.raises(issl.IsslError, match="true of none"):
         statistics.average_precision(A, np.zeros(400, bool))
 
@@ -115,7 +115,7 @@ def test_correlation_margin_is_a_difference_of_correlations() -> None:
     got = statistics.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
     assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1]) and got.low > 0.3
     same = statistics.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
-    assert same.value == same.low == same.high == 0
+    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
 
 
 def test_log_ratio() -> None:
@@ -215,7 +215,7 @@ def test_disattenuated_difference_is_paired_and_undefined_where_nothing_is_relia
     want = statistics.disattenuated(a, b).value - statistics.disattenuated(a, c).value
     assert got.value == pytest.approx(want) and got.low > 0.7
     same = statistics.disattenuated_difference(a, [b], [b])
-    assert same.value == same.low == same.high == 0
+    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
     mean = statistics.disattenuated_difference(a, [b, c], [c])
     assert mean.value == pytest.approx((want) / 2)
     alike = np.stack([x, -x])  # two measurements that contradict each other

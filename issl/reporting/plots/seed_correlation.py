@@ -86,7 +86,7 @@ def more_draws(plan: SeedCorrelation, images: Images, by_draws: pd.DataFrame) ->
     axes[0, 0].legend(frameon=False, fontsize=7)
     figure.suptitle(
         "More draws measure the score better; two trainings may still disagree about it\n"
-        f"({images.name}, {min(plan.averaged, len(images))} images, {_encoders(plan)}, "
+        f"({images.name}, {min(plan.averaged, len(images)):,} images, {_encoders(plan)}, "
         f"{plan.profile} profile; line: the paper's {PAPER}; bars: 95% intervals)",
         fontsize=8.5,
     )
