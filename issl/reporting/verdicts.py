@@ -103,7 +103,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
         one = part.iloc[0]
         failed = [failures(records[i]) for i in part.index]
-        methods = [NAMES.get(m, m) if len(part) > 1 else "" for m in part["method"]]
+        methods = _shown([records[i]["variant"] for i in part.index])
         numbers = [f"{m} {_number(r)}".strip() for m, r in zip(methods, part.itertuples(), strict=True)]
         plain = [_verdict(r) for r in part.itertuples()]
         verdicts = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
@@ -250,7 +250,12 @@ def _scale(profile: str) -> int:
 
 
 def _methods(records: Sequence[Record]) -> list[str]:
-    return [_name(r["variant"]) if len(records) > 1 else "" for r in records]
+    return _shown([r["variant"] for r in records])
+
+
+def _shown(variants: Sequence[str]) -> list[str]:
+    """Each record's variant as people write it; of a single record only where it is a method, and others may follow."""
+    return [_name(v) if len(variants) > 1 or v in NAMES else "" for v in variants]
 
 
 def _name(variant: str) -> str:
