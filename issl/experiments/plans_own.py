@@ -359,7 +359,7 @@ class Bridges(Scored):
     def stages(self) -> list[Stage]:
         tests = [self.features(e, self.data("test")) for method in self.methods for e in self.scored_encoders(method)]
         doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
-        drawn = [stage for at in doses for stage in (self.dose_encoder(*at), self.dose_scores(*at))]
+        drawn = [self.dose_scores(*at) for at in doses]
         between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
         return [*self.of_each(self.methods), *between, *tests, *drawn, *self._doses_learned()]
 

@@ -173,7 +173,7 @@ class BackgroundBias(Scored):
 
     def stages(self) -> list[Stage]:
         drawn = self.drawn_encoders()
-        scenes = [stage for e in drawn for stage in (e, self.swapped_scores(e))]
+        scenes = map(self.swapped_scores, drawn)
         between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
         return [*self.of_each(self.methods), *between, *scenes, *self.drawn_plan().learned_stages(drawn)]
 
