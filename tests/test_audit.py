@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import issl
 from issl.analysis import statistics
@@ -126,9 +127,9 @@ def estimates(low: float) -> dict[str, Estimate]:
     ],
 )
 def test_verdicts(low: float, profile: str, outcome: str, verdict: str) -> None:
-    metrics = {m: estimates(low)["auc"] for m in ("cross_class_difference", "betweenness_log_ratio")}
-    metrics["betweenness_log_ratio"] = Estimate(low - 0.6, low - 0.7, low - 0.5, 9)
-    got = claims.judge("semantic_bridges", metrics, profile, "cifar10", LEARNED)
+    metrics = {m: estimates(low)["auc"] for m in ("cross_class_difference_of_degree",)}
+    metrics["betweenness_log_ratio_of_degree"] = Estimate(low - 0.6, low - 0.7, low - 0.5, 9)
+    got = claims.judge("semantic_bridges_of_degree", metrics, profile, "cifar10", LEARNED)
     assert (got["outcome"], got["verdict"]) == (outcome, verdict)
 
 
@@ -166,8 +167,10 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     assert statistics.over_encoders([one]) == one
     same = statistics.over_encoders([one] * 4)  # nothing between encoders: what is left is the images' error
     assert same.value == 0.5 and half(same) == pytest.approx(0.1, rel=0.05)
-    exact = [Estimate(v, v, v, 50) for v in (0.0, 1.0)]  # nothing within: draws of two from two
-    assert (statistics.over_encoders(exact).low, statistics.over_encoders(exact).high) == (0.0, 1.0)
+    exact = [Estimate(v, v, v, 50) for v in (0.0, 1.0, 5.0)]  # nothing within: Student's
+    student = stats.ttest_1samp([0.0, 1.0, 5.0], 0).confidence_interval()
+    over = statistics.over_encoders(exact)
+    assert (over.low, over.high) == pytest.approx((student.low, student.high))
     rng = np.random.default_rng(0)
     many = [Estimate(v, v - 0.196, v + 0.196, 50) for v in rng.normal(0, 0.3, 60)]
     both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
@@ -176,6 +179,18 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     assert opened.low == -np.inf and opened.high < 0.7
     with pytest.raises(issl.IsslError, match="no encoder was measured"):
         statistics.over_encoders([])
+
+
+@pytest.mark.parametrize("between", [0.0, 0.3, 1.0, 10.0])
+def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: float) -> None:
+    """Whichever is larger: the error over images, which the encoders share, or the spread between trainings."""
+    rng, runs = np.random.default_rng(5), 1000
+    shared, own = rng.normal(0, 1, (runs, 1)), rng.normal(0, 1, (runs, 3))
+    covered = 0
+    for values in shared + between * own:
+        e = statistics.over_encoders([Estimate(v, v - 1.96, v + 1.96, 50) for v in values])
+        covered += e.low <= 0 <= e.high
+    assert 0.91 <= covered / runs <= 0.98
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import sparse
 from scipy.spatial.distance import cdist
+from sklearn.metrics import silhouette_score
 
 import issl
 from issl.analysis import baselines, neighbour_graph
@@ -52,6 +53,10 @@ def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(featu
     np.testing.assert_array_equal(neighbour_graph.induced(net, keep).toarray(), a[:40, :40])
     apart = torch.eye(3)[labels] + 0.01 * features[:, :3]
     assert neighbour_graph.separability(apart, labels) > 0.9 > 0.1 > neighbour_graph.separability(features, labels)
+    alone = np.where(np.arange(60) == 7, 9, labels)
+    for classes in (labels, alone):
+        peer = silhouette_score(features.numpy(), classes, metric="cosine")
+        assert neighbour_graph.separability(features, classes) == pytest.approx(peer, abs=1e-6)
 
 
 def test_neighbours_are_kept_by_a_turn_of_the_features(features: torch.Tensor) -> None:
@@ -101,6 +106,13 @@ def test_matched_controls() -> None:
     chosen = np.array([0, 1, 25, 45, 46, 47])
     controls = neighbour_graph.matched(labels, chosen, seed=1)
     assert (labels[controls] == labels[chosen]).all() and not set(controls) & set(chosen)
+    degree = np.random.default_rng(0).integers(1, 6, 60)
+    alike = neighbour_graph.matched(labels, chosen, seed=1, by=degree)
+    assert (labels[alike] == labels[chosen]).all() and not set(alike) & set(chosen)
+    for i, j in zip(chosen, alike, strict=True):
+        pool = [k for k in range(60) if labels[k] == labels[i] and k not in chosen]
+        assert abs(degree[j] - degree[i]) == min(abs(degree[k] - degree[i]) for k in pool)
+    assert len({int(neighbour_graph.matched(labels, chosen, s, by=degree)[0]) for s in range(30)}) > 1
     with pytest.raises(issl.IsslError, match="every image of class 1"):
         neighbour_graph.matched(labels, np.arange(20, 40))
 

@@ -153,7 +153,9 @@ def test_a_line_for_each_claim(records: list[verdicts.Record]) -> None:
     lines = verdicts.short_markdown([*old, *records]).splitlines()
     assert len(lines) == 2 + 2 and "pearson" not in "".join(lines)  # a check is no claim
     assert lines[2].endswith("| r = 0.80 [0.70, 0.90] SimCLR, 0.95 [0.85, 1.05] BYOL | overnight: ○ SimCLR; ● BYOL |")
-    assert lines[3].endswith("| AUC for injected duplicates = 0.60 [0.55, 0.65] SimCLR | overnight: ◐ partly |")
+    assert lines[3].endswith(
+        "| AUC for injected duplicates = 0.60 [0.55, 0.65] SimCLR | overnight: ◐ partly, in part contradicted |"
+    )
     small = [r | {"verdict": claims.UNTESTED} for r in old]
     assert verdicts.short_markdown(small).endswith("| ◌ so far ○ SimCLR; ● BYOL |\n")
     assert verdicts.short_markdown([old[0], small[1]]).endswith("| ○ SimCLR; ◌ so far ● BYOL |\n")

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from issl.analysis.image_statistics import image_statistics
-from issl.analysis.statistics import RESAMPLES, Estimate
+from issl.analysis.statistics import RESAMPLES, Estimate, mean
 from issl.data.image_operations import luma
 from issl.data.images import Images
 from issl.errors import IsslError
@@ -77,8 +77,31 @@ def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, E
     }
 
 
-def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds: int = 5) -> Estimate:
+def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> Estimate:
     """R² of boosted trees on held-out folds; percentile bootstrap over images. Below 0: worse than the mean."""
+    y, guess = _held_out(score, by, seed)
+
+    def r2(rows: np.ndarray | slice) -> float:
+        return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
+
+    rng, n = np.random.default_rng(seed), len(y)
+    low, high = np.quantile([r2(rng.integers(0, n, n)) for _ in range(RESAMPLES)], [0.025, 0.975])
+    return Estimate(r2(slice(None)), float(low), float(high), n)
+
+
+def repeatable_beyond(scores: Float[np.ndarray, "2 n"], by: Sequence[pd.DataFrame], seed: int = 0) -> Estimate:
+    """The part of the variance of two scores of the same images that the columns leave, and that both share:
+
+        Σ_i r_i r'_i / n / √(var y · var y'),   r, r': what boosted trees leave of each, on held-out folds
+
+    What a score's own noise leaves unexplained is not shared. Student's interval over images.
+    """
+    (y, guess), (again, other) = (_held_out(s, b, seed) for s, b in zip(scores, by, strict=True))
+    return mean((y - guess) * (again - other) / np.sqrt(np.var(y) * np.var(again)))
+
+
+def _held_out(score: np.ndarray, by: pd.DataFrame, seed: int, folds: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """The score's normal scores, and what boosted trees make of them that were fitted to the other images."""
     from sklearn.ensemble import HistGradientBoostingRegressor  # slow to import
     from sklearn.model_selection import KFold, cross_val_predict
 
@@ -88,14 +111,7 @@ def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0, folds
     # thousands of tiny parallel regions: several threads would mostly wait for each other, and slow down a training
     # that runs at the same time
     with threadpool_limits(1):
-        guess = cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
-
-    def r2(rows: np.ndarray | slice) -> float:
-        return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
-
-    rng, n = np.random.default_rng(seed), len(y)
-    low, high = np.quantile([r2(rng.integers(0, n, n)) for _ in range(RESAMPLES)], [0.025, 0.975])
-    return Estimate(r2(slice(None)), float(low), float(high), n)
+        return y, cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
 
 
 def _parts(products: Float[np.ndarray, "m m"]) -> list[float]:

@@ -12,7 +12,7 @@ from issl.experiments.claims import Learned
 from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored
 from issl.experiments.settings import Data, Injection
-from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain, Prune, Thin
+from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -309,6 +309,7 @@ class Outliers(Scored):
     """07_outliers: does high influence find atypical images?
 
     made_strange   the share of the test images that is replaced by strange ones (as `atypical` is of training images)
+    loss_draws     of the stability loss that influence is compared with: four cost less than a score and its gradient
     """
 
     notebook: ClassVar[str] = "07_outliers"
@@ -316,6 +317,7 @@ class Outliers(Scored):
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
     made_strange: float = Field(0.1, gt=0, le=0.5)
+    loss_draws: int = Field(4, ge=1)
 
     def new_images(self) -> Data:
         """Test images, some of them made strange: no encoder was trained on them."""
@@ -328,9 +330,17 @@ class Outliers(Scored):
     def new_features(self, encoder: Pretrain | Given) -> Embed:
         return self.features(encoder, self.new_images())
 
+    def new_losses(self, encoder: Pretrain | Given) -> Stability:
+        """Their stability losses, over several draws."""
+        return Stability(
+            pretrain=encoder, data=self.new_images(), perturbation=self.noise, seed=self.noise_seed,
+            draws=self.loss_draws,
+        )  # fmt: skip
+
     def stages(self) -> list[Stage]:
         each = self.with_untrained(self.methods)
-        return [*self.of_each(self.methods), *map(self.new_scores, each), *map(self.new_features, each)]
+        asked = (stage for e in each for stage in (self.new_scores(e), self.new_features(e), self.new_losses(e)))
+        return [*self.of_each(self.methods), *asked]
 
 
 By = Literal["ssl", "supervised", "random"]

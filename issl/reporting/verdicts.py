@@ -87,6 +87,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "value": e.value, "low": e.low, "high": e.high, "n": r["n"], "seeds": len(r["seeds"]),
                 "dataset": r["dataset"], "profile": r["provenance"]["profile"],
                 "tests_held": sum(t["holds"] for t in r["tests"]), "tests": len(r["tests"]),
+                "contradicted": sum(t["state"] == "contradicted" for t in r["tests"]),
                 "outcome": r["outcome"], "verdict": r["verdict"], "notebook": r["notebook"],
                 "commit": r["provenance"]["commit"], "hardware": r["provenance"]["hardware"],
             }
@@ -158,7 +159,9 @@ def _listed(parts: Sequence[str]) -> str:
 
 def _verdict(r: Any) -> str:
     """A verdict with its mark and the tests that hold; where the scale allows none, the outcome is said beside it."""
-    held = f"{r.tests_held}/{r.tests}"
+    held = f"{r.tests_held}/{r.tests}" + (
+        f", {r.contradicted} contradicted" if r.outcome == "partly" and r.contradicted else ""
+    )
     here = f"here {MARKS[r.outcome]} {r.outcome}, {held}" if r.verdict == UNTESTED else held
     return f"{MARKS[r.verdict]} {r.verdict} ({here})"
 
@@ -271,12 +274,20 @@ def _short_verdict(records: Sequence[Record]) -> str:
         by: dict[str, list[str]] = {}
         for r, method in zip(records, _methods(records), strict=True):
             if (r["verdict"] == UNTESTED) == early:
-                by.setdefault(r["outcome"] if early else r["verdict"], []).append(method)
+                found = r["outcome"] if early else r["verdict"]
+                opposed = found == "partly" and any(t["state"] == "contradicted" for t in r["tests"])
+                by.setdefault(found + (", in part contradicted" if opposed else ""), []).append(method)
         if by:
             alone = len(by) == 1 and len(next(iter(by.values()))) == len(records)
-            marked = [f"{MARKS[v]} {v if alone else ', '.join(methods)}" for v, methods in by.items()]
+            marked = [f"{MARKS[v.split(',')[0]]} {v if alone else _also(v, methods)}" for v, methods in by.items()]
             parts.append(("◌ so far " if early else "") + "; ".join(marked))
     return "; ".join(parts)
+
+
+def _also(found: str, methods: Sequence[str]) -> str:
+    """The methods, and what their verdict says beside its mark."""
+    _, comma, more = found.partition(", ")
+    return ", ".join(methods) + (f" ({more})" if comma else "")
 
 
 def latex(records: Sequence[Record]) -> str:

@@ -28,8 +28,8 @@ PANELS = (  # metric, its value without any relation, title, label
     ("auc_labels", 0.5, "d  known backgrounds", "AUC"),
 )
 BRIDGES = (
-    ("cross_class_difference", "share of edges to other classes,\ntop 5% less controls of the same class"),
-    ("betweenness_log_ratio", "betweenness: log ratio,\ntop 5% to controls of the same class"),
+    ("cross_class_difference_of_degree", "share of edges to other classes,\ntop 5% less controls"),
+    ("betweenness_log_ratio_of_degree", "betweenness: log ratio,\ntop 5% to controls"),
 )
 
 
@@ -194,7 +194,7 @@ def swapped(
 
 
 def bridges(plan: BackgroundBias, images: Images, table: pd.DataFrame) -> Figure:
-    """How much more the top 5% by each score bridge classes than other images of the same classes.
+    """How much more the top 5% by each score bridge classes than others of the same classes with as many neighbours.
 
     table  method, score, metric, value, low, high, n
     """
@@ -212,7 +212,7 @@ def bridges(plan: BackgroundBias, images: Images, table: pd.DataFrame) -> Figure
         f"{NAMES[plan.methods[0]]}, top 5% by influence: cross-class edges {headline[0]}, "
         f"log betweenness ratio {headline[1]}\n"
         f"({images.name}, n = {len(images):,}, {plan.neighbours} neighbours, {plan.profile} profile; "
-        "dashed: no bridge)",
+        "controls: of the same class, with as many edges; dashed: no bridge)",
         fontsize=8.5,
     )
     return figure

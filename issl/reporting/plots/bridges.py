@@ -70,7 +70,7 @@ def bridges(
 
 
 def _places(ax: Axes, chart: pd.DataFrame) -> None:
-    ax.scatter(chart["x"], chart["y"], c=chart["label"], cmap="tab10", s=3, lw=0, alpha=0.5)
+    ax.scatter(chart["x"], chart["y"], c=chart["label"], cmap="tab10", s=3, lw=0, alpha=0.5, rasterized=True)
     head = chart[chart["top"]]
     ax.scatter(head["x"], head["y"], s=14, facecolors="none", edgecolors="black", lw=0.7)
     ax.set(xticks=[], yticks=[], xlabel="second eigenvector", ylabel="third eigenvector")
