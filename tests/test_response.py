@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -92,6 +93,17 @@ def encoders_of(signal: tuple[float, ...]) -> tuple[list[np.ndarray], list[np.nd
     truths = rng.normal(size=(len(signal), 15, 30))
     predicted = [s * t + rng.normal(size=t.shape) for s, t in zip(signal, truths, strict=True)]
     return predicted, [t + rng.normal(size=(3, *t.shape)) for t in truths]
+
+
+def test_what_statistics_leave_counts_only_where_a_second_noise_finds_it() -> None:
+    rng = np.random.default_rng(3)
+    known, hidden = rng.normal(size=(2, 3000))
+    table = pd.DataFrame({"known": known})
+    noise = rng.normal(size=(2, 3000))
+    without = explained_variance.repeatable_beyond(known + noise, [table, table])  # half of it unexplained, and noise
+    assert without.low < 0 < without.high and abs(without.value) < 0.05
+    with_hidden = explained_variance.repeatable_beyond(known + hidden + noise, [table, table])  # a third of it
+    assert with_hidden.value == pytest.approx(1 / 3, abs=0.05) and with_hidden.low > 0.25
 
 
 def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(monkeypatch) -> None:

@@ -75,7 +75,11 @@ AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
 
 
 class AugmentationAblation(Scored):
-    """02_augmentation_ablation: is Gaussian noise the most stable perturbation?"""
+    """02_augmentation_ablation: is Gaussian noise the most stable perturbation?
+
+    sigmas    of Gaussian noise with the paper's mean, which is the same shift under every seed
+    centred   of Gaussian noise with mean 0: what an augmentation of the same strength is compared with
+    """
 
     notebook: ClassVar[str] = "02_augmentation_ablation"
     takes_checkpoints: ClassVar[bool] = True
@@ -83,6 +87,7 @@ class AugmentationAblation(Scored):
     methods: tuple[recipes.Method, ...] = ("simclr",)
     scored: int = Field(128, ge=16)
     sigmas: tuple[float, ...] = (0.05, 0.2, 0.4)
+    centred: tuple[float, ...] = Field((0.02, 0.1, 0.4), min_length=2)
     strengths: tuple[float, ...] = (1.0,)  # 1 among them
     draws: tuple[int, ...] = Field((1, 4), min_length=1)
 
@@ -100,6 +105,7 @@ class AugmentationAblation(Scored):
         found: dict[str, GaussianNoise | Augmentation] = {
             f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
         }
+        found |= {f"centred {s:g}": GaussianNoise(0.0, s) for s in self.centred}
         for kind in AUGMENTATIONS:
             for strength in self.strengths:
                 usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)

@@ -19,8 +19,8 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
 PAPER, PAPER_AUGMENTED = 0.974, (0.719, 0.744)  # the paper's r under Gaussian noise, and under SSL augmentations
-COLOURS = dict(zip(("noise", *AUGMENTATIONS), sns.color_palette(figures.PALETTE, 7), strict=True))
-LABELS = {"noise": "Gaussian noise", "chain": "full SSL chain"}
+COLOURS = dict(zip(("noise", *AUGMENTATIONS), sns.color_palette(figures.PALETTE, 7), strict=True)) | {"centred": "0.25"}
+LABELS = {"noise": "Gaussian noise", "chain": "full SSL chain", "centred": "Gaussian noise, mean 0"}
 
 
 def gallery(plan: AugmentationAblation, images: Images, views: dict[str, Tensor]) -> Figure:
@@ -57,7 +57,7 @@ def comparison(
     left.set_title("a  one draw (×: untrained)", loc="left")
     for kind in COLOURS:
         part = first[first["perturbation"].map(_kind) == kind].sort_values("mean_loss")
-        _curve(middle, part, "mean_loss", kind, 1.4 if kind == "noise" else 0.8)
+        _curve(middle, part, "mean_loss", kind, 1.4 if kind in ("noise", "centred") else 0.8)
     lowest = min(0, first["low"].min()) - 0.03
     middle.set(xscale="log", xlabel="strength: mean stability loss (log)", ylim=(lowest, 1.05))
     middle.set_title("b  by strength", loc="left")
@@ -74,8 +74,8 @@ def comparison(
         f"Gaussian noise r = {by_name[plan.usual].value:.2f}; "
         f"best augmentation ({_kind(rival['perturbation'])}) r = {rival['r']:.2f}; "
         f"margin {rival['margin_usual']}, {matched}\n"
-        f"({images.name}, {len(images)} images scored, {NAMES[plan.methods[0]]}, {plan.profile} profile; "
-        "bars: 95% intervals; colours as in a, line and band: the paper)",
+        f"({images.name}, {len(images):,} images scored, {NAMES[plan.methods[0]]}, {plan.profile} profile; "
+        "bars: 95% intervals; colours as in a, grey: noise of mean 0; line and band: the paper)",
         fontsize=8.5,
     )
     return figure
@@ -97,7 +97,7 @@ def each_method(plan: AugmentationAblation, images: Images, first: pd.DataFrame)
     ax.set_title(
         f"Gaussian noise: r = {', '.join(f'{of[plan.usual].value:.2f}' for of in by_method.values())}; "
         f"line: the paper's {PAPER}\n"
-        f"({images.name}, {len(images)} images scored, {plan.profile} profile; bars: 95% intervals)",
+        f"({images.name}, {len(images):,} images scored, {plan.profile} profile; bars: 95% intervals)",
         loc="left",
     )
     return figure
@@ -117,7 +117,7 @@ def _by_name(first: pd.DataFrame) -> dict[str, Estimate]:
 
 def _best_first(plan: AugmentationAblation, first: pd.DataFrame) -> list[str]:
     """The paper's noise and every augmentation at strength 1, by their r."""
-    names = [plan.usual, *(n for n in plan.perturbations() if n.endswith(" 1") and not n.startswith("noise"))]
+    names = [plan.usual, *plan.at_full()]
     by_name = _by_name(first)
     return sorted(names, key=lambda name: -by_name[name].value)
 
