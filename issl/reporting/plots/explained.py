@@ -33,7 +33,7 @@ def statistics_of_the_score(plan: Explained, alone: ByMethod, unique: ByMethod, 
     figures.forests(axes[2], groups, _rows(together, groups), "R² of influence", None, COLOURS, MARKS)
     axes[2].set_xlim(min(0, *(e.low for row in together.values() for e in row.values())) - 0.02, 1)
     axes[2].axvline(0, color="grey", lw=0.8, ls="--")
-    axes[2].axhspan(-0.5, 0.5, color="0.93", lw=0, zorder=0)
+    axes[2].axhspan(-0.5, 1.5, color="0.93", lw=0, zorder=0)
     for ax, text in zip(axes, ("a  each alone", "b  what only it knows", "c  together"), strict=True):
         ax.set_title(text, loc="left")
     for ax in axes[:2]:
