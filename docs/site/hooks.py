@@ -19,7 +19,7 @@ PAGES = {  # files outside docs/ that are pages of the site
     "README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "benchmarks.md", "released/README.md": "released.md",
 }  # fmt: skip
-COPIED = ("LICENSE", "CITATION.cff", "figures/mini/*.png", "notebooks/*.ipynb")  # and what they link to
+COPIED = ("LICENSE", "CITATION.cff", "figures/*/*.png", "notebooks/*.ipynb")  # and what they link to
 FETCHED = re.compile(r"https://[^\s\"]+/iframe-worker/shim")
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(\))")
 CODE_OR_MATHS = re.compile(r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL)
