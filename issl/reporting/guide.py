@@ -111,6 +111,6 @@ def _further(profile: str) -> list[tuple[str, list[str]]]:
     ]
     larger = [
         ("the same on real images, an hour and a half", [f"{run} --profile mini --data-root DIR"]),
-        ("what decides: encoders that come with the repository, all of CIFAR-10", [f"{run} --profile overnight --data-root DIR"]),
+        ("all of CIFAR-10, under encoders that come along", [f"{run} --profile overnight --data-root DIR"]),
     ]
     return [("your own photos", own), *(larger if profile == "quick" else larger[1:])]
