@@ -175,6 +175,9 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     many = [Estimate(v, v - 0.196, v + 0.196, 50) for v in rng.normal(0, 0.3, 60)]
     both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
     assert half(statistics.over_encoders(many)) == pytest.approx(1.96 * both, rel=0.06)
+    far = [Estimate(v, v, v, 50) for v in (0.0, 0.5, 1.0)]
+    assert (statistics.over_encoders(far, 0, 1).low, statistics.over_encoders(far, 0, 1).high) == (0, 1)
+    assert statistics.over_encoders(far).low < 0
     opened = statistics.over_encoders([one, Estimate(0.5, -np.inf, 0.6, 50)])
     assert opened.low == -np.inf and opened.high < 0.7
     with pytest.raises(issl.IsslError, match="no encoder was measured"):

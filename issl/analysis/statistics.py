@@ -50,7 +50,7 @@ class Estimate:
         return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
-def over_encoders(estimates: Sequence[Estimate]) -> Estimate:
+def over_encoders(estimates: Sequence[Estimate], least: float = -np.inf, most: float = np.inf) -> Estimate:
     """The mean of what was measured under k encoders on the same images, with an interval over both.
 
         mean ± t_{0.975, df} √(s² / k + e²),   df = (s² / k + e²)² / ((s² / k)² / (k − 1))
@@ -62,6 +62,8 @@ def over_encoders(estimates: Sequence[Estimate]) -> Estimate:
 
     An interval that is open stays open. One encoder alone keeps its interval over images, which says nothing about
     another training.
+
+    least, most   what such a number can be at all (an AUC lies between 0 and 1): the interval ends there
     """
     if not estimates:
         raise IsslError("over_encoders: no encoder was measured")
@@ -78,7 +80,9 @@ def over_encoders(estimates: Sequence[Estimate]) -> Estimate:
         df = (between + within) ** 2 / (between**2 / (k - 1))
         return float(stats.t.ppf(0.975, df) * np.sqrt(between + within))
 
-    return Estimate(mean, mean - half(value - low), mean + half(high - value), estimates[0].n)
+    return Estimate(
+        mean, max(least, mean - half(value - low)), min(most, mean + half(high - value)), estimates[0].n
+    )  # fmt: skip
 
 
 def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
