@@ -50,7 +50,9 @@ class Estimate:
         return {k: (int(v) if k == "n" else float(v)) if np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
-def over_encoders(estimates: Sequence[Estimate], least: float = -np.inf, most: float = np.inf) -> Estimate:
+def over_encoders(
+    estimates: Sequence[Estimate], least: int | float = -np.inf, most: int | float = np.inf
+) -> Estimate:  # fmt: skip
     """The mean of what was measured under k encoders on the same images, with an interval over both.
 
         mean ± t_{0.975, df} √(s² / k + e²),   df = (s² / k + e²)² / ((s² / k)² / (k − 1))
