@@ -82,9 +82,8 @@ def over_encoders(
         df = (between + within) ** 2 / (between**2 / (k - 1))
         return float(stats.t.ppf(0.975, df) * np.sqrt(between + within))
 
-    return Estimate(
-        mean, max(least, mean - half(value - low)), min(most, mean + half(high - value)), estimates[0].n
-    )  # fmt: skip
+    ends = max(float(least), mean - half(value - low)), min(float(most), mean + half(high - value))
+    return Estimate(mean, *ends, estimates[0].n)
 
 
 def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
