@@ -47,7 +47,7 @@ def uniform_frames(
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 1.35])[:, 0]
     ends = ((order[: plan.gallery], "highest"), (order[::-1][: plan.gallery], "lowest"))
     for ax, (rows, title) in zip(above.subplots(1, 2), ends, strict=True):
-        count = f"{uniform[rows].sum()} of {len(rows)} frames uniform"
+        count = f"{uniform[rows].sum()} of {len(rows)} frames flagged as uniform"
         figures.gallery(
             ax, images.subset(rows.tolist()), f"{title} influence: {count} (outlined)", frames=uniform[rows].tolist()
         )
@@ -187,7 +187,7 @@ def swapped(
     ]
     figure.suptitle(
         f"The same object on another background: influence multiplied by\n{', '.join(factors)}\n"
-        f"(drawn scenes, n = {plan.swapped} × 4, {NAMES[plan.methods[0]]}, {plan.profile} profile)",
+        f"(drawn scenes, n = {plan.swapped:,} × 4, {NAMES[plan.methods[0]]}, {plan.profile} profile)",
         fontsize=8.5,
     )
     return figure
