@@ -169,11 +169,11 @@ def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path
     said: list[str] = []
     options = ProfileOptions("tiny", only="07", out=tmp_path / "out")
     assert compute(options, jobs=2, say=said.append) == 0
-    assert said[0] == "profile tiny: 14 stages, 14 waiting" and "14 done in" in said[-1] and "s left" in "".join(said)
+    assert said[0] == "profile tiny: 16 stages, 16 waiting" and "16 done in" in said[-1] and "s left" in "".join(said)
     assert "simclr seed 0, scenes train n=64" in said[-1]
     again: list[str] = []
     assert compute(options, jobs=2, say=again.append) == 0
-    assert again[0] == "profile tiny: 14 stages, 14 cached" and "14 cached in 0 s" in again[-1]
+    assert again[0] == "profile tiny: 16 stages, 16 cached" and "16 cached in 0 s" in again[-1]
     artifacts = Artifacts(tmp_path / "out" / "artifacts")
     plan = read_profile("tiny", ["07_outliers"], out=str(tmp_path / "out"))["07_outliers"]
     assert [artifacts.get(s).is_dir() for s in plan.stages()] == [True] * len(
@@ -186,13 +186,13 @@ def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path:
     said: list[str] = []
     assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out"), say=said.append) == 1
     printed = "\n".join(said)
-    assert "batch_size=65: need 2 to 64" in printed and "2 failed, 12 blocked" in said[-1]
+    assert "batch_size=65: need 2 to 64" in printed and "2 failed, 14 blocked" in said[-1]
 
 
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append) == 3
-    assert "the same command continues from here" in "\n".join(said) and "2 out of time, 12 blocked" in said[-1]
+    assert "the same command continues from here" in "\n".join(said) and "2 out of time, 14 blocked" in said[-1]
 
 
 def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

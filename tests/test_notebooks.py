@@ -40,6 +40,7 @@ TINY: dict[str, Any] = {
     },
     "00_method": {"images": 16},
     **{name: {"rank": 4} for name, plan in PLANS.items() if "rank" in plan.model_fields and name != "00_method"},
+    "01_seed_correlation": {"rank": 4, "draws": [1, 4, 16]},
     "02_augmentation_ablation": {"rank": 4, "scored": 32},
     "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
     "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
