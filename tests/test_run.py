@@ -196,9 +196,10 @@ def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatc
             profiles.covered("tinier")
 
 
-def test_what_takes_long_at_overnight_is_released(tmp_path: Path) -> None:
+@pytest.mark.data
+def test_what_takes_long_at_overnight_is_released(data_root: Path, tmp_path: Path) -> None:
     """So that its figures take minutes; features and neighbours are too large, and take half a minute an encoder."""
-    plans = ProfileOptions(profile="overnight", out=tmp_path).plans()
+    plans = ProfileOptions(profile="overnight", out=tmp_path, data_root=data_root).plans()
     artifacts = Artifacts(tmp_path / "artifacts")
     asked = {name: plan for name, plan in plans.items() if name in PLANS}
     left = {task.stage.name for task in Scheduler(asked.values(), artifacts.has).to_do()}
