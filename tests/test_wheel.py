@@ -48,7 +48,7 @@ def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], reposito
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
     assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
-    assert said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 40e6
+    assert said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 60e6  # PyPI takes 100
 
 
 def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path], repository: Path) -> None:
