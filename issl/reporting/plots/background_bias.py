@@ -89,25 +89,26 @@ def galleries(plan: BackgroundBias, images: Images, orders: Mapping[str, np.ndar
 
 
 def by_colour(plan: BackgroundBias, images: Images, labels: pd.DataFrame, measured: Measured) -> Figure:
-    """AUC of each score against backgrounds that are known: all uniform ones, white, black and other ones.
+    """AUC of each score against backgrounds that are known: all uniform ones, white, black and other ones, where there
+    were enough of a kind to measure it.
 
     labels  as `issl.data.background_labels` gives them
     """
     colours = labels["colour"].value_counts()
     kinds = {"auc_labels": ("all uniform", int(labels["uniform"].sum()))}
     kinds |= {f"auc_labels_{c}": (c, int(colours.get(c, 0))) for c in ("white", "black", "other")}
+    found = measured[plan.methods[0], "influence"]
+    kinds = {metric: kind for metric, kind in kinds.items() if metric in found}
     keys = [(m, score) for score in SHORT for m in plan.methods] + [key for key in measured if not key[0]]
     names = [f"{SHORT[score]}, {NAMES[m]}" if m else score for m, score in keys]
     paints = [figures.COLOURS.get(m, "0.4") for m, _ in keys]
-    missing = Estimate(np.nan, np.nan, np.nan, 0)
-    figure, axes = plt.subplots(1, len(kinds), figsize=(figures.PAGE, 3.1), sharey=True)
-    for ax, (metric, (kind, count)) in zip(axes, kinds.items(), strict=True):
-        rows = [(name, measured[key].get(metric, missing)) for name, key in zip(names, keys, strict=True)]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(figures.PAGE, 3.1), sharey=True, squeeze=False)
+    for ax, (metric, (kind, count)) in zip(axes[0], kinds.items(), strict=True):
+        rows = [(name, measured[key][metric]) for name, key in zip(names, keys, strict=True)]
         figures.forest(ax, rows, "AUC", 0.5, paints)
         ax.set_xlim(0, 1)
         ax.set_title(f"{kind} ({count})", loc="left")
-    found = measured[plan.methods[0], "influence"]
-    said = [f"{kind} {found[metric].value:.2f}" for metric, (kind, _) in kinds.items() if metric in found]
+    said = [f"{kind} {found[metric].value:.2f}" for metric, (kind, _) in kinds.items()]
     figure.suptitle(
         f"Known backgrounds against those that are not uniform, {NAMES[plan.methods[0]]}, influence: AUC "
         f"{', '.join(said)}\n"
