@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import issl
 from issl.analysis.image_statistics import image_statistics
 from issl.data.background_labels import background_labels
+from issl.data.images import Images
 from issl.data.injection import inject
+from issl.data.known_duplicates import SERIES, known_duplicates
 from issl.files import PACKAGE
 
 LABELS = PACKAGE / "data" / "labels" / "cifar10_backgrounds.csv"
+PAIRS = PACKAGE / "data" / "labels" / "cifar10_duplicates.csv"
 
 
 def test_the_sample_is_the_one_that_was_drawn() -> None:
@@ -62,3 +66,57 @@ def test_labels_follow_their_images_through_any_choice(data_root) -> None:
         assert (row.colour, row.uniform) == (label["colour"], label["uniform"] == "yes")
     assert background_labels(images, "test") is None
     assert background_labels(issl.load("fairface", n=20, root=data_root)) is None
+
+
+def test_each_pair_was_judged_once() -> None:
+    pairs = pd.read_csv(PAIRS)
+    assert len(pairs) == 391 and not pairs.duplicated(["a", "b"]).any() and (pairs["a"] < pairs["b"]).all()
+    assert pairs["same"].value_counts().to_dict() == {"yes": 338, "no": 53}
+    assert pairs[["a", "b"]].isin(range(50_000)).all(axis=None) and set(pairs["sure"]) == {0, 1}
+    assert set(pairs["mirrored"]) == {0, 1} and (pairs["same"][pairs["mirrored"] == 1] == "yes").all()
+
+
+@pytest.mark.data
+def test_the_pairs_are_of_the_images_that_they_name(data_root) -> None:
+    pairs = pd.read_csv(PAIRS)
+    images = issl.load("cifar10", root=data_root)
+    pixels = torch.nn.functional.avg_pool2d(images.tensor().float(), 4).numpy()
+    pixels -= pixels.mean((1, 2, 3), keepdims=True)
+
+    def distance(a, b, mirrored):
+        return ((pixels[a][..., ::-1] if mirrored else pixels[a]) - pixels[b]).std()
+
+    one, other = (np.array([distance(a, b, m) for a, b in pairs[["a", "b"]].to_numpy()]) for m in (False, True))
+    same = (pairs["same"] == "yes").to_numpy()
+    assert ((other < one) == (pairs["mirrored"] == 1))[same].mean() > 0.98
+    shuffled = np.random.default_rng(0).permutation(pairs["b"])
+    chance = [distance(a, b, False) for a, b in zip(pairs["a"], shuffled, strict=True)]
+    assert (np.minimum(one, other)[same] < np.median(chance)).mean() > 0.98
+    known = known_duplicates(images)
+    copies = known["duplicate_of"] >= 0
+    assert copies.sum() == 515 - 216 and set(known["duplicate_kind"]) == {"", "pair", "series"}
+    assert not copies[known["duplicate_of"][copies]].any()  # an original is no copy of another
+    labels = images.require_labels().numpy()
+    assert (labels[copies] == labels[known["duplicate_of"][copies]]).mean() > 0.97
+
+
+def test_of_a_group_the_first_image_is_the_original() -> None:
+    pairs = pd.read_csv(PAIRS).query("same == 'yes'")
+    car = pairs[(pairs["a"] == 119) | (pairs["b"] == 119)]
+    index = np.sort(np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7]))  # a series, a pair, and neither
+    assert len(car) + 1 >= 3
+    pixels = torch.randint(256, (len(index), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels, None, pd.DataFrame({"index": index}), "cifar10")
+    known = known_duplicates(images).assign(index=index).set_index("index")
+    kind = "series" if len(car) + 1 >= SERIES else "pair"
+    assert known.loc[22535].tolist() == [41, "pair"] and known.loc[[41, 7, 119], "duplicate_of"].eq(-1).all()
+    assert (known.drop([41, 7, 119, 22535])["duplicate_of"] == 119).all()
+    assert set(known.drop([41, 7, 119, 22535])["duplicate_kind"]) == {kind}
+    # what was overwritten is in no pair; other sets, and other images of this one, say what they say of themselves
+    overwritten = images.attributes.assign(atypical=np.where(index == 41, "inverted", ""))
+    assert known_duplicates(Images(pixels, None, overwritten, "cifar10"))["duplicate_of"].ne(41).all()
+    own = inject(Images(pixels, None, images.attributes, "other"), duplicates=0.4)
+    pd.testing.assert_frame_equal(
+        known_duplicates(own), own.attributes[["duplicate_of", "duplicate_kind"]], check_dtype=False
+    )
+    assert known_duplicates(images, "test")["duplicate_of"].eq(-1).all()

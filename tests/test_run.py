@@ -215,10 +215,13 @@ def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> N
 
 
 def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, capsys) -> None:
-    tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "09"}))
+    entries = {"common": TINY["common"], "notebooks": "09", "08_supervised_vs_ssl": {"encoders": 3}}
+    tiny.write_text(yaml.safe_dump(entries))
     assert run.run(ProfileOptions("tiny", out=tmp_path, only="09")) == 0
+    assert list(ProfileOptions("tiny", out=tmp_path, only="08").plans()) == ["08_supervised_vs_ssl"]  # it has an entry
+    assert "08_supervised_vs_ssl" not in ProfileOptions("tiny", out=tmp_path).plans()
     assert cli.main(["run", "--profile", "tiny", "--only", "06", "--out", str(tmp_path)]) == 2
-    assert "profile 'tiny' is not for notebook 06_pruning; it is for 09_linear_theory" in capsys.readouterr().err
+    assert "not for notebook 06_pruning; it is for 08_supervised_vs_ssl, 09_linear_theory" in capsys.readouterr().err
     tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "99"}))
     assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
     assert "notebook '99'" in capsys.readouterr().err

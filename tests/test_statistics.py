@@ -177,56 +177,6 @@ def test_spearman_is_scipys_and_its_interval_covers() -> None:
     assert 180 <= hits <= 199
 
 
-def twice(truth: np.ndarray, noise: np.ndarray, size: float = 1.0) -> np.ndarray:
-    """Two measurements (2, n) of a quantity with these errors (2, n)."""
-    return truth + size * noise
-
-
-def test_disattenuated_finds_what_the_errors_hide() -> None:
-    rng = np.random.default_rng(5)
-    x, y = rng.standard_normal((2, 4000))
-    y = 0.6 * x + 0.8 * y  # r = 0.6 between the quantities themselves
-    truth = 6 / np.pi * np.arcsin(0.6 / 2)
-    first, second = twice(x, rng.standard_normal((2, 4000))), twice(y, rng.standard_normal((2, 4000)), 1.5)
-    got = statistics.disattenuated(first, second)
-    raw = stats.spearmanr(first[0], second[1]).statistic
-    assert raw < 0.3 and got.low < truth < got.high and got.value == pytest.approx(truth, abs=0.06)
-    # without errors nothing changes; the scale of a score does not matter; the order of the two does not either
-    exact = statistics.disattenuated(np.stack([x, x]), np.stack([y, y]))
-    assert exact.value == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert statistics.disattenuated(np.exp(first), second).value == pytest.approx(got.value)
-    assert statistics.disattenuated(second, first).value == pytest.approx(got.value)
-    assert statistics.disattenuated(first[::-1], second[::-1]).value == pytest.approx(got.value)
-
-
-def test_an_error_that_two_encoders_share_is_no_agreement() -> None:
-    rng = np.random.default_rng(6)
-    x, y, noise = rng.standard_normal(4000), rng.standard_normal(4000), rng.standard_normal((2, 4000))
-    assert stats.spearmanr(*(twice(v, noise)[0] for v in (x, y))).statistic > 0.4
-    got = statistics.disattenuated(twice(x, noise), twice(y, noise))
-    assert got.low < 0 < got.high
-
-
-def test_disattenuated_difference_is_paired_and_undefined_where_nothing_is_reliable() -> None:
-    rng = np.random.default_rng(7)
-    x, y, z = rng.standard_normal((3, 1500))
-    a, b, c = (twice(v, rng.standard_normal((2, 1500)), 0.5) for v in (x, x + 0.3 * y, z))
-    got = statistics.disattenuated_difference(a, [b], [c])
-    want = statistics.disattenuated(a, b).value - statistics.disattenuated(a, c).value
-    assert got.value == pytest.approx(want) and got.low > 0.7
-    same = statistics.disattenuated_difference(a, [b], [b])
-    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
-    mean = statistics.disattenuated_difference(a, [b, c], [c])
-    assert mean.value == pytest.approx((want) / 2)
-    alike = np.stack([x, -x])  # two measurements that contradict each other
-    found = statistics.disattenuated(alike, a)
-    assert np.isnan(found.value) and (found.low, found.high) == (-np.inf, np.inf)
-    with pytest.raises(issl.IsslError, match=r"need \(2, n\) each"):
-        statistics.disattenuated(np.stack([x, x, x]), a)
-    with pytest.raises(issl.IsslError, match=r"\(2, 1499\)"):
-        statistics.disattenuated(a, b[:, 1:])
-
-
 @pytest.mark.parametrize("ranked", [False, True])
 def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
     rng = np.random.default_rng(0)

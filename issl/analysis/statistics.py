@@ -190,48 +190,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Estimate:
     return Estimate(value, float(np.tanh(centre - half)), float(np.tanh(centre + half)), len(a))
 
 
-def disattenuated(x: Float[np.ndarray, "r n"], y: Float[np.ndarray, "s m"], seed: int = 0) -> Estimate:
-    """How well two quantities agree that were each measured twice, with independent errors: Spearman's ρ between them,
-    divided by what the errors allow (Spearman 1904, Am. J. Psychol. 15, 72–101).
-
-        ρ = ½ (ρ(x₀, y₁) + ρ(x₁, y₀)) / √(ρ(x₀, x₁) ρ(y₀, y₁))
-
-    1 = the same but for the errors; by chance it can exceed 1. Row k of x and of y may share its error (two encoders
-    under the same noise), so only x₀ with y₁ and x₁ with y₀ are compared. Bootstrap interval over images (percentile;
-    ranks are not taken anew). Undefined, with an open interval, where two measurements of the same do not agree.
-    """
-    return disattenuated_difference(x, [y], [], seed)
-
-
-def disattenuated_difference(
-    x: Float[np.ndarray, "r n"], others: Sequence[np.ndarray], less: Sequence[np.ndarray], seed: int = 0
-) -> Estimate:
-    """The mean of `disattenuated` of x with each of `others`, less that with each of `less`; every one is (2, n).
-    Bootstrap interval over images, the same images for all."""
-    measured = [np.asarray(v, float) for v in (x, *others, *less)]
-    if any(v.shape != measured[0].shape or v.ndim != 2 or len(v) != 2 or v.shape[1] < 4 for v in measured):
-        raise IsslError(
-            f"disattenuated correlation of scores of shapes {[v.shape for v in measured]}: need (2, n) each, two "
-            "measurements of the same 4 or more images"
-        )
-    ranks = np.concatenate([stats.rankdata(v, axis=1) for v in measured])
-    signs = [1 / len(others)] * len(others) + [-1 / max(1, len(less))] * len(less)
-    pairs = [(0, 1)]
-    for k in range(1, len(measured)):  # with x: how reliable it is, and both ways of comparing
-        pairs += [(2 * k, 2 * k + 1), (0, 2 * k + 1), (1, 2 * k)]
-
-    def combined(r: np.ndarray) -> np.ndarray:
-        own, total = r[:, 0], np.zeros(len(r))
-        for k, sign in enumerate(signs):
-            reliable, one, other = r[:, 3 * k + 1], r[:, 3 * k + 2], r[:, 3 * k + 3]
-            allowed = np.sqrt(np.where((own > 0) & (reliable > 0), own * reliable, np.nan))
-            total = total + sign * (one + other) / 2 / allowed
-        return total
-
-    found = _of_correlations(ranks, pairs, combined, seed)
-    return found if np.isfinite(found.value) else Estimate(np.nan, -np.inf, np.inf, found.n)
-
-
 def agreement(
     scores: Float[np.ndarray, "s n"], kind: Literal["pearson", "spearman"] = "pearson", seed: int = 0
 ) -> Estimate:

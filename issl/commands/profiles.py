@@ -147,14 +147,15 @@ def read_profile(
 
     checkpoints   take the place of the profile's own
     A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value; `notebooks`, those
-    that it is for, where it is not for all; `first_look`, where real photos are to be shown before all else; and
-    `base`, another profile whose settings hold where it has none.
+    that it runs, where not all (one that it has an entry for can be asked for by name); `first_look`, where real photos
+    are to be shown before all else; and `base`, another profile whose settings hold where it has none.
     """
-    file, there = f"{profile}.yaml", [*covered(profile), EXPLORER.notebook]
+    file, asked = f"{profile}.yaml", covered(profile)
+    there = sorted({*asked, *(set(_file(profile)) & set(PLANS))})
     plans = {}
     for name in names:
-        if name not in there:
-            raise IsslError(f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there[:-1])}")
+        if name not in (*there, EXPLORER.notebook):
+            raise IsslError(f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there)}")
         fields = {**_fields(profile, name, checkpoints), "profile": profile, **common}
         try:
             plans[name] = KNOWN[name](**fields)

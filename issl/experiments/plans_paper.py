@@ -381,6 +381,12 @@ class SupervisedVsSSL(Scored):
         """The supervised models that are scored."""
         return [self.training("supervised", self.seed + k) for k in range(self.supervised)]
 
+    def learned_with_supervised(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
+        """What the encoders of a method and the supervised models had learned: the least kNN accuracy of all."""
+        learned = self.learned(artifacts, self.scored_encoders(method))
+        classifiers = [self.evaluation(e).read(artifacts)["knn"].mean() for e in self.supervised_encoders()]
+        return {**learned, "knn": min(learned["knn"], *map(float, classifiers))}
+
     def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
         """Scores by the stability loss, under one of two noises."""
         return self.influence(encoder, self.noise_seed + noise)

@@ -67,13 +67,14 @@ def found(
             ax.set_xlim(0, 1.03)
             ax.tick_params(axis="y", labelsize=6.5)
         area.set_yticklabels([])
-    ours = {method: numbers[method, "low influence", "injected", "average_precision"] for method in plan.methods}
+    main = next(iter(truths))
+    ours = {method: numbers[method, "low influence", main, "average_precision"] for method in plan.methods}
     best = max(plan.methods, key=lambda method: ours[method].value)
-    injected, judged = (int(truths[k][0].sum()) if k in truths else 0 for k in ("injected", "judged"))
+    members = ", ".join(f"{positive.sum()} {truth}" for truth, (positive, _) in truths.items())
     figure.suptitle(
-        f"Low influence finds injected duplicates with AP {ours[best]} at best ({NAMES[best]}); "
-        f"nearest in features: {numbers[best, 'nearest in features', 'injected', 'average_precision']}\n"
-        f"({images.name}, n = {len(images):,}, {injected} injected{f', {judged} judged' if judged else ''}, "
+        f"Low influence finds {main} duplicates with AP {ours[best]} at best ({NAMES[best]}); "
+        f"nearest in features: {numbers[best, 'nearest in features', main, 'average_precision']}\n"
+        f"({images.name}, n = {len(images):,}, {members}, "
         f"{plan.profile} profile; bars: 95% intervals; grey dashes: chance)",
         fontsize=8.5,
     )

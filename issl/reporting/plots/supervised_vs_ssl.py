@@ -16,6 +16,8 @@ from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
 ROWS = ("another training", "another SSL method", "supervised", "untrained")  # with whom an encoder is compared
+TESTS = ("training − supervised", "other SSL − supervised")
+LEAST = 0.1  # the smallest difference that counts, as claims.yaml states it
 
 
 def agreement(
@@ -24,22 +26,23 @@ def agreement(
 ) -> Figure:  # fmt: skip
     """How well an encoder's scores agree with others', the claim's difference, and the images of highest influence.
 
-    measured  by method: the agreement with each of ROWS (as far as it was measured), `training − supervised` and
+    measured  by method: the agreement with each of ROWS and the differences TESTS, as far as they were measured, and
               `supervised, by cross-entropy`
     scores    (n,) by model, for the galleries
     """
     figure = plt.figure(figsize=(figures.PAGE, 4.4))
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
-    names = [name for name in ROWS if all(name in row for row in measured.values())]
-    by_method = {m: [row[name] for name in names] for m, row in measured.items()}
-    figures.forests(left, names, by_method, "Spearman ρ of influence, noise taken out", 0.0)
+    for ax, rows, label, line in (
+        (left, ROWS, "Spearman ρ of influence, noise taken out", 0.0),
+        (right, TESTS, "difference of ρ", LEAST),
+    ):
+        names = [name for name in rows if all(name in row for row in measured.values())]
+        by_method = {m: [row[name] for name in names] for m, row in measured.items()}
+        figures.forests(ax, names, by_method, label, line)
     left.set_title("a  agreement of an encoder's scores with …", loc="left")
     left.legend(frameon=False, loc="best", fontsize=7)
-    lines = [(NAMES[m], row["training − supervised"]) for m, row in measured.items()]
-    label = "ρ with another training − ρ with supervised"
-    figures.forest(right, lines, label, 0.0, [figures.COLOURS[m] for m in measured])
-    right.set_title("b  the test: right of 0?", loc="left")
+    right.set_title(f"b  the test: right of {LEAST:g}?", loc="left")
     _highest(below, images, scores)
     first = measured[plan.methods[0]]
     figure.suptitle(
