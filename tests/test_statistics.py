@@ -149,6 +149,25 @@ def test_average_precision_with_ties_is_scikit_learns() -> None:
     assert got.value == pytest.approx(average_precision_score(FLAG, score)) and got.low <= got.value <= got.high
 
 
+def test_average_precisions_interval_is_that_of_the_images_or_clusters_drawn() -> None:
+    score, cluster = np.round(A, 1), np.arange(400) // 4
+    for groups in (np.arange(400), cluster):
+        rng = np.random.default_rng(3)
+        drawn = []
+        for _ in range(statistics.RESAMPLES):
+            chosen = rng.integers(0, groups.max() + 1, groups.max() + 1)
+            rows = np.concatenate([np.flatnonzero(groups == g) for g in chosen])
+            if FLAG[rows].any():
+                drawn.append(average_precision_score(FLAG[rows], score[rows]))
+        got = statistics.average_precision(score, FLAG, groups, seed=3)
+        assert [got.low, got.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    # ten copies of each image say no more than one
+    once, copies = statistics.average_precision(A, FLAG), np.arange(400).repeat(10)
+    tenfold = statistics.average_precision(A[copies], FLAG[copies], copies)
+    assert tenfold.high - tenfold.low == pytest.approx(once.high - once.low, rel=0.15)
+    assert statistics.average_precision(A[copies], FLAG[copies]).high < 0.7 * tenfold.high + 0.3 * tenfold.value
+
+
 def test_correlation_difference_is_that_of_two_spearmans() -> None:
     rng = np.random.default_rng(0)
     truth = rng.normal(size=200)

@@ -253,24 +253,28 @@ def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
     return proportion(top(b, share)[top(a, share)])
 
 
-def average_precision(score: np.ndarray, positive: np.ndarray, seed: int = 0) -> Estimate:
+def average_precision(
+    score: np.ndarray, positive: np.ndarray, cluster: np.ndarray | None = None, seed: int = 0
+) -> Estimate:
     """Area under the precision-recall curve when a high score is to find the positive images; by chance, their share.
-    Equal scores are found together. Bootstrap interval over images (percentile)."""
-    positive = _flag(positive)
+    Equal scores are found together. Bootstrap interval (percentile) over images, or over clusters of them (a duplicate
+    and its original): what was drawn twice counts twice, so nothing is sorted again."""
+    score, positive = np.asarray(score, float), _flag(positive)
+    order = np.argsort(-score, kind="stable")
+    found, ranked = positive[order], score[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)
+    ends = np.flatnonzero(last)[np.cumsum(last) - last]  # the last place among equal scores, for every place
+    of = np.unique(np.arange(len(score)) if cluster is None else cluster, return_inverse=True)[1][order]
 
-    def statistic(y: np.ndarray, s: np.ndarray, axis: int = -1) -> Any:
-        assert axis in (-1, y.ndim - 1)
-        order = np.argsort(-s, axis=-1, kind="stable")
-        y, s = np.take_along_axis(y, order, -1), np.take_along_axis(s, order, -1)
-        n = y.shape[-1]
-        # the last place among equal scores, for every place
-        last = np.concatenate([s[..., 1:] != s[..., :-1], np.ones((*s.shape[:-1], 1), bool)], -1)
-        ends = np.minimum.accumulate(np.where(last, np.arange(n), n)[..., ::-1], -1)[..., ::-1]
-        precision = np.cumsum(y, -1) / np.arange(1, n + 1)
-        with np.errstate(invalid="ignore"):  # a resample without any positive image is left out
-            return (y * np.take_along_axis(precision, ends, -1)).sum(-1) / y.sum(-1)
+    def mean_precision(counts: np.ndarray) -> float:
+        hits, places = np.cumsum(found * counts), np.cumsum(counts)
+        at = np.flatnonzero(found & (counts > 0))  # a resample without any positive image is left out
+        return float((counts[at] * hits[ends[at]] / places[ends[at]]).sum() / hits[-1]) if len(at) else np.nan
 
-    return _bootstrap((positive.astype(float), np.asarray(score, float)), statistic, seed)
+    rng, clusters = np.random.default_rng(seed), int(of.max()) + 1
+    drawn = (np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)[of] for _ in range(RESAMPLES))
+    draws = np.array([mean_precision(counts) for counts in drawn])
+    return _percentiles(mean_precision(np.ones(len(score), np.int64)), draws, len(score))
 
 
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
