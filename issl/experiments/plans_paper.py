@@ -185,15 +185,20 @@ class BackgroundBias(Scored):
 
 
 class Duplicates(Scored):
-    """04_duplicates: does low influence find duplicates?"""
+    """04_duplicates: does low influence find duplicates?
+
+    neighbours   how many of each image are looked for; the nearest one counts (they are those of 03)
+    """
 
     notebook: ClassVar[str] = "04_duplicates"
     takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
+    neighbours: int = Field(10, ge=1)
 
     def stages(self) -> list[Stage]:
-        return self.of_each(self.methods)
+        nearest = (self.nearest(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [*self.of_each(self.methods), *nearest]
 
 
 GROUPS: dict[str, tuple[tuple[str, ...], str]] = {  # by data set: attributes, and the largest group of the first

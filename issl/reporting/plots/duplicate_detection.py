@@ -118,3 +118,30 @@ def lowest_of_each_class(
         fontsize=8.5,
     )
     return figure
+
+
+def series(plan: Duplicates, copies: Images, places: pd.DataFrame) -> Figure:
+    """Where the images of the largest series rank, under each encoder.
+
+    copies  its images
+    places  encoder (its name), seed, rank in (0, 1], 1 the highest influence: a row per image and encoder
+    """
+    names = list(dict.fromkeys(places["encoder"]))
+    colours = {NAMES[m]: colour for m, colour in figures.COLOURS.items() if m in NAMES}
+    rows = [(str(name), seed, group["rank"]) for (name, seed), group in places.groupby(["encoder", "seed"], sort=False)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 0.22 * len(rows) + 1.1), width_ratios=[1, 1.9])
+    shown = copies.subset(np.arange(min(24, len(copies))))
+    figures.gallery(left, shown, f"{len(shown)} of its {len(copies)} images", columns=6)
+    for y, (name, _, ranks) in enumerate(rows):
+        right.scatter(ranks, np.full(len(ranks), -y), s=6, alpha=0.5, color=colours.get(name, "0.4"), lw=0)
+        right.plot([ranks.median()] * 2, [-y - 0.35, -y + 0.35], color="black", lw=1.3)
+    right.axvline(0.5, color="grey", lw=0.8, ls="--")
+    right.set_yticks([-y for y in range(len(rows))], [f"{name}, seed {seed}" for name, seed, _ in rows], fontsize=7)
+    right.set(xlim=(0, 1), xlabel="rank of influence among all images (1: the highest)", ylim=(-len(rows) + 0.4, 0.6))
+    medians = {name: places[places["encoder"] == name].groupby("seed")["rank"].median().mean() for name in names}
+    figure.suptitle(
+        f"One car {len(copies)} times: median rank " + ", ".join(f"{v:.2f} {name}" for name, v in medians.items())
+        + f"\n({copies.name}, n = {plan.n:,}, {plan.profile} profile; black: the median; grey dashes: as any image)",
+        fontsize=8.5,
+    )  # fmt: skip
+    return figure
