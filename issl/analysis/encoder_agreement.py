@@ -38,8 +38,8 @@ class Agreements:
     images: int
 
     @classmethod
-    def of(cls, scores: Sequence[Float[np.ndarray, "2 n"]], seed: int = 0) -> Agreements:
-        """Of k encoders, each with two measurements of the same n ≥ 4 images."""
+    def of(cls, scores: Sequence[np.ndarray], seed: int = 0) -> Agreements:
+        """Of k encoders, each with two measurements of the same n ≥ 4 images, (2, n)."""
         measured = [np.asarray(v, float) for v in scores]
         if any(v.shape != measured[0].shape or v.ndim != 2 or len(v) != 2 or v.shape[1] < 4 for v in measured):
             raise IsslError(
