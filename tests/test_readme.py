@@ -356,4 +356,11 @@ def test_the_readme_is_short_and_every_page_is_reached_from_it() -> None:
     assert not missing  # the API reference is of the site alone
     site = yaml.safe_load(re.sub(r"!!\S+", "", (REPOSITORY / "mkdocs.yml").read_text()))
     listed = re.findall(r"[\w-]+\.md", json.dumps(site["nav"]))
+    linked = {
+        (page.parent / link).resolve().relative_to(REPOSITORY)
+        for page, text in PAGES.items()
+        for link in re.findall(r"\]\((?!https?:)([^)#]+\.md)", text)
+    }
+    led = (REPOSITORY / "docs/site/hooks.py").read_text()  # which of them are pages of the site, too
+    assert not [str(path) for path in linked if path.parent.name != "docs" and f'"{path}"' not in led]
     assert {page.name for page in PAGES} - {"README.md"} <= set(listed) and len(listed) == len(set(listed))
