@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
     "02_augmentation_ablation": {"rank": 4, "scored": 32},
     "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
     "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
-    "06_pruning": {"rank": 4, "arms": ["top", "bottom", "random", "top flat", "random flat"]},
+    "06_pruning": {"rank": 4, "arms": ["top", "bottom", "random", "top flat", "random flat"], "judges_epochs": 2},
     "07_outliers": {"rank": 4, "made_strange": 0.25, "encoders": 2},
     "08_supervised_vs_ssl": {"rank": 4, "supervised": 2},
     "09_linear_theory": {"points": 60, "removed": 10},
@@ -270,6 +270,8 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
             return p.all_kept(method, int(seed))
         return p.pruned(method, removed.removeprefix("top by "), *share, int(seed))
 
+    assert pruning.scores("simclr").pretrain.epochs == 1  # the scored encoder's own length, not the judges'
+    assert {e.epochs for e in pruning.judging("simclr")} == {2}
     first = [(r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")]
     second = [(r, without(compared, r.trained, r.removed, seed=r.seed)) for r in runs("08_supervised_vs_ssl_pruning")]
     assert (len(first), len(second)) == (2 * 6, 2 * 4 * 2)

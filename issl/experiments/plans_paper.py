@@ -12,7 +12,7 @@ from issl.experiments.claims import Learned
 from issl.experiments.given import Given
 from issl.experiments.plan import Plan, Scored
 from issl.experiments.settings import Data, Injection
-from issl.experiments.stages import Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
+from issl.experiments.stages import Choice, Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -271,8 +271,9 @@ Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the a
 class Pruning(Scored):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
-    arms   what is removed; of twice as many images, those with the flattest frame, "top flat" removes the half of
-           higher influence (the paper's eye is on uniform backgrounds of high influence), and "random flat" any half
+    arms           what is removed; of twice as many images, those with the flattest frame, "top flat" removes the half
+                   of higher influence (the paper's eye is on uniform backgrounds of high influence), "random flat" any
+    judges_epochs  of the encoders that judge, which are many; None: as many as that of the scored encoder
     """
 
     notebook: ClassVar[str] = "06_pruning"
@@ -281,15 +282,23 @@ class Pruning(Scored):
     arms: tuple[Removed, ...] = ("top", "bottom", "random")
     shares: tuple[float, ...] = (0.2,)
     seeds: int = Field(2, ge=1)
+    judges_epochs: int | None = Field(None, ge=1)
 
     @property
     def judges(self) -> range:
         """The seeds that are retrained: the one that was scored cannot judge what its own scores remove."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def judging(self, method: recipes.Method) -> list[Pretrain | Given]:
+    def judge(self, method: recipes.Method, seed: int, without: Choice | None = None) -> Pretrain:
+        """An encoder of this seed, trained from scratch on all images or without the chosen ones."""
+        run = self.training(method, seed, without)
+        return run if self.judges_epochs is None else run.model_copy(
+            update={"epochs": self.judges_epochs, "snapshots": None}
+        )  # fmt: skip
+
+    def judging(self, method: recipes.Method) -> list[Pretrain]:
         """The encoders of these seeds, trained on all images."""
-        return [self.pretrain(method, seed) for seed in self.judges]
+        return [self.judge(method, seed) for seed in self.judges]
 
     def scores(self, method: recipes.Method) -> Influence:
         """Scores under the encoder of the first seed."""
@@ -301,11 +310,11 @@ class Pruning(Scored):
 
     def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
         """Accuracy of an encoder trained from scratch on all images."""
-        return self.evaluation(self.pretrain(method, seed))
+        return self.evaluation(self.judge(method, seed))
 
     def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
         """Accuracy of an encoder trained from scratch without this share of the images."""
-        return self.evaluation(self.training(method, seed, self.removal(method, which, share, seed)))
+        return self.evaluation(self.judge(method, seed, self.removal(method, which, share, seed)))
 
     def stages(self) -> list[Stage]:
         found: list[Stage] = []

@@ -139,9 +139,10 @@ def series(plan: Duplicates, copies: Images, places: pd.DataFrame) -> Figure:
     right.set_yticks([-y for y in range(len(rows))], [f"{name}, seed {seed}" for name, seed, _ in rows], fontsize=7)
     right.set(xlim=(0, 1), xlabel="rank of influence among all images (1: the highest)", ylim=(-len(rows) + 0.4, 0.6))
     medians = {name: places[places["encoder"] == name].groupby("seed")["rank"].median().mean() for name in names}
+    places_of_each = ", ".join(f"{median:.2f} {name}" for name, median in medians.items())
     figure.suptitle(
-        f"One car {len(copies)} times: median rank " + ", ".join(f"{v:.2f} {name}" for name, v in medians.items())
-        + f"\n({copies.name}, n = {plan.n:,}, {plan.profile} profile; black: the median; grey dashes: as any image)",
+        f"One photograph is there {len(copies)} times: median rank {places_of_each}\n"
+        f"({copies.name}, n = {plan.n:,}, {plan.profile} profile; black: the median; grey dashes: as any image)",
         fontsize=8.5,
     )  # fmt: skip
     return figure

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure, SubFigure
 
 from issl.analysis.statistics import Estimate
 from issl.data.images import Images
+from issl.experiments.claims import claims
 from issl.experiments.plans_paper import SupervisedVsSSL
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
 ROWS = ("another training", "another SSL method", "supervised", "untrained")  # with whom an encoder is compared
 TESTS = ("training − supervised", "other SSL − supervised")
-LEAST = 0.1  # the smallest difference that counts, as claims.yaml states it
 
 
 def agreement(
@@ -31,18 +31,20 @@ def agreement(
     scores    (n,) by model, for the galleries
     """
     figure = plt.figure(figsize=(figures.PAGE, 4.4))
+    counts = claims()["supervised_differs_more_than_seeds"].tests[0].above  # the least difference that does
+    assert counts is not None
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
     for ax, rows, label, line in (
         (left, ROWS, "Spearman ρ of influence, noise taken out", 0.0),
-        (right, TESTS, "difference of ρ", LEAST),
+        (right, TESTS, "difference of ρ", counts),
     ):
         names = [name for name in rows if all(name in row for row in measured.values())]
         by_method = {m: [row[name] for name in names] for m, row in measured.items()}
         figures.forests(ax, names, by_method, label, line)
     left.set_title("a  agreement of an encoder's scores with …", loc="left")
     left.legend(frameon=False, loc="best", fontsize=7)
-    right.set_title(f"b  the test: right of {LEAST:g}?", loc="left")
+    right.set_title(f"b  the test: right of {counts:g}?", loc="left")
     _highest(below, images, scores)
     first = measured[plan.methods[0]]
     figure.suptitle(
