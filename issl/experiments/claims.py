@@ -125,6 +125,15 @@ class Claim(Config):
     superseded: Superseded | None = None
 
 
+def threshold(name: str, metric: str) -> float:
+    """What a claim's test asks of a metric, for figures; raises IsslError where it asks nothing of it."""
+    for test in claims()[name].tests:
+        bound = test.below if test.above is None else test.above
+        if test.metric == metric and bound is not None:
+            return bound
+    raise IsslError(f"claim {name!r} has no test of {metric!r}")
+
+
 @lru_cache
 def _file() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())

@@ -102,6 +102,11 @@ def forest(
     _finish(axes, names, estimates, label, nothing)
 
 
+def asked(axes: Axes, at: float) -> None:
+    """A dotted line at what a claim's test asks for (`issl.experiments.claims.threshold`)."""
+    axes.axvline(at, color="black", lw=0.9, ls=":", zorder=0.5)
+
+
 def forests(
     axes: Axes, names: Sequence[str], by_group: Mapping[str, Sequence[Estimate]], label: str,
     nothing: float | None = None, colours: Mapping[str, Any] = COLOURS, marks: Mapping[str, str] | None = None,

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from issl.analysis.statistics import Estimate
+from issl.experiments.claims import threshold
 from issl.experiments.plans_own import Bridges
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
-SMALLEST = {"modularity": 0.01, "separability": 0.005}  # the gain that would matter, by claims.yaml
 REMOVED = ("influence", "betweenness", "lowest influence")
 BACKGROUNDS = {  # name in the legend, colour, shift of its points (in share), line width
     "uniform": ("any uniform", "black", 0.0, 1.6),
@@ -51,7 +51,7 @@ def bridges(
         figures.forests(ax, names, gains, f"gain over random removal, {plan.shares[0]:.0%}", 0.0)
         before = _gain(removed, "untrained", "influence", f"{metric} (matched)", plan.shares[0])
         ax.plot(before.value, len(names) - 0.55, "x", color="0.4", ms=4)
-        ax.axvline(SMALLEST[metric], color="grey", lw=0.8, ls=":")
+        figures.asked(ax, threshold("influence_holds_classes_together_matched", f"{metric}_gain_matched"))
         ax.set_title(f"{letter}  {metric}", loc="left")
         ax.locator_params(axis="x", nbins=4)
     silhouette.set_yticklabels([])
@@ -105,7 +105,7 @@ def _doses(ax: Axes, doses: pd.DataFrame) -> None:
 
 def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     first, share = plan.methods[0], plan.shares[0]
-    gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in SMALLEST}
+    gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in ("modularity", "separability")}
     doses = f"; e: {plan.drawn:,} scenes" if plan.trained_doses else ""
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
     return (

@@ -21,7 +21,7 @@ Key = tuple[str, str]  # method ("" for what needs no encoder), detector
 Detectors = Mapping[Key, np.ndarray]
 
 LINES = {"low influence": "-", "nearest in features": "--"}  # the detectors of a method whose curve is drawn
-GREYS = {"nearest in pixels": "0.35", "perceptual hash": "0.65"}
+GREYS = {"nearest in pixels": "0.2", "perceptual hash": "0.65"}
 
 
 def label(method: str, detector: str) -> str:
@@ -53,7 +53,8 @@ def found(
         curve, precision, area = part.subplots(1, 3, width_ratios=[1, 1.15, 1.0])
         _curves(curve, {key: score[asked] for key, score in detectors.items()}, positive[asked])
         curve.set_title(
-            f"{truth} pairs\nsolid: low influence; dashed: nearest\nin features; dotted: pixels, hash",
+            f"{truth} pairs, encoders of seed {plan.seed}\nsolid: low influence; dashed: nearest in\n"
+            "features; dotted: pixels (dark), hash (light)",
             loc="left", fontsize=7.5,
         )  # fmt: skip
         chance = positive[asked].mean()
@@ -65,6 +66,7 @@ def found(
             rows = [(name, numbers[(*key, truth, metric)]) for name, key in zip(names, keys, strict=True)]
             figures.forest(ax, rows, words, nothing, colours)
             ax.set_xlim(0, 1.03)
+            ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             ax.tick_params(axis="y", labelsize=6.5)
         area.set_yticklabels([])
     main = next(iter(truths))
@@ -72,8 +74,8 @@ def found(
     best = max(plan.methods, key=lambda method: ours[method].value)
     members = ", ".join(f"{positive.sum()} {truth}" for truth, (positive, _) in truths.items())
     figure.suptitle(
-        f"Low influence finds {main} duplicates with AP {ours[best]} at best ({NAMES[best]}); "
-        f"nearest in features: {numbers[best, 'nearest in features', main, 'average_precision']}\n"
+        f"Average precision of low influence for {main} duplicates: {ours[best]} at best ({NAMES[best]}); "
+        f"nearest in its features: {numbers[best, 'nearest in features', main, 'average_precision']}\n"
         f"({images.name}, n = {len(images):,}, {members}, "
         f"{plan.profile} profile; bars: 95% intervals; grey dashes: chance)",
         fontsize=8.5,
@@ -83,7 +85,7 @@ def found(
 
 def _curves(ax: Axes, detectors: Detectors, positive: np.ndarray) -> None:
     for (method, detector), score in detectors.items():
-        if detector in LINES or not method:
+        if (method and detector in LINES) or detector in GREYS:
             precision, recall, _ = precision_recall_curve(positive, score)
             colour = figures.COLOURS.get(method, GREYS.get(detector))
             ax.plot(recall, precision, color=colour, ls=LINES.get(detector, ":"), lw=1.1)
@@ -142,7 +144,7 @@ def series(plan: Duplicates, copies: Images, places: pd.DataFrame) -> Figure:
     places_of_each = ", ".join(f"{median:.2f} {name}" for name, median in medians.items())
     figure.suptitle(
         f"One photograph is there {len(copies)} times: median rank {places_of_each}\n"
-        f"({copies.name}, n = {plan.n:,}, {plan.profile} profile; black: the median; grey dashes: as any image)",
+        f"({copies.name}, n = {plan.n:,}, {plan.profile} profile; black: the median; grey dashes: the middle)",
         fontsize=8.5,
     )  # fmt: skip
     return figure

@@ -34,16 +34,18 @@ def statistics_of_the_score(plan: Explained, alone: ByMethod, unique: ByMethod, 
     axes[2].set_xlim(min(0, *(e.low for row in together.values() for e in row.values())) - 0.02, 1)
     axes[2].axvline(0, color="grey", lw=0.8, ls="--")
     axes[2].axhspan(-0.5, 1.5, color="0.93", lw=0, zorder=0)
+    axes[0].set_xlim(-1, 1)  # an interval of three encoders can reach beyond what a correlation can be
     for ax, text in zip(axes, ("a  each alone", "b  what only it knows", "c  together"), strict=True):
         ax.set_title(text, loc="left")
     for ax in axes[:2]:
         ax.axhline(len(FORWARD) - 0.5, color="0.8", lw=0.7)
     axes[1].legend(frameon=False, fontsize=6.5, loc="center right")
-    shown = ("pixels, trees", "all, trees", "repeatable")
+    shown = ("pixels, trees", "all, trees", "left, and repeatable")
     found = [f"{NAMES.get(m, m)} {' / '.join(f'{row[k].value:.2f}' for k in shown)}" for m, row in together.items()]
     figure.suptitle(
         "How much of influence do simple statistics explain? "
-        "R² on unseen images, pixels alone / with a forward pass / repeatable:\n"
+        "R² on unseen images, by pixels /\n"
+        "with a forward pass / left, though a second noise finds it again:\n"
         f"{';  '.join(found)}\n({plan.set_name}, n = {plan.n:,}, {plan.encoders} encoder"
         f"{'s' if plan.encoders > 1 else ''} a method, {plan.profile} profile; bars: 95% intervals)",
         fontsize=8.5,

@@ -12,13 +12,14 @@ from scipy.stats import rankdata
 
 from issl.analysis.statistics import Estimate
 from issl.data.images import Images
+from issl.experiments.claims import threshold
 from issl.experiments.plans_paper import Outliers
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
 STATIC = ("corrupted", "static")  # kinds of strange images that have noise over them
 COLOURS = {**figures.COLOURS, "untrained": "0.45"}
-TITLES = {"without static": "all but static"}
+TITLES = {"without static": "all but static", "corrupted": "static", "foreign": "of another set"}
 SHOWN = 32  # images of a gallery
 Found = Mapping[tuple[str, str, str, str], Estimate]
 
@@ -59,15 +60,21 @@ def atypical(
     if known:
         rho, before = (found[who, "influence", "ambiguity", "spearman"] for who in (first, "untrained"))
         loss = found[first, "stability loss ℓ", "ambiguity", "spearman"].value
-        said.insert(0, f"Influence and ambiguity: ρ = {rho}; stability loss {loss:.2f}, untrained {before.value:.2f}")
+        what = "Influence and people's disagreement"
+        said.insert(0, f"{what}: ρ = {rho}; stability loss {_signed(loss)}, untrained {_signed(before.value)}")
     many = f"{plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method"
     lines = [f"{line} ({NAMES[first]})" for line in said]
     lines.append(
         f"({plan.set_name}, {len(images):,} test images, curvature of {plan.n:,} training images, {many}, "
-        f"{plan.profile} profile; bars: 95% intervals; dashed: chance)"
+        f"{plan.profile} profile; bars: 95% intervals; dashed: chance, dotted: the test)"
     )
     figure.suptitle("\n".join(lines), fontsize=8.5)
     return figure
+
+
+def _signed(value: float) -> str:
+    """With a minus sign, as intervals have it."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _gallery(ax: Axes, images: Images, score: np.ndarray, title: str, outlined: np.ndarray | None = None) -> None:
@@ -90,6 +97,8 @@ def _detectors(
         by_people = metric == "spearman"
         label, chance = ("Spearman ρ", 0.0) if by_people else ("AUC", 0.5)
         figures.forests(ax, names, rows, label, chance, COLOURS, marks)
+        if by_people or truth == "without static":
+            figures.asked(ax, threshold("high_influence_ambiguous", f"{metric}_{truth.replace(' ', '_')}"))
         ax.axhspan(len(names) - 1.5, len(names) - 0.5, color="0.93", lw=0, zorder=0)
         if by_people:
             ax.set_title("ambiguous\nto people", loc="left", fontsize=7.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,11 +10,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import pearsonr, spearmanr
 
 from issl.analysis.statistics import Estimate
 from issl.data.images import Images
 from issl.experiments.plans_paper import SeedCorrelation
-from issl.pretraining.recipes import NAMES
+from issl.pretraining.recipes import NAMES, Method
 from issl.reporting import figures
 
 PAPER = 0.974  # the paper's Pearson correlation under Gaussian noise
@@ -37,11 +38,12 @@ def agreement(
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[len(readings), 1])[:, 0]
     axes = above.subplots(len(readings), len(plan.methods), squeeze=False)
     for (row, (reading, runs)), (column, method) in product(enumerate(readings.items()), enumerate(plan.methods)):
-        part = table[(table["seed"] == reading) & (table["method"] == method)].set_index("metric")["value"]
         _scatter(axes[row, column], runs[method][0], runs[method][1], figures.COLOURS[method])
         axes[row, column].set(xlabel=f"influence, {reading} seed A", ylabel=f"{reading} seed B")
-        title = f"{NAMES[method]}: r = {part['pearson']:.2f}, ρ = {part['spearman']:.2f}"
-        axes[row, column].set_title(title, loc="left")
+        linear, rank = (float(measure(*runs[method][:2]).statistic) for measure in (pearsonr, spearmanr))
+        axes[row, column].set_title(
+            f"{NAMES[method]}, this pair: r = {linear:.2f}, ρ = {rank:.2f}", loc="left", fontsize=8
+        )
     panels = below.subplots(1, 3, sharey=True)
     keys = list(product(plan.methods, readings))
     for ax, (metric, label, nothing, title) in zip(panels, PANELS, strict=True):
@@ -49,7 +51,7 @@ def agreement(
         by_key = {(r["method"], r["seed"]): Estimate.of(r) for r in part}
         rows = [(f"{NAMES[method]}, {reading}", by_key[method, reading]) for method, reading in keys]
         figures.forest(ax, rows, label, nothing, [figures.COLOURS[method] for method, _ in keys])
-        ax.set_xlim(-0.05, 1.03)
+        ax.set_xlim(min(-0.05, min(e.low for _, e in rows) - 0.05), 1.03)
         ax.set_title(title, loc="left")
     panels[0].axvline(PAPER, color="black", lw=0.9)
     r = {seed: table[(table["metric"] == "pearson") & (table["seed"] == seed)]["value"] for seed in readings}
@@ -103,7 +105,8 @@ def _range(values: pd.Series) -> str:
 
 
 def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float, float]) -> None:
-    ax.scatter(a, b, s=4, alpha=0.35, color=colour, lw=0, rasterized=True)
+    shown = np.linspace(0, len(a) - 1, min(len(a), 5000)).astype(int)  # more of them would be one blot
+    ax.scatter(a[shown], b[shown], s=4, alpha=0.35, color=colour, lw=0, rasterized=True)
     ends = [min(a.min(), b.min()), max(a.max(), b.max())]
     ax.plot(ends, ends, color="grey", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log")
@@ -111,14 +114,33 @@ def _scatter(ax: Axes, a: np.ndarray, b: np.ndarray, colour: tuple[float, float,
 
 def all_runs(plan: SeedCorrelation, images: Images, matrix: pd.DataFrame) -> Figure:
     """Rank correlations (runs × runs) as a heat map; the runs of each method in the order of the plan."""
-    figure, ax = plt.subplots(figsize=(figures.PAGE, 0.9 + 0.36 * len(matrix)))
-    short = [f"t{t} n{s}" for _ in plan.methods for t in range(plan.encoders) for s in plan.noises(t)]
+    runs = [(m, t, s) for m in plan.methods for t in range(plan.encoders) for s in plan.noises(t)]
+    few = len(runs) <= 12  # room for numbers in the cells
+    figure, ax = plt.subplots(figsize=(figures.PAGE, 1.3 + (0.36 if few else 0.22) * len(runs)))
     sns.heatmap(
-        matrix, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", annot_kws={"size": 7}, square=False,
-        cbar_kws={"label": "Spearman ρ"}, xticklabels=short, ax=ax,
+        matrix, vmin=0, vmax=1, cmap="cividis", annot=few, fmt=".2f", annot_kws={"size": 7}, square=False,
+        cbar_kws={"label": "Spearman ρ"}, xticklabels=[f"{t} · {s}" for _, t, s in runs], ax=ax,
     )  # fmt: skip
-    ax.tick_params(axis="x", labelrotation=0)
-    ax.set_xlabel("the same runs: training seed t, noise seed n")
-    title = f"Rank correlation of all runs ({images.name}, n = {len(images):,}, {plan.profile} profile)"
-    ax.set_title(title, loc="left")
+    ax.tick_params(axis="x", labelrotation=0 if few else 90)
+    ax.set_xlabel("the same runs: training seed · noise seed")
+    for k in range(1, len(runs)):
+        if runs[k][0] != runs[k - 1][0]:  # between methods
+            ax.axhline(k, color="white", lw=1.5)
+            ax.axvline(k, color="white", lw=1.5)
+    figure.suptitle(
+        f"Rank correlation, on average: {_by_kind(runs, matrix.to_numpy())}\n"
+        f"({images.name}, n = {len(images):,}, {plan.profile} profile)",
+        fontsize=8.5,
+    )
     return figure
+
+
+def _by_kind(runs: list[tuple[Method, int, int]], rho: np.ndarray) -> str:
+    """The mean over pairs of runs of each kind, in words."""
+    kinds: dict[str, list[float]] = {"two noise seeds of one encoder": [], "two trainings": [], "two methods": []}
+    for (i, (m, t, s)), (j, (n, u, v)) in combinations(enumerate(runs), 2):
+        if m == n and t == u:
+            kinds["two noise seeds of one encoder"].append(rho[i, j])
+        elif s == v:  # the same noise, so that the training alone differs
+            kinds["two trainings" if m == n else "two methods"].append(rho[i, j])
+    return ", ".join(f"{np.mean(found):.2f} {kind}" for kind, found in kinds.items() if found)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from issl.analysis.statistics import Estimate
 from issl.data.images import Images
-from issl.experiments.claims import claims
+from issl.experiments.claims import threshold
 from issl.experiments.plans_paper import SupervisedVsSSL
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
@@ -31,8 +31,7 @@ def agreement(
     scores    (n,) by model, for the galleries
     """
     figure = plt.figure(figsize=(figures.PAGE, 4.4))
-    counts = claims()["supervised_differs_more_than_seeds"].tests[0].above  # the least difference that does
-    assert counts is not None
+    counts = threshold("supervised_differs_more_than_seeds", "seeds_less_supervised")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
     for ax, rows, label, line in (
