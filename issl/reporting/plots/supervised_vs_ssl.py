@@ -41,6 +41,7 @@ def agreement(
         names = [name for name in rows if all(name in row for row in measured.values())]
         by_method = {m: [row[name] for name in names] for m, row in measured.items()}
         figures.forests(ax, names, by_method, label, line)
+        ax.set_xlim(max(-1, ax.get_xlim()[0]), min(1.2, ax.get_xlim()[1]))  # intervals of three can reach further
     left.set_title("a  agreement of an encoder's scores with …", loc="left")
     left.legend(frameon=False, loc="best", fontsize=7)
     right.set_title(f"b  the test: right of {counts:g}?", loc="left")
