@@ -370,6 +370,8 @@ class SupervisedVsSSL(Scored):
     """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
 
     supervised   how many supervised models are scored, beside `encoders` of each method
+    equal_std    a control: the standard deviation of a weaker noise, by which a supervised model's features turn as far
+                 as an SSL encoder's by the usual one; the supervised models are scored under it, too
     seeds        of the trainings without the top `share` by either score; 0: none
     """
 
@@ -378,6 +380,7 @@ class SupervisedVsSSL(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     encoders: int = Field(2, ge=2)  # two trainings of a method are what a supervised one is compared with
     supervised: int = Field(1, ge=1)
+    equal_std: float | None = Field(None, gt=0)
     share: float = Field(0.2, gt=0, lt=1)
     seeds: int = Field(2, ge=0)
 
@@ -401,9 +404,10 @@ class SupervisedVsSSL(Scored):
         classifiers = [self.evaluation(e).read(artifacts)["knn"].mean() for e in self.supervised_encoders()]
         return {**learned, "knn": min(learned["knn"], *map(float, classifiers))}
 
-    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
-        """Scores by the stability loss, under one of two noises."""
-        return self.influence(encoder, self.noise_seed + noise)
+    def scores(self, encoder: Pretrain | Given, noise: int = 0, std: float | None = None) -> Influence:
+        """Scores by the stability loss, under one of two noises, of the usual strength or another."""
+        strength = self.std if std is None else std
+        return self.influence(encoder, self.noise_seed + noise, perturbation=GaussianNoise(self.mean, strength))
 
     def cross_entropy_scores(self, encoder: Pretrain | None = None) -> Influence:
         """Scores by a supervised model's own loss, by default the first's."""
@@ -429,6 +433,8 @@ class SupervisedVsSSL(Scored):
         each = (*encoders, fresh, *classifiers)
         found: list[Stage] = [*map(self.cross_entropy_scores, classifiers), *map(self.evaluation, classifiers)]
         found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
+        if self.equal_std is not None:
+            found += [self.scores(e, noise, self.equal_std) for e in classifiers for noise in range(2)]
         found += self.learned_stages(encoders)
         for method in self.trained:
             for seed in self.judges:
