@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
     "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
     "06_pruning": {"rank": 4, "arms": ["top", "bottom", "random", "top flat", "random flat"], "judges_epochs": 2},
     "07_outliers": {"rank": 4, "made_strange": 0.25, "encoders": 2},
-    "08_supervised_vs_ssl": {"rank": 4, "supervised": 2},
+    "08_supervised_vs_ssl": {"rank": 4, "supervised": 2, "equal_std": 0.1},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
         "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "continued_epochs": 1, "draws": 2, "ranks": [2],
@@ -320,8 +320,9 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
     def rho(x: pd.Series, y: pd.Series) -> float:
         return float(x.corr(y, method="spearman"))
 
-    def agreement(e: Any, f: Any) -> float:
-        (a, b), (c, d) = ([p.scores(g, noise).read(artifacts)["influence"] for noise in range(2)] for g in (e, f))
+    def agreement(e: Any, f: Any, std: float | None = None) -> float:
+        both = ((e, None), (f, std))
+        (a, b), (c, d) = ([p.scores(g, k, s).read(artifacts)["influence"] for k in range(2)] for g, s in both)
         return (rho(a, d) + rho(b, c)) / 2 / np.sqrt(rho(a, b) * rho(c, d))
 
     first, second = p.scored_encoders("simclr")
@@ -331,6 +332,9 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
     got = record(out, "supervised_differs_more_than_seeds.simclr")["metrics"]
     assert got["seeds"]["value"] == pytest.approx(seeds) and got["supervised"]["value"] == pytest.approx(across)
     assert got["seeds_less_supervised"]["value"] == pytest.approx(seeds - across)
+    control = np.mean([agreement(e, s, 0.1) for e in (first, second) for s in supervised])
+    assert got["supervised_at_equal_strength"]["value"] == pytest.approx(control) != across
+    assert got["seeds_less_supervised_at_equal_strength"]["value"] == pytest.approx(seeds - control)
     own_loss = [p.cross_entropy_scores(s).read(artifacts)["influence"] for s in supervised]
     plain = [rho(p.scores(e).read(artifacts)["influence"], ce) for e in (first, second) for ce in own_loss]
     assert got["spearman_cross_entropy"]["value"] == pytest.approx(np.mean(plain))

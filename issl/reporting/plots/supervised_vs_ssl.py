@@ -16,8 +16,9 @@ from issl.experiments.plans_paper import SupervisedVsSSL
 from issl.pretraining.recipes import NAMES
 from issl.reporting import figures
 
-ROWS = ("another training", "another SSL method", "supervised", "untrained")  # with whom an encoder is compared
-TESTS = ("training − supervised", "other SSL − supervised")
+EQUAL = "supervised, equal strength"  # as notebook 08 calls its control
+ROWS = ("another training", "another SSL method", "supervised", EQUAL, "untrained")  # with whom an encoder is compared
+TESTS = ("training − supervised", "other SSL − supervised", f"training − {EQUAL}", f"other SSL − {EQUAL}")
 
 
 def agreement(
@@ -40,7 +41,7 @@ def agreement(
     ):
         names = [name for name in rows if all(name in row for row in measured.values())]
         by_method = {m: [row[name] for name in names] for m, row in measured.items()}
-        figures.forests(ax, names, by_method, label, line)
+        figures.forests(ax, [name.replace(", equal", ",\nequal") for name in names], by_method, label, line)
         ax.set_xlim(max(-1, ax.get_xlim()[0]), min(1.2, ax.get_xlim()[1]))  # intervals of three can reach further
     left.set_title("a  agreement of an encoder's scores with …", loc="left")
     left.legend(frameon=False, loc="best", fontsize=7)
