@@ -105,7 +105,8 @@ def _doses(ax: Axes, doses: pd.DataFrame) -> None:
 
 def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     first, share = plan.methods[0], plan.shares[0]
-    gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in ("modularity", "separability")}
+    metrics = ("modularity", "separability")
+    gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in metrics}
     doses = f"; e: {plan.drawn:,} scenes" if plan.trained_doses else ""
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
     return (
