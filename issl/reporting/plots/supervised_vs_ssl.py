@@ -44,7 +44,7 @@ def agreement(
         figures.forests(ax, [name.replace(", equal", ",\nequal") for name in names], by_method, label, line)
         ax.set_xlim(max(-1, ax.get_xlim()[0]), min(1.2, ax.get_xlim()[1]))  # intervals of three can reach further
     left.set_title("a  agreement of an encoder's scores with …", loc="left")
-    left.legend(frameon=False, loc="best", fontsize=7)
+    left.legend(frameon=False, loc="lower right", fontsize=7)
     right.set_title(f"b  the test: right of {counts:g}?", loc="left")
     _highest(below, images, scores)
     first = measured[plan.methods[0]]
