@@ -108,7 +108,7 @@ def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     metrics = ("modularity", "separability")
     gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in metrics}
     doses = f"; e: {plan.drawn:,} scenes" if plan.trained_doses else ""
-    found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items())
+    found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items()).replace("-", "−")
     return (
         f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
         f"({plan.set_name}, n = {n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
