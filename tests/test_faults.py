@@ -106,6 +106,7 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def with_files_of(limit: int, words: list[str]) -> tuple[int, str]:
     """Run a command where no file may be larger; its exit code and what it says."""
     said = io.StringIO()
+    sys.dont_write_bytecode = True  # a module compiled here first would be cut short, and break every later run
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         code = cli.main(words)
