@@ -33,7 +33,7 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("-", "−")
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("inf", "∞").replace("-", "−")
 
     @classmethod
     def of(cls, row: Mapping[Any, Any]) -> Estimate:

@@ -214,7 +214,7 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
 def _number(r: Any) -> str:
     if r.low == r.high == r.value:
         return f"{r.value:.2g}"
-    return f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]".replace("inf", "∞").replace("-", "−")
+    return str(Estimate(r.value, r.low, r.high, r.n))
 
 
 def markdown(records: Sequence[Record]) -> str:

@@ -61,7 +61,8 @@ def atypical(
         rho, before = (found[who, "influence", "ambiguity", "spearman"] for who in (first, "untrained"))
         loss = found[first, "stability loss ℓ", "ambiguity", "spearman"].value
         what = "Influence and people's disagreement"
-        said.insert(0, f"{what}: ρ = {rho}; stability loss {_signed(loss)}, untrained {_signed(before.value)}")
+        line = f"{what}: ρ = {rho}; stability loss {loss:.2f}, untrained {before.value:.2f}"
+        said.insert(0, line.replace("-", "−"))
     many = f"{plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method"
     lines = [f"{line} ({NAMES[first]})" for line in said]
     lines.append(
@@ -70,11 +71,6 @@ def atypical(
     )
     figure.suptitle("\n".join(lines), fontsize=8.5)
     return figure
-
-
-def _signed(value: float) -> str:
-    """With a minus sign, as intervals have it."""
-    return f"{value:.2f}".replace("-", "−")
 
 
 def _gallery(ax: Axes, images: Images, score: np.ndarray, title: str, outlined: np.ndarray | None = None) -> None:
