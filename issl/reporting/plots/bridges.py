@@ -30,10 +30,10 @@ BACKGROUNDS = {  # name in the legend, colour, shift of its points (in share), l
 def bridges(
     plan: Bridges, chart: pd.DataFrame, removed: pd.DataFrame, doses: pd.DataFrame, slope: Estimate | None
 ) -> Figure:
-    """(a) the graph of the first method in two eigenvectors; (b) to (d) gains over random removal; (e) doses, where
+    """(a) a map of the first method's features; (b) to (d) gains over random removal; (e) doses, where
     encoders were trained for them (`slope` is not None).
 
-    chart    x, y, label, top (is its influence among the highest?): one row per image
+    chart    x, y, class, top (is its influence among the highest?): one row per image that is shown
     removed  method, removed, share, metric, value, low, high, n
     doses    share, seed, background, value, low, high, n; slope: of value by share, any uniform background
     """
@@ -42,7 +42,7 @@ def bridges(
     above, below = halves
     places, modular, silhouette = above.subplots(1, 3, width_ratios=[1.1, 1, 1])
     _places(places, chart)
-    places.set_title(f"a  {NAMES[plan.methods[0]]}; circles: top {plan.shares[0]:.0%}", loc="left")
+    places.set_title(f"a  {NAMES[plan.methods[0]]}: ○ top {plan.shares[0]:.0%}, colours: classes", loc="left")
     for ax, metric, letter in ((modular, "modularity", "b"), (silhouette, "separability", "c")):
         names = ["influence,\nmatched", "influence", "betweenness", "lowest\ninfluence"]
         gains = _gains(plan, removed, metric, plan.shares[0])
@@ -65,15 +65,19 @@ def bridges(
     for ax in rest:
         _doses(ax, doses)
         ax.set_title(f"e  dose and response: slope {slope}", loc="left")
-    above.suptitle(_headline(plan, removed, len(chart)), fontsize=8.5)
+    above.suptitle(_headline(plan, removed), fontsize=8.5)
     return figure
 
 
 def _places(ax: Axes, chart: pd.DataFrame) -> None:
-    ax.scatter(chart["x"], chart["y"], c=chart["label"], cmap="tab10", s=3, lw=0, alpha=0.5, rasterized=True)
+    classes = sorted(chart["class"].unique())
+    colours = sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes))
+    for name, colour in zip(classes, colours, strict=True):
+        of = chart[chart["class"] == name]
+        ax.scatter(of["x"], of["y"], color=colour, s=3, lw=0, alpha=0.6, rasterized=True)
     head = chart[chart["top"]]
-    ax.scatter(head["x"], head["y"], s=14, facecolors="none", edgecolors="black", lw=0.7)
-    ax.set(xticks=[], yticks=[], xlabel="second eigenvector", ylabel="third eigenvector")
+    ax.scatter(head["x"], head["y"], s=10, facecolors="none", edgecolors="black", lw=0.6)
+    ax.set(xticks=[], yticks=[], xlabel="t-SNE of the features")
 
 
 def _gain(removed: pd.DataFrame, method: str, which: str, metric: str, share: float) -> Estimate:
@@ -103,7 +107,7 @@ def _doses(ax: Axes, doses: pd.DataFrame) -> None:
     ax.legend(frameon=False, fontsize=6.5, ncol=4, loc="best")
 
 
-def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
+def _headline(plan: Bridges, removed: pd.DataFrame) -> str:
     first, share = plan.methods[0], plan.shares[0]
     metrics = ("modularity", "separability")
     gain = {m: _gain(removed, first, "influence", f"{m} (matched)", share).value for m in metrics}
@@ -111,6 +115,6 @@ def _headline(plan: Bridges, removed: pd.DataFrame, n: int) -> str:
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items()).replace("-", "−")
     return (
         f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
-        f"({plan.set_name}, n = {n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
+        f"({plan.set_name}, n = {plan.n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
         f"{plan.profile} profile)"
     )
