@@ -211,7 +211,6 @@ class Fairness(Scored):
     """05_fairness: does influence differ between groups of people, and rise in a group that is thinned?
 
     smallest   groups of fewer images (or with fewer others) are not tested
-    retrained  the methods that are trained again without most of the group, from `seeds` seeds; none: all of them
     """
 
     notebook: ClassVar[str] = "05_fairness"
@@ -222,16 +221,11 @@ class Fairness(Scored):
     keep: float = Field(0.1, gt=0, lt=1)
     seeds: int = Field(1, ge=1)
     smallest: int = Field(50, ge=2)
-    retrained: tuple[recipes.Method, ...] | None = None
 
     def groups(self) -> tuple[tuple[str, ...], str]:
         """The attributes and the group that is thinned: those given, else the data set's."""
         attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
         return self.attributes or attributes, self.thinned or thinned
-
-    def thinning_methods(self) -> tuple[recipes.Method, ...]:
-        """The methods that are trained again."""
-        return self.methods if self.retrained is None else self.retrained
 
     def removal(self, seed: int, at_random: bool = False) -> Thin:
         """Most of the group, or as many images at random."""
@@ -258,7 +252,7 @@ class Fairness(Scored):
     def stages(self) -> list[Stage]:
         arms = [(seed, at_random) for seed in range(self.seeds) for at_random in (False, True)]
         found: list[Stage] = [*self.of_each(self.methods), *(self.removal(*arm) for arm in arms)]
-        for method in self.thinning_methods():
+        for method in self.methods:
             for arm in arms:
                 found += [self.thinned_encoder(method, *arm), self.thinned_scores(method, *arm)]
             found += self.learned_stages(self.thinned_encoders(method))

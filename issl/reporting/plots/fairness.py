@@ -89,7 +89,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     figures.forest(left, lines, "change of the mean influence rank (1 = all ranks)", 0.0, colours)
     left.set_title("a  thinned less random removal", loc="left")
     each = rises.groupby(["method", "seed"], as_index=False)["rise"].mean()
-    methods = list(plan.thinning_methods())
+    methods = list(plan.methods)
     sns.stripplot(
         each, x="method", y="rise", hue="method", order=methods, palette=figures.COLOURS, ax=right, legend=False,
         jitter=False,
