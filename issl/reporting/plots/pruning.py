@@ -37,7 +37,7 @@ def accuracies(
     figure, axes = plt.subplots(rows, 3, figsize=size, squeeze=False, width_ratios=[1, 1, 1.25])
     for (probe, knn, forest), method in zip(axes, plan.methods, strict=True):
         for ax, metric, title in ((probe, "probe", "linear probe"), (knn, "knn", "kNN")):
-            _by_share(ax, runs[runs["method"] == method], metric)
+            (_by_share if len(plan.shares) > 1 else _by_arm)(ax, runs[runs["method"] == method], metric)
             ax.set_title(f"{NAMES[method]}, {title}", loc="left")
         part = differences[(differences["method"] == method) & (differences["metric"] == "probe")]
         part = part[part["difference"].isin(COMPARED)]
@@ -47,8 +47,9 @@ def accuracies(
         colours = ["C0" if name.startswith("top") else "C2" for name, _ in lines]
         figures.forest(forest, lines, "probe: paired difference (points)", 0.0, colours)
         forest.set_title("95% interval over seeds", loc="left")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, title="removed")
+    if len(plan.shares) > 1:
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, title="removed")
     figure.suptitle(_headline(plan, share, best), fontsize=8.5)
     return figure
 
@@ -66,11 +67,21 @@ def _by_share(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     ax.set(xlabel="share removed (%)", ylabel="test accuracy (%)")
 
 
+def _by_arm(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
+    """One share: a column for each kind of removal, a line for each seed, a bar at the mean."""
+    arms = ["none", *(which for which in STYLES if (runs["removed"] == which).any())]
+    table = 100 * runs.pivot_table(index="seed", columns="removed", values=metric)[arms]
+    ax.plot(range(len(arms)), table.T, color="0.75", lw=0.7, marker="o", ms=3)
+    ax.scatter(range(len(arms)), table.mean(), color="black", marker="_", s=160, lw=1.6, zorder=3)
+    ax.set_xticks(range(len(arms)), [which.replace(" ", "\n") for which in arms])
+    ax.set(xlim=(-0.5, len(arms) - 0.5), xlabel="removed", ylabel="test accuracy (%)")
+
+
 def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
-    points = {name: f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]" for name, e in best.items()}
+    points = {name: str(e.scaled(100)) for name, e in best.items()}
+    marks = "one mark per seed, × nothing removed" if len(plan.shares) > 1 else "a line per seed, black: the mean"
     return (
         f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
         f"{points['random']} against random removal\n"
-        f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "
-        "one mark per seed, × nothing removed)"
+        f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; {marks})"
     )
