@@ -206,3 +206,17 @@ def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> N
         x, y = columns[:2, drawn.integers(0, 60, 60)]
         peer = stats.spearmanr if ranked else stats.pearsonr
         assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "written"),
+    [
+        (-0.1, -0.3, 0.1, "−0.10 [−0.30, 0.10]"),
+        (0.9761, 0.97, 0.982, "0.976 [0.970, 0.982]"),  # two decimals would say [0.97, 0.98]
+        (0.00001, 0.000001, 0.00003, "0.000010 [0.000001, 0.000030]"),
+        (0.5, 0.5, 0.5, "0.50 [0.50, 0.50]"),
+        (0.5, -np.inf, np.inf, "0.50 [−∞, ∞]"),
+    ],
+)
+def test_an_interval_is_written_so_that_its_ends_differ(value: float, low: float, high: float, written: str) -> None:
+    assert str(statistics.Estimate(value, low, high, 9)) == written

@@ -6,6 +6,7 @@ Most are scipy's; every number comes as an Estimate with a 95% confidence interv
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from issl.errors import IsslError
 
 RESAMPLES = 1000
 LARGE = 5000  # images, from which on an AUC's interval is computed rather than bootstrapped
+NARROW = 0.03  # the width of an interval from which on two decimals tell its ends apart
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]".replace("inf", "∞").replace("-", "−")
+        """Two decimals, or as many more as tell the ends of a narrow interval apart."""
+        width = self.high - self.low
+        digits = 2 if not 0 < width < NARROW else 2 + math.ceil(math.log10(NARROW / width))
+        numbers = f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return numbers.replace("inf", "∞").replace("-", "−")
 
     @classmethod
     def of(cls, row: Mapping[Any, Any]) -> Estimate:

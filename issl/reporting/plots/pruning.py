@@ -17,8 +17,8 @@ STYLES = {
     "top": ("highest influence", "o", "-"),
     "random": ("random", "s", "--"),
     "bottom": ("lowest influence", "^", ":"),
-    "top flat": ("highest influence of the flattest frames", "o", "-"),
-    "random flat": ("any of the flattest frames", "s", "--"),
+    "top flat": ("flat frames, highest influence", "o", "-"),
+    "random flat": ("flat frames, random", "s", "--"),
 }
 COMPARED = ("top − none", "top − random", "bottom − random", "top flat − none", "top flat − random flat")
 
@@ -35,19 +35,24 @@ def accuracies(
     rows = len(plan.methods)
     size = (figures.PAGE, 2.35 * rows + 0.35)
     figure, axes = plt.subplots(rows, 3, figsize=size, squeeze=False, width_ratios=[1, 1, 1.25])
+    several = len(plan.shares) > 1
     for (probe, knn, forest), method in zip(axes, plan.methods, strict=True):
         for ax, metric, title in ((probe, "probe", "linear probe"), (knn, "knn", "kNN")):
-            (_by_share if len(plan.shares) > 1 else _by_arm)(ax, runs[runs["method"] == method], metric)
+            (_by_share if several else _by_arm)(ax, runs[runs["method"] == method], metric)
             ax.set_title(f"{NAMES[method]}, {title}", loc="left")
+        if not several:
+            knn.set(yticklabels=[], ylabel="")
+            knn.set_title("kNN", loc="left")
         part = differences[(differences["method"] == method) & (differences["metric"] == "probe")]
         part = part[part["difference"].isin(COMPARED)]
         lines = [
-            (f"{r['difference']}, {100 * r['share']:g}%", Estimate.of(r).scaled(100)) for r in part.to_dict("records")
+            (r["difference"] + (f", {100 * r['share']:g}%" if several else ""), Estimate.of(r).scaled(100))
+            for r in part.to_dict("records")
         ]
         colours = ["C0" if name.startswith("top") else "C2" for name, _ in lines]
         figures.forest(forest, lines, "probe: paired difference (points)", 0.0, colours)
         forest.set_title("95% interval over seeds", loc="left")
-    if len(plan.shares) > 1:
+    if several:
         handles, names = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, title="removed")
     figure.suptitle(_headline(plan, share, best), fontsize=8.5)
@@ -68,13 +73,15 @@ def _by_share(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
 
 
 def _by_arm(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
-    """One share: a column for each kind of removal, a line for each seed, a bar at the mean."""
+    """One share: a row for each kind of removal, a line for each seed, a bar at the mean."""
     arms = ["none", *(which for which in STYLES if (runs["removed"] == which).any())]
     table = 100 * runs.pivot_table(index="seed", columns="removed", values=metric)[arms]
-    ax.plot(range(len(arms)), table.T, color="0.75", lw=0.7, marker="o", ms=3)
-    ax.scatter(range(len(arms)), table.mean(), color="black", marker="_", s=160, lw=1.6, zorder=3)
-    ax.set_xticks(range(len(arms)), [which.replace(" ", "\n") for which in arms])
-    ax.set(xlim=(-0.5, len(arms) - 0.5), xlabel="removed", ylabel="test accuracy (%)")
+    rows = np.arange(len(arms))[::-1]
+    ax.plot(table.T, rows, color="0.75", lw=0.7, marker="o", ms=3)
+    ax.scatter(table.mean(), rows, color="black", marker="|", s=160, lw=1.6, zorder=3)
+    ax.set_yticks(rows, [which if which == "none" else STYLES[which][0] for which in arms])
+    ax.set(ylim=(-0.5, len(arms) - 0.5), xlabel="test accuracy (%)", ylabel="removed")
+    ax.locator_params(axis="x", nbins=4)
 
 
 def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
