@@ -26,7 +26,8 @@ from issl.experiments.cache import Artifacts, Stage
 WORTH_IT = 60.0  # seconds of work, by the cost model: a worker needs some seconds to import torch
 AT_MOST = 4  # workers by default: each holds its images
 # workers that share a GPU by default: a training of a narrow network waits for Python most of the time. On an H100 four
-# of width 16 side by side were no slower than two, and nine did less in all than four (docs/gpu.md)
+# of width 16 side by side were no slower than two, and nine did less in all than four, unless NVIDIA's multi-process
+# service runs (docs/gpu.md)
 ON_A_GPU = 4
 CONTEXT = 1.0  # GB of a GPU's memory that each process takes beside its stage
 
