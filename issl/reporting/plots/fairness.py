@@ -87,6 +87,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     lines = [(f"{r['who']}, {NAMES[r['method']]}", r["estimate"]) for r in rows]
     colours = [figures.COLOURS[r["method"]] for r in rows]
     figures.forest(left, lines, "change of the mean influence rank (1 = all ranks)", 0.0, colours)
+    left.locator_params(axis="x", nbins=6)
     left.set_title("a  thinned less random removal", loc="left")
     each = rises.groupby(["method", "seed"], as_index=False)["rise"].mean()
     methods = list(plan.methods)
@@ -99,7 +100,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     right.set(xlabel="", ylabel="change of rank")
     right.set_title("b  one point per training seed", loc="left")
     whole = [(NAMES[r["method"]], r["estimate"]) for r in rows if r["who"] == "all of the group"]
-    known = [f"{e.value:+.2f}" + ("" if np.isinf(e.low) else f" [{e.low:+.2f}, {e.high:+.2f}]") for _, e in whole]
+    known = [f"{e.value:.2f}".replace("-", "−") if np.isinf(e.low) else str(e) for _, e in whole]
     over = "one training seed, so no interval is known" if plan.seeds == 1 else f"95% intervals over {plan.seeds} seeds"
     figure.suptitle(
         f"With {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean influence rank changes by "
