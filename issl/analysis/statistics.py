@@ -38,8 +38,9 @@ class Estimate:
         """Two decimals, or as many more as tell the ends of a narrow interval apart."""
         width = self.high - self.low
         digits = 2 if not 0 < width < NARROW else 2 + math.ceil(math.log10(NARROW / width))
-        numbers = f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return numbers.replace("inf", "∞").replace("-", "−")
+        # adding 0 takes the sign from a rounded −0
+        value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]".replace("inf", "∞").replace("-", "−")
 
     @classmethod
     def of(cls, row: Mapping[Any, Any]) -> Estimate:

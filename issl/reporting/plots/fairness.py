@@ -35,7 +35,7 @@ def group_effects(plan: Fairness, groups: pd.DataFrame, ranks: np.ndarray, table
     overall = [tests["all methods", *key] for key in keys]
     names = [f"{r['group']} ({r['images']:,}){'*' if r['adjusted_p'] < 0.05 else ''}" for r in overall]
     effects: dict[str, Sequence[Estimate]] = {m: [tests[m, *key]["effect"] for key in keys] for m in plan.methods}
-    figures.forests(left, names, effects, "effect: ranks lower   ←   0   →   ranks higher", 0.0)
+    figures.forests(left, names, effects, "rank-biserial effect: ranks lower  ←  0  →  higher", 0.0)
     before = [tests["untrained", *key]["effect"].value for key in keys]
     left.plot(before, np.arange(len(keys))[::-1], "x", color="0.35", ms=4, label="untrained")
     figure.legend(
@@ -48,14 +48,17 @@ def group_effects(plan: Fairness, groups: pd.DataFrame, ranks: np.ndarray, table
     left.set_title("a  group (images) against the rest; * p < 0.05", loc="left")
     first, second = groups.columns[0], groups.columns[:2][-1]
     _mean_ranks(right, groups.assign(rank=ranks), first, second)
-    right.set_title(f"b  {first} × {second}, all encoders (images)", loc="left")
+    right.set_title(f"b  {first} × {second} (images)", loc="left")
     most = largest(pd.DataFrame(overall))
     same, e = tests["untrained", most["attribute"], most["group"]]["effect"], most["effect"]
     word = next(word for bound, word in SIZES if abs(e.value) < bound)
+    encoders = f"{plan.encoders} encoder{'s' if plan.encoders > 1 else ''}"
+    if len(plan.methods) > 1:
+        encoders += " a method"
     figure.suptitle(
         f"The group that differs most, {most['group']} ({most['attribute']}), ranks "
         f"{'higher' if e.value > 0 else 'lower'} by a {word} effect: {e}; untrained: {same.value:.2f}\n"
-        f"({plan.set_name}, n = {plan.n:,}, {plan.encoders} encoder{'s' if plan.encoders > 1 else ''} a method, "
+        f"({plan.set_name}, n = {plan.n:,}, {encoders}, "
         f"{plan.profile} profile; bars: 95% intervals; between the dotted lines: negligible)",
         fontsize=8.5,
     )
@@ -103,7 +106,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     known = [f"{e.value:.2f}".replace("-", "−") if np.isinf(e.low) else str(e) for _, e in whole]
     over = "one training seed, so no interval is known" if plan.seeds == 1 else f"95% intervals over {plan.seeds} seeds"
     figure.suptitle(
-        f"With {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean influence rank changes by "
+        f"With the group {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean rank changes by "
         + ", ".join(f"{change} ({name})" for change, (name, _) in zip(known, whole, strict=True))
         + f"\n({plan.set_name}, {members:,} of {plan.n:,} images are of the group, {plan.profile} profile; {over})",
         fontsize=8.5,

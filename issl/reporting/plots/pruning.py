@@ -17,8 +17,8 @@ STYLES = {
     "top": ("highest influence", "o", "-"),
     "random": ("random", "s", "--"),
     "bottom": ("lowest influence", "^", ":"),
-    "top flat": ("flat frames, highest influence", "o", "-"),
-    "random flat": ("flat frames, random", "s", "--"),
+    "top flat": ("highest influence of the flattest frames", "o", "-"),
+    "random flat": ("any of the flattest frames", "s", "--"),
 }
 COMPARED = ("top − none", "top − random", "bottom − random", "top flat − none", "top flat − random flat")
 
@@ -33,7 +33,7 @@ def accuracies(
     share, best  where the top of the first method does best, and its probe's differences there: "none" and "random"
     """
     rows = len(plan.methods)
-    size = (figures.PAGE, 2.35 * rows + 0.35)
+    size = (figures.PAGE, 2.35 * rows + 0.5)
     figure, axes = plt.subplots(rows, 3, figsize=size, squeeze=False, width_ratios=[1, 1, 1.25])
     several = len(plan.shares) > 1
     for (probe, knn, forest), method in zip(axes, plan.methods, strict=True):
@@ -79,16 +79,20 @@ def _by_arm(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     rows = np.arange(len(arms))[::-1]
     ax.plot(table.T, rows, color="0.75", lw=0.7, marker="o", ms=3)
     ax.scatter(table.mean(), rows, color="black", marker="|", s=160, lw=1.6, zorder=3)
-    ax.set_yticks(rows, [which if which == "none" else STYLES[which][0] for which in arms])
+    ax.set_yticks(rows, arms)
     ax.set(ylim=(-0.5, len(arms) - 0.5), xlabel="test accuracy (%)", ylabel="removed")
     ax.locator_params(axis="x", nbins=4)
 
 
 def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
     points = {name: str(e.scaled(100)) for name, e in best.items()}
-    marks = "one mark per seed, × nothing removed" if len(plan.shares) > 1 else "a line per seed, black: the mean"
+    marks = (
+        "one mark per seed, × nothing removed"
+        if len(plan.shares) > 1
+        else "a line per seed, black: the mean; flat: of the flattest frames"
+    )
     return (
-        f"{NAMES[plan.methods[0]]} without its top {share:.0%}: probe {points['none']} points against all images, "
-        f"{points['random']} against random removal\n"
+        f"{NAMES[plan.methods[0]]}, trained without its top {share:.0%}: the probe changes by {points['none']} points\n"
+        f"against all images, by {points['random']} against random removal\n"
         f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; {marks})"
     )
