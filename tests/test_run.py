@@ -204,6 +204,8 @@ def test_what_takes_long_at_overnight_is_released(data_root: Path, tmp_path: Pat
     asked = {name: plan for name, plan in plans.items() if name in PLANS}
     left = {task.stage.name for task in Scheduler(asked.values(), artifacts.has).to_do()}
     assert len(asked) == 9 and left == {"embed", "neighbours"}
+    groups = ProfileOptions(profile="overnight", only="05", out=tmp_path, data_root=data_root).plans()
+    assert {task.stage.name for task in Scheduler(groups.values(), artifacts.has).to_do()} == {"thin"}
 
 
 def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> None:

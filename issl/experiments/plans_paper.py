@@ -251,10 +251,12 @@ class Fairness(Scored):
 
     def stages(self) -> list[Stage]:
         arms = [(seed, at_random) for seed in range(self.seeds) for at_random in (False, True)]
-        found: list[Stage] = [*self.of_each(self.methods), *(self.removal(*arm) for arm in arms)]
+        each = self.with_untrained(self.methods)
+        found: list[Stage] = [*map(self.influence, each), *map(self.evaluation, each)]
+        found += [self.removal(*arm) for arm in arms]
         for method in self.methods:
             for arm in arms:
-                found += [self.thinned_encoder(method, *arm), self.thinned_scores(method, *arm)]
+                found.append(self.thinned_scores(method, *arm))
             found += self.learned_stages(self.thinned_encoders(method))
         return found
 
