@@ -86,11 +86,9 @@ def _by_arm(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
 
 def _headline(plan: Pruning, share: float, best: dict[str, Estimate]) -> str:
     points = {name: str(e.scaled(100)) for name, e in best.items()}
-    marks = (
-        "one mark per seed, × nothing removed"
-        if len(plan.shares) > 1
-        else "a line per seed, black: the mean; flat: of the flattest frames"
-    )
+    marks = "one mark per seed, × nothing removed" if len(plan.shares) > 1 else "a line per seed, black: the mean"
+    if {"top flat", "random flat"} & set(plan.arms):
+        marks += "; flat: of the flattest frames"
     return (
         f"{NAMES[plan.methods[0]]}, trained without its top {share:.0%}: the probe changes by {points['none']} points\n"
         f"against all images, by {points['random']} against random removal\n"
