@@ -250,14 +250,12 @@ class Fairness(Scored):
         return {**self.learned(artifacts, self.thinned_encoders(method)), "encoders": self.seeds}
 
     def stages(self) -> list[Stage]:
-        arms = [(seed, at_random) for seed in range(self.seeds) for at_random in (False, True)]
         each = self.with_untrained(self.methods)
         found: list[Stage] = [*map(self.influence, each), *map(self.evaluation, each)]
-        found += [self.removal(*arm) for arm in arms]
+        found += map(self.removal, range(self.seeds))
         for method in self.methods:
-            for arm in arms:
-                found.append(self.thinned_scores(method, *arm))
-            found += self.learned_stages(self.thinned_encoders(method))
+            thinned = self.thinned_encoders(method)
+            found += [*map(self.influence, thinned), *self.learned_stages(thinned)]
         return found
 
 

@@ -33,7 +33,7 @@ def bridges(
     """(a) a map of the first method's features; (b) to (d) gains over random removal; (e) doses, where
     encoders were trained for them (`slope` is not None).
 
-    chart    x, y, class, top (is its influence among the highest?): one row per image that is shown
+    chart    x, y, label, top (is its influence among the highest?): one row per image that is shown
     removed  method, removed, share, metric, value, low, high, n
     doses    share, seed, background, value, low, high, n; slope: of value by share, any uniform background
     """
@@ -70,11 +70,7 @@ def bridges(
 
 
 def _places(ax: Axes, chart: pd.DataFrame) -> None:
-    classes = sorted(chart["class"].unique())
-    colours = sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes))
-    for name, colour in zip(classes, colours, strict=True):
-        of = chart[chart["class"] == name]
-        ax.scatter(of["x"], of["y"], color=colour, s=3, lw=0, alpha=0.6, rasterized=True)
+    ax.scatter(chart["x"], chart["y"], c=chart["label"], cmap="tab10", s=3, lw=0, alpha=0.6, rasterized=True)
     head = chart[chart["top"]]
     ax.scatter(head["x"], head["y"], s=10, facecolors="none", edgecolors="black", lw=0.6)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE of the features")
