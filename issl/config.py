@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +30,20 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _explained(type(self), error) from error
 
+    def settings(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, as plain data: what a key is the hash of."""
+        return differing({k: (getattr(self, k), default) for k, default in _defaults(type(self)).items()})
+
+    def plain(self) -> Any:
+        """As it stands in the settings of another config."""
+        return self.settings()
+
+    def __copy__(self: C) -> C:
+        copied = super().__copy__()
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]  # a cached property: `model_copy` is about to change the fields
+        return copied
+
     # Pydantic then validates nested configs without this __init__, so the outermost error names the whole path, and a
     # union tries all its members
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -37,6 +54,36 @@ class Config(BaseModel):
             return super().model_validate(obj, **options)
         except ValidationError as error:
             raise _explained(cls, error) from error
+
+
+@cache
+def _defaults(config: type[Config]) -> dict[str, Any]:
+    """Of the fields that count; PydanticUndefined for those that must be given."""
+    fields = config.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.exclude}
+
+
+def differing(fields: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Of fields with their values and defaults, those that differ, as plain data."""
+    return {name: as_plain(value) for name, (value, default) in fields.items() if value != default}
+
+
+def as_plain(value: Any) -> Any:
+    """A setting as JSON would hold it: configs and dataclasses (`{"type": NAME, …}`) without their defaults."""
+    if isinstance(value, Config):
+        return value.plain()
+    if is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **differing(fields)}
+    if isinstance(value, list | tuple):
+        return [as_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): as_plain(v) for k, v in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1 and 1.0 are one setting
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise IsslError(f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or dataclasses")
 
 
 def _explained(config: type[Config], error: ValidationError) -> IsslError:

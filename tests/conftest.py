@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ install_import_hook("issl", "beartype.beartype")
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+    if "XDG_CACHE_HOME" not in os.environ:  # what is remembered of data sets; the workers inherit it
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="issl-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data; the test is skipped where there is none."""
     root = os.environ.get("ISSL_DATA")

@@ -41,13 +41,16 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
         write_parquet(root, "cifar10/plain_text", split, "img", {"label": [k % 10 for k in range(n)]}, pixels)
 
 
-def write_batches(root: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10 in torchvision's layout, of few images: one in each training batch, the others are the test set. The
-    checksums that torchvision verifies are made those of its files. Returns its folder."""
+def write_batches(
+    root: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, labels: list[int] | None = None
+) -> Path:
+    """CIFAR-10 in torchvision's layout, of few images: one in each training batch, the others are the test set (their
+    labels: 0, 1, … unless given). The checksums that torchvision verifies are made those of its files. Returns its
+    folder."""
     base, flat = root / "cifar-10-batches-py", pixels.reshape(len(pixels), -1)
     base.mkdir(parents=True)
     batches = {f"data_batch_{k}": {"data": flat[k - 1 : k], "labels": [k]} for k in range(1, 6)}
-    batches["test_batch"] = {"data": flat[5:], "labels": list(range(len(pixels) - 5))}
+    batches["test_batch"] = {"data": flat[5:], "labels": labels or list(range(len(pixels) - 5))}
     sums = {}
     for name, content in {**batches, "batches.meta": {"label_names": list("abcdefghij")}}.items():
         (base / name).write_bytes(pickle.dumps(content))

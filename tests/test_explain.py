@@ -168,6 +168,7 @@ def test_an_encoder_that_says_nothing_of_its_training(tmp_path: Path, capsys: py
 
 @pytest.mark.data
 def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path, capsys) -> None:
+    from issl.data.identity import SetIdentity
     from issl.experiments.cache import Artifacts
     from issl.experiments.settings import Data
     from issl.experiments.stages import Pretrain
@@ -182,9 +183,9 @@ def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path
     assert "40 images of cifar10 it was trained on" in capsys.readouterr().out
     assert set(pd.read_csv(tmp_path / "why.csv")["index"]) <= set(stage.data.load().index.tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("issl.data.datasets.fingerprint", lambda *_: "another")
+        patch.setattr("issl.data.datasets.identity", lambda *_: SetIdentity("another", "cifar10"))
         assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 2
-    assert "other files of cifar10 than those here (their checksums differ)" in capsys.readouterr().err
+    assert "other images of cifar10 than those here (their content differs)" in capsys.readouterr().err
 
 
 def test_lists_of_few_images() -> None:

@@ -107,11 +107,6 @@ def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path
     assert Influence(pretrain=given(checkpoint), data=DATA).key == Influence(pretrain=given(checkpoint), data=DATA).key
     checkpoint.write_bytes(checkpoint.read_bytes() + b" ")
     assert given(checkpoint).key != key
-    # a training's key is what it was before an encoder could be given
-    assert Pretrain(data=DATA, width=1, epochs=1, batch_size=16).key == "7df37cf03d5dbfa5"
-    assert (
-        Influence(pretrain=Pretrain(data=DATA, width=1, epochs=1, batch_size=16), data=DATA).key == "49a158a5340676ed"
-    )
 
 
 def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:

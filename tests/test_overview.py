@@ -42,7 +42,6 @@ def test_more_work_costs_more() -> None:
     assert cost.seconds(scored.model_copy(update={"draws": 4})) > cost.seconds(scored)
     few = Data(name="scenes", n=48, first=10)
     assert cost.seconds(scored.model_copy(update={"data": few})) < cost.seconds(scored)
-    assert 0.05 < cost.speed(torch.device("cpu")) < 50
 
 
 def test_every_stage_once_and_after_what_it_reads() -> None:

@@ -14,9 +14,7 @@ from test_notebooks import TINY
 from issl.commands import cli, notebooks, profiles, run
 from issl.commands.notebooks import fingerprint, is_current, note_made
 from issl.commands.profiles import ProfileOptions, notebooks_folder
-from issl.commands.scheduler import Scheduler
 from issl.errors import IsslError
-from issl.experiments.cache import Artifacts
 from issl.experiments.plan import Plan
 from issl.experiments.plans import PLANS
 
@@ -194,18 +192,6 @@ def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatc
         tinier.write_text(yaml.safe_dump({"base": base}))
         with pytest.raises(IsslError, match=f"tinier.yaml: base '{base}'; it may be tiny"):
             profiles.covered("tinier")
-
-
-@pytest.mark.data
-def test_what_takes_long_at_overnight_is_released(data_root: Path, tmp_path: Path) -> None:
-    """So that its figures take minutes; features and neighbours are too large, and take half a minute an encoder."""
-    plans = ProfileOptions(profile="overnight", out=tmp_path, data_root=data_root).plans()
-    artifacts = Artifacts(tmp_path / "artifacts")
-    asked = {name: plan for name, plan in plans.items() if name in PLANS}
-    left = {task.stage.name for task in Scheduler(asked.values(), artifacts.has).to_do()}
-    assert len(asked) == 9 and left == {"embed", "neighbours"}
-    groups = ProfileOptions(profile="overnight", only="05", out=tmp_path, data_root=data_root).plans()
-    assert {task.stage.name for task in Scheduler(groups.values(), artifacts.has).to_do()} == {"thin"}
 
 
 def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-import shutil
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import forked
 import numpy as np
 import pytest
 import torch
+from pydantic_core import PydanticUndefined
 
 import issl
 from issl.analysis import neighbour_graph
 from issl.analysis.image_statistics import image_statistics
-from issl.experiments.cache import Artifacts, damaged
+from issl.commands.profiles import read_profile
+from issl.config import Config, as_plain
+from issl.data import scenes
+from issl.experiments import stages
+from issl.experiments.cache import Artifacts, Stage, damaged, release
+from issl.experiments.given import Given
 from issl.experiments.plans_paper import SeedCorrelation
-from issl.experiments.settings import KINDS, Data, in_key, named_curvature
+from issl.experiments.settings import KINDS, Data, named_curvature
 from issl.experiments.stages import (
     Betweenness,
     Cross,
@@ -33,9 +41,9 @@ from issl.experiments.stages import (
     Top,
 )
 from issl.influence.cross import as_queries
-from issl.influence.curvature import EKFAC, Identity, LoGra
+from issl.influence.curvature import EKFAC, Curvature, LoGra
 from issl.influence.losses import CrossEntropy
-from issl.influence.perturbation import GaussianNoise
+from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=48)
@@ -71,8 +79,7 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(tmp_path: Path)
     assert not np.allclose(scores["influence"], alone, rtol=0.05)
     again = influence(others=DATA).read(artifacts)
     np.testing.assert_allclose(again["influence"], influence().read(artifacts)["influence"], rtol=1e-4)
-    # a stage without other images keeps its key
-    assert "others" not in influence().model_dump(mode="json") and influence(others=test).key != influence().key
+    assert influence(others=test).key != influence().key
 
 
 def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
@@ -103,11 +110,11 @@ def test_keys_hold_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for fill in (0, 9):
         (tmp_path / "a" / "1.png").write_bytes(png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill)
-        keys.add(Data(name=f"folder:{tmp_path}/a").fingerprint)
+        keys.add(Data(name=f"folder:{tmp_path}/a").identity)
     assert len(keys) == 8
     before = influence().key
     monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
-    assert influence().key != before  # what an artifact needs counts with its own version
+    assert influence(pretrain=TRAIN.model_copy()).key != before  # what an artifact needs counts with its own version
 
 
 @pytest.mark.parametrize("how", ["changed", "removed", "manifest"])
@@ -129,7 +136,7 @@ def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.Cap
 def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
     weights = TRAIN.encoder(made).state_dict()
-    shutil.copytree(made.folder(TRAIN), released / TRAIN.name / TRAIN.key)
+    release(made, TRAIN, released, {"encoder.safetensors": "encoders/a.safetensors", "history.csv": "encoders/a.csv"})
     there = sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*"))
     fresh = Artifacts(tmp_path / "b", released=released)
     assert fresh.has(TRAIN) and all(torch.equal(v, weights[k]) for k, v in TRAIN.encoder(fresh).state_dict().items())
@@ -138,9 +145,9 @@ def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / TRAIN.name).exists()
     assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
     assert not Artifacts(tmp_path / "d", released=None).has(TRAIN) and fresh.has(TRAIN)
-    victim = released / TRAIN.name / TRAIN.key / "encoder.safetensors"
+    victim = released / "encoders" / "a.safetensors"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    with pytest.raises(issl.IsslError, match=r"released artifact .*encoder.safetensors is damaged.*git checkout"):
+    with pytest.raises(issl.IsslError, match=r"released artifact .*a.safetensors is damaged.*git checkout"):
         Artifacts(tmp_path / "c", released=released).get(TRAIN)
     assert victim.exists()
 
@@ -166,28 +173,84 @@ def test_configs_refuse_what_they_do_not_know() -> None:
             build()
 
 
-def test_a_curvature_stands_in_keys_by_its_name_and_three_settings() -> None:
-    for kind in KINDS:
-        made = named_curvature(kind, 8, 0.5, 3)
-        told = in_key(made)
-        assert (
-            named_curvature(**told) == made
-            and told["kind"] == kind
-            and set(told) == {"kind", "rank", "damping", "seed"}
-        )
-    assert in_key(Identity()) == {"kind": "identity", "rank": 16, "damping": 0.1, "seed": 0}
+def test_settings_of_every_kind_stand_in_keys() -> None:
     assert len({influence(curvature=named_curvature(kind)).key for kind in KINDS}) == len(KINDS)
+    assert influence(curvature=EKFAC(fit=3)).settings()["curvature"] == {"type": "EKFAC", "fit": 3}
+    blur = influence(perturbation=Augmentation("blur", 0.5))
+    assert blur.settings()["perturbation"] == {"type": "Augmentation", "kind": "blur", "strength": 0.5}
+    assert "curvature" not in influence(curvature=LoGra()).settings()  # the default
+    assert as_plain(1.0) == 1 and as_plain(0.5) == 0.5  # 1 and 1.0 give one key
     with pytest.raises(issl.IsslError, match="curvature 'hessian': choose logra"):
         named_curvature("hessian")
-    with pytest.raises(issl.IsslError, match="one that settings"):
-        in_key(EKFAC(fit=3))
 
 
-def test_keys_are_those_of_the_first_artifacts() -> None:
-    """A changed key means that everybody's artifacts are made again: raise a stage's version where that is meant."""
+def test_a_key_is_the_hash_of_what_is_set() -> None:
+    """Nothing but the settings that are not defaults counts, so fields may come and go."""
     trained = Pretrain(data=DATA, width=4, epochs=2)
-    assert trained.key == "7906eac6917454f4"
-    assert Influence(pretrain=trained, data=DATA).key == "ef201df252f7a2ba"
+    assert trained.settings() == {"data": {"images": f"scenes-{scenes.VERSION}", "n": 48}, "width": 4, "epochs": 2}
+    content = {"stage": "pretrain", "version": Pretrain.version, "settings": trained.settings()}
+    assert trained.key == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    assert influence(pretrain=trained).settings()["pretrain"] == trained.label
+    assert trained.model_copy(update={"seed": 1}).key != trained.key == trained.model_copy().key
+
+
+PINNED = {
+    "overnight, SimCLR 0": "829d373e965159a3", "its scores": "9f1cd92181a99f86", "its accuracy": "a9d500f263990511",
+    "untrained": "1c96ee7ec177f732", "BYOL 2": "5b8ed0371daf7eac", "scenes": "d491f8124e263486",
+    "scores of scenes": "9b0eed00a7267960",
+}  # fmt: skip
+
+
+def test_keys_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed key means that everybody's artifacts are made again: raise a stage's version where that is meant."""
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    plan = read_profile("overnight", ["01_seed_correlation"])["01_seed_correlation"]
+    assert isinstance(plan, SeedCorrelation)
+    first = plan.pretrain("simclr", 0)
+    drawn = Pretrain(data=DATA, width=4, epochs=2)
+    found = {
+        "overnight, SimCLR 0": first.key, "its scores": plan.scores(first).key,
+        "its accuracy": plan.evaluation(first).key, "untrained": plan.untrained(first).key,
+        "BYOL 2": plan.pretrain("byol", 2).key, "scenes": drawn.key,
+        "scores of scenes": Influence(pretrain=drawn, data=DATA, curvature=EKFAC()).key,
+    }  # fmt: skip
+    assert found == PINNED
+
+
+def test_defaults_are_pinned() -> None:
+    """Keys leave defaults out, so a default that changes must raise the version of every stage that has it: else old
+    artifacts would pass for new ones. Then, or for a field that is new or gone, write what this test found into
+    stage_defaults.json."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def look_at(kind: type) -> None:
+        if kind.__name__ in found:
+            return
+        if issubclass(kind, Config):
+            fields = {k: (f.get_default(call_default_factory=True), f.annotation) for k, f in kind.model_fields.items()}
+        else:
+            hints = get_type_hints(kind)
+            fields = {f.name: (f.default, hints[f.name]) for f in dataclasses.fields(kind)}
+        needed = (PydanticUndefined, dataclasses.MISSING)
+        found[kind.__name__] = {k: "needed" if d in needed else as_plain(d) for k, (d, _) in fields.items()}
+        if issubclass(kind, Stage):
+            found[kind.__name__]["version"] = kind.version
+        for _, annotation in fields.values():
+            for inner in inside(annotation):
+                look_at(inner)
+
+    def inside(annotation: Any) -> list[type]:
+        if annotation is Curvature:
+            return [type(named_curvature(kind)) for kind in KINDS]
+        if isinstance(annotation, type) and (issubclass(annotation, Config) or dataclasses.is_dataclass(annotation)):
+            return [annotation]
+        return [kind for part in get_args(annotation) for kind in inside(part)]
+
+    for stage in (*vars(stages).values(), Given):
+        if isinstance(stage, type) and issubclass(stage, Stage):
+            look_at(stage)
+    assert {"Recipe", "View", "Data", "LoGra", "GaussianNoise", "Influence"} <= set(found)
+    assert found == json.loads((Path(__file__).parent / "stage_defaults.json").read_text())
 
 
 def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) -> None:
@@ -204,7 +267,7 @@ def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) 
     assert int(data.load().pixels.max()) == 9
 
 
-@pytest.mark.parametrize("kept", [(), (0,), (3, 2), (4,), (1, 1)])
+@pytest.mark.parametrize("kept", [(0,), (3, 2), (4,), (1, 1)])
 def test_snapshots_lie_along_the_run(kept: tuple[int, ...]) -> None:
     with pytest.raises(issl.IsslError, match="increasing epochs from 1 to 3"):
         Pretrain(data=DATA, epochs=4, snapshots=kept)
@@ -213,15 +276,10 @@ def test_snapshots_lie_along_the_run(kept: tuple[int, ...]) -> None:
 def test_a_released_encoder_may_come_without_its_states(tmp_path: Path) -> None:
     stage = TRAIN.model_copy(update={"epochs": 2, "snapshots": (1,)})
     made = Artifacts(tmp_path / "a")
-    folder = tmp_path / "released" / stage.name / stage.key
-    shutil.copytree(made.get(stage), folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["encoder-0001.safetensors"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "encoder-0001.safetensors").unlink()
+    release(made, stage, tmp_path / "released", {"encoder.safetensors": "a.safetensors"})
     fresh = Artifacts(tmp_path / "b", released=tmp_path / "released")
     assert fresh.has(stage) and stage.encoder(fresh) is not None
-    with pytest.raises(issl.IsslError, match=r"encoder-0001.*its states along the training.*--from-scratch"):
+    with pytest.raises(issl.IsslError, match=r"encoder-0001.* is not among the released files.*--from-scratch"):
         stage.encoder(fresh, after=1)
 
 
@@ -317,12 +375,6 @@ def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> N
         Data(name="cifar10", n=60, uniform=0.5)
     with pytest.raises(issl.IsslError, match="none of its images"):
         Data(name="scenes", n=60, classes=(12,)).load()
-
-
-def test_fields_that_came_later_leave_older_keys_as_they_were() -> None:
-    assert not {"gaps", "start"} & set(TRAIN.model_dump()) and not {"uniform", "classes"} & set(DATA.model_dump())
-    further = TRAIN.model_copy(update={"start": TRAIN})
-    assert "start" in further.model_dump() and further.needs() == {"start": TRAIN} and further.key != TRAIN.key
 
 
 def test_training_goes_on_from_another_encoder(tmp_path: Path) -> None:

@@ -117,6 +117,26 @@ def test_kept_records_come_back_as_they_were(records: list[verdicts.Record], tmp
     assert verdicts.kept_records(tmp_path) == records
 
 
+def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
+    records: list[verdicts.Record], tmp_path: Path
+) -> None:
+    for folder, kept in (("overnight-jpeg", records), ("overnight", [r for r in records if r["variant"] == "byol"])):
+        (tmp_path / folder).mkdir()
+        verdicts.keep(kept, tmp_path / folder)
+    found = verdicts.kept_records(tmp_path)
+    row = next(line for line in verdicts.short_markdown(found).splitlines() if "two noise seeds" in line)
+    assert "r = 0.95 [0.85, 1.05] BYOL; on the JPEG copy: 0.80 [0.70, 0.90] SimCLR |" in row
+    assert row.endswith("| overnight: ● reproduced; on the JPEG copy: ○ contradicted |")
+    said = {r["data"] for r in verdicts.summary(found) if r["measured"] == "r"}
+    assert said == {"cifar10", "cifar10 (the JPEG copy)"}
+    compared = verdicts.compared_markdown(found).splitlines()
+    assert len(compared) == 3  # SimCLR's was not measured again
+    assert compared[2].count("BYOL 0.95 [0.85, 1.05]<br>● reproduced") == 2
+    drawn = records[0] | {"dataset": "scenes"}
+    verdicts.keep([drawn], tmp_path / "overnight-jpeg")
+    assert not verdicts.read_records([tmp_path / "overnight-jpeg" / "claims.json"])[0]["copied"]
+
+
 def test_bad_records_and_readmes(tmp_path: Path, records: list[verdicts.Record]) -> None:
     path = tmp_path / "claim_x.json"
     path.write_text(json.dumps({**records[0], "name": "moon_is_cheese"}))

@@ -65,7 +65,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)")
     doctor = commands.add_parser(
-        "doctor", help="what is installed, what is missing, and how long each profile would take here"
+        "doctor", help="what is installed, what is missing, and which profiles can run here"
     )
     doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")

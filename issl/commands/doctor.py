@@ -22,10 +22,11 @@ from issl.data.published import ENVIRONMENT
 from issl.devices import computes_bf16, device_name, free_memory, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.cost import CPU, H200, NOTEBOOK, distinct, gigabytes, machine, seconds, speed
+from issl.experiments.cost import CPU, H200, NOTEBOOK, distinct, gigabytes, machine, seconds
 from issl.experiments.plans import PLANS
 from issl.files import PACKAGE
 
+COUNTED = ("quick", "overnight")  # the profiles whose stages are looked for one by one; others have up to 24,000
 NEEDED_GB = 2.0  # of free memory, for the quick profile
 
 
@@ -71,10 +72,8 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
             "            to get one: issl download NAME --data-root DIR (cifar10, cifar100, fairface); cifair10 is "
             "cifar10 and cifair/duplicates_cifar10.csv (docs/data.md)"
         )
-    factor = speed(target)
-    print(f"speed       {1 / factor:.2f} × the machine that costs are reckoned for ({target})")
     for profile in profiles():
-        print(f"  {profile:14} {_cost(replace(options, profile=profile), factor, lacking, target)}")
+        print(f"  {profile:18} {_cost(replace(options, profile=profile), lacking, target)}")
     for text in wrong:
         print(f"WRONG       {text}")
     print(
@@ -105,23 +104,25 @@ def stage_list(profile: str) -> int:
     return 0
 
 
-def _cost(options: ProfileOptions, factor: float, lacking: list[str], target: torch.device) -> str:
-    """How many stages are missing and how long they would take; or which data sets are needed and missing."""
+def _cost(options: ProfileOptions, lacking: list[str], target: torch.device) -> str:
+    """Which data sets are needed and missing; or how many stages are missing, and how long they would take."""
     plans = options.plans()
     needs = sorted({plan.dataset for plan in plans.values()} & set(lacking))
     if needs:
         return f"needs {', '.join(needs)}"
-    folder = Artifacts(options.folder / "artifacts").folder
+    if options.profile not in COUNTED:
+        return f"its data are here; `issl doctor --profile {options.profile}` counts its stages and hours"
+    about = Artifacts(options.folder / "artifacts").about
     try:
         scheduler = Scheduler(
-            plans.values(), lambda stage: folder(stage).is_dir(), other=NOTEBOOK * len(PLANS), on=machine(target)
+            plans.values(), lambda stage: about(stage) is not None, other=NOTEBOOK * len(PLANS), on=machine(target)
         )
     except IsslError as error:
         return f"cannot run: {str(error).splitlines()[0]}"
     left, count = len(scheduler.to_do()), len(scheduler.tasks)
     if not left:
         return f"all {count} stages are there"
-    return f"{left} of {count} stages to compute, about {in_words(factor * scheduler.whole)}"
+    return f"{left} of {count} stages to compute, about {in_words(scheduler.whole)} on a core of a server"
 
 
 def _there(path: Path) -> Path:

@@ -153,10 +153,10 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
         raise IsslError(f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}")
     if not config:
         return _load(options, count, size), " it was trained on"
-    data = Data(**{k: v for k, v in config["data"].items() if k != "fingerprint"}, root=options.data_root)
-    if data.fingerprint != config["data"]["fingerprint"]:
+    data = Data(**{k: v for k, v in config["data"].items() if k in Data.model_fields}, root=options.data_root)
+    if data.identity != config["data"].get("identity"):
         raise IsslError(
-            f"{encoder} other files of {name} than those here (their checksums differ): point --data-root to the right "
+            f"{encoder} other images of {name} than those here (their content differs): point --data-root to the right "
             f"ones, {remedy}"
         )
     some = config["without"] or config["left_out"]

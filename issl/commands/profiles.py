@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from issl.data import published
+from issl.data import datasets, published
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Stage
@@ -195,7 +197,7 @@ def _file(profile: str) -> dict[str, Any]:
     paths = profiles()
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
-    content: dict[str, Any] = yaml.safe_load(paths[profile].read_text()) or {}
+    content: dict[str, Any] = copy.deepcopy(_parsed(paths[profile].read_text()))
     allowed = ("base", "common", "notebooks", *KNOWN, FirstLook.notebook)
     unknown = set(content) - set(allowed)
     if unknown:
@@ -203,6 +205,11 @@ def _file(profile: str) -> dict[str, Any]:
             f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are {', '.join(allowed)}"
         )
     return content
+
+
+@lru_cache
+def _parsed(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text) or {}
 
 
 def check(plans: dict[str, Plan], out: Path) -> None:
@@ -224,6 +231,7 @@ def check(plans: dict[str, Plan], out: Path) -> None:
         for data in (data for stage in plan.stages() for data in _data_of(stage)):
             try:
                 available = data.available()
+                datasets.say(data.which)
             except IsslError as error:
                 raise IsslError(f"notebook {plan.notebook}: {error}") from error
             if data.n is not None and available is not None and data.n > available:

@@ -13,8 +13,8 @@ from typing import Literal
 
 from issl.devices import is_out_of_memory
 from issl.errors import IsslError, OutOfTime
-from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.cost import CPU, Machine, all_stages, seconds
+from issl.experiments.cache import Artifacts, Stage, in_dependency_order
+from issl.experiments.cost import CPU, Machine, seconds
 from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
@@ -92,12 +92,13 @@ class Scheduler:
         plans = list(plans)
         self.jobs, self.other = jobs, other
         self.tasks: dict[str, Task] = {}  # a stage's label is the hash of all it depends on, so it is computed once
-        for stage in all_stages(plans):
+        listed = {plan.notebook: plan.stages() for plan in plans}
+        for stage in in_dependency_order(stage for stages in listed.values() for stage in stages):
             state: State = "cached" if there(stage) else "not needed"
             needs = [self.tasks[need.label] for need in stage.needs().values()]
             label = stage.label
             self.tasks[label] = Task(stage, label, needs, seconds(stage, on), state)
-        self._read = {plan.notebook: [self.tasks[stage.label] for stage in plan.stages()] for plan in plans}
+        self._read = {name: [self.tasks[stage.label] for stage in stages] for name, stages in listed.items()}
         needed = {task.label for tasks in self._read.values() for task in tasks}
         for task in reversed(self.tasks.values()):
             if task.state == "not needed" and task.label in needed:

@@ -1,4 +1,4 @@
-"""All data sets by name: `load` them, `count` their images, `fingerprint` their bytes.
+"""All data sets by name: `load` them, `count` their images, `identity` says which ones they are.
 
 Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `image_folder`, `archives`,
 `judged_pairs`. Nothing is downloaded unless asked for (`issl download NAME`).
@@ -6,11 +6,12 @@ Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, 
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 from issl.data import archives, image_folder, judged_pairs, published, scenes
+from issl.data.identity import DIGITS, SetIdentity, digest
 from issl.data.images import Images, sample_positions
 from issl.errors import IsslError, is_whole
 from issl.files import file_digest
@@ -28,6 +29,7 @@ def load(
     size: int | None = None,
     skip_broken: bool = False,
     workers: int | None = None,
+    quiet: bool = False,
 ) -> Images:
     """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10`, `folder:PATH`, `tar:PATH`,
     `parquet:PATH` or `arrow:PATH`.
@@ -45,6 +47,7 @@ def load(
     size  side in px of the square images; only for sets with a PATH (default 32) and `fairface` (default 64).
     skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only for sets with a PATH
     workers      threads that decode; default: the cores
+    quiet        do not say where the images are not those of the published set
 
     Raises IsslError: unknown name or split, missing or damaged file, more images asked for than there are.
     """
@@ -67,6 +70,8 @@ def load(
         return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers)
     if archives.is_archive(name):
         return archives.read(name, split, n, seed, side, skip_broken, workers)
+    if not quiet:
+        say(identity(name, split, root))
     if name == "cifair10":
         return judged_pairs.read(split, n, root, seed)
     return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
@@ -96,28 +101,36 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
     return published.count(name, split, root)
 
 
-def fingerprint(name: str, split: str = "train", root: str | Path | None = None) -> str:
-    """What identifies the bytes that `load` would read, for cache keys; raises where `load` would.
+def identity(name: str, split: str = "train", root: str | Path | None = None) -> SetIdentity:
+    """Which images `load` gives, for cache keys: the hash of their content.
 
-    Content hash of the source files; of an image folder, the hash of its file names, sizes and times.
+    Published sets need not be here: then it is that of the images on which this project's results rest. Of an image
+    folder it is the hash of its file names, sizes and times. Raises IsslError where `load` would for other reasons.
     """
     if name in DRAWN:
-        return f"{name}-{scenes.VERSION}"
+        return SetIdentity(f"{name}-{scenes.VERSION}", name)
     if name.startswith(image_folder.PREFIX):
         folder = image_folder.folder_of(name, split)
         stats = [(str(p.relative_to(folder)), p.stat()) for p in image_folder.image_files(folder)]
         rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return f"{hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}-{image_folder.VERSION}"
+        return SetIdentity(f"{digest(repr(rows).encode())}-{image_folder.VERSION}", without_place(name))
     if archives.is_archive(name):
         paths = archives.files(name, split)
-    elif name == "cifair10":
-        pairs = judged_pairs.pairs_file(split, root)
-        paths = [*published.files("cifar10", "train", root), *published.files("cifar10", "test", root), pairs]
-    else:
-        paths = published.files(name, split, root)
-    return "-".join(_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:16] for p in paths)
+        stamps = [_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:DIGITS] for p in paths]
+        return SetIdentity("-".join(stamps), without_place(name))
+    return judged_pairs.identity(split, root) if name == "cifair10" else published.identity(name, split, root)
 
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, size: int, mtime: int) -> str:
     return file_digest(path)
+
+
+def say(which: SetIdentity) -> None:
+    """Say which images these are, once, where they are not a set as it was published."""
+    if which.about and which.digest not in _said:
+        _said.add(which.digest)
+        print(f"{which.name}: {which.about}", file=sys.stderr, flush=True)
+
+
+_said: set[str] = set()

@@ -10,24 +10,49 @@ import pandas as pd
 import torch
 
 from issl.data import published
+from issl.data.identity import SetIdentity, digest
 from issl.data.images import Images
 from issl.errors import IsslError
 
 CIFAR10_TRAIN = 50_000  # images of its training set; the test images are numbered from there
+PAIRS = "75dad6cc7b1628eb"  # of the judgements as published
 
 
-def pairs_file(split: str, root: str | Path | None) -> Path:
-    """The table of judged pairs under the data root; IsslError if it is missing."""
+def identity(split: str, root: str | Path | None) -> SetIdentity:
+    """That of CIFAR-10's two sets and of the judgements together; of those that are not here, of the published ones."""
+    _check(split)
+    base = published.data_root(root)
+    pairs = PAIRS if base is None or not _file(base).is_file() else digest(_pairs(split, root).to_csv().encode())
+    parts = [published.identity("cifar10", split, root) for split in ("train", "test")]
+    changed = [part for part in parts if part.about]
+    name = changed[0].name.replace("cifar10", "cifair10") if changed else "cifair10"
+    whole = digest("-".join([*(p.digest for p in parts), pairs]).encode())
+    return SetIdentity(whole, name, "; ".join(p.about for p in changed))
+
+
+def _check(split: str) -> None:
     if split != "train":
         raise IsslError(f"split {split!r}: cifair10 is one set, train")
+
+
+def _file(base: Path) -> Path:
+    return base / "cifair" / "duplicates_cifar10.csv"
+
+
+def _pairs(split: str, root: str | Path | None) -> pd.DataFrame:
+    """TestID, TrainID and Judgment, in the order of the test images. Raises IsslError where the table is missing."""
+    _check(split)
     base = published.data_root(root)
-    path = (base or Path("DIR")) / "cifair" / "duplicates_cifar10.csv"
+    path = _file(base or Path("DIR"))
     if base is None or not path.is_file():
         raise IsslError(
             f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/cifair, under "
             f"the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
         )
-    return path
+    table, columns = pd.read_csv(path), ["TestID", "TrainID", "Judgment"]
+    if missing := set(columns) - set(table.columns):
+        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
+    return table[columns].sort_values("TestID").reset_index(drop=True)
 
 
 def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Images:
@@ -36,12 +61,8 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
     Attributes: duplicate_of (of a test image, the index of its training partner; −1 for all others), duplicate_kind
     (exact duplicate, near duplicate or very similar, as judged). Raises IsslError for an n that is too small or large.
     """
-    path = pairs_file(split, root)
-    table = pd.read_csv(path)
-    missing = {"TestID", "TrainID", "Judgment"} - set(table.columns)
-    if missing:
-        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
-    table, judged = table.sort_values("TestID"), table["TrainID"].unique()
+    table = _pairs(split, root)
+    judged = table["TrainID"].unique()
 
     def choose(total: int) -> np.ndarray:
         wanted = total if n is None else n

@@ -1,9 +1,12 @@
 """Artifacts: the cache of the heavy steps, files in open formats, found again by content.
 
-An artifact is in artifacts/<stage>/<key>/, where the key is the hash of the stage's whole config with all
-it depends on (nested stages, the data's own bytes). It appears in one step, with a manifest of checksums:
-it is whole or it is not there, and a damaged one is reported and remade. While it is made, its files
-are in <key>.part, under a lock, so a killed run resumes there and a second process waits.
+An artifact is in artifacts/<stage>/<key>/, where the key is the hash of what the stage's config says beyond its
+defaults, with all it depends on (the keys of nested stages, the identity of the images). So a new field that nobody
+sets changes no key, and a default that changes must raise the stage's version (tests/stage_defaults.json pins them).
+
+It appears in one step, with a manifest of checksums: it is whole or it is not there, and a damaged one is reported and
+remade. While it is made, its files are in <key>.part, under a lock, so a killed run resumes there and a second process
+waits. Released artifacts are files with names for people; `released/index.json` says which stage each belongs to.
 
 (Why not a caching library: the one that fits best, exca, keeps job results as pickles and checks no
 checksums. The locks are filelock's, the configs pydantic's.)
@@ -11,7 +14,6 @@ checksums. The locks are filelock's, the configs pydantic's.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,11 +30,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from issl.config import Config
+from issl.data.identity import digest
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime
 from issl.files import atomic, file_digest, provided, remove_leftovers
 
 MANIFEST = "manifest.json"
+INDEX = "index.json"  # of released artifacts
 
 
 class Stage(Config):
@@ -40,14 +45,18 @@ class Stage(Config):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same config should give other numbers
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Sixteen hex digits: the hash of this config and all it depends on."""
-        needs = {name: stage.key for name, stage in self.needs().items()}
-        content = {
-            "stage": self.name, "version": self.version, "config": self.model_dump(mode="json"), "needs": needs,
-        }  # fmt: skip
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen hex digits: the hash of `content`."""
+        return digest(json.dumps(self.content(), sort_keys=True).encode())
+
+    def content(self) -> dict[str, Any]:
+        """All that decides the artifact, as plain data: what of the config is not a default."""
+        return {"stage": self.name, "version": self.version, "settings": self.settings()}
+
+    def plain(self) -> str:
+        """As another stage names it in its own settings."""
+        return self.label
 
     def needs(self) -> dict[str, Stage]:
         """The stages whose artifacts this one reads, by field."""
@@ -70,7 +79,7 @@ class Stage(Config):
 class Artifacts:
     """The cache: `get` gives a stage's folder, made first where it is not there.
 
-    released           artifacts that come with the repository: they are read, never written; None: not even read
+    released           the folder of artifacts that come with the repository: read, never written; None: not even read
     deadline           by time.monotonic(): no stage is begun after it, and a training stops before it
     computed, cached   the stages that this object had to make, and those it found
     """
@@ -85,14 +94,17 @@ class Artifacts:
     cached: list[str] = field(default_factory=list)
 
     def folder(self, stage: Stage) -> Path:
-        """Where the stage's files are, or will be: a released artifact is used where there is none of one's own."""
-        own = self.root / stage.name / stage.key
-        given = None if self.released is None else self.released / stage.name / stage.key
-        return given if given is not None and given.is_dir() and not own.is_dir() else own
+        """Where the stage's own files are, or will be."""
+        return self.root / stage.name / stage.key
 
     def get(self, stage: Stage) -> Path:
-        """The folder of the stage's files, checked against their checksums."""
+        """The folder of the stage's files, checked against their checksums; of released ones, that of them all."""
         final, label = self.folder(stage), stage.label
+        if not final.is_dir() and self._released(stage) is not None:
+            assert self.released is not None
+            if label not in self.cached:
+                self.cached.append(label)
+            return self.released
         if label in self.computed or label in self.cached:
             return final
         if not self._sound(final):
@@ -114,17 +126,52 @@ class Artifacts:
         self.cached.append(label)
         return final
 
+    def file(self, stage: Stage, name: str) -> Path:
+        """One of the stage's files; the stage is made first where it is not there."""
+        folder = self.get(stage)
+        if folder != self.released:
+            return folder / name
+        entry = self._released(stage)
+        assert entry is not None
+        path = folder / entry["files"][name]["path"] if name in entry["files"] else None
+        if path is None or not path.is_file():
+            raise IsslError(
+                f"{name} of {stage.label} is not among the released files in {folder}: get it from the repository, or "
+                "make it with --from-scratch"
+            )
+        return path
+
+    def about(self, stage: Stage) -> dict[str, Any] | None:
+        """The manifest of an artifact that is there, or what the release says of it; None where there is none."""
+        manifest = self.folder(stage) / MANIFEST
+        if manifest.is_file():
+            found: dict[str, Any] = json.loads(manifest.read_text())
+            return found
+        return self._released(stage)
+
+    def _released(self, stage: Stage) -> dict[str, Any] | None:
+        """What the release says of a stage; None where it has none. IsslError for a file that is damaged."""
+        if self.released is None or (entry := released_index(self.released).get(stage.label)) is None:
+            return None
+        paths = {self.released / file["path"]: file["sha256"] for file in entry["files"].values()}
+        if not any(path.is_file() for path in paths):  # a wheel does not carry them all
+            raise IsslError(f"released artifact {next(iter(paths))} is missing; get it again (git checkout)")
+        for path, sha256 in paths.items():
+            if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256:
+                raise IsslError(
+                    f"released artifact {path} is damaged (its checksum differs); get it again (git checkout -- {path})"
+                )
+        return entry
+
     def has(self, stage: Stage) -> bool:
         """Is the artifact there, whole? A damaged one is removed."""
-        return self._sound(self.folder(stage))
+        return self._sound(self.folder(stage)) or self._released(stage) is not None
 
     def _sound(self, folder: Path) -> bool:
         """Is the artifact there and whole? A damaged one is reported and removed."""
         if not folder.is_dir():
             return False
         damage = damaged(folder)
-        if damage is not None and self.released is not None and folder.is_relative_to(self.released):
-            raise IsslError(f"released artifact {folder}: {damage}; get it again (git checkout -- {folder})")
         if damage is not None:
             print(f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
@@ -153,19 +200,56 @@ def damaged(folder: Path) -> str | None:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is missing or unreadable ({error})"
-    for name, digest in files.items():
+    for name, sha256 in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if file_digest(path) != digest:
+        if file_digest(path) != sha256:
             return f"{name} is damaged (its checksum differs)"
     return None
+
+
+def released_index(folder: Path) -> dict[str, Any]:
+    """What a folder of released artifacts holds, by stage and key: its settings, what it was made with, and its files
+    (path and sha256, by their names in the artifact)."""
+    path = folder / INDEX
+    return _index(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@lru_cache
+def _index(path: Path, changed: int) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise IsslError(f"{path} cannot be read ({error}); get it again (git checkout -- {path})") from error
+    return content
+
+
+@cache
+def _checked(path: Path, changed: int) -> str:
+    return file_digest(path)
+
+
+def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, str]) -> None:
+    """Copy these files of an artifact into a folder of released ones, each to a path below it, and note them in its
+    index. What is not listed is not released."""
+    artifacts.get(stage)
+    made, entries = artifacts.about(stage), {}
+    assert made is not None
+    for name, path in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifacts.file(stage, name), folder / path)
+        entries[name] = {"path": path, "sha256": file_digest(folder / path)}
+    about = {**stage.content(), "made_with": made["made_with"], "files": entries}
+    index = released_index(folder) | {stage.label: about}
+    with atomic(folder / INDEX) as part:
+        part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
     files = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     content: dict[str, Any] = {
-        "stage": stage.name, "version": stage.version, "config": stage.model_dump(mode="json"), "files": files,
+        **stage.content(), "config": stage.model_dump(mode="json"), "files": files,
         "made_with": {
             "torch": torch.__version__, "python": platform.python_version(), "device": device_name(device),
             "seconds": round(seconds, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -14,11 +14,9 @@ from the stages that are done.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -30,8 +28,6 @@ from issl.experiments.given import Given
 from issl.experiments.plan import Plan
 from issl.experiments.settings import Data
 from issl.influence.curvature import LoGra, RandomProjection
-from issl.pretraining.loop import Execution, pretrain
-from issl.pretraining.recipes import recipe
 
 Number = int | float
 OVERHEAD = 0.05  # s a stage: loading, writing, checksums
@@ -251,15 +247,3 @@ def distinct(plans: Iterable[Plan]) -> list[Stage]:
         for stage in plan.stages():
             walk(stage)
     return list(seen)
-
-
-def speed(device: torch.device, width: int = 8) -> float:
-    """How many times longer a training takes here than the model says, measured on a short one (a few seconds)."""
-    images = scenes.draw(512)
-    how = recipe("simclr", "short")
-    settings: dict[str, Any] = {"width": width, "batch_size": 64, "execution": Execution(device, progress=False)}
-    pretrain(images, how, epochs=1, **settings)  # the first steps include one-time set-up
-    began = time.monotonic()
-    pretrain(images, how, epochs=2, **settings)
-    model = stages.Pretrain(data=Data(name="scenes", n=512), recipe=how, width=width, epochs=2, batch_size=64)
-    return (time.monotonic() - began) / (seconds(model, machine(device)) - OVERHEAD)

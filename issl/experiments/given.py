@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, computed_field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from issl.config import Config
+from issl.config import Config, differing
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
 from issl.files import atomic, file_digest
@@ -78,20 +78,14 @@ class Given(Stage):
     method: Method
     checkpoint: CheckpointFile = Field(exclude=True)
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def sha256(self) -> str:
-        return self.checkpoint.sha256
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def normalisation(self) -> tuple[Triple | None, Triple | None]:
-        return self.checkpoint.mean, self.checkpoint.std
+    def settings(self) -> dict[str, Any]:
+        given = differing({k: (getattr(self.checkpoint, k), None) for k in ("mean", "std")})
+        return {**super().settings(), **given, "sha256": self.checkpoint.sha256}
 
     @property
     def width(self) -> int:
         """Channels of the encoder's first convolution."""
-        return _width(self.checkpoint, self.sha256)
+        return _width(self.checkpoint, self.checkpoint.sha256)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         opened = self.checkpoint.open()

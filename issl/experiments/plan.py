@@ -42,7 +42,8 @@ class Plan(Config):
     duplicates, atypical   shares of the images that are replaced, see `issl.data.injection`; 0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
     epochs                 one number, or one for each method
-    snapshots              how many states along a training are kept, evenly spaced, see `Pretrain.snapshots`
+    snapshots              after which shares of a training its state is kept, or how many, evenly spaced; of an empty
+                           list, the whole learner at the end alone, see `Pretrain.snapshots`
     checkpoints            by method, the file of an encoder that is scored in place of a training (or several, of other
                            seeds); only the methods that are given are asked about
     """
@@ -68,7 +69,7 @@ class Plan(Config):
     epochs: Epochs | dict[recipes.Method, Epochs] = 4
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
-    snapshots: int | None = Field(None, ge=1)
+    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] | None = None
     checkpoints: dict[recipes.Method, Files] = Field({}, exclude_if=lambda given: not given)
 
     @model_validator(mode="before")
@@ -120,12 +121,14 @@ class Plan(Config):
     ) -> Pretrain:  # fmt: skip
         """A training on this notebook's images, by default of `method` from `seed`, without the chosen ones."""
         method = method or self.method
-        epochs, parts = self.epochs_of(method), (self.snapshots or 0) + 1
-        kept = {k * epochs // parts for k in range(1, parts)} - {0}
+        epochs, shares = self.epochs_of(method), self.snapshots
+        if isinstance(shares, int):
+            shares = tuple(k / (shares + 1) for k in range(1, shares + 1))
+        kept = None if shares is None else tuple(sorted({int(share * epochs + 1e-9) for share in shares} - {0}))
         return Pretrain(
             data=self.data(), recipe=recipes.recipe(method, self.recipe), width=self.width, epochs=epochs,
             batch_size=self.batch_size, seed=self.seed if seed is None else seed, without=without, gaps=gaps,
-            snapshots=tuple(sorted(kept)) or None,
+            snapshots=kept,
         )  # fmt: skip
 
     def pretrain(self, method: recipes.Method | None = None, seed: int | None = None) -> Pretrain | Given:
@@ -170,7 +173,14 @@ class Plan(Config):
     def source(self, artifacts: Artifacts) -> dict[str, Any]:
         """Where this notebook's numbers come from, for its figures and records."""
         found = provenance(self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed)
-        return found | ({"checkpoints": self.given_files()} if self.checkpoints else {})
+        given = {"checkpoints": self.given_files()} if self.checkpoints else {}
+        return found | {"images": self.identities()} | given
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Which training and test images these are: name, digest, and how they differ from the published ones."""
+        splits = ("train",) if ":" in self.dataset else ("train", "test")  # a folder has no test set
+        found = {split: self.data(split).which for split in splits}
+        return {split: {"name": w.name, "digest": w.digest, "about": w.about} for split, w in found.items()}
 
     @property
     def figures(self) -> Path:

@@ -1,27 +1,23 @@
-"""Settings that stages are made of: which images, and how a curvature is written in a stage's key."""
+"""Settings that stages are made of: which images, and which curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
 
-from issl.config import Config
+from issl.config import Config, as_plain
 from issl.data import datasets, scenes
+from issl.data.identity import SetIdentity
 from issl.data.images import Images
 from issl.data.injection import inject
 from issl.errors import IsslError
 from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, Identity, LoGra, RandomProjection
-
-
-def is_unset(value: object) -> bool:
-    """Fields added later are left out of a key while they are unset, so artifacts made before are still found."""
-    return value is None or value is False
 
 
 class Injection(Config):
@@ -33,7 +29,7 @@ class Injection(Config):
 
 
 class Data(Config):
-    """Which images. `root` is only where they are stored; what identifies them in a key is `fingerprint`."""
+    """Which images. In a key, their identity stands in the place of their name and of where they are stored."""
 
     name: str
     split: str = "train"
@@ -42,8 +38,8 @@ class Data(Config):
     size: int | None = None
     inject: Injection | None = None
     first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
-    uniform: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)  # of scenes: the share of uniform backgrounds
-    classes: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # only images of these classes
+    uniform: float | None = Field(None, ge=0, le=1)  # of scenes: the share of uniform backgrounds
+    classes: tuple[int, ...] | None = None  # only images of these classes
     root: Path | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
@@ -54,8 +50,18 @@ class Data(Config):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def fingerprint(self) -> str:
-        return datasets.fingerprint(self.name, self.split, self.root)
+    def identity(self) -> str:
+        """The digest of the images' content, see `issl.data.datasets.identity`."""
+        return self.which.digest
+
+    @cached_property
+    def which(self) -> SetIdentity:
+        """The whole set that the images are taken from, as it was when this was first asked."""
+        return datasets.identity(self.name, self.split, self.root)
+
+    def settings(self) -> dict[str, Any]:
+        own = super().settings()
+        return {"images": self.identity, **{k: v for k, v in own.items() if k != "name"}}
 
     def available(self) -> int | None:
         """How many images the source holds; None where any number can be drawn."""
@@ -63,14 +69,15 @@ class Data(Config):
 
     def load(self) -> Images:
         """The images. The last few sets are kept in memory, because many stages in a row read the same ones."""
-        images = _loaded(self, self.fingerprint)
+        images = _loaded(self, self.identity)
         return replace(images, attributes=images.attributes.copy())  # a caller may add columns
 
 
 @lru_cache(maxsize=4)
-def _loaded(data: Data, fingerprint: str) -> Images:
+def _loaded(data: Data, identity: str) -> Images:
     if data.uniform is None:
-        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size).in_memory()
+        images = datasets.load(data.name, data.split, data.n, data.root, data.seed, data.size, quiet=True)
+        images = images.in_memory()
     else:
         images = scenes.draw(data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform))
     if data.classes is not None:
@@ -90,7 +97,6 @@ KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from ran
     "random-projection": lambda rank, _, seed: RandomProjection(int(rank), seed),
     "exact": lambda _, damping, __: Exact(damping),
 }
-USUAL: dict[str, Any] = {"rank": 16, "damping": 0.1, "seed": 0}
 
 
 def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
@@ -100,14 +106,4 @@ def named_curvature(kind: str, rank: int | float = 16, damping: float = 0.1, see
     return KINDS[kind](rank, damping, seed)
 
 
-def in_key(curvature: Curvature) -> dict[str, Any]:
-    """A curvature in a stage's key: its name and the same three settings for every kind, at their usual value where
-    it does not have them. (So artifacts made before each kind had its own class are still found.)"""
-    settings = {name: vars(curvature).get(name, usual) for name, usual in USUAL.items()}
-    for kind, build in KINDS.items():
-        if build(*settings.values()) == curvature:
-            return {"kind": kind, **settings}
-    raise IsslError(f"curvature {curvature!r}: a stage's must be one that settings.KINDS builds; add it there")
-
-
-Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(in_key)]
+Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(as_plain)]

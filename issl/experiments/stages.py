@@ -31,7 +31,7 @@ from issl.data.images import Images
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
 from issl.experiments.given import Given
-from issl.experiments.settings import Data, Weighing, is_unset
+from issl.experiments.settings import Data, Weighing
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
@@ -54,8 +54,9 @@ class Pretrain(Stage):
 
     With `epochs=0` and `calibrated` it is the network before any training, with BatchNorm's statistics of one view of
     each image: the control that shows what an architecture does by itself.
-    With `snapshots`, encoder-EPOCH.safetensors too, after these epochs; these files and the last one hold the whole
-    learner (BYOL's predictor and target) in half precision, so what is scored is also what can be shared.
+    With `snapshots`, encoder-EPOCH.safetensors too, after these epochs (of an empty list, none); these files and the
+    last one hold the whole learner (BYOL's predictor and target) in half precision, so what is scored is also what can
+    be shared.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -71,19 +72,19 @@ class Pretrain(Stage):
     view_seed: int | None = Field(None, ge=0)
     left_out: tuple[int, ...] = ()  # positions in the data that are not trained on; all else stays as it is
     without: Choice | None = None  # such positions, chosen by another stage
-    gaps: bool = Field(False, exclude_if=is_unset)  # their places in the batches stay empty
-    start: Pretrain | None = Field(None, exclude_if=is_unset)  # continue from this encoder
+    gaps: bool = False  # their places in the batches stay empty
+    start: Pretrain | None = None  # continue from this encoder
     watch: Data | None = None  # labelled images whose kNN accuracy joins the history
     watch_every: int = Field(1, ge=1)
-    snapshots: tuple[int, ...] | None = Field(None, exclude_if=is_unset)  # the whole learner is kept after these epochs
-    calibrated: bool = Field(False, exclude_if=is_unset)  # BatchNorm's statistics are estimated anew at the end
+    snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
+    calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
 
     @model_validator(mode="after")
     def _snapshots_along_the_run(self) -> Pretrain:
         kept = self.snapshots
         if kept is not None and self.calibrated:
             raise ValueError("snapshots hold the learner as it was trained; they cannot be calibrated")
-        if kept is not None and (not kept or list(kept) != sorted(set(kept) & set(range(1, self.epochs)))):
+        if kept is not None and list(kept) != sorted(set(kept) & set(range(1, self.epochs))):
             raise ValueError(f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end")
         return self
 
@@ -149,17 +150,11 @@ class Pretrain(Stage):
         if after not in (None, self.epochs, *(self.snapshots or ())):
             raise IsslError(f"after={after}: {self.label} keeps its states after {self.snapshots} epochs")
         name = "encoder.safetensors" if after in (None, self.epochs) else f"encoder-{after:04d}.safetensors"
-        file = artifacts.get(self) / name
-        if not file.is_file():
-            raise IsslError(
-                f"{file} is not there: this encoder was released without its states along the training; train it again "
-                "with --from-scratch"
-            )
-        return file
+        return artifacts.file(self, name)
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
-        return pd.read_csv(artifacts.get(self) / "history.csv")
+        return pd.read_csv(artifacts.file(self, "history.csv"))
 
     def in_words(self, artifacts: Artifacts) -> str:
         """How it was trained, for the reader of a notebook."""
@@ -211,7 +206,7 @@ class Influence(Stage):
     draws: int = Field(1, ge=1)
     average: Literal["gradients", "scores"] = "gradients"
     loss: Literal["stability", "cross_entropy"] = "stability"  # cross_entropy: of a supervised encoder's class scores
-    others: Data | None = Field(None, exclude_if=is_unset)
+    others: Data | None = None
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         supervised = self.loss == "cross_entropy"
@@ -236,7 +231,7 @@ class Influence(Stage):
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table of scores, one row per image, see `issl.self_influence`."""
-        return pd.read_parquet(artifacts.get(self) / "influence.parquet")
+        return pd.read_parquet(artifacts.file(self, "influence.parquet"))
 
 
 class Positions(Stage):
@@ -252,7 +247,7 @@ class Positions(Stage):
 
     def read(self, artifacts: Artifacts) -> list[int]:
         """The chosen positions, in increasing order."""
-        chosen: list[int] = json.loads((artifacts.get(self) / "positions.json").read_text())
+        chosen: list[int] = json.loads(artifacts.file(self, "positions.json").read_text())
         return chosen
 
 
@@ -353,8 +348,8 @@ class Measured(Stage):
 
     pretrain: AnyEncoder
     data: Data
-    statistics: Pretrain | None = Field(None, exclude_if=is_unset)
-    estimated: Data | None = Field(None, exclude_if=is_unset)
+    statistics: Pretrain | None = None
+    estimated: Data | None = None
 
     @model_validator(mode="after")
     def _statistics_of_one_kind(self) -> Measured:
@@ -386,7 +381,7 @@ class Embed(Measured):
 
     def read(self, artifacts: Artifacts) -> Tensor:
         """Features (n, d)."""
-        return read_safetensors(artifacts.get(self) / "features.safetensors", "features")[1]["features"]
+        return read_safetensors(artifacts.file(self, "features.safetensors"), "features")[1]["features"]
 
 
 class Stability(Measured):
@@ -406,7 +401,7 @@ class Stability(Measured):
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """index and stability_loss, one row per image."""
-        return pd.read_parquet(artifacts.get(self) / "losses.parquet")
+        return pd.read_parquet(artifacts.file(self, "losses.parquet"))
 
 
 class Pairs(Stage):
@@ -414,7 +409,7 @@ class Pairs(Stage):
 
     def read(self, artifacts: Artifacts) -> Tensor:
         """The numbers (q, n)."""
-        return read_safetensors(artifacts.get(self) / "pairs.safetensors", "scores")[1]["scores"]
+        return read_safetensors(artifacts.file(self, "pairs.safetensors"), "scores")[1]["scores"]
 
 
 def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
@@ -579,7 +574,7 @@ class Neighbours(Stage):
 
     def read(self, artifacts: Artifacts) -> tuple[np.ndarray, np.ndarray]:
         """Positions and cosine distances, (n, k) each, the nearest first."""
-        kept = read_safetensors(artifacts.get(self) / "neighbours.safetensors", "neighbours")[1]
+        kept = read_safetensors(artifacts.file(self, "neighbours.safetensors"), "neighbours")[1]
         return kept["places"].numpy(), kept["distances"].numpy()
 
 
@@ -603,7 +598,7 @@ class Betweenness(Stage):
 
     def read(self, artifacts: Artifacts) -> np.ndarray:
         """(n,), see `issl.analysis.neighbour_graph.betweenness`."""
-        return pd.read_parquet(artifacts.get(self) / "betweenness.parquet")["betweenness"].to_numpy()
+        return pd.read_parquet(artifacts.file(self, "betweenness.parquet"))["betweenness"].to_numpy()
 
 
 class Lists(Stage):
@@ -644,7 +639,7 @@ class Lists(Stage):
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """kind, position, rank, other, value."""
-        return pd.read_parquet(artifacts.get(self) / "lists.parquet")
+        return pd.read_parquet(artifacts.file(self, "lists.parquet"))
 
 
 class Evaluate(Stage):
@@ -671,7 +666,7 @@ class Evaluate(Stage):
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """index, knn, probe: is the class of each test image found?"""
-        return pd.read_parquet(artifacts.get(self) / "hits.parquet")
+        return pd.read_parquet(artifacts.file(self, "hits.parquet"))
 
 
 Choice = Prune | Thin | Pick | Draw | Top

@@ -25,7 +25,7 @@ from PIL import Image
 
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.experiments.cache import MANIFEST, Artifacts
+from issl.experiments.cache import Artifacts
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
 from issl.experiments.cost import all_stages
 from issl.experiments.explorer import Explorer
@@ -324,9 +324,8 @@ def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[tuple[str, int
     """For each kind of stage, dependencies included: its name, how many artifacts are there, the seconds they took."""
     took: dict[str, list[float]] = {}
     for stage in all_stages(plans.values()):
-        manifest = artifacts.folder(stage) / MANIFEST
-        if manifest.is_file():
-            took.setdefault(stage.name, []).append(json.loads(manifest.read_text())["made_with"]["seconds"])
+        if (about := artifacts.about(stage)) is not None:
+            took.setdefault(stage.name, []).append(about["made_with"]["seconds"])
     return [(name, len(seconds), sum(seconds)) for name, seconds in took.items()]
 
 

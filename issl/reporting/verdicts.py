@@ -10,19 +10,24 @@ from typing import Any
 import pandas as pd
 
 from issl.analysis.statistics import Estimate
+from issl.data.datasets import DRAWN
 from issl.errors import IsslError
 from issl.experiments.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, Condition, claims, outcome, verdict
 from issl.experiments.metrics import words
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
-Record = dict[str, Any]  # as issl.experiments.claims.record writes it
+Record = dict[str, Any]  # as issl.experiments.claims.record writes it, and `copied`, see `read_records`
 KEPT = "claims.json"  # a profile's records, beside its figures
 MARKS = {
     "reproduced": "●", "partly": "◐", "contradicted": "○", "undecided": "◇", UNTESTED: "◌", SUPERSEDED: "⊘",
     PASSED: "✓", FAILED: "✗",
 }  # fmt: skip
 BEGIN, END = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->", "<!-- /verdicts -->"
+# until 2026-11-28 "cifar10" was a copy that had been re-encoded as JPEG, and the faces were another copy than today's:
+# records of then are kept in folders of this ending
+COPIED, COPY = "-jpeg", "the JPEG copy"
+COMPARED, COMPARED_END = "<!-- compared: idem -->", "<!-- /compared -->"
 SCALES = ("mini", "overnight", "paper")  # the profiles whose records are kept in the repository, the largest last
 PHRASES = {
     "reproduced": "holds", "partly": "holds in part", "contradicted": "does not hold", "undecided": "is undecided",
@@ -32,6 +37,7 @@ PHRASES = {
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """The records in these files, one or a list in each, by notebook, in the order of claims.yaml, then of the methods.
 
+    Each says whether it is `copied`: made of images that nobody else has.
     Raises IsslError for a file that cannot be read, and for a record of a claim that is no longer stated.
     """
     found: list[Record] = []
@@ -44,7 +50,8 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
         unknown = [r["name"] for r in records if r["name"] not in claims()]
         if unknown:
             raise IsslError(f"{path} records the claim {unknown[0]!r}, which claims.yaml does not state; delete it")
-        found += [_by_todays_rules(r) for r in records]
+        copied = path.parent.name.endswith(COPIED)
+        found += [_by_todays_rules(r) | {"copied": copied and r["dataset"] not in DRAWN} for r in records]
     order = {name: k for k, name in enumerate(claims())}
     methods = ["", *NAMES]
 
@@ -70,7 +77,8 @@ def _by_todays_rules(record: Record) -> Record:
 def keep(records: Sequence[Record], folder: Path) -> Path:
     """Write FOLDER/claims.json."""
     with atomic(folder / KEPT) as part:
-        part.write_text(json.dumps(list(records), indent=1, ensure_ascii=False) + "\n")
+        kept = [{k: v for k, v in r.items() if k != "copied"} for r in records]  # their folder says it
+        part.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return folder / KEPT
 
 
@@ -85,7 +93,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 "name": r["name"], "claim": r["claim"], "whose": "ours" if r["ours"] else "the paper's",
                 "method": r["variant"] or r.get("method", ""), "paper": r["paper"], "metric": first,
                 "value": e.value, "low": e.low, "high": e.high, "n": r["n"], "seeds": len(r["seeds"]),
-                "dataset": r["dataset"], "profile": r["provenance"]["profile"],
+                "dataset": r["dataset"], "profile": r["provenance"]["profile"], "copied": r["copied"],
                 "tests_held": sum(t["holds"] for t in r["tests"]), "tests": len(r["tests"]),
                 "contradicted": sum(t["state"] == "contradicted" for t in r["tests"]),
                 "outcome": r["outcome"], "verdict": r["verdict"], "notebook": r["notebook"],
@@ -101,7 +109,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     method, value, low, high, a list), asked (that test's threshold), n, profile, data, verdict (a list; one where all
     agree), reached (the same without method and counts), failed (the tests that do not hold, in words)."""
     rows: list[dict[str, Any]] = []
-    for (_, profile), part in table(records).groupby(["name", "profile"], sort=False):
+    for (_, profile, copied), part in table(records).groupby(["name", "profile", "copied"], sort=False):
         one = part.iloc[0]
         failed = [failures(records[i]) for i in part.index]
         methods = _shown([records[i]["variant"] for i in part.index])
@@ -115,7 +123,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "ours": numbers, "found": _found(words(one["metric"]), numbers), "n": f"{one['n']:,}",
                 "intervals": list(zip(methods, part["value"], part["low"], part["high"], strict=True)),
                 "asked": next(v for k, v in records[part.index[0]]["tests"][0].items() if k in ("above", "below")),
-                "profile": profile, "data": one["dataset"],
+                "profile": profile, "data": one["dataset"] + (f" ({COPY})" if copied else ""),
                 "verdict": verdicts if len(set(plain)) > 1 else plain[:1], "reached": list(part["verdict"]),
                 "failed": [f"{m}: {f}" if m else f for m, f in zip(methods, failed, strict=True) if f],
             }
@@ -240,12 +248,38 @@ def short_markdown(records: Sequence[Record]) -> str:
         own = [r for r in records if r["name"] == name]
         at = max((r["provenance"]["profile"] for r in own), key=_scale)
         own = [r for r in own if r["provenance"]["profile"] == at]
-        row = summary(own)[0]
-        by = [f"{n} {m}".strip() for n, m in zip(map(_number, table(own).itertuples()), _methods(own), strict=True)]
+        again = [r["variant"] for r in own if not r["copied"]]
+        old = [r for r in own if r["copied"] and r["variant"] not in again]
+        row, numbers, reached = summary(own)[0], [], []
+        for part, note in (([r for r in own if not r["copied"]], ""), (old, f"on {COPY}: ")):
+            if part:
+                each = zip(map(_number, table(part).itertuples()), _methods(part), strict=True)
+                mixed = note if len(old) < len(own) else ""
+                numbers.append(mixed + ", ".join(f"{n} {m}".strip() for n, m in each))
+                reached.append(note + _short_verdict(part))
         where = "" if at == SCALES[0] else f"{at}: "
-        cells = (row["claim"], row["paper"], f"{row['measured']} = {', '.join(by)}", where + _short_verdict(own))
+        cells = (row["claim"], row["paper"], f"{row['measured']} = {'; '.join(numbers)}", where + "; ".join(reached))
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def compared_markdown(records: Sequence[Record]) -> str:
+    """A line for each claim that was measured on the JPEG copy and again on the published images, as a table."""
+    lines = ["| claim | profile | on the JPEG copy | on the published images |", "|---|---|---|---|"]
+    for (name, profile), part in table(records).groupby(["name", "profile"], sort=False):
+        own = [records[i] for i in part.index]
+        before, now = ({r["variant"] for r in own if r["copied"] == copied} for copied in (True, False))
+        again = before & now
+        claim = claims()[str(name)]
+        if not again or claim.superseded:
+            continue
+        cells = [claim.claim, str(profile)]
+        for copied in (True, False):
+            which = [r for r in own if r["copied"] == copied and r["variant"] in again]
+            numbers = zip(_methods(which), map(_number, table(which).itertuples()), strict=True)
+            cells.append("<br>".join([*(f"{m} {n}".strip() for m, n in numbers), _short_verdict(which)]))
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "No claim has been measured again so far.\n"
 
 
 def _scale(profile: str) -> int:
@@ -321,17 +355,18 @@ def kept_records(figures: Path) -> list[Record]:
     return read_records(p for p in sorted(figures.glob(f"*/{KEPT}")) if p.parent.name.split("-")[0] in SCALES)
 
 
-def in_page(text: str, table: str) -> str:
+def in_page(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with a new table of verdicts between its markers. Raises IsslError where they are missing."""
-    if BEGIN not in text or END not in text:
-        raise IsslError(f"the markers of the table of verdicts are missing from the page: {BEGIN} … {END}")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
+    if begin not in text or end not in text:
+        raise IsslError(f"the markers of the table of verdicts are missing from the page: {begin} … {end}")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{table}{end}{rest.split(end, 1)[1]}"
 
 
 def pages(repository: Path) -> dict[Path, str]:
     """The pages that show verdicts, as they must read by the records that are kept: a line a claim in the README, all
     of it in docs/verdicts.md."""
     records = kept_records(repository / "figures")
-    tables = {"README.md": short_markdown(records), "docs/verdicts.md": markdown(records)}
-    return {(repository / name): in_page((repository / name).read_text(), text) for name, text in tables.items()}
+    readme, full = repository / "README.md", repository / "docs" / "verdicts.md"
+    both = in_page(in_page(full.read_text(), markdown(records)), compared_markdown(records), COMPARED, COMPARED_END)
+    return {readme: in_page(readme.read_text(), short_markdown(records)), full: both}
