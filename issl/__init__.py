@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from issl.influence.self_influence import self_influence
     from issl.pretraining.encoder import load_encoder
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "EKFAC", "Augmentation", "Computing", "Curvature", "Diagonal", "Exact", "Fitted", "GaussianNoise", "Identity",
     "Images", "IsslError", "LoGra", "RandomProjection", "cross_influence", "fit", "from_dataset", "load",

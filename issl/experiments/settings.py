@@ -69,7 +69,7 @@ class Data(Config):
 
     def load(self) -> Images:
         """The images. The last few sets are kept in memory, because many stages in a row read the same ones."""
-        images = _loaded(self, self.identity)
+        images = _loaded(self, datasets.identity(self.name, self.split, self.root).digest)  # as it is now
         return replace(images, attributes=images.attributes.copy())  # a caller may add columns
 
 
