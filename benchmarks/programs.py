@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from issl import EKFAC, Computing, Exact, Images, LoGra, self_influence
 from issl.influence.curvature import Curvature
-from issl.influence.frozen_encoder import frozen_copy
+from issl.influence.frozen_encoder import frozen
 from issl.influence.losses import stability_loss
 
 STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
@@ -56,7 +56,7 @@ def limit(task: Task) -> Program:
     with the layout and the BatchNorm of our copy."""
 
     def program(turn: Turn) -> None:
-        model = frozen_copy(task.encoder, torch.device("cpu"))
+        model = frozen(task.encoder, torch.device("cpu"), torch.channels_last)
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
         first.register_forward_hook(lambda _, __, output: output.requires_grad_().clone())
         for x, noisy in task.batches():

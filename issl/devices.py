@@ -106,6 +106,14 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, value)
 
 
+def no_memory(error: BaseException) -> IsslError:
+    """What is said where not even the smallest batch fits."""
+    return IsslError(
+        f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller images (--size), or "
+        "a machine with more"
+    )
+
+
 @dataclass
 class Batches:
     """Runs on positions, `size` at a time; where memory does not suffice, on half as many, from there on and in later
@@ -124,10 +132,7 @@ class Batches:
                 if not is_out_of_memory(error):
                     raise
                 if part.stop - part.start == 1:
-                    raise IsslError(
-                        f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
-                        "images (--size), or a machine with more"
-                    ) from None
+                    raise no_memory(error) from None
             else:
                 yield found
                 start = part.stop

@@ -172,7 +172,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
             {k: file.get_slice(k).get_shape() for k in list(file.keys())},
         )
     assert shapes == {f"triangle.{name}": [136] for name in ("0", "3", "8", "10")}
-    assert header["version"] == 1 and header["settings"]["curvature"]["fields"]["seed"] == 7
+    assert header["version"] == 2 and header["settings"]["curvature"]["fields"]["seed"] == 7
     assert header["parts"][0]["n"] == 20 and len(header["settings"]["encoder"]) == 64
     assert not list(tmp_path.glob(".*"))  # no half-written file
 
@@ -232,7 +232,7 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         (path, make("stride"), "belongs to another encoder"),
         (tmp_path / "nothing.safetensors", net, "does not exist; make one with issl.fit"),
         (plain, net, "is no curvature file"),
-        (old, net, "has version 0, this library reads 1"),
+        (old, net, "has version 0, this library reads 2"),
         (broken, net, "curvature file .* is damaged"),
         (changed(path, with_setting("marks", marks)), net, "projections of layer 0 .* are others here"),
     ]

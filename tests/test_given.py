@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_scale import same_features, small, thin
+from test_scale import IMAGENET, same_features, small, thin, trained
 from torch import nn
 from torchvision.models import resnet18
 
@@ -23,7 +25,7 @@ from issl.experiments.plans_paper import Duplicates, SeedCorrelation
 from issl.experiments.settings import Data
 from issl.experiments.stages import Embed, Influence, Pretrain
 from issl.influence.curvature import LoGra
-from issl.pretraining.other_encoders import open_encoder
+from issl.pretraining.other_encoders import open_encoder, read_state
 
 DATA = Data(name="scenes", n=24)
 TAKES = {"01", "02", "03", "04", "07", "09", "11", "13", "14", "17"}
@@ -95,6 +97,162 @@ def test_solo_learns_pixels_are_those_of_its_cifar(checkpoint: Path, tmp_path: P
         torch.save(solo(net, classes), tmp_path / "a.ckpt")
         assert open_encoder(str(tmp_path / "a.ckpt")).encoder[0].mean.flatten()[0] == pytest.approx(mean)
     assert open_encoder(str(checkpoint), mean=(0.1, 0.2, 0.3)).encoder[0].mean.flatten()[0] == pytest.approx(0.1)
+
+
+# --- other projects' files: what is in them, and which of two encoders is taken ------------------------------
+
+State = dict[str, torch.Tensor]
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def head(name: str, *more: str) -> State:
+    return {f"{n}.weight": torch.ones(4, 4) for n in (name, *more)}
+
+
+ARGS = argparse.Namespace(arch="resnet18", lr=0.03)  # many keep their options in the file
+# a is taken and b is not; the name of each, for part=
+FILES: dict[str, tuple[Callable[[State, State], dict], str, str]] = {
+    "MoCo": (
+        lambda a, b: {
+            "arch": "resnet18",
+            "state_dict": {
+                **under("module.encoder_q.", a | head("fc.0", "fc.2")), **under("module.encoder_k.", b),
+                "module.queue": torch.ones(4, 8), "module.queue_ptr": torch.zeros(1),
+            },
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
+        },
+        "encoder_q", "module.encoder_k",
+    ),
+    "MoCo v3": (
+        lambda a, b: {"state_dict": under("module.base_encoder.", a | head("head.0"))
+                      | under("module.momentum_encoder.", b) | head("module.predictor.0")},
+        "base_encoder", "momentum_encoder",
+    ),
+    "BYOL": (
+        lambda a, b: {"online_network_state_dict": under("encoder.", a),
+                      "target_network_state_dict": under("encoder.", b)},
+        "online_network_state_dict", "target_network_state_dict",
+    ),
+    "BYOL of two names": (
+        lambda a, b: under("net.", a) | under("online_encoder.net.", a) | under("target_encoder.net.", b),
+        "online_encoder", "target_encoder",
+    ),
+    "DINO": (
+        lambda a, b: {"student": under("module.backbone.", b) | head("module.head.last_layer"),
+                      "teacher": under("backbone.", a) | head("head.last_layer"), "epoch": 9, "args": ARGS,
+                      "dino_loss": {"center": torch.zeros(1, 4)}},
+        "teacher", "student",
+    ),
+    "lightly's DINO": (
+        lambda a, b: {"state_dict": under("student_backbone.", b) | under("teacher_backbone.", a)},
+        "teacher_backbone", "student_backbone",
+    ),
+    "solo-learn on ImageNet": (
+        lambda a, b: {"state_dict": under("momentum_backbone.", b) | under("backbone.", a) | head("classifier")},
+        "backbone", "momentum_backbone",
+    ),
+    "timm": (
+        lambda a, b: {"state_dict": a | head("fc"), "state_dict_ema": b | head("fc"), "args": ARGS},
+        "state_dict", "state_dict_ema",
+    ),
+    "an average inside": (
+        lambda a, b: a | under("ema_model.module.", b), "", "ema_model",
+    ),
+    "VISSL": (
+        lambda a, b: {"classy_state_dict": {"base_model": {"model": {
+            "trunk": under("_feature_blocks.", a), "heads": head("0.clf.0")}}}, "loss": {"m": torch.ones(2)}},
+        "trunk", "",
+    ),
+    "Barlow Twins": (
+        lambda a, b: {"epoch": 3, "model": under("module.backbone.", a) | head("module.projector.0", "module.bn")},
+        "backbone", "",
+    ),
+    "SwAV": (lambda a, b: under("module.", a | head("projection_head.0", "prototypes")), "module", ""),
+    "SimSiam": (lambda a, b: {"state_dict": under("module.encoder.", a | head("fc.0"))}, "module.encoder", ""),
+    "compiled inside": (
+        lambda a, b: {"net": {"_orig_mod.model." + k.replace("layer2.", "layer2._orig_mod."): v for k, v in a.items()}},
+        "net", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[nn.Module, nn.Module]:
+    """ResNets of random weights, the second unlike the first, without heads."""
+    nets = thin(), thin()
+    with torch.no_grad():
+        nets[1].conv1.weight.mul_(-1)
+    for net in nets:
+        net.fc = nn.Identity()
+    return nets
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_files_of_other_projects(layout: str, two: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    content, taken, other = FILES[layout]
+    file = str(tmp_path / "theirs.pth")
+    torch.save(content(*(net.state_dict() for net in two)), file)
+    opened = open_encoder(file)
+    same_features(opened.encoder, two[0], 64)
+    same_features(open_encoder(file, part=taken or None).encoder, two[0], 64)
+    if other:
+        assert "(not " in opened.about and other in opened.about
+        same_features(open_encoder(file, part=other).encoder, two[1], 64)
+    else:
+        assert "not" not in opened.about
+
+
+def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(two, tmp_path: Path) -> None:
+    state, file = two[0].state_dict(), tmp_path / "w.pth"
+    torch.save(under("module.", state | head("projection_head.0", "prototypes", "fc")), file)
+    assert open_encoder(str(file)).about == "ResNet, keys module.…, left out: fc, projection_head, prototypes"
+    for content, message in [
+        (state | head("layer1.0.se.fc1"), r"do not fit \(left over: layer1.0.se.fc1.weight\)"),
+        (state | head("stem"), "left over: stem.weight"),
+        ({k: v for k, v in state.items() if ".bn1." not in k}, r"missing: layer1.0.bn1.weight, .* and \d+ more"),
+        (state | {"layer4.0.bn2.bias": torch.ones(3)}, r"of another shape: layer4.0.bn2.bias \(3,\) for \(512,\)"),
+    ]:
+        torch.save({"model": under("net.", content)}, file)
+        with pytest.raises(issl.IsslError, match=message):
+            open_encoder(str(file))
+
+
+def test_two_encoders_are_never_chosen_between_in_silence(two, checkpoint: Path, tmp_path: Path) -> None:
+    states, file = [net.state_dict() for net in two], tmp_path / "w.pth"
+    torch.save({"left": states[0], "right": states[1]}, file)
+    with pytest.raises(issl.IsslError, match=r"several ResNets .*\(left, right\); choose one with part='left'"):
+        open_encoder(str(file))
+    for part, net in zip(("left", "right"), two, strict=True):
+        same_features(open_encoder(str(file), part=part).encoder, net, 64)
+    with pytest.raises(issl.IsslError, match=r"part='top' names none of its encoders; they are left, right"):
+        open_encoder(str(file), part="top")
+    issl.pretraining.encoder.save_encoder(tmp_path / "o.safetensors", issl.pretraining.encoder.Encoder(1), {})
+    with pytest.raises(issl.IsslError, match="part='x': leave it out"):
+        open_encoder(str(tmp_path / "o.safetensors"), part="x")
+    with pytest.raises(issl.IsslError, match="part='x': goes with a file of weights"):
+        open_encoder("torchvision:resnet18", part="x")
+
+
+def test_solo_learns_momentum_encoder_has_its_stem_too(tmp_path: Path) -> None:
+    net, other = (trained(small(thin(), 2)) for _ in range(2))
+    net.fc = other.fc = nn.Identity()
+    with torch.no_grad():
+        other.conv1.weight.mul_(-1)
+    state = under("backbone.", net.state_dict()) | under("momentum_backbone.", other.state_dict()) | head("classifier")
+    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
+    for part, encoder in (("backbone", net), ("momentum_backbone", other)):
+        same_features(open_encoder(str(tmp_path / "w.ckpt"), part=part).encoder, encoder, 32, IMAGENET)
+
+
+def test_files_that_hold_themselves_or_options(two, tmp_path: Path) -> None:
+    content: dict = {"state_dict": two[0].state_dict(), "args": ARGS}
+    content["again"] = content
+    torch.save(content, tmp_path / "w.pth")
+    same_features(open_encoder(str(tmp_path / "w.pth")).encoder, two[0], 64)
+    assert read_state(tmp_path / "w.pth").keys() == two[0].state_dict().keys()
 
 
 def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from issl.commands.measuring import add_common_arguments, computing_of, load_ima
 from issl.devices import pick_device
 from issl.files import writable
 from issl.influence.fitted import fit
-from issl.pretraining.other_encoders import open_encoder
+from issl.influence.measurement import with_features
+from issl.pretraining.other_encoders import encoder_asked_for
 from issl.shards import from_torchrun
 
 
@@ -24,9 +25,11 @@ def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     writable(options.out, (".safetensors",))
     device, began = pick_device(options.device), time.monotonic()
-    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    opened = encoder_asked_for(options)
     what, images = measurement(options, opened), load_images(options, opened)
     with from_torchrun(device, options.timeout) as shards:
+        if options.skip_broken:
+            images = with_features(opened.encoder, images, what, computing_of(options, shards, device))
         fitted = fit(
             opened.encoder, images, what.perturbation, what.curvature, what.seed, draws=what.draws,
             average=what.average, skip=what.skip, untrained=what.untrained,

@@ -19,7 +19,7 @@ from issl.devices import keep_freed_memory, pick_device
 from issl.errors import IsslError
 from issl.influence.fitted import load_fitted
 from issl.influence.in_parts import InParts
-from issl.pretraining.other_encoders import open_encoder
+from issl.pretraining.other_encoders import encoder_asked_for
 from issl.shards import ONE
 
 Phase = Literal["fit", "merge", "score"]
@@ -41,7 +41,7 @@ class Work:
         device = pick_device(options.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+        opened = encoder_asked_for(options)
         what, kept = measured(options, opened)
         parts = InParts(options.out, load_images(options, opened), start=self.number / self.many)
         computing = computing_of(options, ONE, device)
@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
         )
     if options.jobs < 1:
         raise IsslError(f"--jobs {options.jobs}: need 1 or more")
-    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    opened = encoder_asked_for(options)
     what, _ = measured(options, opened)
     images = load_images(options, opened)  # names broken images before any work
     number, many = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -37,7 +37,10 @@ def add_common_arguments(command: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="SET",
         help="folder:, tar:, parquet: or arrow:PATH, cifar10, cifar100, fairface or scenes",
     )  # fmt: skip
-    add("--skip-broken", action="store_true", help="leave out images that cannot be decoded; a table names them")
+    add(
+        "--skip-broken", action="store_true",
+        help="leave out images that cannot be decoded, or have no features; a table names them",
+    )  # fmt: skip
     add("--workers", type=int, metavar="N", help="threads that decode images (default: the cores)")
     add_encoder_arguments(command)
     add("--split", default="train", help="train (default) or test")
@@ -128,7 +131,7 @@ def write_broken(out: Path, images: Images) -> str:
     path = out.with_suffix(".broken.csv")
     with atomic(path) as part:
         pd.DataFrame(images.broken, columns=["image", "why"]).to_csv(part, index=False)
-    return f"; {len(images.broken)} images could not be decoded: {path}"
+    return f"; {len(images.broken)} images were left out: {path}"
 
 
 def _batch(text: str) -> int | Literal["auto"]:

@@ -24,11 +24,13 @@ class CheckpointFile(Config):
     """A file with an encoder: what `issl.pretraining.other_encoders.open_encoder` reads.
 
     mean, std   of the pixels it was trained on; default: what its layout says (solo-learn's of CIFAR), else ImageNet's
+    part        which encoder, where the file holds several
     """
 
     file: Path
     mean: Triple | None = None
     std: Triple | None = None
+    part: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -55,7 +57,7 @@ class CheckpointFile(Config):
     def open(self) -> Opened:
         """The encoder. Raises IsslError for a file that is missing, damaged, or in no known layout."""
         self.sha256  # noqa: B018 (a missing file is named with its remedy)
-        return open_encoder(str(self.file), mean=self.mean, std=self.std)
+        return open_encoder(str(self.file), mean=self.mean, std=self.std, part=self.part)
 
 
 @lru_cache
@@ -79,7 +81,7 @@ class Given(Stage):
     checkpoint: CheckpointFile = Field(exclude=True)
 
     def settings(self) -> dict[str, Any]:
-        given = differing({k: (getattr(self.checkpoint, k), None) for k in ("mean", "std")})
+        given = differing({k: (getattr(self.checkpoint, k), None) for k in ("mean", "std", "part")})
         return {**super().settings(), **given, "sha256": self.checkpoint.sha256}
 
     @property

@@ -25,7 +25,7 @@ class Computing:
     memory      where the projected gradients stay between their two uses: "ram", "mapped" (in files), or nowhere,
                 "recomputed"; "auto" takes the first that fits into `memory_gb` or the free disk
     memory_gb   gigabytes that the gradients may take (default: half of the free memory)
-    store       a folder for the projected gradients, from which an interrupted call resumes
+    store       a folder in which gradients are kept in files, while the call lasts; default: the system's for such
     shards      this process's share of the images, see `issl.shards`; every process returns all scores
     progress    show a progress bar
     """

@@ -39,12 +39,13 @@ from issl.influence.curvature import (
     Whitening,
     kept_width,
 )  # fmt: skip
-from issl.influence.kept_curvature import KeptCurvature, as_setting, encoder_digest, first_difference
+from issl.influence.kept_curvature import COMPUTES, KeptCurvature, as_setting, encoder_digest, first_difference
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.measurement import (
     Measurement,
     Probe,
     Run,
+    as_images,
     describe_loss,
     not_empty,
     open_probe,
@@ -54,6 +55,8 @@ from issl.influence.measurement import (
 )  # fmt: skip
 from issl.influence.perturbation import Augmentation, GaussianNoise, Perturb, Perturbation, describe
 from issl.influence.self_influence import scores
+from issl.keyed_random import uniform
+from issl.shards import ONE
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class Fitted:
             raise IsslError(
                 f"device={str(asked)!r}: the encoder is on {self.probe.device}; name the device in load_fitted"
             )
-        self.probe.check(data, computing.shards)
-        return set_up(self.probe, data, self.sketches, _one_pass(computing))
+        probe = self.probe.checked(data, computing.shards)
+        return set_up(probe, data, self.sketches, _one_pass(computing))
 
 
 def fit(
@@ -211,7 +214,14 @@ def load_fitted(
         seed=settings["seed"], draws=settings["draws"], average=settings["average"], skip=settings["skip"],
         untrained=settings.get("untrained", False), **chosen,
     )  # fmt: skip
-    probe = open_probe(encoder, what, Computing(device=device))
+    some = (255 * uniform(2, torch.arange(2), (3, *settings["size"]))).byte()
+    probe = open_probe(encoder, what, Computing(device=device)).checked(as_images(some), ONE)
+    now = {COMPUTES: probe.computes(settings["size"])}
+    if different := first_difference({COMPUTES: settings[COMPUTES]}, now):
+        raise IsslError(
+            f"curvature file {path}: {different}; is it another forward, or a function of the same name? Give what it "
+            "was fitted with, or fit again"
+        )
     sketches: dict[str, Sketch] = (
         {
             name: Projected(*(kept.bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out")))
@@ -260,7 +270,7 @@ def _keep(run: Run, digest: str) -> KeptCurvature:
             )
         totals[name] = statistic.total.cpu()
     settings: dict[str, Any] = {
-        "encoder": digest,
+        "encoder": digest, COMPUTES: run.probe.computes(data.pixels.shape[2:]),
         "layers": {name: kept_width(layer, run.sketches[name]) for name, layer in run.probe.layers.items()},
         "size": [int(side) for side in data.pixels.shape[2:]],
         "curvature": _as_curvature(what.curvature), "perturbation": _as_perturbation(what.perturbation),

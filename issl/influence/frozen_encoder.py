@@ -1,8 +1,11 @@
-"""The copy of an encoder that gets the hooks: the user's model is never touched."""
+"""The copy of an encoder that is scored: the user's model is never touched."""
 
 from __future__ import annotations
 
 import copy
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,12 +16,24 @@ from torch.nn.utils import parametrize
 from issl.errors import IsslError
 
 
-def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
+def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format) -> nn.Module:
     """A faster copy with the same features and frozen parameters: convolutions in NHWC, the better layout on CPUs and
-    GPUs alike, eval-mode BatchNorm as one product and one sum, parametrised weights as what they amount to.
+    GPUs alike, eval-mode BatchNorm as one product and one sum, weights that are computed (weight_norm, LoRA, pruning)
+    as what they amount to.
+
+    An encoder with functions of somebody's own in it (a replaced `forward`, hooks) is taken as it is: such a function
+    may hold the encoder itself, and a copy of it would go on calling the original.
 
     Raises IsslError for an encoder that cannot be copied.
     """
+    if _has_functions(encoder):
+        first = next(encoder.parameters())
+        if first.device.type != device.type:
+            raise IsslError(
+                f"device={str(device)!r}: this encoder has a replaced forward or hooks, so it is scored where it is, "
+                f"on {first.device}; move it there first"
+            )
+        return encoder
     # torch does not copy what was computed with a gradient: the older weight_norm, features that a module kept
     kept = (v for m in encoder.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     try:
@@ -30,13 +45,58 @@ def frozen_copy(encoder: nn.Module, device: torch.device) -> nn.Module:
             assert isinstance(m.parametrizations, nn.ModuleDict)
             for name in list(m.parametrizations):
                 parametrize.remove_parametrizations(m, name, leave_parametrized=True)
-    model = model.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+        for key, hook in list(m._forward_pre_hooks.items()):
+            if _computes_a_weight(hook):
+                hook.remove(m)  # type: ignore[attr-defined]
+                del m._forward_pre_hooks[key]
+    model = model.to(device).to(memory_format=layout).requires_grad_(False)
     for m in model.modules():
         if type(m) is nn.BatchNorm2d and not m.training and m.running_mean is not None and m.running_var is not None:
             scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
             shift = -m.running_mean * scale + (0 if m.bias is None else m.bias)
             m.forward = partial(_affine, m, scale[:, None, None], shift[:, None, None])  # type: ignore[method-assign]
     return model
+
+
+@contextmanager
+def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside; afterwards those that did ask again."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+def _has_functions(encoder: nn.Module) -> bool:
+    """Does a module have a method that was replaced, a function that holds a module, or hooks not of torch's own?"""
+
+    def own(m: nn.Module, name: str, value: object) -> bool:
+        held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+        replaced = isinstance(value, types.FunctionType) and hasattr(type(m), name)
+        return name == "forward" or replaced or any(isinstance(v, nn.Module) for v in held)
+
+    return any(
+        m._forward_hooks
+        or not all(map(_computes_a_weight, m._forward_pre_hooks.values()))
+        or any(own(m, name, value) for name, value in vars(m).items())
+        for m in encoder.modules()
+    )
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that was deleted
+        return False
+
+
+def _computes_a_weight(hook: object) -> bool:
+    """Is it one of torch's older weight_norm, spectral_norm and pruning?"""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _affine(

@@ -4,7 +4,7 @@ The rows of all images (their projected gradients) are needed twice: for the cur
 So a pass can be repeated, in one of three ways with the same numbers:
 
     ram         the rows are kept in memory
-    mapped      they are kept in files, one per chunk, which an interrupted run reuses
+    mapped      they are kept in files, one per chunk
     recomputed  nothing is kept; each time costs a forward and backward pass
 """
 
@@ -31,7 +31,7 @@ from issl.data.images import Images
 from issl.data.lazy_pixels import LazyPixels
 from issl.devices import Batches, free_memory
 from issl.errors import IsslError
-from issl.files import atomic, belongs, scratch_folder
+from issl.files import atomic, scratch_folder
 from issl.influence.computing import Computing
 
 RowsOf = Callable[[slice], dict[str, Tensor]]  # computes the rows of these images, by name
@@ -56,11 +56,11 @@ def choose_memory(computing: Computing, need: int) -> Computing:
     return replace(computing, memory="mapped" if fits else "recomputed")
 
 
-def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, identity: Callable[[], str]) -> Pass:
-    """The pass over these chunks, with its rows on the CPU.
+def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing) -> Pass:
+    """The pass over these chunks, with its rows on the CPU; `computing` from `choose_memory`.
 
-    computing   from `choose_memory`
-    identity    the fingerprint of these rows; a store that has another is refused
+    What is kept lives as long as the pass: no later call finds it, so no gradient is ever taken for one of another
+    perturbation, loss or encoder.
     """
 
     assert computing.batch_size != "auto"  # decided by now
@@ -99,7 +99,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
 
         return from_memory
 
-    folder, lock = scratch_folder("issl-rows-") if computing.store is None else (Path(computing.store), None)
+    folder, lock = scratch_folder("issl-rows-", computing.store)
 
     def from_disk() -> Iterator[Chunk]:
         with shown([c for c in chunks if not _rows_file(folder, c).exists()]) as bar:
@@ -111,10 +111,7 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing, id
                     bar.update(chunk.stop - chunk.start)
                 yield chunk, partial(_read_rows, path)
 
-    if lock is not None:
-        weakref.finalize(from_disk, _remove, folder, lock)
-    else:
-        belongs(folder, identity(), "gradients")
+    weakref.finalize(from_disk, _remove, folder, lock)
     return from_disk
 
 

@@ -64,6 +64,12 @@ class InParts:
         grid = self._grid(self.fit_part)
         paths = [self.folder / "fit" / f"{k:05}.safetensors" for k in range(len(grid))]
 
+        if (there := next((path for path in paths if path.exists()), None)) is not None:
+            load_fitted(  # is it what is fitted here?
+                there, encoder, perturbation=what.perturbation, curvature=what.curvature, loss=what.loss,
+                fisher=what.fisher,
+            )  # fmt: skip
+
         def fit_one(k: int, path: Path) -> None:
             fit(
                 encoder, self.images.subset(grid[k]), what.perturbation, what.curvature, what.seed, draws=what.draws,
@@ -82,7 +88,7 @@ class InParts:
     def score(self, fitted: Fitted, computing: Computing = Computing()) -> int:
         """Score the parts that are not there; how many were scored here."""
         settings = (fitted.kept.settings, fitted.kept.parts, computing.precision, self.score_part)
-        belongs(self.folder, fingerprint(fitted.probe.model, self.images, *settings), "scores")
+        belongs(self.folder, fingerprint(fitted.probe.encoder.model, self.images, *settings), "scores")
         grid = self._grid(self.score_part)
         paths = [self.folder / "scores" / f"{k:05}.parquet" for k in range(len(grid))]
 

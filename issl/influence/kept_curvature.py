@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 
-VERSION = 1
+VERSION = 2
+COMPUTES = "computes"  # what the encoder makes of fixed images, see `Probe.computes`: equal up to rounding
 HEADER = "issl_curvature"  # the entry in the file's metadata
 
 
@@ -35,8 +37,8 @@ HEADER = "issl_curvature"  # the entry in the file's metadata
 class KeptCurvature:
     """Sums over some images, with everything they depend on.
 
-    settings  JSON values: encoder (digest), layers (name → numbers kept), size (h, w), curvature, perturbation, seed,
-              draws, average, loss, fisher, skip, projections (see `issl.influence.fitted`)
+    settings  JSON values: encoder (digest), computes, layers (name → numbers kept), size (h, w), curvature,
+              perturbation, seed, draws, average, loss, fisher, skip, projections (see `issl.influence.fitted`)
     parts     the sets of images that were added: name, n, digest of their indices
     rows      how many gradients were summed: images, times draws if each draw counts
     sums      per layer, float64: (r, r) or (r,); none for curvatures that sum nothing
@@ -136,8 +138,10 @@ def unpack(values: Float[Tensor, " m"]) -> Float[Tensor, "r r"]:
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """The first setting that is not the same, in words."""
     for key in [*ours, *(k for k in theirs if k not in ours)]:
-        if ours.get(key) != theirs.get(key):
+        if key != COMPUTES and ours.get(key) != theirs.get(key):
             return f"{key} is {_short(ours.get(key))} in one and {_short(theirs.get(key))} in the other"
+    if not np.allclose(ours.get(COMPUTES, ()), theirs.get(COMPUTES, ()), rtol=1e-3, atol=1e-6):
+        return "the encoder, the perturbation or the loss makes other numbers of the same images"
     return None
 
 

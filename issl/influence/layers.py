@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
     return len(layer.weight), layer.weight[0].numel()
 
 
-def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False) -> dict[str, Layer]:
-    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them.
+def find_layers(
+    encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them; and
+    by name the other weights, with what they are.
 
-    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the result.
+    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the result. The input
+    projections of nn.MultiheadAttention are Linear layers, too.
 
     untrained   BatchNorm that was never trained is no error
-    Raises IsslError where the encoder cannot be scored: not a module, no such layer, train mode, weights that are not
-    there (device meta) or not finite, normalisation by batch statistics or never trained, unsupported kinds of weights.
+    Raises IsslError where the encoder cannot be scored: not a module, train mode, weights that are not there (device
+    meta) or not finite, normalisation by batch statistics or never trained.
     """
     check_encoder(encoder, untrained)
     if isinstance(skip, str) or not isinstance(skip, Sequence):
@@ -42,35 +46,61 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool 
     if unknown := [s for s in skip if s not in known]:
         raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
     layers: dict[str, Layer] = {}
-    unsupported: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    others: dict[str, str] = {}
     for name, m in every.items():
         if isinstance(m, Layer):
-            if skipped(name):
-                continue
-            layers[name] = m
-            own = id(m.weight if not parametrize.is_parametrized(m, "weight") else m)
-            if own in owners:
-                raise IsslError(
-                    f"encoder: {owners[own]} and {name} share one weight; call one module twice instead, or "
-                    f"skip both: skip={[owners[own], name]}"
-                )
-            owners[own] = name
+            if not skipped(name):
+                layers[name] = m
         elif not isinstance(m, NORMS):
             for own_name, p in _weights(m):
                 full = f"{name}.{own_name}" if name else own_name
-                if p.ndim >= 2 and not skipped(full):
-                    unsupported[full] = f"{full} ({type(m).__name__})"
-    if unsupported:
-        raise IsslError(
-            f"encoder: weights outside Linear and Conv2d are not supported: {_some(list(unsupported.values()))}; leave "
-            f"them out of the score with skip={list(unsupported)} (--skip {','.join(unsupported)})"
-        )
-    if not layers:
+                if p.ndim < 2 or skipped(full):
+                    continue
+                if isinstance(m, nn.MultiheadAttention) and own_name.endswith("proj_weight"):
+                    layers[full] = _as_linear(p)
+                else:
+                    others[full] = f"is a weight of {type(m).__name__}"
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        own = id(layer.weight if not parametrize.is_parametrized(layer, "weight") else layer)
+        if own in owners:
+            raise IsslError(
+                f"encoder: {owners[own]} and {name} share one weight; call one module twice instead, or skip both: "
+                f"skip={[owners[own], name]}"
+            )
+        owners[own] = name
+    if not layers and not others:
         raise IsslError(
             "encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else "")
         )
+    return layers, others
+
+
+def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False) -> dict[str, Layer]:
+    """The layers of `find_layers`. Raises IsslError where there are other weights."""
+    layers, others = find_layers(encoder, skip, untrained)
+    if others:
+        raise unscored(others, layers)
     return layers
+
+
+def _as_linear(weight: Tensor) -> nn.Linear:
+    """A layer that has this very weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def unscored(problems: Mapping[str, str], layers: Mapping[str, Layer]) -> IsslError:
+    """The error that names all weights that cannot be scored, by what is known of each, and how to leave them out."""
+    names, more = list(problems), ""
+    if not set(layers) - set(names):
+        more = "; nothing would be left to score"
+    return IsslError(
+        f"encoder: {len(names)} of {len({*layers, *names})} weights cannot be scored: "
+        f"{_some([f'{name} ({why})' for name, why in problems.items()])}; leave them out of the score with "
+        f"skip={names} (--skip {','.join(names)}){more}"
+    )
 
 
 def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -13,17 +12,19 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
-from issl.devices import is_out_of_memory, pick_device
+from issl.devices import is_out_of_memory, no_memory, pick_device
 from issl.errors import IsslError, is_whole
 from issl.influence.batch_size import choose_batch_size
 from issl.influence.computing import Computing
 from issl.influence.curvature import Curvature, Moments, Sketch, Statistic, Whitening, kept_width, no_moments
-from issl.influence.frozen_encoder import frozen_copy
-from issl.influence.gradient_store import Pass, RowsOf, choose_memory, fingerprint, make_pass, split
-from issl.influence.layers import Layer, scored_layers
+from issl.influence.following import examine
+from issl.influence.frozen_encoder import frozen
+from issl.influence.gradient_store import Pass, RowsOf, choose_memory, make_pass, split
+from issl.influence.layers import Layer, find_layers, unscored
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.per_example import check_features, per_example, second_moments
+from issl.influence.per_example import Followed, check_features, check_shape, per_example, second_moments
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
+from issl.keyed_random import uniform
 from issl.shards import Shards
 
 LARGEST_SEED = 1 << 62  # a key of 64 bits, of which queries set one of their own
@@ -81,17 +82,51 @@ class Measurement:
 class Probe:
     """The frozen encoder, and the views of images that it is shown."""
 
-    model: nn.Module
-    layers: dict[str, Layer]
+    encoder: Followed
     what: Measurement
     perturbs: list[Perturb]
     device: torch.device
     dtype: torch.dtype
+    others: Mapping[str, str]  # the weights that cannot be scored, by what they are
 
-    def check(self, images: Images, shards: Shards) -> None:
-        """IsslError for an encoder that mixes the images of a batch, on the first ones of this process's share."""
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """Those that are scored."""
+        return self.encoder.layers
+
+    def checked(self, images: Images, shards: Shards) -> Probe:
+        """The same, after a look at how the encoder treats images: the first three of this process's share.
+
+        Raises IsslError for an encoder that mixes the images of a batch, and for weights that cannot be scored.
+        """
         share = shards.share(len(images))
-        _check_independent(self.model, self.pixels(images, torch.arange(share.start, min(share.start + 4, share.stop))))
+        positions = torch.arange(share.start, min(share.start + 3, share.stop))
+        some = self.pixels(images, positions)
+        x = torch.cat([some, *(some[:1].flip(-1 - k) for k in range(3 - len(some)))])
+        try:
+            encoder, together = self.running(x)
+            check_features(check_shape(together, len(x))[: len(some)], len(some), images.index[positions])
+            _check_independent(encoder, x, together)
+            uses, problems = examine(encoder.model, encoder.layers, lambda: encoder(x))
+        except (RuntimeError, MemoryError) as error:
+            raise _fails(x, error) from error
+        problems = dict(self.others) | problems
+        if problems:
+            raise unscored(problems, encoder.layers)
+        return replace(self, encoder=replace(encoder, uses=uses))
+
+    def running(self, x: Tensor) -> tuple[Followed, Tensor]:
+        """The encoder in a layout of pixels that it can read, and the features of these. IsslError if there is none."""
+        encoder = self.encoder
+        try:
+            return encoder, _run(encoder, x)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # a .view of features asks for the plain layout
+            model = frozen(encoder.model, self.device, torch.contiguous_format)
+            plain, _ = _followed(model, self.what, torch.contiguous_format)
+            return plain, _run(plain, x)
 
     def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
         return images.pixels[positions].to(self.device).to(self.dtype) / 255
@@ -111,6 +146,23 @@ class Probe:
         _check_view(shaken, x, images.index[positions])
         return x, shaken.to(x.dtype)
 
+    @torch.no_grad()
+    def computes(self, size: Sequence[int]) -> list[float]:
+        """What this encoder makes of two fixed images of that size, with the perturbation and the losses: numbers by
+        which another forward or function of the same name is noticed."""
+        index = torch.arange(2)
+        x = uniform(0, index, (3, *size)).to(self.device, self.dtype)
+        shaken = self.perturbs[0](x.clone(), index).to(x.dtype)
+        features, moved = self.encoder(x), self.encoder(shaken)
+        direction = uniform(1, index[:1], features.shape[1:]).to(features)[0] - 0.5
+        found = [features.norm(dim=1), features @ direction]
+        for loss in (self.what.loss, self.what.fisher or self.what.loss):
+            bound = (
+                loss.on(torch.zeros(2, dtype=torch.int64, device=x.device)) if isinstance(loss, CrossEntropy) else loss
+            )
+            found.append(bound(features, moved))
+        return [round(v, 8) for v in torch.cat(found).tolist()]
+
     def moments(self, images: Images, computing: Computing) -> dict[str, Moments | None]:
         """Each layer's second moments over the images that the curvature chooses, if it needs any."""
         positions = self.what.curvature.moment_images(images.index)
@@ -120,7 +172,8 @@ class Probe:
         shards = computing.shards
         for batch in positions.split(MOMENT_BATCH)[shards.rank :: shards.world]:
             loss = _bound(self.what.fisher or self.what.loss, images, batch)
-            found = second_moments(self.model, self.layers, *self.views(images, batch, self.perturbs[0]), loss)
+            views = self.views(images, batch, self.perturbs[0])
+            found = second_moments(self.encoder, *views, images.index[batch], loss)
             sums = {name: sums[name] + found[name] for name in sums}
         return {name: Moments(shards.sum(m.inputs), shards.sum(m.outputs)) for name, m in sums.items()}
 
@@ -156,9 +209,8 @@ class Probe:
             bound, losses, draws = _bound(loss, images, positions), [], []
             for perturb in self.perturbs:
                 x, shaken = self.views(images, positions, perturb)
-                ell, kept = per_example(
-                    self.model, self.layers, sketches, x, shaken, bound, computing.precision == "bf16"
-                )
+                index, bf16 = images.index[positions], computing.precision == "bf16"
+                ell, kept = per_example(self.encoder, sketches, x, shaken, index, bound, bf16)
                 _check_finite({"loss": ell, **kept}, images.index[positions])
                 losses.append(ell)
                 draws.append(kept)
@@ -184,7 +236,7 @@ class Run:
         """The rows of other images, under the same encoder and projections; computed, not stored."""
         computing = replace(self.computing, memory="recomputed", store=None, progress=False)
         rows_of = self.probe.rows_of(images, self.sketches, self.what.loss, computing)
-        return make_pass(rows_of, split(slice(0, len(images)), self.probe.row_bytes(self.sketches)), computing, str)
+        return make_pass(rows_of, split(slice(0, len(images)), self.probe.row_bytes(self.sketches)), computing)
 
     def sums(self, foreign: bool) -> dict[str, Statistic]:
         """What each layer's curvature is made from, over all images and processes.
@@ -220,7 +272,7 @@ def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> P
     if torch.is_inference_mode_enabled():
         raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
     perturbs = what.perturbs()
-    scored_layers(encoder, what.skip, what.untrained)  # before any work
+    find_layers(encoder, what.skip, what.untrained)  # before any work
     first = next(encoder.parameters())
     device = first.device if computing.device is None else torch.device(computing.device)
     if device.type == "cuda":
@@ -229,8 +281,37 @@ def open_probe(encoder: nn.Module, what: Measurement, computing: Computing) -> P
         torch.empty(1, device=device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise IsslError(f"device={str(device)!r} cannot be used here ({str(error).split('. ')[0]}); try cpu") from error
-    model = frozen_copy(encoder, device)
-    return Probe(model, scored_layers(model, what.skip, what.untrained), what, perturbs, device, first.dtype)
+    followed, others = _followed(frozen(encoder, device, torch.channels_last), what, torch.channels_last)
+    return Probe(followed, what, perturbs, device, first.dtype, others)
+
+
+def _followed(model: nn.Module, what: Measurement, layout: torch.memory_format) -> tuple[Followed, dict[str, str]]:
+    """An encoder with the layers that are scored, and the weights that cannot be."""
+    layers, others = find_layers(model, what.skip, what.untrained)
+    return Followed(model, layers, layout), others
+
+
+@torch.no_grad()
+def with_features(encoder: nn.Module, images: Images, what: Measurement, computing: Computing) -> Images:
+    """The images of which every view has features that are finite and not zero, by a forward pass; the others are named
+    in `broken`."""
+    probe = open_probe(encoder, what, computing)
+    x = probe.pixels(images, slice(0, 1))
+    try:
+        run, _ = probe.running(x)
+    except RuntimeError as error:
+        raise _fails(x, error) from error
+    good = torch.ones(len(images), dtype=torch.bool)
+    for positions in torch.arange(len(images)).split(MOMENT_BATCH):
+        for perturb in probe.perturbs:
+            for view in probe.views(images, positions, perturb):
+                features = run(view)
+                good[positions] &= (torch.isfinite(features).all(1) & features.any(1)).cpu()
+    if good.all():
+        return images
+    names = images.attributes["path" if "path" in images.attributes else "index"].astype(str)
+    broken = [(name, "no features under this encoder: all zero, or not finite") for name in names[~good.numpy()]]
+    return replace(images.subset(good), broken=(*images.broken, *broken))
 
 
 def prepare(
@@ -241,8 +322,7 @@ def prepare(
     norms_only  gradients of two images will never be multiplied
     """
     data = not_empty(images)
-    probe = open_probe(encoder, what, computing)
-    probe.check(data, computing.shards)
+    probe = open_probe(encoder, what, computing).checked(data, computing.shards)
     return set_up(probe, data, probe.sketches(probe.moments(data, computing), norms_only), computing, norms_only)
 
 
@@ -254,20 +334,12 @@ def set_up(
     share, row_bytes = computing.shards.share(len(data)), probe.row_bytes(sketches)
     computing = choose_memory(computing, row_bytes * (share.stop - share.start))
     computing = probe.choose_batch(data, sketches, computing)
-    settings = (
-        describe(what.perturbation), what.curvature, what.seed, list(what.skip), what.draws, computing.precision,
-        norms_only,
-    )  # fmt: skip
 
-    def rows(loss: Loss | CrossEntropy, folder: str) -> Pass:
-        return make_pass(
-            probe.rows_of(data, sketches, loss, computing), split(share, row_bytes),
-            computing if computing.store is None else replace(computing, store=Path(computing.store) / folder),
-            lambda: fingerprint(probe.model, data, *settings, describe_loss(loss)),
-        )  # fmt: skip
+    def rows(loss: Loss | CrossEntropy) -> Pass:
+        return make_pass(probe.rows_of(data, sketches, loss, computing), split(share, row_bytes), computing)
 
-    fisher_rows = None if what.fisher is None else rows(what.fisher, "fisher")
-    return Run(data, what, computing, probe, sketches, rows(what.loss, ""), fisher_rows)
+    fisher_rows = None if what.fisher is None else rows(what.fisher)
+    return Run(data, what, computing, probe, sketches, rows(what.loss), fisher_rows)
 
 
 def describe_loss(loss: Loss | CrossEntropy) -> str:
@@ -324,27 +396,34 @@ def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
 
 
 @torch.no_grad()
-def _check_independent(model: nn.Module, x: Tensor) -> None:
-    """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
+def _run(encoder: Followed, x: Tensor) -> Tensor:
+    """The encoder's features. Raises IsslError where it fails, or a RuntimeError, which may be about the layout."""
     try:
-        together = model(x)
-    except IsslError:
+        return encoder(x)
+    except (IsslError, RuntimeError):
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        said = (str(error).splitlines() or [""])[0]
-        raise IsslError(
-            f"encoder fails on pixels of shape {tuple(x.shape)} ({type(error).__name__}: {said}); give images of the "
-            "size that it was made for (size=, --size), and remove hooks that are left over"
-        ) from error
-    check_features(together, len(x))
+        raise _fails(x, error) from error
+
+
+def _fails(x: Tensor, error: Exception) -> Exception:
+    if is_out_of_memory(error):
+        return no_memory(error)
+    said = (str(error).splitlines() or [""])[0]
+    return IsslError(
+        f"encoder fails on pixels of shape {tuple(x.shape)} ({type(error).__name__}: {said}); give images of the size "
+        "that it was made for (size=, --size), and remove hooks that are left over"
+    )
+
+
+def _check_independent(encoder: Followed, x: Tensor, together: Tensor) -> None:
+    """The loss must be per example: an image's features may not depend on its neighbours in the batch."""
     with torch.enable_grad():
-        alone = model(x[:1].clone().requires_grad_())
+        alone = encoder(x[:1].clone().requires_grad_())
     check_features(alone, 1)
     if not alone.requires_grad:
         raise IsslError("encoder cuts its features off from their gradient; remove no_grad or detach in its forward")
-    if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+    if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.detach().abs().max())):
         raise IsslError(
             "encoder gives an image other features alone than in a batch, so its loss is not per example; remove what "
             "mixes the batch"

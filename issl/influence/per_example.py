@@ -15,17 +15,18 @@ Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_width, no_moments
+from issl.influence.following import Convolution, Uses, by_image, followed, read_inputs, read_outputs
+from issl.influence.frozen_encoder import without_weight_gradients
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
 
@@ -41,34 +42,55 @@ class _Tap:
     name: str
     layer: Layer
     sketch: Sketch
+    uses: Uses
     examples: int = 0
     calls: int = 0
     total: Tensor | None = None
     pair: tuple[Tensor, Tensor] | None = None  # of inputs and output gradients, for the norm
 
-    def on_forward(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if len(args[0]) != 2 * self.examples or output.ndim < 2:
+    def on_product(self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        views, rows = 2 * self.examples, len(x) if how is not None else x[..., 0].numel()
+        if rows % views:
             raise IsslError(
-                f"encoder: layer {self.name} sees {len(args[0])} rows for {2 * self.examples} views; the first "
-                f"dimension must be the example. Leave the layer out with skip=['{self.name}']"
+                f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must have as many. Leave "
+                f"the layer out with skip=['{self.name}']"
             )
+        regroup = partial(by_image, n=views, token_major=self.uses.order(self.calls))
         self.calls += 1
-        projects_first = isinstance(self.sketch, Projected) and _projects_first(self.layer, output, self.sketch)
+        output, kept = multiply(x), x.detach()
+        if self.uses.copied:
+            kept = kept.clone()
+        projects_first = isinstance(self.sketch, Projected) and _projects_first(
+            self.layer, how, output, self.sketch, views
+        )
         p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
-        inputs = read_inputs(self.layer, args[0].detach(), p_in if projects_first else None)
+        inputs = regroup(read_inputs(self.layer.weight, how, kept, p_in if projects_first else None))
         if not output.requires_grad:
             # no earlier layer needs a gradient, so the backward pass may end here; the clone is there for later
             # in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
-        output.register_hook(partial(self.on_gradient, inputs, None if projects_first else p_in))
+        left = None if projects_first else p_in
+        version = kept._version
+
+        def on_gradient(gradient: Tensor) -> None:
+            if kept._version != version:
+                raise IsslError(
+                    f"encoder: the input of layer {self.name} is changed in place for some images alone; leave the "
+                    f"layer out with skip=['{self.name}']"
+                )
+            self.on_gradient(inputs, left, regroup(read_outputs(how, gradient)))
+
+        output.register_hook(on_gradient)
         return output
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
-        """p_in: the projection that still has to be applied to the inputs, if any."""
+    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+        """The views' inputs (2b, g, k, t) and output gradients (2b, g, o, t).
+
+        p_in    the projection that still has to be applied to the inputs, if any
+        """
         # under autocast both are bf16, but sums over positions must not be
-        outputs = read_outputs(self.layer, gradient).to(self.layer.weight.dtype)
-        inputs = inputs.to(self.layer.weight.dtype)
+        outputs, inputs = outputs.to(self.layer.weight.dtype), inputs.to(self.layer.weight.dtype)
         if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
             self.pair = inputs, outputs
             return
@@ -83,8 +105,8 @@ class _Tap:
     def check_called(self) -> None:
         if self.calls == 0:
             raise IsslError(
-                f"encoder: layer {self.name} was never called in the forward pass, so it cannot be scored (is it a "
-                f"head that is not used, or called by a function?). Leave it out with skip=['{self.name}']"
+                f"encoder: layer {self.name} was called for some images and not for others; leave it out with "
+                f"skip=['{self.name}']"
             )
 
     @torch.no_grad()
@@ -108,8 +130,8 @@ class _MomentTap(_Tap):
     sums: Moments | None = None
 
     @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, gradient: Tensor) -> None:
-        outputs = read_outputs(self.layer, gradient).flatten(1, 2)
+    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+        outputs = outputs.flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         aa, dd = (a @ a.T).double(), (d @ d.T).double()
         self.sums = (self.sums or no_moments(self.layer)) + Moments(aa, dd)
@@ -119,42 +141,15 @@ class _MomentTap(_Tap):
         return self.sums or no_moments(self.layer)
 
 
-def read_inputs(layer: Layer, x: Tensor, p: Tensor | None) -> Float[Tensor, "b g k t"]:
-    """P a_t for every example, group and position t; the patches themselves if P is None."""
-    if isinstance(layer, nn.Linear):
-        x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-        return (x if p is None else x @ p.T.to(x.dtype)).mT[:, None]
-    g, inside = layer.groups, layer.weight.shape[1:]
-    padding: str | tuple[int, ...] = layer.padding
-    if layer.padding_mode != "zeros" or (p is None and isinstance(padding, str)):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        padding = (0, 0)
-    if p is None:
-        assert not isinstance(padding, str)  # padded above
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-        return patches.unflatten(1, (g, inside.numel()))
-    kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
-    patches = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, g)
-    return patches.flatten(2).unflatten(1, (g, len(p)))
-
-
-def read_outputs(layer: Layer, d: Tensor) -> Float[Tensor, "b g o t"]:
-    """The output gradient d_t of every example, group and position t."""
-    if isinstance(layer, nn.Linear):
-        return (d.flatten(1, -2) if d.ndim > 2 else d[:, None]).mT[:, None]
-    return d.flatten(2).unflatten(1, (layer.groups, -1))
-
-
-def _projects_first(layer: Layer, output: Tensor, sketch: Projected) -> bool:
+def _projects_first(layer: Layer, how: Convolution | None, output: Tensor, sketch: Projected, views: int) -> bool:
     """Whether it costs less, in multiplications per view, to project the inputs before the sum over positions."""
     if sketch.p_in is None:
         return True  # there is nothing to project
     (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
     k_out = c_out if sketch.p_out is None else len(sketch.p_out)
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    positions = output[0].numel() // c_out
-    forming = PATCHES * groups if isinstance(layer, nn.Conv2d) else 0
+    groups = 1 if how is None else how.groups
+    positions = output.numel() // (views * c_out)
+    forming = 0 if how is None else PATCHES * groups
     first = positions * k_in * (groups * d_in + c_out)
     return first <= positions * d_in * (c_out + forming) + k_out * d_in * (c_out + k_in)
 
@@ -170,76 +165,118 @@ def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, 
     return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3)).clamp(min=0).sqrt()
 
 
+@dataclass(frozen=True)
+class Followed:
+    """An encoder whose gradients are followed: from `issl.influence.frozen_encoder.frozen`.
+
+    layout  of the pixels that it is given
+    uses    what `issl.influence.following.examine` found of each layer; of one that is missing, a row is an image
+    """
+
+    model: nn.Module
+    layers: Mapping[str, Layer]
+    layout: torch.memory_format = torch.channels_last
+    uses: Mapping[str, Uses] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The features, whatever the encoder makes of them."""
+        found: Tensor = self.model(x.contiguous(memory_format=self.layout))
+        return found
+
+
 def per_example(
-    model: nn.Module,
-    layers: Mapping[str, Layer],
+    encoder: Followed,
     sketches: Mapping[str, Sketch],
     x: Float[Tensor, "b 3 h w"],
     perturbed: Float[Tensor, "b 3 h w"],
+    index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
     bf16: bool = False,
 ) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, "b r"]]]:
     """The losses of a batch and, per layer, the sketch of each example's gradient.
 
-    model   a `frozen_copy`, in eval mode; all hooks are removed afterwards
+    index   names the images in errors
     Raises IsslError for features that are not (b, d), are zero or not finite, and for layers it cannot follow.
     """
-    taps = {name: _Tap(name, layers[name], sketches[name], len(x)) for name in layers}
-    losses = _backward(model, layers, taps, x, perturbed, loss, bf16)
+    taps = {
+        name: _Tap(name, layer, sketches[name], _uses(encoder, name), len(x)) for name, layer in encoder.layers.items()
+    }
+    losses = _backward(encoder, taps, x, perturbed, index, loss, bf16)
     return losses, {name: tap.result(losses) for name, tap in taps.items()}
 
 
 def second_moments(
-    model: nn.Module,
-    layers: Mapping[str, Layer],
+    encoder: Followed,
     x: Float[Tensor, "b 3 h w"],
     perturbed: Float[Tensor, "b 3 h w"],
+    index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
 ) -> dict[str, Moments]:
     """Each layer's second moments over a batch, in double precision. Groups share the inputs' moment."""
-    taps = {name: _MomentTap(name, layers[name], Projected(), len(x)) for name in layers}
-    _backward(model, layers, taps, x, perturbed, loss, bf16=False)
+    taps = {
+        name: _MomentTap(name, layer, Projected(), _uses(encoder, name), len(x))
+        for name, layer in encoder.layers.items()
+    }
+    _backward(encoder, taps, x, perturbed, index, loss, bf16=False)
     return {name: tap.moments() for name, tap in taps.items()}
 
 
+def _uses(encoder: Followed, name: str) -> Uses:
+    return encoder.uses.get(name, Uses())
+
+
 def _backward(
-    model: nn.Module, layers: Mapping[str, Layer], taps: Mapping[str, _Tap], x: Tensor, perturbed: Tensor, loss: Loss,
-    bf16: bool,
-) -> Tensor:  # fmt: skip
+    encoder: Followed, taps: Mapping[str, _Tap], x: Tensor, perturbed: Tensor, index: Tensor, loss: Loss, bf16: bool
+) -> Tensor:
     """One forward and backward with the taps in place; returns the losses."""
-    b = len(x)
-    handles = [layers[name].register_forward_hook(tap.on_forward) for name, tap in taps.items()]
-    try:
-        with torch.enable_grad():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                features = model(torch.cat([x, perturbed]).contiguous(memory_format=torch.channels_last))
-            check_features(features, 2 * b)
-            features = features.to(x.dtype)
-            losses = loss(features[:b], features[b:])
-            if not isinstance(losses, Tensor) or losses.shape != (b,):
-                shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-                raise IsslError(f"loss gives {shape} for {b} images; it must give one loss per image")
-            if not losses.requires_grad:
-                raise IsslError("loss does not depend on the encoder's features; remove detach or no_grad from it")
-            losses.sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    b, products = len(x), {id(tap.layer.weight): tap.on_product for tap in taps.values()}
+    with without_weight_gradients(encoder.model), torch.enable_grad():
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
+        with autocast, followed(products):
+            features = encoder(torch.cat([x, perturbed]))
+        check_features(features, 2 * b, index)
+        features = features.to(x.dtype)
+        losses = loss(features[:b], features[b:])
+        if not isinstance(losses, Tensor) or losses.shape != (b,):
+            shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise IsslError(f"loss gives {shape} for {b} images; it must give one loss per image")
+        if not losses.requires_grad:
+            raise IsslError("loss does not depend on the encoder's features; remove detach or no_grad from it")
+        losses.sum().backward()
     return losses.detach()
 
 
-def check_features(features: object, rows: int) -> None:
-    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is undefined."""
+def check_shape(features: object, rows: int) -> Tensor:
+    """An encoder's output must be (rows, d)."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")
-    finite, nonzero = torch.isfinite(features).all(), features.any(1).all()
-    if bool(finite & nonzero):
+    return features
+
+
+def check_features(features: object, rows: int, index: Int64[Tensor, " b"] | None = None) -> None:
+    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is undefined.
+
+    index   of the images, whose views the rows are: it names those that have no features
+    """
+    features = check_shape(features, rows)
+    finite, nonzero = torch.isfinite(features).all(1), features.any(1)
+    if bool((finite & nonzero).all()):
         return  # the usual case: a GPU is waited for once
-    if not bool(finite):
-        bad = int((~torch.isfinite(features).all(1)).sum())
-        raise IsslError(
-            f"encoder gives NaN or infinite features for {bad} of {rows} views; check its weights and input"
-        )
-    bad = int((~features.any(1)).sum())
-    raise IsslError(f"encoder gives an all-zero feature vector for {bad} of {rows} views: its cosine is undefined")
+
+    def named(bad: Tensor) -> str:
+        if index is None:
+            return f"{int(bad.sum())} of {rows} views"
+        which = index[bad.cpu().view(-1, len(index)).any(0)].unique().tolist()
+        return f"image index {which[0]}" if len(which) == 1 else f"{len(which)} images, index {which[:5]}"
+
+    if not bool(finite.all()):
+        raise NoFeatures(f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and input")
+    raise NoFeatures(
+        f"encoder gives an all-zero feature vector for {named(~nonzero)}: its cosine is undefined; leave such images "
+        "out (--skip-broken does)"
+    )
+
+
+class NoFeatures(IsslError):
+    """Some images have no features that a score could be about."""

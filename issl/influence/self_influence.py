@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from issl.data.images import Images
@@ -110,7 +111,8 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
                 if k == 0:
                     draw_scores[positions] += each.cpu().numpy()
     losses, squares, values, draw_scores = shards.gather([losses, squares, values, draw_scores])
-    if (word := says_nothing(values[0], losses)) is not None:
+    rounding = 32 * torch.finfo(run.probe.dtype).eps if what.loss is stability_loss else 0.0
+    if (word := says_nothing(values[0], losses, rounding)) is not None:
         warnings.warn(word, stacklevel=3)
     columns = {
         "index": run.data.index.numpy(), "influence": values[0],
@@ -131,10 +133,18 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
     return result
 
 
-def says_nothing(influence: np.ndarray, losses: np.ndarray) -> str | None:
-    """Why these scores rank no image before another, in words; None where they do."""
+def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.0) -> str | None:
+    """Why these scores rank no image before another, in words; None where they do.
+
+    rounding    losses up to this are rounding errors
+    """
     if not losses.any():
         return "every influence is 0: the perturbation does not move the features; use a stronger one"
+    if losses.max() <= rounding:
+        return (
+            f"every stability loss is below {rounding:.1g}, which is rounding: the perturbation hardly moves the "
+            "features (do they differ between images at all?), so the ranking is noise"
+        )
     low, high = influence.min(), influence.max()
     if high == 0:
         return "every influence is 0: no gradient is left, or the damping is too large; check `damping` and `skip`"

@@ -1,7 +1,8 @@
 """Encoders from other projects: torchvision and timm models, and checkpoints in several key layouts.
 
 Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in eval mode, as
-`issl.self_influence` needs it. Files are read without executing anything in them.
+`issl.self_influence` needs it. Files are read without executing anything in them. In a file an encoder is found by the
+names of its weights, under any prefix; of several, one is taken by a written rule or by the user, and `about` says so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,12 @@ def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
     add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
     add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
     add("--std", type=_triple, metavar="R,G,B", help="likewise, the standard deviation")
+    add("--part", metavar="WORD", help="where a file holds several encoders: a word of the keys of the one to take")
+
+
+def encoder_asked_for(options: argparse.Namespace) -> Opened:
+    """The encoder that these options name."""
+    return open_encoder(options.encoder, options.weights, options.mean, options.std, options.part)
 
 
 def _triple(text: str) -> tuple[float, float, float]:
@@ -60,16 +68,22 @@ def _triple(text: str) -> tuple[float, float, float]:
 
 
 def open_encoder(
-    spec: str, weights: str | None = None, mean: Triple | None = None, std: Triple | None = None
+    spec: str,
+    weights: str | None = None,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    part: str | None = None,
 ) -> Opened:
     """The encoder that `spec` names.
 
-    spec      a file (ours, solo-learn's, lightly's, or a plain state dict of a ResNet), `torchvision:NAME` or
-              `timm:NAME`
-    weights   for the last two: a file with a state dict; default: the model's own pretrained weights (downloaded)
+    spec      a file (ours, or one with a ResNet under any prefix), `torchvision:NAME` or `timm:NAME`
+    weights   for the last two: a file with the model's weights, under any prefix; default: its own pretrained ones
+              (downloaded)
     mean, std of the pixels in training; default: the model's own if it has them or its layout tells them, else
               ImageNet's
-    Raises IsslError for an unknown name, a missing or damaged file, and keys in no known layout.
+    part      which of a file's encoders, by words of its keys: student, module.encoder_k; default: as PREFERRED says
+    Raises IsslError for an unknown name, a missing or damaged file, keys in no known layout, several encoders that no
+    rule decides between, and weights of the encoder that are missing or left over.
     """
     for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         if values is not None and not all(least < v < math.inf for v in values):
@@ -77,10 +91,10 @@ def open_encoder(
                 f"{what}={values}: need finite numbers{', above 0' if what == 'std' else ''}, one a channel"
             )
     kind, _, name = spec.partition(":")
-    if kind == "torchvision":
-        return _torchvision(name, weights, mean or PIXEL_MEAN, std or PIXEL_STD)
-    if kind == "timm":
-        return _timm(name, weights, mean, std)
+    if kind in ("torchvision", "timm"):
+        if part is not None and weights is None:
+            raise IsslError(f"part={part!r}: goes with a file of weights; the pretrained {spec} is one encoder")
+        return (_torchvision if kind == "torchvision" else _timm)(name, weights, mean, std, part)
     if weights is not None:
         raise IsslError(f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file {spec!r}")
     path = Path(spec)
@@ -90,8 +104,10 @@ def open_encoder(
         )
     header = read_header(read_safetensors(path, "encoder")[0], path) if path.suffix == ".safetensors" else None
     if header is not None:
+        if part is not None:
+            raise IsslError(f"part={part!r}: leave it out; {path} is this library's own file, of one encoder")
         return Opened(load_encoder(path), 32, _own(header, path.name))
-    return resnet_from(read_state(path), str(path), mean, std)
+    return resnet_from(_tensors(path), str(path), mean, std, part)
 
 
 def _own(header: dict[str, Any], name: str) -> str:
@@ -101,9 +117,55 @@ def _own(header: dict[str, Any], name: str) -> str:
 
 
 def read_state(path: Path) -> State:
-    """A state dict from .safetensors, or from a torch file as PyTorch, Lightning, solo-learn or lightly write it."""
+    """A state dict from .safetensors, or from a torch file as PyTorch, Lightning, solo-learn or lightly write it.
+
+    Dictionaries around the only one that holds tensors are taken off; where several do, all are in it, each name with
+    those of the dictionaries around it before: `student.conv1.weight`.
+    """
+    return _tensors(path, taken_off=True)
+
+
+def _tensors(path: Path, taken_off: bool = False) -> State:
+    """All tensors of a file, with the names of the dictionaries around them, or without those around all of them."""
     if path.suffix == ".safetensors":
         return read_safetensors(path, "weights")[1]
+    content = _content(path)
+    if not isinstance(content, dict):
+        raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
+    state = _flat(content, set())
+    if not state and not any(isinstance(v, Tensor) for v in content.values()):
+        raise IsslError(f"{path} holds no state dict; its entries are {', '.join(map(str, list(content)[:8]))}")
+    while taken_off and len(inside := {k.split(".")[0] for k in state}) == 1 and isinstance(content, dict):
+        (name,) = inside
+        content = content.get(name)
+        if isinstance(content, dict):
+            state = {k.removeprefix(f"{name}."): v for k, v in state.items()}
+    for name, value in state.items():
+        # strides may say of one number that it is a thousand million
+        if value.layout == torch.strided and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise IsslError(f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file again")
+    return state
+
+
+DEEPEST = 16  # dictionaries within dictionaries; VISSL's files have 4
+
+
+def _flat(content: dict[Any, Any], seen: set[int], prefix: str = "", depth: int = 0) -> State:
+    """The tensors in nested dictionaries; each dictionary once, for one may hold itself."""
+    state: State = {}
+    if id(content) in seen or depth > DEEPEST:
+        return state
+    seen.add(id(content))
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            state[prefix + name] = value
+        elif isinstance(name, str) and isinstance(value, dict):
+            state |= _flat(value, seen, f"{prefix}{name}.", depth + 1)
+    return state
+
+
+def _content(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors, numbers, text, and the options of a command line."""
     try:
         with path.open("rb") as file:
             begins = file.read(2)
@@ -113,32 +175,22 @@ def read_state(path: Path) -> State:
             )
         if begins == b"PK":
             _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # many keep their options beside the weights; a Namespace only holds values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))  # what the file asks for, by torch's message
         asks = f" (it asks for {named[1]})" if named else ""
         raise IsslError(
             f"{path} holds more than tensors{asks}, and reading that could run code. If you trust its source, save its "
-            "weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
+            "weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt') (or the entry "
+            "that holds them)"
         ) from error
     except IsslError:
         raise
     except Exception as error:  # of a file that is damaged, whatever torch's reader stumbles over
         said = str(error).splitlines() or [type(error).__name__]
         raise IsslError(f"{path} cannot be read as weights ({said[0]}); it is damaged: get it again") from error
-    while isinstance(content, dict) and not any(isinstance(v, Tensor) for v in content.values()):
-        inside = [k for k in ("state_dict", "model", "model_state_dict") if isinstance(content.get(k), dict)]
-        if not inside:
-            raise IsslError(f"{path} holds no state dict; its entries are {', '.join(map(str, list(content)[:8]))}")
-        content = content[inside[0]]
-    if not isinstance(content, dict):
-        raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
-    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for name, value in state.items():
-        # strides may say of one number that it is a thousand million
-        if value.layout == torch.strided and value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise IsslError(f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file again")
-    return state
 
 
 def _check_archive(path: Path) -> None:
@@ -155,6 +207,129 @@ def _check_archive(path: Path) -> None:
         )
 
 
+# --- one encoder of a file -------------------------------------------------------------------------------
+
+# of two kinds of encoders the first is taken, if there is one
+PREFERRED = tuple(
+    (re.compile(taken, re.I), re.compile(left, re.I))
+    for taken, left in (
+        ("teacher", "student"),  # DINO, iBOT, DINOv2: their authors evaluate the teacher
+        # the trained one before the one that follows it: MoCo, BYOL, solo-learn, lightly, timm
+        ("", r"momentum|teacher|target|(^|[._])(ema|key)([._]|$)|_k\."),
+    )
+)
+# first words of names that are no part of an encoder: heads, and what only a loss needs. BEiT, MAE and DINOv2 have a
+# mask token, SwAV has prototypes, MoCo a queue
+HEADS = {
+    *("head", "heads", "fc", "linear", "classif", "classifier", "classification", "logits", "aux", "auxlogits"),
+    *("projector", "projection", "proj", "predictor", "prediction", "prototype", "prototypes", "neck", "mlp"),
+    *("decoder", "mask", "queue", "center", "loss", "criterion"),
+}
+# what torch wraps a module in, at any depth; and the names in torchvision's own files of DenseNets
+WRAPPERS = r"(^|(?<=\.))((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+DENSE = r"(denselayer\d+\.(norm|conv))\.([12])\."
+
+
+def _usual(state: State) -> State:
+    """The names that modules have today, and without those of torch's wrappers."""
+    renamed = {re.sub(DENSE, r"\1\3.", re.sub(WRAPPERS, "", name)): value for name, value in state.items()}
+    return renamed if len(renamed) == len(state) else state
+
+
+def _of_part(copies: dict[str, State], part: str | None, what: str) -> dict[str, State]:
+    """Those encoders that the user asked for."""
+    if part is None:
+        return copies
+    asked = {prefix: own for prefix, own in copies.items() if f".{part.strip('.')}." in f".{prefix}"}
+    if not asked:
+        raise IsslError(f"{what}: part={part!r} names none of its encoders; they are {_named(copies)}")
+    return asked
+
+
+def _chosen(copies: dict[str, State], what: str, kind: str) -> str:
+    """The prefix of the encoder to take. IsslError where nothing decides between several."""
+    left = list(copies)
+    for taken, other in PREFERRED:
+        rest = [prefix for prefix in left if not other.search(prefix)]
+        if rest and any(taken.search(prefix) for prefix in left):
+            left = rest
+    first, *more = left
+    if not all(_one_module(copies, first, prefix) for prefix in more):
+        example = (first or more[0]).rstrip(".")
+        raise IsslError(f"{what}: several {kind} among its keys ({_named(left)}); choose one with part={example!r}")
+    return first
+
+
+def _one_module(copies: dict[str, State], a: str, b: str) -> bool:
+    """Whether two encoders are one module that is also a part of another: backbone and model.backbone."""
+    one, other = copies[a], copies[b]
+    same_end = a.split(".")[-2:] == b.split(".")[-2:]
+    return same_end and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _named(prefixes: Iterable[str]) -> str:
+    """Prefixes, for a reader."""
+    return ", ".join(prefix.rstrip(".") or "the one of plain keys" for prefix in prefixes)
+
+
+def _beside(copies: Iterable[str], taken: str) -> str:
+    """What to say of the encoders that were not taken."""
+    others = [prefix for prefix in copies if prefix != taken]
+    return f" (not {_named(others)}; part= takes another)" if others else ""
+
+
+def _without(heads: list[str]) -> str:
+    return f", left out: {', '.join(heads)}" if heads else ""
+
+
+def _under(state: State, prefix: str, copies: Iterable[str] = ()) -> State:
+    """What lies under a prefix, but not under the longer one of another encoder."""
+    inner = tuple(p for p in copies if p != prefix and p.startswith(prefix))
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not k.startswith(inner)}
+
+
+def _is_head(name: str) -> bool:
+    first = name.split(".")[0]
+    return first != "fc_norm" and not HEADS.isdisjoint(re.split(r"[_\d]+", first.lower()))
+
+
+def _load(model: nn.Module, state: State, what: str) -> list[str]:
+    """Load an encoder; returns the heads in `state`, which are left out. IsslError where anything else is over or
+    missing."""
+    known = {**dict(model.named_buffers()), **model.state_dict()}  # buffers that are not saved were, in old versions
+    constant = known.keys() - model.state_dict().keys()
+    over = {k for k in state if _is_head(k) and k not in known}
+    kept = {
+        k: v for k, v in state.items() if k not in over and not (k in constant and torch.equal(v, known[k].to(v.dtype)))
+    }
+    counts = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}  # no use in eval mode
+    versioned = OrderedDict(counts | kept)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    reasons: list[Exception] = []
+    # without versions, modules look for the names of their older ones; some (MNASNet) refuse that
+    for attempt in (kept, versioned):
+        try:
+            model.load_state_dict(attempt)
+            return sorted({k.split(".")[0] for k in over})
+        except (RuntimeError, ValueError) as error:
+            reasons.append(error)
+    misfit = _misfit(kept, model.state_dict()) or str(reasons[-1]).splitlines()[-1].strip()
+    raise IsslError(f"{what}: the weights do not fit ({misfit})") from reasons[0]
+
+
+def _misfit(state: State, expected: State) -> str:
+    """What is missing, left over, and of another shape."""
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
+              if k in state and state[k].shape != v.shape]  # fmt: skip
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    listed = {"missing": missing, "left over": [k for k in state if k not in expected], "of another shape": shapes}
+    return "; ".join(
+        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for what, names in listed.items()
+        if names
+    )
+
+
 # --- ResNets in other key layouts ------------------------------------------------------------------------
 
 # `nn.Sequential(*list(resnet.children())[:-1])`, the usual lightly backbone, names layers by their place; its own
@@ -163,7 +338,6 @@ PLACES = {
     "torchvision": {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"},
     "generator": {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
 }
-TEACHERS = ("momentum", "teacher", "target", "ema")  # second encoders, which follow the trained one
 # mean and std of the pixels, by the classes of solo-learn's online classifier, where the stem is that for CIFAR
 # (its solo/data/pretrain_dataloader.py)
 SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
@@ -172,22 +346,28 @@ SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
 }
 
 
-def resnet_from(state: State, what: str, mean: Triple | None = None, std: Triple | None = None) -> Opened:
+def resnet_from(
+    state: State, what: str, mean: Triple | None = None, std: Triple | None = None, part: str | None = None
+) -> Opened:
     """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
     mean, std   of the pixels in training; default: those that solo-learn trains on CIFAR with, else ImageNet's
+    part        of several: which, as in `open_encoder`
     """
-    found = {p: s for p, s in _prefixes(state).items() if not any(t in p for t in TEACHERS)}
-    if len(found) != 1:
-        which, names = ("several ResNets", list(found)) if found else ("no ResNet", list(state)[:6])
+    state = _usual(state)
+    found = _prefixes(state)
+    if not found:
         raise IsslError(
-            f"{what}: {which} among its keys ({', '.join(names)}); known are the layouts of torchvision, solo-learn "
-            "and lightly, of one encoder"
+            f"{what}: no ResNet among its keys ({', '.join(list(state)[:6])}); known are the layouts of torchvision, "
+            "solo-learn and lightly. Other architectures go by name: torchvision:NAME or timm:NAME, with these weights"
         )
-    ((prefix, own),) = found.items()
+    prefix = _chosen(_of_part(found, part, what), what, "ResNets")
+    own = found[prefix]
     own = {re.sub(r"\.shortcut\.", ".downsample.", k): v for k, v in own.items()}
-    solo = prefix in ("backbone.", "encoder.") and "classifier.weight" in state
+    outer = "state_dict." if prefix.startswith("state_dict.") else ""
+    last = prefix.removeprefix(outer).removeprefix("momentum_")
+    solo = last in ("backbone.", "encoder.") and f"{outer}classifier.weight" in state
     stem = own["conv1.weight"]
     large = stem.shape[-1] == 7
     padding = 3 if large else 2 if solo else 1
@@ -202,9 +382,10 @@ def resnet_from(state: State, what: str, mean: Triple | None = None, std: Triple
         net.add_module(f"layer{stage}", _stage(own, stage))
     net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
-    _load(net, {k: v for k, v in own.items() if not k.startswith(("fc.", "linear."))}, what)
-    layout = "solo-learn" if solo else f"keys {prefix}…" if prefix else "plain keys"
-    classes = len(state["classifier.weight"]) if solo and not large else 0
+    heads = _load(net, own, what)
+    layout = "solo-learn" if solo else f"keys {prefix}…" if prefix.removeprefix(outer) else "plain keys"
+    layout += _beside(found, prefix) + _without(heads)
+    classes = len(state[f"{outer}classifier.weight"]) if solo and not large else 0
     usual_mean, usual_std = SOLO_CIFAR.get(classes, (PIXEL_MEAN, PIXEL_STD))
     normalize = Normalize(mean or usual_mean, std or usual_std)
     return Opened(nn.Sequential(normalize, net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
@@ -212,7 +393,7 @@ def resnet_from(state: State, what: str, mean: Triple | None = None, std: Triple
 
 def _prefixes(state: State) -> dict[str, State]:
     """Every ResNet in a state dict: prefix → its weights under torchvision's names."""
-    found = {}
+    found: dict[str, dict[str, str] | None] = {}
     for key in state:
         for places in (None, *PLACES.values()):
             first = "layer1" if places is None else next(k for k, v in places.items() if v == "layer1")
@@ -222,16 +403,15 @@ def _prefixes(state: State) -> dict[str, State]:
                 continue
             if places is PLACES["torchvision"] and f"{prefix}2.0.conv1.weight" in state:
                 continue  # place 2 would be the ReLU, so it is the other layout
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if places is not None:
-                own = {
-                    ".".join([places[p], *rest]): v
-                    for k, v in own.items()
-                    for p, *rest in [k.split(".")]
-                    if p in places
-                }
-            found[prefix] = own
-    return found
+            found[prefix] = places
+    return {prefix: _placed(_under(state, prefix, found), places) for prefix, places in found.items()}
+
+
+def _placed(own: State, places: dict[str, str] | None) -> State:
+    """Names for places; what is at other places, a head, is left out."""
+    if places is None:
+        return own
+    return {f"{places[p]}.{rest}": v for k, v in own.items() for p, _, rest in [k.partition(".")] if p in places}
 
 
 def _stage(own: State, stage: int) -> nn.Sequential:
@@ -259,25 +439,42 @@ def _stage(own: State, stage: int) -> nn.Sequential:
 # --- models by name ----------------------------------------------------------------------------------------
 
 
-def _torchvision(name: str, weights: str | None, mean: Triple, std: Triple) -> Opened:
+# these two take pixels normalised by ImageNet's statistics, and normalise them again by 0.5 and 0.5 where
+# `transform_input`: so their pretrained weights were trained
+INCEPTIONS = ("googlenet", "inception_v3")
+AUXILIARY = {"aux1", "aux2", "AuxLogits"}  # their heads that are called in training alone
+
+
+def _torchvision(name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None) -> Opened:
     import torchvision  # slow to import
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
-    model = _built(lambda: torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None), name)
+    options: dict[str, bool] = {}
+    note = ""
+    if name in INCEPTIONS and weights is not None:
+        again = mean is None and std is None
+        options = {"transform_input": again, "init_weights": False}
+        note = "; pixels as for its pretrained weights (transform_input)" if again else "; no transform_input"
+    model = _built(
+        lambda: torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None, **options), name
+    )
+    for auxiliary in AUXILIARY & dict(model.named_children()).keys():
+        setattr(model, auxiliary, None)
     linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
-    state = None if weights is None else _weights(weights)
     if not linear:
         raise IsslError(f"torchvision:{name} has no Linear head to remove, so its features are not known")
     head = linear[-1]
     parent, _, last = head.rpartition(".")
     setattr(model.get_submodule(parent), last, nn.Identity())
-    if state is not None:
-        _load(model, {k: v for k, v in state.items() if not k.startswith(f"{head}.")}, f"{weights} for {name}")
-    return Opened(nn.Sequential(Normalize(mean, std), model).eval(), 224, f"torchvision {name} without {head}", "1.")
+    if weights is not None:
+        note = _load_file(model, weights, name, part, head) + note
+    usual = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    normalize = Normalize(mean or tuple(usual.mean), std or tuple(usual.std))
+    return Opened(nn.Sequential(normalize, model).eval(), 224, f"torchvision {name} without {head}{note}", "1.")
 
 
-def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None) -> Opened:
+def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None) -> Opened:
     try:
         import timm
         from timm.data.config import resolve_model_data_config
@@ -286,13 +483,11 @@ def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | Non
     if not timm.is_model(name):
         raise IsslError(f"timm has no model {name!r}; see timm.list_models()")
     model = _built(lambda: timm.create_model(name, pretrained=weights is None, num_classes=0), name)
-    if weights is not None:
-        known = model.state_dict().keys()
-        state = _weights(weights)
-        _load(model, {k: v for k, v in state.items() if k in known or not k.startswith(("head.", "fc."))}, weights)
+    note = "" if weights is None else _load_file(model, weights, name, part)
     config = resolve_model_data_config(model)
     normalize = Normalize(mean or tuple(config["mean"]), std or tuple(config["std"]))
-    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], f"timm {name} without head", "1.")
+    about = f"timm {name} without head{note}"
+    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], about, "1.")
 
 
 def _built(build: Callable[[], Any], name: str) -> nn.Module:
@@ -306,15 +501,52 @@ def _built(build: Callable[[], Any], name: str) -> nn.Module:
     return model
 
 
-def _weights(path: str) -> State:
+def _load_file(model: nn.Module, path: str, name: str, part: str | None, head: str = "") -> str:
+    """Load a model's weights, wherever they lie in a file; returns what to say of the choice and of what was left out.
+
+    head   the name of the model's head, which was taken off
+    """
     if not Path(path).is_file():
         raise IsslError(f"weights {path!r} do not exist")
-    return read_state(Path(path))
+    what = f"{path} for {name}"
+    state = _usual(_tensors(Path(path)))
+    copies = {
+        prefix: {k: v for k, v in own.items() if not head or not k.startswith(f"{head}.")}
+        for prefix, own in _copies(state, model).items()
+    }
+    if not copies:
+        raise IsslError(
+            f"{what}: fewer than half of the model's weights are among its keys ({', '.join(list(state)[:6])}); give "
+            "weights of this model, or the name of theirs"
+        )
+    asked = _of_part(copies, part, what)
+    fitting = {prefix: own for prefix, own in asked.items() if _fits(model, own)}
+    prefix = _chosen(fitting or asked, what, f"copies of {name}")
+    heads = _load(model, copies[prefix], what)
+    return (f", keys {prefix}…" if prefix else "") + _beside(copies, prefix) + _without(heads)
 
 
-def _load(model: nn.Module, state: State, what: str) -> None:
+def _fits(model: nn.Module, state: State) -> bool:
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise IsslError(f"{what}: the weights do not fit ({' '.join(lines)[:300]})") from error
+        _load(model, state, "")
+    except IsslError:
+        return False
+    return True
+
+
+def _copies(state: State, model: nn.Module) -> dict[str, State]:
+    """Where half of a model's weights or more lie under one prefix: prefix → all that does, under the model's names.
+
+    Its parts may also be called by their places, as in `nn.Sequential(*list(model.children())[:-1])`.
+    """
+    places = {str(k): name for k, (name, _) in enumerate(model.named_children())}
+    expected = model.state_dict()
+    found: dict[str, dict[str, str] | None] = {}
+    for used in (None, places):
+        hits: Counter[str] = Counter()
+        for key in state:
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+                first, _, rest = key[start:].partition(".")
+                hits[key[:start]] += (key[start:] if used is None else f"{used.get(first)}.{rest}") in expected
+        found |= {p: used for p, n in hits.items() if p not in found and 2 * n >= len(expected)}
+    return {prefix: _placed(_under(state, prefix, found), used) for prefix, used in found.items()}

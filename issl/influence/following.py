@@ -1,0 +1,260 @@
+"""How an encoder applies the weights that are scored: every use of them in a forward pass is seen, whoever makes it.
+
+`Following` is active while the encoder runs. It hands each product with a scored weight (`F.linear`, `F.conv2d`, also
+inside attention) to that weight's tap: the input as it is multiplied, after a layer's own padding, and the output.
+Other uses of a scored weight are noted: what the tap sees may then not be the whole gradient.
+
+`examine` runs it once on a few images and compares what the taps gather with autograd, so an encoder whose gradients
+cannot be followed is an error, and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+
+from issl.influence.layers import Layer, weight_shape
+
+CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's arguments after input, weight and bias
+# what a weight is asked for without being used
+ASKED = {
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "is_leaf", "is_quantized")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The arguments of one call of F.conv2d."""
+
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+
+# of an input, how the weight is applied to it (None: as a matrix), and the product itself: the output to go on with
+OnProduct = Callable[[Tensor, Convolution | None, Callable[[Tensor], Tensor]], Tensor]
+
+
+class Following(TorchFunctionMode):
+    """Sees every torch function that is called while it is active.
+
+    products   by the id of a scored weight, what to do with a product with it, or with what was made of it (LoRA adds
+               to it, a cast copies it)
+    used       by the id of a scored weight, the other functions that used it, by name
+    """
+
+    def __init__(self, products: Mapping[int, OnProduct]):
+        super().__init__()
+        self.products, self.used = dict(products), dict.fromkeys(products, "")
+        self.made: list[tuple[Tensor, int]] = []  # of scored weights: kept, so that their ids stay theirs
+
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = [k for k in _ids((*args, *kwargs.values())) if k in self.products]
+        if not found or func in ASKED:
+            return func(*args, **kwargs)
+        if isinstance(func, types.FunctionType) and func.__module__ == F.__name__:
+            with self, mock.patch.object(F, "has_torch_function", lambda _: False):  # to its own products
+                return func(*args, **kwargs)
+        named = dict(zip(("input", "weight", "bias", *CONVOLUTION), args, strict=False)) | dict(kwargs)
+        if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
+            x, rest = named.pop("input"), named
+            how = None if func is F.linear else Convolution(**{k: v for k, v in rest.items() if k in CONVOLUTION})
+            return self.products[found[0]](x, how, lambda given: func(given, **rest))
+        made = func(*args, **kwargs)
+        origin = next((key for tensor, key in self.made if id(tensor) == found[0]), found[0])
+        self.used[origin] = self.used[origin] or getattr(func, "__name__", str(func))
+        if isinstance(made, Tensor):
+            self.products[id(made)] = self.products[found[0]]
+            self.made.append((made, origin))
+        return made
+
+
+def _ids(values: Sequence[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _ids(value)
+        else:
+            yield id(value)
+
+
+@contextmanager
+def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
+    """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass would not be seen."""
+    following = Following(products)
+    with (
+        mock.patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)),
+        mock.patch.object(checkpoint, "_checkpoint_hook", lambda *_, **__: nullcontext()),
+        following,
+    ):
+        yield following
+
+
+# --- what a weight's input and output gradient are, row by row ---
+
+
+def read_inputs(weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None) -> Float[Tensor, "r g k t"]:
+    """P a_t for every row, group and position t; the patches themselves if P is None. A row is what the first
+    dimension of a convolution's input counts, or all but the last of a matrix's."""
+    if how is None:
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
+    g, inside = how.groups, weight.shape[1:]
+    if p is None:
+        padding = how.padding
+        if isinstance(padding, str):  # F.unfold takes numbers alone
+            total = [
+                d * (k - 1) if padding == "same" else 0 for d, k in zip(_pair(how.dilation), inside[1:], strict=True)
+            ]
+            x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+            padding = 0
+        patches = F.unfold(x, tuple(inside[1:]), how.dilation, padding, how.stride)
+        return patches.unflatten(1, (g, inside.numel()))
+    kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
+    patches = F.conv2d(x, kernel, None, how.stride, how.padding, how.dilation, g)
+    return patches.flatten(2).unflatten(1, (g, len(p)))
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return first, second
+
+
+def read_outputs(how: Convolution | None, d: Tensor) -> Float[Tensor, "r g o t"]:
+    """The output gradient d_t of every row, group and position t."""
+    if how is None:
+        return d.reshape(-1, d.shape[-1])[:, None, :, None]
+    return d.flatten(2).unflatten(1, (how.groups, -1))
+
+
+def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float[Tensor, "n g k u"]:
+    """Rows as positions of the images they belong to: of image i rows m·i to m·i + m − 1, or, token-major, every n-th
+    from i."""
+    if len(rows) == n:
+        return rows
+    if token_major:
+        return rows.unflatten(0, (-1, n)).permute(1, 2, 3, 0, 4).flatten(3)
+    return rows.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+# --- one look at an encoder, before it is believed ---
+
+
+@dataclass(frozen=True)
+class Uses:
+    """How a layer's rows belong to images, for each of its calls, as `examine` found it.
+
+    token_major   see `by_image`
+    copied        its input is changed in place later, so it must be copied
+    """
+
+    token_major: tuple[bool, ...] = ()
+    copied: bool = False
+
+    def order(self, call: int) -> bool:
+        """`token_major` of call number `call`; one that was not examined is as the last."""
+        return bool(self.token_major) and self.token_major[min(call, len(self.token_major) - 1)]
+
+
+class _Trial:
+    """Gathers, of one layer, what `examine` compares."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+        self.total = layer.weight.new_zeros(weight_shape(layer))  # Σ_t d_t a_tᵀ
+        self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
+        self.calls: list[tuple[Tensor, int, tuple[int, ...]]] = []  # input, its version, its shape
+        self.rows: dict[int, Bool[Tensor, " r"]] = {}  # of each call, those that the image reaches
+        self.problem = ""
+
+    def on_product(self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.problem = "is used under no_grad"
+            return multiply(x)
+        kept, call = x.clone(), len(self.calls)
+        self.calls.append((x, x._version, tuple(x.shape) if how is None else (len(x),)))
+        output = multiply(kept)
+
+        def on_gradient(gradient: Tensor) -> None:
+            with torch.no_grad():
+                a, d = read_inputs(self.layer.weight, how, kept.detach(), None), read_outputs(how, gradient)
+                self.rows[call] = d.flatten(1).any(1)
+                both = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))  # (g, o or k, all positions)
+                self.total += torch.matmul(next(both), next(both).mT).flatten(0, 1)
+                self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
+
+        output.register_hook(on_gradient)
+        return output
+
+    def uses(self, n: int, image: int) -> Uses:
+        """How rows belong to images, where only those of one image had a gradient; notes a problem where they do not
+        belong."""
+        orders = []
+        for call, (_, _, shape) in enumerate(self.calls):
+            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+            reached = self.rows.get(call, torch.zeros(count, dtype=torch.bool)).nonzero().flatten().cpu()
+            if count % n:
+                self.problem = f"sees {count} rows for {n} images"
+                break
+            fits = {False: bool((reached // (count // n) == image).all()), True: bool((reached % n == image).all())}
+            first = len(shape) > 2 and shape[0] != n and shape[1] == n  # tokens first, by its shape
+            if not any(fits.values()):
+                self.problem = "has rows that are not those of one image"
+                break
+            orders.append(first if fits[first] else not first)
+        return Uses(tuple(orders), any(x._version != version for x, version, _ in self.calls))
+
+
+def examine(
+    model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], Tensor]
+) -> tuple[dict[str, Uses], dict[str, str]]:
+    """How each layer is used, and why its weight cannot be scored where it cannot, by one pass over a few images.
+
+    One image's features are followed back. In each layer only its rows may be reached, and the sum of their products
+    must be the gradient that autograd finds.
+
+    run   gives the features (n, d) of n ≥ 3 images
+    """
+    trials = {name: _Trial(layer) for name, layer in layers.items()}
+    products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
+    weights = [layer.weight for layer in layers.values()]
+    asked = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad(), followed(products) as following:
+            features = run()
+        n, image = len(features), 1
+        direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).to(features)
+        wanted = (features[image] * direction).sum()
+        found = (
+            torch.autograd.grad(wanted, weights, allow_unused=True) if wanted.requires_grad else [None] * len(weights)
+        )
+    finally:
+        for weight, before in zip(weights, asked, strict=True):
+            weight.requires_grad_(before)
+    uses = {name: trial.uses(n, image) for name, trial in trials.items()}
+    for trial, gradient in zip(trials.values(), found, strict=True):
+        truth = torch.zeros_like(trial.total) if gradient is None else gradient.flatten(1)
+        off, by = float((trial.total - truth).norm()), following.used[id(trial.layer.weight)]
+        if not trial.problem and not trial.calls:
+            trial.problem = f"is used by {by} alone" if by else "is never used (a head?)"
+        if not trial.problem and off > 1e-3 * float(truth.norm()) + 1e-5 * trial.size:
+            trial.problem = f"is also used by {by}" if by else "has another gradient than that of its products"
+    return uses, {name: trial.problem for name, trial in trials.items() if trial.problem}

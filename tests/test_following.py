@@ -1,0 +1,348 @@
+"""Encoders that treat their weights in unusual ways: scored as autograd says, image by image, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import nets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import issl
+from issl.influence.layers import find_layers
+from issl.influence.measurement import Measurement, with_features
+from issl.influence.reference import cosine_loss
+
+
+class Base(nn.Module):
+    """Patches of a picture of 12 px, as 9 tokens of 8 numbers, and two layers of the kind that is tested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.f1, self.f2 = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.p(x).flatten(2).mT
+
+    def mlp(self, t: Tensor) -> Tensor:
+        return t + self.f2(F.gelu(self.f1(t)))
+
+
+class TokensFirst(Base):
+    """(T, B, C), as nn.Transformer has it by default."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.tokens(x).transpose(0, 1)).mean(0)
+
+
+class Flattened(Base):
+    """(T · B, C): the rows of one image are far apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.tokens(x).transpose(0, 1)
+        return self.mlp(t.flatten(0, 1)).unflatten(0, t.shape[:2]).mean(0)
+
+
+class Windows(Base):
+    """(B · W, T / W, C), as in Swin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.tokens(x).reshape(-1, 3, 8)).reshape(len(x), 9, 8).mean(1)
+
+
+class FirstToken(TokensFirst):
+    """Only one token of the last layer reaches the features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.tokens(x).transpose(0, 1))[0]
+
+
+class Crops(nn.Module):
+    """Four crops of an image pass as so many images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.f = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, 2), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        crops = x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        return self.f(F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3))).unflatten(0, (len(x), 4)).mean(1)
+
+
+class PadsItself(nn.Conv2d):
+    """As timm's Conv2dSame, whose `padding` says nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(F.pad(input, (0, 1, 1, 2)), self.weight, self.bias)
+
+
+class Halves(nn.Linear):
+    """Changes what its product gives."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * super().forward(input - 1) + 3
+
+
+class Subclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.f = PadsItself(3, 8, 3, 2, padding_mode="zeros"), Halves(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(torch.tanh(self.c(x)).mean((2, 3)))
+
+
+class ByKeyword(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f2(input=F.relu(self.f1(input=self.tokens(x)))).mean(1)
+
+
+class ByFunction(Base):
+    """A layer's weight is used by F.linear, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = F.relu(self.f1(self.tokens(x)))
+        return self.f2(t + F.linear(F.linear(t, self.f2.weight), self.f1.weight, bias=self.f1.bias)).mean(1)
+
+
+class InPlace(Base):
+    """What a layer has read is changed afterwards."""
+
+    plain = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.tokens(x).contiguous()
+        y = self.f1(t.clone() if self.plain else t)  # autograd itself refuses the second
+        t.mul_(2).add_(1)
+        return self.f2(y).mean(1) + t.mean(1)
+
+
+class Attention(nn.Module):
+    """torch's own, both ways round."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.p, self.batch_first = nn.Conv2d(3, 8, 4, 4), batch_first
+        self.t = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.p(x).flatten(2).mT
+        return self.t(t).mean(1) if self.batch_first else self.t(t.transpose(0, 1)).mean(0)
+
+
+class CrossAttention(nn.Module):
+    """Keys of another width: three projections instead of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.k = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(3, 6, 4, 4)
+        self.a = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.p(x).flatten(2).mT, self.k(x).flatten(2).mT
+        return self.a(q, k, k, need_weights=False)[0].mean(1)
+
+
+class Checkpointed(Base):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.plain = reentrant, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plain:  # a reentrant one gives autograd.grad nothing
+            return self.mlp(self.tokens(x)).mean(1)
+        return checkpoint(self.mlp, self.tokens(x), use_reentrant=self.reentrant).mean(1)
+
+
+class Views(nn.Module):
+    """Flattens by .view, as PyTorch's tutorial does, which asks for the plain layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.f = nn.Conv2d(3, 4, 3, 2), nn.Linear(100, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(F.relu(self.c(x)).view(-1, 100))
+
+
+def replaced() -> nn.Module:
+    net = Base()
+    net.forward = lambda x: net.mlp(net.tokens(x)).mean(1)  # type: ignore[method-assign]
+    return net
+
+
+class Closure(Base):
+    """A function that holds the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = lambda x: self.mlp(self.tokens(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x).mean(1)
+
+
+class Hooked(nn.Module):
+    """Features that a hook keeps; the last layer is not used for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.kept = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)), {}
+        self.net[2].register_forward_hook(lambda _, __, output: self.kept.__setitem__("x", output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.net(x)
+        return self.kept["x"]
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "tokens first": (TokensFirst, []), "flattened": (Flattened, []), "windows": (Windows, []),
+    "first token": (FirstToken, []), "crops": (Crops, []), "subclasses": (Subclasses, []),
+    "by keyword": (ByKeyword, []), "by function": (ByFunction, []), "in place": (InPlace, []),
+    "attention": (lambda: Attention(True), []),
+    "attention, tokens first": (lambda: Attention(False), []), "cross-attention": (CrossAttention, []),
+    "reentrant checkpoint": (lambda: Checkpointed(True), []), "checkpoint": (lambda: Checkpointed(False), []),
+    "views": (Views, []), "forward replaced": (replaced, []), "hooked": (Hooked, ["net.3"]),
+    "closure": (Closure, []),
+}  # fmt: skip
+
+
+def brute(encoder: nn.Module, images: issl.Images, skip: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """LoGra's scores and squared gradient norms by plain autograd in double precision, one image at a time."""
+    layers = find_layers(encoder, skip, untrained=True)[0]
+    encoder.plain = True  # type: ignore[assignment]
+    weights, rows = [layer.weight for layer in layers.values()], []
+    for w in weights:
+        w.requires_grad_(True)
+    noise = issl.GaussianNoise().keyed(0)
+    for i in range(len(images)):
+        x, index = images.pixels[i : i + 1].double() / 255, images.index[i : i + 1]
+        loss = cosine_loss(encoder(x), encoder(noise(x, index))).squeeze()
+        rows.append([g.flatten(1) for g in torch.autograd.grad(loss, weights)])
+    scores, norms = torch.zeros(2, len(images), dtype=torch.float64)
+    for k, layer in enumerate(layers.values()):
+        g = torch.stack([row[k] for row in rows])
+        norms += g.square().sum((1, 2))
+        sketch = issl.LoGra(4).sketch(layer, k)
+        kept = (sketch.p_out.double() @ g @ sketch.p_in.double().T).flatten(1)
+        h = kept.T @ kept / len(kept)
+        damped = h + 0.1 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+        scores += (kept * torch.linalg.solve(damped, kept.T).T).sum(1)
+    return scores.numpy(), norms.numpy()
+
+
+@pytest.mark.parametrize("batch", [3, 9, 64])  # 9: as many tokens; 3: the number of a window's
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_scored_as_autograd_says(kind: str, batch: int) -> None:
+    build, skip = KINDS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = build().double().eval()
+    images, asked = nets.pictures(18), [p.requires_grad for p in encoder.parameters()]
+    how = {"untrained": True, "skip": skip, "computing": issl.Computing(batch_size=batch)}
+    found = issl.self_influence(encoder, images, curvature=issl.LoGra(4), **how)["influence"]
+    norms = issl.self_influence(encoder, images, curvature=issl.Identity(), **how)["influence"]
+    assert [p.requires_grad for p in encoder.parameters()] == asked  # the encoder is left as it was
+    scores, squares = brute(encoder, images, skip)
+    np.testing.assert_allclose(found, scores, rtol=1e-5)
+    np.testing.assert_allclose(norms, squares, rtol=1e-5)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(input, w, self.bias, self.stride)
+
+
+class Refused(Base):
+    """One fault of each kind, and two layers without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s, self.frozen, self.head = Standardised(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.position, self.mixes = nn.Parameter(torch.rand(1, 9, 8)), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.tokens(x) + self.position + self.s(x).flatten(2).mT
+        with torch.no_grad():
+            extra = self.frozen(t)
+        t = t + extra
+        constant = self.mixes(torch.ones(1, 1, dtype=x.dtype)).sum()
+        t = self.f2(F.relu(self.f1(t)))
+        return (t + constant).mean(1) + t.mean(1) @ self.f2.weight @ self.f2.weight.mT
+
+
+def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> None:
+    encoder = Refused().double().eval()
+    encoder.tokens = lambda x: Base.tokens(encoder, x)  # type: ignore[method-assign]
+    with pytest.raises(issl.IsslError, match="cannot be scored") as refused:
+        issl.self_influence(encoder, nets.pictures(6), untrained=True)
+    faulty = ["position", "s", "frozen", "head", "mixes", "f2"]
+    said = str(refused.value)
+    assert all(f"{name} (" in said for name in faulty) and "6 of 8" in said
+    skip = eval(said.split("skip=")[1].split("]")[0] + "]")
+    assert sorted(skip) == sorted(faulty)
+    found = issl.self_influence(encoder, nets.pictures(6), curvature=issl.Identity(), skip=skip, untrained=True)
+    np.testing.assert_allclose(found["influence"], brute(encoder, nets.pictures(6), skip)[1], rtol=1e-5)
+
+
+def test_an_image_without_features_is_named() -> None:
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = nets.pictures(8)
+    images.pixels[5] = 0  # the plain view of it has no features
+    with pytest.raises(issl.IsslError, match=r"all-zero feature vector for image index 5"):
+        issl.self_influence(encoder, images)
+    what = Measurement(issl.GaussianNoise(), issl.LoGra(4))
+    kept = with_features(encoder, images, what, issl.Computing())
+    assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7] and [name for name, _ in kept.broken] == ["5"]
+    issl.self_influence(encoder, kept)
+
+
+def test_features_that_all_but_coincide_are_warned_about() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(432, 8)).eval()
+    with torch.no_grad():
+        encoder[1].weight.mul_(1e-5)
+        encoder[1].bias.fill_(1.0)
+    with pytest.warns(UserWarning, match="the ranking is noise"):
+        issl.self_influence(encoder, nets.pictures(6))
+
+
+def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
+    class Scaled(Base):
+        def __init__(self, k: float) -> None:
+            super().__init__()
+            self.k = k
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.tokens((x - 0.5) * self.k)).mean(1)
+
+    first, images = Scaled(1.0).eval(), nets.pictures(6)
+    other = copy.deepcopy(first)
+    other.k = 4.0
+    issl.fit(first, images).save(tmp_path / "kept.safetensors")
+    assert issl.load_fitted(tmp_path / "kept.safetensors", copy.deepcopy(first)).n == 6
+    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
+        issl.load_fitted(tmp_path / "kept.safetensors", other)
+
+    def shake(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, index: x + strength * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
+
+    issl.fit(first, images, shake(0.05)).save(tmp_path / "function.safetensors")
+    assert issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.05)).n == 6
+    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
+        issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.6))
+
+
+def test_what_is_kept_on_disk_is_never_taken_for_another_calls(tmp_path) -> None:
+    encoder, images = nets.make("stride", torch.float32), nets.pictures(9)
+    store = issl.Computing(store=tmp_path / "rows")
+    for strength in (0.05, 0.6):
+        shake = lambda x, index, s=strength: x + s * torch.sin(7 * x)  # noqa: E731
+        kept = issl.self_influence(encoder, images, shake, computing=store)
+        assert kept.equals(issl.self_influence(encoder, images, shake))
+    assert list((tmp_path / "rows").iterdir()) == []
