@@ -32,14 +32,15 @@ tiny_vit_5m_224 64, efficientformer_l1 224, crossvit_9_240 240, convmixer_768_32
 
 
 def build(name: str, side: int, **options: int) -> torch.nn.Module:
-    """Weights as initialised, but no scale or bias at 0, which would hide a layer; BatchNorm has seen noise."""
+    """Weights as initialised, but no scale or bias at 0, which would hide a layer; BatchNorm has seen noise. In double
+    precision, for some features hardly differ before any training."""
     torch.manual_seed(0)
     net = timm.create_model(name, pretrained=False, num_classes=0, **options).train()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p) if p.ndim == 1 or not p.any() else 0)
         net(torch.rand(8, 3, side, side))
-    return net.eval()
+    return net.double().eval()
 
 
 def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> torch.Tensor:
@@ -70,7 +71,7 @@ def measured(encoder: torch.nn.Module, images: issl.Images, skip: list[str]) -> 
         if more := [name for name in ast.literal_eval((named or ["[]"])[-1]) if name not in skip]:
             return measured(encoder, images, skip + more)
         return {"outcome": f"refused, {type(error).__name__}: {str(error)[:100]}", "skip": " ".join(skip)}
-    seconds, layers = time.perf_counter() - began, scored_layers(encoder.double(), skip, untrained=True)
+    seconds, layers = time.perf_counter() - began, scored_layers(encoder, skip, untrained=True)
     worst = (torch.tensor([list(f) for f in found]) / reference(encoder, images, layers) - 1).abs().max().item()
     return {"outcome": "scored", "skip": " ".join(skip), "layers": len(layers), "error": worst, "seconds": seconds}
 

@@ -61,6 +61,10 @@ def atomic(path: Path) -> Iterator[Path]:
         part.chmod(0o644)
         part.replace(path)
     except (OSError, SafetensorError) as error:
+        if not part.exists():
+            raise IsslError(
+                f"{path} was deleted while it was written; leave its folder alone, and run the same command again"
+            ) from error
         if why_no_room(error) is None:
             raise
         raise _cannot_write(path, error) from error
@@ -98,9 +102,16 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return removed
 
 
-def scratch_folder(prefix: str) -> tuple[Path, int]:
-    """A new folder for temporary files, and the handle of its lock; those of processes that were killed are removed."""
-    parent = Path(tempfile.gettempdir())
+def scratch_folder(prefix: str, parent: str | Path | None = None) -> tuple[Path, int]:
+    """A new folder for temporary files, and the handle of its lock; those of processes that were killed are removed.
+
+    parent  where it is made; default: the system's folder for such. IsslError where it cannot be
+    """
+    parent = Path(tempfile.gettempdir() if parent is None else parent)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(f"folder {parent} cannot be written ({error}); choose another") from error
     for old in parent.glob(f"{prefix}*"):
         try:
             handle = _locked(old)
@@ -109,7 +120,7 @@ def scratch_folder(prefix: str) -> tuple[Path, int]:
         shutil.rmtree(old, ignore_errors=True)
         os.close(handle)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             return folder, _locked(folder)
         except (FileNotFoundError, BlockingIOError):

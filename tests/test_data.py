@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from disk import png, write_batches, write_parquet
-from PIL import Image
+from PIL import Image, ImageFile
 
 import issl
 from issl.data import datasets, published, scenes, superclasses
@@ -201,6 +202,179 @@ def test_image_folder(tmp_path: Path, pixels: np.ndarray) -> None:
     with pytest.raises(issl.IsslError, match="have no labels"):
         images.require_labels()
     assert issl.load(f"folder:{tmp_path}", n=2, size=16).pixels.shape == (2, 3, 16, 16)
+
+
+def saved(path: Path, pixels: np.ndarray, kind: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(path, kind)
+    return path
+
+
+def read_with(folder: Path, capsys: pytest.CaptureFixture[str], **how) -> tuple[list[str], str]:
+    """The paths of a folder's images, and what is said about the others."""
+    images = issl.load(f"folder:{folder}", size=16, **how)
+    assert len(images.tensor()) == len(images)  # they can be decoded
+    return images.attributes["path"].tolist(), capsys.readouterr().err
+
+
+def test_linked_folders_are_classes_and_circles_end(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    for k, name in enumerate(["store/cat/1.png", "store/cat/old/2.png", "set/dog/1.png"]):
+        saved(tmp_path / name, pixels[k])
+    folder = tmp_path / "set"
+    (folder / "cat").symlink_to(tmp_path / "store/cat")
+    (folder / "kitten").symlink_to("../store/cat")  # the same once more
+    (folder / "dog/2.png").symlink_to(tmp_path / "store/cat/1.png")
+    paths, said = read_with(folder, capsys)
+    there = ["cat/1.png", "cat/old/2.png", "dog/1.png", "dog/2.png", "kitten/1.png", "kitten/old/2.png"]
+    assert paths == there and said == ""
+    images = issl.load(f"folder:{folder}")
+    assert images.attributes["label_name"].tolist() == ["cat", "cat", "dog", "dog", "kitten", "kitten"]
+    np.testing.assert_array_equal(images.pixels[:], pixels[[0, 1, 2, 0, 0, 1]])
+    (folder / "dog/self").symlink_to(".")
+    (folder / "dog/up").symlink_to(folder)
+    (folder / "dog/above").symlink_to(tmp_path)
+    (tmp_path / "store/cat/back").symlink_to(folder)  # through a link, three times: cat, kitten, and nowhere else
+    (tmp_path / "store/cat/old/across").symlink_to(tmp_path / "store/cat")
+    paths, said = read_with(folder, capsys)
+    assert paths == there and said == "folder:set: left out 7 files or folders: 7 linked in a circle\n"
+    assert datasets.count(f"folder:{folder}") == 6
+    (folder / "gone").symlink_to(tmp_path / "no such folder")
+    (folder / "round.png").symlink_to("round.png")
+    assert "7 linked in a circle, 2 linked to nothing" in read_with(folder, capsys)[1]
+
+
+def test_a_link_to_each_other_ends_too(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    for k, name in enumerate("abc"):
+        saved(tmp_path / "set" / name / "1.png", pixels[k])
+        for other in "abc".replace(name, ""):
+            (tmp_path / "set" / name / f"to-{other}").symlink_to(f"../{other}")
+    paths, said = read_with(tmp_path / "set", capsys)
+    assert {p.split("/")[0] for p in paths} == set("abc") and "linked in a circle" in said
+    assert {"a/1.png", "a/to-b/1.png", "a/to-b/to-c/1.png"} <= set(paths)
+    assert not any(p.count("to-a") and p.startswith("a/") for p in paths)  # none is its own ancestor
+
+
+def test_only_linked_classes(tmp_path: Path, pixels: np.ndarray) -> None:
+    saved(tmp_path / "store/cat/1.png", pixels[0])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/cat").symlink_to(tmp_path / "store/cat")
+    assert issl.load(f"folder:{tmp_path / 'set'}").attributes["label_name"].tolist() == ["cat"]
+    (tmp_path / "link").symlink_to("set")
+    assert issl.load(f"folder:{tmp_path / 'link'}").attributes["path"].tolist() == ["cat/1.png"]
+
+
+def test_every_ending_that_pillow_reads(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    kinds = {
+        "jfif": "JPEG", "jpe": "JPEG", "JPG": "JPEG", "Jpeg": "JPEG", "pjpeg": "JPEG", "jif": "JPEG", "png": "PNG",
+        "bmp": "BMP", "dib": "BMP", "gif": "GIF", "ico": "ICO", "pcx": "PCX", "ppm": "PPM", "pgm": "PPM", "pnm": "PPM",
+        "apng": "PNG", "qoi": "QOI", "rgb": "SGI", "tga": "TGA", "tif": "TIFF", "tiff": "TIFF", "webp": "WEBP",
+        "avif": "AVIF", "jp2": "JPEG2000",
+    }  # fmt: skip
+    there = [saved(tmp_path / f"x.{ending}", pixels[0], kind) for ending, kind in kinds.items() if kind in Image.SAVE]
+    assert len(there) > 20
+    for other in ("notes.txt", "table.csv", "about.json", "Thumbs.db", "features.h5", "film.mpg", "run.fit", "README"):
+        (tmp_path / other).write_bytes(b"not a picture")
+    paths, said = read_with(tmp_path, capsys)
+    assert paths == sorted(p.name for p in there) and said == ""
+
+
+def test_what_this_pillow_cannot_read_is_counted(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    folder = tmp_path / "phone"
+    saved(folder / "a.jpg", pixels[0])
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "b/IMG_3.dng", "c.jxl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x" * 99)
+    saved(folder / "IMG_4", pixels[1], "JPEG")
+    saved(folder / "d.png_large", pixels[1], "PNG")
+    saved(folder / ".ipynb_checkpoints/a-checkpoint.jpg", pixels[0])
+    paths, said = read_with(folder, capsys)
+    assert paths == ["a.jpg"] and said.startswith("folder:phone: left out 7 files: 2 .heic (this Pillow cannot read")
+    assert said.count("\n") == 1
+    for part in ("1 .dng (", "1 .jxl (", "1 hidden", "1 without an ending (images by their content", "1 .png_large ("):
+        assert part in said, part
+    assert read_with(folder, capsys, quiet=True)[1] == ""
+    assert read_with(folder, capsys, n=1)[1] == said  # once for each load
+    assert datasets.identity(f"folder:{folder}").about in said and capsys.readouterr().err == ""
+    (folder / "a.jpg").unlink()
+    with pytest.raises(issl.IsslError, match=r"has no images \(.*; left out 7 files: 2 .heic"):
+        issl.load(f"folder:{folder}")
+
+
+def test_a_plugin_makes_them_readable(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As pillow-heif does: it registers a decoder and the ending."""
+
+    class Plugin(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            assert self.fp is not None
+            self._mode, self._size = "RGB", (16, 16)
+            self.fp.seek(4)
+            self.tile = [ImageFile._Tile("raw", (0, 0, 16, 16), 4, ("RGB", 0, 1))]
+
+    saved(tmp_path / "a.png", pixels[0])
+    (tmp_path / "b.heic").write_bytes(b"HEIF" + bytes(range(256)) * 3)
+    assert read_with(tmp_path, capsys)[0] == ["a.png"]
+    Image.init()
+    for registry in ("OPEN", "EXTENSION"):
+        monkeypatch.setattr(Image, registry, dict(getattr(Image, registry)))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    capsys.readouterr()
+    before = datasets.identity(f"folder:{tmp_path}").digest
+    Image.register_open("HEIF", Plugin, lambda prefix: prefix.startswith(b"HEIF"))
+    Image.register_extension("HEIF", ".heic")
+    assert read_with(tmp_path, capsys) == (["a.png", "b.heic"], "")
+    images = issl.load(f"folder:{tmp_path}", size=16)
+    assert images.pixels[1].permute(1, 2, 0).flatten().tolist() == list(range(256)) * 3
+    assert datasets.identity(f"folder:{tmp_path}").digest != before  # other images, other keys
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    folder = tmp_path / ".cache" / "photos"  # where it is hidden does not matter
+    for k, name in enumerate(
+        ["cat/1.png", "dog/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", ".thumbs/a/1.png", "._1.png"]
+    ):
+        saved(folder / name, pixels[k])
+    paths, said = read_with(folder, capsys)
+    assert paths == ["cat/1.png", "dog/1.png"] and said == "folder:photos: left out 3 files: 3 hidden\n"
+    assert issl.load(f"folder:{folder}").labels.tolist() == [0, 1]
+
+
+def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarray) -> None:
+    """The order, the indices and the key of a folder with nothing new in it."""
+    for k, name in enumerate(
+        ["b/2.JPG", "b/10.jpg", "a-b/1.png", "a/x.tif", "a/b/y.gif", "Z/1.bmp", "a/é.webp", "z.jpeg"]
+    ):
+        saved(tmp_path / name, pixels[k])
+    (tmp_path / "notes.txt").write_text("no image")
+    suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+    files = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    names = [p.relative_to(tmp_path).as_posix() for p in files]
+    images = issl.load(f"folder:{tmp_path}", size=16)
+    assert images.attributes["path"].tolist() == names
+    by_path = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 2 for name in names]
+    assert images.index.tolist() == by_path
+    rows = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in zip(names, files, strict=True)]
+    assert datasets.identity(f"folder:{tmp_path}").digest == hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + "-2"
+
+
+def test_archives_take_what_folders_take(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for name in ("./0.png", "./._0.png", "1.jfif", "2.avif", "3.heic", "3.cls"):
+            data = b"7" if name == "3.cls" else b"x" * 99 if name == "3.heic" else b"" if "._" in name else None
+            if data is None:
+                data = saved(tmp_path / "x.png", pixels[0], "AVIF" if "avif" in name else None).read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    images = issl.load(f"tar:{tmp_path / 'set.tar'}", size=16)
+    assert images.attributes["path"].tolist() == ["set.tar/./0.png", "set.tar/1.jfif", "set.tar/2.avif"]
+    assert len(images.tensor()) == 3
+    assert capsys.readouterr().err == (
+        "tar:set.tar: left out 2 files: 1 hidden, 1 .heic (this Pillow cannot read them)\n"
+    )
 
 
 def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:

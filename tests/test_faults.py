@@ -12,12 +12,14 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,13 @@ import pandas as pd
 import pytest
 import torch
 from hostile import ours
+from safetensors.torch import save_file
 
 import issl
 from issl import files
 from issl.commands import cli, notebooks
 from issl.commands.scheduler import make
-from issl.experiments.cache import MANIFEST, Artifacts, Stage, in_dependency_order
+from issl.experiments.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
 from issl.experiments.plans import PLANS
 from issl.experiments.settings import Data
 from issl.experiments.stages import Embed, Influence, Pretrain
@@ -129,6 +132,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_p
     """By the system itself: through safetensors, pyarrow and Pillow."""
     words, limit = LIMITED[what]
     encoder = str(ours(tmp_path))
+    import_module("matplotlib.font_manager")  # which keeps a list of fonts, larger than the limit
     words = [w.replace("OUT", str(tmp_path / "out")).replace("ENCODER", encoder) for w in words]
     queue = forked.context.Queue()
     process = forked.context.Process(target=forked.report, args=(queue, with_files_of, limit, words))
@@ -284,6 +288,104 @@ def test_a_damaged_artifact_is_told_and_made_again_alone(
     assert made(tmp_path) == undisturbed
     assert "; it will be made again" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+def deleting(monkeypatch: pytest.MonkeyPatch, what: Callable[[Path], Any], at: int) -> list[Path]:
+    """Deletes something at one of the writes (their number, or -1 for all), just before the file is there; returns what
+    was to be written then."""
+    writes, seen = 0, []
+
+    @contextmanager
+    def watched(path: Path) -> Iterator[Path]:
+        nonlocal writes
+        writes += 1
+        with atomic(path) as part:
+            yield part
+            if at in (writes, -1):
+                seen.append(path)
+                what(path)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")]:
+        if module is not files:
+            monkeypatch.setattr(module, "atomic", watched)
+    return seen
+
+
+def being_made(root: Path, path: Path) -> Path:
+    """The folder of the artifact that a file is of."""
+    return root.joinpath(*path.relative_to(root).parts[:2])
+
+
+DELETED: dict[str, Callable[[Path, Path], Any]] = {
+    "all": lambda root, _: shutil.rmtree(root),
+    "all but the folder": lambda root, _: [shutil.rmtree(p) for p in root.iterdir()],
+    "what is being made": lambda root, path: shutil.rmtree(being_made(root, path)),
+    "what is in it": lambda root, path: [p.unlink() for p in being_made(root, path).rglob("*") if p.is_file()],
+    "what it reads": lambda root, _: shutil.rmtree(root / "pretrain", ignore_errors=True),
+}
+
+
+@pytest.mark.parametrize("what", DELETED)
+@pytest.mark.parametrize("at", [1, 4, 6, 8])
+def test_artifacts_that_are_deleted_while_they_are_made_are_made_again(
+    what: str, at: int, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    root = tmp_path / "artifacts"
+    seen = deleting(monkeypatch, lambda path: DELETED[what](root, path), at)
+    assert made(root) == {k: v for k, v in undisturbed.items() if (root / "pretrain").exists() or TRAINED.key not in k}
+    assert len(seen) == 1 and left_over(root) == []
+    for manifest in root.glob(f"*/*/{MANIFEST}"):
+        assert damaged(manifest.parent) is None and not (manifest.parent / MARK).exists()
+    if what.startswith("what is"):
+        assert capsys.readouterr().err.count("files were deleted while it was made in") == 1
+
+
+def test_artifacts_that_are_deleted_again_and_again_are_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    deleting(monkeypatch, lambda path: shutil.rmtree(path.parent), -1)
+    ended = make(TRAINED, Artifacts(tmp_path, released=None))
+    assert "files were deleted while it was made" in ended.error and "run the same command again" in ended.error
+    assert "\n" not in ended.error
+
+
+def test_an_artifact_that_was_deleted_since_is_made_again(tmp_path: Path, undisturbed: Any) -> None:
+    """Within one run, that has seen it before."""
+    artifacts = Artifacts(tmp_path, released=None)
+    for stage in in_dependency_order(STAGES):
+        artifacts.get(stage)
+    shutil.rmtree(tmp_path / "pretrain")
+    assert artifacts.file(TRAINED, "encoder.safetensors").is_file()
+    shutil.rmtree(tmp_path)
+    for stage in STAGES:
+        artifacts.get(stage)
+    assert made(tmp_path) == undisturbed
+    assert sorted(artifacts.computed) == sorted({stage.label for stage in in_dependency_order(STAGES)})
+
+
+def test_a_file_that_is_deleted_while_it_is_written_is_named(tmp_path: Path) -> None:
+    def write(part: Path) -> None:
+        shutil.rmtree(tmp_path / "out")
+        save_file({"x": torch.zeros(2)}, part)  # as safetensors says it, in a text
+
+    for end in (lambda part: shutil.rmtree(part.parent), Path.unlink, write):
+        path = tmp_path / "out" / "x.safetensors"
+        said = r"x.safetensors was deleted while it was written; .*run the same"
+        with pytest.raises(issl.IsslError, match=said), atomic(path) as part:
+            end(part)
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "y"):  # another file's fault is not this one's
+        (tmp_path / "none").read_text()
+
+
+def test_an_error_of_a_stage_is_not_taken_for_a_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal asked
+        asked += 1
+        raise FileNotFoundError(2, "No such file or directory", "/x/of/another")
+
+    monkeypatch.setattr(Embed, "make", fail)
+    ended = make(STAGES[1], Artifacts(tmp_path, released=None))
+    assert asked == 1 and "Traceback" in ended.error and "/x/of/another" in ended.error
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:

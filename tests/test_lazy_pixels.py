@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -18,7 +19,7 @@ from disk import png
 from forked import on_processes
 from nets import make
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -155,6 +156,356 @@ def test_a_torch_dataset(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         uneven.tensor()
 
 
+# --- one decoder for all ---
+
+
+def of_every_kind() -> dict[str, tuple[Image.Image, str]]:
+    """Images of every mode that a file may have, each with how it is saved."""
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (20, 28, 4), dtype=np.uint8), "RGBA")
+    grey, deep = rgba.convert("L"), Image.fromarray(rng.integers(0, 2**16, (20, 28)).astype(np.uint16))
+    palette = rgba.convert("RGB").quantize(20)
+    palette.info["transparency"] = 3
+    sideways = rgba.convert("RGB")
+    sideways.getexif()[274] = 6
+    deep_sideways = deep.copy()
+    deep_sideways.getexif()[274] = 8
+    return {
+        "L": (grey, "png"), "LA": (rgba.convert("LA"), "png"), "P": (palette, "png"), "RGBA": (rgba, "png"),
+        "CMYK": (rgba.convert("RGB").convert("CMYK"), "tiff"), "CMYK JPEG": (rgba.convert("CMYK"), "jpeg"),
+        "YCbCr": (rgba.convert("RGB"), "jpeg"), "1": (grey.convert("1"), "png"), "I;16": (deep, "png"),
+        "I;16 TIFF": (deep, "tiff"), "I;16 PGM": (deep, "ppm"), "GIF": (rgba.convert("P"), "gif"),
+        "EXIF": (sideways, "jpeg"), "EXIF PNG": (sideways, "png"), "EXIF TIFF": (sideways, "tiff"),
+        "EXIF, 16 bits": (deep_sideways, "png"),
+    }  # fmt: skip
+
+
+class Opened(list[Path]):
+    """A dataset that opens its files, as people write them."""
+
+    def __getitem__(self, i):
+        return Image.open(super().__getitem__(i))
+
+
+@pytest.mark.parametrize("size", [12, 20])
+def test_a_dataset_gives_the_pixels_of_a_folder(size: int, tmp_path: Path) -> None:
+    for k, (name, (image, kind)) in enumerate(of_every_kind().items()):
+        image.save(tmp_path / f"{k:02} {name.replace('/', ' ')}.{kind}", exif=image.getexif())
+    paths = Opened(sorted(tmp_path.iterdir()))
+    want = issl.load(f"folder:{tmp_path}", size=size)
+    assert [tmp_path / name for name in want.attributes["path"]] == list(paths)
+    got = issl.from_dataset(paths, size=size)
+    same = [torch.equal(a, b) for a, b in zip(got.tensor(), want.tensor(), strict=True)]
+    assert all(same) and len(same) > 12, same
+    held = [Image.open(path) for path in list(paths)]
+    again = issl.from_dataset(held, size=size)
+    for _ in range(2):  # they are not changed
+        assert torch.equal(again.tensor(), want.tensor())
+    sixteen = want.tensor()[[i for i, p in enumerate(list(paths)) if "16" in p.name]].float()
+    assert (sixteen.mean((1, 2, 3)) - 127).abs().max() < 10  # of even noise, not cut off
+
+
+@pytest.mark.parametrize("kind", ["I", "F"])
+def test_an_unknown_range_is_an_error_in_both(kind: str, tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((20, 28), 3, np.int32 if kind == "I" else np.float32))
+    image.save(tmp_path / "a.tiff")
+    with pytest.raises(issl.IsslError, match=rf"a.tiff \(pixels of mode {kind}, whose range is not known: save it"):
+        issl.load(f"folder:{tmp_path}", size=16)
+    for each in (image, Image.open(tmp_path / "a.tiff")):
+        with pytest.raises(issl.IsslError, match=rf"item 0 of dataset has pixels of mode {kind}, whose range"):
+            issl.from_dataset([each], size=16)
+
+
+def test_a_damaged_image_of_a_dataset_is_named(tmp_path: Path) -> None:
+    whole = jpeg(np.random.default_rng(0).integers(0, 256, (3, 60, 60), dtype=np.uint8))
+    (tmp_path / "a.jpg").write_bytes(whole)
+    (tmp_path / "b.jpg").write_bytes(whole[:-300])
+    images = issl.from_dataset(Opened(sorted(tmp_path.iterdir())), size=16)
+    with pytest.raises(issl.IsslError, match=r"item 1 of dataset cannot be decoded \(.*truncated"):
+        images.tensor()
+    with pytest.raises(issl.IsslError, match="item 0 of mine cannot be read"):
+        issl.from_dataset(Opened([tmp_path / "none.jpg"]), name="mine", size=16)
+    with pytest.raises(issl.IsslError, match=r"torch.uint16 from 0 to 65535; need uint8, or floats in"):
+        issl.from_dataset([torch.tensor([0, 65535], dtype=torch.uint16).expand(3, 4, 2)])
+
+
+# --- labels of every kind ---
+
+TEXTS, NUMBERS, TRUTHS = ["cat", "dog", "cat", "ant"], [2, 0, 2, 1], [True, False, True, True]
+NAMED: dict[str, tuple[pa.Array, list[int], list[str]]] = {
+    **{
+        f"{kind}": (pa.array(TEXTS, pa.string()).cast(kind), [1, 2, 1, 0], TEXTS)
+        for kind in (pa.string(), pa.large_string(), pa.string_view())
+    },
+    **{
+        f"{kind}": (pa.array(NUMBERS, kind), NUMBERS, [str(k) for k in NUMBERS])
+        for kind in (
+            pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(),
+            pa.float16(), pa.float32(), pa.float64(),
+        )
+    },
+    "bool": (pa.array(TRUTHS), [1, 0, 1, 1], ["True", "False", "True", "True"]),
+    "dictionary of texts": (pa.array(TEXTS).dictionary_encode(), [1, 2, 1, 0], TEXTS),
+    "dictionary of large texts": (pa.array(TEXTS, pa.large_string()).dictionary_encode(), [1, 2, 1, 0], TEXTS),
+    "dictionary of numbers": (pa.array(NUMBERS).dictionary_encode(), NUMBERS, [str(k) for k in NUMBERS]),
+    "a category of pandas": (pa.array(pd.Categorical(TEXTS, ["dog", "cat", "ant"])), [1, 2, 1, 0], TEXTS),
+}  # fmt: skip
+FOUR = [png(np.full((3, 16, 16), 50 * k, np.uint8)) for k in range(4)]
+
+
+def written(whole: pa.Table, folder: Path, kind: str, halved: bool = True) -> str:
+    """The table in two files, or one."""
+    for k, part in enumerate((whole.slice(0, 3), whole.slice(3)) if halved else [whole]):
+        if kind == "parquet":
+            pq.write_table(part, folder / f"{k}.parquet")
+        else:
+            with pa.ipc.new_stream(folder / f"{k}.arrow", whole.schema) as out:
+                out.write_table(part)
+    return f"{kind}:{folder}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("of", NAMED)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_table_keeps_labels_of_every_type(of: str, alone: bool, kind: str, tmp_path: Path) -> None:
+    labels, numbers, names = NAMED[of]
+    others = {} if alone else {"n": [5, 6, 7, 8], "what": pa.array(list("wxyz")).dictionary_encode()}
+    images = issl.load(written(pa.table({"image": FOUR, **others, "label": labels}), tmp_path, kind), size=16)
+    assert images.labels is not None and images.labels.tolist() == numbers
+    assert images.attributes["label_name"].tolist() == names
+    assert images.tensor()[:, 0, 0, 0].tolist() == [0, 50, 100, 150]
+    if not alone:
+        assert images.attributes["n"].tolist() == [5, 6, 7, 8] and images.attributes["what"].tolist() == list("wxyz")
+    some = issl.load(f"{kind}:{tmp_path}", n=2, size=16, seed=1)
+    rows = some.index.tolist()
+    assert some.labels.tolist() == [numbers[k] for k in rows]  # numbered by the whole set
+    assert some.attributes["label_name"].tolist() == [names[k] for k in rows]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("of", ["binary", "large_binary", "binary_view", "dictionary"])
+def test_a_table_may_hold_images_alone_of_every_type(of: str, nested: bool, kind: str, tmp_path: Path) -> None:
+    column = pa.array(FOUR).dictionary_encode() if of == "dictionary" else pa.array(FOUR).cast(getattr(pa, of)())
+    if nested:  # as Hugging Face keeps them
+        column = pa.StructArray.from_arrays([column, pa.nulls(4, pa.string())], ["bytes", "path"])
+    halved = of != "binary_view"  # which arrow cannot write sliced
+    images = issl.load(written(pa.table({"image": column}), tmp_path, kind, halved), size=16)
+    assert images.labels is None and list(images.attributes) == ["index"] and images.index.tolist() == [0, 1, 2, 3]
+    assert images.tensor()[:, 0, 0, 0].tolist() == [0, 50, 100, 150]
+    assert issl.data.datasets.count(f"{kind}:{tmp_path}") == 4
+    with_others = pa.table({"image": column, "label": list("baba"), "box": [[1.0, 2.0]] * 4})
+    assert issl.load(written(with_others, tmp_path, kind, halved), size=16).labels.tolist() == [1, 0, 1, 0]
+
+
+def test_a_label_that_pandas_took_for_its_index_is_there(tmp_path: Path) -> None:
+    """`df.set_index("label").to_parquet`; and rows that were filtered keep an index of pandas' own."""
+    frame = pd.DataFrame({"image": FOUR, "label": TEXTS, "n": range(4)})
+    frame.set_index("label").to_parquet(tmp_path / "a.parquet")
+    images = issl.load(f"parquet:{tmp_path / 'a.parquet'}", size=16)
+    assert images.attributes["label_name"].tolist() == TEXTS and images.attributes["n"].tolist() == [0, 1, 2, 3]
+    frame[frame["n"] > 1].to_parquet(tmp_path / "b.parquet")
+    images = issl.load(f"parquet:{tmp_path / 'b.parquet'}", size=16)
+    assert images.index.tolist() == [0, 1] and images.attributes["n"].tolist() == [2, 3]
+    frame.assign(label=pd.Categorical(TEXTS)).to_parquet(tmp_path / "c.parquet")
+    assert issl.load(f"parquet:{tmp_path / 'c.parquet'}", size=16).labels.tolist() == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["cat", None, "dog", "cat"],
+        [3, None, 0, 1],
+        [True, None, False, True],
+        [1.0, float("nan"), 0.0, 2.0],
+        [None] * 4,
+    ],
+)
+def test_a_missing_label_is_none(labels: list, tmp_path: Path) -> None:
+    column = pa.array(labels, None if any(x is not None for x in labels) else pa.string())
+    data = written(pa.table({"image": FOUR, "label": column}), tmp_path, "parquet")
+    assert issl.load(data, size=16).labels is None
+    there = [k for k, label in enumerate(labels) if label is not None and label == label]
+    if there:
+        names = issl.load(data, size=16).attributes["label_name"]
+        assert [k for k in range(4) if isinstance(names[k], str)] == there
+
+
+def test_names_of_classes_stand_beside_missing_labels(tmp_path: Path) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["no", "yes"]}}}})}
+    whole = pa.table({"image": FOUR, "label": pa.array([1, None, 0, 1], pa.int64())}).replace_schema_metadata(metadata)
+    images = issl.load(written(whole, tmp_path, "parquet"), size=16)
+    assert images.labels is None and images.attributes["label_name"][[0, 2, 3]].tolist() == ["yes", "no", "yes"]
+
+
+class Pairs:
+    """A dataset of one's own: images with what is given."""
+
+    def __init__(self, labels, as_dict: bool = False):
+        self.given, self.as_dict = labels, as_dict
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, i: int):
+        image = torch.full((3, 16, 16), i, dtype=torch.uint8)
+        return {"image": image, "label": self.given[i]} if self.as_dict else (image, self.given[i], "more")
+
+
+KINDS = {
+    "ints": (NUMBERS, NUMBERS, None),
+    "numpy's": (np.array(NUMBERS, np.int16), NUMBERS, None),
+    "numpy's, unsigned": (list(np.array(NUMBERS, np.uint8)), NUMBERS, None),
+    "torch's": (torch.tensor(NUMBERS), NUMBERS, None),
+    "torch's, of one element": (torch.tensor(NUMBERS)[:, None], NUMBERS, None),
+    "arrays of one element": (np.array(NUMBERS)[:, None], NUMBERS, None),
+    "whole floats": ([float(k) for k in NUMBERS], NUMBERS, None),
+    "texts": (TEXTS, [1, 2, 1, 0], TEXTS),
+    "numpy's texts": (np.array(TEXTS), [1, 2, 1, 0], TEXTS),
+    "truths": (TRUTHS, [1, 0, 1, 1], ["True", "False", "True", "True"]),
+    "numpy's truths": (np.array(TRUTHS), [1, 0, 1, 1], ["True", "False", "True", "True"]),
+    "torch's truths": (torch.tensor(TRUTHS), [1, 0, 1, 1], ["True", "False", "True", "True"]),
+}
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("of", KINDS)
+def test_a_dataset_keeps_its_labels(of: str, as_dict: bool) -> None:
+    given, numbers, names = KINDS[of]
+    images = issl.from_dataset(Pairs(given, as_dict))
+    assert images.require_labels().tolist() == numbers and images.labels.dtype == torch.int64
+    assert images.attributes["label_name"].tolist() == (names or [str(k) for k in numbers])
+    assert images.subset([2, 0]).labels.tolist() == [numbers[2], numbers[0]]
+    assert images.tensor()[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [torch.zeros(3, 8, 8)] * 4,
+        [None] * 4,
+        [0.37, 1.0, 2.0, 0.5],
+        [1.0, 0.37, 2.0, 0.5],
+        [{"boxes": []}] * 4,
+        [[1, 2]] * 4,
+    ],
+)
+def test_what_is_no_class_is_no_label(given: list) -> None:
+    assert issl.from_dataset(Pairs(given)).labels is None
+
+
+def test_labels_that_a_dataset_lists_are_not_read_from_its_images() -> None:
+    class Listing(Pairs):
+        asked = 0
+
+        def __getitem__(self, i: int):
+            self.asked += 1
+            return super().__getitem__(i)
+
+    many = [k % 3 for k in range(100)]
+    for name in ("targets", "labels"):
+        dataset = Listing(many)
+        setattr(dataset, name, torch.tensor(many))
+        dataset.classes = ["cat", "dog", ("tench", "Tinca tinca")]
+        images = issl.from_dataset(dataset)
+        assert images.labels.tolist() == many and dataset.asked < 6
+        assert images.attributes["label_name"][:3].tolist() == ["cat", "dog", "tench, Tinca tinca"]
+    part = issl.from_dataset(Subset(dataset, [5, 0, 2]))
+    assert part.labels.tolist() == [2, 0, 2] and part.attributes["label_name"][1] == "cat"
+
+    class Columns(Listing):
+        """As Hugging Face's: items by number, columns by name."""
+
+        column_names, features = ("image", "label"), {"label": SimpleNamespace(names=["cat", "dog", "ant"])}
+
+        def __getitem__(self, i):
+            return self.given if i == "label" else super().__getitem__(i)
+
+    columns = Columns(many, as_dict=True)
+    images = issl.from_dataset(columns)
+    assert images.labels.tolist() == many and columns.asked < 6
+    assert images.attributes["label_name"][:3].tolist() == ["cat", "dog", "ant"]
+    dataset.targets = [9] * 100  # the items say something else: a transform of the targets
+    assert issl.from_dataset(dataset).labels.tolist() == many
+    pixels = torch.zeros(4, 3, 8, 8)
+    assert issl.from_dataset(TensorDataset(pixels, torch.tensor(NUMBERS))).labels.tolist() == NUMBERS
+    assert issl.from_dataset(TensorDataset(pixels)).labels is None
+
+
+def test_images_without_a_class_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """torchvision numbers them -1."""
+    assert issl.from_dataset(Pairs([0, -1, 1, -1]), name="mine").labels is None
+    assert capsys.readouterr().err == "dataset 'mine': its labels are not used, for 2 of 4 are missing or below 0\n"
+    with pytest.raises(issl.IsslError, match=r"its labels holds? 1 and 'a'; need whole numbers, or texts|'a' and 1"):
+        issl.from_dataset(Pairs([1, "a", 1, 1]))
+
+
+def test_an_image_folder_of_torchvision_has_the_labels_of_ours(photos: Path) -> None:
+    want, got = issl.load(f"folder:{photos}", size=SIDE), issl.from_dataset(ImageFolder(photos), size=SIDE)
+    by_path = {name: int(label) for name, label in zip(want.attributes["path"], want.labels, strict=True)}
+    assert got.labels.tolist() == [by_path[str(Path(p).relative_to(photos))] for p, _ in ImageFolder(photos).samples]
+    assert set(got.attributes["label_name"]) == {"a", "b", "c"}
+
+
+# --- columns that are called like ours ---
+
+OURS = (
+    "index",
+    "influence",
+    "stability_loss",
+    "loss",
+    "grad_norm",
+    "standard_error",
+    "position",
+    "path",
+    "influence@1",
+)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_tables_own_columns_stand_beside_ours(kind: str, tmp_path: Path) -> None:
+    own = {name: pa.array([k + j / 10 for j in range(4)]) for k, name in enumerate(OURS)}
+    whole = pa.table({"image": FOUR, **own, "own_loss": list("wxyz"), "label": TEXTS, "label_name": [7, 8, 9, 9]})
+    images = issl.load(written(whole, tmp_path, kind), size=16)
+    known = images.attributes
+    assert known["index"].tolist() == [0, 1, 2, 3] and known["own_loss"].tolist() == list("wxyz")
+    for name in OURS:
+        assert known["own_own_loss" if name == "loss" else f"own_{name}"].tolist() == own[name].tolist(), name
+    assert not set(known) & (set(OURS) - {"index"}) and len(set(known)) == len(known.columns)
+    assert known["label_name"].tolist() == TEXTS and known["own_label_name"].tolist() == [7, 8, 9, 9]
+    scores = issl.self_influence(net(), images, curvature=LoGra(3), draws=2, sweep=(1.0,))
+    labelled = issl.self_influence(
+        net(), images, curvature=LoGra(3), loss=lambda features, *_: features.square().sum(1)
+    )
+    assert (set(scores) | set(labelled)) & set(known) == {"index"}  # whatever is scored, nothing is called twice
+    joined = scores.merge(known, on="index")
+    pd.testing.assert_frame_equal(joined[list(scores)], scores, check_exact=True)
+
+
+def test_the_commands_keep_the_names_of_the_scores(tmp_path: Path) -> None:
+    from test_scale import ours
+
+    rng = np.random.default_rng(0)
+    images = [png(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)) for _ in range(6)]
+    own = {name: [10.0 * k + j for j in range(6)] for k, name in enumerate((*OURS, "similarity", "rank", "list"))}
+    pq.write_table(pa.table({"image": images, **own}), tmp_path / "clash.parquet")
+    pq.write_table(pa.table({"image": images}), tmp_path / "plain.parquet")
+    encoder, tables = ours(tmp_path / "e.safetensors"), {}
+    for name in ("clash", "plain"):
+        told = ["--data", f"parquet:{tmp_path / name}.parquet", "--encoder", encoder, "--rank", "2", "--draws", "2"]
+        out = tmp_path / "out" / name
+        assert cli.main(["influence", *told, "--out", f"{out}.csv"]) == 0
+        assert cli.main(["influence", *told, "--out", str(out)]) == 0
+        assert cli.main(["explain", "train:1", *told, "--any-data", "--k", "2", "--out", f"{out}-lists.png"]) == 0
+        tables[name] = [pd.read_csv(f"{out}.csv"), pd.read_parquet(out / "scores"), pd.read_csv(f"{out}-lists.csv")]
+    for plain, clash in zip(tables["plain"], tables["clash"], strict=True):
+        pd.testing.assert_frame_equal(clash[list(plain)], plain)
+        assert len(plain) > 2 and not [c for c in clash if c.endswith(("_x", "_y"))]
+        for name, values in own.items():
+            column = f"own_{name}" if f"own_{name}" in clash else name
+            assert clash[column].tolist() == [values[k] for k in clash["index"]], name
+
+
 def test_it_takes_positions_as_a_tensor_does(photos: Path) -> None:
     images = issl.load(f"folder:{photos}", size=SIDE)
     lazy, held = images.pixels, images.tensor()
@@ -271,7 +622,7 @@ def test_the_command_skips_and_tells(damaged: Path, tmp_path: Path, capsys: pyte
     assert cli.main([*given, str(tmp_path / "s.parquet")]) == 2
     assert "x1.jpg" in capsys.readouterr().err
     assert cli.main([*given, str(tmp_path / "s.parquet"), "--skip-broken", "--workers", "2"]) == 0
-    assert "4 images could not be decoded" in capsys.readouterr().out
+    assert "4 images were left out" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "s.broken.csv")) == 4 and len(pd.read_parquet(tmp_path / "s.parquet")) == 12
 
 

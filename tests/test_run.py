@@ -62,6 +62,20 @@ def test_a_failing_notebook_shows_its_error_and_the_others_go_on(books, tmp_path
     assert "FAILED  00_method" in printed and "current 09_linear_theory" in printed
 
 
+@pytest.mark.parametrize("name", ["run {y}", "{0} 100%s {{n}}", "{", "a b%20#é'"])
+def test_the_output_folder_may_have_any_name(name: str, books, tmp_path: Path, capsys) -> None:
+    books("09_linear_theory", "print(n)")
+    assert cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(tmp_path / name)]) == 0
+    assert "1 of 1 notebooks ended well" in capsys.readouterr().out
+    results = tmp_path / name / "results/tiny"
+    copy = nbformat.read(results / "09_linear_theory.ipynb", as_version=4)
+    assert copy.cells[-1].outputs[0].text == "0\n"
+    (page,) = (results / "report").glob("09*.html")
+    assert page.stat().st_size > 1000 and sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == sorted(
+        [name, "notebooks"]
+    )
+
+
 def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     books, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,15 +122,17 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
         (["--profile", "huge"], "profile 'huge': there are mini, overnight-injected, overnight, paper-barlow_twins"),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
-        (["--profile", "mini", "--data-root", "/nonexistent"], "data root '/nonexistent' is not a folder"),
+        (["--profile", "mini", "--data-root", "NOWHERE"], "data root 'NOWHERE' is not a folder"),
         (["--out", "/proc/nothing"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monkeypatch) -> None:
+def test_bad_input_is_one_line_before_any_work(arguments, message, tmp_path, capsys, monkeypatch) -> None:
+    """NOWHERE stands for a place that is not there."""
     monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was started"))
-    assert cli.main(["run", *arguments]) == 2
+    nowhere = str(tmp_path / "nowhere")
+    assert cli.main(["run", *(word.replace("NOWHERE", nowhere) for word in arguments)]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message.replace("NOWHERE", nowhere) in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -129,13 +145,14 @@ def test_bad_input_is_one_line_before_any_work(arguments, message, capsys, monke
         ({"common": {"n": 3}}, "n = 3"),
         ({"04_cats": {}}, "unknown entry '04_cats'"),
         ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),
-        ({"common": {"dataset": "folder:/nonexistent"}}, "image folder '/nonexistent' does not exist"),
+        ({"common": {"dataset": "folder:NOWHERE"}}, "image folder 'NOWHERE' does not exist"),
     ],
 )
 def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> None:
-    tiny.write_text(yaml.safe_dump(content))
+    nowhere = str(tmp_path / "nowhere")
+    tiny.write_text(yaml.safe_dump(content).replace("NOWHERE", nowhere))
     assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("NOWHERE", nowhere) in capsys.readouterr().err
 
 
 @pytest.mark.data

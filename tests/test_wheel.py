@@ -11,9 +11,17 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import pathspec
 import pytest
 
 import issl
+
+
+def ours(repository: Path, folder: str, pattern: str = "**/*") -> list[Path]:
+    """Files of the repository, without those that runs, tests and editors leave in a clone (.gitignore)."""
+    ignored = pathspec.GitIgnoreSpec.from_lines((repository / ".gitignore").read_text().splitlines())
+    found = [p for p in sorted((repository / folder).glob(pattern)) if p.is_file()]
+    return [p for p in found if not ignored.match_file(str(p.relative_to(repository)))]
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +42,16 @@ def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], reposito
             ("notebooks", "profiles/*.yaml"),
             ("figures", "*/claims.json"),
         ):
-            found = sorted((repository / folder).glob(pattern))
+            found = ours(repository, folder, pattern)
             assert found
             for path in found:
                 place = f"issl/bundled/{path.relative_to(repository)}"
                 assert wheel.read(place) == path.read_bytes()
         (about,) = (n for n in names if n.endswith("METADATA"))
         said = Parser().parsestr(wheel.read(about).decode())
-    released = [p for p in (repository / "released").rglob("*") if p.is_file() and p.suffix != ".lock"]
+    released = [p for p in ours(repository, "released") if p.suffix != ".lock"]
     assert len(released) > 3 and {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
-    code = {str(p.relative_to(repository)) for p in (repository / "issl").rglob("*") if p.is_file()}
-    code = {name for name in code if "__pycache__" not in name}
+    code = {str(p.relative_to(repository)) for p in ours(repository, "issl")}
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
     assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
@@ -55,7 +62,7 @@ def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path],
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     for folder in ("notebooks", "released", "tests", "docs"):
-        here = [p for p in (repository / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        here = ours(repository, folder)
         missing = {
             str(p.relative_to(repository)) for p in here if p.suffix in (".py", ".ipynb", ".yaml", ".md")
         } - names

@@ -64,9 +64,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     download = commands.add_parser("download", help="download a data set from its public source")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
     download.add_argument("--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)")
-    doctor = commands.add_parser(
-        "doctor", help="what is installed, what is missing, and which profiles can run here"
-    )
+    doctor = commands.add_parser("doctor", help="what is installed, what is missing, and which profiles can run here")
     doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")

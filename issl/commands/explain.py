@@ -19,7 +19,7 @@ from issl.analysis.evaluate import embed, stability_losses
 from issl.analysis.training_influence import training_influence
 from issl.data import datasets
 from issl.data.encoded import read_all
-from issl.data.images import Images, decode, in_words
+from issl.data.images import Images, decode, in_words, own_names
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.experiments.settings import Data
@@ -27,11 +27,11 @@ from issl.files import atomic, read_safetensors, writable
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence
 from issl.influence.curvature import LoGra
-from issl.influence.layers import scored_layers
+from issl.influence.layers import find_layers
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining.encoder import read_header
 from issl.pretraining.learner import load_learner
-from issl.pretraining.other_encoders import Opened, add_encoder_arguments, open_encoder
+from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
 
 LISTS = {"taught": "most positive influence", "opposed": "most negative influence", "nearest": "nearest in features"}
 TRAINED = {"trained": "most positive training-aware influence"}
@@ -72,9 +72,9 @@ def main(options: argparse.Namespace) -> int:
     if options.k < 1:
         raise IsslError(f"--k {options.k}: must be 1 or more")
     device = pick_device(options.device)
-    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    opened = encoder_asked_for(options)
     skip = opened.own_names(options.skip.split(","))
-    scored_layers(opened.encoder, skip, options.untrained)
+    find_layers(opened.encoder, skip, options.untrained)
     images, known = training_images(options, opened)
     query = read_query(options, images)
     curvature = LoGra(options.rank, options.damping)
@@ -160,6 +160,7 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
             f"ones, {remedy}"
         )
     some = config["without"] or config["left_out"]
+    datasets.say(data.which)
     return data.load(), " (it was trained on a part of them)" if some else " it was trained on"
 
 
@@ -255,7 +256,8 @@ def lists(
         f"{name}_rank": pd.Series(np.where(own, np.nan, -values)).rank(method="first").astype("Int64")
         for name, values in scores.items()
     }
-    known = images.attributes.assign(**scores, **ranks, position=np.arange(len(images)))
+    known = own_names(images.attributes, [*scores, *ranks, "position", "list", "rank"])
+    known = known.assign(**scores, **ranks, position=np.arange(len(images)))
     others = known[~own]
     parts = {
         "taught": others.nsmallest(k, "influence_rank"), "opposed": others.nlargest(k, "influence_rank"),

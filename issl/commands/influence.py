@@ -12,13 +12,15 @@ import pandas as pd
 
 from issl.commands import in_parts
 from issl.commands.measuring import add_common_arguments, computing_of, load_images, measured, write_broken
+from issl.data.images import own_names
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.files import atomic, writable
 from issl.influence.fitted import fit_and_score, load_fitted
-from issl.influence.layers import scored_layers
+from issl.influence.layers import find_layers
+from issl.influence.measurement import with_features
 from issl.influence.self_influence import self_influence
-from issl.pretraining.other_encoders import open_encoder
+from issl.pretraining.other_encoders import encoder_asked_for
 from issl.shards import from_torchrun
 
 
@@ -60,9 +62,9 @@ def main(options: argparse.Namespace) -> int:
         )
     writable(out, (".parquet", ".csv"))
     device, began = pick_device(options.device), time.monotonic()
-    opened = open_encoder(options.encoder, options.weights, options.mean, options.std)
+    opened = encoder_asked_for(options)
     what, kept = measured(options, opened)
-    layers = scored_layers(opened.encoder, what.skip, what.untrained)
+    layers, _ = find_layers(opened.encoder, what.skip, what.untrained)
     images = load_images(options, opened)
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
@@ -73,6 +75,8 @@ def main(options: argparse.Namespace) -> int:
                 f"{what.curvature}, {device}{many}",
                 flush=True,
             )
+        if options.skip_broken:
+            images = with_features(opened.encoder, images, what, computing_of(options, shards, device))
         computing = replace(
             computing_of(options, shards, device),
             memory=options.memory, memory_gb=options.memory_gb, store=options.store,
@@ -102,7 +106,8 @@ def main(options: argparse.Namespace) -> int:
 
 def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
     """The scores with what is known about each image; the settings in the parquet's metadata, or next to a CSV."""
-    table = scores.merge(attributes, on="index", how="left", validate="one_to_one")
+    beside = own_names(attributes, [str(column) for column in scores if column != "index"])
+    table = scores.merge(beside, on="index", how="left", validate="one_to_one")
     table.attrs = scores.attrs
     with atomic(out) as part:
         if out.suffix == ".parquet":

@@ -91,7 +91,8 @@ def _executed(source: Path, target: Path, part: Path, plan: Plan) -> str | None:
 
     try:
         papermill.execute_notebook(
-            source, part, parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, part)),  # papermill formats them
+            parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
             progress_bar=False, start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other notebooks with it
             resources={"metadata": {"path": str(target.parent)}},

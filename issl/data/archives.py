@@ -1,7 +1,8 @@
 """Sets in archives and tables, read where they are: WebDataset's tar shards, parquet, arrow as Hugging Face saves it.
 
 tar:PATH        *.tar, uncompressed; an image KEY.jpg may have a class number in KEY.cls
-parquet:PATH    *.parquet with a column of encoded images (`image` or `img`), at best a column `label`
+parquet:PATH    *.parquet with a column of encoded images (`image` or `img`), at best a column `label`: whole numbers,
+                texts or truth values, of any type that holds such
 arrow:PATH      *.arrow likewise, memory-mapped: what `datasets.Dataset.save_to_disk` writes
 
 PATH is a file or a folder. An image's index is its place in the set (of a tar member, the hash of its name), so keep
@@ -20,14 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from issl.data.class_labels import class_labels
 from issl.data.encoded import ArrowRows, Decoding, Encoded, ParquetRows, check, open_arrow, tar_members
-from issl.data.image_folder import SUFFIXES, check_size, path_index
-from issl.data.images import Images, sample_positions
+from issl.data.image_folder import check_size, path_index
+from issl.data.images import OURS, Images, own_names, sample_positions
 from issl.data.lazy_pixels import LazyPixels
+from issl.data.selection import Selection, say_left_out
 from issl.errors import IsslError
 
 KINDS = ("tar", "parquet", "arrow")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+TEXTS = ("string", "large_string", "string_view")
 
 
 def is_archive(name: str) -> bool:
@@ -47,102 +51,127 @@ def files(name: str, split: str) -> list[Path]:
     return found
 
 
+def listed(name: str, split: str) -> tuple[list[str], str]:
+    """Of tar archives, the names of the images and what is left out; of tables nothing, whose rows are all read."""
+    if not name.startswith("tar:"):
+        return [], ""
+    members, _ = tar_members(files(name, split), selection := Selection())
+    return [member for *_, member in members.members], str(selection)
+
+
 def count(name: str, split: str) -> int:
     """How many images the set has."""
-    return len(_opened(name, files(name, split))[0])
+    return len(_opened(name, files(name, split), Selection())[0])
 
 
 def read(
-    name: str, split: str, n: int | None, seed: int, size: int, skip_broken: bool = False, workers: int | None = None
-) -> Images:
+    name: str, split: str, n: int | None, seed: int, size: int, skip_broken: bool = False, workers: int | None = None,
+    quiet: bool = False,
+) -> Images:  # fmt: skip
     """n of the images (default: all) as squares of `size` px, decoded when they are needed; attributes: index, path (of
-    a tar member), label_name, and all plain columns of a table."""
+    a tar member), label_name, and all plain columns of a table; one that is called like a column of ours is `own_…`."""
     check_size(size)
-    encoded, table = _opened(name, files(name, split))
+    encoded, table = _opened(name, files(name, split), selection := Selection())
+    called = f"{name.partition(':')[0]}:{Path(name.partition(':')[2]).name}"
+    say_left_out(called, "" if quiet else str(selection))
     rows = sample_positions(name, len(encoded), n, seed)
     good, broken = check(encoded, name, skip_broken, rows)
     known = table.iloc[good].reset_index(drop=True)
     labels = None
     if "label" in known and not known["label"].isna().any():
-        if known["label"].dtype.kind not in "iu" and (known["label"] % 1 != 0).any():
-            raise IsslError(f"{name}: its column label holds {known['label'].iloc[0]!r}; need whole numbers, or texts")
         if known["label"].min() < 0:
             raise IsslError(f"{name}: its column label holds {known['label'].min()}; drop the column, or number from 0")
         labels = torch.from_numpy(known["label"].to_numpy(dtype=np.int64, copy=True))
-        if "label_name" not in known:
-            known["label_name"] = known["label"].astype(str)
     pixels = LazyPixels(Decoding(encoded, size), (size, size), good, workers)
-    return Images(pixels, labels, known, f"{name.partition(':')[0]}:{Path(name.partition(':')[2]).name}", broken=broken)
+    return Images(pixels, labels, known, called, broken=broken)
 
 
-def _opened(name: str, paths: Sequence[Path]) -> tuple[Encoded, pd.DataFrame]:
+def _opened(name: str, paths: Sequence[Path], selection: Selection) -> tuple[Encoded, pd.DataFrame]:
     """The images, and a table of what is known about each."""
     if name.startswith("tar:"):
-        members, labels = tar_members(paths, SUFFIXES)
+        members, labels = tar_members(paths, selection)
         if not len(members):
-            raise IsslError(f"{name}: its archives hold no images (looked for {', '.join(sorted(SUFFIXES))})")
+            left_out = f"; {selection}" if str(selection) else ""
+            raise IsslError(f"{name}: its archives hold no images (looked for all that this Pillow reads{left_out})")
         names = [f"{paths[archive].name}/{member}" for archive, _, _, member in members.members]
         if len(set(names)) < len(names):
             twice = next(text for k, text in enumerate(names) if text in names[:k])
             raise IsslError(f"{name}: {twice} occurs twice; each image needs a name of its own")
         known = pd.DataFrame({"index": [path_index(text) for text in names], "path": names})
         if any(label is not None for label in labels):
-            known["label"] = pd.Series(labels)
+            known[["label", "label_name"]] = class_labels(labels, name)
         return members, known
     try:
         if name.startswith("parquet:"):
-            column = _image_column(name, pq.read_schema(paths[0]))
-            for path in paths[1:]:
-                if column not in pq.read_schema(path).names:
-                    raise IsslError(f"{path}: no column {column}, as {paths[0].name} has; write all files alike")
-            plain = [c for c, kind in _plain(pq.read_schema(paths[0])) if c != column]
-            table = pa.concat_tables([pq.read_table(path, columns=plain) for path in paths])
+            column, plain = _columns(name, paths, [pq.read_schema(path) for path in paths])
+            tables = [pq.read_table(path, columns=plain) for path in paths]
             encoded: Encoded = ParquetRows(paths, column)
         else:
-            whole = pa.concat_tables([open_arrow(path) for path in paths])
-            column = _image_column(name, whole.schema)
-            table = whole.select([c for c, kind in _plain(whole.schema) if c != column])
+            opened = [open_arrow(path) for path in paths]
+            column, plain = _columns(name, paths, [table.schema for table in opened])
+            tables = [table.select(plain) for table in opened]
             encoded = ArrowRows(paths, column)
+        table = pa.concat_tables([_decoded(each) for each in tables])
     except (pa.ArrowException, OSError) as error:
         raise IsslError(f"{name}: a file cannot be read ({error}); copy or write it again") from error
     if not len(encoded):
         raise IsslError(f"{name}: its files hold no rows")
-    known = table.to_pandas()
-    if "index" in known:
-        known = known.rename(columns={"index": "own_index"})
+    known = table.to_pandas(ignore_metadata=True).reindex(range(len(encoded)))  # there may be no other column
+    known = own_names(known, [c for c in known if c in OURS or c.startswith("influence@")])
     known.insert(0, "index", np.arange(len(known)))
-    if "label" in known and pa.types.is_string(table.schema.field("label").type):
-        known = known.rename(columns={"label": "label_name"})
-        known["label"] = known["label_name"].astype("category").cat.codes
-    classes = _class_names(name, table.schema)
-    if classes:
-        if (highest := int(known["label"].max())) >= len(classes):
-            raise IsslError(f"{name}: label {highest}, but its metadata names {len(classes)} classes; write it again")
-        known["label_name"] = np.array(classes)[known["label"].to_numpy(dtype=np.int64)]
-    return encoded, known
+    return encoded, _labelled(name, known, _class_names(name, tables[0].schema)) if "label" in known else known
 
 
-def _image_column(name: str, schema: pa.Schema) -> str:
-    for column in IMAGE_COLUMNS:
-        if column in schema.names:
-            return column
-    raise IsslError(
-        f"{name}: no column of images ({', '.join(IMAGE_COLUMNS)}); its columns are {', '.join(schema.names)}"
-    )
+def _labelled(name: str, known: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """The table with `label` as numbers and with `label_name`: what `classes` says, or a column of that name beside
+    numbers, or the labels themselves."""
+    found = class_labels(known["label"], f"{name}: its column label", classes)
+    if classes and (found["label"] >= len(classes)).any():
+        highest = found["label"].max()
+        raise IsslError(f"{name}: label {highest}, but its metadata names {len(classes)} classes; write it again")
+    if "label_name" in known and not classes and pd.api.types.is_numeric_dtype(known["label"]):
+        return known.assign(label=found["label"])
+    return own_names(known, ["label_name"]).assign(**found)
 
 
-def _plain(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
-    """The columns of numbers, texts and truth values."""
-    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_boolean)
-    return [(field.name, field.type) for field in schema if any(test(field.type) for test in tests)]
+def _columns(name: str, paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> tuple[str, list[str]]:
+    """The column of images, and those of numbers, texts and truth values, in the first file; all others have them."""
+    names = schemas[0].names
+    column = next((c for c in IMAGE_COLUMNS if c in names), None)
+    if column is None:
+        raise IsslError(f"{name}: no column of images ({', '.join(IMAGE_COLUMNS)}); its columns are {', '.join(names)}")
+    if len(set(names)) < len(names):
+        twice = next(c for c in names if names.count(c) > 1)
+        raise IsslError(f"{name}: {names.count(twice)} columns are called {twice}; give each its own name")
+    plain = [field.name for field in schemas[0] if field.name != column and _is_plain(field.type)]
+    for path, schema in zip(paths, schemas, strict=True):
+        for missing in (c for c in (column, *plain) if c not in schema.names):
+            raise IsslError(f"{path}: no column {missing}, as {paths[0].name} has; write all files alike")
+    return column, plain
 
 
-def _class_names(name: str, schema: pa.Schema) -> list[str] | None:
-    """The names of the classes in `label`, from Hugging Face's metadata."""
+def _is_plain(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return str(kind) in TEXTS or any(test(kind) for test in tests)
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    """The same with the values of dictionaries, and one type for all texts."""
+    for k, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        column = table.column(k).cast(kind)
+        table = table.set_column(k, field.name, column.cast(pa.large_string()) if str(kind) in TEXTS else column)
+    return table
+
+
+def _class_names(name: str, schema: pa.Schema) -> Sequence[str]:
+    """The names of the classes in `label`, from Hugging Face's metadata; none where it has none."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = info.get("info", {}).get("features", {}).get("label", {})
         found: list[str] | None = feature.get("names")
     except (ValueError, AttributeError) as error:
         raise IsslError(f"{name}: its metadata `huggingface` cannot be read ({error}); write it without") from error
-    return found if "label" in schema.names else None
+    return found or ()

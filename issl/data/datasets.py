@@ -13,6 +13,7 @@ from pathlib import Path
 from issl.data import archives, image_folder, judged_pairs, published, scenes
 from issl.data.identity import DIGITS, SetIdentity, digest
 from issl.data.images import Images, sample_positions
+from issl.data.selection import Selection
 from issl.errors import IsslError, is_whole
 from issl.files import file_digest
 
@@ -47,7 +48,7 @@ def load(
     size  side in px of the square images; only for sets with a PATH (default 32) and `fairface` (default 64).
     skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only for sets with a PATH
     workers      threads that decode; default: the cores
-    quiet        do not say where the images are not those of the published set
+    quiet        do not say where the images are not those of the published set, nor which files were left out
 
     Raises IsslError: unknown name or split, missing or damaged file, more images asked for than there are.
     """
@@ -67,9 +68,9 @@ def load(
         return scenes.swapped(n, split=split, seed=seed)
     side = 32 if size is None else size
     if name.startswith(image_folder.PREFIX):
-        return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers)
+        return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers, quiet)
     if archives.is_archive(name):
-        return archives.read(name, split, n, seed, side, skip_broken, workers)
+        return archives.read(name, split, n, seed, side, skip_broken, workers, quiet)
     if not quiet:
         say(identity(name, split, root))
     if name == "cifair10":
@@ -111,13 +112,17 @@ def identity(name: str, split: str = "train", root: str | Path | None = None) ->
         return SetIdentity(f"{name}-{scenes.VERSION}", name)
     if name.startswith(image_folder.PREFIX):
         folder = image_folder.folder_of(name, split)
-        stats = [(str(p.relative_to(folder)), p.stat()) for p in image_folder.image_files(folder)]
+        files = image_folder.image_files(folder, selection := Selection())
+        stats = [(str(p.relative_to(folder)), p.stat()) for p in files]
         rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return SetIdentity(f"{digest(repr(rows).encode())}-{image_folder.VERSION}", without_place(name))
+        key = f"{digest(repr(rows).encode())}-{image_folder.VERSION}"
+        return SetIdentity(key, without_place(name), str(selection))
     if archives.is_archive(name):
         paths = archives.files(name, split)
         stamps = [_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:DIGITS] for p in paths]
-        return SetIdentity("-".join(stamps), without_place(name))
+        names, left_out = archives.listed(name, split)  # which these are depends on what Pillow reads
+        stamps += [digest(repr(names).encode())] if names else []
+        return SetIdentity("-".join(stamps), without_place(name), left_out)
     return judged_pairs.identity(split, root) if name == "cifair10" else published.identity(name, split, root)
 
 

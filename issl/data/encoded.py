@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from issl.data.images import decode, in_words, unknown_range
+from issl.data.selection import Selection
 from issl.errors import IsslError
 
 TAIL = 4096  # bytes at a file's end in which its closing mark must be
@@ -135,8 +136,8 @@ class TarMembers:
         return _of_files(self.archives)
 
 
-def tar_members(archives: Sequence[Path], suffixes: set[str]) -> tuple[TarMembers, list[int | None]]:
-    """The images of these archives, in order, and of each the number in the member `KEY.cls`, if there is one."""
+def tar_members(archives: Sequence[Path], selection: Selection) -> tuple[TarMembers, list[int | None]]:
+    """The selected images of these archives, in order, and of each the number in its member `KEY.cls`, if any."""
     members, labels = [], []
     for number, path in enumerate(archives):
         found: list[tuple[int, int, int, str]] = []
@@ -151,7 +152,7 @@ def tar_members(archives: Sequence[Path], suffixes: set[str]) -> tuple[TarMember
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
                     key, suffix = os.path.splitext(member.name)  # noqa: PTH122 (no path of this machine)
-                    if member.isfile() and suffix.lower() in suffixes:
+                    if member.isfile() and selection.takes(member.name):
                         found.append((number, member.offset_data, member.size, member.name))
                     elif member.isfile() and suffix == ".cls":
                         content = archive.extractfile(member)

@@ -37,7 +37,8 @@ class SetIdentity:
 
     digest  of all records, in the set's order, or of the files' bytes
     name    for readers; where they are not the published ones, it says so
-    about   what differs from the published set, or how a derived copy was made; "" for the set as published
+    about   what differs from the published set, how a derived copy was made, or which files of a folder were left out;
+            "" for the set as it should be
     order   the row in the files of each image, where the set has an order of its own; None: as they stand there
     """
 

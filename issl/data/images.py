@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,12 @@ from torch import Tensor
 
 from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
+
+# columns that are ours in tables of scores and beside them: what a set's own table calls so is renamed as it is read
+OURS = (
+    "index", "influence", "stability_loss", "loss", "grad_norm", "standard_error", "position", "path",
+    "duplicate_of", "duplicate_kind", "atypical",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,16 @@ class Images:
         )
 
 
+def own_names(attributes: pd.DataFrame, ours: Iterable[str]) -> pd.DataFrame:
+    """The attributes with `own_` before the names that are among `ours`, so that ours keep their names beside them."""
+    names: dict[str, str] = {}
+    for column in set(ours) & set(attributes.columns):
+        names[column] = f"own_{column}"
+        while names[column] in attributes:
+            names[column] = f"own_{names[column]}"
+    return attributes.rename(columns=names)
+
+
 def _positions(idx: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
     found = np.array(idx)
     if found.ndim != 1 or (len(found) and found.dtype.kind not in "biu"):
@@ -131,15 +147,32 @@ def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
     """The centred square of an encoded image, upright, resized to `size` px if necessary. Raises IsslError, which
     says `what` it is, if the bytes are not an image."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            why = unknown_range(opened)
-            ImageOps.exif_transpose(opened, in_place=True)  # as its camera was held
-            image = eight_bits(opened).convert("RGB")
+        opened = Image.open(io.BytesIO(data))
     except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
-        raise IsslError(f"{what} cannot be decoded ({in_words(error)}); repair or remove it") from error
+        raise _undecodable(what, error) from error
+    with opened:
+        return square(as_it_looks(opened, what, ours=True), size)
+
+
+def as_it_looks(image: Image.Image, what: str, ours: bool = False) -> Image.Image:
+    """An image of any mode in RGB, upright as its camera was held, of 8 bits; nobody else's image is changed (`ours`
+    may be). Raises IsslError, which says `what` it is, if it cannot be decoded or its white is not known."""
+    try:
+        why = unknown_range(image)  # before its format is forgotten
+        if ours:
+            ImageOps.exif_transpose(image, in_place=True)
+        else:
+            image = ImageOps.exif_transpose(image)
+        rgb = eight_bits(image).convert("RGB")
+    except Exception as error:  # as above: an opened file need not be decoded yet
+        raise _undecodable(what, error) from error
     if why:
         raise IsslError(f"{what} has {why}")
-    return square(image, size)
+    return rgb
+
+
+def _undecodable(what: str, error: Exception) -> IsslError:
+    return IsslError(f"{what} cannot be decoded ({in_words(error)}); repair or remove it")
 
 
 def in_words(error: Exception) -> str:
@@ -151,7 +184,7 @@ def in_words(error: Exception) -> str:
 
 def unknown_range(image: Image.Image) -> str:
     """Why it cannot be known what is white in this image; "" where it can."""
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         return f"pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits"
     return ""
 

@@ -15,11 +15,12 @@ checksums. The locks are filelock's, the configs pydantic's.)
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
@@ -37,6 +38,15 @@ from issl.files import atomic, file_digest, provided, remove_leftovers
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"  # of released artifacts
+MARK = ".being-made"  # in the folder of an artifact that is made: whoever deletes what is in it deletes this too
+
+
+class Removed(IsslError):
+    """An artifact's files were deleted while it was made."""
+
+    def __init__(self, label: str, work: Path):
+        self.what = f"{label}: files were deleted while it was made in {work}"
+        super().__init__(f"{self.what}; leave the folder alone and run the same command again")
 
 
 class Stage(Config):
@@ -105,26 +115,52 @@ class Artifacts:
             if label not in self.cached:
                 self.cached.append(label)
             return self.released
-        if label in self.computed or label in self.cached:
+        if label in (*self.computed, *self.cached) and (final / MANIFEST).is_file():  # nobody has deleted it
             return final
-        if not self._sound(final):
-            work = final.with_name(final.name + ".part")
-            _make_folder(work.parent)
-            with _locked(final.with_name(final.name + ".lock"), label):
-                if not self._sound(final):  # another process may have made it while we waited
-                    if self.deadline is not None and time.monotonic() >= self.deadline:
-                        raise OutOfTime(f"{label} was not begun")
-                    _make_folder(work)
-                    for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
-                        remove_leftovers(folder)  # they would become part of the artifact
-                    began = time.monotonic()
+        try:
+            made = self._made(stage, final)
+        except Removed as removed:
+            print(f"{removed.what}; it is made again", file=sys.stderr, flush=True)
+            made = self._made(stage, final)
+        if label not in (noted := self.computed if made else self.cached):
+            noted.append(label)
+        return final
+
+    def _made(self, stage: Stage, final: Path) -> bool:
+        """Make the artifact where it is not there; was it made here? Raises Removed where its files were deleted
+        meanwhile: then what is left of them is no whole artifact."""
+        if self._sound(final):
+            return False
+        work = final.with_name(final.name + ".part")
+        _make_folder(work.parent)
+        with _locked(final.with_name(final.name + ".lock"), stage.label):
+            if self._sound(final):  # another process has made it while we waited
+                return False
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise OutOfTime(f"{stage.label} was not begun")
+            _make_folder(work)
+            for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
+                remove_leftovers(folder)  # they would become part of the artifact
+            began = time.monotonic()
+            with _marked(work) as is_whole:
+                try:
                     stage.make(work, self)
                     _write_manifest(work, stage, self.device, time.monotonic() - began)
-                    work.replace(final)
-                    self.computed.append(label)
-                    return final
-        self.cached.append(label)
-        return final
+                    if is_whole():
+                        (work / MARK).unlink()
+                        work.replace(final)
+                        return True
+                except Exception as error:
+                    if is_whole() and not self._lost(stage):
+                        raise
+                    raise Removed(stage.label, work) from error
+            raise Removed(stage.label, work)
+
+    def _lost(self, stage: Stage) -> bool:
+        """Is an artifact gone that was here, and that the stage may read?"""
+        read = [s for s in in_dependency_order([stage]) if s.label != stage.label]
+        here = [s for s in read if s.label in (*self.computed, *self.cached) and self._released(s) is None]
+        return not all((self.folder(s) / MANIFEST).is_file() for s in here)
 
     def file(self, stage: Stage, name: str) -> Path:
         """One of the stage's files; the stage is made first where it is not there."""
@@ -247,7 +283,8 @@ def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, s
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
-    files = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    made = (p for p in sorted(folder.rglob("*")) if p.is_file() and p not in (folder / MARK, folder / MANIFEST))
+    files = {str(p.relative_to(folder)): file_digest(p) for p in made}
     content: dict[str, Any] = {
         **stage.content(), "config": stage.model_dump(mode="json"), "files": files,
         "made_with": {
@@ -257,6 +294,25 @@ def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: f
     }  # fmt: skip
     with atomic(folder / MANIFEST) as part:
         part.write_text(json.dumps(content, indent=1))
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Put a mark into the folder; yields whether it is still there, so that nobody has deleted what is in it since."""
+    path = folder / MARK
+    with path.open("w") as mark:  # as long as it is open, no other file can be taken for it
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(mark.fileno()), path.stat())
+            except OSError:
+                return False
+
+        try:
+            yield is_there
+        finally:
+            if is_there():
+                path.unlink()
 
 
 def _make_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ encoder they explain.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -184,10 +183,10 @@ AnyEncoder = Annotated[
 ]
 
 
-def _computing(artifacts: Artifacts, store: Path | None = None) -> Computing:
+def _computing(artifacts: Artifacts) -> Computing:
     """How gradients are computed. On a CPU in small batches: fresh memory is slow there, and caches are small."""
     batch_size = 64 if artifacts.device.type == "cpu" else 256
-    return Computing(device=artifacts.device, batch_size=batch_size, store=store, progress=artifacts.progress)
+    return Computing(device=artifacts.device, batch_size=batch_size, progress=artifacts.progress)
 
 
 class Influence(Stage):
@@ -218,7 +217,7 @@ class Influence(Stage):
             "average": self.average, "loss": CrossEntropy() if supervised else stability_loss,
         }  # fmt: skip
         if self.others is None:
-            scores = self_influence(encoder, images, **what, computing=_computing(artifacts, store=folder / "rows"))
+            scores = self_influence(encoder, images, **what, computing=_computing(artifacts))
         else:
             fitted = fit(encoder, images, **what, computing=_computing(artifacts))
             scores = fitted.score(self.others.load(), computing=_computing(artifacts))
@@ -226,8 +225,6 @@ class Influence(Stage):
             part.write_text(json.dumps(scores.attrs, indent=1))
         with atomic(folder / "influence.parquet") as part:
             scores.to_parquet(part, index=False)
-        if self.others is None:
-            shutil.rmtree(folder / "rows")
 
     def read(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table of scores, one row per image, see `issl.self_influence`."""

@@ -35,6 +35,10 @@ ASKED = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}  # fmt: skip
 
 
+# what torch's composed functions ask before they do their own work
+INSIDE: dict[str, Any] = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
+
+
 @dataclass(frozen=True)
 class Convolution:
     """The arguments of one call of F.conv2d."""
@@ -70,7 +74,7 @@ class Following(TorchFunctionMode):
         if not found or func in ASKED:
             return func(*args, **kwargs)
         if isinstance(func, types.FunctionType) and func.__module__ == F.__name__:
-            with self, mock.patch.object(F, "has_torch_function", lambda _: False):  # to its own products
+            with self, mock.patch.multiple(F, **INSIDE):  # to its own products
                 return func(*args, **kwargs)
         named = dict(zip(("input", "weight", "bias", *CONVOLUTION), args, strict=False)) | dict(kwargs)
         if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
