@@ -247,9 +247,11 @@ def examine(
         n, image = len(features), 1
         direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).to(features)
         wanted = (features[image] * direction).sum()
-        found = (
-            torch.autograd.grad(wanted, weights, allow_unused=True) if wanted.requires_grad else [None] * len(weights)
-        )
+        found: Sequence[Tensor | None] = [None] * len(weights)
+        if wanted.requires_grad:
+            # oneDNN's gradient of a narrow convolution's weight in fp32, of which nothing else here asks, can crash
+            with torch.backends.mkldnn.flags(enabled=False):
+                found = torch.autograd.grad(wanted, weights, allow_unused=True)
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
