@@ -106,6 +106,17 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, value)
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Convolutions by torch's own code on several threads of a CPU: there oneDNN's gradient of a narrow one's weight,
+    in fp32, can crash the process (torch 2.15)."""
+    before = torch.backends.mkldnn.set_flags(_enabled=torch.get_num_threads() == 1)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before)
+
+
 def no_memory(error: BaseException) -> IsslError:
     """What is said where not even the smallest batch fits."""
     return IsslError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from issl.devices import without_onednn
 from issl.influence.layers import Layer, weight_shape
 
 CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's arguments after input, weight and bias
@@ -213,8 +214,11 @@ class _Trial:
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
-                a, d = read_inputs(self.layer.weight, how, kept.detach(), None), read_outputs(how, gradient)
-                self.rows[call] = d.flatten(1).any(1)
+                rows, d = kept.detach(), gradient
+                if how is None:
+                    rows, d = (v.reshape(-1, v.shape[-1]) for v in (rows, d))
+                self.rows[call] = reached = d.flatten(1).any(1)
+                a, d = read_inputs(self.layer.weight, how, rows[reached], None), read_outputs(how, d[reached])
                 both = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))  # (g, o or k, all positions)
                 self.total += torch.matmul(next(both), next(both).mT).flatten(0, 1)
                 self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
@@ -265,8 +269,7 @@ def examine(
         wanted = (features[image] * direction).sum()
         found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:
-            # oneDNN's gradient of a narrow convolution's weight in fp32, of which nothing else here asks, can crash
-            with torch.backends.mkldnn.flags(enabled=False):
+            with without_onednn():
                 found = torch.autograd.grad(wanted, weights, allow_unused=True)
     finally:
         for weight, before in zip(weights, asked, strict=True):
