@@ -48,7 +48,7 @@ def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> to
     sketches = [issl.LoGra(16).sketch(layer, k) for k, layer in enumerate(layers.values())]
     weights, rows = [layer.weight.requires_grad_() for layer in layers.values()], [[] for _ in layers]
     scores, norms = torch.zeros(2, len(images), dtype=torch.float64)
-    for m in encoder.modules():  # torch 2.15's eval-mode BatchNorm differentiates a transposed gradient wrongly
+    for m in encoder.modules():  # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
         if isinstance(m, torch.nn.BatchNorm2d):
             m.register_forward_hook(lambda _, __, output: output.register_hook(torch.Tensor.contiguous) and None)
     for i in range(len(images)):

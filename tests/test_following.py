@@ -170,33 +170,6 @@ class Views(nn.Module):
         return self.f(F.relu(self.c(x)).view(-1, 100))
 
 
-class Norm(nn.BatchNorm2d):
-    """A kind of BatchNorm2d, as timm has; `plain` writes its formula out."""
-
-    plain = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.plain:
-            return super().forward(input)
-        mean, scale = self.running_mean, self.weight / (self.running_var + self.eps).sqrt()
-        return (input - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
-
-
-class Normalised(Base):
-    """The gradient that arrives at the norm is transposed, which torch 2.15's own does not get right."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n, self.plain = Norm(8), False
-        with torch.no_grad():
-            for value in (self.n.weight, self.n.bias, self.n.running_mean, self.n.running_var):
-                value.copy_(torch.rand(8) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.n.plain = self.plain
-        return self.mlp(self.n(self.p(x)).flatten(2).mT).mean(1)
-
-
 def replaced() -> nn.Module:
     net = Base()
     net.forward = lambda x: net.mlp(net.tokens(x)).mean(1)  # type: ignore[method-assign]
@@ -235,7 +208,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "attention, tokens first": (lambda: Attention(False), []), "cross-attention": (CrossAttention, []),
     "reentrant checkpoint": (lambda: Checkpointed(True), []), "checkpoint": (lambda: Checkpointed(False), []),
     "views": (Views, []), "forward replaced": (replaced, []), "hooked": (Hooked, ["net.3"]),
-    "closure": (Closure, []), "normalised": (Normalised, []),
+    "closure": (Closure, []),
 }  # fmt: skip
 
 

@@ -71,8 +71,6 @@ class Following(TorchFunctionMode):
         self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
         found = [k for k in _ids((*args, *kwargs.values())) if k in self.products]
         if not found or func in ASKED:
             return func(*args, **kwargs)
@@ -91,20 +89,6 @@ class Following(TorchFunctionMode):
             self.products[id(made)] = self.products[found[0]]
             self.made.append((made, origin))
         return made
-
-
-def _batch_norm(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    """F.batch_norm; by running statistics as a product and a sum, for torch 2.15 differentiates its own wrongly where
-    the gradient that arrives is transposed (finite differences agree with this)."""
-    if training or mean is None or var is None or x.dtype != var.dtype:
-        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
-    shift = -mean * scale + (0 if bias is None else bias)
-    shape = (-1, *[1] * (x.ndim - 2))
-    return x * scale.view(shape) + shift.view(shape)
 
 
 def _ids(values: Sequence[Any]) -> Iterator[int]:
