@@ -22,7 +22,7 @@ from issl.data.published import ENVIRONMENT
 from issl.devices import computes_bf16, device_name, free_memory, pick_device
 from issl.errors import IsslError
 from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.cost import CPU, H200, NOTEBOOK, distinct, gigabytes, machine, seconds
+from issl.experiments.cost import CPU, H200, NOTEBOOK, all_stages, gigabytes, machine, seconds
 from issl.experiments.plans import PLANS
 from issl.files import PACKAGE
 
@@ -87,7 +87,7 @@ def stage_list(profile: str) -> int:
     needed. All by arithmetic, see `issl.experiments.cost`."""
     plans = ProfileOptions(profile).plans()
     kinds: dict[str, list[Stage]] = {}
-    for stage in distinct(plans.values()):
+    for stage in all_stages(plans.values()):
         kinds.setdefault(stage.name, []).append(stage)
     print(f"profile {profile}: {', '.join(name for name in plans if name in PLANS)}\n\n{'stage':20}{'number':>8}"
           f"{'H200 hours':>12}{'CPU hours':>12}{'GPU GB':>8}")  # fmt: skip

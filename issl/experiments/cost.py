@@ -231,19 +231,3 @@ def _count(data: Data) -> int:
 def all_stages(plans: Iterable[Plan]) -> list[Stage]:
     """The stages of these plans and all that they depend on, each once, in dependency order."""
     return list(in_dependency_order(stage for plan in plans for stage in plan.stages()))
-
-
-def distinct(plans: Iterable[Plan]) -> list[Stage]:
-    """The same by their settings alone, without the data's fingerprints: for machines that lack the data."""
-    seen: dict[Stage, None] = {}
-
-    def walk(stage: Stage) -> None:
-        if stage not in seen:
-            for need in stage.needs().values():
-                walk(need)
-            seen[stage] = None
-
-    for plan in plans:
-        for stage in plan.stages():
-            walk(stage)
-    return list(seen)
