@@ -279,7 +279,7 @@ def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[
     """What explorer.js reads: scores and lists by method, and the attributes that have few values."""
     columns = images.attributes.drop(columns=["index", "duplicate_of"], errors="ignore")
     few: dict[str, list[str]] = {}
-    for column in columns:
+    for column in sorted(columns, key=lambda name: name != "label_name"):  # a class keeps this name, whose title it is
         values = columns[column].astype(str).tolist()
         # the same under another name, or a number for each image, is no filter
         if columns[column].nunique() <= 20 and values not in few.values():
