@@ -1,8 +1,9 @@
 """Times several programs in alternation: they take turns batch by batch, in one process.
 
-A machine's speed drifts from minute to minute by more than methods differ. So every program runs in its own thread, one
-at a time, and hands over at each batch (`turn.next()`). Its time is the time between getting the turn and handing it
-over, so all programs meet the same drift and ratios of times can be compared. Start Python with OMP_NUM_THREADS=1.
+A machine's speed drifts from minute to minute by more than methods differ. So every program runs in
+its own thread, one at a time, and hands over at each batch (`turn.next()`). Its time is the time
+between getting the turn and handing it over, so all programs meet the same drift and ratios of
+times can be compared. Start Python with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class Turn:
 
     table: Table
     name: str
-    laps: list[float] = field(default_factory=list)  # seconds: everything before the first batch, then each batch
+    laps: list[float] = field(
+        default_factory=list
+    )  # seconds: everything before the first batch, then each batch
     scale: float = 1.0  # whole task ÷ the part that was run
     began: float = 0.0
     done: bool = False
@@ -70,11 +73,13 @@ class Table:
 
 
 def alternate(programs: Mapping[str, Callable[[Turn], Any]]) -> dict[str, Turn]:
-    """Run all of them to the end, taking turns; each gets its `Turn` and calls `next()` at every batch."""
+    """Run all of them to the end, taking turns; each gets its `Turn` and calls `next()` at every
+    batch."""
     table = Table()
     table.turns = [Turn(table, name) for name in programs]
     threads = [
-        threading.Thread(target=table.run, args=(turn, programs[turn.name]), name=turn.name) for turn in table.turns
+        threading.Thread(target=table.run, args=(turn, programs[turn.name]), name=turn.name)
+        for turn in table.turns
     ]
     for thread in threads:
         thread.start()

@@ -1,12 +1,13 @@
-"""Who finds the pairs that people judged duplicates? cleanlab's near-duplicate score, fastdup's similarity, distances,
-and low influence.
+"""Who finds the pairs that people judged duplicates? cleanlab's near-duplicate score, fastdup's
+similarity, distances, and low influence.
 
     pip install "cleanlab[datalab]"          # never needed to use or test issl
     python -m venv apart && apart/bin/pip install fastdup     # it pins an older numpy
     ISSL_DATA=DIR python benchmarks/duplicates.py --fastdup apart/bin/python
 
-2,000 training images of CIFAR-10, the judged ones among them, with their partners (ciFAIR), under the SimCLR encoder
-that comes with the repository. A member of a pair counts as found where it ranks high. docs/compare.md has the table.
+2,000 training images of CIFAR-10, the judged ones among them, with their partners (ciFAIR), under
+the SimCLR encoder that comes with the repository. A member of a pair counts as found where it ranks
+high. docs/compare.md has the table.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import issl
-from issl.analysis import baselines, statistics
-from issl.analysis.evaluate import embed
+from issl.audit.stats import baselines, statistics
+from issl.evaluate import embed
 from issl.files import provided
 
 ENCODER = "pretrain/e5fc9138317555fc/encoder.safetensors"
@@ -47,7 +48,8 @@ found.similarity()[["filename_from", "filename_to", "distance"]].to_csv(sys.argv
 
 
 def by_fastdup(images: issl.Images, python: str) -> np.ndarray:
-    """The similarity to the most similar other image, in fastdup's own features; 0 where it lists none."""
+    """The similarity to the most similar other image, in fastdup's own features; 0 where it lists
+    none."""
     best = np.zeros(len(images))
     with tempfile.TemporaryDirectory() as place:
         pictures, work, table = (Path(place) / name for name in ("pictures", "work", "found.csv"))
@@ -63,10 +65,15 @@ def by_fastdup(images: issl.Images, python: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fastdup", metavar="PYTHON", help="that has fastdup; left out without")
     options = parser.parse_args()
-    encoder, images = issl.load_encoder(provided("released") / ENCODER), issl.load("cifair10", n=2000)
+    encoder, images = (
+        issl.load_encoder(provided("released") / ENCODER),
+        issl.load("cifair10", n=2000),
+    )
     partner = images.attributes["duplicate_of"].to_numpy()
     member = (partner >= 0) | np.isin(images.index.numpy(), partner[partner >= 0])
     features, scores = embed(encoder, images).double(), issl.self_influence(encoder, images)
@@ -79,11 +86,15 @@ def main() -> None:
         "low stability loss": -scores["stability_loss"].to_numpy(),
     }
     if options.fastdup:
-        detectors["fastdup's similarity, its own features"] = by_fastdup(images, str(Path(options.fastdup).absolute()))
+        detectors["fastdup's similarity, its own features"] = by_fastdup(
+            images, str(Path(options.fastdup).absolute())
+        )
     print(f"{len(images)} images, {member.sum()} of them in judged pairs\n")
     print("| by | average precision | AUC |\n|---|---|---|")
     for name, found in detectors.items():
-        print(f"| {name} | {statistics.average_precision(found, member)} | {statistics.auc(found, member)} |")
+        print(
+            f"| {name} | {statistics.average_precision(found, member)} | {statistics.auc(found, member)} |"
+        )
 
 
 if __name__ == "__main__":

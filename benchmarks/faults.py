@@ -1,12 +1,14 @@
-"""Kill a run at random moments, start it again in the same folder at once, and compare every number with those of an
-undisturbed run.
+"""Kill a run at random moments, start it again in the same folder at once, and compare every number
+with those of an undisturbed run.
 
     python benchmarks/faults.py --kills 50            # all stages of a notebook, one after another
-    python benchmarks/faults.py --kills 5 --whole     # `issl run`: two stages at once, a notebook's kernel
+    python benchmarks/faults.py --kills 5 --whole     # `issl run`: two stages at once, a notebook's
+    kernel
 
-With --whole what is killed is the run itself or one of the processes that it started. A run that ends before its moment
-is compared and begun anew in an empty folder. What is compared: every artifact by the checksums in its manifest (but
-for how long a training took), every table of a figure, every number of a claim.
+With --whole what is killed is the run itself or one of the processes that it started. A run that
+ends before its moment is compared and begun anew in an empty folder. What is compared: every
+artifact by the checksums in its manifest (but for how long a training took), every table of a
+figure, every number of a claim.
 """
 
 from __future__ import annotations
@@ -33,24 +35,32 @@ import torch
 import yaml
 from pydantic import Field
 
-from issl.commands import profiles, run
-from issl.commands.profiles import ProfileOptions
+from issl.audit import profiles, run
+from issl.audit.cache import Artifacts, in_dependency_order
+from issl.audit.profiles import ProfileOptions
 from issl.config import Config
-from issl.experiments.cache import Artifacts, in_dependency_order
 from issl.files import PART
 
 PROFILE = {
     "common": {
-        "n": 96, "n_test": 48, "width": 1, "epochs": 3, "batch_size": 16, "duplicates": 0.1, "atypical": 0.1,
+        "n": 96,
+        "n_test": 48,
+        "width": 1,
+        "epochs": 3,
+        "batch_size": 16,
+        "duplicates": 0.1,
+        "atypical": 0.1,
     },
     "04_duplicates": {"methods": ["byol"], "rank": 4},
-}  # fmt: skip
+}
 NOTEBOOK = "04"
 TIMES = ("images_per_second",)  # columns that no two runs share
 CHECKPOINT_SECONDS = 0.2  # of the trainings, which take a second or two here
 
-context = multiprocessing.get_context("forkserver")  # a process that need not import everything again
-context.set_forkserver_preload(["issl.commands.run", "issl.experiments.plans"])
+context = multiprocessing.get_context(
+    "forkserver"
+)  # a process that need not import everything again
+context.set_forkserver_preload(["issl.audit.run", "issl.audit.plans"])
 
 
 class Faults(Config):
@@ -72,8 +82,12 @@ def work(folder: Path, whole: bool) -> None:
     options = ProfileOptions("tiny", only=NOTEBOOK, out=folder, from_scratch=True)
     if whole:
         sys.exit(run.run(options, jobs=2))
-    artifacts = Artifacts(folder / "artifacts", checkpoint_seconds=CHECKPOINT_SECONDS, released=None)
-    for stage in in_dependency_order(stage for plan in options.plans().values() for stage in plan.stages()):
+    artifacts = Artifacts(
+        folder / "artifacts", checkpoint_seconds=CHECKPOINT_SECONDS, released=None
+    )
+    for stage in in_dependency_order(
+        stage for plan in options.plans().values() for stage in plan.stages()
+    ):
         artifacts.get(stage)
 
 
@@ -106,11 +120,16 @@ def _without_times(table: pd.DataFrame) -> str:
 
 def leftovers(folder: Path) -> list[str]:
     """Files that are no one's: temporary ones, and artifacts that were begun and not ended."""
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if PART in p.name or p.suffix == ".part"]
+    return [
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if PART in p.name or p.suffix == ".part"
+    ]
 
 
 def disturbed(faults: Faults, folder: Path, usual: float) -> Iterator[dict[str, Any]]:
-    """Kill and start again; yields one entry for each kill, and one for each run that came to its end."""
+    """Kill and start again; yields one entry for each kill, and one for each run that came to its
+    end."""
     chance, done = random.Random(faults.seed), 0
     while True:
         kept, process = finished(folder), start(folder, faults.whole)
@@ -126,7 +145,12 @@ def disturbed(faults: Faults, folder: Path, usual: float) -> Iterator[dict[str, 
             process.join()
             lost = [place for place, when in kept.items() if finished(folder).get(place) != when]
             what = "run" if victim is run_itself else "part of it"
-            yield {"killed": what, "code": process.exitcode, "lost": lost, "kept": len(finished(folder))}
+            yield {
+                "killed": what,
+                "code": process.exitcode,
+                "lost": lost,
+                "kept": len(finished(folder)),
+            }
         elif process.exitcode == 0:
             yield {"ended": numbers(folder), "leftovers": leftovers(folder)}
             shutil.rmtree(folder)
@@ -143,10 +167,14 @@ def finished(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     told.add_argument("--kills", type=int, default=50, help="how many (50)")
     told.add_argument("--signal", default="KILL", help="KILL (default), TERM or INT")
-    told.add_argument("--whole", action="store_true", help="`issl run` with its workers and kernels")
+    told.add_argument(
+        "--whole", action="store_true", help="`issl run` with its workers and kernels"
+    )
     told.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     faults = Faults(**vars(told.parse_args()))
     with tempfile.TemporaryDirectory() as place:
@@ -154,7 +182,8 @@ def main() -> int:
 
 
 def measure(faults: Faults, place: Path) -> int:
-    """Print what became of the run; 0 where nothing changed, nothing was lost and nothing is left over."""
+    """Print what became of the run; 0 where nothing changed, nothing was lost and nothing is left
+    over."""
     start(place / "first", whole=False).join()  # the server's imports are not counted
     began, undisturbed = time.monotonic(), start(place / "whole", faults.whole)
     undisturbed.join()
@@ -166,12 +195,19 @@ def measure(faults: Faults, place: Path) -> int:
     for entry in disturbed(faults, place / "killed", usual):
         if "ended" in entry:
             runs += 1
-            different = [k for k in {*want, *entry["ended"]} if want.get(k) != entry["ended"].get(k)]
+            different = [
+                k for k in {*want, *entry["ended"]} if want.get(k) != entry["ended"].get(k)
+            ]
             changed, left = changed + len(different), left + len(entry["leftovers"])
-            print(f"  run {runs} ended: {len(different)} changed {different[:3]}, {entry['leftovers'][:3]}", flush=True)
+            print(
+                f"  run {runs} ended: {len(different)} changed {different[:3]}, {entry['leftovers'][:3]}",
+                flush=True,
+            )
         else:
             kills, lost = kills + 1, lost + len(entry["lost"])
-            print(f"  kill {kills} of the {entry['killed']} after {entry['kept']} stages", flush=True)
+            print(
+                f"  kill {kills} of the {entry['killed']} after {entry['kept']} stages", flush=True
+            )
     print(
         f"{kills} times SIG{faults.signal} in {time.monotonic() - began:.0f} s: {runs} runs came to their end, things "
         f"changed {changed} of {runs * len(want)}, finished stages lost {lost}, files left over {left}"

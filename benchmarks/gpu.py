@@ -1,8 +1,10 @@
-"""What a GPU makes of it: scores beside the CPU's, seconds an epoch, seconds of an influence pass, and their parts.
+"""What a GPU makes of it: scores beside the CPU's, seconds an epoch, seconds of an influence pass,
+and their parts.
 
     ISSL_DATA=DIR python benchmarks/gpu.py                       # all parts, some three minutes
     ISSL_DATA=DIR python benchmarks/gpu.py --only pretraining
-    ISSL_DATA=DIR python benchmarks/gpu.py --small simclr        # a short training of the profile `overnight`
+    ISSL_DATA=DIR python benchmarks/gpu.py --small simclr        # a short training of the profile
+    `overnight`
 
 Each part leaves its numbers in benchmarks/measured/gpu.json; RESULTS.md is written from it.
 """
@@ -22,7 +24,7 @@ from report import machine, write_report
 from scipy.stats import spearmanr
 
 import issl
-from issl.analysis import evaluate
+from issl import evaluate
 from issl.devices import full_precision
 from issl.files import REPOSITORY
 from issl.influence.computing import Computing
@@ -55,15 +57,21 @@ def equality(n: int = 2048) -> dict[str, Any]:
     for device in ("cpu", "cuda", "cuda again"):
         computing = Computing(device=device.split()[0])
         seconds[device] = timed(
-            lambda d=device, c=computing: tables.update({d: issl.self_influence(encoder, images, computing=c)})  # type: ignore[misc]
+            lambda d=device, c=computing: tables.update(
+                {d: issl.self_influence(encoder, images, computing=c)}
+            )  # type: ignore[misc]
         )
     cpu, gpu, again = (t["influence"].to_numpy() for t in tables.values())
     relative = np.abs(gpu / cpu - 1)
     return {
-        "images": n, "width": 16, "largest_relative_difference": float(relative.max()),
-        "median_relative_difference": float(np.median(relative)), "spearman": float(spearmanr(cpu, gpu)[0]),
-        "same_each_time": bool((gpu == again).all()), "seconds": seconds,
-    }  # fmt: skip
+        "images": n,
+        "width": 16,
+        "largest_relative_difference": float(relative.max()),
+        "median_relative_difference": float(np.median(relative)),
+        "spearman": float(spearmanr(cpu, gpu)[0]),
+        "same_each_time": bool((gpu == again).all()),
+        "seconds": seconds,
+    }
 
 
 def epoch(method: Method, compiled: Any, width: int = 64, batches: int = 40) -> dict[str, Any]:
@@ -72,15 +80,23 @@ def epoch(method: Method, compiled: Any, width: int = 64, batches: int = 40) -> 
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     _, history = pretrain(
-        images, recipe(method, "published"), width=width, epochs=3, batch_size=BATCH,
+        images,
+        recipe(method, "published"),
+        width=width,
+        epochs=3,
+        batch_size=BATCH,
         execution=Execution(CUDA, compiled=compiled, progress=False),
-    )  # fmt: skip
+    )
     speed = float(history["images_per_second"].iloc[-1])
     return {
-        "method": method, "width": width, "compiled": compiled, "images_per_second": speed,
-        "epoch_seconds": CIFAR // BATCH * BATCH / speed, "first_epochs_seconds": time.perf_counter() - began,
+        "method": method,
+        "width": width,
+        "compiled": compiled,
+        "images_per_second": speed,
+        "epoch_seconds": CIFAR // BATCH * BATCH / speed,
+        "first_epochs_seconds": time.perf_counter() - began,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-    }  # fmt: skip
+    }
 
 
 def pretraining() -> dict[str, Any]:
@@ -130,7 +146,8 @@ def wide() -> torch.nn.Module:
 
 
 def influence() -> dict[str, Any]:
-    """All training images of CIFAR-10 at full width, beside a plain forward and backward pass of the same loss."""
+    """All training images of CIFAR-10 at full width, beside a plain forward and backward pass of
+    the same loss."""
     encoder, images = wide().to(CUDA), issl.load("cifar10")
     pixels, noise = images.tensor(), issl.GaussianNoise(0.05, 0.2).keyed(0)
 
@@ -141,10 +158,14 @@ def influence() -> dict[str, Any]:
             encoder.zero_grad(set_to_none=True)
 
     def score(precision: Any) -> Callable[[], object]:
-        return lambda: issl.self_influence(encoder, images, computing=Computing(device=CUDA, precision=precision))
+        return lambda: issl.self_influence(
+            encoder, images, computing=Computing(device=CUDA, precision=precision)
+        )
 
     few = images.subset(range(1024))
-    issl.self_influence(encoder, few, computing=Computing(device=CUDA))  # libraries are loaded at the first use
+    issl.self_influence(
+        encoder, few, computing=Computing(device=CUDA)
+    )  # libraries are loaded at the first use
     torch.cuda.reset_peak_memory_stats()
     found = {"LoGra rank 16": timed(score("fp32"))}
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -160,30 +181,50 @@ def evaluation() -> dict[str, Any]:
     rows: list[torch.Tensor] = []
     labels, truth = train.require_labels(), test.require_labels()
     seconds = {
-        "features": timed(lambda: rows.extend(evaluate.embed(encoder, s, CUDA) for s in (train, test))),
+        "features": timed(
+            lambda: rows.extend(evaluate.embed(encoder, s, CUDA) for s in (train, test))
+        ),
         "kNN": timed(lambda: evaluate.knn_hits(rows[0], labels, rows[1], truth, device=CUDA)),
-        "linear probe": timed(lambda: evaluate.probe_hits(rows[0], labels, rows[1], truth, device=CUDA)),
+        "linear probe": timed(
+            lambda: evaluate.probe_hits(rows[0], labels, rows[1], truth, device=CUDA)
+        ),
     }
     return {"seconds": seconds}
 
 
 def small(method: Method) -> dict[str, Any]:
-    """A short training as in the profile `overnight`: recipe `long`, width 16; most of it on views of half the side."""
+    """A short training as in the profile `overnight`: recipe `long`, width 16; most of it on views
+    of half the side."""
     images = issl.load("cifar10", n=BATCH * 40)
     began = time.perf_counter()
     _, history = pretrain(
-        images, recipe(method, "long"), width=16, epochs=8, batch_size=BATCH,
+        images,
+        recipe(method, "long"),
+        width=16,
+        epochs=8,
+        batch_size=BATCH,
         execution=Execution(CUDA, compiled="on", progress=False),
-    )  # fmt: skip
+    )
     speed = history["images_per_second"].round().astype(int).tolist()
-    return {"method": method, "images_per_second": speed, "whole_seconds": time.perf_counter() - began}
+    return {
+        "method": method,
+        "images_per_second": speed,
+        "whole_seconds": time.perf_counter() - began,
+    }
 
 
-PARTS = {"equality": equality, "pretraining": pretraining, "influence": influence, "evaluation": evaluation}
+PARTS = {
+    "equality": equality,
+    "pretraining": pretraining,
+    "influence": influence,
+    "evaluation": evaluation,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--small", choices=(*SSL, "supervised"))
     options = parser.parse_args()

@@ -1,10 +1,11 @@
-"""A million drawn images through the whole path: written as JPEGs in parquet, then fit and scored by `issl influence`.
+"""A million drawn images through the whole path: written as JPEGs in parquet, then fit and scored
+by `issl influence`.
 
     python benchmarks/million.py FOLDER                    # about an hour of one core
     python benchmarks/million.py FOLDER --images 20000     # a rehearsal
 
-Prints the rates and the peak memory of the command. The encoder is a ResNet-18 of width 1, so that what is measured is
-the path: decoding, noise, gradients, parts.
+Prints the rates and the peak memory of the command. The encoder is a ResNet-18 of width 1, so that
+what is measured is the path: decoding, noise, gradients, parts.
 """
 
 from __future__ import annotations
@@ -39,17 +40,25 @@ def draw(folder: Path, count: int) -> None:
             coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
             file = io.BytesIO()
             coarse.resize((32, 32), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-            rows.append({"image": {"bytes": file.getvalue(), "path": f"{k:07}.jpg"}, "label": k % 10})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{start:07}.parquet", row_group_size=1000)
+            rows.append(
+                {"image": {"bytes": file.getvalue(), "path": f"{k:07}.jpg"}, "label": k % 10}
+            )
+        pq.write_table(
+            pa.Table.from_pylist(rows), folder / f"{start:07}.parquet", row_group_size=1000
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--batch-size", default="256")
     options = parser.parse_args()
-    photos, encoder, out = (options.folder / name for name in ("photos", "encoder.safetensors", "out"))
+    photos, encoder, out = (
+        options.folder / name for name in ("photos", "encoder.safetensors", "out")
+    )
     began = time.monotonic()
     if not photos.exists():
         draw(photos, options.images)
@@ -57,9 +66,20 @@ def main() -> None:
         with torch.no_grad():
             net(torch.rand(256, 3, 32, 32))  # BatchNorm has seen images
         save_encoder(encoder, net, {})
-    print(f"drawn in {time.monotonic() - began:.0f} s: {sum(p.stat().st_size for p in photos.iterdir()) / 1e9:.2f} GB")
+    print(
+        f"drawn in {time.monotonic() - began:.0f} s: {sum(p.stat().st_size for p in photos.iterdir()) / 1e9:.2f} GB"
+    )
     began = time.monotonic()
-    command = [sys.executable, "-m", "issl", "influence", "--data", f"parquet:{photos}", "--encoder", str(encoder)]
+    command = [
+        sys.executable,
+        "-m",
+        "issl",
+        "influence",
+        "--data",
+        f"parquet:{photos}",
+        "--encoder",
+        str(encoder),
+    ]
     command += ["--out", str(out), "--batch-size", options.batch_size, "--device", "cpu"]
     subprocess.run(command, check=True)
     seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,5 @@
-"""Other libraries on the same task: same encoder, images, noise and loss, through their public interfaces.
+"""Other libraries on the same task: same encoder, images, noise and loss, through their public
+interfaces.
 
 None of them knows a loss of two views, so each gets it as a user would write it, at whatever cost.
 """
@@ -23,7 +24,8 @@ from issl import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
 
-PROJECTION = 512  # TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
+# TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
+PROJECTION = 512
 DATTRI = 16  # images; its gradients by vmap take a minute each on a slow CPU
 
 
@@ -31,7 +33,12 @@ class Pairs(Dataset):
     """(pixels, noisy pixels) of each image; the first of every batch hands the turn over."""
 
     def __init__(self, task: Task, turn: Turn):
-        self.pixels, self.noisy, self.every, self.turn = task.pixels(), task.noisy, task.batch_size, turn
+        self.pixels, self.noisy, self.every, self.turn = (
+            task.pixels(),
+            task.noisy,
+            task.batch_size,
+            turn,
+        )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -47,15 +54,17 @@ def loader(task: Task, turn: Turn) -> DataLoader:
 
 
 def kronfluence(task: Task) -> Program:
-    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores; all but the eigenvectors are a pass over the
-    images. Both views are calls of the same layers, hence has_shared_parameters. Its default damping is ours: 0.1 × the
-    mean eigenvalue."""
+    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores; all but the eigenvectors
+    are a pass over the images. Both views are calls of the same layers, hence
+    has_shared_parameters. Its default damping is ours: 0.1 × the mean eigenvalue."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task as KronfluenceTask
 
     class Stability(KronfluenceTask):
-        def compute_train_loss(self, batch: tuple[Tensor, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+        def compute_train_loss(
+            self, batch: tuple[Tensor, Tensor], model: nn.Module, sample: bool = False
+        ) -> Tensor:
             return stability_loss(model(batch[0]), model(batch[1])).sum()
 
         def compute_measurement(self, batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
@@ -64,19 +73,27 @@ def kronfluence(task: Task) -> Program:
     def program(turn: Turn) -> np.ndarray:
         model = prepare_model(copy.deepcopy(task.encoder), Stability())
         pairs = Pairs(task, turn)
-        arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True, has_shared_parameters=True)
+        arguments = FactorArguments(
+            strategy="ekfac", use_empirical_fisher=True, has_shared_parameters=True
+        )
         with tempfile.TemporaryDirectory() as folder:
-            analyzer = Analyzer("benchmark", model, Stability(), cpu=True, disable_tqdm=True, output_dir=folder)
-            analyzer.fit_all_factors("f", pairs, per_device_batch_size=task.batch_size, factor_args=arguments)
-            analyzer.compute_self_scores("s", "f", pairs, per_device_train_batch_size=task.batch_size)
+            analyzer = Analyzer(
+                "benchmark", model, Stability(), cpu=True, disable_tqdm=True, output_dir=folder
+            )
+            analyzer.fit_all_factors(
+                "f", pairs, per_device_batch_size=task.batch_size, factor_args=arguments
+            )
+            analyzer.compute_self_scores(
+                "s", "f", pairs, per_device_train_batch_size=task.batch_size
+            )
             return analyzer.load_self_scores("s")["all_modules"].numpy()
 
     return program
 
 
 def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
-    """LoGra as its authors publish it, logs kept in memory. The second view is a second call of each layer, whose
-    gradients it adds to the first's.
+    """LoGra as its authors publish it, logs kept in memory. The second view is a second call of
+    each layer, whose gradients it adds to the first's.
 
     given   take the projections from this curvature instead of LogIX's own random ones
     """
@@ -108,14 +125,17 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
                     stability_loss(model(x), model(noisy)).sum().backward()
                 logs.append(run.get_log(copy=True))
             run.finalize()
-            run.state.covariance_inverse(damping=None)  # 0.1 × the mean of each layer's diagonal, as ours
+            run.state.covariance_inverse(
+                damping=None
+            )  # 0.1 × the mean of each layer's diagonal, as ours
             return run.compute_self_influence(merge_logs(logs), hessian="raw")["influence"].numpy()
 
     return program
 
 
 def trak(task: Task) -> Program:
-    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from its features."""
+    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from
+    its features."""
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
 
@@ -124,12 +144,16 @@ def trak(task: Task) -> Program:
             pass
 
         @staticmethod
-        def get_output(model: nn.Module, weights: dict, buffers: dict, x: Tensor, noisy: Tensor) -> Tensor:
+        def get_output(
+            model: nn.Module, weights: dict, buffers: dict, x: Tensor, noisy: Tensor
+        ) -> Tensor:
             both = torch.stack([x, noisy])
             features = torch.func.functional_call(model, (weights, buffers), (both,))
             return stability_loss(features[:1], features[1:]).sum()
 
-        def get_out_to_loss_grad(self, model: nn.Module, weights: dict, buffers: dict, batch: tuple) -> Tensor:
+        def get_out_to_loss_grad(
+            self, model: nn.Module, weights: dict, buffers: dict, batch: tuple
+        ) -> Tensor:
             return torch.ones(len(batch[0]), 1)
 
     def program(turn: Turn) -> np.ndarray:
@@ -138,9 +162,17 @@ def trak(task: Task) -> Program:
         n = len(task.images)
         with tempfile.TemporaryDirectory() as folder:
             traker = TRAKer(
-                model, Stability(), n, folder, device="cpu", proj_dim=PROJECTION, use_half_precision=False,
-                grad_wrt=weights, lambda_reg=1e-6, logging_level=logging.ERROR,
-            )  # fmt: skip
+                model,
+                Stability(),
+                n,
+                folder,
+                device="cpu",
+                proj_dim=PROJECTION,
+                use_half_precision=False,
+                grad_wrt=weights,
+                lambda_reg=1e-6,
+                logging_level=logging.ERROR,
+            )
             traker.load_checkpoint(model.state_dict(), model_id=0)
             for batch in loader(task, turn):
                 traker.featurize(batch, num_samples=len(batch[0]))
@@ -152,7 +184,8 @@ def trak(task: Task) -> Program:
 
 
 def dattri_trak(task: Task) -> Program:
-    """dattri's TRAK attributor, self-attribution, on the first images alone: its time is scaled to all of them."""
+    """dattri's TRAK attributor, self-attribution, on the first images alone: its time is scaled to
+    all of them."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
@@ -165,11 +198,19 @@ def dattri_trak(task: Task) -> Program:
 
         attribution = AttributionTask(loss, model, [model.state_dict()])
         attributor = TRAKAttributor(
-            attribution, lambda parameters, pair: torch.exp(-loss(parameters, pair)), regularization=1e-6,
+            attribution,
+            lambda parameters, pair: torch.exp(-loss(parameters, pair)),
+            regularization=1e-6,
             layer_name=[f"{name}.weight" for name in scored_layers(task.encoder)],
-            projector_kwargs={"proj_dim": PROJECTION, "device": "cpu", "proj_max_batch_size": task.batch_size},
-        )  # fmt: skip
-        few = Task(task.encoder, task.images.subset(range(DATTRI)), task.noisy[:DATTRI], DATTRI // 2)
+            projector_kwargs={
+                "proj_dim": PROJECTION,
+                "device": "cpu",
+                "proj_max_batch_size": task.batch_size,
+            },
+        )
+        few = Task(
+            task.encoder, task.images.subset(range(DATTRI)), task.noisy[:DATTRI], DATTRI // 2
+        )
         turn.scale = len(task.images) / DATTRI
         return attributor.self_attribute(loader(few, turn)).numpy()
 

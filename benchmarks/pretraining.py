@@ -1,15 +1,19 @@
-"""SimCLR pretraining: views a second of our step, of its plain form, and of lightly's loop with its PIL transforms.
+"""SimCLR pretraining: views a second of our step, of its plain form, and of lightly's loop with its
+PIL transforms.
 
     python benchmarks/pretraining.py [--width 16] [--batch-size 128] [--steps 8]
 
-The same network, objective, optimiser and images; all take turns step by step on one thread (alternate.py).
+The same network, objective, optimiser and images; all take turns step by step on one thread
+(alternate.py).
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch starts its threads
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = (
+    "1"  # before torch starts its threads
+)
 
 import argparse
 import json
@@ -45,8 +49,11 @@ def new(width: int) -> tuple[Learner, torch.optim.Optimizer]:
     return learner, torch.optim.SGD(groups(learner, HOW.weight_decay), **rate)
 
 
-def ours(images: issl.Images, width: int, batch_size: int, steps: int, precision: str) -> Callable[[Turn], None]:
-    """The step of issl.pretrain: views as tensor operations, NHWC, bf16 where the CPU computes it."""
+def ours(
+    images: issl.Images, width: int, batch_size: int, steps: int, precision: str
+) -> Callable[[Turn], None]:
+    """The step of issl.pretrain: views as tensor operations, NHWC, bf16 where the CPU computes
+    it."""
 
     def program(turn: Turn) -> None:
         learner, optimizer = new(width)
@@ -70,17 +77,28 @@ def plain(images: issl.Images, width: int, batch_size: int, steps: int) -> Calla
     return program
 
 
-def lightlys(images: issl.Images, width: int, batch_size: int, steps: int) -> Callable[[Turn], None]:
-    """lightly's example of SimCLR: its transform of PIL images in a DataLoader, its loss; the views one by one."""
+def lightlys(
+    images: issl.Images, width: int, batch_size: int, steps: int
+) -> Callable[[Turn], None]:
+    """lightly's example of SimCLR: its transform of PIL images in a DataLoader, its loss; the views
+    one by one."""
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
 
     view = HOW.view_a
     transform = SimCLRTransform(
-        input_size=32, cj_prob=view.jitter, cj_strength=1.0, cj_bright=view.brightness, cj_contrast=view.contrast,
-        cj_sat=view.saturation, cj_hue=view.hue, min_scale=view.min_area, random_gray_scale=view.grayscale,
-        gaussian_blur=0.0, hf_prob=view.flip,
-    )  # fmt: skip
+        input_size=32,
+        cj_prob=view.jitter,
+        cj_strength=1.0,
+        cj_bright=view.brightness,
+        cj_contrast=view.contrast,
+        cj_sat=view.saturation,
+        cj_hue=view.hue,
+        min_scale=view.min_area,
+        random_gray_scale=view.grayscale,
+        gaussian_blur=0.0,
+        hf_prob=view.flip,
+    )
 
     class Pictures(Dataset[list[Tensor]]):
         def __init__(self) -> None:
@@ -113,7 +131,10 @@ def batches(images: issl.Images, batch_size: int, steps: int, turn: Turn) -> Any
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        yield images.pixels[rows].float() / 255, torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator)
+        yield (
+            images.pixels[rows].float() / 255,
+            torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator),
+        )
         turn.next()
 
 
@@ -124,7 +145,9 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
@@ -151,7 +174,9 @@ def main() -> None:
         {"loop": name, "views_per_second": 2 * options.batch_size / lap, "ratio": base / lap}
         for name, lap in laps.items()
     ]
-    found = {**vars(options), "data": images.name, "rows": rows} | machine(f"lightly {version('lightly')}")
+    found = {**vars(options), "data": images.name, "rows": rows} | machine(
+        f"lightly {version('lightly')}"
+    )
     (HERE / "measured").mkdir(exist_ok=True)
     (HERE / "measured" / "pretraining.json").write_text(json.dumps(found, indent=1) + "\n")
     write_report(HERE / "measured", HERE / "RESULTS.md")

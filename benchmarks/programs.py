@@ -1,4 +1,5 @@
-"""What is compared: the plain pass, the lower limit, and this library, all on the same images and the same noise."""
+"""What is compared: the plain pass, the lower limit, and this library, all on the same images and
+the same noise."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from issl.influence.curvature import Curvature
 from issl.influence.frozen_encoder import frozen
 from issl.influence.losses import stability_loss
 
-STEM = ("1",)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
+STEM = (
+    "1",
+)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
 Program = Callable[[Turn], np.ndarray | None]
 
 
@@ -34,11 +37,16 @@ class Task:
         return self.images.pixels.float() / 255
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.pixels().split(self.batch_size), self.noisy.split(self.batch_size), strict=True))
+        return list(
+            zip(
+                self.pixels().split(self.batch_size), self.noisy.split(self.batch_size), strict=True
+            )
+        )
 
 
 def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> Program:
-    """Forward and backward of the summed loss, all weights' gradients: what a training step costs."""
+    """Forward and backward of the summed loss, all weights' gradients: what a training step
+    costs."""
 
     def program(turn: Turn) -> None:
         model = copy.deepcopy(task.encoder).to(memory_format=layout)
@@ -52,8 +60,8 @@ def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> 
 
 
 def limit(task: Task) -> Program:
-    """Forward, and backward with respect to the data alone, from the first layer's output on: what no method can save,
-    with the layout and the BatchNorm of our copy."""
+    """Forward, and backward with respect to the data alone, from the first layer's output on: what
+    no method can save, with the layout and the BatchNorm of our copy."""
 
     def program(turn: Turn) -> None:
         model = frozen(task.encoder, torch.device("cpu"), torch.channels_last)
@@ -78,7 +86,9 @@ def score(task: Task, curvature: Curvature, skip: Sequence[str] = (), **how: Any
             return task.noisy[[place[int(k)] for k in index]]
 
         computing = Computing(batch_size=task.batch_size, **how)
-        table = self_influence(task.encoder, task.images, noise, curvature, skip=skip, computing=computing)
+        table = self_influence(
+            task.encoder, task.images, noise, curvature, skip=skip, computing=computing
+        )
         return table["influence"].to_numpy()
 
     return program

@@ -36,10 +36,19 @@ alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 def write_report(results: Path, out: Path) -> None:
     """Write RESULTS.md from the parts that have been measured."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
-    parts, writers = [HEAD], {
-        "wide": _timings, "wide-2": _timings, "narrow": _timings, "agreement": _agreement, "memory": _memory,
-        "pretraining": _pretraining, "training": _training, "gpu": _gpu,
-    }  # fmt: skip
+    parts, writers = (
+        [HEAD],
+        {
+            "wide": _timings,
+            "wide-2": _timings,
+            "narrow": _timings,
+            "agreement": _agreement,
+            "memory": _memory,
+            "pretraining": _pretraining,
+            "training": _training,
+            "gpu": _gpu,
+        },
+    )
     for name, write in writers.items():
         if name in found:
             parts.append(write(found[name]))
@@ -49,13 +58,18 @@ def write_report(results: Path, out: Path) -> None:
 def machine(peers: str, threads: int = 1) -> dict[str, str]:
     """Where and with what it was measured."""
     told = (
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
     )
     many = "one thread" if threads == 1 else f"{threads} threads"
     return {
-        "machine": f"{next(told, '?')} ({platform.machine()}), {many}", "torch": torch.__version__,
-        "python": platform.python_version(), "peers": peers, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "machine": f"{next(told, '?')} ({platform.machine()}), {many}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "peers": peers,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _where(part: Mapping[str, Any]) -> str:
@@ -66,13 +80,16 @@ def _where(part: Mapping[str, Any]) -> str:
 def _timings(part: Mapping[str, Any]) -> str:
     lines = [
         f"## ResNet-18, width {part['width']}, {part['images']} images of {part['data']}\n",
-        "| method | whole time ÷ plain | median batch ÷ plain | seconds |", "|---|---:|---:|---:|",
-    ]  # fmt: skip
+        "| method | whole time ÷ plain | median batch ÷ plain | seconds |",
+        "|---|---:|---:|---:|",
+    ]
     for row in part["rows"]:
         failed = row["error"] is not None
         batch = "" if row["batch_ratio"] is None else f"{row['batch_ratio']:.2f}"
         cells = (
-            (f"cannot: {row['error']}", "") if failed else (f"{row['ratio']:.2f} | {batch}", f"{row['seconds']:.0f}")
+            (f"cannot: {row['error']}", "")
+            if failed
+            else (f"{row['ratio']:.2f} | {batch}", f"{row['seconds']:.0f}")
         )
         part_of = "" if row["scale"] == 1 else f" (scaled from 1/{row['scale']:g} of the images)"
         lines.append(f"| {row['method']}{part_of} | {cells[0]} | {cells[1]} |")
@@ -89,8 +106,9 @@ def _agreement(part: Mapping[str, Any]) -> str:
     lines = [
         f"## Agreement on a trained encoder\n\nSimCLR, ResNet-18 width {part['width']}, trained by the "
         f"{part['profile']} profile; {part['images']} images of {part['data']}.\n",
-        "| scores | and | Spearman |", "|---|---|---:|",
-    ]  # fmt: skip
+        "| scores | and | Spearman |",
+        "|---|---|---:|",
+    ]
     lines += [f"| {row['a']} | {row['b']} | {row['spearman']:.4f} |" for row in part["rows"]]
     lines += [f"\n{name} could not be run: {error}" for name, error in part["errors"].items()]
     return "\n".join([*lines, "", _where(part)])
@@ -100,11 +118,14 @@ def _memory(part: Mapping[str, Any]) -> str:
     lines = [
         f"## Memory and time against the number of images\n\nResNet-18 width {part['width']}, LoGra rank 16, each row "
         "a process of its own. The growth is what the pass added to the process's peak.\n",
-        "| gradients are | images | seconds | peak MB | growth MB |", "|---|---:|---:|---:|---:|",
-    ]  # fmt: skip
+        "| gradients are | images | seconds | peak MB | growth MB |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for r in part["rows"]:
         growth = r["peak_mb"] - r["before_mb"]
-        lines.append(f"| {r['memory']} | {r['images']:,} | {r['s']:.0f} | {r['peak_mb']:.0f} | {growth:.0f} |")
+        lines.append(
+            f"| {r['memory']} | {r['images']:,} | {r['s']:.0f} | {r['peak_mb']:.0f} | {growth:.0f} |"
+        )
     return "\n".join([*lines, "", _where(part)])
 
 
@@ -116,7 +137,9 @@ def _pretraining(part: Mapping[str, Any]) -> str:
         "| loop | views/s | × plain |",
         "|---|---:|---:|",
     ]
-    lines += [f"| {r['loop']} | {r['views_per_second']:.0f} | {r['ratio']:.2f} |" for r in part["rows"]]
+    lines += [
+        f"| {r['loop']} | {r['views_per_second']:.0f} | {r['ratio']:.2f} |" for r in part["rows"]
+    ]
     return "\n".join([*lines, "", _where(part)])
 
 
@@ -130,7 +153,14 @@ def _training(part: Mapping[str, Any]) -> str:
     ]
     for r in part["rows"]:
         minutes = r["seconds"] / r["images"] * 2000 / 60
-        cells = (r["share"], r["width"], r["batch_size"], r["images"], f"{r['seconds']:.1f}", f"{r['ratio']:.1f}")
+        cells = (
+            r["share"],
+            r["width"],
+            r["batch_size"],
+            r["images"],
+            f"{r['seconds']:.1f}",
+            f"{r['ratio']:.1f}",
+        )
         lines.append(f"| {' | '.join(str(c) for c in cells)} | {minutes:.1f} |")
     return "\n".join([*lines, "", _where(part)])
 
@@ -138,10 +168,17 @@ def _training(part: Mapping[str, Any]) -> str:
 def _gpu(part: Mapping[str, Any]) -> str:
     """The parts of gpu.py that have been measured; each says where."""
     writers = {
-        "equality": _equality, "small": _small, "pretraining": _epochs, "influence": _pass, "evaluation": _evaluation,
-    }  # fmt: skip
+        "equality": _equality,
+        "small": _small,
+        "pretraining": _epochs,
+        "influence": _pass,
+        "evaluation": _evaluation,
+    }
     parts = [
-        text for name, write in writers.items() if name in part for text in (write(part[name]), _where(part[name]))
+        text
+        for name, write in writers.items()
+        if name in part
+        for text in (write(part[name]), _where(part[name]))
     ]
     return "\n".join(["## On a GPU\n", *parts])
 
@@ -175,10 +212,15 @@ def _small(part: Mapping[str, Any]) -> str:
 def _epochs(part: Mapping[str, Any]) -> str:
     lines = [
         "Pretraining at width 64 (bf16, NHWC, batches of 256), an epoch of CIFAR-10:\n",
-        "| method | compiled | images/s | seconds an epoch | peak GB |", "|---|---|---:|---:|---:|",
-    ]  # fmt: skip
+        "| method | compiled | images/s | seconds an epoch | peak GB |",
+        "|---|---|---:|---:|---:|",
+    ]
     for r in part["rows"]:
-        cells = (f"{r['images_per_second']:,.0f}", f"{r['epoch_seconds']:.1f}", f"{r['peak_gb']:.1f}")
+        cells = (
+            f"{r['images_per_second']:,.0f}",
+            f"{r['epoch_seconds']:.1f}",
+            f"{r['peak_gb']:.1f}",
+        )
         lines.append(f"| {r['method']} | {r['compiled']} | {' | '.join(cells)} |")
     for method, spent in part["parts"].items():
         told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in spent.items())

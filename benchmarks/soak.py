@@ -1,10 +1,11 @@
-"""Many calls in one process: does the memory grow, and is anything left in the temporary folder or the cache?
+"""Many calls in one process: does the memory grow, and is anything left in the temporary folder or
+the cache?
 
     python benchmarks/soak.py --calls 10000 --commands 100 --churn 2000
 
-Influence and cross-influence of tiny images in turn; `issl influence` and `issl explain` as commands, with their
-pictures; artifacts that are made, damaged, left half made and made again. The slope is that of a line through the
-resident memory after the first fifth of the calls.
+Influence and cross-influence of tiny images in turn; `issl influence` and `issl explain` as
+commands, with their pictures; artifacts that are made, damaged, left half made and made again. The
+slope is that of a line through the resident memory after the first fifth of the calls.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from pydantic import Field
 from torch import nn
 
 import issl
+from issl.audit.cache import Artifacts, Stage
 from issl.commands import cli
 from issl.config import Config
-from issl.experiments.cache import Artifacts, Stage
 from issl.files import PART, atomic
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
@@ -73,13 +74,18 @@ def slope(work: Callable[[int], object], count: int) -> tuple[float, float, floa
 def influence_calls() -> Callable[[int], object]:
     torch.manual_seed(0)
     parts = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    encoder, pixels = nn.Sequential(*parts).eval(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    encoder, pixels = (
+        nn.Sequential(*parts).eval(),
+        torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8),
+    )
 
     def call(k: int) -> object:
         if k % 2:
             return issl.cross_influence(encoder, pixels, pixels[:1], curvature=issl.LoGra(2))
         memory = "mapped" if k % 20 == 0 else "auto"
-        return issl.self_influence(encoder, pixels, curvature=issl.LoGra(2), computing=issl.Computing(memory=memory))
+        return issl.self_influence(
+            encoder, pixels, curvature=issl.LoGra(2), computing=issl.Computing(memory=memory)
+        )
 
     return call
 
@@ -89,12 +95,31 @@ def command_calls(place: Path) -> Callable[[int], object]:
     with torch.no_grad():
         encoder.train()(torch.rand(8, 3, 32, 32))
     save_encoder(place / "e.safetensors", encoder, {})
-    shared = ["--data", "scenes", "--images", "8", "--encoder", str(place / "e.safetensors"), "--rank", "2", "--out"]
+    shared = [
+        "--data",
+        "scenes",
+        "--images",
+        "8",
+        "--encoder",
+        str(place / "e.safetensors"),
+        "--rank",
+        "2",
+        "--out",
+    ]
 
     def call(k: int) -> object:
         words = ["influence", *shared, str(place / "s.csv")]
         if k % 2:
-            words = ["explain", "train:3", *shared, str(place / "x.png"), "--k", "2", "--draws", "1"]
+            words = [
+                "explain",
+                "train:3",
+                *shared,
+                str(place / "x.png"),
+                "--k",
+                "2",
+                "--draws",
+                "1",
+            ]
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main(words) == 0
         return None
@@ -122,9 +147,13 @@ def churn(root: Path) -> Callable[[int], object]:
 
 
 def main() -> int:
-    told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, field in Soak.model_fields.items():
-        told.add_argument(f"--{name}", type=int, default=field.default, help=f"how many ({field.default})")
+        told.add_argument(
+            f"--{name}", type=int, default=field.default, help=f"how many ({field.default})"
+        )
     soak = Soak(**vars(told.parse_args()))
     torch.set_num_threads(1)
     left: list[Path] = []
@@ -132,13 +161,20 @@ def main() -> int:
         tempfile.tempdir = place
         root = Path(place) / "artifacts"
         for what, count, work in (
-            ("influence", soak.calls, influence_calls()), ("commands", soak.commands, command_calls(Path(place))),
+            ("influence", soak.calls, influence_calls()),
+            ("commands", soak.commands, command_calls(Path(place))),
             ("churn", soak.churn, churn(root)),
-        ):  # fmt: skip
+        ):
             grows, holds, seconds = slope(work, count)
-            print(f"{what:10} {count:6} calls, {seconds * 1e3:7.1f} ms each: {grows:8.1f} bytes a call, {holds:.0f} MB")
+            print(
+                f"{what:10} {count:6} calls, {seconds * 1e3:7.1f} ms each: {grows:8.1f} bytes a call, {holds:.0f} MB"
+            )
             sys.stdout.flush()
-        marks = (PART, ".part", "issl-rows-")  # of a file being written, an artifact being made, stored gradients
+        marks = (
+            PART,
+            ".part",
+            "issl-rows-",
+        )  # of a file being written, an artifact being made, stored gradients
         left = [p for p in Path(place).rglob("*") if any(mark in p.name for mark in marks)]
     print(f"left over: {len(left)} temporary files or folders")
     return int(bool(left))

@@ -1,10 +1,10 @@
 """Peak memory and rates of fit and score on a folder of JPEGs that is decoded as it is needed.
 
-    python benchmarks/streaming.py FOLDER --draw 16000     # draws the JPEGs (256 px) first, if FOLDER is not there
-    python benchmarks/streaming.py FOLDER --images 2000
+    python benchmarks/streaming.py FOLDER --draw 16000     # draws the JPEGs (256 px) first, if
+    FOLDER is not there python benchmarks/streaming.py FOLDER --images 2000
 
-The encoder is cheap, so that decoding and noise are what costs. Compare the peaks of runs on other numbers
-of images.
+The encoder is cheap, so that decoding and noise are what costs. Compare the peaks of runs on other
+numbers of images.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--draw", type=int, default=0, metavar="N")
-    parser.add_argument("--images", type=int, default=None, metavar="N", help="how many (default: all)")
+    parser.add_argument(
+        "--images", type=int, default=None, metavar="N", help="how many (default: all)"
+    )
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -60,15 +64,26 @@ def main() -> None:
     ]
     encoder = nn.Sequential(*body, nn.Linear(16, 16)).eval()
     imports, began = peak_mb(), time.process_time()
-    images = issl.load(f"folder:{options.folder}", n=options.images, size=options.size, workers=options.workers)
+    images = issl.load(
+        f"folder:{options.folder}", n=options.images, size=options.size, workers=options.workers
+    )
     loaded, computing = time.process_time() - began, Computing(batch_size=32)
-    fitted = issl.fit(encoder, images.subset(range(min(1000, len(images)))), curvature=LoGra(4), computing=computing)
+    fitted = issl.fit(
+        encoder,
+        images.subset(range(min(1000, len(images)))),
+        curvature=LoGra(4),
+        computing=computing,
+    )
     began, wall = time.process_time(), time.monotonic()
     fitted.score(images, computing=computing)
     cpu, wall = time.process_time() - began, time.monotonic() - wall
-    print(f"{len(images)} images at {options.size} px: peak {peak_mb():.0f} MB (imports {imports:.0f} MB)")
+    print(
+        f"{len(images)} images at {options.size} px: peak {peak_mb():.0f} MB (imports {imports:.0f} MB)"
+    )
     print(f"found and checked in {loaded:.1f} CPU s")
-    print(f"scored {len(images) / cpu:.0f} images per CPU second, {len(images) / wall:.0f} per second")
+    print(
+        f"scored {len(images) / cpu:.0f} images per CPU second, {len(images) / wall:.0f} per second"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Are the encoders of timm scored as autograd says? One small model of each family, with random weights.
+"""Are the encoders of timm scored as autograd says? One small model of each family, with random
+weights.
 
-Eight scenes, LoGra(16) and squared norms; `error` is the largest relative one, `skip` what errors said to leave out.
+Eight scenes, LoGra(16) and squared norms; `error` is the largest relative one, `skip` what errors
+said to leave out.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ tiny_vit_5m_224 64, efficientformer_l1 224, crossvit_9_240 240, convmixer_768_32
 
 
 def build(name: str, side: int, **options: int) -> torch.nn.Module:
-    """Weights as initialised, but no scale or bias at 0, which would hide a layer; BatchNorm has seen noise. In double
-    precision, for some features hardly differ before any training."""
+    """Weights as initialised, but no scale or bias at 0, which would hide a layer; BatchNorm has
+    seen noise. In double precision, for some features hardly differ before any training."""
     torch.manual_seed(0)
     net = timm.create_model(name, pretrained=False, num_classes=0, **options).train()
     with torch.no_grad():
@@ -44,18 +46,28 @@ def build(name: str, side: int, **options: int) -> torch.nn.Module:
 
 
 def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> torch.Tensor:
-    """LoGra's scores and the squared gradient norms by plain autograd, one image at a time, in double precision."""
+    """LoGra's scores and the squared gradient norms by plain autograd, one image at a time, in
+    double precision."""
     sketches = [issl.LoGra(16).sketch(layer, k) for k, layer in enumerate(layers.values())]
-    weights, rows = [layer.weight.requires_grad_() for layer in layers.values()], [[] for _ in layers]
+    weights, rows = (
+        [layer.weight.requires_grad_() for layer in layers.values()],
+        [[] for _ in layers],
+    )
     scores, norms = torch.zeros(2, len(images), dtype=torch.float64)
-    for m in encoder.modules():  # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
+    for m in (
+        encoder.modules()
+    ):  # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
         if isinstance(m, torch.nn.BatchNorm2d):
-            m.register_forward_hook(lambda _, __, output: output.register_hook(torch.Tensor.contiguous) and None)
+            m.register_forward_hook(
+                lambda _, __, output: output.register_hook(torch.Tensor.contiguous) and None
+            )
     for i in range(len(images)):
         x = images.pixels[i : i + 1].float() / 255
         shaken = issl.GaussianNoise().keyed(0)(x, images.index[i : i + 1]).double()
         loss = cosine_loss(encoder(x.double()), encoder(shaken)).squeeze()
-        for row, s, g in zip(rows, sketches, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
+        for row, s, g in zip(
+            rows, sketches, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True
+        ):
             norms[i] += g.square().sum()
             row.append((s.p_out.double() @ g.flatten(1) @ s.p_in.double().T).flatten())
     for p in map(torch.stack, rows):
@@ -68,15 +80,34 @@ def measured(encoder: torch.nn.Module, images: issl.Images, skip: list[str]) -> 
     """What comes of a model, after leaving out what the errors name."""
     began, hows = time.perf_counter(), (issl.LoGra(16), issl.Identity())
     try:
-        found = [issl.self_influence(encoder, images, curvature=h, skip=skip, untrained=True).influence for h in hows]
+        found = [
+            issl.self_influence(encoder, images, curvature=h, skip=skip, untrained=True).influence
+            for h in hows
+        ]
     except Exception as error:  # noqa: BLE001 (a crash is what we look for; the others continue)
-        named = re.findall(r"skip=(\[.*?\])", str(error)) if isinstance(error, issl.IsslError) else []
+        named = (
+            re.findall(r"skip=(\[.*?\])", str(error)) if isinstance(error, issl.IsslError) else []
+        )
         if more := [name for name in ast.literal_eval((named or ["[]"])[-1]) if name not in skip]:
             return measured(encoder, images, skip + more)
-        return {"outcome": f"refused, {type(error).__name__}: {str(error)[:100]}", "skip": " ".join(skip)}
+        return {
+            "outcome": f"refused, {type(error).__name__}: {str(error)[:100]}",
+            "skip": " ".join(skip),
+        }
     seconds, layers = time.perf_counter() - began, scored_layers(encoder, skip, untrained=True)
-    worst = (torch.tensor([list(f) for f in found]) / reference(encoder, images, layers) - 1).abs().max().item()
-    return {"outcome": "scored", "skip": " ".join(skip), "layers": len(layers), "error": worst, "seconds": seconds}
+    worst = (
+        (torch.tensor([list(f) for f in found]) / reference(encoder, images, layers) - 1)
+        .abs()
+        .max()
+        .item()
+    )
+    return {
+        "outcome": "scored",
+        "skip": " ".join(skip),
+        "layers": len(layers),
+        "error": worst,
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":
@@ -84,10 +115,24 @@ if __name__ == "__main__":
     options.add_argument("--only", default="", help="names with this in them")
     options.add_argument("--out", default="timm_sweep.csv")
     given, rows, scenes = options.parse_args(), [], issl.load("scenes", n=8)
-    for name, side in (entry.split() for entry in MODELS.split(",") if given.only in entry.split()[0]):
+    for name, side in (
+        entry.split() for entry in MODELS.split(",") if given.only in entry.split()[0]
+    ):
         size = int(side.rstrip("*"))
         net = build(name, size, **({"img_size": size} if "*" in side else {}))
-        images = replace(scenes, pixels=torch.nn.functional.interpolate(scenes.pixels, size), masks=None)
-        rows.append({"family": type(net).__module__.split(".")[-1], "name": name, **measured(net, images, [])})
-        print(*(f"{v:.2g}" if isinstance(v, float) else v for v in rows[-1].values()), sep=" | ", flush=True)
+        images = replace(
+            scenes, pixels=torch.nn.functional.interpolate(scenes.pixels, size), masks=None
+        )
+        rows.append(
+            {
+                "family": type(net).__module__.split(".")[-1],
+                "name": name,
+                **measured(net, images, []),
+            }
+        )
+        print(
+            *(f"{v:.2g}" if isinstance(v, float) else v for v in rows[-1].values()),
+            sep=" | ",
+            flush=True,
+        )
         pd.DataFrame(rows).to_csv(given.out, index=False)

@@ -1,6 +1,8 @@
-"""Training-aware influence: its time over that of one plain pass, by number of images, batch size and width.
+"""Training-aware influence: its time over that of one plain pass, by number of images, batch size
+and width.
 
-python benchmarks/training_aware.py            # minutes; leaves a table in benchmarks/measured/ and RESULTS.md
+python benchmarks/training_aware.py            # minutes; leaves a table in benchmarks/measured/ and
+RESULTS.md
 """
 
 from __future__ import annotations
@@ -19,20 +21,26 @@ import torch
 from report import machine, write_report
 
 import issl
-from issl.analysis.training_influence import Share, batch_gradient, batches, measuring_copy, two_views
 from issl.devices import keep_freed_memory
 from issl.pretraining.learner import Learner
 from issl.pretraining.recipes import recipe
+from issl.training_influence import Share, batch_gradient, batches, measuring_copy, two_views
 
 HERE = Path(__file__).parent
 CASES: tuple[tuple[Share, int, int, int], ...] = (  # share, width, batch size, images
-    ("marginal", 16, 32, 64), ("marginal", 16, 32, 128), ("marginal", 16, 16, 128), ("marginal", 16, 64, 128),
-    ("marginal", 8, 32, 128), ("marginal", 32, 32, 64), ("own", 16, 32, 128),
-)  # fmt: skip
+    ("marginal", 16, 32, 64),
+    ("marginal", 16, 32, 128),
+    ("marginal", 16, 16, 128),
+    ("marginal", 16, 64, 128),
+    ("marginal", 8, 32, 128),
+    ("marginal", 32, 32, 64),
+    ("own", 16, 32, 128),
+)
 
 
 def measure(share: Share, width: int, batch_size: int, n: int, queries: int) -> dict[str, object]:
-    """Seconds of the effects of n images on some queries, and of one pass over the batches' own gradients."""
+    """Seconds of the effects of n images on some queries, and of one pass over the batches' own
+    gradients."""
     name = "cifar10" if os.environ.get("ISSL_DATA") else "scenes"
     train, query = issl.load(name, n=n), issl.load(name, "test").subset(range(queries))
     learner = Learner(recipe("simclr", "short"), width, None, 0)
@@ -45,9 +53,14 @@ def measure(share: Share, width: int, batch_size: int, n: int, queries: int) -> 
     issl.training_influence(learner, train, query, draws=1, share=share, batch_size=batch_size)
     seconds = time.perf_counter() - began
     return {
-        "share": share, "width": width, "batch_size": batch_size, "images": n, "seconds": seconds,
-        "ratio": seconds / plain, "data": name,
-    }  # fmt: skip
+        "share": share,
+        "width": width,
+        "batch_size": batch_size,
+        "images": n,
+        "seconds": seconds,
+        "ratio": seconds / plain,
+        "data": name,
+    }
 
 
 def main() -> None:

@@ -12,14 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from issl.errors import IsslError
 
-C = TypeVar("C", bound="Config")  # not typing.Self, which a checker of shapes at run time cannot resolve
+C = TypeVar(
+    "C", bound="Config"
+)  # not typing.Self, which a checker of shapes at run time cannot resolve
 
 
 class Config(BaseModel):
     """Frozen, and strict about its fields: a typo is an error, not a default.
 
-    Raises IsslError where pydantic raises ValidationError: one line with each bad setting's path, its value and the
-    remedy.
+    Raises IsslError where pydantic raises ValidationError: one line with each bad setting's path,
+    its value and the remedy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +34,9 @@ class Config(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """The fields that are not at their defaults, as plain data: what a key is the hash of."""
-        return differing({k: (getattr(self, k), default) for k, default in _defaults(type(self)).items()})
+        return differing(
+            {k: (getattr(self, k), default) for k, default in _defaults(type(self)).items()}
+        )
 
     def plain(self) -> Any:
         """As it stands in the settings of another config."""
@@ -41,11 +45,13 @@ class Config(BaseModel):
     def __copy__(self: C) -> C:
         copied = super().__copy__()
         for name in copied.__dict__.keys() - type(self).model_fields.keys():
-            del copied.__dict__[name]  # a cached property: `model_copy` is about to change the fields
+            del copied.__dict__[
+                name
+            ]  # a cached property: `model_copy` is about to change the fields
         return copied
 
-    # Pydantic then validates nested configs without this __init__, so the outermost error names the whole path, and a
-    # union tries all its members
+    # Pydantic then validates nested configs without this __init__, so the outermost error names the
+    # whole path, and a # union tries all its members
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
@@ -60,7 +66,11 @@ class Config(BaseModel):
 def _defaults(config: type[Config]) -> dict[str, Any]:
     """Of the fields that count; PydanticUndefined for those that must be given."""
     fields = config.model_fields.items()
-    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.exclude}
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in fields
+        if not field.exclude
+    }
 
 
 def differing(fields: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
@@ -69,7 +79,8 @@ def differing(fields: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def as_plain(value: Any) -> Any:
-    """A setting as JSON would hold it: configs and dataclasses (`{"type": NAME, …}`) without their defaults."""
+    """A setting as JSON would hold it: configs and dataclasses (`{"type": NAME, …}`) without their
+    defaults."""
     if isinstance(value, Config):
         return value.plain()
     if is_dataclass(value) and not isinstance(value, type):
@@ -83,7 +94,9 @@ def as_plain(value: Any) -> Any:
         return int(value)  # 1 and 1.0 are one setting
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise IsslError(f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or dataclasses")
+    raise IsslError(
+        f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or dataclasses"
+    )
 
 
 def _explained(config: type[Config], error: ValidationError) -> IsslError:
@@ -105,7 +118,8 @@ def _explained(config: type[Config], error: ValidationError) -> IsslError:
 
 
 def _fields(config: type[Config], path: tuple[int | str, ...]) -> list[str]:
-    """The fields of the config at this path below `config`; in a union the path names the member's class."""
+    """The fields of the config at this path below `config`; in a union the path names the member's
+    class."""
     found = [config]
     for part in path:
         fields = [c.model_fields[str(part)] for c in found if part in c.model_fields]

@@ -15,7 +15,9 @@ class OutOfTime(IsslError):
 
     def __init__(self, what: str, resumable: bool = True):
         remedy = (
-            "the same command continues from here" if resumable else "give a checkpoint file to be able to continue"
+            "the same command continues from here"
+            if resumable
+            else "give a checkpoint file to be able to continue"
         )
         super().__init__(f"{what}, the time budget is spent; {remedy}")
 

@@ -23,14 +23,20 @@ from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
-BUNDLED = PACKAGE / "bundled"  # what a wheel carries of it: notebooks and profiles, released encoders, kept records
+BUNDLED = (
+    PACKAGE / "bundled"
+)  # what a wheel carries of it: notebooks and profiles, released encoders, kept records
 PART = ".issl-part-"  # in the names of files that are being written; nobody else's are called so
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what a file system says that has none
 NO_ROOM = {  # what the system says where a file cannot be written, and no program is to blame
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up",
-    errno.EFBIG: "files may not become so large here", errno.EROFS: "the disk is read-only",
-    errno.EACCES: "you may not write there", errno.EPERM: "you may not write there", errno.EIO: "the disk fails",
-}  # fmt: skip
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of the disk is used up",
+    errno.EFBIG: "files may not become so large here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+    errno.EIO: "the disk fails",
+}
 WAIT_SECONDS = 0.5  # until it is looked again whether another process has finished a file
 
 
@@ -40,16 +46,19 @@ def installed() -> bool:
 
 
 def provided(name: str) -> Path:
-    """What comes with the code beside the library itself: the folder `notebooks`, `released` or `figures`."""
+    """What comes with the code beside the library itself: the folder `notebooks`, `released` or
+    `figures`."""
     return (BUNDLED if installed() else REPOSITORY) / name
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write to the yielded path; on success it becomes `path` in one step, on failure nothing is left.
+    """Write to the yielded path; on success it becomes `path` in one step, on failure nothing is
+    left.
 
-    Each call has its own temporary name, so two processes that write the same file do not mix. What a killed process
-    leaves, `remove_leftovers` finds. IsslError where there is no room, or no right, to write the file.
+    Each call has its own temporary name, so two processes that write the same file do not mix. What
+    a killed process leaves, `remove_leftovers` finds. IsslError where there is no room, or no
+    right, to write the file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,20 +85,27 @@ def atomic(path: Path) -> Iterator[Path]:
 def _new_part(path: Path) -> tuple[int, Path]:
     """A new file beside this one, locked as long as this process writes it."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent
+        )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            return handle, Path(name)  # then no leftover is ever removed, for none can be told from a file in use
-        if os.fstat(handle).st_nlink:  # another process may have taken it for a leftover before it was locked
+            return handle, Path(
+                name
+            )  # then no leftover is ever removed, for none can be told from a file in use
+        if os.fstat(
+            handle
+        ).st_nlink:  # another process may have taken it for a leftover before it was locked
             return handle, Path(name)
         os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed processes left in this folder of files that they were writing; returns what it was."""
+    """Remove what killed processes left in this folder of files that they were writing; returns
+    what it was."""
     removed = []
     for path in folder.glob(f".*{PART}*"):
         try:
@@ -103,7 +119,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def scratch_folder(prefix: str, parent: str | Path | None = None) -> tuple[Path, int]:
-    """A new folder for temporary files, and the handle of its lock; those of processes that were killed are removed.
+    """A new folder for temporary files, and the handle of its lock; those of processes that were
+    killed are removed.
 
     parent  where it is made; default: the system's folder for such. IsslError where it cannot be
     """
@@ -140,7 +157,9 @@ def _locked(path: Path) -> int:
 def why_no_room(error: BaseException) -> str | None:
     """Why the system does not let a file be written; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
-    if code is None and (found := re.search(r"os error (\d+)", str(error))):  # safetensors' errors are texts
+    if code is None and (
+        found := re.search(r"os error (\d+)", str(error))
+    ):  # safetensors' errors are texts
         code = int(found[1])
     return None if code is None else NO_ROOM.get(code)
 
@@ -153,7 +172,8 @@ def _cannot_write(path: Path, error: Exception) -> IsslError:
 
 
 def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
-    """Make the folder of an output file; IsslError for a suffix that is not allowed, or if it cannot be written."""
+    """Make the folder of an output file; IsslError for a suffix that is not allowed, or if it
+    cannot be written."""
     if out.suffix not in suffixes:
         raise IsslError(f"{option} {out}: give a file name that ends in {' or '.join(suffixes)}")
     try:
@@ -167,19 +187,24 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """IsslError where no file can be written in this folder. (Asked for permission, root is always given it.)"""
+    """IsslError where no file can be written in this folder. (Asked for permission, root is always
+    given it.)"""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise IsslError(f"{what}: cannot be written there ({error.strerror}); choose another place") from error
+        raise IsslError(
+            f"{what}: cannot be written there ({error.strerror}); choose another place"
+        ) from error
 
 
 def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: int = 0) -> int:
-    """Make every file that is not there, beside other processes that do the same; returns once all are there.
+    """Make every file that is not there, beside other processes that do the same; returns once all
+    are there.
 
-    Whoever takes a file holds a lock on it, which the system releases if the process dies: then another makes it. Any
-    number of processes may come and go, also on other machines with the same file system.
+    Whoever takes a file holds a lock on it, which the system releases if the process dies: then
+    another makes it. Any number of processes may come and go, also on other machines with the same
+    file system.
 
     make    called with a file's number and a path to write to, which becomes the file's in one step
     start   the number to begin with, so that processes begin with different ones
@@ -207,16 +232,21 @@ def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: in
 
 
 def belongs(folder: Path, identity: str, what: str) -> None:
-    """A folder that is filled bit by bit belongs to one computation: IsslError if it holds `what` of another."""
+    """A folder that is filled bit by bit belongs to one computation: IsslError if it holds `what`
+    of another."""
     mark = folder / "identity.json"
     remove_leftovers(folder)
     if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
-        raise IsslError(f"{folder} holds {what} of another encoder, images or setting; use another folder")
+        raise IsslError(
+            f"{folder} holds {what} of another encoder, images or setting; use another folder"
+        )
     if not mark.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise IsslError(f"folder {folder} cannot be written ({error}); choose another") from error
+            raise IsslError(
+                f"folder {folder} cannot be written ({error}); choose another"
+            ) from error
         with atomic(mark) as part:
             part.write_text(json.dumps({"identity": identity}))
 
@@ -228,7 +258,8 @@ def file_digest(path: Path) -> str:
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a safetensors file; if it is damaged, an IsslError that says `what` it is."""
+    """Header and tensors of a safetensors file; if it is damaged, an IsslError that says `what` it
+    is."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,8 +1,8 @@
 """Random numbers of one example: a function of (seed, example index) and of nothing else.
 
-A score must not depend on batch size, order or device, so examples must not share a stream of random numbers. Philox is
-a counter-based generator: a key selects an independent stream (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), and the key here is (seed, index).
+A score must not depend on batch size, order or device, so examples must not share a stream of
+random numbers. Philox is a counter-based generator: a key selects an independent stream (Salmon et
+al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the key here is (seed, index).
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ SEVERAL_THREADS = 2_000_000  # numbers in a batch, from which on threads share t
 def generator(seed: int, index: int) -> np.random.Generator:
     """The stream of example `index` under `seed`; both must be ≥ 0."""
     if seed < 0 or index < 0:
-        raise IsslError(f"seed {seed}, index {index}: both must be ≥ 0, because they are the key of the random stream")
+        raise IsslError(
+            f"seed {seed}, index {index}: both must be ≥ 0, because they are the key of the random stream"
+        )
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 
 
 def normal(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[Tensor, "b ..."]:
     """Standard normal values, one block of `shape` per example, drawn on the CPU in float32."""
-    return _stack(index, shape, lambda i: generator(seed, i).standard_normal(shape, dtype=np.float32))
+    return _stack(
+        index, shape, lambda i: generator(seed, i).standard_normal(shape, dtype=np.float32)
+    )
 
 
 def uniform(seed: int, index: Int[Tensor, " b"], shape: Sequence[int]) -> Float[Tensor, "b ..."]:
@@ -57,4 +61,6 @@ def _stack(index: Tensor, shape: Sequence[int], draw: Callable[[int], np.ndarray
 @lru_cache(maxsize=2)
 def _threads(process: int) -> ThreadPoolExecutor:
     """This process's threads; one that was forked from it has none of them."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return ThreadPoolExecutor(
+        max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    )

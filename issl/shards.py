@@ -1,7 +1,8 @@
-"""Several processes on one computation: each has its share of the images, and sums are taken over all.
+"""Several processes on one computation: each has its share of the images, and sums are taken over
+all.
 
-They are started by torchrun and use torch.distributed (nccl on GPUs, gloo on CPUs). The results are those of one
-process up to rounding: only the order of the sums differs.
+They are started by torchrun and use torch.distributed (nccl on GPUs, gloo on CPUs). The results are
+those of one process up to rounding: only the order of the sums differs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Shards:
     device: torch.device = torch.device("cpu")
 
     def share(self, n: int) -> slice:
-        """The positions of this process: contiguous, and at most one more or less than another's."""
+        """The positions of this process: contiguous, and at most one more or less than
+        another's."""
         if n < self.world:
             raise IsslError(
                 f"{n} images on {self.world} processes: start at most as many processes as there are images"
@@ -56,7 +58,8 @@ class Shards:
         return sent.to(value.device)
 
     def reduce(self, sums: Sequence[Summed]) -> None:
-        """Complete each of these over all processes, in place; every process must bring the same ones."""
+        """Complete each of these over all processes, in place; every process must bring the same
+        ones."""
         if self.world == 1:
             return
         for item in sums:
@@ -116,7 +119,9 @@ def from_torchrun(device: torch.device, timeout_s: float = 600.0) -> Iterator[Sh
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        raise IsslError(f"process {rank} of {world}: the others were not found in {timeout_s:g} s ({error})") from error
+        raise IsslError(
+            f"process {rank} of {world}: the others were not found in {timeout_s:g} s ({error})"
+        ) from error
     try:
         yield Shards(rank, world, device)
     finally:

@@ -17,12 +17,17 @@ from jaxtyping import install_import_hook
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("issl", "beartype.beartype")
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+CHROMIUM = next(
+    (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))),
+    None,
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
-    if "XDG_CACHE_HOME" not in os.environ:  # what is remembered of data sets; the workers inherit it
+    if (
+        "XDG_CACHE_HOME" not in os.environ
+    ):  # what is remembered of data sets; the workers inherit it
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="issl-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
 

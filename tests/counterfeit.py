@@ -1,12 +1,15 @@
-"""A counterfeit GPU: tensors that say they are on a device, compute on the CPU, and refuse what a GPU refuses.
+"""A counterfeit GPU: tensors that say they are on a device, compute on the CPU, and refuse what a
+GPU refuses.
 
-    with counterfeit.watched() as seen: …      # seen.waits: how often issl waited for the device, by its line
+    with counterfeit.watched() as seen: …      # seen.waits: how often issl waited for the device,
+    by its line
 
-The device is torch's PrivateUse1, registered from Python alone (torch 2.11 has the hooks, as has 2.15), under the name
-`gpu`. Each tensor is a wrapper around one on the CPU. What a real GPU would raise, raises here too: an operation on
-tensors of both devices (0-dimensional ones on the CPU are fine, as are indices on the CPU), `.numpy()`, a generator of
-the CPU. What makes the host wait is counted: copies in both directions, reading a number, and results whose shape
-depends on values. It cannot tell how fast anything is, and its results are the CPU's.
+The device is torch's PrivateUse1, registered from Python alone (torch 2.11 has the hooks, as has
+2.15), under the name `gpu`. Each tensor is a wrapper around one on the CPU. What a real GPU would
+raise, raises here too: an operation on tensors of both devices (0-dimensional ones on the CPU are
+fine, as are indices on the CPU), `.numpy()`, a generator of the CPU. What makes the host wait is
+counted: copies in both directions, reading a number, and results whose shape depends on values. It
+cannot tell how fast anything is, and its results are the CPU's.
 """
 
 from __future__ import annotations
@@ -33,18 +36,51 @@ FOLDER = str(Path(issl.__file__).parent)
 ATEN = torch.ops.aten
 # operations that may take tensors of the CPU beside those of the device
 MIXING = {ATEN.copy_.default, ATEN._to_copy.default}
-INDEXING = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN._index_put_impl_.default, ATEN.index_put.default}
+INDEXING = {
+    ATEN.index.Tensor,
+    ATEN.index_put_.default,
+    ATEN._index_put_impl_.default,
+    ATEN.index_put.default,
+}
 # operations whose result the host must see before it can go on
-READING = {ATEN._local_scalar_dense.default, ATEN.equal.default, ATEN.is_nonzero.default, ATEN.nonzero.default,
-           ATEN.masked_select.default, ATEN._unique2.default, ATEN.unique_dim.default}  # fmt: skip
+READING = {
+    ATEN._local_scalar_dense.default,
+    ATEN.equal.default,
+    ATEN.is_nonzero.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN._unique2.default,
+    ATEN.unique_dim.default,
+}
 
 
 # operations that compute nothing: other views of the same memory, and memory itself
 VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "expand", "detach", "slice", "select", "unsqueeze", "squeeze",
-    "split", "split_with_sizes", "as_strided", "alias", "permute", "unbind", "unfold", "diagonal", "narrow",
-    "empty", "empty_strided", "empty_like", "new_empty", "lift_fresh",
-}  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "expand",
+    "detach",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "split",
+    "split_with_sizes",
+    "as_strided",
+    "alias",
+    "permute",
+    "unbind",
+    "unfold",
+    "diagonal",
+    "narrow",
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "lift_fresh",
+}
 
 
 @dataclass
@@ -77,7 +113,9 @@ def _wait() -> None:
     while frame is not None and not frame.f_code.co_filename.startswith(FOLDER):
         frame = frame.f_back
     if frame is not None:
-        _watching[-1].waits[f"{Path(frame.f_code.co_filename).relative_to(FOLDER)}:{frame.f_lineno}"] += 1
+        _watching[-1].waits[
+            f"{Path(frame.f_code.co_filename).relative_to(FOLDER)}:{frame.f_lineno}"
+        ] += 1
 
 
 class Counterfeit(Tensor):
@@ -89,9 +127,14 @@ class Counterfeit(Tensor):
     def __new__(cls, inner: Tensor) -> Counterfeit:
         assert type(inner) is Tensor, f"a {type(inner).__name__} inside the counterfeit"
         made = Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=torch.device(NAME, 0),
-        )  # fmt: skip
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=torch.device(NAME, 0),
+        )
         made.inner = inner
         return made
 
@@ -106,7 +149,9 @@ class Counterfeit(Tensor):
         return copied
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
+        raise TypeError(
+            f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first"
+        )
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self.numpy()
@@ -122,7 +167,12 @@ def on_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [leaf for leaf in flat if isinstance(leaf, Counterfeit)]
     _refuse(func, flat, here)
     target = next((leaf for leaf in flat if isinstance(leaf, torch.device)), None)
-    if func in READING or _leaves(func, here, target) or _enters(func, flat) or _by_mask(func, args):
+    if (
+        func in READING
+        or _leaves(func, here, target)
+        or _enters(func, flat)
+        or _by_mask(func, args)
+    ):
         _wait()
     if _watching and func.overloadpacket.__name__ not in VIEWS:
         _watching[-1].launches += 1
@@ -147,10 +197,18 @@ def _refuse(func: Any, flat: list[Any], here: list[Counterfeit]) -> None:
     """Raise what a GPU would."""
     if any(isinstance(leaf, torch.Generator) and leaf.device.type == "cpu" for leaf in flat):
         raise RuntimeError(f"{func}: Expected a '{NAME}' device type for generator but found 'cpu'")
-    there = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Counterfeit) and x.ndim > 0]
-    if not (here and there) or func in MIXING or (func in INDEXING and isinstance(flat[0], Counterfeit)):
+    there = [
+        x for x in flat if isinstance(x, Tensor) and not isinstance(x, Counterfeit) and x.ndim > 0
+    ]
+    if (
+        not (here and there)
+        or func in MIXING
+        or (func in INDEXING and isinstance(flat[0], Counterfeit))
+    ):
         return
-    raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found {NAME}:0 and cpu")
+    raise RuntimeError(
+        f"{func}: Expected all tensors to be on the same device, but found {NAME}:0 and cpu"
+    )
 
 
 def _leaves(func: Any, here: list[Counterfeit], target: torch.device | None) -> bool:
@@ -170,7 +228,9 @@ def _by_mask(func: Any, args: Any) -> bool:
     if func not in INDEXING:
         return False
     kinds = (torch.bool, torch.uint8)
-    return any(i is not None and (i.dtype in kinds or not isinstance(i, Counterfeit)) for i in args[1])
+    return any(
+        i is not None and (i.dtype in kinds or not isinstance(i, Counterfeit)) for i in args[1]
+    )
 
 
 class _Module:
@@ -221,11 +281,16 @@ def device() -> torch.device:
     if not _libraries:
         backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
         library = torch.library.Library("aten", "IMPL")
-        for name, make in (("empty.memory_format", torch.empty), ("empty_strided", torch.empty_strided)):
+        for name, make in (
+            ("empty.memory_format", torch.empty),
+            ("empty_strided", torch.empty_strided),
+        ):
             library.impl(name, _factory(make), "PrivateUse1")
         library.impl("_copy_from", _copy_from, "PrivateUse1")
         autocast = torch.library.Library("_", "IMPL")
-        autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # bf16 stays fp32
+        autocast.fallback(
+            torch.library.fallthrough_kernel, "AutocastPrivateUse1"
+        )  # bf16 stays fp32
         _libraries.extend([library, autocast])
     return torch.device(NAME)
 
@@ -239,8 +304,16 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 def _factory(make: Any) -> Any:
-    def made(*args: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
-             **more: Any) -> Tensor:  # fmt: skip
-        return Counterfeit(make(*args, dtype=dtype, **{k: v for k, v in more.items() if v is not None}))
+    def made(
+        *args: Any,
+        dtype: Any = None,
+        layout: Any = None,
+        device: Any = None,
+        pin_memory: Any = None,
+        **more: Any,
+    ) -> Tensor:
+        return Counterfeit(
+            make(*args, dtype=dtype, **{k: v for k, v in more.items() if v is not None})
+        )
 
     return made

@@ -1,4 +1,5 @@
-"""What must be the same on another device as on the CPU, for the counterfeit GPU and for a real one."""
+"""What must be the same on another device as on the CPU, for the counterfeit GPU and for a real
+one."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import nets
 import numpy as np
 import torch
 
-from issl.experiments.settings import named_curvature
+from issl.audit.settings import named_curvature
 from issl.influence.computing import Computing
 from issl.influence.cross import cross_influence
 from issl.influence.perturbation import Augmentation
@@ -20,12 +21,20 @@ def scores_and_cross_influence(
     images, weighing = nets.pictures(20), named_curvature(kind, 3)
     for settings in ({"draws": 2, "sweep": [1.0]}, {"perturbation": Augmentation("chain")}):
         here, there = (
-            self_influence(net, images, curvature=weighing, computing=Computing(device=d, batch_size=8), **settings)
+            self_influence(
+                net,
+                images,
+                curvature=weighing,
+                computing=Computing(device=d, batch_size=8),
+                **settings,
+            )
             for d in ("cpu", device)
         )
         np.testing.assert_allclose(there["influence"], here["influence"], rtol=relative)
     here, there = (
-        cross_influence(net, images, nets.pictures(5, 1), curvature=weighing, computing=Computing(device=d))
+        cross_influence(
+            net, images, nets.pictures(5, 1), curvature=weighing, computing=Computing(device=d)
+        )
         for d in ("cpu", device)
     )
     torch.testing.assert_close(there, here, rtol=1e-3, atol=smallest * float(here.abs().max()))

@@ -23,7 +23,13 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_parquet(
-    root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, metadata=None
+    root: Path,
+    folder: str,
+    prefix: str,
+    image: str,
+    columns: dict,
+    pixels: np.ndarray,
+    metadata=None,
 ) -> Path:
     """One file in the Hugging Face layout."""
     path = root / folder / f"{prefix}-00000-of-00001.parquet"
@@ -38,15 +44,17 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
     rng = np.random.default_rng(0)
     for split, n in (("train", train), ("test", test)):
         pixels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        write_parquet(root, "cifar10/plain_text", split, "img", {"label": [k % 10 for k in range(n)]}, pixels)
+        write_parquet(
+            root, "cifar10/plain_text", split, "img", {"label": [k % 10 for k in range(n)]}, pixels
+        )
 
 
 def write_batches(
     root: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, labels: list[int] | None = None
 ) -> Path:
-    """CIFAR-10 in torchvision's layout, of few images: one in each training batch, the others are the test set (their
-    labels: 0, 1, … unless given). The checksums that torchvision verifies are made those of its files. Returns its
-    folder."""
+    """CIFAR-10 in torchvision's layout, of few images: one in each training batch, the others are
+    the test set (their labels: 0, 1, … unless given). The checksums that torchvision verifies are
+    made those of its files. Returns its folder."""
     base, flat = root / "cifar-10-batches-py", pixels.reshape(len(pixels), -1)
     base.mkdir(parents=True)
     batches = {f"data_batch_{k}": {"data": flat[k - 1 : k], "labels": [k]} for k in range(1, 6)}
@@ -58,5 +66,9 @@ def write_batches(
     kind = torchvision.datasets.CIFAR10
     monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    monkeypatch.setattr(
+        kind,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
+    )
     return base

@@ -1,6 +1,8 @@
-"""Processes of their own that need not import everything again: forked from a server that has imported it.
+"""Processes of their own that need not import everything again: forked from a server that has
+imported it.
 
-(Not from the test's own process: torch refuses a backward pass in a child of a process that has run one.)
+(Not from the test's own process: torch refuses a backward pass in a child of a process that has run
+one.)
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from issl.audit.cache import Artifacts, Stage
 from issl.errors import IsslError
-from issl.experiments.cache import Artifacts, Stage
 from issl.shards import Shards, from_torchrun
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["issl.experiments.stages", "torch.distributed", "forked"])
+context.set_forkserver_preload(["issl.audit.stages", "torch.distributed", "forked"])
 
 
 def make(root: Path, stage: Stage) -> int:
@@ -41,10 +43,14 @@ def report(queue, function: Callable, *arguments: object) -> None:
         raise
 
 
-def shard(rank: int, world: int, port: int, timeout_s: float, work: Callable[[Shards], object]) -> tuple[int, object]:
+def shard(
+    rank: int, world: int, port: int, timeout_s: float, work: Callable[[Shards], object]
+) -> tuple[int, object]:
     """One of `world` gloo processes, as torchrun would start it."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     try:
         with from_torchrun(torch.device("cpu"), timeout_s) as shards:
             return rank, work(shards)
@@ -52,14 +58,18 @@ def shard(rank: int, world: int, port: int, timeout_s: float, work: Callable[[Sh
         return rank, str(error)
 
 
-def on_processes(world: int, work: Callable[[Shards], object], dying: int = 0, timeout_s: float = 120) -> list:
-    """What work(shards) gives on each process, an IsslError as its text; `dying` of them give nothing."""
+def on_processes(
+    world: int, work: Callable[[Shards], object], dying: int = 0, timeout_s: float = 120
+) -> list:
+    """What work(shards) gives on each process, an IsslError as its text; `dying` of them give
+    nothing."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
     queue = context.Queue()
     processes = [
-        context.Process(target=report, args=(queue, shard, rank, world, port, timeout_s, work)) for rank in range(world)
+        context.Process(target=report, args=(queue, shard, rank, world, port, timeout_s, work))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

@@ -30,7 +30,8 @@ GOOD = png(PIXELS)
 PICTURE = Image.fromarray(PIXELS.transpose(1, 2, 0))
 
 
-# --- images ------------------------------------------------------------------------------------------------
+# --- images
+# ------------------------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -41,13 +42,23 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """One of a PNG's parts."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def declaring(width: int, height: int) -> bytes:
     """A PNG of a hundred bytes that says that it is so large."""
     size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + size
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def with_text_of(length: int) -> bytes:
@@ -65,7 +76,8 @@ def folder(parent: Path, **files: bytes) -> str:
     return f"folder:{place}"
 
 
-# --- archives and tables -----------------------------------------------------------------------------------
+# --- archives and tables
+# -----------------------------------------------------------------------------------
 
 
 def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
@@ -107,7 +119,8 @@ def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) ->
     return f"parquet:{parent}"
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------
+# --- checkpoints
+# -------------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -121,7 +134,8 @@ class Evil:
 
 
 def malicious(path: Path, mark: Path, how: str) -> Path:
-    """A checkpoint that would run a command: as torch writes them now, as it did before, and as a bare pickle."""
+    """A checkpoint that would run a command: as torch writes them now, as it did before, and as a
+    bare pickle."""
     if how == "pickle":
         path.write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
     else:
@@ -142,12 +156,21 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
 def repeated(path: Path) -> Path:
     """A checkpoint with one number that declares to be ten thousand million."""
     one = torch.zeros(1)
-    torch.save({"conv1.weight": one.expand(10**9, 3, 3, 3), "layer1.0.conv1.weight": one.expand(10**9, 10, 3, 3)}, path)
+    torch.save(
+        {
+            "conv1.weight": one.expand(10**9, 3, 3, 3),
+            "layer1.0.conv1.weight": one.expand(10**9, 10, 3, 3),
+        },
+        path,
+    )
     return path
 
 
-def ours(parent: Path, change: Callable[[dict[str, Any]], Any] | None = None, value: float | None = None) -> Path:
-    """An encoder of this library with trained statistics; its header changed, or its first weight set to a value."""
+def ours(
+    parent: Path, change: Callable[[dict[str, Any]], Any] | None = None, value: float | None = None
+) -> Path:
+    """An encoder of this library with trained statistics; its header changed, or its first weight
+    set to a value."""
     path, encoder = parent / "mine.safetensors", new_encoder(1, Head(hidden=4, out=4), seed=0)
     with torch.no_grad():
         for _ in range(3):

@@ -42,7 +42,8 @@ class Tokens(nn.Module):
 
 
 class Residual(nn.Module):
-    """BatchNorm after convolutions with bias and groups; `two_users`: a convolution's output is used beside it, too."""
+    """BatchNorm after convolutions with bias and groups; `two_users`: a convolution's output is
+    used beside it, too."""
 
     def __init__(self, two_users: bool = False) -> None:
         super().__init__()
@@ -63,29 +64,51 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         torch.manual_seed(1)
         net: nn.Module = {
             "stride": lambda: nn.Sequential(
-                nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(5, 6, (3, 2), (1, 2), (0, 1)), nn.Tanh(),
-                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+                nn.Conv2d(3, 5, 3, 2, 1),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(5, 6, (3, 2), (1, 2), (0, 1)),
+                nn.Tanh(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(24, 5),
             ),
             "dilated": lambda: nn.Sequential(
-                nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"), nn.ReLU(inplace=True),
-                nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"), nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
             ),
             "grouped": lambda: nn.Sequential(
-                nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.ReLU(),
-                nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+                nn.Conv2d(3, 8, 3, 2, 1),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(8, 12, 3, 1, 1, groups=4),
+                nn.ReLU(),
+                nn.Conv2d(12, 12, 3, 2, 1, groups=12),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(12, 4),
             ),
             "batchnorm": lambda: nn.Sequential(
-                nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
-                nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 6),
+                nn.Conv2d(3, 6, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(6),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(6, 8, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU(inplace=True),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(8, 8),
+                nn.ReLU(inplace=True),
+                nn.Linear(8, 6),
             ),
             "residual": Residual,
             "two users": lambda: Residual(two_users=True),
             "reused": Reused,
             "tokens": Tokens,
-        }[name]()  # fmt: skip
+        }[name]()
         net = net.to(dtype).train()
         with torch.no_grad():
             for _ in range(30):
@@ -97,5 +120,7 @@ NETS = ("stride", "dilated", "grouped", "batchnorm", "residual", "two users", "r
 
 
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:
-    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     return Images(pixels, None, pd.DataFrame({"index": range(n)}), "random pictures")

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import issl
-from issl.analysis import statistics
-from issl.analysis.image_statistics import image_statistics
-from issl.analysis.statistics import Estimate
-from issl.experiments import claims
-from issl.reporting import figures
+from issl.audit import claims, figures
+from issl.audit.stats import statistics
+from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
 FLAG = RNG.random(2000) < 0.2
@@ -58,9 +57,9 @@ def test_partial_correlation_removes_a_common_cause() -> None:
     # without controls it is Spearman's own
     from scipy.stats import spearmanr
 
-    assert statistics.partial_spearman(a, b, pd.DataFrame(index=range(3000))).value == pytest.approx(
-        spearmanr(a, b).statistic
-    )
+    assert statistics.partial_spearman(
+        a, b, pd.DataFrame(index=range(3000))
+    ).value == pytest.approx(spearmanr(a, b).statistic)
 
 
 @settings(max_examples=25, deadline=None)
@@ -69,7 +68,9 @@ def test_ranks_alone_matter(seed: int, power: float) -> None:
     rng = np.random.default_rng(seed)
     score, order = rng.random(300) + 0.1, rng.permutation(300)
     flag = rng.random(300) < 0.5
-    assert statistics.enrichment(score, flag, 0.05) == statistics.enrichment(score[order] ** power, flag[order], 0.05)
+    assert statistics.enrichment(score, flag, 0.05) == statistics.enrichment(
+        score[order] ** power, flag[order], 0.05
+    )
 
 
 def test_uniform_frames_are_found_where_the_truth_is_known() -> None:
@@ -136,13 +137,21 @@ def test_verdicts(low: float, profile: str, outcome: str, verdict: str) -> None:
 @pytest.mark.parametrize(
     ("dataset", "changed", "enough"),
     [
-        ("cifar10", {}, True), ("cifar10", {"knn": 0.64}, False), ("cifar10", {"encoders": 2}, False),
-        ("fairface", {"knn": 0.3}, True), ("fairface", {"knn": 0.26}, False), ("cifar100", {"knn": 0.36}, True),
+        ("cifar10", {}, True),
+        ("cifar10", {"knn": 0.64}, False),
+        ("cifar10", {"encoders": 2}, False),
+        ("fairface", {"knn": 0.3}, True),
+        ("fairface", {"knn": 0.26}, False),
+        ("cifar100", {"knn": 0.36}, True),
     ],
-)  # fmt: skip
-def test_a_verdict_needs_encoders_that_have_learned(dataset: str, changed: dict[str, float], enough: bool) -> None:
+)
+def test_a_verdict_needs_encoders_that_have_learned(
+    dataset: str, changed: dict[str, float], enough: bool
+) -> None:
     r = Estimate(0.95, 0.94, 0.96, 9)
-    got = claims.judge("noise_seed_correlation", {"pearson": r}, "overnight", dataset, LEARNED | changed)
+    got = claims.judge(
+        "noise_seed_correlation", {"pearson": r}, "overnight", dataset, LEARNED | changed
+    )
     assert got["outcome"] == "reproduced"
     assert got["verdict"] == ("reproduced" if enough else claims.UNTESTED)
 
@@ -165,7 +174,9 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
 
     one = Estimate(0.5, 0.4, 0.6, 50)
     assert statistics.over_encoders([one]) == one
-    same = statistics.over_encoders([one] * 4)  # nothing between encoders: what is left is the images' error
+    same = statistics.over_encoders(
+        [one] * 4
+    )  # nothing between encoders: what is left is the images' error
     assert same.value == 0.5 and half(same) == pytest.approx(0.1, rel=0.05)
     exact = [Estimate(v, v, v, 50) for v in (0.0, 1.0, 5.0)]  # nothing within: Student's
     student = stats.ttest_1samp([0.0, 1.0, 5.0], 0).confidence_interval()
@@ -176,7 +187,10 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
     assert half(statistics.over_encoders(many)) == pytest.approx(1.96 * both, rel=0.06)
     far = [Estimate(v, v, v, 50) for v in (0.0, 0.5, 1.0)]
-    assert (statistics.over_encoders(far, 0, 1).low, statistics.over_encoders(far, 0, 1).high) == (0, 1)
+    assert (statistics.over_encoders(far, 0, 1).low, statistics.over_encoders(far, 0, 1).high) == (
+        0,
+        1,
+    )
     assert statistics.over_encoders(far).low < 0
     opened = statistics.over_encoders([one, Estimate(0.5, -np.inf, 0.6, 50)])
     assert opened.low == -np.inf and opened.high < 0.7
@@ -186,7 +200,8 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
 
 @pytest.mark.parametrize("between", [0.0, 0.3, 1.0, 10.0])
 def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: float) -> None:
-    """Whichever is larger: the error over images, which the encoders share, or the spread between trainings."""
+    """Whichever is larger: the error over images, which the encoders share, or the spread between
+    trainings."""
     rng, runs = np.random.default_rng(5), 1000
     shared, own = rng.normal(0, 1, (runs, 1)), rng.normal(0, 1, (runs, 3))
     covered = 0
@@ -199,16 +214,23 @@ def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: flo
 @pytest.mark.parametrize(
     ("low", "high", "ceiling", "state"),
     [
-        (0.1, 0.3, 0.6, "holds"), (-0.1, 0.2, 0.6, "undecided"), (-0.3, -0.1, 0.6, "contradicted"),
-        (-0.3, -0.1, 0.2, "undecided"), (0.1, 0.3, 0.2, "holds"), (np.nan, np.nan, 0.6, "undecided"),
+        (0.1, 0.3, 0.6, "holds"),
+        (-0.1, 0.2, 0.6, "undecided"),
+        (-0.3, -0.1, 0.6, "contradicted"),
+        (-0.3, -0.1, 0.2, "undecided"),
+        (0.1, 0.3, 0.2, "holds"),
+        (np.nan, np.nan, 0.6, "undecided"),
     ],
-)  # fmt: skip
+)
 def test_a_test_is_contradicted_only_where_it_could_have_held(
     low: float, high: float, ceiling: float, state: str
 ) -> None:
     needs = claims.Condition(metric="ceiling", bound="value", above=0.3)
     above = claims.Condition(metric="rho", bound="low", above=0.0, needs=needs)
-    metrics = {"rho": Estimate((low + high) / 2, low, high, 9), "ceiling": Estimate(ceiling, 0.0, 1.0, 9)}
+    metrics = {
+        "rho": Estimate((low + high) / 2, low, high, 9),
+        "ceiling": Estimate(ceiling, 0.0, 1.0, 9),
+    }
     assert above.state(metrics) == state
     below = claims.Condition(metric="rho", bound="high", below=0.0, needs=needs)
     assert below.state(metrics | {"rho": Estimate(-(low + high) / 2, -high, -low, 9)}) == state
@@ -222,7 +244,10 @@ def test_a_test_is_contradicted_only_where_it_could_have_held(
 
 
 def test_outcomes() -> None:
-    assert claims.outcome(["holds", "holds"]) == "reproduced" and claims.outcome(["undecided", "holds"]) == "partly"
+    assert (
+        claims.outcome(["holds", "holds"]) == "reproduced"
+        and claims.outcome(["undecided", "holds"]) == "partly"
+    )
     assert claims.outcome(["undecided", "contradicted"]) == "contradicted"
     assert claims.outcome(["undecided", "undecided"]) == "undecided"
 
@@ -241,19 +266,33 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
         seeds=[0],
     )
     written = json.loads((tmp_path / "claim_uniform_backgrounds.json").read_text())
-    assert {"claim", "paper", "dataset", "method", "n", "seeds", "metrics", "verdict", "tests"} <= set(written)
+    assert {
+        "claim",
+        "paper",
+        "dataset",
+        "method",
+        "n",
+        "seeds",
+        "metrics",
+        "verdict",
+        "tests",
+    } <= set(written)
     assert {"profile", "commit", "hardware", "torch", "parameters"} <= set(written["provenance"])
     with pytest.raises(issl.IsslError, match="claim 'nothing'"):
         claims.judge("nothing", {}, "mini", "cifar10")
     with pytest.raises(issl.IsslError, match="'auc' was not measured"):
         claims.judge(
-            "uniform_backgrounds", {k: v for k, v in estimates(1.0).items() if k != "auc"}, "mini", "cifar10", LEARNED
+            "uniform_backgrounds",
+            {k: v for k, v in estimates(1.0).items() if k != "auc"},
+            "mini",
+            "cifar10",
+            LEARNED,
         )
 
 
 def test_every_claim_names_a_notebook_and_its_profiles() -> None:
-    from issl.commands.profiles import profiles
-    from issl.experiments.plans import PLANS
+    from issl.audit.plans import PLANS
+    from issl.audit.profiles import profiles
 
     for entry in claims.claims().values():
         assert entry.notebook in PLANS and set(entry.profiles) <= set(profiles())
@@ -266,5 +305,7 @@ def test_figures_come_with_their_numbers(tmp_path: Path) -> None:
     figures.gallery(ax, images, "ten", columns=4, frames=[True] + [False] * 9)
     paths = figures.save(fig, "f", pd.DataFrame({"a": [1]}), tmp_path, {"profile": "quick"})
     plt.close(fig)
-    assert [p.suffix for p in paths] == [".png", ".pdf", ".csv", ".json"] and all(p.stat().st_size for p in paths)
+    assert [p.suffix for p in paths] == [".png", ".pdf", ".csv", ".json"] and all(
+        p.stat().st_size for p in paths
+    )
     assert len(list(tmp_path.iterdir())) == 4  # nothing half-written beside them

@@ -37,7 +37,9 @@ def test_what_a_backward_pass_holds_is_counted() -> None:
 
 
 @pytest.mark.parametrize(("free", "want"), [(10**12, 64), (100 * 4000, 32), (4000, 1), (0, 1)])
-def test_the_batch_fits_into_what_is_free(free: int, want: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_fits_into_what_is_free(
+    free: int, want: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch_size, "free_bytes", lambda _: free)
     assert choose_batch_size(lambda count: torch.zeros(count, 1000), CPU) == want
 
@@ -49,7 +51,9 @@ def test_the_free_memory_is_that_of_this_machine() -> None:
 def test_auto_gives_the_same_scores() -> None:
     net, images = make("residual"), pictures(40)
     want = issl.self_influence(net, images, curvature=LoGra(4))
-    got = issl.self_influence(net, images, curvature=LoGra(4), computing=Computing(batch_size="auto"))
+    got = issl.self_influence(
+        net, images, curvature=LoGra(4), computing=Computing(batch_size="auto")
+    )
     np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
 
 

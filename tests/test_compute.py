@@ -20,14 +20,15 @@ import pytest
 import torch
 import yaml
 
-from issl.commands import cli, profiles, run, scheduler
-from issl.commands.compute import Bundle, compute
-from issl.commands.profiles import ProfileOptions, read_profile
-from issl.commands.scheduler import Ended, Scheduler
-from issl.commands.workers import Job
-from issl.experiments.cache import Artifacts
-from issl.experiments.plan import Plan
-from issl.experiments.stages import Embed, Evaluate, Influence
+from issl.audit import profiles, run, scheduler
+from issl.audit.cache import Artifacts
+from issl.audit.compute import Bundle, compute
+from issl.audit.plan import Plan
+from issl.audit.profiles import ProfileOptions, read_profile
+from issl.audit.scheduler import Ended, Scheduler
+from issl.audit.stages import Embed, Evaluate, Influence
+from issl.audit.workers import Job
+from issl.commands import cli
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 TINY = {
@@ -55,7 +56,10 @@ def test_what_there_is_to_do_comes_in_order_and_once(tiny: Path, tmp_path: Path)
     plans = read_profile("tiny", ["00_method", "07_outliers"], out=str(tmp_path))
     found = [task.stage for task in Scheduler(plans.values(), lambda _: False).tasks.values()]
     # two notebooks read one encoder each, and the second a network before training
-    assert len(found) == len({s.label for s in found}) and [s.name for s in found].count("pretrain") == 3
+    assert (
+        len(found) == len({s.label for s in found})
+        and [s.name for s in found].count("pretrain") == 3
+    )
     for k, stage in enumerate(found):
         assert all(needed in found[:k] for needed in stage.needs().values())
 
@@ -68,8 +72,14 @@ class Chain(Plan):
     def stages(self):
         data = self.data()
         encoder = self.pretrain()
-        train, test = Embed(pretrain=encoder, data=data), Embed(pretrain=encoder, data=self.data("test"))
-        influence, evaluate = Influence(pretrain=encoder, data=data), Evaluate(train=train, test=test)
+        train, test = (
+            Embed(pretrain=encoder, data=data),
+            Embed(pretrain=encoder, data=self.data("test")),
+        )
+        influence, evaluate = (
+            Influence(pretrain=encoder, data=data),
+            Evaluate(train=train, test=test),
+        )
         return [encoder, influence, train, test, evaluate]
 
 
@@ -98,11 +108,16 @@ def test_what_is_ready_what_is_blocked_and_how_long_it_takes() -> None:
     train.began -= 1e6  # longer than expected: no less than nothing is left of it
     assert s.remaining() == pytest.approx(factor * (rest - train.cost) / 2)
     s.end(influence, Ended(1.0, "no gradient"))
-    assert evaluate.state == "waiting" and s.problem(plan) is influence  # evaluate does not read the scores
+    assert (
+        evaluate.state == "waiting" and s.problem(plan) is influence
+    )  # evaluate does not read the scores
     s.end(train, Ended(1.0, "the time budget is spent", late=True))
     assert train.state == "out of time" and evaluate.state == "blocked" and s.ready() == []
     assert (evaluate.error, evaluate.late) == ("the time budget is spent", True) and s.settled(plan)
-    assert s.count() == "1 done, 1 failed, 1 out of time, 1 cached, 1 blocked" and "blocked" in s.table()
+    assert (
+        s.count() == "1 done, 1 failed, 1 out of time, 1 cached, 1 blocked"
+        and "blocked" in s.table()
+    )
 
 
 def test_what_one_job_of_a_cluster_makes() -> None:
@@ -128,7 +143,9 @@ def test_the_longest_chain_starts_first() -> None:
     s = Scheduler([plan], lambda stage: stage == plan.stages()[0], jobs=2, longest_first=True)
     _, influence, train, test, evaluate = s.tasks.values()
     assert influence.path == influence.cost and train.path == train.cost + evaluate.cost
-    assert [task.path for task in s.ready()] == sorted((influence.path, train.path, test.path), reverse=True)
+    assert [task.path for task in s.ready()] == sorted(
+        (influence.path, train.path, test.path), reverse=True
+    )
     assert s.ready()[0] is max(influence, train, test, key=lambda task: task.path)
     s.end(test, Ended(1.0))
     assert test not in s.ready()
@@ -146,7 +163,9 @@ def test_a_failure_blocks_all_that_follows_from_it() -> None:
     encoder, *others = s.tasks.values()
     s.start(encoder)
     s.end(encoder, Ended(1.0, "batch_size=65"))
-    assert {task.state for task in others} == {"blocked"} and {task.error for task in others} == {"batch_size=65"}
+    assert {task.state for task in others} == {"blocked"} and {task.error for task in others} == {
+        "batch_size=65"
+    }
     assert s.ready() == [] and s.settled(plan) and s.remaining() == 0 and not s.renewed(plan)
 
 
@@ -169,7 +188,11 @@ def test_side_by_side_here_and_then_the_notebooks_only_read(tiny: Path, tmp_path
     said: list[str] = []
     options = ProfileOptions("tiny", only="07", out=tmp_path / "out")
     assert compute(options, jobs=2, say=said.append) == 0
-    assert said[0] == "profile tiny: 16 stages, 16 waiting" and "16 done in" in said[-1] and "s left" in "".join(said)
+    assert (
+        said[0] == "profile tiny: 16 stages, 16 waiting"
+        and "16 done in" in said[-1]
+        and "s left" in "".join(said)
+    )
     assert "simclr seed 0, scenes train n=64" in said[-1]
     again: list[str] = []
     assert compute(options, jobs=2, say=again.append) == 0
@@ -191,12 +214,35 @@ def test_a_failure_is_shown_and_blocks_what_needs_it_alone(tiny: Path, tmp_path:
 
 def test_out_of_time(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert compute(ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append) == 3
-    assert "the same command continues from here" in "\n".join(said) and "2 out of time, 14 blocked" in said[-1]
+    assert (
+        compute(
+            ProfileOptions("tiny", only="07", out=tmp_path / "out", minutes=0.0), say=said.append
+        )
+        == 3
+    )
+    assert (
+        "the same command continues from here" in "\n".join(said)
+        and "2 out of time, 14 blocked" in said[-1]
+    )
 
 
 def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run", "--profile", "tiny", "--only", "07", "--out", str(tmp_path), "--time-budget", "0"]) == 3
+    assert (
+        cli.main(
+            [
+                "run",
+                "--profile",
+                "tiny",
+                "--only",
+                "07",
+                "--out",
+                str(tmp_path),
+                "--time-budget",
+                "0",
+            ]
+        )
+        == 3
+    )
     printed = capsys.readouterr().out
     assert "LATE    07_outliers" in printed and "was not begun, the time budget is spent" in printed
 
@@ -211,9 +257,16 @@ def test_run_out_of_time(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--profile", "huge"], "profile 'huge'"),
     ],
 )
-def test_bad_commands(arguments: list[str], message: str, tiny: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_bad_commands(
+    arguments: list[str], message: str, tiny: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
-    given = ["compute", "--out", str(tmp_path), *([] if "--profile" in arguments else ["--profile", "tiny"])]
+    given = [
+        "compute",
+        "--out",
+        str(tmp_path),
+        *([] if "--profile" in arguments else ["--profile", "tiny"]),
+    ]
     assert cli.main([*given, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -244,7 +297,10 @@ def test_a_real_slurm_trains_two_side_by_side(
     said: list[str] = []
     out = tmp_path / "out"
     options = ProfileOptions("tiny", only="00,07", out=out)
-    assert compute(options, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append) == 0
+    assert (
+        compute(options, jobs=2, cluster="slurm", slurm={"cpus_per_task": "1"}, say=said.append)
+        == 0
+    )
     assert "15 done in" in said[-1]
     times = []
     for path in (out / "artifacts" / "pretrain").glob("*/manifest.json"):
@@ -257,19 +313,28 @@ def test_a_real_slurm_trains_two_side_by_side(
     (a, b), (c, d) = times
     assert max(a, c) < min(b, d), f"one after the other: {times}"
     assert run.run(options) == 0
-    assert "2 of 2 notebooks ended well" in (printed := capsys.readouterr().out) and "stages: 0 computed" in printed
+    assert (
+        "2 of 2 notebooks ended well" in (printed := capsys.readouterr().out)
+        and "stages: 0 computed" in printed
+    )
 
 
 @pytest.mark.slow
-def test_the_documented_command_for_slurm(tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path) -> None:
+def test_the_documented_command_for_slurm(
+    tiny: Path, tmp_path: Path, slurm, monkeypatch, repository: Path
+) -> None:
     """As it stands, GPU and all, on a profile that takes seconds."""
     (line,) = re.findall(
-        r"^issl compute .*--cluster slurm.*$", (repository / "docs/scale.md").read_text(), re.MULTILINE
+        r"^issl compute .*--cluster slurm.*$",
+        (repository / "docs/scale.md").read_text(),
+        re.MULTILINE,
     )
     monkeypatch.setattr(profiles, "profiles", lambda: {"paper": tiny})
     given = [*shlex.split(line)[1:], "cpus_per_task=1"]
     assert cli.main([*given, "--only", "00", "--out", str(tmp_path)]) == 0
-    made = json.loads(next((tmp_path / "artifacts" / "pretrain").glob("*/manifest.json")).read_text())
+    made = json.loads(
+        next((tmp_path / "artifacts" / "pretrain").glob("*/manifest.json")).read_text()
+    )
     assert made["made_with"]
 
 
@@ -296,16 +361,25 @@ def test_scores_in_parts_on_slurm(tmp_path: Path, slurm, capsys) -> None:
     said = capsys.readouterr().out
     assert "fit: 2 jobs" in said and "merge: 1 jobs" in said and "score: 2 jobs" in said
     assert cli.main([*given, str(tmp_path / "one.parquet")]) == 0
-    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(tmp_path / "all" / "scores")
+    one, parts = (
+        pd.read_parquet(tmp_path / "one.parquet"),
+        pd.read_parquet(tmp_path / "all" / "scores"),
+    )
     pd.testing.assert_frame_equal(one, parts, rtol=1e-5)
 
 
-def test_all_of_a_profile_is_all_that_a_run_reads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_a_profile_is_all_that_a_run_reads(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the images of the report."""
     change(tiny)
-    plans = yaml.safe_load(tiny.read_text()) | {"report": {"methods": ["simclr"], "shown": 32, "rank": 2}}
+    plans = yaml.safe_load(tiny.read_text()) | {
+        "report": {"methods": ["simclr"], "shown": 32, "rank": 2}
+    }
     tiny.write_text(yaml.safe_dump(plans))
-    monkeypatch.setattr("issl.commands.profiles.covered", lambda profile: [])  # of all notebooks: none, for speed
+    monkeypatch.setattr(
+        "issl.audit.profiles.covered", lambda profile: []
+    )  # of all notebooks: none, for speed
     assert compute(ProfileOptions("tiny", out=tmp_path), say=lambda _: None) == 0
     plan = read_profile("tiny", ["report"], out=str(tmp_path))["report"]
     assert all(Artifacts(tmp_path / "artifacts").has(stage) for stage in plan.stages())

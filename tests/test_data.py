@@ -33,7 +33,9 @@ def test_scenes_are_deterministic_and_nested() -> None:
 
 
 def test_scenes_keep_their_shares() -> None:
-    config = scenes.ScenesConfig(uniform=0.5, minority=0.1, exact_duplicates=0.05, near_duplicates=0.05, atypical=0.1)
+    config = scenes.ScenesConfig(
+        uniform=0.5, minority=0.1, exact_duplicates=0.05, near_duplicates=0.05, atypical=0.1
+    )
     a = scenes.draw(3000, config=config).attributes
     plain = a[a["atypical"] == ""]
     assert plain["uniform"].mean() == pytest.approx(0.5, abs=0.04)
@@ -45,7 +47,9 @@ def test_scenes_keep_their_shares() -> None:
 
 
 def test_duplicates_are_what_they_say() -> None:
-    images = scenes.draw(1500, config=scenes.ScenesConfig(exact_duplicates=0.05, near_duplicates=0.05))
+    images = scenes.draw(
+        1500, config=scenes.ScenesConfig(exact_duplicates=0.05, near_duplicates=0.05)
+    )
     a = images.attributes
     copies = a[a["duplicate_of"] >= 0]
     assert (copies["duplicate_of"] < copies["index"]).all()
@@ -64,7 +68,9 @@ def test_another_background_changes_the_background_alone() -> None:
     assert torch.equal(a.masks, b.masks)
     difference = a.pixels.movedim(1, 3)[inside].int() - b.pixels.movedim(1, 3)[inside].int()
     assert int(difference.abs().max()) <= 1  # a mask of 255 is an opacity of 0.998 or more
-    assert (a.pixels.movedim(1, 3)[(a.masks == 0) & inside.any(1).any(1)[:, None, None]] > 225).all()
+    assert (
+        a.pixels.movedim(1, 3)[(a.masks == 0) & inside.any(1).any(1)[:, None, None]] > 225
+    ).all()
 
 
 def test_scenes_bad_input() -> None:
@@ -94,7 +100,9 @@ def test_subset_keeps_identity() -> None:
 def test_an_attribute_that_is_not_there_is_said_with_those_that_are() -> None:
     images = issl.load("scenes", n=8)
     assert list(images.require(["group", "background"])) == ["group", "background"]
-    with pytest.raises(issl.IsslError, match=r"scenes has no attribute 'race'; choose among index, .*group"):
+    with pytest.raises(
+        issl.IsslError, match=r"scenes has no attribute 'race'; choose among index, .*group"
+    ):
         images.require(["group", "race"])
 
 
@@ -114,7 +122,9 @@ def test_cifar100_parquet(tmp_path: Path, pixels: np.ndarray) -> None:
     images = issl.load("cifar100", root=tmp_path)
     rows = images.attributes["row"].tolist()  # in the file: the set has an order of its own
     np.testing.assert_array_equal(images.pixels, pixels[rows])
-    assert images.labels.tolist() == rows and images.attributes["label_name"][3] == f"kind {rows[3]}"
+    assert (
+        images.labels.tolist() == rows and images.attributes["label_name"][3] == f"kind {rows[3]}"
+    )
     assert datasets.count("cifar100", root=tmp_path) == 12
     some = issl.load("cifar100", n=5, root=tmp_path, seed=3)
     np.testing.assert_array_equal(some.pixels, images.pixels[some.index])
@@ -131,9 +141,13 @@ COARSE = """
 
 
 def test_superclasses_are_the_published_ones() -> None:
-    numbers = {name: k for k, name in enumerate(superclasses.SUPERCLASSES)}  # alphabetical, as they are numbered
+    numbers = {
+        name: k for k, name in enumerate(superclasses.SUPERCLASSES)
+    }  # alphabetical, as they are numbered
     assert [numbers[name] for name in superclasses.OF_CLASS] == [int(k) for k in COARSE.split()]
-    assert len(set(superclasses.CLASSES)) == 100 and all(len(c) == 5 for c in superclasses.SUPERCLASSES.values())
+    assert len(set(superclasses.CLASSES)) == 100 and all(
+        len(c) == 5 for c in superclasses.SUPERCLASSES.values()
+    )
 
 
 def test_cifar100_has_superclasses_in_both_layouts(
@@ -161,19 +175,29 @@ def test_cifar100_has_superclasses_in_both_layouts(
         sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
     monkeypatch.setattr(kind, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(kind, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]})
+    monkeypatch.setattr(
+        kind, "meta", {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
+    )
     for layout in ("a", "b"):
         images = issl.load("cifar100", root=tmp_path / layout)
         rows = images.attributes["row"].tolist()
         np.testing.assert_array_equal(images.pixels, pixels[rows])
         there = images.attributes.sort_values("row")
-        assert there["superclass"].tolist() == wanted and images.labels.tolist() == [fine[k] for k in rows]
+        assert there["superclass"].tolist() == wanted and images.labels.tolist() == [
+            fine[k] for k in rows
+        ]
         assert there["label_name"].tolist() == [superclasses.CLASSES[k] for k in fine]
-        assert images.subset([3, 0]).attributes["superclass"].tolist() == [wanted[rows[3]], wanted[rows[0]]]
+        assert images.subset([3, 0]).attributes["superclass"].tolist() == [
+            wanted[rows[3]],
+            wanted[rows[0]],
+        ]
 
 
-def test_cifar10_in_torchvisions_layout(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small archive with the real structure; the checksums that torchvision verifies are those of its files."""
+def test_cifar10_in_torchvisions_layout(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small archive with the real structure; the checksums that torchvision verifies are those of
+    its files."""
     base = write_batches(tmp_path, pixels, monkeypatch)
     kind = torchvision.datasets.CIFAR10
     assert (kind.__name__, kind.base_folder) == published.SOURCES["cifar10"].torchvision
@@ -194,8 +218,14 @@ def test_image_folder(tmp_path: Path, pixels: np.ndarray) -> None:
         (tmp_path / name).write_bytes(png(pixels[k]))
     images = issl.load(f"folder:{tmp_path}")
     np.testing.assert_array_equal(images.pixels, pixels[:3])
-    assert images.labels.tolist() == [0, 0, 1] and images.attributes["label_name"].tolist() == ["a", "a", "b"]
-    (tmp_path / "wide.png").write_bytes(png(np.tile(pixels[0], (1, 1, 3))))  # 96 wide: the middle third is kept
+    assert images.labels.tolist() == [0, 0, 1] and images.attributes["label_name"].tolist() == [
+        "a",
+        "a",
+        "b",
+    ]
+    (tmp_path / "wide.png").write_bytes(
+        png(np.tile(pixels[0], (1, 1, 3)))
+    )  # 96 wide: the middle third is kept
     images = issl.load(f"folder:{tmp_path}", size=32)
     assert images.labels is None
     np.testing.assert_array_equal(images.pixels[-1], pixels[0])
@@ -217,7 +247,9 @@ def read_with(folder: Path, capsys: pytest.CaptureFixture[str], **how) -> tuple[
     return images.attributes["path"].tolist(), capsys.readouterr().err
 
 
-def test_linked_folders_are_classes_and_circles_end(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+def test_linked_folders_are_classes_and_circles_end(
+    tmp_path: Path, pixels: np.ndarray, capsys
+) -> None:
     for k, name in enumerate(["store/cat/1.png", "store/cat/old/2.png", "set/dog/1.png"]):
         saved(tmp_path / name, pixels[k])
     folder = tmp_path / "set"
@@ -225,18 +257,36 @@ def test_linked_folders_are_classes_and_circles_end(tmp_path: Path, pixels: np.n
     (folder / "kitten").symlink_to("../store/cat")  # the same once more
     (folder / "dog/2.png").symlink_to(tmp_path / "store/cat/1.png")
     paths, said = read_with(folder, capsys)
-    there = ["cat/1.png", "cat/old/2.png", "dog/1.png", "dog/2.png", "kitten/1.png", "kitten/old/2.png"]
+    there = [
+        "cat/1.png",
+        "cat/old/2.png",
+        "dog/1.png",
+        "dog/2.png",
+        "kitten/1.png",
+        "kitten/old/2.png",
+    ]
     assert paths == there and said == ""
     images = issl.load(f"folder:{folder}")
-    assert images.attributes["label_name"].tolist() == ["cat", "cat", "dog", "dog", "kitten", "kitten"]
+    assert images.attributes["label_name"].tolist() == [
+        "cat",
+        "cat",
+        "dog",
+        "dog",
+        "kitten",
+        "kitten",
+    ]
     np.testing.assert_array_equal(images.pixels[:], pixels[[0, 1, 2, 0, 0, 1]])
     (folder / "dog/self").symlink_to(".")
     (folder / "dog/up").symlink_to(folder)
     (folder / "dog/above").symlink_to(tmp_path)
-    (tmp_path / "store/cat/back").symlink_to(folder)  # through a link, three times: cat, kitten, and nowhere else
+    (tmp_path / "store/cat/back").symlink_to(
+        folder
+    )  # through a link, three times: cat, kitten, and nowhere else
     (tmp_path / "store/cat/old/across").symlink_to(tmp_path / "store/cat")
     paths, said = read_with(folder, capsys)
-    assert paths == there and said == "folder:set: left out 7 files or folders: 7 linked in a circle\n"
+    assert (
+        paths == there and said == "folder:set: left out 7 files or folders: 7 linked in a circle\n"
+    )
     assert datasets.count(f"folder:{folder}") == 6
     (folder / "gone").symlink_to(tmp_path / "no such folder")
     (folder / "round.png").symlink_to("round.png")
@@ -251,7 +301,9 @@ def test_a_link_to_each_other_ends_too(tmp_path: Path, pixels: np.ndarray, capsy
     paths, said = read_with(tmp_path / "set", capsys)
     assert {p.split("/")[0] for p in paths} == set("abc") and "linked in a circle" in said
     assert {"a/1.png", "a/to-b/1.png", "a/to-b/to-c/1.png"} <= set(paths)
-    assert not any(p.count("to-a") and p.startswith("a/") for p in paths)  # none is its own ancestor
+    assert not any(
+        p.count("to-a") and p.startswith("a/") for p in paths
+    )  # none is its own ancestor
 
 
 def test_only_linked_classes(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -265,20 +317,55 @@ def test_only_linked_classes(tmp_path: Path, pixels: np.ndarray) -> None:
 
 def test_every_ending_that_pillow_reads(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
     kinds = {
-        "jfif": "JPEG", "jpe": "JPEG", "JPG": "JPEG", "Jpeg": "JPEG", "pjpeg": "JPEG", "jif": "JPEG", "png": "PNG",
-        "bmp": "BMP", "dib": "BMP", "gif": "GIF", "ico": "ICO", "pcx": "PCX", "ppm": "PPM", "pgm": "PPM", "pnm": "PPM",
-        "apng": "PNG", "qoi": "QOI", "rgb": "SGI", "tga": "TGA", "tif": "TIFF", "tiff": "TIFF", "webp": "WEBP",
-        "avif": "AVIF", "jp2": "JPEG2000",
-    }  # fmt: skip
-    there = [saved(tmp_path / f"x.{ending}", pixels[0], kind) for ending, kind in kinds.items() if kind in Image.SAVE]
+        "jfif": "JPEG",
+        "jpe": "JPEG",
+        "JPG": "JPEG",
+        "Jpeg": "JPEG",
+        "pjpeg": "JPEG",
+        "jif": "JPEG",
+        "png": "PNG",
+        "bmp": "BMP",
+        "dib": "BMP",
+        "gif": "GIF",
+        "ico": "ICO",
+        "pcx": "PCX",
+        "ppm": "PPM",
+        "pgm": "PPM",
+        "pnm": "PPM",
+        "apng": "PNG",
+        "qoi": "QOI",
+        "rgb": "SGI",
+        "tga": "TGA",
+        "tif": "TIFF",
+        "tiff": "TIFF",
+        "webp": "WEBP",
+        "avif": "AVIF",
+        "jp2": "JPEG2000",
+    }
+    there = [
+        saved(tmp_path / f"x.{ending}", pixels[0], kind)
+        for ending, kind in kinds.items()
+        if kind in Image.SAVE
+    ]
     assert len(there) > 20
-    for other in ("notes.txt", "table.csv", "about.json", "Thumbs.db", "features.h5", "film.mpg", "run.fit", "README"):
+    for other in (
+        "notes.txt",
+        "table.csv",
+        "about.json",
+        "Thumbs.db",
+        "features.h5",
+        "film.mpg",
+        "run.fit",
+        "README",
+    ):
         (tmp_path / other).write_bytes(b"not a picture")
     paths, said = read_with(tmp_path, capsys)
     assert paths == sorted(p.name for p in there) and said == ""
 
 
-def test_what_this_pillow_cannot_read_is_counted(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
+def test_what_this_pillow_cannot_read_is_counted(
+    tmp_path: Path, pixels: np.ndarray, capsys
+) -> None:
     folder = tmp_path / "phone"
     saved(folder / "a.jpg", pixels[0])
     for name in ("IMG_1.HEIC", "IMG_2.heic", "b/IMG_3.dng", "c.jxl"):
@@ -288,9 +375,17 @@ def test_what_this_pillow_cannot_read_is_counted(tmp_path: Path, pixels: np.ndar
     saved(folder / "d.png_large", pixels[1], "PNG")
     saved(folder / ".ipynb_checkpoints/a-checkpoint.jpg", pixels[0])
     paths, said = read_with(folder, capsys)
-    assert paths == ["a.jpg"] and said.startswith("folder:phone: left out 7 files: 2 .heic (this Pillow cannot read")
+    assert paths == ["a.jpg"] and said.startswith(
+        "folder:phone: left out 7 files: 2 .heic (this Pillow cannot read"
+    )
     assert said.count("\n") == 1
-    for part in ("1 .dng (", "1 .jxl (", "1 hidden", "1 without an ending (images by their content", "1 .png_large ("):
+    for part in (
+        "1 .dng (",
+        "1 .jxl (",
+        "1 hidden",
+        "1 without an ending (images by their content",
+        "1 .png_large (",
+    ):
         assert part in said, part
     assert read_with(folder, capsys, quiet=True)[1] == ""
     assert read_with(folder, capsys, n=1)[1] == said  # once for each load
@@ -334,18 +429,36 @@ def test_a_plugin_makes_them_readable(
 def test_hidden_folders_are_no_classes(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
     folder = tmp_path / ".cache" / "photos"  # where it is hidden does not matter
     for k, name in enumerate(
-        ["cat/1.png", "dog/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", ".thumbs/a/1.png", "._1.png"]
+        [
+            "cat/1.png",
+            "dog/1.png",
+            "cat/.ipynb_checkpoints/1-checkpoint.png",
+            ".thumbs/a/1.png",
+            "._1.png",
+        ]
     ):
         saved(folder / name, pixels[k])
     paths, said = read_with(folder, capsys)
-    assert paths == ["cat/1.png", "dog/1.png"] and said == "folder:photos: left out 3 files: 3 hidden\n"
+    assert (
+        paths == ["cat/1.png", "dog/1.png"]
+        and said == "folder:photos: left out 3 files: 3 hidden\n"
+    )
     assert issl.load(f"folder:{folder}").labels.tolist() == [0, 1]
 
 
 def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarray) -> None:
     """The order, the indices and the key of a folder with nothing new in it."""
     for k, name in enumerate(
-        ["b/2.JPG", "b/10.jpg", "a-b/1.png", "a/x.tif", "a/b/y.gif", "Z/1.bmp", "a/é.webp", "z.jpeg"]
+        [
+            "b/2.JPG",
+            "b/10.jpg",
+            "a-b/1.png",
+            "a/x.tif",
+            "a/b/y.gif",
+            "Z/1.bmp",
+            "a/é.webp",
+            "z.jpeg",
+        ]
     ):
         saved(tmp_path / name, pixels[k])
     (tmp_path / "notes.txt").write_text("no image")
@@ -354,23 +467,44 @@ def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarr
     names = [p.relative_to(tmp_path).as_posix() for p in files]
     images = issl.load(f"folder:{tmp_path}", size=16)
     assert images.attributes["path"].tolist() == names
-    by_path = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 2 for name in names]
+    by_path = [
+        int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 2 for name in names
+    ]
     assert images.index.tolist() == by_path
-    rows = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in zip(names, files, strict=True)]
-    assert datasets.identity(f"folder:{tmp_path}").digest == hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + "-2"
+    rows = [
+        (name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in zip(names, files, strict=True)
+    ]
+    assert (
+        datasets.identity(f"folder:{tmp_path}").digest
+        == hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + "-2"
+    )
 
 
 def test_archives_take_what_folders_take(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
         for name in ("./0.png", "./._0.png", "1.jfif", "2.avif", "3.heic", "3.cls"):
-            data = b"7" if name == "3.cls" else b"x" * 99 if name == "3.heic" else b"" if "._" in name else None
+            data = (
+                b"7"
+                if name == "3.cls"
+                else b"x" * 99
+                if name == "3.heic"
+                else b""
+                if "._" in name
+                else None
+            )
             if data is None:
-                data = saved(tmp_path / "x.png", pixels[0], "AVIF" if "avif" in name else None).read_bytes()
+                data = saved(
+                    tmp_path / "x.png", pixels[0], "AVIF" if "avif" in name else None
+                ).read_bytes()
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     images = issl.load(f"tar:{tmp_path / 'set.tar'}", size=16)
-    assert images.attributes["path"].tolist() == ["set.tar/./0.png", "set.tar/1.jfif", "set.tar/2.avif"]
+    assert images.attributes["path"].tolist() == [
+        "set.tar/./0.png",
+        "set.tar/1.jfif",
+        "set.tar/2.avif",
+    ]
     assert len(images.tensor()) == 3
     assert capsys.readouterr().err == (
         "tar:set.tar: left out 2 files: 1 hidden, 1 .heic (this Pillow cannot read them)\n"
@@ -387,7 +521,9 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
     fails("is not a folder", root=tmp_path / "nowhere")
     fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10", "cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
-    path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", {"label": [1] * 12}, pixels)
+    path = write_parquet(
+        tmp_path, "cifar10/plain_text", "train", "img", {"label": [1] * 12}, pixels
+    )
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     fails("not a readable parquet file")
@@ -402,7 +538,9 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
     out = io.BytesIO()
     Image.fromarray(pixels[0].transpose(1, 2, 0)).resize((200, 200)).save(out, "jpeg")
     (empty / "half.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
-    fails(r"1 of 1 images cannot be decoded: .*half.jpg \(image file is truncated", f"folder:{empty}")
+    fails(
+        r"1 of 1 images cannot be decoded: .*half.jpg \(image file is truncated", f"folder:{empty}"
+    )
 
 
 def test_no_data_root_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +551,9 @@ def test_no_data_root_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         published.download("mnist", "x")
 
 
-def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_without_network_says_where_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_, **__):
         raise OSError("no route to host")
 
@@ -428,9 +568,14 @@ def test_download_without_network_says_where_files_go(tmp_path: Path, monkeypatc
 @pytest.mark.data
 def test_real_cifar10_and_fairface(data_root: Path) -> None:
     images = issl.load("cifar10", n=300, root=data_root)
-    assert images.pixels.shape == (300, 3, 32, 32) and images.attributes["label_name"].nunique() == 10
+    assert (
+        images.pixels.shape == (300, 3, 32, 32) and images.attributes["label_name"].nunique() == 10
+    )
     assert 100 < float(images.pixels.float().mean()) < 140
     assert datasets.count("cifar10", "test", data_root) == 10_000
     faces = issl.load("fairface", n=100, root=data_root)
     assert faces.pixels.shape == (100, 3, 64, 64)
-    assert set(faces.attributes["gender"]) == {"Male", "Female"} and faces.attributes["race"].nunique() > 4
+    assert (
+        set(faces.attributes["gender"]) == {"Male", "Female"}
+        and faces.attributes["race"].nunique() > 4
+    )

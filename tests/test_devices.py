@@ -1,4 +1,5 @@
-"""The machine: precision that is restored, GPUs that cannot be used, memory that runs out or is limited."""
+"""The machine: precision that is restored, GPUs that cannot be used, memory that runs out or is
+limited."""
 
 from __future__ import annotations
 
@@ -16,13 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from torch._dynamo.testing import CompileCounter
 
 import issl
-from issl import devices
-from issl.analysis import evaluate
-from issl.commands import workers
-from issl.commands.scheduler import Task
-from issl.commands.workers import Job, Workers, visible_gpus
+from issl import devices, evaluate
+from issl.audit import workers
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.scheduler import Task
+from issl.audit.workers import Job, Workers, visible_gpus
 from issl.devices import Batches, free_memory, full_precision, pick_device
-from issl.experiments.cache import Artifacts, Stage
 from issl.influence import gradient_store
 from issl.influence.computing import Computing
 from issl.influence.self_influence import self_influence
@@ -33,14 +33,19 @@ from issl.shards import from_torchrun
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
-# --- precision ---------------------------------------------------------------------------------------------
+# --- precision
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def precision():
     """What tests change, restored."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (matmul.fp32_precision, cudnn.conv.fp32_precision) if NEW else (matmul.allow_tf32, cudnn.allow_tf32)
+    before = (
+        (matmul.fp32_precision, cudnn.conv.fp32_precision)
+        if NEW
+        else (matmul.allow_tf32, cudnn.allow_tf32)
+    )
     yield
     if NEW:
         matmul.fp32_precision, cudnn.conv.fp32_precision = before
@@ -57,7 +62,10 @@ def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision
         assert matmul.fp32_precision == conv.fp32_precision == "ieee"
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
         raise ZeroDivisionError
-    assert matmul.fp32_precision == conv.fp32_precision == mine and not torch.backends.cudnn.deterministic
+    assert (
+        matmul.fp32_precision == conv.fp32_precision == mine
+        and not torch.backends.cudnn.deterministic
+    )
 
 
 @pytest.mark.parametrize("mine", [True, False])
@@ -86,19 +94,20 @@ def test_features_losses_and_votes_are_computed_in_full_precision(precision: Non
     assert len(seen) == 3 and all(seen)
 
 
-# --- a GPU that cannot be used -----------------------------------------------------------------------------
+# --- a GPU that cannot be used
+# -----------------------------------------------------------------------------
 
 
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None = "535.104.05", cuda="13.2") -> None:
+def machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None = "535.104.05", cuda="13.2"
+) -> None:
     """With a GPU that torch does not see."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "nvidia0").touch()
     monkeypatch.setattr(devices, "NODES", tmp_path / "dev")
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     if driver is not None:
-        text = (
-            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
-        )
+        text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
         (tmp_path / "version").write_text(text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -109,7 +118,8 @@ def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     machine(tmp_path, monkeypatch)
     for name in ("auto", "cuda"):
         with pytest.raises(
-            issl.IsslError, match=r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu"
+            issl.IsslError,
+            match=r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu",
         ):
             pick_device(name)
     assert pick_device("cpu").type == "cpu"
@@ -117,14 +127,20 @@ def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pick_device("auto").type == "cpu"
 
 
-def test_a_torch_without_cuda_on_a_machine_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_cuda_on_a_machine_with_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(tmp_path, monkeypatch, driver=None, cuda=None)
     with pytest.raises(issl.IsslError, match="built without CUDA; install a build with it"):
         pick_device("auto")
 
 
-def test_a_machine_without_a_gpu_computes_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(tmp_path, monkeypatch)  # a container without the GPU sees the driver's version, but no GPU
+def test_a_machine_without_a_gpu_computes_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(
+        tmp_path, monkeypatch
+    )  # a container without the GPU sees the driver's version, but no GPU
     (tmp_path / "dev" / "nvidia0").unlink()
     (tmp_path / "dev" / "nvidiactl").touch()
     assert pick_device("auto").type == "cpu"
@@ -136,11 +152,15 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(issl.IsslError, match="process 3 on a machine with 2 GPUs"), from_torchrun(torch.device("cuda")):
+    with (
+        pytest.raises(issl.IsslError, match="process 3 on a machine with 2 GPUs"),
+        from_torchrun(torch.device("cuda")),
+    ):
         pass
 
 
-# --- compilation -------------------------------------------------------------------------------------------
+# --- compilation
+# -------------------------------------------------------------------------------------------
 
 
 def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
@@ -159,8 +179,8 @@ def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
 
 
 def test_the_twelfth_shape_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one function, in one process: torch stops at eight by itself. By a backend that only counts, and needs no
-    compiler."""
+    """Of one function, in one process: torch stops at eight by itself. By a backend that only
+    counts, and needs no compiler."""
     seen = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
     monkeypatch.setattr(loop, "lacking_for_compilation", lambda: None)
@@ -170,10 +190,13 @@ def test_the_twelfth_shape_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen.frame_count == 12
 
 
-# --- memory ------------------------------------------------------------------------------------------------
+# --- memory
+# ------------------------------------------------------------------------------------------------
 
 
-def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_the_gpus_memory_runs_out_batches_are_halved(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sizes = []
 
     def run(part: slice) -> list[int]:
@@ -184,7 +207,12 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.Captur
 
     batches = Batches(8)
     parts = list(batches(slice(2, 21), run))
-    assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [8, 4, *[2] * 9, 1]
+    assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [
+        8,
+        4,
+        *[2] * 9,
+        1,
+    ]
     assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
     assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
@@ -197,7 +225,10 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(capsys: pytest.Captur
 
 def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
     net, images = nets.make("batchnorm", torch.float32), nets.pictures(12)
-    whole, features = self_influence(net, images, computing=Computing(batch_size=12)), evaluate.embed(net, images)
+    whole, features = (
+        self_influence(net, images, computing=Computing(batch_size=12)),
+        evaluate.embed(net, images),
+    )
     small = SimpleNamespace(failures=0)
 
     def crowded(_: object, args: tuple[torch.Tensor]) -> None:
@@ -207,14 +238,18 @@ def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None
 
     net[0].register_forward_pre_hook(crowded)
     np.testing.assert_allclose(
-        self_influence(net, images, computing=Computing(batch_size=12))["influence"], whole["influence"], rtol=1e-5
+        self_influence(net, images, computing=Computing(batch_size=12))["influence"],
+        whole["influence"],
+        rtol=1e-5,
     )
     torch.testing.assert_close(evaluate.embed(net, images), features)
     assert small.failures >= 2
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_containers_limit_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_containers_limit_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
     plain = free_memory()  # no cgroups: the machine's
@@ -222,7 +257,10 @@ def test_a_containers_limit_counts(version: int, tmp_path: Path, monkeypatch: py
     root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
     limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
     (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
-    for folder, most, now in ((root / "slurm", "1000000", 400_000), (root / "slurm" / "job", "9000000", 100_000)):
+    for folder, most, now in (
+        (root / "slurm", "1000000", 400_000),
+        (root / "slurm" / "job", "9000000", 100_000),
+    ):
         folder.mkdir(parents=True)
         (folder / f"memory.{limit}").write_text(most + "\n")
         (folder / f"memory.{usage}").write_text(f"{now}\n")
@@ -230,12 +268,16 @@ def test_a_containers_limit_counts(version: int, tmp_path: Path, monkeypatch: py
     (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
     chosen = gradient_store.choose_memory(Computing(), 400_000)
-    assert chosen.memory != "ram" and gradient_store.choose_memory(Computing(), 300_000).memory == "ram"
+    assert (
+        chosen.memory != "ram"
+        and gradient_store.choose_memory(Computing(), 300_000).memory == "ram"
+    )
     (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == min(8_900_000, psutil.virtual_memory().available)
 
 
-# --- jobs --------------------------------------------------------------------------------------------------
+# --- jobs
+# --------------------------------------------------------------------------------------------------
 
 
 class Seen(Stage):
@@ -261,7 +303,8 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     with Workers(2, ["3", "5"]) as both:
         for number in range(2):
             both.start(
-                Task(Seen(number=number), "seen", [], 0.0, "running"), Job(Seen(number=number), tmp_path, "cpu", 1)
+                Task(Seen(number=number), "seen", [], 0.0, "running"),
+                Job(Seen(number=number), tmp_path, "cpu", 1),
             )
         while both.idle < 2:
             assert all(ended.error == "" for _, ended in both.ended())
@@ -270,7 +313,8 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert seen == {"3", "5"}
 
 
-# --- the probe on a GPU ------------------------------------------------------------------------------------
+# --- the probe on a GPU
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("c", evaluate.PENALTIES)

@@ -1,4 +1,5 @@
-"""Curvatures against brute force, cross-influence, draws, memory, precision: the engine beyond the plain score."""
+"""Curvatures against brute force, cross-influence, draws, memory, precision: the engine beyond the
+plain score."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from test_influence import NOISE, resnet
 from torch import Tensor, nn
 
 import issl
-from issl import EKFAC, Computing, Diagonal, Exact, Identity, LoGra, cross_influence, self_influence, top_influences
+from issl import (
+    EKFAC,
+    Computing,
+    Diagonal,
+    Exact,
+    Identity,
+    LoGra,
+    cross_influence,
+    self_influence,
+    top_influences,
+)
 from issl.influence import reference
 from issl.influence.curvature import Curvature, Whitening, effective_damping, leading_rows
 from issl.influence.layers import scored_layers
@@ -61,9 +72,13 @@ def test_diagonal_equals_the_reference(name: str) -> None:
     net, images = make(name), pictures(20)
     _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     want = reference.self_influence(gradients, 0.3, diagonal=True)
-    np.testing.assert_allclose(self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9)
+    np.testing.assert_allclose(
+        self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9
+    )
     query = pictures(4, seed=9)
-    want = reference.cross_influence(gradients, reference.gradients(net, query, NOISE.keyed(0))[1], 0.3, diagonal=True)
+    want = reference.cross_influence(
+        gradients, reference.gradients(net, query, NOISE.keyed(0))[1], 0.3, diagonal=True
+    )
     got = cross_influence(net, images, query, NOISE, Diagonal(0.3))
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
 
@@ -80,10 +95,14 @@ def test_ekfac_equals_brute_force(name: str) -> None:
     want = reference.self_influence(rotated, 0.1, diagonal=True)
     got = self_influence(net, images, NOISE, EKFAC(0.1))
     np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
-    np.testing.assert_allclose(got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"])
+    np.testing.assert_allclose(
+        got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"]
+    )
     query = pictures(4, seed=9)
     _, g_query = reference.gradients(net, query, NOISE.keyed(0))
-    want = reference.cross_influence(rotated, reference.project(g_query, rotations), 0.1, diagonal=True)
+    want = reference.cross_influence(
+        rotated, reference.project(g_query, rotations), 0.1, diagonal=True
+    )
     got = cross_influence(net, images, query, NOISE, EKFAC(0.1))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8 * float(want.abs().max()))
 
@@ -101,23 +120,27 @@ def test_pca_keeps_the_leading_directions(name: str) -> None:
     np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
     assert got["grad_norm"].isna().all()
     full = self_influence(net, images, NOISE, LoGra(10_000, projection="pca"))
-    np.testing.assert_allclose(full["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6)
+    np.testing.assert_allclose(
+        full["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6
+    )
 
 
 def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
     net, images = make("batchnorm"), pictures(30)
     pca = LoGra(3, projection="pca", fit=10)
     base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
-    assert not np.allclose(base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"])
+    assert not np.allclose(
+        base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"]
+    )
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
     other = self_influence(net, images.subset(order), NOISE, pca, computing=Computing(batch_size=7))
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
 
 
 def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
-    x = torch.randn(400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.linspace(
-        3, 0.1, 300
-    )
+    x = torch.randn(
+        400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ) * torch.linspace(3, 0.1, 300)
     moment = x.T @ x
     few, dense = leading_rows(moment, 5), torch.linalg.eigh(moment).eigenvectors[:, -5:].T
     torch.testing.assert_close(few.T @ few, dense.T @ dense, rtol=1e-8, atol=1e-10)
@@ -127,14 +150,19 @@ def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
 def test_rank_may_be_a_share_of_the_layer() -> None:
     net, images = make("stride"), pictures(12)
     full = self_influence(net, images, NOISE, LoGra(1.0))
-    np.testing.assert_allclose(full["influence"], self_influence(net, images, NOISE, Exact())["influence"], rtol=1e-7)
+    np.testing.assert_allclose(
+        full["influence"], self_influence(net, images, NOISE, Exact())["influence"], rtol=1e-7
+    )
     layer = scored_layers(net)["0"]  # 5 × 27
     assert LoGra(0.5).ranks(layer) == (3, 14) and LoGra(1).ranks(layer) == (1, 1)
 
 
-@pytest.mark.parametrize("curvature", [Exact(), LoGra(3), Diagonal(), EKFAC()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "curvature", [Exact(), LoGra(3), Diagonal(), EKFAC()], ids=lambda c: type(c).__name__
+)
 def test_one_damping_rule(curvature) -> None:
-    """Relative λ is a fraction of the mean diagonal; given as a value it gives the same score, as a sweep does."""
+    """Relative λ is a fraction of the mean diagonal; given as a value it gives the same score, as a
+    sweep does."""
     net, images = make("stride"), pictures(40)
     base = self_influence(net, images, NOISE, curvature, sweep=(0.01, 2.0))
     for value in (0.01, 2.0):
@@ -142,7 +170,9 @@ def test_one_damping_rule(curvature) -> None:
         np.testing.assert_allclose(base[f"influence@{value:g}"], alone["influence"], rtol=1e-12)
         for layer, effective in alone.attrs["damping"].items():
             assert effective == pytest.approx(base.attrs["damping"][layer] * value / 0.1)
-    assert (base["influence@0.01"] > base["influence"]).all() and (base["influence"] > base["influence@2"]).all()
+    assert (base["influence@0.01"] > base["influence"]).all() and (
+        base["influence"] > base["influence@2"]
+    ).all()
     one = dataclasses.replace(curvature, damping=base.attrs["damping"]["0"], absolute=True)
     others = [n for n in scored_layers(net) if n != "0"]
     np.testing.assert_allclose(
@@ -157,7 +187,9 @@ def test_cross_influence_equals_the_reference(name: str, n: int) -> None:
     net, train, query = make(name), pictures(n), pictures(5, seed=9)
     (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(2)) for some in (train, query))
     want = reference.cross_influence(g, q, 0.1)
-    got = cross_influence(net, train, query, NOISE, Exact(0.1), seed=2, computing=Computing(batch_size=4))
+    got = cross_influence(
+        net, train, query, NOISE, Exact(0.1), seed=2, computing=Computing(batch_size=4)
+    )
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
     want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T for layer in g)
     got = cross_influence(net, train, query, NOISE, Identity(), seed=2)
@@ -165,7 +197,9 @@ def test_cross_influence_equals_the_reference(name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "curvature", [LoGra(4), LoGra(4, projection="pca"), EKFAC(), Diagonal(), Exact(), Identity()], ids=repr
+    "curvature",
+    [LoGra(4), LoGra(4, projection="pca"), EKFAC(), Diagonal(), Exact(), Identity()],
+    ids=repr,
 )
 def test_self_influence_is_the_diagonal_and_top_is_the_top(curvature) -> None:
     net, images = make("batchnorm"), pictures(25)
@@ -188,7 +222,9 @@ def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     scores = cross_influence(net, images, query, NOISE, LoGra(2))
     top = top_influences(net, images, query, 50, NOISE, LoGra(2))
     assert len(top) == 3 * 40
-    np.testing.assert_allclose(top["influence"].to_numpy().reshape(3, 40), scores.sort(descending=True)[0])
+    np.testing.assert_allclose(
+        top["influence"].to_numpy().reshape(3, 40), scores.sort(descending=True)[0]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +261,10 @@ def test_a_new_curvature_is_one_class() -> None:
     scores = self_influence(net, train, NOISE, curvature)
     want = sum(g[layer].square().sum((1, 2)) / (1.3 * h[layer]) for layer in g)
     np.testing.assert_allclose(scores["influence"], want, rtol=1e-8)
-    assert scores.attrs["damping"]["0"] == pytest.approx(0.3 * h["0"]) and "Scaled" in scores.attrs["curvature"]
+    assert (
+        scores.attrs["damping"]["0"] == pytest.approx(0.3 * h["0"])
+        and "Scaled" in scores.attrs["curvature"]
+    )
 
 
 def test_draws() -> None:
@@ -241,14 +280,20 @@ def test_draws() -> None:
     np.testing.assert_allclose(got["standard_error"], per_draw.std(0) / k**0.5, rtol=1e-6)
     assert "standard_error" not in self_influence(net, images, NOISE, seed=3)
     one = self_influence(net, images, NOISE, seed=3, draws=1, average="scores")
-    np.testing.assert_allclose(one["influence"], self_influence(net, images, NOISE, seed=3)["influence"], rtol=1e-9)
+    np.testing.assert_allclose(
+        one["influence"], self_influence(net, images, NOISE, seed=3)["influence"], rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("average", ["gradients", "scores"])
 def test_the_standard_error_is_the_spread_over_repeats(average: str) -> None:
-    """Repeat the whole measurement with other noise: the spread is what the error of each promised."""
+    """Repeat the whole measurement with other noise: the spread is what the error of each
+    promised."""
     net, images, k = make("stride"), pictures(60), 12
-    runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k, average=average) for s in range(16)]
+    runs = [
+        self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k, average=average)
+        for s in range(16)
+    ]
     spread = np.std([r["influence"] for r in runs], axis=0, ddof=1)
     promised = np.sqrt(np.mean([r["standard_error"] ** 2 for r in runs], axis=0))
     assert 0.6 < np.median(promised / spread) < 1.6  # H varies a little from run to run, too
@@ -272,11 +317,15 @@ def test_the_fisher_of_another_loss() -> None:
 
 
 @pytest.mark.parametrize("curvature", [LoGra(4), EKFAC()], ids=["logra", "ekfac"])
-def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_ways_to_remember_are_one_score(
+    curvature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("issl.influence.gradient_store.CHUNK", 16)
     net, images = make("batchnorm"), pictures(40)
     frames = {
-        way: self_influence(net, images, NOISE, curvature, computing=Computing(batch_size=16, memory=way))
+        way: self_influence(
+            net, images, NOISE, curvature, computing=Computing(batch_size=16, memory=way)
+        )
         for way in ("ram", "mapped", "recomputed")
     }
     for way, frame in frames.items():
@@ -290,7 +339,8 @@ def test_three_ways_to_remember_are_one_score(curvature, tmp_path: Path, monkeyp
 def test_bf16_ranks_as_fp32_does() -> None:
     net, images = resnet(), issl.load("scenes", n=60)
     exact, low = (
-        self_influence(net, images, NOISE, computing=Computing(precision=p))["influence"] for p in ("fp32", "bf16")
+        self_influence(net, images, NOISE, computing=Computing(precision=p))["influence"]
+        for p in ("fp32", "bf16")
     )
     assert not np.allclose(exact, low, rtol=1e-6) and exact.corr(low, method="spearman") > 0.95
 
@@ -306,7 +356,9 @@ def test_bf16_ranks_as_fp32_does() -> None:
     ],
 )
 def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match=message):
         self_influence(make("stride"), pictures(5), **arguments)
 
@@ -330,9 +382,15 @@ def test_bad_computing(arguments: dict, message: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: LoGra(1.5), lambda: LoGra(0.0), lambda: LoGra(projection="svd"), lambda: LoGra(fit=0), lambda: EKFAC(0.0),
-     lambda: Diagonal(-1.0)],
-)  # fmt: skip
+    [
+        lambda: LoGra(1.5),
+        lambda: LoGra(0.0),
+        lambda: LoGra(projection="svd"),
+        lambda: LoGra(fit=0),
+        lambda: EKFAC(0.0),
+        lambda: Diagonal(-1.0),
+    ],
+)
 def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(issl.IsslError, match="="):

@@ -10,19 +10,22 @@ import pytest
 import torch
 
 import issl
-from issl.analysis.evaluate import PENALTIES, embed, knn_hits, probe_hits
-from issl.experiments.cache import Artifacts
-from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Evaluate, Pretrain
+from issl.audit.cache import Artifacts
+from issl.audit.settings import Data
+from issl.audit.stages import Embed, Evaluate, Pretrain
+from issl.evaluate import PENALTIES, embed, knn_hits, probe_hits
 from issl.pretraining.encoder import Head, new_encoder
 from issl.pretraining.recipes import recipe
 
 
 def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ten classes around the axes of a space of 16 dimensions, one of them much larger than the others."""
+    """Ten classes around the axes of a space of 16 dimensions, one of them much larger than the
+    others."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (n,), generator=generator)
-    x = 4 * torch.nn.functional.one_hot(labels, 16) + noise * torch.randn(n, 16, generator=generator)
+    x = 4 * torch.nn.functional.one_hot(labels, 16) + noise * torch.randn(
+        n, 16, generator=generator
+    )
     return x * torch.tensor([100.0] + [1.0] * 15), labels
 
 
@@ -32,7 +35,9 @@ def test_knn_is_brute_force() -> None:
     for x, y in zip(test, truth, strict=True):
         s = torch.nn.functional.cosine_similarity(x[None], train)
         near = s.argsort(descending=True)[:7]
-        votes = [sum(float(torch.exp(s[i] / 0.1)) for i in near if labels[i] == c) for c in range(10)]
+        votes = [
+            sum(float(torch.exp(s[i] / 0.1)) for i in near if labels[i] == c) for c in range(10)
+        ]
         want.append(int(np.argmax(votes)) == int(y))
     got = knn_hits(train, labels, test, truth, k=7)
     np.testing.assert_array_equal(got, want)
@@ -65,11 +70,18 @@ def test_embedding_is_the_encoder_batch_by_batch() -> None:
 def test_evaluation_as_a_stage(tmp_path: Path) -> None:
     train, test = Data(name="scenes", n=300), Data(name="scenes", split="test", n=100)
     encoder = Pretrain(data=train, recipe=recipe("simclr", "short"), width=2, epochs=0)
-    stage = Evaluate(train=Embed(pretrain=encoder, data=train), test=Embed(pretrain=encoder, data=test), k=20)
+    stage = Evaluate(
+        train=Embed(pretrain=encoder, data=train), test=Embed(pretrain=encoder, data=test), k=20
+    )
     artifacts = Artifacts(tmp_path)
     table = stage.read(artifacts)
     assert list(table) == ["index", "knn", "probe"] and len(table) == 100
-    assert [c.split("/")[0] for c in artifacts.computed] == ["pretrain", "embed", "embed", "evaluate"]
+    assert [c.split("/")[0] for c in artifacts.computed] == [
+        "pretrain",
+        "embed",
+        "embed",
+        "evaluate",
+    ]
     assert json.loads((artifacts.get(stage) / "probe.json").read_text())["C"] in PENALTIES
     assert encoder.history(artifacts).empty
     watched = encoder.model_copy(update={"epochs": 1, "batch_size": 64, "watch": test})

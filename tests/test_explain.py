@@ -1,4 +1,5 @@
-"""`issl explain`: its lists against the library's scores, and what it says to input that does not fit."""
+"""`issl explain`: its lists against the library's scores, and what it says to input that does not
+fit."""
 
 from __future__ import annotations
 
@@ -23,30 +24,63 @@ from issl.pretraining.encoder import load_encoder
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder trained on 64 scenes by the command line."""
     path = tmp_path_factory.mktemp("encoder") / "mine.safetensors"
-    told = ["pretrain", "--data", "scenes", "--n", "64", "--width", "2", "--epochs", "1", "--batch-size", "32"]
+    told = [
+        "pretrain",
+        "--data",
+        "scenes",
+        "--n",
+        "64",
+        "--width",
+        "2",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "32",
+    ]
     assert cli.main([*told, "--recipe", "short", "--out", str(path)]) == 0
     return path
 
 
 def run(encoder: Path, out: Path, image: str = "test:3", *more: str, data: str = "scenes") -> int:
-    shared = ["--encoder", str(encoder), "--data", data, "--out", str(out / "why.png"), "--rank", "4", "--k", "5"]
+    shared = [
+        "--encoder",
+        str(encoder),
+        "--data",
+        data,
+        "--out",
+        str(out / "why.png"),
+        "--rank",
+        "4",
+        "--k",
+        "5",
+    ]
     return cli.main(["explain", image, *shared, *more])
 
 
-def test_the_lists_are_those_of_the_scores(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lists_are_those_of_the_scores(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(trained, tmp_path) == 0
     printed = capsys.readouterr().out
     assert (
-        "test image 3 among 64 images of scenes it was trained on" in printed and "of the 5 most influential" in printed
+        "test image 3 among 64 images of scenes it was trained on" in printed
+        and "of the 5 most influential" in printed
     )
     table = pd.read_csv(tmp_path / "why.csv")
     encoder, images = load_encoder(trained), issl.load("scenes", n=64)
     query = issl.load("scenes", "test").subset([3])
     scores = issl.cross_influence(
-        encoder, images, as_queries(query), curvature=issl.LoGra(4), draws=4, computing=issl.Computing(batch_size=64)
+        encoder,
+        images,
+        as_queries(query),
+        curvature=issl.LoGra(4),
+        draws=4,
+        computing=issl.Computing(batch_size=64),
     )[0]
     with torch.no_grad():
-        features = torch.nn.functional.normalize(encoder(torch.cat([images.pixels, query.pixels]).float() / 255), dim=1)
+        features = torch.nn.functional.normalize(
+            encoder(torch.cat([images.pixels, query.pixels]).float() / 255), dim=1
+        )
     near = (features[:-1] @ features[-1]).numpy()
     of = {name: part.set_index("rank") for name, part in table.groupby("list")}
     assert of["taught"]["index"].tolist() == scores.argsort(descending=True)[:5].tolist()
@@ -58,7 +92,9 @@ def test_the_lists_are_those_of_the_scores(trained: Path, tmp_path: Path, capsys
         assert min(picture.size) > 400
 
 
-def test_training_aware_is_a_list_of_its_own(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_aware_is_a_list_of_its_own(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(trained, tmp_path, "test:3", "--training-aware") == 0
     assert "most positive training-aware influence: " in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "why.csv")
@@ -69,7 +105,19 @@ def test_training_aware_is_a_list_of_its_own(trained: Path, tmp_path: Path, caps
     np.testing.assert_allclose(part["training_influence"], scores.topk(5)[0], rtol=1e-4)
     assert part["training_influence_rank"].tolist() == [1, 2, 3, 4, 5]
     for method, message in (("supervised", "for self-supervised methods"), ("byol", None)):
-        told = ["pretrain", "--data", "scenes", "--n", "64", "--width", "1", "--epochs", "1", "--batch-size", "32"]
+        told = [
+            "pretrain",
+            "--data",
+            "scenes",
+            "--n",
+            "64",
+            "--width",
+            "1",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "32",
+        ]
         path = tmp_path / f"{method}.safetensors"
         assert cli.main([*told, "--recipe", "short", "--method", method, "--out", str(path)]) == 0
         assert (run(path, tmp_path, "test:3", "--training-aware") == 0) == (message is None)
@@ -80,11 +128,19 @@ def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> Non
     assert run(trained, tmp_path, "train:7") == 0
     table = pd.read_csv(tmp_path / "why.csv")
     others, row = table[table["list"] != "itself"], table[table["list"] == "itself"].iloc[0]
-    assert row["index"] == 7 and 7 not in others["index"].tolist() and others["similarity_rank"].min() == 1
+    assert (
+        row["index"] == 7
+        and 7 not in others["index"].tolist()
+        and others["similarity_rank"].min() == 1
+    )
     assert row["similarity"] == pytest.approx(1) and others["influence_rank"].max() == 63
     images = issl.load("scenes", n=64)
     own = issl.self_influence(
-        load_encoder(trained), images, curvature=issl.LoGra(4), draws=4, computing=issl.Computing(batch_size=64)
+        load_encoder(trained),
+        images,
+        curvature=issl.LoGra(4),
+        draws=4,
+        computing=issl.Computing(batch_size=64),
     )
     assert row["influence"] == pytest.approx(own["influence"][7], rel=1e-3)
 
@@ -93,7 +149,9 @@ def test_files_go_by_their_names(trained: Path, tmp_path: Path, capsys) -> None:
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
     for k in range(12):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / f"p{k:02}.png")
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+            photos / f"p{k:02}.png"
+        )
     told = [
         "--encoder",
         str(trained),
@@ -109,37 +167,72 @@ def test_files_go_by_their_names(trained: Path, tmp_path: Path, capsys) -> None:
     ]
     assert cli.main(["explain", "train:4", *told, "--out", str(tmp_path / "why.png")]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(".png, p") >= 4 and not re.search(r"\d{12}", printed)  # not the hashes of their names
+    assert printed.count(".png, p") >= 4 and not re.search(
+        r"\d{12}", printed
+    )  # not the hashes of their names
     query = explain.read_query(
-        Namespace(image="train:4", size=None, data=f"folder:{photos}"), issl.load(f"folder:{photos}")
+        Namespace(image="train:4", size=None, data=f"folder:{photos}"),
+        issl.load(f"folder:{photos}"),
     )
     assert query.attributes["what"][0] == "training image 4 (p04.png)"
 
 
-def test_a_photo_is_fitted_only_where_it_is_asked_for(trained: Path, tmp_path: Path, capsys) -> None:
+def test_a_photo_is_fitted_only_where_it_is_asked_for(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
     photo = tmp_path / "photo.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(photo)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(
+        photo
+    )
     assert run(trained, tmp_path, str(photo)) == 2
-    assert "photo.jpg is 90 × 60 px, the images of scenes are 32 × 32: add --fit" in capsys.readouterr().err
-    assert run(trained, tmp_path, str(photo), "--fit") == 0 and (tmp_path / "why.png").stat().st_size > 10_000
+    assert (
+        "photo.jpg is 90 × 60 px, the images of scenes are 32 × 32: add --fit"
+        in capsys.readouterr().err
+    )
+    assert (
+        run(trained, tmp_path, str(photo), "--fit") == 0
+        and (tmp_path / "why.png").stat().st_size > 10_000
+    )
 
 
 @pytest.mark.parametrize(
     ("image", "more", "data", "message"),
     [
-        ("nowhere.png", [], "scenes", "image 'nowhere.png' does not exist; give an image file, or test:17"),
+        (
+            "nowhere.png",
+            [],
+            "scenes",
+            "image 'nowhere.png' does not exist; give an image file, or test:17",
+        ),
         ("notes.txt", [], "scenes", "notes.txt is not an image that can be read"),
         ("cut.png", [], "scenes", "cut.png"),
         ("test:5000", [], "scenes", "test:5000: the test set of scenes has 2000 images"),
         ("train:64", [], "scenes", "train:64: the encoder's 64 training images have no index 64"),
-        ("test:3", [], "scenes-swapped", "was trained on scenes, not on scenes-swapped: use --data scenes"),
-        ("test:3", ["--images", "32"], "scenes", "was trained on 64 images of scenes, not on 32: leave out --images"),
+        (
+            "test:3",
+            [],
+            "scenes-swapped",
+            "was trained on scenes, not on scenes-swapped: use --data scenes",
+        ),
+        (
+            "test:3",
+            ["--images", "32"],
+            "scenes",
+            "was trained on 64 images of scenes, not on 32: leave out --images",
+        ),
         ("test:3", ["--k", "0"], "scenes", "--k 0: must be 1 or more"),
         ("test:3", ["--damping", "0"], "scenes", "damping"),
     ],
 )
 def test_input_that_does_not_fit(
-    image: str, more: list[str], data: str, message: str, trained: Path, tmp_path: Path, capsys, monkeypatch
+    image: str,
+    more: list[str],
+    data: str,
+    message: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys,
+    monkeypatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("no picture\n")
@@ -150,12 +243,16 @@ def test_input_that_does_not_fit(
     assert not (tmp_path / "why.csv").exists()
 
 
-def test_any_data_goes_on(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_data_goes_on(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(trained, tmp_path, "test:3", "--any-data", "--images", "20") == 0
     assert "20 images of scenes (it was trained on scenes)" in capsys.readouterr().out
 
 
-def test_an_encoder_that_says_nothing_of_its_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_that_says_nothing_of_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from torchvision.models import resnet18
 
     model = resnet18().train()
@@ -163,21 +260,27 @@ def test_an_encoder_that_says_nothing_of_its_training(tmp_path: Path, capsys: py
         model(torch.rand(8, 3, 32, 32))  # BatchNorm has seen images
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     assert run(tmp_path / "plain.pt", tmp_path, "test:3", "--images", "12") == 0
-    assert "12 images of scenes (the file does not say what it was trained on)" in capsys.readouterr().out
+    assert (
+        "12 images of scenes (the file does not say what it was trained on)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.data
 def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path, capsys) -> None:
+    from issl.audit.cache import Artifacts
+    from issl.audit.settings import Data
+    from issl.audit.stages import Pretrain
     from issl.data.identity import SetIdentity
-    from issl.experiments.cache import Artifacts
-    from issl.experiments.settings import Data
-    from issl.experiments.stages import Pretrain
     from issl.pretraining.recipes import recipe
 
     stage = Pretrain(
-        data=Data(name="cifar10", n=40, root=data_root), recipe=recipe("simclr", "short"), width=2, epochs=1,
+        data=Data(name="cifar10", n=40, root=data_root),
+        recipe=recipe("simclr", "short"),
+        width=2,
+        epochs=1,
         batch_size=20,
-    )  # fmt: skip
+    )
     encoder = Artifacts(tmp_path).get(stage) / "encoder.safetensors"
     assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 0
     assert "40 images of cifar10 it was trained on" in capsys.readouterr().out
@@ -185,12 +288,14 @@ def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("issl.data.datasets.identity", lambda *_: SetIdentity("another", "cifar10"))
         assert run(encoder, tmp_path, "test:17", "--data-root", str(data_root), data="cifar10") == 2
-    assert "other images of cifar10 than those here (their content differs)" in capsys.readouterr().err
+    assert (
+        "other images of cifar10 than those here (their content differs)" in capsys.readouterr().err
+    )
 
 
 def test_lists_of_few_images() -> None:
     images = issl.load("scenes", n=3)
     table = lists(images, np.array([0.5, -1.0, 2.0]), np.array([0.1, 0.9, 0.2]), 8)
-    assert [table[table["list"] == name]["index"].tolist() for name in ("taught", "opposed", "nearest")] == [
-        [2, 0, 1], [1, 0, 2], [1, 2, 0],
-    ]  # fmt: skip
+    assert [
+        table[table["list"] == name]["index"].tolist() for name in ("taught", "opposed", "nearest")
+    ] == [[2, 0, 1], [1, 0, 2], [1, 2, 0]]

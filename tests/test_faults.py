@@ -1,5 +1,6 @@
-"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts, clocks that jump. Each time
-it is said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run.
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts, clocks
+that jump. Each time it is said in one line, nothing that was finished is lost, and the numbers are
+those of an undisturbed run.
 
 The same at random moments and on a large scale: benchmarks/faults.py.
 """
@@ -34,19 +35,23 @@ from safetensors.torch import save_file
 
 import issl
 from issl import files
-from issl.commands import cli, notebooks
-from issl.commands.scheduler import make
-from issl.experiments.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
-from issl.experiments.plans import PLANS
-from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Influence, Pretrain
+from issl.audit import notebooks
+from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
+from issl.audit.plans import PLANS
+from issl.audit.scheduler import make
+from issl.audit.settings import Data
+from issl.audit.stages import Embed, Influence, Pretrain
+from issl.commands import cli
 from issl.files import PART, atomic, remove_leftovers, scratch_folder
 from issl.pretraining import loop
 from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=32)
 TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
-STAGES: tuple[Stage, ...] = (Influence(pretrain=TRAINED, data=DATA), Embed(pretrain=TRAINED, data=DATA))
+STAGES: tuple[Stage, ...] = (
+    Influence(pretrain=TRAINED, data=DATA),
+    Embed(pretrain=TRAINED, data=DATA),
+)
 
 
 def made(root: Path) -> dict[str, str]:
@@ -71,11 +76,15 @@ def left_over(root: Path) -> list[Path]:
     return [p for p in root.rglob("*") if PART in p.name]
 
 
-# --- no room -----------------------------------------------------------------------------------------------
+# --- no room
+# -----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any) -> None:
-    """Every write of every stage fails once: one line each time, and the next run goes on from there."""
+def test_a_full_disk_at_every_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+) -> None:
+    """Every write of every stage fails once: one line each time, and the next run goes on from
+    there."""
     count, fails_at = 0, 1
 
     @contextmanager
@@ -87,7 +96,9 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             if count == fails_at:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-    for module in [m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")]:
+    for module in [
+        m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")
+    ]:
         if module is not files:
             monkeypatch.setattr(module, "atomic", filling)
     points, finished = 0, 0
@@ -98,7 +109,9 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             break
         except issl.IsslError as error:
             points += 1
-            assert "cannot be written: the disk is full; make room" in str(error) and "\n" not in str(error)
+            assert "cannot be written: the disk is full; make room" in str(
+                error
+            ) and "\n" not in str(error)
             assert left_over(tmp_path) == []
         before, finished = finished, len(list(tmp_path.glob(f"*/*/{MANIFEST}")))
         fails_at = 1 if finished > before else fails_at + 1
@@ -109,7 +122,9 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def with_files_of(limit: int, words: list[str]) -> tuple[int, str]:
     """Run a command where no file may be larger; its exit code and what it says."""
     said = io.StringIO()
-    sys.dont_write_bytecode = True  # a module compiled here first would be cut short, and break every later run
+    sys.dont_write_bytecode = (
+        True  # a module compiled here first would be cut short, and break every later run
+    )
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         code = cli.main(words)
@@ -123,8 +138,22 @@ LIMITED = {
     "encoder": ([*PRETRAIN, "--epochs", "1", "--out", "OUT.safetensors"], 9000),
     "table": (["influence", *SCORED, "--out", "OUT.parquet"], 500),
     "curvature": (["fit", *SCORED, "--out", "OUT.safetensors"], 900),
-    "picture": (["explain", "test:3", *SCORED, "--any-data", "--k", "2", "--draws", "1", "--out", "OUT.png"], 4000),
-}  # fmt: skip
+    "picture": (
+        [
+            "explain",
+            "test:3",
+            *SCORED,
+            "--any-data",
+            "--k",
+            "2",
+            "--draws",
+            "1",
+            "--out",
+            "OUT.png",
+        ],
+        4000,
+    ),
+}
 
 
 @pytest.mark.parametrize("what", LIMITED)
@@ -135,7 +164,9 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_p
     import_module("matplotlib.font_manager")  # which keeps a list of fonts, larger than the limit
     words = [w.replace("OUT", str(tmp_path / "out")).replace("ENCODER", encoder) for w in words]
     queue = forked.context.Queue()
-    process = forked.context.Process(target=forked.report, args=(queue, with_files_of, limit, words))
+    process = forked.context.Process(
+        target=forked.report, args=(queue, with_files_of, limit, words)
+    )
     process.start()
     code, said = queue.get(timeout=300)
     process.join()
@@ -144,19 +175,26 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_p
     assert left_over(tmp_path) == [] and not list(tmp_path.glob(f"out{Path(words[-1]).suffix}"))
 
 
-def test_a_place_that_may_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_may_not_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(**_: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with pytest.raises(issl.IsslError, match="cannot be written: the disk is read-only; make room or choose another"):
+    with pytest.raises(
+        issl.IsslError,
+        match="cannot be written: the disk is read-only; make room or choose another",
+    ):
         made(tmp_path)
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
 )
-def test_memory_that_runs_out_is_one_line(error: Exception, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_memory_that_runs_out_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -171,7 +209,8 @@ def test_memory_that_runs_out_is_one_line(error: Exception, tmp_path: Path, monk
     assert capsys.readouterr().err.startswith("issl: error: the memory does not suffice")
 
 
-# --- what killed processes leave ---------------------------------------------------------------------------
+# --- what killed processes leave
+# ---------------------------------------------------------------------------
 
 
 def dies_while_it_writes(path: Path) -> None:
@@ -184,18 +223,24 @@ def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     work = tmp_path / "pretrain" / f"{TRAINED.key}.part"
-    process = forked.context.Process(target=dies_while_it_writes, args=(work / "encoder.safetensors",))
+    process = forked.context.Process(
+        target=dies_while_it_writes, args=(work / "encoder.safetensors",)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and len(left_over(work)) == 1
     with atomic(work / "mine.json") as part:
         part.write_text("{}")
-        assert len(remove_leftovers(work)) == 1 and part.exists()  # one that is being written is not a leftover
+        assert (
+            len(remove_leftovers(work)) == 1 and part.exists()
+        )  # one that is being written is not a leftover
     (work / "mine.json").unlink()
     assert made(tmp_path) == undisturbed and left_over(tmp_path / "pretrain" / TRAINED.key) == []
 
 
-def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_folders_of_killed_processes_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "issl-rows-dead").mkdir()
     first, lock = scratch_folder("issl-rows-")
@@ -209,7 +254,12 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path, monkeyp
 
 
 def small_net() -> torch.nn.Module:
-    parts = (torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    parts = (
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
     return torch.nn.Sequential(*parts).eval()
 
 
@@ -224,27 +274,49 @@ def trains(out: Path) -> tuple[int, str]:
     loop.epoch_batches = begun
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(
-            ["pretrain", *SCENES, "--batch-size", "8", "--width", "1", "--epochs", "5000", "--out", str(out)]
+            [
+                "pretrain",
+                *SCENES,
+                "--batch-size",
+                "8",
+                "--width",
+                "1",
+                "--epochs",
+                "5000",
+                "--out",
+                str(out),
+            ]
         )
     return code, said.getvalue()
 
 
 def test_sigterm_ends_a_command_as_an_interrupt_does(tmp_path: Path) -> None:
     queue = forked.context.Queue()
-    process = forked.context.Process(target=forked.report, args=(queue, trains, tmp_path / "x.safetensors"))
+    process = forked.context.Process(
+        target=forked.report, args=(queue, trains, tmp_path / "x.safetensors")
+    )
     process.start()
     while not (tmp_path / "begun").exists():
         assert process.is_alive()
         time.sleep(0.05)
     process.terminate()
-    assert queue.get(timeout=60) == (130, "issl: stopped; run the same command again to continue from here\n")
+    assert queue.get(timeout=60) == (
+        130,
+        "issl: stopped; run the same command again to continue from here\n",
+    )
     process.join()
     assert left_over(tmp_path) == []
 
 
 def test_a_kernel_that_is_killed_is_a_notebook_that_failed(tmp_path: Path) -> None:
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import os; os.kill(os.getpid(), 9)")]
+    )
+    book.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(book, tmp_path / "x.ipynb")
     plan = PLANS["00_method"](profile="tiny", out=str(tmp_path))
     plan.results.mkdir(parents=True)
@@ -252,7 +324,8 @@ def test_a_kernel_that_is_killed_is_a_notebook_that_failed(tmp_path: Path) -> No
     assert error is not None and "Kernel died" in error and left_over(tmp_path) == []
 
 
-# --- artifacts ---------------------------------------------------------------------------------------------
+# --- artifacts
+# ---------------------------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -291,8 +364,8 @@ def test_a_damaged_artifact_is_told_and_made_again_alone(
 
 
 def deleting(monkeypatch: pytest.MonkeyPatch, what: Callable[[Path], Any], at: int) -> list[Path]:
-    """Deletes something at one of the writes (their number, or -1 for all), just before the file is there; returns what
-    was to be written then."""
+    """Deletes something at one of the writes (their number, or -1 for all), just before the file is
+    there; returns what was to be written then."""
     writes, seen = 0, []
 
     @contextmanager
@@ -305,7 +378,9 @@ def deleting(monkeypatch: pytest.MonkeyPatch, what: Callable[[Path], Any], at: i
                 seen.append(path)
                 what(path)
 
-    for module in [m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")]:
+    for module in [
+        m for name, m in sys.modules.items() if name.startswith("issl.") and hasattr(m, "atomic")
+    ]:
         if module is not files:
             monkeypatch.setattr(module, "atomic", watched)
     return seen
@@ -320,7 +395,9 @@ DELETED: dict[str, Callable[[Path, Path], Any]] = {
     "all": lambda root, _: shutil.rmtree(root),
     "all but the folder": lambda root, _: [shutil.rmtree(p) for p in root.iterdir()],
     "what is being made": lambda root, path: shutil.rmtree(being_made(root, path)),
-    "what is in it": lambda root, path: [p.unlink() for p in being_made(root, path).rglob("*") if p.is_file()],
+    "what is in it": lambda root, path: [
+        p.unlink() for p in being_made(root, path).rglob("*") if p.is_file()
+    ],
     "what it reads": lambda root, _: shutil.rmtree(root / "pretrain", ignore_errors=True),
 }
 
@@ -328,11 +405,18 @@ DELETED: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize("what", DELETED)
 @pytest.mark.parametrize("at", [1, 4, 6, 8])
 def test_artifacts_that_are_deleted_while_they_are_made_are_made_again(
-    what: str, at: int, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    what: str,
+    at: int,
+    tmp_path: Path,
+    undisturbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     root = tmp_path / "artifacts"
     seen = deleting(monkeypatch, lambda path: DELETED[what](root, path), at)
-    assert made(root) == {k: v for k, v in undisturbed.items() if (root / "pretrain").exists() or TRAINED.key not in k}
+    assert made(root) == {
+        k: v for k, v in undisturbed.items() if (root / "pretrain").exists() or TRAINED.key not in k
+    }
     assert len(seen) == 1 and left_over(root) == []
     for manifest in root.glob(f"*/*/{MANIFEST}"):
         assert damaged(manifest.parent) is None and not (manifest.parent / MARK).exists()
@@ -340,10 +424,15 @@ def test_artifacts_that_are_deleted_while_they_are_made_are_made_again(
         assert capsys.readouterr().err.count("files were deleted while it was made in") == 1
 
 
-def test_artifacts_that_are_deleted_again_and_again_are_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+def test_artifacts_that_are_deleted_again_and_again_are_one_line(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     deleting(monkeypatch, lambda path: shutil.rmtree(path.parent), -1)
     ended = make(TRAINED, Artifacts(tmp_path, released=None))
-    assert "files were deleted while it was made" in ended.error and "run the same command again" in ended.error
+    assert (
+        "files were deleted while it was made" in ended.error
+        and "run the same command again" in ended.error
+    )
     assert "\n" not in ended.error
 
 
@@ -358,7 +447,9 @@ def test_an_artifact_that_was_deleted_since_is_made_again(tmp_path: Path, undist
     for stage in STAGES:
         artifacts.get(stage)
     assert made(tmp_path) == undisturbed
-    assert sorted(artifacts.computed) == sorted({stage.label for stage in in_dependency_order(STAGES)})
+    assert sorted(artifacts.computed) == sorted(
+        {stage.label for stage in in_dependency_order(STAGES)}
+    )
 
 
 def test_a_file_that_is_deleted_while_it_is_written_is_named(tmp_path: Path) -> None:
@@ -371,11 +462,16 @@ def test_a_file_that_is_deleted_while_it_is_written_is_named(tmp_path: Path) -> 
         said = r"x.safetensors was deleted while it was written; .*run the same"
         with pytest.raises(issl.IsslError, match=said), atomic(path) as part:
             end(part)
-    with pytest.raises(FileNotFoundError), atomic(tmp_path / "y"):  # another file's fault is not this one's
+    with (
+        pytest.raises(FileNotFoundError),
+        atomic(tmp_path / "y"),
+    ):  # another file's fault is not this one's
         (tmp_path / "none").read_text()
 
 
-def test_an_error_of_a_stage_is_not_taken_for_a_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_stage_is_not_taken_for_a_deletion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = 0
 
     def fail(*_: Any) -> None:
@@ -388,7 +484,9 @@ def test_an_error_of_a_stage_is_not_taken_for_a_deletion(tmp_path: Path, monkeyp
     assert asked == 1 and "Traceback" in ended.error and "/x/of/another" in ended.error
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_nothing(
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, years = time.time, 0.0
 
     def jumping() -> float:
@@ -404,7 +502,9 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, undisturbed: Any, mo
     assert pd.Series([artifacts.has(stage) for stage in STAGES]).all()
 
 
-def test_a_run_killed_at_random_moments_gives_the_same_numbers(tmp_path: Path, undisturbed: Any) -> None:
+def test_a_run_killed_at_random_moments_gives_the_same_numbers(
+    tmp_path: Path, undisturbed: Any
+) -> None:
     """A sample of what benchmarks/faults.py does."""
     moments, kills = np.random.default_rng(0).uniform(0.1, 1.5, 6), 0
     for moment in moments:

@@ -21,12 +21,29 @@ from safetensors.torch import save_file
 from torch import nn
 
 import issl
-from issl import EKFAC, Augmentation, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra, RandomProjection
+from issl import (
+    EKFAC,
+    Augmentation,
+    Computing,
+    Diagonal,
+    Exact,
+    GaussianNoise,
+    Identity,
+    LoGra,
+    RandomProjection,
+)
 from issl.influence.kept_curvature import HEADER, KeptCurvature, pack, read, unpack
 from issl.influence.losses import CrossEntropy
 from issl.shards import ONE, Shards
 
-CURVATURES = (LoGra(3), LoGra(3, projection="pca", fit=20), EKFAC(), EKFAC(fit=10), Diagonal(), Exact())
+CURVATURES = (
+    LoGra(3),
+    LoGra(3, projection="pca", fit=20),
+    EKFAC(),
+    EKFAC(fit=10),
+    Diagonal(),
+    Exact(),
+)
 SEVERAL = {"draws": 3, "average": "scores"}
 
 
@@ -38,7 +55,8 @@ def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
 @pytest.mark.parametrize("curvature", CURVATURES, ids=repr)
 @pytest.mark.parametrize("options", [{}, {"draws": 2}, SEVERAL], ids=str)
 def test_fit_then_score_is_self_influence(curvature, options: dict, tmp_path: Path) -> None:
-    """Also after the curvature was written and read. Exact's many columns make the other side take its Gram form."""
+    """Also after the curvature was written and read. Exact's many columns make the other side take
+    its Gram form."""
     net, images = make("batchnorm"), pictures(90)
     want = issl.self_influence(net, images, curvature=curvature, seed=3, sweep=[0.5], **options)
     fitted = issl.fit(net, images, curvature=curvature, seed=3, **options)
@@ -53,7 +71,10 @@ def test_fit_then_score_is_self_influence(curvature, options: dict, tmp_path: Pa
 def test_bit_for_bit_where_the_sums_are_the_same(name: str) -> None:
     """More images than numbers kept in any layer: no Gram form, so not a bit differs."""
     net, images = make(name, torch.float32), pictures(40)
-    same(issl.fit(net, images, curvature=LoGra(4)).score(images), issl.self_influence(net, images, curvature=LoGra(4)))
+    same(
+        issl.fit(net, images, curvature=LoGra(4)).score(images),
+        issl.self_influence(net, images, curvature=LoGra(4)),
+    )
 
 
 def test_cross_and_top_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -89,7 +110,11 @@ def test_new_images_by_the_formula() -> None:
 @pytest.mark.parametrize("options", [{}, SEVERAL], ids=str)
 def test_parts_add_up_to_the_whole(curvature, options: dict) -> None:
     net, images = make("batchnorm"), pictures(60)
-    parts = [images.subset(range(0, 11)), images.subset(range(11, 40)), images.subset(range(40, 60))]
+    parts = [
+        images.subset(range(0, 11)),
+        images.subset(range(11, 40)),
+        images.subset(range(40, 60)),
+    ]
     a, b, c = (issl.fit(net, part, curvature=curvature, **options) for part in parts)
     whole = issl.fit(net, images, curvature=curvature, **options)
     for added in (a.add(b).add(c), c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
@@ -106,7 +131,10 @@ def test_bases_from_images_are_extended_and_not_added() -> None:
     with pytest.raises(issl.IsslError, match=r"different bases .*fitted.extend"):
         a.add(b)
     more = a.extend(images.subset(range(20, 40)))
-    for name, total in more.kept.sums.items():  # a rotation of each layer's gradient keeps its length
+    for (
+        name,
+        total,
+    ) in more.kept.sums.items():  # a rotation of each layer's gradient keeps its length
         want = issl.fit(net, images, curvature=Diagonal()).kept.sums[name]
         assert float(total.sum()) == pytest.approx(float(want.sum()), rel=1e-9)
 
@@ -115,17 +143,23 @@ def test_the_same_images_twice() -> None:
     net, images = make("stride"), pictures(12)
     fitted = issl.fit(net, images)
     for again in (lambda: fitted.add(fitted), lambda: fitted.extend(images)):
-        with pytest.raises(issl.IsslError, match="same 12 images of random pictures were added before"):
+        with pytest.raises(
+            issl.IsslError, match="same 12 images of random pictures were added before"
+        ):
             again()
 
 
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 40), seed=st.integers(0, 99))
 def test_a_triangle_is_the_matrix(width: int, seed: int) -> None:
-    half = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    half = torch.randn(
+        width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     packed = pack(half @ half.T)
     assert len(packed) == width * (width + 1) // 2
-    torch.testing.assert_close(unpack(packed), (half @ half.T).tril() + (half @ half.T).tril(-1).T, rtol=0, atol=0)
+    torch.testing.assert_close(
+        unpack(packed), (half @ half.T).tril() + (half @ half.T).tril(-1).T, rtol=0, atol=0
+    )
     assert torch.equal(pack(half[0]), half[0])
 
 
@@ -133,7 +167,9 @@ def shares(shards: Shards) -> tuple[float, np.ndarray]:
     net, images = make("batchnorm"), pictures(31)
     fitted = issl.fit(net, images, curvature=LoGra(4), computing=Computing(shards=shards))
     scores = fitted.score(pictures(17, seed=9), computing=Computing(shards=shards))
-    return sum(float(total.sum()) for total in fitted.kept.sums.values()), scores["influence"].to_numpy()
+    return sum(float(total.sum()) for total in fitted.kept.sums.values()), scores[
+        "influence"
+    ].to_numpy()
 
 
 def test_three_processes_of_uneven_shares() -> None:
@@ -155,15 +191,22 @@ fitted.score(pictures(9, seed=4)).to_parquet(sys.argv[3])
 
 
 def test_another_process_scores_the_same(tmp_path: Path) -> None:
-    fitted = issl.fit(make("tokens", torch.float32), pictures(50), Augmentation("crop", 0.5), LoGra(4), seed=2)
+    fitted = issl.fit(
+        make("tokens", torch.float32), pictures(50), Augmentation("crop", 0.5), LoGra(4), seed=2
+    )
     fitted.save(tmp_path / "c.safetensors")
-    arguments = [str(Path(__file__).parent), str(tmp_path / "c.safetensors"), str(tmp_path / "s.parquet")]
+    arguments = [
+        str(Path(__file__).parent),
+        str(tmp_path / "c.safetensors"),
+        str(tmp_path / "s.parquet"),
+    ]
     subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, *arguments], check=True)
     same(pd.read_parquet(tmp_path / "s.parquet"), fitted.score(pictures(9, seed=4)))
 
 
 def test_what_is_in_the_file(tmp_path: Path) -> None:
-    """Half a matrix for each layer, no projection that follows from a seed, settings to be read by anyone."""
+    """Half a matrix for each layer, no projection that follows from a seed, settings to be read by
+    anyone."""
     net = make("batchnorm")
     issl.fit(net, pictures(20), curvature=LoGra(4, seed=7)).save(tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
@@ -184,7 +227,9 @@ def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
     want = issl.self_influence(net, images, erase, loss=CrossEntropy(), fisher=half_loss)
     same(fitted.score(images), want, rtol=1e-8)
     fitted.save(path)
-    with pytest.raises(issl.IsslError, match=r"perturbation .*erase, which .* give it as perturbation="):
+    with pytest.raises(
+        issl.IsslError, match=r"perturbation .*erase, which .* give it as perturbation="
+    ):
         issl.load_fitted(path, net)
     with pytest.raises(issl.IsslError, match=r"perturbation is .*erase.* and .*GaussianNoise"):
         issl.load_fitted(path, net, perturbation=GaussianNoise())
@@ -234,36 +279,54 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
         (plain, net, "is no curvature file"),
         (old, net, "has version 0, this library reads 2"),
         (broken, net, "curvature file .* is damaged"),
-        (changed(path, with_setting("marks", marks)), net, "projections of layer 0 .* are others here"),
+        (
+            changed(path, with_setting("marks", marks)),
+            net,
+            "projections of layer 0 .* are others here",
+        ),
     ]
     for file, encoder, message in cases:
         with pytest.raises(issl.IsslError, match=message):
             issl.load_fitted(file, encoder)
     wide = changed(path, with_setting("layers", {"0": 16}))
-    with pytest.raises(issl.IsslError, match=r'does not fit this encoder: layers is \{"0": 16\} in one'):
+    with pytest.raises(
+        issl.IsslError, match=r'does not fit this encoder: layers is \{"0": 16\} in one'
+    ):
         issl.load_fitted(wide, net)
     for options, message in [
-        ({"curvature": LoGra(5)}, "curvature is .*4.* in one and .*5"), ({"loss": half_loss}, "loss is .*half_loss"),
-    ]:  # fmt: skip
+        ({"curvature": LoGra(5)}, "curvature is .*4.* in one and .*5"),
+        ({"loss": half_loss}, "loss is .*half_loss"),
+    ]:
         with pytest.raises(issl.IsslError, match=message):
             issl.load_fitted(path, net, **options)
     second = issl.fit(net, pictures(20, seed=1), curvature=LoGra(4), seed=1)
-    with pytest.raises(issl.IsslError, match="cannot be added: seed is 0 in one and 1 in the other"):
+    with pytest.raises(
+        issl.IsslError, match="cannot be added: seed is 0 in one and 1 in the other"
+    ):
         fitted.add(second)
 
 
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
-        (lambda f: f.score(pictures(4, side=16)), r"are \(16, 16\) px, the curvature is of images of \(12, 12\) px"),
+        (
+            lambda f: f.score(pictures(4, side=16)),
+            r"are \(16, 16\) px, the curvature is of images of \(12, 12\) px",
+        ),
         (lambda f: f.cross(pictures(4), pictures(2, side=16)), "query images are"),
         (lambda f: f.score(pictures(4).subset([])), "empty"),
-        (lambda f: f.score(pictures(4), computing=Computing(store="rows")), "store='rows'.*drop it"),
+        (
+            lambda f: f.score(pictures(4), computing=Computing(store="rows")),
+            "store='rows'.*drop it",
+        ),
         (lambda f: f.score(pictures(4), computing=Computing(device="cuda")), "encoder is on cpu"),
         (lambda f: f.save("c.pt"), "ends in .safetensors"),
         (lambda f: f.top(pictures(4), pictures(2), 0), "k=0"),
         (lambda f: issl.fit(make("stride"), pictures(4), curvature=Identity()), "sums nothing"),
-        (lambda f: issl.fit(make("stride"), pictures(4), curvature=RandomProjection(4)), "sums nothing"),
+        (
+            lambda f: issl.fit(make("stride"), pictures(4), curvature=RandomProjection(4)),
+            "sums nothing",
+        ),
         (lambda f: issl.fit(large(), pictures(4), curvature=Exact()), r"take .* GB.*lower rank"),
     ],
 )

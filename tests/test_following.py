@@ -1,4 +1,5 @@
-"""Encoders that treat their weights in unusual ways: scored as autograd says, image by image, or refused by name."""
+"""Encoders that treat their weights in unusual ways: scored as autograd says, image by image, or
+refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from issl.influence.reference import cosine_loss
 
 
 class Base(nn.Module):
-    """Patches of a picture of 12 px, as 9 tokens of 8 numbers, and two layers of the kind that is tested."""
+    """Patches of a picture of 12 px, as 9 tokens of 8 numbers, and two layers of the kind that is
+    tested."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +73,11 @@ class Crops(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         crops = x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        return self.f(F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3))).unflatten(0, (len(x), 4)).mean(1)
+        return (
+            self.f(F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3)))
+            .unflatten(0, (len(x), 4))
+            .mean(1)
+        )
 
 
 class PadsItself(nn.Conv2d):
@@ -107,7 +113,9 @@ class ByFunction(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         t = F.relu(self.f1(self.tokens(x)))
-        return self.f2(t + F.linear(F.linear(t, self.f2.weight), self.f1.weight, bias=self.f1.bias)).mean(1)
+        return self.f2(
+            t + F.linear(F.linear(t, self.f2.weight), self.f1.weight, bias=self.f1.bias)
+        ).mean(1)
 
 
 class InPlace(Base):
@@ -128,7 +136,9 @@ class Attention(nn.Module):
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
         self.p, self.batch_first = nn.Conv2d(3, 8, 4, 4), batch_first
-        self.t = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first), 2)
+        self.t = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first), 2
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.p(x).flatten(2).mT
@@ -192,7 +202,10 @@ class Hooked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.kept = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)), {}
+        self.net, self.kept = (
+            nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)),
+            {},
+        )
         self.net[2].register_forward_hook(lambda _, __, output: self.kept.__setitem__("x", output))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,19 +214,32 @@ class Hooked(nn.Module):
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "tokens first": (TokensFirst, []), "flattened": (Flattened, []), "windows": (Windows, []),
-    "first token": (FirstToken, []), "crops": (Crops, []), "subclasses": (Subclasses, []),
-    "by keyword": (ByKeyword, []), "by function": (ByFunction, []), "in place": (InPlace, []),
+    "tokens first": (TokensFirst, []),
+    "flattened": (Flattened, []),
+    "windows": (Windows, []),
+    "first token": (FirstToken, []),
+    "crops": (Crops, []),
+    "subclasses": (Subclasses, []),
+    "by keyword": (ByKeyword, []),
+    "by function": (ByFunction, []),
+    "in place": (InPlace, []),
     "attention": (lambda: Attention(True), []),
-    "attention, tokens first": (lambda: Attention(False), []), "cross-attention": (CrossAttention, []),
-    "reentrant checkpoint": (lambda: Checkpointed(True), []), "checkpoint": (lambda: Checkpointed(False), []),
-    "views": (Views, []), "forward replaced": (replaced, []), "hooked": (Hooked, ["net.3"]),
+    "attention, tokens first": (lambda: Attention(False), []),
+    "cross-attention": (CrossAttention, []),
+    "reentrant checkpoint": (lambda: Checkpointed(True), []),
+    "checkpoint": (lambda: Checkpointed(False), []),
+    "views": (Views, []),
+    "forward replaced": (replaced, []),
+    "hooked": (Hooked, ["net.3"]),
     "closure": (Closure, []),
-}  # fmt: skip
+}
 
 
-def brute(encoder: nn.Module, images: issl.Images, skip: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """LoGra's scores and squared gradient norms by plain autograd in double precision, one image at a time."""
+def brute(
+    encoder: nn.Module, images: issl.Images, skip: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """LoGra's scores and squared gradient norms by plain autograd in double precision, one image at
+    a time."""
     layers = find_layers(encoder, skip, untrained=True)[0]
     encoder.plain = True  # type: ignore[assignment]
     weights, rows = [layer.weight for layer in layers.values()], []
@@ -257,7 +283,9 @@ class Standardised(nn.Conv2d):
     """As timm's StdConv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        w = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True).view_as(self.weight)
+        w = F.batch_norm(
+            self.weight.reshape(1, len(self.weight), -1), None, None, training=True
+        ).view_as(self.weight)
         return F.conv2d(input, w, self.bias, self.stride)
 
 
@@ -289,19 +317,27 @@ def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> 
     assert all(f"{name} (" in said for name in faulty) and "6 of 8" in said
     skip = eval(said.split("skip=")[1].split("]")[0] + "]")
     assert sorted(skip) == sorted(faulty)
-    found = issl.self_influence(encoder, nets.pictures(6), curvature=issl.Identity(), skip=skip, untrained=True)
-    np.testing.assert_allclose(found["influence"], brute(encoder, nets.pictures(6), skip)[1], rtol=1e-5)
+    found = issl.self_influence(
+        encoder, nets.pictures(6), curvature=issl.Identity(), skip=skip, untrained=True
+    )
+    np.testing.assert_allclose(
+        found["influence"], brute(encoder, nets.pictures(6), skip)[1], rtol=1e-5
+    )
 
 
 def test_an_image_without_features_is_named() -> None:
-    encoder = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
     images = nets.pictures(8)
     images.pixels[5] = 0  # the plain view of it has no features
     with pytest.raises(issl.IsslError, match=r"all-zero feature vector for image index 5"):
         issl.self_influence(encoder, images)
     what = Measurement(issl.GaussianNoise(), issl.LoGra(4))
     kept = with_features(encoder, images, what, issl.Computing())
-    assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7] and [name for name, _ in kept.broken] == ["5"]
+    assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7] and [name for name, _ in kept.broken] == [
+        "5"
+    ]
     issl.self_influence(encoder, kept)
 
 
@@ -332,10 +368,14 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
         issl.load_fitted(tmp_path / "kept.safetensors", other)
 
     def shake(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, index: x + strength * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
+        return lambda x, index: (
+            x + strength * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
+        )
 
     issl.fit(first, images, shake(0.05)).save(tmp_path / "function.safetensors")
-    assert issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.05)).n == 6
+    assert (
+        issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.05)).n == 6
+    )
     with pytest.raises(issl.IsslError, match="other numbers of the same images"):
         issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.6))
 

@@ -1,4 +1,5 @@
-"""Encoders that others trained, in the place of trainings: keys, records, which notebooks, and bad input."""
+"""Encoders that others trained, in the place of trainings: keys, records, which notebooks, and bad
+input."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ from torch import nn
 from torchvision.models import resnet18
 
 import issl
+from issl.audit import claims
+from issl.audit.cache import Artifacts
+from issl.audit.given import CheckpointFile, Given
+from issl.audit.plans import PLANS
+from issl.audit.plans_own import Bridges, Validation
+from issl.audit.plans_paper import Duplicates, SeedCorrelation
+from issl.audit.profiles import ProfileOptions, check
+from issl.audit.settings import Data
+from issl.audit.stages import Embed, Influence, Pretrain
 from issl.commands.cli import main
-from issl.commands.profiles import ProfileOptions, check
-from issl.experiments import claims
-from issl.experiments.cache import Artifacts
-from issl.experiments.given import CheckpointFile, Given
-from issl.experiments.plans import PLANS
-from issl.experiments.plans_own import Bridges, Validation
-from issl.experiments.plans_paper import Duplicates, SeedCorrelation
-from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Influence, Pretrain
 from issl.influence.curvature import LoGra
 from issl.pretraining.other_encoders import open_encoder, read_state
 
@@ -52,17 +53,29 @@ def full_width() -> nn.Module:
 
 
 def solo(net: nn.Module, classes: int = 10) -> dict:
-    """As solo-learn saves it: `backbone`, beside its momentum copy, a projector and the online classifier."""
+    """As solo-learn saves it: `backbone`, beside its momentum copy, a projector and the online
+    classifier."""
     keys = {f"backbone.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
-    keys |= {f"momentum_backbone.{k}": v + 1 for k, v in net.state_dict().items() if not k.startswith("fc.")}
-    keys |= {"projector.0.weight": torch.ones(8, 512), "classifier.weight": torch.ones(classes, 512)}
+    keys |= {
+        f"momentum_backbone.{k}": v + 1
+        for k, v in net.state_dict().items()
+        if not k.startswith("fc.")
+    }
+    keys |= {
+        "projector.0.weight": torch.ones(8, 512),
+        "classifier.weight": torch.ones(classes, 512),
+    }
     return {"state_dict": keys, "epoch": 999, "pytorch-lightning_version": "1.5.0"}
 
 
 def lightly(net: nn.Module) -> dict:
     """As lightly's examples save it: the children by their place."""
     body = nn.Sequential(*list(net.children())[:-1])
-    return {"state_dict": nn.ModuleDict({"backbone": body, "projection_head": nn.Linear(512, 8)}).state_dict()}
+    return {
+        "state_dict": nn.ModuleDict(
+            {"backbone": body, "projection_head": nn.Linear(512, 8)}
+        ).state_dict()
+    }
 
 
 @pytest.fixture
@@ -73,14 +86,22 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["solo-learn", "lightly"])
-def test_encoders_at_full_width_are_scored(layout: str, full_width: nn.Module, tmp_path: Path) -> None:
+def test_encoders_at_full_width_are_scored(
+    layout: str, full_width: nn.Module, tmp_path: Path
+) -> None:
     file = tmp_path / "weights.ckpt"
     torch.save(solo(full_width) if layout == "solo-learn" else lightly(small(full_width, 2)), file)
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    given = Given(method="simclr", checkpoint={"file": file, "mean": imagenet[0], "std": imagenet[1]})
+    given = Given(
+        method="simclr", checkpoint={"file": file, "mean": imagenet[0], "std": imagenet[1]}
+    )
     artifacts = Artifacts(tmp_path / "artifacts")
-    if layout == "solo-learn":  # lightly's stem is padded by 1: the weights are the same, the features are not
-        same_features(given.encoder(artifacts), nn.Sequential(*list(full_width.children())[:-1]), 32)
+    if (
+        layout == "solo-learn"
+    ):  # lightly's stem is padded by 1: the weights are the same, the features are not
+        same_features(
+            given.encoder(artifacts), nn.Sequential(*list(full_width.children())[:-1]), 32
+        )
     assert given.width == 64
     few = DATA.model_copy(update={"first": 6})
     scores = Influence(pretrain=given, data=few, curvature=LoGra(4)).read(artifacts)
@@ -88,18 +109,25 @@ def test_encoders_at_full_width_are_scored(layout: str, full_width: nn.Module, t
     assert Embed(pretrain=given, data=few).read(artifacts).shape == (6, 512)
     about = json.loads((artifacts.get(given) / "about.json").read_text())
     assert about["file"] == "weights.ckpt" and about["sha256"] == issl.files.file_digest(file)
-    assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "artifacts").rglob("*.json"))
+    assert str(tmp_path) not in "".join(
+        p.read_text() for p in (tmp_path / "artifacts").rglob("*.json")
+    )
 
 
 def test_solo_learns_pixels_are_those_of_its_cifar(checkpoint: Path, tmp_path: Path) -> None:
     net = small(thin(), 2)
     for classes, mean in ((10, 0.4914), (100, 0.5071), (7, 0.485)):
         torch.save(solo(net, classes), tmp_path / "a.ckpt")
-        assert open_encoder(str(tmp_path / "a.ckpt")).encoder[0].mean.flatten()[0] == pytest.approx(mean)
-    assert open_encoder(str(checkpoint), mean=(0.1, 0.2, 0.3)).encoder[0].mean.flatten()[0] == pytest.approx(0.1)
+        assert open_encoder(str(tmp_path / "a.ckpt")).encoder[0].mean.flatten()[0] == pytest.approx(
+            mean
+        )
+    assert open_encoder(str(checkpoint), mean=(0.1, 0.2, 0.3)).encoder[0].mean.flatten()[
+        0
+    ] == pytest.approx(0.1)
 
 
-# --- other projects' files: what is in them, and which of two encoders is taken ------------------------------
+# --- other projects' files: what is in them, and which of two encoders is taken
+# ------------------------------
 
 State = dict[str, torch.Tensor]
 
@@ -119,64 +147,112 @@ FILES: dict[str, tuple[Callable[[State, State], dict], str, str]] = {
         lambda a, b: {
             "arch": "resnet18",
             "state_dict": {
-                **under("module.encoder_q.", a | head("fc.0", "fc.2")), **under("module.encoder_k.", b),
-                "module.queue": torch.ones(4, 8), "module.queue_ptr": torch.zeros(1),
+                **under("module.encoder_q.", a | head("fc.0", "fc.2")),
+                **under("module.encoder_k.", b),
+                "module.queue": torch.ones(4, 8),
+                "module.queue_ptr": torch.zeros(1),
             },
             "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
         },
-        "encoder_q", "module.encoder_k",
+        "encoder_q",
+        "module.encoder_k",
     ),
     "MoCo v3": (
-        lambda a, b: {"state_dict": under("module.base_encoder.", a | head("head.0"))
-                      | under("module.momentum_encoder.", b) | head("module.predictor.0")},
-        "base_encoder", "momentum_encoder",
+        lambda a, b: {
+            "state_dict": under("module.base_encoder.", a | head("head.0"))
+            | under("module.momentum_encoder.", b)
+            | head("module.predictor.0")
+        },
+        "base_encoder",
+        "momentum_encoder",
     ),
     "BYOL": (
-        lambda a, b: {"online_network_state_dict": under("encoder.", a),
-                      "target_network_state_dict": under("encoder.", b)},
-        "online_network_state_dict", "target_network_state_dict",
+        lambda a, b: {
+            "online_network_state_dict": under("encoder.", a),
+            "target_network_state_dict": under("encoder.", b),
+        },
+        "online_network_state_dict",
+        "target_network_state_dict",
     ),
     "BYOL of two names": (
-        lambda a, b: under("net.", a) | under("online_encoder.net.", a) | under("target_encoder.net.", b),
-        "online_encoder", "target_encoder",
+        lambda a, b: (
+            under("net.", a) | under("online_encoder.net.", a) | under("target_encoder.net.", b)
+        ),
+        "online_encoder",
+        "target_encoder",
     ),
     "DINO": (
-        lambda a, b: {"student": under("module.backbone.", b) | head("module.head.last_layer"),
-                      "teacher": under("backbone.", a) | head("head.last_layer"), "epoch": 9, "args": ARGS,
-                      "dino_loss": {"center": torch.zeros(1, 4)}},
-        "teacher", "student",
+        lambda a, b: {
+            "student": under("module.backbone.", b) | head("module.head.last_layer"),
+            "teacher": under("backbone.", a) | head("head.last_layer"),
+            "epoch": 9,
+            "args": ARGS,
+            "dino_loss": {"center": torch.zeros(1, 4)},
+        },
+        "teacher",
+        "student",
     ),
     "lightly's DINO": (
         lambda a, b: {"state_dict": under("student_backbone.", b) | under("teacher_backbone.", a)},
-        "teacher_backbone", "student_backbone",
+        "teacher_backbone",
+        "student_backbone",
     ),
     "solo-learn on ImageNet": (
-        lambda a, b: {"state_dict": under("momentum_backbone.", b) | under("backbone.", a) | head("classifier")},
-        "backbone", "momentum_backbone",
+        lambda a, b: {
+            "state_dict": under("momentum_backbone.", b)
+            | under("backbone.", a)
+            | head("classifier")
+        },
+        "backbone",
+        "momentum_backbone",
     ),
     "timm": (
         lambda a, b: {"state_dict": a | head("fc"), "state_dict_ema": b | head("fc"), "args": ARGS},
-        "state_dict", "state_dict_ema",
+        "state_dict",
+        "state_dict_ema",
     ),
-    "an average inside": (
-        lambda a, b: a | under("ema_model.module.", b), "", "ema_model",
-    ),
+    "an average inside": (lambda a, b: a | under("ema_model.module.", b), "", "ema_model"),
     "VISSL": (
-        lambda a, b: {"classy_state_dict": {"base_model": {"model": {
-            "trunk": under("_feature_blocks.", a), "heads": head("0.clf.0")}}}, "loss": {"m": torch.ones(2)}},
-        "trunk", "",
+        lambda a, b: {
+            "classy_state_dict": {
+                "base_model": {
+                    "model": {"trunk": under("_feature_blocks.", a), "heads": head("0.clf.0")}
+                }
+            },
+            "loss": {"m": torch.ones(2)},
+        },
+        "trunk",
+        "",
     ),
     "Barlow Twins": (
-        lambda a, b: {"epoch": 3, "model": under("module.backbone.", a) | head("module.projector.0", "module.bn")},
-        "backbone", "",
+        lambda a, b: {
+            "epoch": 3,
+            "model": under("module.backbone.", a) | head("module.projector.0", "module.bn"),
+        },
+        "backbone",
+        "",
     ),
-    "SwAV": (lambda a, b: under("module.", a | head("projection_head.0", "prototypes")), "module", ""),
-    "SimSiam": (lambda a, b: {"state_dict": under("module.encoder.", a | head("fc.0"))}, "module.encoder", ""),
+    "SwAV": (
+        lambda a, b: under("module.", a | head("projection_head.0", "prototypes")),
+        "module",
+        "",
+    ),
+    "SimSiam": (
+        lambda a, b: {"state_dict": under("module.encoder.", a | head("fc.0"))},
+        "module.encoder",
+        "",
+    ),
     "compiled inside": (
-        lambda a, b: {"net": {"_orig_mod.model." + k.replace("layer2.", "layer2._orig_mod."): v for k, v in a.items()}},
-        "net", "",
+        lambda a, b: {
+            "net": {
+                "_orig_mod.model." + k.replace("layer2.", "layer2._orig_mod."): v
+                for k, v in a.items()
+            }
+        },
+        "net",
+        "",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +267,9 @@ def two() -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("layout", FILES)
-def test_files_of_other_projects(layout: str, two: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+def test_files_of_other_projects(
+    layout: str, two: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
     content, taken, other = FILES[layout]
     file = str(tmp_path / "theirs.pth")
     torch.save(content(*(net.state_dict() for net in two)), file)
@@ -205,31 +283,50 @@ def test_files_of_other_projects(layout: str, two: tuple[nn.Module, nn.Module], 
         assert "not" not in opened.about
 
 
-def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(two, tmp_path: Path) -> None:
+def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(
+    two, tmp_path: Path
+) -> None:
     state, file = two[0].state_dict(), tmp_path / "w.pth"
     torch.save(under("module.", state | head("projection_head.0", "prototypes", "fc")), file)
-    assert open_encoder(str(file)).about == "ResNet, keys module.…, left out: fc, projection_head, prototypes"
+    assert (
+        open_encoder(str(file)).about
+        == "ResNet, keys module.…, left out: fc, projection_head, prototypes"
+    )
     for content, message in [
         (state | head("layer1.0.se.fc1"), r"do not fit \(left over: layer1.0.se.fc1.weight\)"),
         (state | head("stem"), "left over: stem.weight"),
-        ({k: v for k, v in state.items() if ".bn1." not in k}, r"missing: layer1.0.bn1.weight, .* and \d+ more"),
-        (state | {"layer4.0.bn2.bias": torch.ones(3)}, r"of another shape: layer4.0.bn2.bias \(3,\) for \(512,\)"),
+        (
+            {k: v for k, v in state.items() if ".bn1." not in k},
+            r"missing: layer1.0.bn1.weight, .* and \d+ more",
+        ),
+        (
+            state | {"layer4.0.bn2.bias": torch.ones(3)},
+            r"of another shape: layer4.0.bn2.bias \(3,\) for \(512,\)",
+        ),
     ]:
         torch.save({"model": under("net.", content)}, file)
         with pytest.raises(issl.IsslError, match=message):
             open_encoder(str(file))
 
 
-def test_two_encoders_are_never_chosen_between_in_silence(two, checkpoint: Path, tmp_path: Path) -> None:
+def test_two_encoders_are_never_chosen_between_in_silence(
+    two, checkpoint: Path, tmp_path: Path
+) -> None:
     states, file = [net.state_dict() for net in two], tmp_path / "w.pth"
     torch.save({"left": states[0], "right": states[1]}, file)
-    with pytest.raises(issl.IsslError, match=r"several ResNets .*\(left, right\); choose one with part='left'"):
+    with pytest.raises(
+        issl.IsslError, match=r"several ResNets .*\(left, right\); choose one with part='left'"
+    ):
         open_encoder(str(file))
     for part, net in zip(("left", "right"), two, strict=True):
         same_features(open_encoder(str(file), part=part).encoder, net, 64)
-    with pytest.raises(issl.IsslError, match=r"part='top' names none of its encoders; they are left, right"):
+    with pytest.raises(
+        issl.IsslError, match=r"part='top' names none of its encoders; they are left, right"
+    ):
         open_encoder(str(file), part="top")
-    issl.pretraining.encoder.save_encoder(tmp_path / "o.safetensors", issl.pretraining.encoder.Encoder(1), {})
+    issl.pretraining.encoder.save_encoder(
+        tmp_path / "o.safetensors", issl.pretraining.encoder.Encoder(1), {}
+    )
     with pytest.raises(issl.IsslError, match="part='x': leave it out"):
         open_encoder(str(tmp_path / "o.safetensors"), part="x")
     with pytest.raises(issl.IsslError, match="part='x': goes with a file of weights"):
@@ -241,10 +338,16 @@ def test_solo_learns_momentum_encoder_has_its_stem_too(tmp_path: Path) -> None:
     net.fc = other.fc = nn.Identity()
     with torch.no_grad():
         other.conv1.weight.mul_(-1)
-    state = under("backbone.", net.state_dict()) | under("momentum_backbone.", other.state_dict()) | head("classifier")
+    state = (
+        under("backbone.", net.state_dict())
+        | under("momentum_backbone.", other.state_dict())
+        | head("classifier")
+    )
     torch.save({"state_dict": state}, tmp_path / "w.ckpt")
     for part, encoder in (("backbone", net), ("momentum_backbone", other)):
-        same_features(open_encoder(str(tmp_path / "w.ckpt"), part=part).encoder, encoder, 32, IMAGENET)
+        same_features(
+            open_encoder(str(tmp_path / "w.ckpt"), part=part).encoder, encoder, 32, IMAGENET
+        )
 
 
 def test_files_that_hold_themselves_or_options(two, tmp_path: Path) -> None:
@@ -261,8 +364,14 @@ def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path
 
     (tmp_path / "other.ckpt").write_bytes(checkpoint.read_bytes())
     key = given(checkpoint).key
-    assert given(tmp_path / "other.ckpt").key == key and given(checkpoint, mean=(0.1, 0.2, 0.3)).key != key
-    assert Influence(pretrain=given(checkpoint), data=DATA).key == Influence(pretrain=given(checkpoint), data=DATA).key
+    assert (
+        given(tmp_path / "other.ckpt").key == key
+        and given(checkpoint, mean=(0.1, 0.2, 0.3)).key != key
+    )
+    assert (
+        Influence(pretrain=given(checkpoint), data=DATA).key
+        == Influence(pretrain=given(checkpoint), data=DATA).key
+    )
     checkpoint.write_bytes(checkpoint.read_bytes() + b" ")
     assert given(checkpoint).key != key
 
@@ -273,55 +382,93 @@ def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
         if plan.takes_checkpoints:
             stages = plan(checkpoints={"simclr": checkpoint}).stages()
             needed = [need for stage in stages for need in (stage, *stage.needs().values())]
-            assert not any(isinstance(s, Pretrain) and s.epochs for s in needed), name  # the control is untrained
+            assert not any(isinstance(s, Pretrain) and s.epochs for s in needed), (
+                name
+            )  # the control is untrained
     plan = SeedCorrelation(checkpoints={"simclr": str(checkpoint)})
     assert plan.methods == ("simclr",) and plan.encoders == 1
     two = SeedCorrelation(checkpoints={"simclr": [str(checkpoint), str(checkpoint)]})
     assert two.encoders == 2 == len(two.scored_encoders("simclr"))
     assert Bridges(checkpoints={"simclr": checkpoint}).trained_doses == ()
     # what a kernel is given makes the same plan
-    again = SeedCorrelation(**json.loads(json.dumps(plan.model_dump(mode="json", exclude_unset=True))))
+    again = SeedCorrelation(
+        **json.loads(json.dumps(plan.model_dump(mode="json", exclude_unset=True)))
+    )
     assert again == plan and "checkpoints" not in SeedCorrelation().model_dump()
 
 
 def test_records_name_the_file_and_its_digest(checkpoint: Path, tmp_path: Path) -> None:
     plan = Duplicates(checkpoints={"simclr": checkpoint}, out=str(tmp_path))
     source = plan.source(Artifacts(tmp_path))
-    metrics = {m: issl.analysis.statistics.Estimate(0.5, 0.4, 0.6, 9) for m in ("auc_injected", "precision")}
+    metrics = {
+        m: issl.audit.stats.statistics.Estimate(0.5, 0.4, 0.6, 9)
+        for m in ("auc_injected", "precision")
+    }
     about = {"dataset": "scenes", "recipe": "published", "n": 9, "seeds": [0]}
     about["learned"] = {"knn": 0.7, "untrained": 0.2, "encoders": 1}
-    written = claims.record("low_influence_duplicates", metrics, source, tmp_path, "simclr", method="simclr", **about)
+    written = claims.record(
+        "low_influence_duplicates", metrics, source, tmp_path, "simclr", method="simclr", **about
+    )
     named = [{"file": checkpoint.name, "sha256": CheckpointFile(file=checkpoint).sha256}]
     assert written["checkpoint"] == named and "recipe" not in written and written["seeds"] == []
     assert (
-        written["provenance"]["checkpoints"] == {"simclr": named} == written["provenance"]["parameters"]["checkpoints"]
+        written["provenance"]["checkpoints"]
+        == {"simclr": named}
+        == written["provenance"]["parameters"]["checkpoints"]
     )
     assert str(tmp_path) not in json.dumps(written)
-    other = claims.record("low_influence_duplicates", metrics, source, tmp_path, "byol", method="byol", **about)
+    other = claims.record(
+        "low_influence_duplicates", metrics, source, tmp_path, "byol", method="byol", **about
+    )
     assert other["recipe"] == "published" and "checkpoint" not in other
 
 
 def test_a_run_leaves_out_what_has_to_train(checkpoint: Path, tmp_path: Path) -> None:
     options = ProfileOptions("quick", out=tmp_path, checkpoints=[("simclr", str(checkpoint))])
     assert {name.split("_")[0] for name in options.plans()} == TAKES | {"report"}
-    assert {name.split("_")[0] for name in options.left_out()} == {"00", "05", "06", "08", "10", "12", "15", "16", "18"}
+    assert {name.split("_")[0] for name in options.left_out()} == {
+        "00",
+        "05",
+        "06",
+        "08",
+        "10",
+        "12",
+        "15",
+        "16",
+        "18",
+    }
     check(options.plans(), tmp_path)
     plain = ProfileOptions("quick", out=tmp_path)
     assert plain.left_out() == [] and len(plain.plans()) == len(PLANS) + 1
 
 
-def test_bad_checkpoints_are_one_clear_error(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_checkpoints_are_one_clear_error(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "mlp.ckpt")
     for arguments, message in [
         (["--checkpoint", "simclr"], "--checkpoint simclr: write METHOD=FILE"),
-        (["--checkpoint", f"simclr={tmp_path}/none.ckpt"], "none.ckpt' is not a file; check the path"),
+        (
+            ["--checkpoint", f"simclr={tmp_path}/none.ckpt"],
+            "none.ckpt' is not a file; check the path",
+        ),
         (["--checkpoint", f"simclr={tmp_path}/mlp.ckpt"], "no ResNet among its keys"),
         (["--checkpoint", f"moco={checkpoint}"], "there are checkpoints for moco"),
-        (["--checkpoint", f"simclr={checkpoint}", "--only", "06"], "06_pruning trains encoders itself"),
+        (
+            ["--checkpoint", f"simclr={checkpoint}", "--only", "06"],
+            "06_pruning trains encoders itself",
+        ),
         (["--checkpoint", f"byol={checkpoint}", "--only", "02"], "asks about simclr"),
     ]:
         assert (
-            main(["run", "--out", str(tmp_path / "out"), *(arguments + ["--only", "03"] * ("--only" not in arguments))])
+            main(
+                [
+                    "run",
+                    "--out",
+                    str(tmp_path / "out"),
+                    *(arguments + ["--only", "03"] * ("--only" not in arguments)),
+                ]
+            )
             == 2
         )
         assert message in capsys.readouterr().err

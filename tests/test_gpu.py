@@ -1,4 +1,5 @@
-"""On a real GPU: the same numbers as on the CPU, and the host does not wait. `pytest -m gpu tests/test_gpu.py`"""
+"""On a real GPU: the same numbers as on the CPU, and the host does not wait. `pytest -m gpu
+tests/test_gpu.py`"""
 
 from __future__ import annotations
 
@@ -16,11 +17,9 @@ import torch
 from device_cases import scores_and_cross_influence
 
 import issl
-from issl import GaussianNoise
-from issl.analysis import evaluate
-from issl.analysis.training_influence import training_influence
+from issl import GaussianNoise, evaluate
+from issl.audit.settings import KINDS
 from issl.devices import Batches, full_precision
-from issl.experiments.settings import KINDS
 from issl.influence.computing import Computing
 from issl.influence.self_influence import self_influence
 from issl.pretraining import loop
@@ -28,6 +27,7 @@ from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution
 from issl.pretraining.recipes import SSL, Method, recipe
+from issl.training_influence import training_influence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,12 +47,18 @@ def trained(device: torch.device | str, method: Method, n: int = 256, **settings
     images = issl.load("scenes", n=n, size=None)
     with full_precision():
         return loop.pretrain(
-            images, recipe(method, "short"), width=4, epochs=2, batch_size=64,
-            execution=Execution(device, "fp32", progress=False), **settings,
-        )  # fmt: skip
+            images,
+            recipe(method, "short"),
+            width=4,
+            epochs=2,
+            batch_size=64,
+            execution=Execution(device, "fp32", progress=False),
+            **settings,
+        )
 
 
-# --- the same numbers --------------------------------------------------------------------------------------
+# --- the same numbers
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +71,10 @@ def test_scores_of_a_resnet_and_the_same_each_time() -> None:
     encoder, images = resnet18(8).train(), issl.load("scenes", n=200)
     with torch.no_grad():
         encoder(images.pixels[:64].float() / 255)
-    cpu, one, two = (self_influence(encoder.eval(), images, computing=Computing(device=d)) for d in ("cpu", CUDA, CUDA))
+    cpu, one, two = (
+        self_influence(encoder.eval(), images, computing=Computing(device=d))
+        for d in ("cpu", CUDA, CUDA)
+    )
     np.testing.assert_allclose(one["influence"], cpu["influence"], rtol=1e-2)
     assert (one == two).all(axis=None)
 
@@ -83,11 +92,16 @@ def test_features_losses_votes_and_probe(net: torch.nn.Module) -> None:
     cpu = torch.device("cpu")
     here, there = (evaluate.embed(copy.deepcopy(net), images, d) for d in (cpu, CUDA))
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
-    losses = [evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d) for d in (cpu, CUDA)]
+    losses = [
+        evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d)
+        for d in (cpu, CUDA)
+    ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3, atol=1e-6)
     hits = [evaluate.knn_hits(here, labels, here, labels, k=3, device=d) for d in (cpu, CUDA)]
     assert (hits[0] == hits[1]).all() and not hits[0].all()
-    probes = [evaluate.probe_hits(here, labels, here, labels, device=d)[0].mean() for d in (cpu, CUDA)]
+    probes = [
+        evaluate.probe_hits(here, labels, here, labels, device=d)[0].mean() for d in (cpu, CUDA)
+    ]
     assert abs(probes[0] - probes[1]) <= 0.05
 
 
@@ -97,14 +111,21 @@ def test_training_aware_influence(method: Method, share: Any) -> None:
     learner = Learner(recipe(method, "short"), 2, None, 0)
     here, there = (
         training_influence(
-            learner, images, images.subset([0]), share=share, batch_size=4, size=(16, 16), computing=Computing(device=d)
+            learner,
+            images,
+            images.subset([0]),
+            share=share,
+            batch_size=4,
+            size=(16, 16),
+            computing=Computing(device=d),
         )
         for d in ("cpu", CUDA)
     )
     torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-3 * float(here.abs().max()))
 
 
-# --- the host does not wait --------------------------------------------------------------------------------
+# --- the host does not wait
+# --------------------------------------------------------------------------------
 
 
 def waits(run: Callable[[], object]) -> Counter[str]:
@@ -128,10 +149,13 @@ def test_a_training_waits_once_an_epoch(method: Method) -> None:
     assert not many - few
 
 
-# --- memory that runs out ----------------------------------------------------------------------------------
+# --- memory that runs out
+# ----------------------------------------------------------------------------------
 
 
-def test_half_the_batch_where_the_memory_does_not_suffice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_the_batch_where_the_memory_does_not_suffice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     free = torch.cuda.mem_get_info()[0]
 
     def run(part: slice) -> int:

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics import silhouette_score
 
 import issl
-from issl.analysis import baselines, neighbour_graph
+from issl.audit.stats import baselines, neighbour_graph
 
 
 def graph(features: torch.Tensor, k: int) -> sparse.csr_array:
@@ -33,7 +33,9 @@ def test_nearest_is_brute_force(features: torch.Tensor) -> None:
         neighbour_graph.nearest(features, 60)
 
 
-def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(features: torch.Tensor) -> None:
+def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(
+    features: torch.Tensor,
+) -> None:
     net, labels = graph(features, 5), np.arange(60) % 3
     a = net.toarray()
     degree, m = a.sum(1), a.sum() / 2
@@ -52,7 +54,12 @@ def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(featu
     keep = np.arange(60) < 40
     np.testing.assert_array_equal(neighbour_graph.induced(net, keep).toarray(), a[:40, :40])
     apart = torch.eye(3)[labels] + 0.01 * features[:, :3]
-    assert neighbour_graph.separability(apart, labels) > 0.9 > 0.1 > neighbour_graph.separability(features, labels)
+    assert (
+        neighbour_graph.separability(apart, labels)
+        > 0.9
+        > 0.1
+        > neighbour_graph.separability(features, labels)
+    )
     alone = np.where(np.arange(60) == 7, 9, labels)
     for classes in (labels, alone):
         peer = silhouette_score(features.numpy(), classes, metric="cosine")
@@ -70,7 +77,8 @@ def test_neighbours_are_kept_by_a_turn_of_the_features(features: torch.Tensor) -
 
 
 def test_bridges_between_two_clusters() -> None:
-    """Two classes far apart and one image between them: it has the cross-class edges and the shortest paths."""
+    """Two classes far apart and one image between them: it has the cross-class edges and the
+    shortest paths."""
     generator = torch.Generator().manual_seed(1)
     a = torch.tensor([1.0, 0.0]) + 0.05 * torch.randn(10, 2, generator=generator)
     b = torch.tensor([0.0, 1.0]) + 0.05 * torch.randn(10, 2, generator=generator)
@@ -93,12 +101,18 @@ def test_betweenness_is_the_share_of_shortest_paths(features: torch.Tensor, k: i
     net = graph(features, k)
     peer = networkx.from_scipy_sparse_array(net)
     exact = networkx.betweenness_centrality(peer)
-    np.testing.assert_allclose(neighbour_graph.betweenness(net, None), [exact[v] for v in range(60)], atol=1e-15)
+    np.testing.assert_allclose(
+        neighbour_graph.betweenness(net, None), [exact[v] for v in range(60)], atol=1e-15
+    )
     chosen = np.random.default_rng(1).choice(60, 20, replace=False)
-    paths = networkx.betweenness_centrality_subset(peer, chosen.tolist(), list(range(60)))  # each pair counts half
+    paths = networkx.betweenness_centrality_subset(
+        peer, chosen.tolist(), list(range(60))
+    )  # each pair counts half
     want = [2 * paths[v] / ((20 - (v in chosen)) * 58) for v in range(60)]
     np.testing.assert_allclose(neighbour_graph.betweenness(net, 20, seed=1), want, atol=1e-15)
-    np.testing.assert_allclose(neighbour_graph.betweenness(net, 20, seed=1, at_once=64), want, atol=1e-15)
+    np.testing.assert_allclose(
+        neighbour_graph.betweenness(net, 20, seed=1, at_once=64), want, atol=1e-15
+    )
 
 
 def test_matched_controls() -> None:
@@ -112,7 +126,9 @@ def test_matched_controls() -> None:
     for i, j in zip(chosen, alike, strict=True):
         pool = [k for k in range(60) if labels[k] == labels[i] and k not in chosen]
         assert abs(degree[j] - degree[i]) == min(abs(degree[k] - degree[i]) for k in pool)
-    assert len({int(neighbour_graph.matched(labels, chosen, s, by=degree)[0]) for s in range(30)}) > 1
+    assert (
+        len({int(neighbour_graph.matched(labels, chosen, s, by=degree)[0]) for s in range(30)}) > 1
+    )
     with pytest.raises(issl.IsslError, match="every image of class 1"):
         neighbour_graph.matched(labels, np.arange(20, 40))
 

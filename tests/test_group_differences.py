@@ -1,4 +1,5 @@
-"""Differences between groups: the effect and p of one group, over encoders, and groups that are too small."""
+"""Differences between groups: the effect and p of one group, over encoders, and groups that are too
+small."""
 
 from __future__ import annotations
 
@@ -8,14 +9,17 @@ import pytest
 from scipy import stats
 
 import issl
-from issl.analysis import statistics
-from issl.analysis.group_differences import group_differences, largest, magnitude
-from issl.analysis.statistics import Estimate
+from issl.audit.stats import statistics
+from issl.audit.stats.group_differences import group_differences, largest, magnitude
+from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
 N = 600
 GROUPS = pd.DataFrame(
-    {"size": RNG.choice(["3-9", "10-19", "rare"], N, p=[0.6, 0.37, 0.03]), "side": RNG.choice(["left", "right"], N)}
+    {
+        "size": RNG.choice(["3-9", "10-19", "rare"], N, p=[0.6, 0.37, 0.03]),
+        "side": RNG.choice(["left", "right"], N),
+    }
 )
 RANKS = RNG.uniform(size=(3, N)) + 0.3 * (GROUPS["size"] == "10-19").to_numpy()
 
@@ -25,10 +29,15 @@ def test_each_group_against_the_rest_over_encoders() -> None:
     assert list(table.index) == ["3-9", "10-19", "left", "right"]  # in order, without the rare one
     flag = (GROUPS["size"] == "10-19").to_numpy()
     row = table.loc["10-19"]
-    each = [2 * stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() - 1 for r in RANKS]
+    each = [
+        2 * stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() - 1
+        for r in RANKS
+    ]
     assert row["effect"].value == pytest.approx(np.mean(each)) and row["images"] == flag.sum()
     total = stats.rankdata(RANKS, axis=1).sum(0)
-    assert row["p"] == pytest.approx(stats.mannwhitneyu(total[flag], total[~flag], method="asymptotic").pvalue)
+    assert row["p"] == pytest.approx(
+        stats.mannwhitneyu(total[flag], total[~flag], method="asymptotic").pvalue
+    )
     np.testing.assert_allclose(table["adjusted_p"], statistics.holm(table["p"].tolist()))
     # two groups: what one gains the other loses
     assert table.loc["left", "effect"].value == pytest.approx(-table.loc["right", "effect"].value)
@@ -38,7 +47,9 @@ def test_each_group_against_the_rest_over_encoders() -> None:
 def test_ranks_alone_count_and_what_explains_a_group_leaves_nothing() -> None:
     one = group_differences(RANKS[:1], GROUPS, 50)
     assert one.equals(group_differences(np.exp(RANKS[:1]), GROUPS, 50))
-    table = group_differences(RANKS, GROUPS, 50, pd.DataFrame({"why": RANKS.mean(0)})).set_index("group")
+    table = group_differences(RANKS, GROUPS, 50, pd.DataFrame({"why": RANKS.mean(0)})).set_index(
+        "group"
+    )
     assert abs(table.loc["10-19", "left"].value) < 0.1 < table.loc["10-19", "effect"].value
 
 

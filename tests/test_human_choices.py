@@ -1,4 +1,5 @@
-"""CIFAR-10H: the entropy of what people chose, whose images it is of, and files that are missing or wrong."""
+"""CIFAR-10H: the entropy of what people chose, whose images it is of, and files that are missing or
+wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 from disk import write_cifar10
 
 import issl
-from issl.data import human_choices
+from issl.audit.data import human_choices
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def test_entropy_by_the_images_own_index(root: Path) -> None:
     np.testing.assert_array_equal(human_choices.ambiguity(some, root), found[[5, 1, 0]])
 
 
-def test_where_it_is_not_known_the_reason_is_said(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not_known_the_reason_is_said(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert human_choices.missing("cifar10", root) is None
     assert "not of scenes" in human_choices.missing("scenes", root)
     with pytest.raises(issl.IsslError, match="not of scenes"):
@@ -44,7 +47,9 @@ def test_where_it_is_not_known_the_reason_is_said(root: Path, tmp_path: Path, mo
     monkeypatch.delenv("ISSL_DATA")
     assert "ISSL_DATA=DIR" in human_choices.missing("cifar10")
     (root / human_choices.FILE).unlink()
-    with pytest.raises(issl.IsslError, match=r"cifar10h-counts.npy is not there.*jcpeterson/cifar-10h"):
+    with pytest.raises(
+        issl.IsslError, match=r"cifar10h-counts.npy is not there.*jcpeterson/cifar-10h"
+    ):
         human_choices.read(root)
 
 
@@ -64,7 +69,9 @@ def test_wrong_files(root: Path, content: np.ndarray, message: str) -> None:
 
 def test_a_damaged_file_and_a_foreign_index(root: Path) -> None:
     images = issl.load("cifar10", split="test", root=root)
-    far = replace(images, attributes=images.attributes.assign(index=images.attributes["index"] + 9990))
+    far = replace(
+        images, attributes=images.attributes.assign(index=images.attributes["index"] + 9990)
+    )
     with pytest.raises(issl.IsslError, match="index 10019; people judged test images 0 to 9999"):
         human_choices.ambiguity(far, root)
     (root / human_choices.FILE).write_bytes(b"nonsense")

@@ -1,4 +1,5 @@
-"""Which images a published set holds: the same in every container, and named where they are not the published ones."""
+"""Which images a published set holds: the same in every container, and named where they are not the
+published ones."""
 
 from __future__ import annotations
 
@@ -18,19 +19,23 @@ from disk import png, write_batches, write_parquet
 from PIL import Image
 
 import issl
-from issl.commands.profiles import ProfileOptions
+from issl.audit.cost import all_stages
+from issl.audit.profiles import ProfileOptions
+from issl.audit.settings import Data
 from issl.data import datasets, identity
-from issl.experiments.cost import all_stages
-from issl.experiments.settings import Data
 
-# of the official binary files: records of a label byte and 3,072 bytes, channel first (cs.toronto.edu/~kriz/cifar.html)
+# of the official binary files: records of a label byte and 3,072 bytes, channel first
+# (cs.toronto.edu/~kriz/cifar.html)
 PUBLISHED = {
     "train": [
-        "5dd7e06a14cb22eb9f671a540d1b7c25", "5ea93a67294ea407fff1d09f752e9692", "942cd6a4bcdd0dd3c604fbe906cb4421",
-        "ae636b3ba5c66a11e91e8cb52e771fcb", "53f37980c15c3d472c316c40844f3f0d",
+        "5dd7e06a14cb22eb9f671a540d1b7c25",
+        "5ea93a67294ea407fff1d09f752e9692",
+        "942cd6a4bcdd0dd3c604fbe906cb4421",
+        "ae636b3ba5c66a11e91e8cb52e771fcb",
+        "53f37980c15c3d472c316c40844f3f0d",
     ],
     "test": ["803d5f7f4d78ea53de84dbe85f74fb6d"],
-}  # fmt: skip
+}
 
 
 def encoded(form: str, **options) -> Callable[[np.ndarray], bytes]:
@@ -45,7 +50,9 @@ def encoded(form: str, **options) -> Callable[[np.ndarray], bytes]:
 webp = encoded("webp", lossless=True)
 
 
-def write(root: Path, pixels: np.ndarray, labels: list[int], encode=png, split: str = "test") -> Path:
+def write(
+    root: Path, pixels: np.ndarray, labels: list[int], encode=png, split: str = "test"
+) -> Path:
     """CIFAR-10's images, or others, as parquet; returns the data root."""
     folder = root / "cifar10/plain_text"
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,23 +68,34 @@ def published(data_root: Path) -> tuple[np.ndarray, list[int]]:
     return images.tensor().numpy(), images.require_labels().tolist()
 
 
-def test_an_identity_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_identity_is_that_of_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
     labels = [0, 1, 2, 3, 4, 5, 6]  # of the test images, as `write_batches` gives them
-    roots = [write(tmp_path / "png", pixels[5:], labels), write(tmp_path / "webp", pixels[5:], labels, webp)]
+    roots = [
+        write(tmp_path / "png", pixels[5:], labels),
+        write(tmp_path / "webp", pixels[5:], labels, webp),
+    ]
     write_batches(tmp_path / "torchvision", pixels, monkeypatch)
     roots.append(tmp_path / "torchvision")
     found = [datasets.identity("cifar10", "test", root) for root in roots]
     assert len({which.digest for which in found}) == 1
-    assert found[0].name == "cifar10, not as published: other images, or re-encoded in another order?"
+    assert (
+        found[0].name == "cifar10, not as published: other images, or re-encoded in another order?"
+    )
     assert "there are 7 images instead of 10,000" in found[0].about
-    want = hashlib.sha256(identity.as_records(np.array(labels, np.uint8), pixels[5:]).tobytes()).hexdigest()
+    want = hashlib.sha256(
+        identity.as_records(np.array(labels, np.uint8), pixels[5:]).tobytes()
+    ).hexdigest()
     assert found[0].digest == want[:16]
     other = write(tmp_path / "labels", pixels[5:], [0, 1, 2, 3, 4, 5, 7])
     assert datasets.identity("cifar10", "test", other).digest != found[0].digest
 
 
-def test_it_is_worked_out_once_and_again_for_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_worked_out_once_and_again_for_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
     root = write(tmp_path, pixels[:1], [0])
@@ -100,7 +118,9 @@ def test_cifar100_stands_in_one_order_whatever_that_of_its_files(tmp_path: Path)
         sets.append(issl.load("cifar100", root=tmp_path / str(k)))
         assert (pixels[rows][sets[k].attributes["row"]] == sets[k].tensor().numpy()).all()
         some = issl.load("cifar100", n=4, root=tmp_path / str(k))
-        assert (some.tensor() == sets[k].tensor()[some.index]).all()  # an image's index is its place in that order
+        assert (
+            some.tensor() == sets[k].tensor()[some.index]
+        ).all()  # an image's index is its place in that order
     a, b = sets
     assert (a.tensor() == b.tensor()).all() and a.labels.tolist() == b.labels.tolist()
     assert a.index.tolist() == b.index.tolist() == list(range(9)) and "row" in a.attributes
@@ -124,30 +144,42 @@ def test_the_same_keys_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_known_identities_are_those_of_the_published_files(data_root: Path) -> None:
     for split, sums in PUBLISHED.items():
         images = issl.load("cifar10", split, root=data_root)
-        records = identity.as_records(images.require_labels().numpy().astype(np.uint8), images.tensor().numpy())
+        records = identity.as_records(
+            images.require_labels().numpy().astype(np.uint8), images.tensor().numpy()
+        )
         parts = [records[k : k + 10_000] for k in range(0, len(records), 10_000)]
         assert [hashlib.md5(part.tobytes()).hexdigest() for part in parts] == sums
         which = datasets.identity("cifar10", split, data_root)
-        assert which == datasets.identity("cifar10", split) and which.digest == identity.digest(records.tobytes())
+        assert which == datasets.identity("cifar10", split) and which.digest == identity.digest(
+            records.tobytes()
+        )
         for name in ("cifar100", "fairface"):
-            assert datasets.identity(name, split, data_root).digest == datasets.identity(name, split).digest
+            assert (
+                datasets.identity(name, split, data_root).digest
+                == datasets.identity(name, split).digest
+            )
     judged = [datasets.identity("cifair10", "train", root) for root in (data_root, None)]
     assert judged[0] == judged[1] and judged[0].about == ""
 
 
 @pytest.mark.data
 def test_three_containers_of_cifar10(
-    data_root: Path, published: tuple[np.ndarray, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_root: Path,
+    published: tuple[np.ndarray, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real test images as PNG and as WebP in parquet, and in torchvision's layout: one identity, the same keys, and
-    scores that are equal bit for bit."""
+    """The real test images as PNG and as WebP in parquet, and in torchvision's layout: one
+    identity, the same keys, and scores that are equal bit for bit."""
     pixels, labels = published
     roots = [
         write(tmp_path / "png", pixels, labels, encoded("png", compress_level=1)),
         data_root,
         tmp_path / "torchvision",
     ]
-    write_batches(tmp_path / "torchvision", np.concatenate([pixels[:5], pixels]), monkeypatch, labels)
+    write_batches(
+        tmp_path / "torchvision", np.concatenate([pixels[:5], pixels]), monkeypatch, labels
+    )
     encoder, scores = nets.make("tokens", torch.float32), []
     for root in roots:
         assert datasets.identity("cifar10", "test", root) == datasets.identity("cifar10", "test")
@@ -164,13 +196,23 @@ def test_three_containers_of_cifar10(
         ("re-encoded?", r"images have other pixels \(median difference [1-9] of 255\)"),
         ("shuffled?", "9,99. of 10,000 images stand in another place"),
         ("other labels", "100 of 10,000 labels differ"),
-        ("of another size", r"10,000 of 10,000 images are stored at another size, 10,000 of 10,000 .*other pixels"),
+        (
+            "of another size",
+            r"10,000 of 10,000 images are stored at another size, 10,000 of 10,000 .*other pixels",
+        ),
         ("9,990 images", "there are 9,990 images instead of 10,000"),
-        ("other images, or re-encoded in another order?", "10,000 of 10,000 images have other pixels"),
+        (
+            "other images, or re-encoded in another order?",
+            "10,000 of 10,000 images have other pixels",
+        ),
     ],
 )
 def test_a_copy_that_is_something_else_is_named(
-    what: str, differs: str, published: tuple[np.ndarray, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str,
+    differs: str,
+    published: tuple[np.ndarray, list[int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (pixels, labels), encode = published, encoded("png", compress_level=1)
     if what == "re-encoded?":

@@ -1,4 +1,5 @@
-"""Large sets in parts: the same scores whoever computes what, and nothing computed twice after a kill."""
+"""Large sets in parts: the same scores whoever computes what, and nothing computed twice after a
+kill."""
 
 from __future__ import annotations
 
@@ -86,7 +87,10 @@ def test_killed_and_resumed_by_another_number_of_processes(tmp_path: Path) -> No
     arguments = [str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert done.returncode == -signal.SIGKILL
-    written = {p: p.stat().st_mtime_ns for p in [*tmp_path.glob("fit/[0-9]*"), *tmp_path.glob("scores/[0-9]*")]}
+    written = {
+        p: p.stat().st_mtime_ns
+        for p in [*tmp_path.glob("fit/[0-9]*"), *tmp_path.glob("scores/[0-9]*")]
+    }
     assert len(written) == 3 + 3
     with context.Pool(2) as pool:
         made = pool.starmap(work, [(tmp_path, 0.0), (tmp_path, 0.5)])
@@ -118,7 +122,12 @@ def test_a_file_that_another_holds_is_waited_for(tmp_path: Path) -> None:
     began, made = time.monotonic(), []
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    assert make_all([tmp_path / "a"], lambda k, path: (made.append(k), path.write_text("here"))[1] and None) == 1
+    assert (
+        make_all(
+            [tmp_path / "a"], lambda k, path: (made.append(k), path.write_text("here"))[1] and None
+        )
+        == 1
+    )
     assert made == [0] and (tmp_path / "a").read_text() == "here" and time.monotonic() - began < 60
 
 

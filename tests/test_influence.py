@@ -14,7 +14,17 @@ from nets import NETS, make, pictures
 from torch import nn
 
 import issl
-from issl import EKFAC, Augmentation, Computing, Exact, GaussianNoise, Identity, LoGra, cross_influence, self_influence
+from issl import (
+    EKFAC,
+    Augmentation,
+    Computing,
+    Exact,
+    GaussianNoise,
+    Identity,
+    LoGra,
+    cross_influence,
+    self_influence,
+)
 from issl.influence import reference
 from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import resnet18
@@ -23,17 +33,27 @@ NOISE = GaussianNoise()
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("n", [9, 70])  # fewer rows than columns in every layer, and more than in some
+@pytest.mark.parametrize(
+    "n", [9, 70]
+)  # fewer rows than columns in every layer, and more than in some
 def test_exact_equals_the_reference(name: str, n: int) -> None:
     net, images = make(name), pictures(n)
     losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
-    got = self_influence(net, images, NOISE, Exact(damping=0.1), seed=3, computing=Computing(batch_size=32))
-    np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)  # the loop's own cancellation
-    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-8)
+    got = self_influence(
+        net, images, NOISE, Exact(damping=0.1), seed=3, computing=Computing(batch_size=32)
+    )
+    np.testing.assert_allclose(
+        got["stability_loss"], losses, rtol=1e-9, atol=1e-14
+    )  # the loop's own cancellation
+    np.testing.assert_allclose(
+        got["influence"], reference.self_influence(gradients, 0.1), rtol=1e-8
+    )
     norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
     np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-9)
     for layer, g in gradients.items():
-        assert got.attrs["damping"][layer] == pytest.approx(0.1 * float(g.square().mean()), rel=1e-9)
+        assert got.attrs["damping"][layer] == pytest.approx(
+            0.1 * float(g.square().mean()), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -41,7 +61,9 @@ def test_full_rank_logra_equals_exact(name: str) -> None:
     net, images = make(name), pictures(40)
     _, gradients = reference.gradients(net, images, NOISE.keyed(0))
     got = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.05))
-    np.testing.assert_allclose(got["influence"], reference.self_influence(gradients, 0.05), rtol=1e-7)
+    np.testing.assert_allclose(
+        got["influence"], reference.self_influence(gradients, 0.05), rtol=1e-7
+    )
     exact = self_influence(net, images, NOISE, Exact(0.05))
     np.testing.assert_allclose(got["grad_norm"], exact["grad_norm"], rtol=1e-9)
 
@@ -49,15 +71,27 @@ def test_full_rank_logra_equals_exact(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
     """Self- and cross-influence, under the projections that LoGra itself draws."""
-    net, images, query, curvature = make(name), pictures(30), pictures(4, seed=2), LoGra(rank=4, damping=0.1, seed=5)
-    sketches = {layer: curvature.sketch(module, k) for k, (layer, module) in enumerate(scored_layers(net).items())}
+    net, images, query, curvature = (
+        make(name),
+        pictures(30),
+        pictures(4, seed=2),
+        LoGra(rank=4, damping=0.1, seed=5),
+    )
+    sketches = {
+        layer: curvature.sketch(module, k)
+        for k, (layer, module) in enumerate(scored_layers(net).items())
+    }
     projections = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
     g, g_query = (
-        reference.project(reference.gradients(net, some, NOISE.keyed(0))[1], projections) for some in (images, query)
+        reference.project(reference.gradients(net, some, NOISE.keyed(0))[1], projections)
+        for some in (images, query)
     )
     got = self_influence(net, images, NOISE, curvature)
     np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-8)
-    cross, want = cross_influence(net, images, query, NOISE, curvature), reference.cross_influence(g, g_query, 0.1)
+    cross, want = (
+        cross_influence(net, images, query, NOISE, curvature),
+        reference.cross_influence(g, g_query, 0.1),
+    )
     torch.testing.assert_close(cross, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
 
 
@@ -74,7 +108,9 @@ def test_identity_is_the_squared_norm(name: str) -> None:
 def test_projected_norm_is_unbiased() -> None:
     net, images = make("batchnorm"), pictures(6)
     true = self_influence(net, images, NOISE, Identity())["grad_norm"] ** 2
-    draws = [self_influence(net, images, NOISE, LoGra(3, seed=s))["grad_norm"] ** 2 for s in range(150)]
+    draws = [
+        self_influence(net, images, NOISE, LoGra(3, seed=s))["grad_norm"] ** 2 for s in range(150)
+    ]
     error = (np.mean(draws, axis=0) - true) / (np.std(draws, axis=0) / np.sqrt(150))
     assert np.abs(error).max() < 4.5
 
@@ -92,16 +128,25 @@ def resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("curvature", [LoGra(4), Identity()], ids=["logra", "identity"])
 def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
     net, images = resnet(), issl.load("scenes", n=60)
-    base = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=60))["influence"].to_numpy()
+    base = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=60))[
+        "influence"
+    ].to_numpy()
     for batch_size in (7, 64):
-        other = self_influence(net, images, curvature=curvature, computing=Computing(batch_size=batch_size))
+        other = self_influence(
+            net, images, curvature=curvature, computing=Computing(batch_size=batch_size)
+        )
         np.testing.assert_allclose(other["influence"], base, rtol=1e-5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    other = self_influence(net, images.subset(order), curvature=curvature, computing=Computing(batch_size=25))
+    other = self_influence(
+        net, images.subset(order), curvature=curvature, computing=Computing(batch_size=25)
+    )
     assert other["index"].tolist() == order.tolist()
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-5)
     on_disk = self_influence(
-        net, images, curvature=curvature, computing=Computing(batch_size=60, store=tmp_path / "rows")
+        net,
+        images,
+        curvature=curvature,
+        computing=Computing(batch_size=60, store=tmp_path / "rows"),
     )
     np.testing.assert_allclose(on_disk["influence"], base, rtol=1e-5)
     assert list((tmp_path / "rows").iterdir()) == []  # what is kept lasts as long as the call
@@ -110,7 +155,8 @@ def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
 @settings(max_examples=10, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**20))
 def test_scaling_the_features_scales_nothing(scale: float, seed: int) -> None:
-    """The cosine ignores the length of the features; relative damping ignores the gradients' scale."""
+    """The cosine ignores the length of the features; relative damping ignores the gradients'
+    scale."""
 
     class Scaled(nn.Module):
         def __init__(self, net: nn.Module):
@@ -158,7 +204,9 @@ def test_the_encoder_is_left_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert flags == [p.requires_grad for p in net.parameters()]
     assert hooks == [len(m._forward_hooks) + len(m._backward_hooks) for m in net.modules()]
-    assert not any(m.training for m in net.modules()) and all(p.grad is None for p in net.parameters())
+    assert not any(m.training for m in net.modules()) and all(
+        p.grad is None for p in net.parameters()
+    )
 
 
 def nan_weights() -> nn.Module:
@@ -194,10 +242,13 @@ BAD_ENCODERS = {
     "no layers": (lambda: nn.Flatten().eval(), "no Linear or Conv2d"),
     "nan": (nan_weights, "0.weight holds NaN"),
     "untrained": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval(), "1 was never trained",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval(),
+        "1 was never trained",
     ),
     "batch statistics": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()).eval(),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()
+        ).eval(),
         "track_running_stats",
     ),
     "unsupported": (
@@ -208,9 +259,10 @@ BAD_ENCODERS = {
     "unused layer": (lambda: Unused().eval(), "head \\(is never used.*skip"),
     "maps": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), r"features of shape"),
     "zero": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(1e9, 0.0), nn.Flatten()).eval(), "all-zero feature",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(1e9, 0.0), nn.Flatten()).eval(),
+        "all-zero feature",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_ENCODERS)
@@ -243,7 +295,9 @@ def test_skip_leaves_a_layer_out() -> None:
     ],
 )
 def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match=message):
         self_influence(make("stride"), **{"images": pictures(5), **arguments})
 
@@ -251,14 +305,26 @@ def test_bad_arguments(arguments: dict, message: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: LoGra(0), lambda: LoGra(True), lambda: LoGra(4, 0.0), lambda: LoGra(4, "0.1"), lambda: LoGra(seed=-1),
-        lambda: Exact(-1.0), lambda: Exact(float("inf")), lambda: Exact(float("nan")), lambda: Exact(None),
-        lambda: EKFAC(fit=2.5), lambda: GaussianNoise(0.0, -1.0), lambda: GaussianNoise("0.1"),
-        lambda: GaussianNoise(0.0, float("inf")), lambda: Augmentation("crop", "1"),
+        lambda: LoGra(0),
+        lambda: LoGra(True),
+        lambda: LoGra(4, 0.0),
+        lambda: LoGra(4, "0.1"),
+        lambda: LoGra(seed=-1),
+        lambda: Exact(-1.0),
+        lambda: Exact(float("inf")),
+        lambda: Exact(float("nan")),
+        lambda: Exact(None),
+        lambda: EKFAC(fit=2.5),
+        lambda: GaussianNoise(0.0, -1.0),
+        lambda: GaussianNoise("0.1"),
+        lambda: GaussianNoise(0.0, float("inf")),
+        lambda: Augmentation("crop", "1"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user without beartype gets
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # what a user without beartype gets
     with pytest.raises(issl.IsslError, match="="):
         build()
 
@@ -266,5 +332,8 @@ def test_bad_settings(build, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu() -> None:
     net, images = resnet(), issl.load("scenes", n=200)
-    cpu, gpu = self_influence(net, images), self_influence(net, images, computing=Computing(device="cuda"))
+    cpu, gpu = (
+        self_influence(net, images),
+        self_influence(net, images, computing=Computing(device="cuda")),
+    )
     np.testing.assert_allclose(gpu["influence"], cpu["influence"], rtol=1e-3)

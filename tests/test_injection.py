@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import issl
+from issl.audit.data.injection import ATYPICAL, DUPLICATES, inject
+from issl.audit.settings import Data, Injection
 from issl.data import judged_pairs, scenes
-from issl.data.injection import ATYPICAL, DUPLICATES, inject
-from issl.experiments.settings import Data, Injection
 
 
 @pytest.fixture(scope="module")
 def plain() -> issl.Images:
-    return scenes.draw(200, config=scenes.ScenesConfig(exact_duplicates=0, near_duplicates=0, atypical=0))
+    return scenes.draw(
+        200, config=scenes.ScenesConfig(exact_duplicates=0, near_duplicates=0, atypical=0)
+    )
 
 
 def place(images: issl.Images, index: int) -> int:
@@ -39,7 +41,9 @@ def test_duplicates_are_copies_of_their_originals(plain: issl.Images) -> None:
         moved = [torch.roll(b, (dy, dx), (1, 2)) for dy in range(-3, 4) for dx in range(-3, 4)]
         nearest = min(float((a - m)[:, 4:-4, 4:-4].abs().mean()) for m in moved)
         assert nearest < {"recoloured": 60, "recompressed": 30}.get(kind, 15), kind
-        assert mixed.labels[row] == mixed.labels[original] and torch.equal(mixed.masks[row], mixed.masks[original])
+        assert mixed.labels[row] == mixed.labels[original] and torch.equal(
+            mixed.masks[row], mixed.masks[original]
+        )
     assert (known["index"] == plain.attributes["index"]).all()
 
 
@@ -65,7 +69,9 @@ def test_foreign_images_of_real_sets_are_drawn_ones(plain: issl.Images) -> None:
     assert len(rows) == 7 and not torch.equal(mixed.pixels[rows], photos.pixels[rows])
     tiles = inject(plain, atypical=0.1)
     row = int(np.flatnonzero(tiles.attributes["atypical"] == "foreign")[0])
-    assert torch.equal(tiles.pixels[row].flatten(1).sort().values, plain.pixels[row].flatten(1).sort().values)
+    assert torch.equal(
+        tiles.pixels[row].flatten(1).sort().values, plain.pixels[row].flatten(1).sort().values
+    )
 
 
 def test_seed_decides(plain: issl.Images) -> None:
@@ -84,13 +90,18 @@ def test_as_data_of_a_stage() -> None:
     mixed = Data(name="scenes", n=60, inject=Injection(duplicates=0.1), first=20)
     images = mixed.load()
     assert len(images) == 20 and "duplicate_kind" in images.attributes
-    assert torch.equal(images.pixels, Data(name="scenes", n=60, inject=Injection(duplicates=0.1)).load().pixels[:20])
+    assert torch.equal(
+        images.pixels,
+        Data(name="scenes", n=60, inject=Injection(duplicates=0.1)).load().pixels[:20],
+    )
 
 
 def test_swapped_twins_differ_by_the_background_alone() -> None:
     twins = issl.load("scenes-swapped", n=12)
     known = twins.attributes
-    assert len(twins) == 48 and known["scene"].value_counts().eq(4).all() and known["index"].is_unique
+    assert (
+        len(twins) == 48 and known["scene"].value_counts().eq(4).all() and known["index"].is_unique
+    )
     assert set(known["background"]) == set(scenes.BACKGROUNDS)
     first = twins.subset(known["background"].eq("texture").to_numpy())
     for background in scenes.BACKGROUNDS:
@@ -106,18 +117,34 @@ def test_judged_pairs(data_root: Path) -> None:
     images = issl.load("cifair10", n=400, root=data_root)
     known = images.attributes
     test = known[known["index"] >= judged_pairs.CIFAR10_TRAIN]
-    assert len(images) == 400 + 286 and len(test) == 286 and test["duplicate_of"].isin(known["index"]).all()
+    assert (
+        len(images) == 400 + 286
+        and len(test) == 286
+        and test["duplicate_of"].isin(known["index"]).all()
+    )
     assert set(test["duplicate_kind"]) == {"near duplicate", "very similar"}
     row, original = test.index[0], place(images, test["duplicate_of"].iloc[0])
     source = issl.load("cifar10", "test", root=data_root)
-    assert torch.equal(images.pixels[row], source.pixels[int(known["index"][row]) - judged_pairs.CIFAR10_TRAIN])
-    # people called them the same: their pixels are far closer than two images of a class usually are
-    pairs = [place(images, o) for o in test["duplicate_of"]]
-    gap = (images.pixels[test.index.to_numpy()].float() - images.pixels[pairs].float()).abs().mean((1, 2, 3))
-    other = (
-        (images.pixels[test.index.to_numpy()].float() - images.pixels[np.roll(pairs, 1)].float()).abs().mean((1, 2, 3))
+    assert torch.equal(
+        images.pixels[row], source.pixels[int(known["index"][row]) - judged_pairs.CIFAR10_TRAIN]
     )
-    assert float(gap.median()) < 0.6 * float(other.median()) and images.labels[row] == images.labels[original]
+    # people called them the same: their pixels are far closer than two images of a class usually
+    # are
+    pairs = [place(images, o) for o in test["duplicate_of"]]
+    gap = (
+        (images.pixels[test.index.to_numpy()].float() - images.pixels[pairs].float())
+        .abs()
+        .mean((1, 2, 3))
+    )
+    other = (
+        (images.pixels[test.index.to_numpy()].float() - images.pixels[np.roll(pairs, 1)].float())
+        .abs()
+        .mean((1, 2, 3))
+    )
+    assert (
+        float(gap.median()) < 0.6 * float(other.median())
+        and images.labels[row] == images.labels[original]
+    )
     with pytest.raises(issl.IsslError, match="279 judged images among 50000"):
         issl.load("cifair10", n=100, root=data_root)
     assert Data(name="cifair10", n=400, root=data_root).available() == 50_000
@@ -140,7 +167,10 @@ def test_a_pair_whose_original_was_overwritten_is_none() -> None:
         got = inject(images, duplicates=0.2, atypical=0.3, seed=seed)
         row = {int(i): k for k, i in enumerate(got.index)}
         same = (got.pixels == images.pixels).flatten(1).all(1).numpy()
-        kinds, now = got.attributes["duplicate_kind"].to_numpy(), got.attributes["duplicate_of"].to_numpy()
+        kinds, now = (
+            got.attributes["duplicate_kind"].to_numpy(),
+            got.attributes["duplicate_of"].to_numpy(),
+        )
         kept = (now == of) & (of >= 0)
         assert all(same[row[int(o)]] for o in of[kept])  # the original is what it was
         assert ((now >= 0) == (kinds != "")).all()

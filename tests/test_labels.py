@@ -1,4 +1,5 @@
-"""The labels by eye: that they are of the images that they name, and what they say of the detector."""
+"""The labels by eye: that they are of the images that they name, and what they say of the
+detector."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 
 import issl
-from issl.analysis.image_statistics import image_statistics
-from issl.data.background_labels import background_labels
+from issl.audit.data.background_labels import background_labels
+from issl.audit.data.injection import inject
+from issl.audit.data.known_duplicates import SERIES, known_duplicates
+from issl.audit.stats.image_statistics import image_statistics
 from issl.data.images import Images
-from issl.data.injection import inject
-from issl.data.known_duplicates import SERIES, known_duplicates
 from issl.files import PACKAGE
 
 LABELS = PACKAGE / "data" / "labels" / "cifar10_backgrounds.csv"
@@ -37,9 +38,14 @@ def test_they_fit_the_images_and_the_detector_misses_most(data_root) -> None:
     sure, uniform = table["sure"].to_numpy() == 1, (table["uniform"] == "yes").to_numpy()
     grey = statistics["border_grey"].to_numpy()
     white, black = ((table["colour"] == c).to_numpy() & sure for c in ("white", "black"))
-    assert np.median(grey[white]) > 0.8 and np.median(grey[black]) < 0.2  # of the images that they name
+    assert (
+        np.median(grey[white]) > 0.8 and np.median(grey[black]) < 0.2
+    )  # of the images that they name
     flagged = statistics["uniform"].to_numpy()
-    precision, recall = (flagged & uniform).sum() / flagged.sum(), (flagged & uniform).sum() / uniform.sum()
+    precision, recall = (
+        (flagged & uniform).sum() / flagged.sum(),
+        (flagged & uniform).sum() / uniform.sum(),
+    )
     assert precision == pytest.approx(0.91, abs=0.01) and recall == pytest.approx(0.18, abs=0.01)
 
 
@@ -70,10 +76,16 @@ def test_labels_follow_their_images_through_any_choice(data_root) -> None:
 
 def test_each_pair_was_judged_once() -> None:
     pairs = pd.read_csv(PAIRS)
-    assert len(pairs) == 391 and not pairs.duplicated(["a", "b"]).any() and (pairs["a"] < pairs["b"]).all()
+    assert (
+        len(pairs) == 391
+        and not pairs.duplicated(["a", "b"]).any()
+        and (pairs["a"] < pairs["b"]).all()
+    )
     assert pairs["same"].value_counts().to_dict() == {"yes": 338, "no": 53}
     assert pairs[["a", "b"]].isin(range(50_000)).all(axis=None) and set(pairs["sure"]) == {0, 1}
-    assert set(pairs["mirrored"]) == {0, 1} and (pairs["same"][pairs["mirrored"] == 1] == "yes").all()
+    assert (
+        set(pairs["mirrored"]) == {0, 1} and (pairs["same"][pairs["mirrored"] == 1] == "yes").all()
+    )
 
 
 @pytest.mark.data
@@ -86,7 +98,10 @@ def test_the_pairs_are_of_the_images_that_they_name(data_root) -> None:
     def distance(a, b, mirrored):
         return ((pixels[a][..., ::-1] if mirrored else pixels[a]) - pixels[b]).std()
 
-    one, other = (np.array([distance(a, b, m) for a, b in pairs[["a", "b"]].to_numpy()]) for m in (False, True))
+    one, other = (
+        np.array([distance(a, b, m) for a, b in pairs[["a", "b"]].to_numpy()])
+        for m in (False, True)
+    )
     same = (pairs["same"] == "yes").to_numpy()
     assert ((other < one) == (pairs["mirrored"] == 1))[same].mean() > 0.98
     shuffled = np.random.default_rng(0).permutation(pairs["b"])
@@ -103,18 +118,28 @@ def test_the_pairs_are_of_the_images_that_they_name(data_root) -> None:
 def test_of_a_group_the_first_image_is_the_original() -> None:
     pairs = pd.read_csv(PAIRS).query("same == 'yes'")
     car = pairs[(pairs["a"] == 119) | (pairs["b"] == 119)]
-    index = np.sort(np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7]))  # a series, a pair, and neither
+    index = np.sort(
+        np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7])
+    )  # a series, a pair, and neither
     assert len(car) + 1 >= 3
-    pixels = torch.randint(256, (len(index), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        256, (len(index), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     images = Images(pixels, None, pd.DataFrame({"index": index}), "cifar10")
     known = known_duplicates(images).assign(index=index).set_index("index")
     kind = "series" if len(car) + 1 >= SERIES else "pair"
-    assert known.loc[22535].tolist() == [41, "pair"] and known.loc[[41, 7, 119], "duplicate_of"].eq(-1).all()
+    assert (
+        known.loc[22535].tolist() == [41, "pair"]
+        and known.loc[[41, 7, 119], "duplicate_of"].eq(-1).all()
+    )
     assert (known.drop([41, 7, 119, 22535])["duplicate_of"] == 119).all()
     assert set(known.drop([41, 7, 119, 22535])["duplicate_kind"]) == {kind}
-    # what was overwritten is in no pair; other sets, and other images of this one, say what they say of themselves
+    # what was overwritten is in no pair; other sets, and other images of this one, say what they
+    # say of themselves
     overwritten = images.attributes.assign(atypical=np.where(index == 41, "inverted", ""))
-    assert known_duplicates(Images(pixels, None, overwritten, "cifar10"))["duplicate_of"].ne(41).all()
+    assert (
+        known_duplicates(Images(pixels, None, overwritten, "cifar10"))["duplicate_of"].ne(41).all()
+    )
     own = inject(Images(pixels, None, images.attributes, "other"), duplicates=0.4)
     pd.testing.assert_frame_equal(
         known_duplicates(own), own.attributes[["duplicate_of", "duplicate_kind"]], check_dtype=False

@@ -8,15 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import issl
-from issl.analysis import linear_theory
+from issl.audit.stats import linear_theory
 
 
-def problem(seed: int = 0, n: int = 30, d: int = 5, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    seed: int = 0, n: int = 30, d: int = 5, k: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(k, d, generator=generator).double(), torch.randn(n, d, generator=generator).double()
+    return torch.randn(k, d, generator=generator).double(), torch.randn(
+        n, d, generator=generator
+    ).double()
 
 
-def objective(weight: torch.Tensor, start: torch.Tensor, delta: torch.Tensor, anchor: float, n: int) -> torch.Tensor:
+def objective(
+    weight: torch.Tensor, start: torch.Tensor, delta: torch.Tensor, anchor: float, n: int
+) -> torch.Tensor:
     return (delta @ weight.T).square().sum() / 2 / n + anchor / 2 * (weight - start).square().sum()
 
 
@@ -25,7 +31,9 @@ def test_the_fit_is_a_minimum_and_influence_is_what_autograd_says() -> None:
     weight = linear_theory.fit(start, delta, 0.1).requires_grad_()
     (slope,) = torch.autograd.grad(objective(weight, start, delta, 0.1, 30), weight)
     assert float(slope.abs().max()) < 1e-12
-    hessian = torch.autograd.functional.hessian(lambda w: objective(w, start, delta, 0.1, 30), weight).reshape(15, 15)
+    hessian = torch.autograd.functional.hessian(
+        lambda w: objective(w, start, delta, 0.1, 30), weight
+    ).reshape(15, 15)
     want = []
     for row in delta:
         (g,) = torch.autograd.grad((weight @ row).square().sum() / 2, weight)
@@ -48,7 +56,7 @@ def test_without_a_point_is_training_without_it() -> None:
             tolerance_grad=1e-14,
             tolerance_change=0,
             line_search_fn="strong_wolfe",
-        )  # fmt: skip
+        )
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()  # noqa: B023 (called in this turn alone)
@@ -60,18 +68,25 @@ def test_without_a_point_is_training_without_it() -> None:
         retrained = retrained.detach()
         by_formula = linear_theory.fit_without(weight, delta, 0.1, out)
         torch.testing.assert_close(by_formula, retrained, rtol=1e-7, atol=1e-9)
-        # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the weights
-        change, want = (((delta @ w.T).square() - (delta @ weight.T).square()).sum(1) for w in (by_formula, retrained))
+        # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the
+        # weights
+        change, want = (
+            ((delta @ w.T).square() - (delta @ weight.T).square()).sum(1)
+            for w in (by_formula, retrained)
+        )
         torch.testing.assert_close(change, want, rtol=1e-6, atol=1e-12)
         assert float((by_formula - retrained).norm() / (retrained - weight).norm()) < 1e-6
 
 
 def test_influence_is_the_slope_of_the_loss_as_an_image_is_taken_out_of_the_mean() -> None:
-    """d ℓ_q(W*(ε)) / dε at 0, where image i counts 1 − nε times: influence(i → q), by central differences."""
+    """d ℓ_q(W*(ε)) / dε at 0, where image i counts 1 − nε times: influence(i → q), by central
+    differences."""
     start, delta = problem(4)
     weight, i, eps = linear_theory.fit(start, delta, 0.1), 5, 1e-6
     cross = linear_theory.cross_influence(weight, delta, delta, 0.1)
-    torch.testing.assert_close(cross.diagonal(), linear_theory.influence(weight, delta, 0.1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        cross.diagonal(), linear_theory.influence(weight, delta, 0.1), rtol=1e-12, atol=0
+    )
     losses = []
     for sign in (1, -1):
         counts = torch.ones(30, dtype=torch.float64)
@@ -79,24 +94,34 @@ def test_influence_is_the_slope_of_the_loss_as_an_image_is_taken_out_of_the_mean
         # an image that counts c times is the image scaled by √c
         w = linear_theory.fit(start, delta * counts.sqrt()[:, None], 0.1)
         losses.append((delta @ w.T).square().sum(1) / 2)
-    torch.testing.assert_close((losses[0] - losses[1]) / (2 * eps), cross[:, i], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        (losses[0] - losses[1]) / (2 * eps), cross[:, i], rtol=1e-6, atol=1e-8
+    )
 
 
 def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:
-    """With one output that every δ moves by as much, the empirical Fisher is A without its anchor, which is damping."""
+    """With one output that every δ moves by as much, the empirical Fisher is A without its anchor,
+    which is damping."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (24, 3, 2, 2), generator=generator).to(torch.uint8)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1, bias=False)).double().eval()
+    net = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1, bias=False)).double().eval()
+    )
     shift = torch.randn(24, 3, 2, 2, generator=generator).double()
     weight = net[1].weight.detach()
     # each δ scaled so that |W δ_i| = 1: then ∇ℓ_i = ± δ_i, and the Fisher is mean δδᵀ
     shift = shift / (shift.flatten(1) @ weight.T).abs()[:, :, None, None]
     got = issl.self_influence(
-        net, pixels, lambda x, index: x + shift[index], issl.Exact(damping=0.3, absolute=True),
+        net,
+        pixels,
+        lambda x, index: x + shift[index],
+        issl.Exact(damping=0.3, absolute=True),
         loss=lambda a, b: (a - b).square().sum(1) / 2,
-    )  # fmt: skip
+    )
     want = linear_theory.influence(weight, shift.flatten(1), 0.3)
-    torch.testing.assert_close(torch.tensor(got["influence"].tolist(), dtype=torch.float64), want, rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(got["influence"].tolist(), dtype=torch.float64), want, rtol=1e-8, atol=0
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -106,7 +131,9 @@ def test_laws(seed: int, scale: float, order: list[int]) -> None:
     one = linear_theory.influence(start, delta, 0.1)
     torch.testing.assert_close(linear_theory.influence(start, delta[order], 0.1), one[order])
     # units: δ → s δ and a → s² a leave the leverage, and multiply the sensitivity by s²
-    torch.testing.assert_close(linear_theory.influence(start, scale * delta, 0.1 * scale**2), scale**2 * one)
+    torch.testing.assert_close(
+        linear_theory.influence(start, scale * delta, 0.1 * scale**2), scale**2 * one
+    )
     assert bool((linear_theory.leverage(delta, 0.1) < 30).all())
 
 

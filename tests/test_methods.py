@@ -1,4 +1,5 @@
-"""Objectives, LARS and the schedule against lightly's and against their formulas; the learner of each method."""
+"""Objectives, LARS and the schedule against lightly's and against their formulas; the learner of
+each method."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def test_simclr_is_lightlys_and_the_formula() -> None:
     from lightly.loss import NTXentLoss
 
     za, zb = rows()
-    torch.testing.assert_close(objectives.simclr(za, zb, 0.2), NTXentLoss(0.2)(za, zb), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        objectives.simclr(za, zb, 0.2), NTXentLoss(0.2)(za, zb), rtol=1e-5, atol=0
+    )
     za, zb = rows(5, 3)
     z = torch.cat([za, zb])
     s = torch.nn.functional.cosine_similarity(z[:, None], z[None], dim=2)
@@ -62,7 +65,9 @@ def test_barlow_twins_is_lightlys() -> None:
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) -> list[torch.Tensor]:
@@ -86,8 +91,14 @@ def test_lars_is_lightlys() -> None:
 
 
 def test_lars_by_hand_with_clip() -> None:
-    """r = min(trust ‖p‖ / (‖g‖ + wd ‖p‖) / lr, 1): one step, against the formula; zero weights take a plain step."""
-    weights = [torch.tensor([[3.0, 4.0]]), torch.tensor([[300.0, 400.0]]), torch.zeros(1, 2), torch.tensor([1.0, 2.0])]
+    """r = min(trust ‖p‖ / (‖g‖ + wd ‖p‖) / lr, 1): one step, against the formula; zero weights take
+    a plain step."""
+    weights = [
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([[300.0, 400.0]]),
+        torch.zeros(1, 2),
+        torch.tensor([1.0, 2.0]),
+    ]
     slopes = [torch.tensor([[0.6, 0.8]])] * 3 + [torch.tensor([0.6, 0.8])]
     params = [nn.Parameter(w.clone()) for w in weights]
     for p, g in zip(params, slopes, strict=True):
@@ -96,7 +107,9 @@ def test_lars_by_hand_with_clip() -> None:
     for k, (p, w, g) in enumerate(zip(params, weights, slopes, strict=True)):
         ratio = min(0.02 * float(w.norm()) / (1 + 0.1 * float(w.norm())) / 0.5, 1) if k < 2 else 1
         decay = 0.1 if k < 2 else 0
-        torch.testing.assert_close(p.detach(), w - 0.5 * ratio * (g + decay * w), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            p.detach(), w - 0.5 * ratio * (g + decay * w), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
@@ -106,19 +119,29 @@ def test_schedule_is_lightlys(warmup: int) -> None:
     optimizer = torch.optim.SGD(net().parameters(), lr=2.0)
     theirs = CosineWarmupScheduler(optimizer, warmup, 100, end_value=0.0)
     for k in range(100):
-        assert learning_rate(k, 100, warmup, 2.0) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5, abs=1e-9)
+        assert learning_rate(k, 100, warmup, 2.0) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-5, abs=1e-9
+        )
         optimizer.step(), theirs.step()
 
 
 def test_the_published_constants() -> None:
     """The figures of the published CIFAR recipe, at full width."""
     table = {m: recipe(m) for m in ("simclr", "byol", "barlow_twins")}
-    assert [r.lr for r in table.values()] == [0.4, 1.0, 0.3] and {r.optimizer for r in table.values()} == {"lars"}
+    assert [r.lr for r in table.values()] == [0.4, 1.0, 0.3] and {
+        r.optimizer for r in table.values()
+    } == {"lars"}
     assert [r.weight_decay for r in table.values()] == [1e-4, 1e-5, 1e-4]
     assert table["simclr"].temperature == 0.2 and table["byol"].tau == 0.99
     assert (table["barlow_twins"].off_diagonal, table["barlow_twins"].scale) == (0.0051, 0.1)
-    sizes = {m: [layer for layer in Learner(r, 64, None, 0).encoder.projector if isinstance(layer, nn.Linear)]
-             for m, r in table.items()}  # fmt: skip
+    sizes = {
+        m: [
+            layer
+            for layer in Learner(r, 64, None, 0).encoder.projector
+            if isinstance(layer, nn.Linear)
+        ]
+        for m, r in table.items()
+    }
     assert [tuple(layer.weight.shape) for layer in sizes["simclr"]] == [(2048, 512), (256, 2048)]
     assert [tuple(layer.weight.shape) for layer in sizes["byol"]] == [(4096, 512), (256, 4096)]
     assert [len(layer.weight) for layer in sizes["barlow_twins"]] == [2048, 2048, 2048]
@@ -140,7 +163,9 @@ def test_the_loss_of_a_learner_is_its_objective(method: str) -> None:
             want = objectives.simclr(za, zb, how.temperature)
         elif method == "byol":
             assert apart.predictor is not None and apart.target is not None
-            want = objectives.byol(*apart.predictor(z).chunk(2), *apart.target(torch.cat([xa, xb])).chunk(2))
+            want = objectives.byol(
+                *apart.predictor(z).chunk(2), *apart.target(torch.cat([xa, xb])).chunk(2)
+            )
         else:
             want = objectives.barlow_twins(za, zb, how.off_diagonal, how.scale)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
@@ -169,7 +194,9 @@ def test_a_reloaded_learner_gives_the_same_loss(method: str, tmp_path: Path) -> 
     """In half precision on disk: equal up to its rounding, 2^-11 of each weight."""
     how, path = recipe(method, "short"), tmp_path / "learner.safetensors"
     learner = Learner(how, 2, 10 if method == "supervised" else None, 3).train()
-    with torch.no_grad():  # as after some training: target and encoder differ, BatchNorm has statistics
+    with (
+        torch.no_grad()
+    ):  # as after some training: target and encoder differ, BatchNorm has statistics
         for p in learner.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     xa, xb = torch.rand(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
@@ -179,19 +206,29 @@ def test_a_reloaded_learner_gives_the_same_loss(method: str, tmp_path: Path) -> 
     loaded = load_learner(path)
     assert loaded.recipe == how and loaded.training
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
-    for (name, p), (same, q) in zip(loaded.state_dict().items(), learner.state_dict().items(), strict=True):
+    for (name, p), (same, q) in zip(
+        loaded.state_dict().items(), learner.state_dict().items(), strict=True
+    ):
         assert name == same
-        torch.testing.assert_close(p, q, rtol=2**-11 if p.ndim > 1 else 0, atol=2**-25 if p.ndim > 1 else 0)
-    torch.testing.assert_close(load_encoder(path)(xa), learner.eval().encoder.backbone(xa), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            p, q, rtol=2**-11 if p.ndim > 1 else 0, atol=2**-25 if p.ndim > 1 else 0
+        )
+    torch.testing.assert_close(
+        load_encoder(path)(xa), learner.eval().encoder.backbone(xa), rtol=2e-3, atol=2e-3
+    )
     for mode in (False, True):
-        torch.testing.assert_close(loaded.train(mode)(*batch), learner.train(mode)(*batch), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(
+            loaded.train(mode)(*batch), learner.train(mode)(*batch), rtol=2e-3, atol=2e-3
+        )
 
 
 def test_a_file_without_the_whole_learner_is_refused(tmp_path: Path) -> None:
     how = recipe("byol", "short")
     path, config = tmp_path / "encoder.safetensors", {"recipe": how.model_dump(mode="json")}
     save_encoder(path, Learner(how, 1, None, 0).encoder, {"config": config})
-    with pytest.raises(issl.IsslError, match=r"no byol learner: predictor and target are not in it.*snapshots"):
+    with pytest.raises(
+        issl.IsslError, match=r"no byol learner: predictor and target are not in it.*snapshots"
+    ):
         load_learner(path)
     save_encoder(path, Learner(how, 1, None, 0).encoder, {})  # nothing about its training
     with pytest.raises(issl.IsslError, match="does not say how it was trained: give the recipe"):
@@ -202,7 +239,10 @@ def test_a_file_without_the_whole_learner_is_refused(tmp_path: Path) -> None:
 
 def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
     z = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
-    assert float(spread(z)) == pytest.approx(1, abs=0.02) and float(spread(z[:1].expand(50, 16))) < 1e-6
+    assert (
+        float(spread(z)) == pytest.approx(1, abs=0.02)
+        and float(spread(z[:1].expand(50, 16))) < 1e-6
+    )
     assert math.isnan(float(spread(z * torch.nan)))
 
 
@@ -218,7 +258,8 @@ def test_bad_names() -> None:
 def test_a_method_may_have_one_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(RECIPES["published"], "byol")
     with pytest.raises(
-        issl.IsslError, match="'byol' has no published recipe; there are simclr, barlow_twins, supervised"
+        issl.IsslError,
+        match="'byol' has no published recipe; there are simclr, barlow_twins, supervised",
     ):
         recipe("byol")
     assert recipe("byol", "short").method == "byol"

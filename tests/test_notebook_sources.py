@@ -1,4 +1,5 @@
-"""The notebooks as they are committed: no outputs, one source of parameters, lines that can be read."""
+"""The notebooks as they are committed: no outputs, one source of parameters, lines that can be
+read."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 import nbformat
 import pytest
 
-from issl.commands.run import notebooks_folder
-from issl.experiments.plans import PLANS
+from issl.audit.plans import PLANS
+from issl.audit.run import notebooks_folder
 
 LONGEST = 120
 
@@ -31,8 +32,8 @@ def is_parameters(cell: nbformat.NotebookNode) -> bool:
 
 
 def assigned(body: list[ast.stmt]) -> Iterator[str]:
-    """Every name that a cell's statements bind in the notebook: those inside functions, classes, lambdas and
-    comprehensions are their own."""
+    """Every name that a cell's statements bind in the notebook: those inside functions, classes,
+    lambdas and comprehensions are their own."""
     for statement in body:
         yield from bound(statement)
 
@@ -61,7 +62,9 @@ def test_every_plan_has_its_notebook() -> None:
 
 
 def test_no_outputs(code: list[nbformat.NotebookNode]) -> None:
-    assert all(not c.outputs and c.execution_count is None for c in code), "clear the outputs before committing"
+    assert all(not c.outputs and c.execution_count is None for c in code), (
+        "clear the outputs before committing"
+    )
 
 
 def test_one_cell_of_parameters_holds_one_dict_of_the_plans_fields(
@@ -74,17 +77,22 @@ def test_one_cell_of_parameters_holds_one_dict_of_the_plans_fields(
     parameters = ast.literal_eval(statement.value)
     assert isinstance(parameters, dict)
     plan = PLANS[name](**parameters)  # raises for what is no field of the plan
-    # the defaults are the plan's: a notebook changes the output folder, since it lies one folder below
+    # the defaults are the plan's: a notebook changes the output folder, since it lies one folder
+    # below
     assert plan == PLANS[name](out="..") and "out" in plan.model_fields_set
 
 
-def test_the_set_up_cell_makes_the_plan_from_the_parameters(name: str, code: list[nbformat.NotebookNode]) -> None:
+def test_the_set_up_cell_makes_the_plan_from_the_parameters(
+    name: str, code: list[nbformat.NotebookNode]
+) -> None:
     assert f"\nplan = {PLANS[name].__name__}(**parameters)\n" in code[1].source
     assert sum("**parameters" in c.source for c in code) == 1
     assert not any("globals(" in c.source for c in code)
 
 
-def test_no_cell_assigns_a_name_that_a_field_of_the_plan_has(name: str, code: list[nbformat.NotebookNode]) -> None:
+def test_no_cell_assigns_a_name_that_a_field_of_the_plan_has(
+    name: str, code: list[nbformat.NotebookNode]
+) -> None:
     """Such a name would look like the parameter, and not be it."""
     fields = PLANS[name].model_fields.keys()
     found = {n for cell in code for n in assigned(ast.parse(cell.source).body) if n in fields}
@@ -109,19 +117,40 @@ def test_exercises_hide_their_answers_and_check_them(name: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "n = 1", "n += 1", "n: int = 1", "(a, *n) = b", "for n in b: pass", "with open(p) as n: pass", "import x as n",
-        "from x import n", "def n(): pass", "class n: pass", "if b:\n    for a, (n, c) in d: pass", "(n := 1)",
-        "a = [c for b in d if (n := b)]", "try:\n    pass\nexcept E as n:\n    pass", "import n.m", "del n",
+        "n = 1",
+        "n += 1",
+        "n: int = 1",
+        "(a, *n) = b",
+        "for n in b: pass",
+        "with open(p) as n: pass",
+        "import x as n",
+        "from x import n",
+        "def n(): pass",
+        "class n: pass",
+        "if b:\n    for a, (n, c) in d: pass",
+        "(n := 1)",
+        "a = [c for b in d if (n := b)]",
+        "try:\n    pass\nexcept E as n:\n    pass",
+        "import n.m",
+        "del n",
         "match b:\n    case n: pass",
     ],
-)  # fmt: skip
+)
 def test_an_assigned_name_is_found(source: str) -> None:
     assert "n" in set(assigned(ast.parse(source).body))
 
 
 @pytest.mark.parametrize(
     "source",
-    ["a = n", "a = [n for n in b]", "def f(n):\n    n = 1", "f(n=1)", "a.n = 1", "a = lambda n: n", "a[n] = 1"],
+    [
+        "a = n",
+        "a = [n for n in b]",
+        "def f(n):\n    n = 1",
+        "f(n=1)",
+        "a.n = 1",
+        "a = lambda n: n",
+        "a[n] = 1",
+    ],
 )
 def test_a_name_that_is_read_or_local_is_not(source: str) -> None:
     assert "n" not in set(assigned(ast.parse(source).body))

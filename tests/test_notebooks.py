@@ -1,4 +1,5 @@
-"""Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers are."""
+"""Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers
+are."""
 
 from __future__ import annotations
 
@@ -17,54 +18,102 @@ import yaml
 from nbformat import read
 
 import issl
-from issl.analysis import baselines, explained_variance, statistics
-from issl.analysis.evaluate import stability_losses
-from issl.analysis.image_statistics import image_statistics
-from issl.analysis.neighbour_graph import induced, knn_graph, modularity, nearest
-from issl.commands import profiles, run
-from issl.commands.profiles import ProfileOptions
-from issl.experiments import claims
-from issl.experiments.cache import Artifacts
-from issl.experiments.plans import PLANS
-from issl.experiments.plans_own import Channel, Kind
-from issl.experiments.stages import Evaluate, Stability, Top
+from issl.audit import claims, profiles, run, verdicts
+from issl.audit.cache import Artifacts
+from issl.audit.plans import PLANS
+from issl.audit.plans_own import Channel, Kind
+from issl.audit.profiles import ProfileOptions
+from issl.audit.stages import Evaluate, Stability, Top
+from issl.audit.stats import baselines, explained_variance, statistics
+from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
+from issl.audit.verdicts import Record
+from issl.evaluate import stability_losses
 from issl.pretraining.batch_statistics import estimate_statistics
-from issl.reporting import verdicts
-from issl.reporting.verdicts import Record
 
 # run with `--dist loadfile`: one worker runs them, once
 
 TINY: dict[str, Any] = {
     "common": {
-        "n": 96, "n_test": 48, "width": 1, "epochs": 1, "batch_size": 32, "duplicates": 0.1, "atypical": 0.1,
+        "n": 96,
+        "n_test": 48,
+        "width": 1,
+        "epochs": 1,
+        "batch_size": 32,
+        "duplicates": 0.1,
+        "atypical": 0.1,
     },
     "00_method": {"images": 16},
-    **{name: {"rank": 4} for name, plan in PLANS.items() if "rank" in plan.model_fields and name != "00_method"},
+    **{
+        name: {"rank": 4}
+        for name, plan in PLANS.items()
+        if "rank" in plan.model_fields and name != "00_method"
+    },
     "01_seed_correlation": {"rank": 4, "draws": [1, 4, 16]},
     "02_augmentation_ablation": {"rank": 4, "scored": 32},
     "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
     "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
-    "06_pruning": {"rank": 4, "arms": ["top", "bottom", "random", "top flat", "random flat"], "judges_epochs": 2},
+    "06_pruning": {
+        "rank": 4,
+        "arms": ["top", "bottom", "random", "top flat", "random flat"],
+        "judges_epochs": 2,
+    },
     "07_outliers": {"rank": 4, "made_strange": 0.25, "encoders": 2},
     "08_supervised_vs_ssl": {"rank": 4, "supervised": 2, "equal_std": 0.1},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
-        "rank": 4, "width": 2, "images": 4, "subsets": 4, "queries": 6, "continued_epochs": 1, "draws": 2, "ranks": [2],
-        "dampings": [], "kinds": ["exact"], "points": 40,
+        "rank": 4,
+        "width": 2,
+        "images": 4,
+        "subsets": 4,
+        "queries": 6,
+        "continued_epochs": 1,
+        "draws": 2,
+        "ranks": [2],
+        "dampings": [],
+        "kinds": ["exact"],
+        "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
     "13_explained": {"rank": 4, "encoders": 2},
-    "14_bridges": {"rank": 4, "neighbours": 5, "shares": [0.1], "draws": 20, "doses": [0.2, 0.5, 0.8], "drawn": 96},
+    "14_bridges": {
+        "rank": 4,
+        "neighbours": 5,
+        "shares": [0.1],
+        "draws": 20,
+        "doses": [0.2, 0.5, 0.8],
+        "drawn": 96,
+    },
     "15_taught": {
-        "rank": 4, "width": 2, "epochs": 2, "queries": 6, "asked": 2, "drawn": 2, "continued_epochs": 1,
-        "continued_batch": 16, "draws": 2,
+        "rank": 4,
+        "width": 2,
+        "epochs": 2,
+        "queries": 6,
+        "asked": 2,
+        "drawn": 2,
+        "continued_epochs": 1,
+        "continued_batch": 16,
+        "draws": 2,
     },
     "16_training_aware": {
-        "rank": 4, "epochs": 2, "queries": 4, "candidates": 32, "subsets": 4, "continued_epochs": 3, "draws": 1,
+        "rank": 4,
+        "epochs": 2,
+        "queries": 4,
+        "candidates": 32,
+        "subsets": 4,
+        "continued_epochs": 3,
+        "draws": 1,
     },
     "17_derivation": {"images": 16, "steps": 27},
-    "18_objectives": {"rank": 4, "epochs": 3, "snapshots": 2, "batch": 6, "gradient_batch": 8, "gradient_draws": 2},
-}  # fmt: skip
+    "18_objectives": {
+        "rank": 4,
+        "epochs": 3,
+        "snapshots": 2,
+        "batch": 6,
+        "gradient_batch": 8,
+        "gradient_draws": 2,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +149,27 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(out / f"figures/tiny/{name}.csv")
 
 
-def test_an_audit_of_nothing_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_an_audit_of_nothing_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump(TINY))
     monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": profile})
     assert run.run(ProfileOptions("tiny", only="11", out=tmp_path)) == 1
-    assert "IsslError: no claim of the tiny profile is recorded in" in (said := capsys.readouterr().out)
+    assert "IsslError: no claim of the tiny profile is recorded in" in (
+        said := capsys.readouterr().out
+    )
     assert "./run_all.sh --profile tiny" in said
 
 
 def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
     for name in PLANS:
-        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} >= {".png", ".pdf", ".csv", ".json"}
+        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} >= {
+            ".png",
+            ".pdf",
+            ".csv",
+            ".json",
+        }
         cells = read(out / f"results/tiny/{name}.ipynb", as_version=4).cells
         assert all(c.execution_count for c in cells if c.cell_type == "code" and c.source)
     left = {json.loads(p.read_text())["name"] for p in (out / "results/tiny").glob("claim_*.json")}
@@ -144,39 +202,57 @@ def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> No
     def r(a: tuple[int, int], b: tuple[int, int], kind: str = "pearson") -> float:
         return float(influence(*a).corr(influence(*b), method=kind))  # type: ignore[arg-type]
 
-    # of the noise, the mean over two encoders; of the training, each encoder under a noise of its own
+    # of the noise, the mean over two encoders; of the training, each encoder under a noise of its
+    # own
     wanted = {"noise": [((0, 0), (0, 1)), ((1, 0), (1, 1))], "training": [((0, 0), (1, 1))]}
     for reading, pairs in wanted.items():
         got = record(out, f"{reading}_seed_correlation.byol")
         for kind in ("pearson", "spearman"):
             want = np.mean([r(*pair, kind=kind) for pair in pairs])
-            assert got["metrics"][kind]["value"] == pytest.approx(want) and want < 0.999  # another seed, another score
+            assert (
+                got["metrics"][kind]["value"] == pytest.approx(want) and want < 0.999
+            )  # another seed, another score
         assert got["learned"]["encoders"] == 2 and 0 <= got["learned"]["knn"] <= 1
     table = numbers(out, "01_seed_correlation").set_index(["seed", "method", "metric"])["value"]
     assert table["training, same noise", "byol", "pearson"] == pytest.approx(r((0, 0), (1, 0)))
     fresh = [p.scores(p.untrained(encoders[0]), k).read(artifacts)["influence"] for k in (0, 1)]
     assert table["untrained", "byol", "pearson"] == pytest.approx(fresh[0].corr(fresh[1]))
-    draws = numbers(out, "01_seed_correlation_draws").set_index(["seed", "method", "draws"])["value"]
+    draws = numbers(out, "01_seed_correlation_draws").set_index(["seed", "method", "draws"])[
+        "value"
+    ]
     four = [p.averaged_scores(encoders[k], k, 4).read(artifacts)["influence"] for k in (0, 1)]
     assert draws["training", "byol", 4] == pytest.approx(four[0].corr(four[1]))
 
 
 def test_02_compares_with_the_best_augmentation(out: Path) -> None:
-    table, got = numbers(out, "02_augmentation_ablation"), record(out, "gaussian_most_stable.simclr")
-    first = table[(table["draws"] == 1) & (table["metric"] == "pearson")].set_index("perturbation")["value"]
+    table, got = (
+        numbers(out, "02_augmentation_ablation"),
+        record(out, "gaussian_most_stable.simclr"),
+    )
+    first = table[(table["draws"] == 1) & (table["metric"] == "pearson")].set_index("perturbation")[
+        "value"
+    ]
     others = first[~first.index.str.startswith("noise")]
     assert got["rival"] == others.idxmax()
     margin = got["metrics"]["margin_usual"]["value"]
     assert margin == pytest.approx(first["noise 0.2"] - others.max())
     assert set(table["draws"]) == {1, 4}
-    averaged = table[(table["draws"] == 4) & (table["metric"] == "pearson")].set_index("perturbation")["value"]
+    averaged = table[(table["draws"] == 4) & (table["metric"] == "pearson")].set_index(
+        "perturbation"
+    )["value"]
     of_draws = record(out, "sixteen_draws.simclr")["metrics"]
     assert of_draws["pearson_noise_averaged"]["value"] == pytest.approx(averaged["noise 0.2"])
-    assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(averaged.drop("noise 0.2").mean())
-    assert of_draws["pearson_augmentations_single"]["value"] == pytest.approx(first.filter(regex="[a-z] 1$").mean())
+    assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(
+        averaged.drop("noise 0.2").mean()
+    )
+    assert of_draws["pearson_augmentations_single"]["value"] == pytest.approx(
+        first.filter(regex="[a-z] 1$").mean()
+    )
 
 
-def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(out: Path, plan) -> None:
+def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(
+    out: Path, plan
+) -> None:
     p = plan("03_background_bias")
     images = p.data().load()
     uniform = image_statistics(images)["uniform"].to_numpy()
@@ -201,21 +277,30 @@ def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background
     assert got["enrichment_top5"]["value"] == pytest.approx(pooled.value)
 
 
-def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_precision_1(out: Path, plan) -> None:
+def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_precision_1(
+    out: Path, plan
+) -> None:
     images = plan("04_duplicates").data().load()
     kind = images.attributes["duplicate_kind"]
     assert (kind == "exact").sum() >= 2
     flag = (kind != "").to_numpy()
     assert statistics.average_precision(flag.astype(float), flag).value == 1.0
     table = numbers(out, "04_duplicates")
-    exact = table[(table["truth"] == "exact") & (table["metric"] == "auc")].set_index("detector")["value"]
+    exact = table[(table["truth"] == "exact") & (table["metric"] == "auc")].set_index("detector")[
+        "value"
+    ]
     assert exact["nearest in pixels"] == 1.0 and exact["perceptual hash"] > 0.95
-    ours = table[(table["truth"] == "injected") & (table["metric"] == "auc") & (table["method"] == "simclr")]
+    ours = table[
+        (table["truth"] == "injected") & (table["metric"] == "auc") & (table["method"] == "simclr")
+    ]
     got = record(out, "low_influence_duplicates.simclr")
     assert got["metrics"]["auc_injected"]["value"] == pytest.approx(
         ours.set_index("detector").loc["low influence", "value"]
     )
-    assert [t["metric"] for t in got["tests"]] == ["auc_injected", "precision"]  # no judged pairs in this set
+    assert [t["metric"] for t in got["tests"]] == [
+        "auc_injected",
+        "precision",
+    ]  # no judged pairs in this set
     closeness = baselines.pixel_closeness(images)
     assert np.abs(closeness[(kind == "exact").to_numpy()]).max() < 1e-6
 
@@ -224,7 +309,9 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     p = plan("05_fairness")
     artifacts, groups = p.artifacts(), p.data().load().attributes["group"].to_numpy()
     thinned, at_random = (p.removal(0, at_random).read(artifacts) for at_random in (False, True))
-    assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(0.9 * (groups == "cool").sum())
+    assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(
+        0.9 * (groups == "cool").sum()
+    )
     table = numbers(out, "05_fairness")
     assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
     # two groups: what one gains the other loses
@@ -248,7 +335,11 @@ def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, p
     assert metrics["largest_effect"] == pytest.approx(abs(first + second) / 2)
     assert metrics["untrained"] == pytest.approx(before)
     table = numbers(out, "05_fairness")
-    row = table[(table["scored"] == "simclr") & (table["attribute"] == attribute) & (table["group"] == group)].iloc[0]
+    row = table[
+        (table["scored"] == "simclr")
+        & (table["attribute"] == attribute)
+        & (table["group"] == group)
+    ].iloc[0]
     assert metrics["its_adjusted_p"] == pytest.approx(row["adjusted_p"])
     assert row["p"] == pytest.approx(statistics.rank_biserial(sum(ranks[:2]), member)[1])
     assert abs(metrics["signed_effect"]) == table[table["scored"] == "simclr"]["value"].abs().max()
@@ -271,14 +362,23 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
             return p.all_kept(method, int(seed))
         return p.pruned(method, removed.removeprefix("top by "), *share, int(seed))
 
-    assert pruning.scores("simclr").pretrain.epochs == 1  # the scored encoder's own length, not the judges'
+    assert (
+        pruning.scores("simclr").pretrain.epochs == 1
+    )  # the scored encoder's own length, not the judges'
     assert {e.epochs for e in pruning.judging("simclr")} == {2}
-    first = [(r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")]
-    second = [(r, without(compared, r.trained, r.removed, seed=r.seed)) for r in runs("08_supervised_vs_ssl_pruning")]
+    first = [
+        (r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")
+    ]
+    second = [
+        (r, without(compared, r.trained, r.removed, seed=r.seed))
+        for r in runs("08_supervised_vs_ssl_pruning")
+    ]
     assert (len(first), len(second)) == (2 * 6, 2 * 4 * 2)
     for r, stage in first + second:
         hits = stage.read(pruning.artifacts())
-        assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(hits["knn"].mean())
+        assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(
+            hits["knn"].mean()
+        )
 
 
 def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: Path, plan) -> None:
@@ -288,14 +388,21 @@ def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: P
     assert (kind != "").sum() >= 12 and p.new_images().inject.duplicates == 0
     for e in p.scored_encoders("byol"):
         stage = p.new_scores(e)
-        assert (stage.data, stage.others) == (p.data(), p.new_images()) and stage.others.split == "test"
+        assert (stage.data, stage.others) == (
+            p.data(),
+            p.new_images(),
+        ) and stage.others.split == "test"
     no_static = (kind != "") & ~np.isin(kind, ["corrupted", "static"])
     rest = no_static | (kind == "")
-    each = [p.new_scores(e).read(artifacts)["influence"].to_numpy() for e in p.scored_encoders("byol")]
+    each = [
+        p.new_scores(e).read(artifacts)["influence"].to_numpy() for e in p.scored_encoders("byol")
+    ]
     want = np.mean([statistics.auc(s[rest], no_static[rest]).value for s in each])
     got = record(out, "high_influence_ambiguous.byol")
     assert got["metrics"]["auc_without_static"]["value"] == pytest.approx(want)
-    assert [t["metric"] for t in got["tests"]] == ["auc_without_static"]  # nobody judged drawn scenes
+    assert [t["metric"] for t in got["tests"]] == [
+        "auc_without_static"
+    ]  # nobody judged drawn scenes
     table = numbers(out, "07_outliers").set_index(["method", "detector", "truth"])["value"]
     assert table["byol", "influence", "without static"] == pytest.approx(want)
     before = p.new_scores(p.untrained(p.pretrain("simclr"))).read(artifacts)["influence"].to_numpy()
@@ -308,10 +415,18 @@ def test_07_the_old_test_is_asked_of_the_images_that_were_trained_on(out: Path, 
     p = plan("07_outliers")
     artifacts, strange = p.artifacts(), (p.data().load().attributes["atypical"] != "").to_numpy()
     scores = [p.influence(e).read(artifacts) for e in p.scored_encoders("byol")]
-    aucs = [[statistics.auc(s[c].to_numpy(), strange).value for s in scores] for c in ("influence", "stability_loss")]
+    aucs = [
+        [statistics.auc(s[c].to_numpy(), strange).value for s in scores]
+        for c in ("influence", "stability_loss")
+    ]
     got = record(out, "high_influence_atypical.byol")
-    assert got["metrics"]["auc"]["value"] == pytest.approx(np.mean(aucs[0])) and got["asked_of"] == "training images"
-    assert got["metrics"]["auc_less_loss"]["value"] == pytest.approx(np.mean(aucs[0]) - np.mean(aucs[1]))
+    assert (
+        got["metrics"]["auc"]["value"] == pytest.approx(np.mean(aucs[0]))
+        and got["asked_of"] == "training images"
+    )
+    assert got["metrics"]["auc_less_loss"]["value"] == pytest.approx(
+        np.mean(aucs[0]) - np.mean(aucs[1])
+    )
 
 
 def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:
@@ -323,7 +438,9 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
 
     def agreement(e: Any, f: Any, std: float | None = None) -> float:
         both = ((e, None), (f, std))
-        (a, b), (c, d) = ([p.scores(g, k, s).read(artifacts)["influence"] for k in range(2)] for g, s in both)
+        (a, b), (c, d) = (
+            [p.scores(g, k, s).read(artifacts)["influence"] for k in range(2)] for g, s in both
+        )
         return (rho(a, d) + rho(b, c)) / 2 / np.sqrt(rho(a, b) * rho(c, d))
 
     first, second = p.scored_encoders("simclr")
@@ -331,20 +448,30 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
     seeds = agreement(first, second)
     across = np.mean([agreement(e, s) for e in (first, second) for s in supervised])
     got = record(out, "supervised_differs_more_than_seeds.simclr")["metrics"]
-    assert got["seeds"]["value"] == pytest.approx(seeds) and got["supervised"]["value"] == pytest.approx(across)
+    assert got["seeds"]["value"] == pytest.approx(seeds) and got["supervised"][
+        "value"
+    ] == pytest.approx(across)
     assert got["seeds_less_supervised"]["value"] == pytest.approx(seeds - across)
     control = np.mean([agreement(e, s, 0.1) for e in (first, second) for s in supervised])
     assert got["supervised_at_equal_strength"]["value"] == pytest.approx(control) != across
     assert got["seeds_less_supervised_at_equal_strength"]["value"] == pytest.approx(seeds - control)
     own_loss = [p.cross_entropy_scores(s).read(artifacts)["influence"] for s in supervised]
-    plain = [rho(p.scores(e).read(artifacts)["influence"], ce) for e in (first, second) for ce in own_loss]
+    plain = [
+        rho(p.scores(e).read(artifacts)["influence"], ce)
+        for e in (first, second)
+        for ce in own_loss
+    ]
     assert got["spearman_cross_entropy"]["value"] == pytest.approx(np.mean(plain))
-    assert record(out, "supervised_differs.simclr")["metrics"]["spearman"]["value"] == pytest.approx(np.mean(plain))
+    assert record(out, "supervised_differs.simclr")["metrics"]["spearman"][
+        "value"
+    ] == pytest.approx(np.mean(plain))
 
 
 def test_09_closed_form(out: Path) -> None:
     got = record(out, "linear_closed_form")["metrics"]
-    assert got["relative_difference"]["value"] < 1e-10 and got["retraining_exact_form"]["value"] < 1e-4
+    assert (
+        got["relative_difference"]["value"] < 1e-10 and got["retraining_exact_form"]["value"] < 1e-4
+    )
     table = numbers(out, "09_linear_theory")
     np.testing.assert_allclose(table["change_of_loss"], table["change_by_formula"], rtol=1e-4)
 
@@ -365,12 +492,17 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     for kind, (channel, suffix) in itertools.product(p.kinds_of_retraining, names.items()):
 
         def after(s: int, k: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
-            return log_losses(p.query_losses(**p.measured(p.on_subset(kind, s, k), kind, channel)), artifacts)
+            return log_losses(
+                p.query_losses(**p.measured(p.on_subset(kind, s, k), kind, channel)), artifacts
+            )
 
         def shift(i: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
             """Of every image's log loss, without image number `i`, mean over seeds."""
             pairs = [(p.without_one(kind, s, i), p.trained_on_all(kind, s)) for s in range(2)]
-            both = [[log_losses(p.all_losses(e, kind, channel), artifacts) for e in pair] for pair in pairs]
+            both = [
+                [log_losses(p.all_losses(e, kind, channel), artifacts) for e in pair]
+                for pair in pairs
+            ]
             return np.mean([without - full for without, full in both], axis=0)
 
         measured = np.stack([np.stack([after(s, k) for k in range(4)], 1) for s in range(2)])
@@ -394,7 +526,9 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
         changes = [d[k] - np.delete(d, k).mean() for d, k in zip(shifts, places, strict=True)]
         got = record(out, f"predicts_leaving_one_out{suffix}.{kind}")["metrics"]
         assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
-        assert got["spearman"]["value"] == pytest.approx(rank_correlation(influence[places], np.array(changes)))
+        assert got["spearman"]["value"] == pytest.approx(
+            rank_correlation(influence[places], np.array(changes))
+        )
     own = record(out, "moves_own_features.continued")["metrics"]
     assert {"spearman", "less_stability_loss", "less_gradient_norm", "ceiling"} <= own.keys()
     # with no weight trained, queries' losses move all the same
@@ -415,35 +549,58 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
         old, new = (d.load() for d in p.sets(task))
         key = "label_name" if task == "classes" else "uniform"
         assert not set(old.attributes[key]) & set(new.attributes[key])
-        for claim, channel in (("predicts_forgetting_held", "BatchNorm held"), ("predicts_forgetting", "as trained")):
+        for claim, channel in (
+            ("predicts_forgetting_held", "BatchNorm held"),
+            ("predicts_forgetting", "as trained"),
+        ):
             stages = [
-                p.old_features(task, 0, way, leg, channel) for way, leg in (("first", 0), ("second", 1), ("more", 1))
+                p.old_features(task, 0, way, leg, channel)
+                for way, leg in (("first", 0), ("second", 1), ("more", 1))
             ]
             held = p.encoder(task, 0) if channel == "BatchNorm held" else None
             assert [s.statistics for s in stages] == [None, held, held]
             first, second, more = (nearest(s.read(artifacts), 5)[0] for s in stages)
-            lost = [[len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)] for way in (second, more)]
+            lost = [
+                [len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)]
+                for way in (second, more)
+            ]
             excess = np.round(np.subtract(*lost), 9)
             got = record(out, f"{claim}.{task}")
             assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx(excess.mean())
             want = scores.corr(pd.Series(excess), method="spearman")
-            assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(scores)
+            assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(
+                scores
+            )
 
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     p = plan("13_explained")
-    table = numbers(out, "13_explained").set_index(["method", "kind", "statistic"])["value"].sort_index()
+    table = (
+        numbers(out, "13_explained")
+        .set_index(["method", "kind", "statistic"])["value"]
+        .sort_index()
+    )
     contrast = image_statistics(p.data().load())["contrast"]
     groups = {"byol": p.scored_encoders("byol"), "untrained": [p.untrained(p.pretrain("simclr"))]}
     for who, encoders in groups.items():
-        pairs = [[p.scores(e, noise).read(p.artifacts())["influence"] for noise in range(2)] for e in encoders]
-        rs = [np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in pair))[0, 1] for pair in pairs]
+        pairs = [
+            [p.scores(e, noise).read(p.artifacts())["influence"] for noise in range(2)]
+            for e in encoders
+        ]
+        rs = [
+            np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in pair))[0, 1]
+            for pair in pairs
+        ]
         assert table[who, "together", "repeatable"] == pytest.approx(np.mean(rs))
         plain = [pair[0].corr(contrast, method="spearman") for pair in pairs]
         assert table[who, "alone", "contrast"] == pytest.approx(np.mean(plain))
     got = record(out, "more_than_statistics.byol")
-    assert got["metrics"]["repeatable"]["value"] == pytest.approx(table["byol", "together", "repeatable"])
-    assert got["metrics"]["all_statistics"]["value"] == pytest.approx(table["byol", "together", "all, trees"])
+    assert got["metrics"]["repeatable"]["value"] == pytest.approx(
+        table["byol", "together", "repeatable"]
+    )
+    assert got["metrics"]["all_statistics"]["value"] == pytest.approx(
+        table["byol", "together", "all, trees"]
+    )
     share = got["metrics"]["untrained_pixels_of_repeatable"]["value"]  # of one encoder
     untrained = table["untrained", "together"]
     assert share == pytest.approx(untrained["pixels, trees"] / untrained["repeatable"])
@@ -451,34 +608,50 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
 
 
 def removed_rows(table: pd.DataFrame, method: str, which: str) -> pd.Series:
-    rows = table[(table["table"] == "removed") & (table["method"] == method) & (table["removed"] == which)]
+    rows = table[
+        (table["table"] == "removed") & (table["method"] == method) & (table["removed"] == which)
+    ]
     return rows.set_index("metric")["value"]
 
 
-def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(out: Path, plan) -> None:
+def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
+    out: Path, plan
+) -> None:
     p = plan("14_bridges")
     table = numbers(out, "14_bridges")
     removed = table[
-        (table["table"] == "removed") & (table["removed"] == "betweenness") & (table["metric"] == "modularity")
+        (table["table"] == "removed")
+        & (table["removed"] == "betweenness")
+        & (table["metric"] == "modularity")
     ]
     assert (removed["low"] < removed["value"]).all() and (removed["value"] < removed["high"]).all()
     # against removals of as many of each class, the classes' own counts are the same
-    p_images, score = p.data().load(), p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
+    p_images, score = (
+        p.data().load(),
+        p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy(),
+    )
     keep, classes = ~statistics.top(score, 0.1), p_images.require_labels().numpy()
     net = knn_graph(nearest(p.features(p.pretrain("byol")).read(p.artifacts()), p.neighbours)[0])
     ours = removed_rows(table, "byol", "influence")
     without_top = modularity(induced(net, keep), classes[keep])
     between = without_top - ours["modularity (matched)"], without_top - ours["modularity"]
-    assert all(abs(mean - modularity(net, classes)) < 0.05 for mean in between) and between[0] != between[1]
+    assert (
+        all(abs(mean - modularity(net, classes)) < 0.05 for mean in between)
+        and between[0] != between[1]
+    )
     images = p.dose(0.5).load()
     assert bool((p.dose(0.2).load().masks == images.masks).all())
-    plain = ((images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")).to_numpy()
+    plain = (
+        (images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")
+    ).to_numpy()
     scores = np.log(p.dose_scores(0.5, 0).read(p.artifacts())["influence"].to_numpy())
     uniform = images.attributes["uniform"].to_numpy(bool)
     dose = table[(table["table"] == "dose") & (table["background"] == "uniform")].set_index(
         "share.1" if "share.1" in table else "share"
     )
-    assert dose.loc[0.5, "value"] == pytest.approx(scores[uniform & plain].mean() - scores[~uniform & plain].mean())
+    assert dose.loc[0.5, "value"] == pytest.approx(
+        scores[uniform & plain].mean() - scores[~uniform & plain].mean()
+    )
 
 
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
@@ -487,42 +660,65 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     for which, stage in p.scores().items():
         scores = stage.read(artifacts)
         for q in range(2):
-            assert p.listed(which, q).read(artifacts) == sorted(scores[q].topk(p.k).indices.tolist())
+            assert p.listed(which, q).read(artifacts) == sorted(
+                scores[q].topk(p.k).indices.tolist()
+            )
     assert p.training_effect().batch_size == p.retrained("continued", 0).batch_size
 
     def moved(kind: Kind, channel: Channel, s: int, removal: Top, q: int) -> float:
         encoders = (p.retrained(kind, s, removal), p.retrained(kind, s))
-        a, b = (p.query_features(**p.measured(e, kind, channel)).read(artifacts)[q].double() for e in encoders)
+        a, b = (
+            p.query_features(**p.measured(e, kind, channel)).read(artifacts)[q].double()
+            for e in encoders
+        )
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
 
     def rise(kind: Kind, s: int, removal: Top, q: int) -> float:
         """Of a query's log loss, BatchNorm held, less the mean over queries."""
         without, full = (
-            np.log(p.query_losses(**p.measured(e, kind, "BatchNorm held")).read(artifacts)["stability_loss"])
+            np.log(
+                p.query_losses(**p.measured(e, kind, "BatchNorm held")).read(artifacts)[
+                    "stability_loss"
+                ]
+            )
             for e in (p.retrained(kind, s, removal), p.retrained(kind, s))
         )
         return float((without - full)[q] - (without - full).mean())
 
     for kind, (claim, channel) in product(
         p.kinds_of_retraining,
-        (("taught_more_than_nearest_held", "BatchNorm held"), ("taught_more_than_nearest", "as trained")),
+        (
+            ("taught_more_than_nearest_held", "BatchNorm held"),
+            ("taught_more_than_nearest", "as trained"),
+        ),
     ):
         by_list = [
-            np.mean([moved(kind, channel, s, p.listed(which, q), q) for s in range(2) for q in range(2)])
+            np.mean(
+                [moved(kind, channel, s, p.listed(which, q), q) for s in range(2) for q in range(2)]
+            )
             for which in ("influence", "nearest")
         ]
         want = by_list[0] - by_list[1]
         got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]
         assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
     for kind, (which, prefix) in product(
-        p.kinds_of_retraining, (("training-aware", ""), ("influence", "influence_"), ("nearest", "nearest_"))
+        p.kinds_of_retraining,
+        (("training-aware", ""), ("influence", "influence_"), ("nearest", "nearest_")),
     ):
         own, anothers = (
-            np.mean([rise(kind, s, p.listed(which, (q + other) % 2), q) for s in range(2) for q in range(2)])
+            np.mean(
+                [
+                    rise(kind, s, p.listed(which, (q + other) % 2), q)
+                    for s in range(2)
+                    for q in range(2)
+                ]
+            )
             for other in (0, 1)
         )
         got = record(out, f"training_aware_list_is_the_querys.{kind}")["metrics"]
-        assert got[f"{prefix}rise_less_anothers"]["value"] == pytest.approx(own - anothers, rel=1e-3, abs=1e-4)
+        assert got[f"{prefix}rise_less_anothers"]["value"] == pytest.approx(
+            own - anothers, rel=1e-3, abs=1e-4
+        )
     table = numbers(out, "15_taught")
     measured = table[table["metric"] == "single"].groupby("kind")["channel"].unique()
     assert {kind: set(found) for kind, found in measured.items()} == {
@@ -540,10 +736,16 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
         for k in range(p.subsets):
             kept[k, p.draw(k).read(artifacts)] = False
         losses = np.exp(log_losses(p.query_losses(pretrain=first), artifacts))
-        predicted = -(p.training_effect(first).read(artifacts).numpy() / losses[:, None]) @ kept.T.astype(float)
+        predicted = -(
+            p.training_effect(first).read(artifacts).numpy() / losses[:, None]
+        ) @ kept.T.astype(float)
         runs = [
             np.stack(
-                [log_losses(p.subset_losses(first, s, k, "BatchNorm held"), artifacts) for k in range(p.subsets)], 1
+                [
+                    log_losses(p.subset_losses(first, s, k, "BatchNorm held"), artifacts)
+                    for k in range(p.subsets)
+                ],
+                1,
             )
             for s in range(p.seeds)
         ]
@@ -555,28 +757,44 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
         assert got["lds_less_paper"]["value"] == pytest.approx(want - got["lds_paper"]["value"])
     shown = table[table["method"].isin(p.methods)]
     assert set(shown["channel"]) == set(p.channels("continued"))
-    assert {*p.effects(p.first("simclr", 0)), "similarity of pixels", "gradient of the subset", "ceiling"} == set(
-        shown["predictor"]
+    assert {
+        *p.effects(p.first("simclr", 0)),
+        "similarity of pixels",
+        "gradient of the subset",
+        "ceiling",
+    } == set(shown["predictor"])
+
+
+def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(
+    out: Path,
+) -> None:
+    assert (
+        record(out, "formula_is_the_derivative")["metrics"]["relative_difference"]["value"] < 1e-3
     )
-
-
-def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(out: Path) -> None:
-    assert record(out, "formula_is_the_derivative")["metrics"]["relative_difference"]["value"] < 1e-3
     table = numbers(out, "17_derivation").groupby("table")
     error = table.get_group("epsilon").sort_values("epsilon")["error"].to_numpy()
     np.testing.assert_allclose(np.log10(error[1] / error[0]), 1, atol=0.1)  # of first order
     rho = table.get_group("agreement").set_index(["trained", "formula"])["value"]
     assert rho["stability loss", "Hessian of ℓ"] == rho["stability loss", "as derived"] > 0.9
     sweep = table.get_group("sweep").sort_values("damping")
-    # 16 independent gradients in each of two layers: without damping every image has a leverage of 16 in both
-    assert sweep["mean_score"].iloc[0] == pytest.approx(2 * 16, rel=0.01) and sweep["norm"].iloc[-1] > 0.99
+    # 16 independent gradients in each of two layers: without damping every image has a leverage of
+    # 16 in both
+    assert (
+        sweep["mean_score"].iloc[0] == pytest.approx(2 * 16, rel=0.01)
+        and sweep["norm"].iloc[-1] > 0.99
+    )
 
 
 def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
     assert record(out, "objective_gradients")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("18_objectives")
     images, asked = p.data().load(), p.asked_data().load()
-    table = numbers(out, "18_objectives").groupby("table").get_group("curves").set_index(["method", "epoch"])
+    table = (
+        numbers(out, "18_objectives")
+        .groupby("table")
+        .get_group("curves")
+        .set_index(["method", "epoch"])
+    )
     for method in p.followed:
         assert p.states(method) == (1, 2, 3)
         run = p.training(method)
@@ -584,7 +802,9 @@ def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
         estimate_statistics(backbone, images, run.recipe.view_a)
         losses = stability_losses(backbone, asked, p.noise, p.measured_seed, p.draws)
         assert table.loc[(method, 2), "stability loss"] == pytest.approx(losses.mean(), rel=1e-4)
-    assert table.loc[("simclr", 0), "stability loss"] == pytest.approx(table.loc[("byol", 0), "stability loss"])
+    assert table.loc[("simclr", 0), "stability loss"] == pytest.approx(
+        table.loc[("byol", 0), "stability loss"]
+    )
 
 
 def test_11_holds_every_record_in_all_formats(out: Path) -> None:
@@ -592,7 +812,10 @@ def test_11_holds_every_record_in_all_formats(out: Path) -> None:
     kept, table = verdicts.read_records([folder / "claims.json"]), numbers(out, "11_claims_audit")
     assert len(kept) == len(table) == len(list((out / "results/tiny").glob("claim_*.json")))
     assert set(table["name"]) == set(claims.claims())
-    text, tex = (folder / "11_claims_audit.md").read_text(), (folder / "11_claims_audit.tex").read_text()
+    text, tex = (
+        (folder / "11_claims_audit.md").read_text(),
+        (folder / "11_claims_audit.tex").read_text(),
+    )
     for entry in claims.claims().values():
         assert entry.claim in text
     assert tex.count(r"\\") >= len(claims.claims()) and "_seed" not in tex.replace(r"\_", "")

@@ -17,16 +17,16 @@ import yaml
 from rich.console import Console
 from test_scale import thin
 
-from issl.commands import cli, doctor, profiles, progress, run
-from issl.commands.progress import Overview, in_words
-from issl.commands.scheduler import Ended, Scheduler
+from issl.audit import cost, doctor, profiles, progress, run, stages
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.plan import Plan
+from issl.audit.plans import PLANS
+from issl.audit.progress import Overview, in_words
+from issl.audit.scheduler import Ended, Scheduler
+from issl.audit.settings import Data
+from issl.audit.stages import Embed, Evaluate, Influence, Nearness, Pretrain
+from issl.commands import cli
 from issl.errors import IsslError
-from issl.experiments import cost, stages
-from issl.experiments.cache import Artifacts, Stage
-from issl.experiments.plan import Plan
-from issl.experiments.plans import PLANS
-from issl.experiments.settings import Data
-from issl.experiments.stages import Embed, Evaluate, Influence, Nearness, Pretrain
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.recipes import recipe
 
@@ -114,12 +114,16 @@ def test_what_is_left_follows_what_was_done() -> None:
     s.end(s.tasks[TRAIN.label], Ended(10 * costs[TRAIN.label]))
     belief = 0.2 * whole
     factor = (10 * costs[TRAIN.label] + belief) / (costs[TRAIN.label] + belief)
-    assert s.remaining() == pytest.approx((whole - costs[TRAIN.label]) * factor) and 1.3 < factor < 10
+    assert (
+        s.remaining() == pytest.approx((whole - costs[TRAIN.label]) * factor) and 1.3 < factor < 10
+    )
     assert s.finished() == pytest.approx(costs[TRAIN.label])
     for task in s.ready():
         s.end(task, Ended(1.0))
     seen.notebook("ok")
-    assert s.remaining() == pytest.approx(0) and seen.status().startswith("3 of 3 stages, 1 of 1 notebooks")
+    assert s.remaining() == pytest.approx(0) and seen.status().startswith(
+        "3 of 3 stages, 1 of 1 notebooks"
+    )
 
 
 def test_a_later_run_counts_what_is_missing(tmp_path: Path) -> None:
@@ -137,9 +141,15 @@ def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
     with seen.shown():
         seen.stage(task)
     about = f"{TRAIN.label}: simclr seed 0, scenes train n=48, 0.0 s"
-    assert about in (line := capsys.readouterr().out) and "0 of 3 stages" in line and line.count("\n") == 1
+    assert (
+        about in (line := capsys.readouterr().out)
+        and "0 of 3 stages" in line
+        and line.count("\n") == 1
+    )
     drawn = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda: Console(file=drawn, force_terminal=True, width=120))
+    monkeypatch.setattr(
+        progress, "Console", lambda: Console(file=drawn, force_terminal=True, width=120)
+    )
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     with seen.shown():
         seen.stage(task)
@@ -149,7 +159,8 @@ def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is_one(
 
 
 def test_flop_are_those_of_the_network() -> None:
-    """Counted by torch itself, and the launches by the counterfeit GPU (tests/test_counterfeit.py)."""
+    """Counted by torch itself, and the launches by the counterfeit GPU
+    (tests/test_counterfeit.py)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for width, side in ((4, 32), (6, 48)):
@@ -162,16 +173,26 @@ def test_flop_are_those_of_the_network() -> None:
             net(x)
         found = cost.shape(width, side)
         assert counted.get_total_flops() == 2 * found.flop and sum(outputs) == found.outputs
-        assert found.weights == sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+        assert found.weights == sum(
+            m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Conv2d)
+        )
     assert cost.flop(64) == pytest.approx(1.11e9, rel=0.01)
 
 
 def test_a_gpu_takes_small_trainings_by_their_launches_and_large_ones_by_their_flop() -> None:
     for method in ("simclr", "byol", "barlow_twins", "supervised"):
-        small = TRAIN.model_copy(update={"recipe": recipe(method, "short"), "data": Data(name="scenes", n=160)})
+        small = TRAIN.model_copy(
+            update={"recipe": recipe(method, "short"), "data": Data(name="scenes", n=160)}
+        )
         launches = 10 * cost.LAUNCHES[method] * cost.H200.launch
         assert cost.seconds(small, cost.H200) == pytest.approx(cost.OVERHEAD + launches)
-    paper = Pretrain(data=Data(name="cifar10", n=50_000), recipe=recipe("simclr"), width=64, epochs=1, batch_size=256)
+    paper = Pretrain(
+        data=Data(name="cifar10", n=50_000),
+        recipe=recipe("simclr"),
+        width=64,
+        epochs=1,
+        batch_size=256,
+    )
     want = 195 * 256 * 6 * cost.flop(64) / cost.H200.half
     assert cost.seconds(paper, cost.H200) == pytest.approx(cost.OVERHEAD + want) and 1.5 < want < 3
     scores = Influence(pretrain=paper, data=Data(name="cifar10", n=50_000))
@@ -190,17 +211,23 @@ def test_the_doctor_lists_a_profiles_stages_by_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where its data is not here."""
-    content = {"notebooks": "07,13", "common": {"dataset": "cifar10", "n": 1000, "methods": ["simclr"]}}
+    content = {
+        "notebooks": "07,13",
+        "common": {"dataset": "cifar10", "n": 1000, "methods": ["simclr"]},
+    }
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
     for module in (profiles, doctor):
         monkeypatch.setattr(module, "profiles", lambda: {"few": tmp_path / "few.yaml"})
     monkeypatch.delenv("ISSL_DATA", raising=False)
     found = listed("few", capsys)
-    # one encoder and a network before training; 13 asks both under two noises, 07 about the test images as well
+    # one encoder and a network before training; 13 asks both under two noises, 07 about the test
+    # images as well
     assert found["pretrain"][0] == 2 and found["influence"][0] == 6 and found["lists"][0] == 1
     assert found["all"][0] == sum(v[0] for k, v in found.items() if k != "all")
     for column in (1, 2):
-        assert found["all"][column] == pytest.approx(sum(v[column] for k, v in found.items() if k != "all"), abs=0.02)
+        assert found["all"][column] == pytest.approx(
+            sum(v[column] for k, v in found.items() if k != "all"), abs=0.02
+        )
     assert found["all"][3] == max(v[3] for v in found.values())
 
 
@@ -211,25 +238,39 @@ def test_the_papers_profile_fits_into_sixteen_hours(capsys: pytest.CaptureFixtur
 
 
 def test_every_kind_of_stage_has_a_cost(tmp_path: Path) -> None:
-    """Those that only choose images are named; a kind that the model does not know is an error, not 0 seconds."""
+    """Those that only choose images are named; a kind that the model does not know is an error, not
+    0 seconds."""
     torch.save({"state_dict": thin().state_dict()}, tmp_path / "weights.pt")
     scored, few = Influence(pretrain=TRAIN, data=DATA), Data(name="scenes", n=20)
     train, query = Embed(pretrain=TRAIN, data=DATA), Embed(pretrain=TRAIN, data=few)
     chosen = [
-        stages.Prune(influence=scored, which="top", share=0.1), stages.Pick(influence=scored, quantile=0.5),
-        stages.Draw(data=DATA, share=0.1), stages.Thin(data=DATA, attribute="group", value="cool"),
+        stages.Prune(influence=scored, which="top", share=0.1),
+        stages.Pick(influence=scored, quantile=0.5),
+        stages.Draw(data=DATA, share=0.1),
+        stages.Thin(data=DATA, attribute="group", value="cool"),
         stages.Top(scores=Nearness(train=train, query=query), query=0, k=1),
-    ]  # fmt: skip
+    ]
     others = [
-        TRAIN, scored, train, stages.Stability(pretrain=TRAIN, data=DATA),
-        stages.Cross(pretrain=TRAIN, data=DATA, query=few), stages.TrainingEffect(pretrain=TRAIN, data=DATA, query=few),
+        TRAIN,
+        scored,
+        train,
+        stages.Stability(pretrain=TRAIN, data=DATA),
+        stages.Cross(pretrain=TRAIN, data=DATA, query=few),
+        stages.TrainingEffect(pretrain=TRAIN, data=DATA, query=few),
         stages.StatisticsEffect(pretrain=TRAIN, data=DATA, query=few),
-        stages.SubsetEffect(pretrain=TRAIN, data=DATA, query=few, left_out=(stages.Draw(data=DATA, share=0.5),)),
-        Nearness(train=train, query=query), stages.Lists(features=train), Evaluate(train=train, test=query),
-        stages.Neighbours(features=train), stages.Betweenness(neighbours=stages.Neighbours(features=train)),
+        stages.SubsetEffect(
+            pretrain=TRAIN, data=DATA, query=few, left_out=(stages.Draw(data=DATA, share=0.5),)
+        ),
+        Nearness(train=train, query=query),
+        stages.Lists(features=train),
+        Evaluate(train=train, test=query),
+        stages.Neighbours(features=train),
+        stages.Betweenness(neighbours=stages.Neighbours(features=train)),
         stages.Given(method="simclr", checkpoint=tmp_path / "weights.pt"),
-    ]  # fmt: skip
-    kinds = {kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)}
+    ]
+    kinds = {
+        kind for kind in vars(stages).values() if isinstance(kind, type) and "name" in vars(kind)
+    }
     assert {type(stage) for stage in chosen + others} == kinds
     assert {cost.seconds(stage) for stage in chosen} == {cost.OVERHEAD}
     assert all(cost.seconds(stage) > cost.OVERHEAD for stage in others)
@@ -243,21 +284,42 @@ def test_every_kind_of_stage_has_a_cost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "1 s"), (80, "80 s"), (150, "2.5 min"), (600, "10 min"), (9000, "2.5 h"), (3e5, "3 days")],
+    [
+        (0.2, "1 s"),
+        (80, "80 s"),
+        (150, "2.5 min"),
+        (600, "10 min"),
+        (9000, "2.5 h"),
+        (3e5, "3 days"),
+    ],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert in_words(float(seconds)) == words
 
 
-def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("ISSL_DATA", raising=False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for word in ("python", "torch", "GPU", "memory", "disk", "ISSL_DATA", "scenes", "drawn, any number"):
+    for word in (
+        "python",
+        "torch",
+        "GPU",
+        "memory",
+        "disk",
+        "ISSL_DATA",
+        "scenes",
+        "drawn, any number",
+    ):
         assert word in printed
     assert "cifar10   not here" in printed and printed.count("issl download") == 1
     lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith("  ")}
-    assert "stages to compute, about" in lines["quick"] and "needs cifair10, cifar10, fairface" in lines["mini"]
-    monkeypatch.setattr("issl.commands.doctor.os.access", lambda *_: False)
+    assert (
+        "stages to compute, about" in lines["quick"]
+        and "needs cifair10, cifar10, fairface" in lines["mini"]
+    )
+    monkeypatch.setattr("issl.audit.doctor.os.access", lambda *_: False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 1
     assert "cannot be written; choose another place with --out DIR" in capsys.readouterr().out

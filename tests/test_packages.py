@@ -10,11 +10,17 @@ import networkx
 import pytest
 
 ISSL = Path(__file__).parent.parent / "issl"
-# from the ground up; a package imports from those before it, and packages of one floor do not know each other
+# from the ground up; a package imports from those before it, and packages of one floor do not know
+# each other
 FLOORS = (
-    ("ground",), ("data",), ("pretraining", "influence"), ("analysis",), ("experiments",), ("reporting",),
+    ("ground",),
+    ("data",),
+    ("pretraining", "influence"),
+    ("analysis",),
+    ("experiments",),
+    ("reporting",),
     ("commands",),
-)  # fmt: skip
+)
 GROUND = {"errors", "config", "files", "shards", "devices", "keyed_random"}
 DOORS = {"__init__", "__main__"}  # the public names and `python -m issl`: they may import anything
 
@@ -22,7 +28,8 @@ DOORS = {"__init__", "__main__"}  # the public names and `python -m issl`: they 
 def modules() -> dict[str, Path]:
     """Dotted name under issl → file; a package stands for its __init__."""
     return {
-        ".".join(p.relative_to(ISSL).with_suffix("").parts).removesuffix(".__init__"): p for p in ISSL.rglob("*.py")
+        ".".join(p.relative_to(ISSL).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in ISSL.rglob("*.py")
     }
 
 
@@ -59,35 +66,49 @@ def wrong(edges: dict[str, set[str]]) -> list[str]:
 
 def graph() -> dict[str, set[str]]:
     known = modules()
-    return {name: imports(path, known) - {name} for name, path in known.items() if name not in DOORS}
+    return {
+        name: imports(path, known) - {name} for name, path in known.items() if name not in DOORS
+    }
 
 
 def test_every_module_has_its_place() -> None:
     flat = {name for name in modules() if "." not in name and not (ISSL / name).is_dir()}
     assert flat - DOORS == GROUND
-    assert {p.parent.name for p in ISSL.glob("*/__init__.py")} == {name for floor in FLOORS[1:] for name in floor}
+    assert {p.parent.name for p in ISSL.glob("*/__init__.py")} == {
+        name for floor in FLOORS[1:] for name in floor
+    }
 
 
 def test_nothing_imports_upward_and_there_is_no_circle() -> None:
     edges = graph()
     assert sum(len(targets) for targets in edges.values()) > 150  # it does see the imports
     assert wrong(edges) == []
-    circles = list(networkx.simple_cycles(networkx.DiGraph([(a, b) for a, targets in edges.items() for b in targets])))
+    circles = list(
+        networkx.simple_cycles(
+            networkx.DiGraph([(a, b) for a, targets in edges.items() for b in targets])
+        )
+    )
     assert circles == []
 
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("data.images", "commands.cli"), ("influence.cross", "pretraining.loop"), ("errors", "data.images")],
+    [
+        ("data.images", "commands.cli"),
+        ("influence.cross", "pretraining.loop"),
+        ("errors", "data.images"),
+    ],
 )
 def test_an_import_that_goes_up_or_sideways_is_found(source: str, target: str) -> None:
     assert wrong({source: {target}}) == [f"{source} imports {target}"]
-    assert wrong({target: {source}}) == ([] if source != "influence.cross" else [f"{target} imports {source}"])
+    assert wrong({target: {source}}) == (
+        [] if source != "influence.cross" else [f"{target} imports {source}"]
+    )
 
 
 def test_the_fingerprint_of_the_code_goes_down_into_the_packages(repository: Path) -> None:
     """A notebook that was run by other code is not current."""
-    from issl.commands.notebooks import library_files
+    from issl.audit.notebooks import library_files
 
     names = {str(p.relative_to(repository / "issl")) for p in library_files()}
     assert {"experiments/claims.yaml", "influence/self_influence.py", "commands/cli.py"} <= names
@@ -98,7 +119,9 @@ if __name__ == "__main__":
     for floor in FLOORS:
         for package in floor:
             own = sorted(m for m in every if floor_of(m)[1] == package)
-            used = Counter(floor_of(t)[1] for m in own for t in every[m] if floor_of(t)[1] != package)
+            used = Counter(
+                floor_of(t)[1] for m in own for t in every[m] if floor_of(t)[1] != package
+            )
             lines = sum(len(modules()[m].read_text().splitlines()) for m in own)
             below = ", ".join(f"{name} {count}" for name, count in used.most_common()) or "nothing"
             print(f"{package:12} {len(own):3} modules {lines:6} lines   imports {below}")

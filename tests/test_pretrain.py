@@ -1,4 +1,5 @@
-"""The laws of the loop: order, views and masks, resume, the time budget, divergence, several processes."""
+"""The laws of the loop: order, views and masks, resume, the time budget, divergence, several
+processes."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ import pytest
 import torch
 
 import issl
-from issl.analysis.evaluate import embed, knn_hits, knn_watch
+from issl.audit.cache import Artifacts
+from issl.audit.settings import Data
+from issl.audit.stages import Pretrain
 from issl.data.views import View
 from issl.errors import OutOfTime
-from issl.experiments.cache import Artifacts
-from issl.experiments.settings import Data
-from issl.experiments.stages import Pretrain
+from issl.evaluate import embed, knn_hits, knn_watch
 from issl.files import read_safetensors
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
@@ -43,7 +44,8 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_leaving_an_image_out_changes_nothing_else(method: str) -> None:
-    """Order and views of the others are drawn over the whole set, whatever is left out: bit for bit."""
+    """Order and views of the others are drawn over the whole set, whatever is left out: bit for
+    bit."""
     images = issl.load("scenes", n=64)
     seen: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
@@ -55,7 +57,10 @@ def test_leaving_an_image_out_changes_nothing_else(method: str) -> None:
             return seen[-1][-1]
 
     base = recipe(method, "short")
-    spies = {k: Spy.model_validate({**getattr(base, k).model_dump(), "which": k[-1]}) for k in ("view_a", "view_b")}
+    spies = {
+        k: Spy.model_validate({**getattr(base, k).model_dump(), "which": k[-1]})
+        for k in ("view_a", "view_b")
+    }
     keep = torch.ones(64, dtype=torch.bool)
     keep[11] = False
     runs = []
@@ -68,14 +73,22 @@ def test_leaving_an_image_out_changes_nothing_else(method: str) -> None:
             keep=mask,
         )
         runs.append(
-            {w: [torch.cat(part) for part in zip(*(s[1:] for s in seen if s[0] == w), strict=True)] for w in "ab"}
+            {
+                w: [
+                    torch.cat(part)
+                    for part in zip(*(s[1:] for s in seen if s[0] == w), strict=True)
+                ]
+                for w in "ab"
+            }
         )
     whole, without = runs
     for w in "ab":
         stays = torch.cat([epoch_order(64, 0, epoch) != 11 for epoch in range(2)])
         for one, other in zip(whole[w], without[w], strict=True):
             # 63 images make 31 batches of 2: in each epoch the last of them drops out
-            kept = torch.cat([part[stay][:62] for part, stay in zip(one.split(64), stays.split(64), strict=True)])
+            kept = torch.cat(
+                [part[stay][:62] for part, stay in zip(one.split(64), stays.split(64), strict=True)]
+            )
             assert torch.equal(other, kept) and len(other) == 124
 
 
@@ -108,7 +121,8 @@ def test_with_gaps_the_other_batches_stay_as_they_were() -> None:
 
 
 def test_seeds_are_separate() -> None:
-    """Other seeds of order or views: the same initial weights; the same seeds given by name: the same run."""
+    """Other seeds of order or views: the same initial weights; the same seeds given by name: the
+    same run."""
     images = issl.load("scenes", n=64)
 
     def weights(**seeds) -> torch.Tensor:
@@ -163,7 +177,10 @@ def test_knn_watch_measures_every_so_often_and_at_the_end() -> None:
     encoder, history = pretrain(images, SIMCLR, **{**SMALL, "epochs": 3}, after_epoch=watch)
     assert history["knn_accuracy"].notna().tolist() == [False, True, True]
     hits = knn_hits(
-        embed(encoder.backbone, images), images.require_labels(), embed(encoder.backbone, test), test.require_labels()
+        embed(encoder.backbone, images),
+        images.require_labels(),
+        embed(encoder.backbone, test),
+        test.require_labels(),
     )
     assert history["knn_accuracy"].iloc[-1] == hits.mean()
 
@@ -187,11 +204,18 @@ def test_encoder_files(tmp_path: Path) -> None:
         (SIMCLR, {"batch_size": 65}, "batch_size=65: need 2 to 64"),
         (SIMCLR, {"width": 0}, "width=0"),
         (SIMCLR, {"keep": torch.ones(3, dtype=torch.bool)}, "keep has 3 entries for 64 images"),
-        (SIMCLR.model_copy(update={"lr": 1e20, "warmup": 0}), {"epochs": 3}, "diverged in epoch .*lower the"),
-        (BYOL.model_copy(update={"weight_decay": 60.0, "lr": 0.4, "momentum": 0.0}), {"epochs": 30},
-         "collapsed in epoch .*lower weight_decay=60, or let the target follow more slowly"),
+        (
+            SIMCLR.model_copy(update={"lr": 1e20, "warmup": 0}),
+            {"epochs": 3},
+            "diverged in epoch .*lower the",
+        ),
+        (
+            BYOL.model_copy(update={"weight_decay": 60.0, "lr": 0.4, "momentum": 0.0}),
+            {"epochs": 30},
+            "collapsed in epoch .*lower weight_decay=60, or let the target follow more slowly",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(how, arguments: dict, message: str) -> None:
     with pytest.raises(issl.IsslError, match=message):
         pretrain(issl.load("scenes", n=64), how, **{**SMALL, **arguments})
@@ -204,8 +228,14 @@ def test_supervised_needs_labels() -> None:
         pretrain(unlabelled, SUPERVISED, **SMALL)
 
 
-def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, path, settings = issl.load("scenes", n=64), tmp_path / "c.safetensors", {**SMALL, "epochs": 4}
+def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path, settings = (
+        issl.load("scenes", n=64),
+        tmp_path / "c.safetensors",
+        {**SMALL, "epochs": 4},
+    )
     whole, _ = pretrain(images, BYOL, **settings)
     now = 0.0
 
@@ -215,7 +245,9 @@ def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, mon
         return now
 
     monkeypatch.setattr("issl.pretraining.loop.time", SimpleNamespace(monotonic=monotonic))
-    with pytest.raises(OutOfTime, match="stopped after 0 of 4 epochs, the time budget is spent; the same command"):
+    with pytest.raises(
+        OutOfTime, match="stopped after 0 of 4 epochs, the time budget is spent; the same command"
+    ):
         pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path, deadline=-1.0))
 
     def ten_seconds(done: int, learner: Learner) -> None:
@@ -223,7 +255,13 @@ def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, mon
         now += 10
 
     with pytest.raises(OutOfTime, match=r"stopped after 2 of 4 epochs"):  # a third would end at 30
-        pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path, deadline=25.0), after_epoch=ten_seconds)
+        pretrain(
+            images,
+            BYOL,
+            **settings,
+            checkpoint=Checkpoint(path, deadline=25.0),
+            after_epoch=ten_seconds,
+        )
     resumed, history = pretrain(images, BYOL, **settings, checkpoint=Checkpoint(path))
     assert len(history) == 4
     same_weights(whole, resumed)
@@ -231,11 +269,17 @@ def test_the_time_budget_ends_with_a_checkpoint_that_goes_on(tmp_path: Path, mon
         pretrain(images, BYOL, **SMALL, checkpoint=Checkpoint(deadline=-1.0))
 
 
-KINDS = [("simclr", "short"), ("byol", "published"), ("barlow_twins", "short"), ("supervised", "short")]
+KINDS = [
+    ("simclr", "short"),
+    ("byol", "published"),
+    ("barlow_twins", "short"),
+    ("supervised", "short"),
+]
 
 
 def gradients(method: str, variant: str, shards: Shards) -> list[np.ndarray]:
-    """In double: the loss of 24 images on all processes, its gradient, and the BatchNorm statistics after."""
+    """In double: the loss of 24 images on all processes, its gradient, and the BatchNorm statistics
+    after."""
     torch.set_num_threads(1)
     learner = Learner(recipe(method, variant), 2, 10, 0).double().train()
     x = (
@@ -265,7 +309,10 @@ def epochs(method: str, variant: str, shards: Shards) -> list[np.ndarray]:
     """The losses of two epochs, and the weights after them."""
     torch.set_num_threads(1)
     encoder, history = pretrain(
-        issl.load("scenes", n=48), recipe(method, variant), **{**SMALL, **on(shards)}, after_epoch=knn_accuracy
+        issl.load("scenes", n=48),
+        recipe(method, variant),
+        **{**SMALL, **on(shards)},
+        after_epoch=knn_accuracy,
     )
     return [history["loss"].to_numpy(), *(v.float().numpy() for v in encoder.state_dict().values())]
 
@@ -342,8 +389,12 @@ def test_snapshots_hold_the_whole_learner_in_half_precision(method: str, tmp_pat
         assert all(v.dtype != torch.float16 for v in tensors.values() if v.ndim <= 1)
         assert json.loads(header["issl"])["config"] == stage.model_dump(mode="json")
         features.append(load_encoder(folder / name)(x))
-        torch.testing.assert_close(load_learner(folder / name).eval().encoder.backbone(x), features[-1])
-    assert json.loads(read_safetensors(folder / learners[1], "learner")[0]["issl"])["epochs_done"] == 3
+        torch.testing.assert_close(
+            load_learner(folder / name).eval().encoder.backbone(x), features[-1]
+        )
+    assert (
+        json.loads(read_safetensors(folder / learners[1], "learner")[0]["issl"])["epochs_done"] == 3
+    )
     assert not torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
     # the last one is the encoder that a run without snapshots leaves, up to half precision
     plain = stage.model_copy(update={"snapshots": None}).encoder(Artifacts(tmp_path))(x)
@@ -360,7 +411,9 @@ def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
     class Killed(BaseException):
         pass
 
-    def save(self: Checkpoint, learner: Learner, optimizer: object, identity: object, history: list) -> None:
+    def save(
+        self: Checkpoint, learner: Learner, optimizer: object, identity: object, history: list
+    ) -> None:
         if len(history) == epochs_done:
             raise Killed
         original(self, learner, optimizer, identity, history)
@@ -377,7 +430,9 @@ def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
         assert file.read_bytes() == (resumed / file.name).read_bytes()
     assert len(list(whole.glob("*.safetensors"))) == len(list(resumed.glob("*.safetensors"))) == 3
     names = ["epoch", "loss", "feature_std", "lr"]
-    pd.testing.assert_frame_equal(*(pd.read_csv(f / "history.csv")[names] for f in (whole, resumed)))
+    pd.testing.assert_frame_equal(
+        *(pd.read_csv(f / "history.csv")[names] for f in (whole, resumed))
+    )
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -397,7 +452,8 @@ def test_basic_block_equals_torchvisions() -> None:
         down = None
         if inside != outside:
             down = torch.nn.Sequential(
-                torch.nn.Conv2d(inside, outside, 1, stride, bias=False), torch.nn.BatchNorm2d(outside)
+                torch.nn.Conv2d(inside, outside, 1, stride, bias=False),
+                torch.nn.BatchNorm2d(outside),
             )
         theirs, ours = Theirs(inside, outside, stride, down), BasicBlock(inside, outside, stride)
         ours.load_state_dict(theirs.state_dict())

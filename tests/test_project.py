@@ -1,4 +1,5 @@
-"""The repository itself: one truth for Python and packages, a lock without addresses, the shell script."""
+"""The repository itself: one truth for Python and packages, a lock without addresses, the shell
+script."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ def project(repository: Path) -> dict:
 
 
 def locked(repository: Path) -> dict[str, str]:
-    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;\\]+)", (repository / "requirements.lock").read_text(), re.M))
+    return dict(
+        re.findall(
+            r"^([a-z0-9-]+)==([^ ;\\]+)", (repository / "requirements.lock").read_text(), re.M
+        )
+    )
 
 
 def test_environment_yml_agrees_with_pyproject(repository: Path) -> None:
@@ -27,7 +32,10 @@ def test_environment_yml_agrees_with_pyproject(repository: Path) -> None:
     assert environment["name"] == project(repository)["name"] == "issl"
     python, pip, packages = environment["dependencies"]
     assert python == "python" + project(repository)["requires-python"] and pip == "pip"
-    assert packages == {"pip": ["-r requirements.lock"]} and (repository / "requirements.lock").is_file()
+    assert (
+        packages == {"pip": ["-r requirements.lock"]}
+        and (repository / "requirements.lock").is_file()
+    )
     assert "pip install --no-deps -e ." in (repository / "environment.yml").read_text()
 
 
@@ -54,7 +62,8 @@ def test_version_is_one(repository: Path) -> None:
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:
-    """Neither `import issl` nor the usage of a command imports torch, or changes the environment."""
+    """Neither `import issl` nor the usage of a command imports torch, or changes the
+    environment."""
     code = """
 import os, sys
 before = dict(os.environ)
@@ -81,7 +90,11 @@ assert "torch" in sys.modules and dict(os.environ) == before
 def test_run_all_help_and_bad_options(repository: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [repository / "run_all.sh", *arguments], check=False, capture_output=True, text=True, cwd=tmp_path
+            [repository / "run_all.sh", *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
 
     shown = call("--help")
@@ -90,7 +103,9 @@ def test_run_all_help_and_bad_options(repository: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_names_a_machine_or_a_registry_host(repository: Path) -> None:
-    found = subprocess.run(["git", "-C", repository, "ls-files"], check=False, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "-C", repository, "ls-files"], check=False, capture_output=True, text=True
+    )
     if found.returncode:
         pytest.skip("not a git checkout")
     pattern = re.compile(r"/(?:work|farm)/|py" + r"pi\.org|npm" + r"js\.org|deb\.deb" + r"ian\.org")

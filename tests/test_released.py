@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from issl.commands.profiles import ProfileOptions
-from issl.experiments.cache import INDEX, Artifacts, Stage, release, released_index
-from issl.experiments.cost import all_stages
-from issl.experiments.settings import Data
-from issl.experiments.stages import Pretrain
+from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
+from issl.audit.cost import all_stages
+from issl.audit.profiles import ProfileOptions
+from issl.audit.settings import Data
+from issl.audit.stages import Pretrain
 from issl.pretraining.encoder import read_encoder
 from issl.pretraining.learner import load_learner
 
@@ -37,14 +37,22 @@ def test_every_released_artifact_is_one_of_overnight(
         assert {k: entry[k] for k in ("stage", "version", "settings")} == stages[label].content()
         assert artifacts.has(stages[label]) and artifacts.about(stages[label])["made_with"]
     listed = {file["path"] for entry in index.values() for file in entry["files"].values()}
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "unfinished" not in p.parts}
+    there = {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and "unfinished" not in p.parts
+    }
     assert there == listed | {INDEX, "README.md"}
 
 
 def test_a_released_encoder_is_the_whole_learner_and_says_how_it_was_trained(
     stages: dict[str, Stage], repository: Path
 ) -> None:
-    encoders = [stages[label] for label in released_index(repository / "released") if label.startswith("pretrain/")]
+    encoders = [
+        stages[label]
+        for label in released_index(repository / "released")
+        if label.startswith("pretrain/")
+    ]
     artifacts = Artifacts(repository / "nowhere", released=repository / "released")
     for stage in encoders:
         assert isinstance(stage, Pretrain)
@@ -53,7 +61,9 @@ def test_a_released_encoder_is_the_whole_learner_and_says_how_it_was_trained(
         data = {k: config["data"][k] for k in Data.model_fields if k != "root"}
         assert Pretrain.model_validate(config | {"data": data}).key == stage.key
         learner = load_learner(path)
-        assert learner.recipe == stage.recipe and all(v.isfinite().all() for v in learner.state_dict().values())
+        assert learner.recipe == stage.recipe and all(
+            v.isfinite().all() for v in learner.state_dict().values()
+        )
         assert len(stage.history(artifacts)) == stage.epochs
         named = f"{stage.data.which.name}-{stage.method}-w{stage.width}-{stage.seed}.safetensors"
         assert path.name == named.replace("_", "-")

@@ -1,4 +1,5 @@
-"""The report: its parts from what a run left, and the pages themselves in a browser, opened from files."""
+"""The report: its parts from what a run left, and the pages themselves in a browser, opened from
+files."""
 
 from __future__ import annotations
 
@@ -17,20 +18,32 @@ import pytest
 import torch
 
 import issl
-from issl.analysis.evaluate import embed
-from issl.analysis.neighbour_graph import nearest
-from issl.analysis.statistics import Estimate
-from issl.experiments.cache import Artifacts
-from issl.experiments.claims import provenance, record
-from issl.experiments.plans import EXPLORER, PLANS
-from issl.reporting import site as report
-from issl.reporting.verdicts import read_records, summary
+from issl.audit import site as report
+from issl.audit.cache import Artifacts
+from issl.audit.claims import provenance, record
+from issl.audit.plans import EXPLORER, PLANS
+from issl.audit.stats.neighbour_graph import nearest
+from issl.audit.stats.statistics import Estimate
+from issl.audit.verdicts import read_records, summary
+from issl.evaluate import embed
 
 SETTINGS: dict[str, Any] = {
-    "profile": "mini", "n": 40, "width": 1, "epochs": 1, "batch_size": 20, "rank": 2, "duplicates": 0.1,
-    "atypical": 0.1, "methods": ["simclr", "byol"],
-}  # fmt: skip
-LOOK = {"seen": ["Ships <above> frogs.", "Mostly."], "encoder": "SimCLR encoder", "images": 3000, "layout": "a layout"}
+    "profile": "mini",
+    "n": 40,
+    "width": 1,
+    "epochs": 1,
+    "batch_size": 20,
+    "rank": 2,
+    "duplicates": 0.1,
+    "atypical": 0.1,
+    "methods": ["simclr", "byol"],
+}
+LOOK = {
+    "seen": ["Ships <above> frogs.", "Mostly."],
+    "encoder": "SimCLR encoder",
+    "images": 3000,
+    "layout": "a layout",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +54,36 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results.mkdir(parents=True)
     figures.mkdir(parents=True)
     source = provenance("overnight", {}, torch.device("cpu"), [])
-    about = {"dataset": "scenes", "n": 40, "seeds": [0], "learned": {"knn": 0.4, "untrained": 0.2, "encoders": 3}}
+    about = {
+        "dataset": "scenes",
+        "n": 40,
+        "seeds": [0],
+        "learned": {"knn": 0.4, "untrained": 0.2, "encoders": 3},
+    }
     for method, r in (("simclr", 0.97), ("byol", 0.8)):
         record(
-            "noise_seed_correlation", {"pearson": Estimate(r, r - 0.1, r + 0.02, 40)}, source, results, method, **about
+            "noise_seed_correlation",
+            {"pearson": Estimate(r, r - 0.1, r + 0.02, 40)},
+            source,
+            results,
+            method,
+            **about,
         )
-    record("method_exact", {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 40)}, source, results, **about)
-    for name, title in (("00_method", "# 00 · The method <fast>"), ("01_seed_correlation", "# 01 · Seeds")):
+    record(
+        "method_exact",
+        {"relative_difference": Estimate(1e-9, 1e-9, 1e-9, 40)},
+        source,
+        results,
+        **about,
+    )
+    for name, title in (
+        ("00_method", "# 00 · The method <fast>"),
+        ("01_seed_correlation", "# 01 · Seeds"),
+    ):
         cells = [
-            nbformat.v4.new_markdown_cell(title + "\n\nLet $x_i < 1$ and `cost: $5`:\n\n$$\\frac{a}{b}$$"),
+            nbformat.v4.new_markdown_cell(
+                title + "\n\nLet $x_i < 1$ and `cost: $5`:\n\n$$\\frac{a}{b}$$"
+            ),
             nbformat.v4.new_markdown_cell("## Part one"),
             nbformat.v4.new_code_cell("n = 3", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(
@@ -61,12 +95,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "t",
                 outputs=[
                     nbformat.v4.new_output(
-                        "display_data", {"text/html": "<table><th>overlap_top1</th><td>barlow_twins</td></table>"}
+                        "display_data",
+                        {"text/html": "<table><th>overlap_top1</th><td>barlow_twins</td></table>"},
                     )
                 ],
             ),
             nbformat.v4.new_code_cell(
-                "print('<b>')", outputs=[nbformat.v4.new_output("stream", text="<b> & \x1b[31mred\x1b[0m")]
+                "print('<b>')",
+                outputs=[nbformat.v4.new_output("stream", text="<b> & \x1b[31mred\x1b[0m")],
             ),
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
@@ -112,7 +148,9 @@ def test_every_link_leads_somewhere_and_nothing_is_fetched(site: Path) -> None:
                 continue
             parts = urlsplit(link)
             if parts.scheme:
-                assert link == "https://arxiv.org/abs/2412.17170", link  # the one link outwards, followed by the reader
+                assert link == "https://arxiv.org/abs/2412.17170", (
+                    link
+                )  # the one link outwards, followed by the reader
                 continue
             target = page if not parts.path else (page.parent / unquote(parts.path)).resolve()
             assert target.is_file(), (page.name, link)
@@ -135,7 +173,10 @@ def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: P
 def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     index = (site / "index.html").read_text()
     assert "3 tests of 2 claims: 1 reproduced, 1 contradicted, 1 check passed" in index
-    assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index and "SimCLR 0.97 [0.87, 0.99]" in index
+    assert (
+        'class="badge bad">BYOL ○ contradicted (0/1)' in index
+        and "SimCLR 0.97 [0.87, 0.99]" in index
+    )
     finding = "Measured as r, the claim holds with SimCLR (0.97 [0.87, 0.99]) and does not hold with BYOL (0.80 ["
     assert finding in index
     assert "a ranking that holds under another draw of the noise [SimCLR]" in index
@@ -145,10 +186,16 @@ def test_verdicts_and_findings_are_the_records(site: Path) -> None:
 def test_the_first_look_comes_first_and_the_head_says_what_was_decided(site: Path) -> None:
     index = (site / "index.html").read_text()
     assert index.index('id="start"') < index.index('id="look"') < index.index('id="verdicts"')
-    assert "3,000 photos of CIFAR-10 (found as a layout)" in index and "Ships &lt;above&gt; frogs. Mostly." in index
+    assert (
+        "3,000 photos of CIFAR-10 (found as a layout)" in index
+        and "Ships &lt;above&gt; frogs. Mostly." in index
+    )
     assert (site / "report/first_look.png").is_file()
     assert "Decided, by tests that were stated beforehand: 1 reproduced, 1 contradicted." in index
-    assert '<a href="report/01_seed_correlation.html">01_seed_correlation</a>: Measured as r, the claim holds' in index
+    assert (
+        '<a href="report/01_seed_correlation.html">01_seed_correlation</a>: Measured as r, the claim holds'
+        in index
+    )
 
 
 def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
@@ -157,10 +204,20 @@ def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
     row = next(r for r in summary(records) if r["notebook"] == "01_seed_correlation")
     simclr, byol = report.bars(row)
     assert simclr and byol and row["asked"] == 0.924 and simclr["asked"] == byol["asked"]
-    assert byol["low"] < byol["value"] < byol["high"] <= simclr["asked"] < simclr["value"] < simclr["high"]
+    assert (
+        byol["low"]
+        < byol["value"]
+        < byol["high"]
+        <= simclr["asked"]
+        < simclr["value"]
+        < simclr["high"]
+    )
     ratio = (simclr["value"] - byol["value"]) / (byol["value"] - byol["low"])
     assert ratio == pytest.approx(0.17 / 0.1, rel=0.02)
-    assert "r: BYOL 0.80 [0.70, 0.82]; dashed: the test's threshold, 0.924; n = 40; contradicted" in byol["text"]
+    assert (
+        "r: BYOL 0.80 [0.70, 0.82]; dashed: the test's threshold, 0.924; n = 40; contradicted"
+        in byol["text"]
+    )
     assert (site / "index.html").read_text().count('<svg class="interval') == len(records)
     unknown = row | {"intervals": [("SimCLR", np.nan, np.nan, np.nan), *row["intervals"][1:]]}
     assert report.bars(unknown)[0] is None
@@ -193,17 +250,21 @@ def test_without_anything_run_there_is_nothing_to_report(tmp_path: Path) -> None
         report.build("mini", {}, None, Artifacts(tmp_path), tmp_path)
 
 
-# --- in a browser ------------------------------------------------------------------------------------------
+# --- in a browser
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def page(browser: Any, site: Path) -> Iterator[Any]:
-    """The index, opened from its file; anything on the console or from the network fails the test."""
+    """The index, opened from its file; anything on the console or from the network fails the
+    test."""
     bad: list[str] = []
     opened = browser.new_page(viewport={"width": 1100, "height": 800})
     opened.on("console", lambda m: bad.append(m.text) if m.type in ("error", "warning") else None)
     opened.on("pageerror", lambda e: bad.append(str(e)))
-    opened.on("request", lambda r: bad.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    opened.on(
+        "request", lambda r: bad.append(r.url) if not r.url.startswith(("file:", "data:")) else None
+    )
     opened.goto((site / "index.html").as_uri())
     yield opened
     opened.close()
@@ -211,7 +272,9 @@ def page(browser: Any, site: Path) -> Iterator[Any]:
 
 
 def influences(page: Any) -> list[float]:
-    places = page.eval_on_selector_all("#grid .t", "tiles => tiles.map(t => Number(t.dataset.place))")
+    places = page.eval_on_selector_all(
+        "#grid .t", "tiles => tiles.map(t => Number(t.dataset.place))"
+    )
     values = page.evaluate("EXPLORER.methods[document.getElementById('method').value].influence")
     return [values[p] for p in places]
 
@@ -239,17 +302,23 @@ def test_an_image_opens_by_keyboard_and_leads_to_its_neighbours(page: Any) -> No
     assert page.locator("#detail").is_visible() and "rank 1 of 40" in page.inner_text("#detail")
     assert page.locator("#detail .strip .t").count() == 12
     page.locator("#detail .strip .t").first.click()
-    assert "rank 1 of 40" not in page.inner_text("#detail") or page.locator("#detail .strip .t").count() == 12
+    assert (
+        "rank 1 of 40" not in page.inner_text("#detail")
+        or page.locator("#detail .strip .t").count() == 12
+    )
     page.keyboard.press("Escape")
     assert not page.locator("#detail").is_visible()
 
 
 def places_of(page: Any, selector: str) -> list[int]:
-    return page.eval_on_selector_all(f"{selector} .t", "tiles => tiles.map(t => Number(t.dataset.place))")
+    return page.eval_on_selector_all(
+        f"{selector} .t", "tiles => tiles.map(t => Number(t.dataset.place))"
+    )
 
 
 def test_the_methods_side_by_side_mark_what_they_share(page: Any) -> None:
-    """In the order that is chosen, of the images that the filter leaves; counted here by themselves."""
+    """In the order that is chosen, of the images that the filter leaves; counted here by
+    themselves."""
     assert page.locator("#lists h4").all_inner_texts() == ["SimCLR", "BYOL"]
     for order, sign in (("influence, highest first", -1), ("influence, lowest first", 1)):
         page.select_option("#order", order)
@@ -266,7 +335,9 @@ def test_the_methods_side_by_side_mark_what_they_share(page: Any) -> None:
         )
         assert sorted(marked) == sorted([[str(p), "2"] for p in shared] * 2)
         assert shared  # of forty images, twelve each: chance gives four
-        labels = page.eval_on_selector_all("#lists .t.shared", "tiles => tiles.map(t => t.ariaLabel)")
+        labels = page.eval_on_selector_all(
+            "#lists .t.shared", "tiles => tiles.map(t => t.ariaLabel)"
+        )
         assert sum("also in the list of BYOL" in label for label in labels) == len(shared)
     assert "two random lists of 12 of 40 would have 3.6" in page.inner_text("#agree").lower()
     page.select_option("#each", "24")
@@ -284,7 +355,8 @@ def test_an_image_shows_its_numbers_and_its_twin_in_the_other_list(page: Any) ->
     influence = page.evaluate("EXPLORER.methods.BYOL.influence")
     rank = 1 + sum(v > influence[place] for v in influence)
     assert (
-        f"image {page.evaluate('EXPLORER.index')[place]}" in title and f"(rank {rank} of 40)" in title.split("BYOL:")[1]
+        f"image {page.evaluate('EXPLORER.index')[place]}" in title
+        and f"(rank {rank} of 40)" in title.split("BYOL:")[1]
     )
     for act in (tile.hover, tile.focus):
         act()
@@ -301,7 +373,10 @@ def test_figures_enlarge_by_pointer_and_by_keyboard(page: Any) -> None:
     page.locator("#look .figure").focus()
     page.keyboard.press("Enter")
     assert page.locator("#large").is_visible() and shown() == "first_look.png"
-    assert page.inner_text("#caption") == "Ships <above> frogs. Mostly." and page.inner_text("#which") == "1 of 3"
+    assert (
+        page.inner_text("#caption") == "Ships <above> frogs. Mostly."
+        and page.inner_text("#which") == "1 of 3"
+    )
     page.keyboard.press("ArrowRight")
     assert shown() == "00_method.png" and "The check passed" in page.inner_text("#caption")
     page.keyboard.press("ArrowLeft")
@@ -311,7 +386,8 @@ def test_figures_enlarge_by_pointer_and_by_keyboard(page: Any) -> None:
     assert page.locator("#zoom").get_attribute("aria-pressed") == "true"
     page.keyboard.press("Escape")
     assert not page.locator("#large").is_visible()
-    # the one that was seen last gets the focus, in the event of closing, which comes a moment after the key
+    # the one that was seen last gets the focus, in the event of closing, which comes a moment after
+    # the key
     page.wait_for_function("document.activeElement.innerHTML.includes('01_seed_correlation')")
     page.locator("#nb-00_method .figure").click()
     assert page.locator("#large").is_visible() and shown() == "00_method.png"
@@ -326,14 +402,19 @@ def test_light_and_dark_and_a_phone(page: Any) -> None:
     assert colour() == "rgb(255, 255, 255)"
     page.click("#theme")
     assert colour() == "rgb(20, 22, 26)"
-    page.wait_for_timeout(3000)  # the browser stores it beside the page, not at once where the machine is busy
+    page.wait_for_timeout(
+        3000
+    )  # the browser stores it beside the page, not at once where the machine is busy
     page.reload()
     assert colour() == "rgb(20, 22, 26)"  # it is remembered
     page.click("#theme")
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.click("#notebooks h3 a >> nth=0")
-    assert page.locator("math").count() == 2 and page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert (
+        page.locator("math").count() == 2
+        and page.evaluate("document.documentElement.scrollWidth") <= 360
+    )
     assert not page.locator("code", has_text="print").is_visible()
     assert not page.get_by_text("the answer: 42").is_visible()
     page.click("#unfold")

@@ -1,4 +1,5 @@
-"""Correlations with retraining, against their definitions and on predictions whose worth is known."""
+"""Correlations with retraining, against their definitions and on predictions whose worth is
+known."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import pytest
 from scipy import stats
 
 import issl
-from issl.analysis import datamodeling, explained_variance
-from issl.analysis.statistics import Estimate
+from issl.audit.stats import datamodeling, explained_variance
+from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
@@ -29,7 +30,9 @@ def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     got = datamodeling.lds(predicted, TRUTH)
     assert got.value == pytest.approx(want) and got.low < got.value < got.high and got.n == 20
     # monotone in each query, whatever its unit; a constant prediction predicts nothing
-    assert datamodeling.lds(np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH).value == pytest.approx(1)
+    assert datamodeling.lds(
+        np.exp(TRUTH) * np.arange(1, 21)[:, None], TRUTH
+    ).value == pytest.approx(1)
     assert datamodeling.lds(np.zeros_like(TRUTH), TRUTH).value == 0
     noise = datamodeling.lds(RNG.normal(size=TRUTH.shape), TRUTH)
     assert noise.low < 0 < noise.high
@@ -62,9 +65,14 @@ def test_what_statistics_explain_is_least_squares() -> None:
     table = explained_variance.pixel_table(images)
     assert list(table) == list(explained_variance.PIXELS) and len(table) == 400
     rng = np.random.default_rng(0)
-    score = np.exp(explained_variance.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400))
+    score = np.exp(
+        explained_variance.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400)
+    )
     got = explained_variance.explained(score, table)
-    x, y = explained_variance.normal_scores(table.to_numpy()), explained_variance.normal_scores(score)
+    x, y = (
+        explained_variance.normal_scores(table.to_numpy()),
+        explained_variance.normal_scores(score),
+    )
 
     def adjusted(columns: list[int]) -> float:
         design = np.column_stack([np.ones(400), x[:, columns]])
@@ -74,13 +82,16 @@ def test_what_statistics_explain_is_least_squares() -> None:
     every = list(range(5))
     assert got["all"].value == pytest.approx(adjusted(every))
     for j, name in enumerate(table):
-        assert got[name].value == pytest.approx(adjusted(every) - adjusted([k for k in every if k != j]))
+        assert got[name].value == pytest.approx(
+            adjusted(every) - adjusted([k for k in every if k != j])
+        )
     assert got["contrast"].low > 0.1 and max(got[c].value for c in table if c != "contrast") < 0.02
     # trees find a bent relation that a line does not, and nothing in noise
     bent = table["brightness"].to_numpy()
     bent = np.abs(bent - np.median(bent))
     assert (
-        explained_variance.explained_by_trees(bent, table).low > explained_variance.explained(bent, table)["all"].high
+        explained_variance.explained_by_trees(bent, table).low
+        > explained_variance.explained(bent, table)["all"].high
     )
     assert explained_variance.explained_by_trees(rng.normal(size=400), table).low < 0
     with pytest.raises(issl.IsslError, match="20 images for a regression on 5"):
@@ -100,27 +111,47 @@ def test_what_statistics_leave_counts_only_where_a_second_noise_finds_it() -> No
     known, hidden = rng.normal(size=(2, 3000))
     table = pd.DataFrame({"known": known})
     noise = rng.normal(size=(2, 3000))
-    without = explained_variance.repeatable_beyond(known + noise, [table, table])  # half of it unexplained, and noise
+    without = explained_variance.repeatable_beyond(
+        known + noise, [table, table]
+    )  # half of it unexplained, and noise
     assert without.low < 0 < without.high and abs(without.value) < 0.05
-    with_hidden = explained_variance.repeatable_beyond(known + hidden + noise, [table, table])  # a third of it
+    with_hidden = explained_variance.repeatable_beyond(
+        known + hidden + noise, [table, table]
+    )  # a third of it
     assert with_hidden.value == pytest.approx(1 / 3, abs=0.05) and with_hidden.low > 0.25
 
 
-def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(monkeypatch) -> None:
-    monkeypatch.setattr(datamodeling, "RESAMPLES", 200)  # enough for an interval that is twice as wide
+def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(
+        datamodeling, "RESAMPLES", 200
+    )  # enough for an interval that is twice as wide
     predicted, measured = encoders_of((1.0, 1.0, 1.0))
     each = [datamodeling.lds(p, m.mean(0)).value for p, m in zip(predicted, measured, strict=True)]
     tables = [{"ours": p, "nothing": np.zeros_like(p)} for p in predicted]
-    found = datamodeling.lds_over_encoders(tables, measured, [("ours", "nothing"), ("ours", "ours")])
+    found = datamodeling.lds_over_encoders(
+        tables, measured, [("ours", "nothing"), ("ours", "ours")]
+    )
     alike = found["ours"]
-    assert alike.value == pytest.approx(np.mean(each)) and alike.low < alike.value < alike.high and alike.n == 3
-    assert found["ours less nothing"] == alike and found["nothing"].value == found["nothing"].high == 0
+    assert (
+        alike.value == pytest.approx(np.mean(each))
+        and alike.low < alike.value < alike.high
+        and alike.n == 3
+    )
+    assert (
+        found["ours less nothing"] == alike and found["nothing"].value == found["nothing"].high == 0
+    )
     assert found["ours less ours"].low == found["ours less ours"].high == 0
     other, runs = encoders_of((2.0, 0.0, -2.0))
     differing = datamodeling.lds_over_encoders([{"x": p} for p in other], runs)["x"]
-    assert differing.high - differing.low > 2 * (alike.high - alike.low)  # images alone would not say so
+    assert differing.high - differing.low > 2 * (
+        alike.high - alike.low
+    )  # images alone would not say so
     agree = datamodeling.repeatability_over_encoders(measured)
-    assert agree.value == pytest.approx(np.mean([datamodeling.repeatability(m).value for m in measured]))
+    assert agree.value == pytest.approx(
+        np.mean([datamodeling.repeatability(m).value for m in measured])
+    )
     with pytest.raises(issl.IsslError, match="2 tables of predictions for 3 encoders"):
         datamodeling.lds_over_encoders(tables[:2], measured)
     with pytest.raises(issl.IsslError, match="two or more repetitions"):

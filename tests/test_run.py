@@ -11,12 +11,13 @@ import pytest
 import yaml
 from test_notebooks import TINY
 
-from issl.commands import cli, notebooks, profiles, run
-from issl.commands.notebooks import fingerprint, is_current, note_made
-from issl.commands.profiles import ProfileOptions, notebooks_folder
+from issl.audit import notebooks, profiles, run
+from issl.audit.notebooks import fingerprint, is_current, note_made
+from issl.audit.plan import Plan
+from issl.audit.plans import PLANS
+from issl.audit.profiles import ProfileOptions, notebooks_folder
+from issl.commands import cli
 from issl.errors import IsslError
-from issl.experiments.plan import Plan
-from issl.experiments.plans import PLANS
 
 
 def cells(name: str) -> list:
@@ -34,22 +35,32 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def books(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+def books(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], None]:
     """Replaces the notebooks by two cells each, which start fast: books(name, code)."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
     monkeypatch.setattr(run, "notebooks_folder", lambda: folder)
 
     def write(name: str, code: str) -> None:
-        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 0", metadata={"tags": ["parameters"]})])
+        book = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell("n = 0", metadata={"tags": ["parameters"]})]
+        )
         book.cells.append(nbformat.v4.new_code_cell(code))
-        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
         nbformat.write(book, folder / f"{name}.ipynb")
 
     return write
 
 
-def test_a_failing_notebook_shows_its_error_and_the_others_go_on(books, tmp_path: Path, capsys) -> None:
+def test_a_failing_notebook_shows_its_error_and_the_others_go_on(
+    books, tmp_path: Path, capsys
+) -> None:
     books("00_method", "raise ValueError('the cat sat on the tensor')")
     books("09_linear_theory", "print(n)")
     assert run.run(ProfileOptions("tiny", only="00,09", out=tmp_path / "out")) == 1
@@ -65,15 +76,17 @@ def test_a_failing_notebook_shows_its_error_and_the_others_go_on(books, tmp_path
 @pytest.mark.parametrize("name", ["run {y}", "{0} 100%s {{n}}", "{", "a b%20#é'"])
 def test_the_output_folder_may_have_any_name(name: str, books, tmp_path: Path, capsys) -> None:
     books("09_linear_theory", "print(n)")
-    assert cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(tmp_path / name)]) == 0
+    assert (
+        cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(tmp_path / name)]) == 0
+    )
     assert "1 of 1 notebooks ended well" in capsys.readouterr().out
     results = tmp_path / name / "results/tiny"
     copy = nbformat.read(results / "09_linear_theory.ipynb", as_version=4)
     assert copy.cells[-1].outputs[0].text == "0\n"
     (page,) = (results / "report").glob("09*.html")
-    assert page.stat().st_size > 1000 and sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == sorted(
-        [name, "notebooks"]
-    )
+    assert page.stat().st_size > 1000 and sorted(
+        p.name for p in tmp_path.iterdir() if p.is_dir()
+    ) == sorted([name, "notebooks"])
 
 
 def test_a_notebook_runs_again_when_what_it_depends_on_changes(
@@ -81,8 +94,15 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
 ) -> None:
     """What is decided is tested through `is_current`; that a run heeds it, above."""
     books("00_method", "pass")
-    source, plan = run.notebooks_folder() / "00_method.ipynb", PLANS["00_method"](profile="tiny", out=str(tmp_path))
-    for path in (plan.figures / "00_method.png", plan.results / "00_method.ipynb", plan.results / "claim_x.json"):
+    source, plan = (
+        run.notebooks_folder() / "00_method.ipynb",
+        PLANS["00_method"](profile="tiny", out=str(tmp_path)),
+    )
+    for path in (
+        plan.figures / "00_method.png",
+        plan.results / "00_method.ipynb",
+        plan.results / "claim_x.json",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('{"notebook": "00_method"}')
     (plan.results / "claim_y.json").write_text('{"notebook": "03_background_bias"}')
@@ -95,7 +115,11 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     assert is_current("00_method", plan, key())
     (plan.results / "claim_y.json").unlink()  # another notebook's
     assert is_current("00_method", plan, key())
-    for path in (plan.figures / "00_method.png", plan.results / "claim_x.json", plan.results / "00_method.made.json"):
+    for path in (
+        plan.figures / "00_method.png",
+        plan.results / "claim_x.json",
+        plan.results / "00_method.made.json",
+    ):
         kept = path.read_bytes()
         for damage in (b"", None):
             path.write_bytes(damage) if damage is not None else path.unlink()
@@ -119,14 +143,19 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "profile 'huge': there are mini, overnight-injected, overnight, paper-barlow_twins"),
+        (
+            ["--profile", "huge"],
+            "profile 'huge': there are mini, overnight-injected, overnight, paper-barlow_twins",
+        ),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "NOWHERE"], "data root 'NOWHERE' is not a folder"),
         (["--out", "/proc/nothing"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(arguments, message, tmp_path, capsys, monkeypatch) -> None:
+def test_bad_input_is_one_line_before_any_work(
+    arguments, message, tmp_path, capsys, monkeypatch
+) -> None:
     """NOWHERE stands for a place that is not there."""
     monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was started"))
     nowhere = str(tmp_path / "nowhere")
@@ -158,7 +187,12 @@ def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> N
 @pytest.mark.data
 def test_more_images_than_there_are(data_root: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     tiny.write_text(yaml.safe_dump({"common": {"dataset": "cifar10", "n": 50_001}}))
-    assert cli.main(["run", "--profile", "tiny", "--data-root", str(data_root), "--out", str(tmp_path)]) == 2
+    assert (
+        cli.main(
+            ["run", "--profile", "tiny", "--data-root", str(data_root), "--out", str(tmp_path)]
+        )
+        == 2
+    )
     assert "n=50001" in capsys.readouterr().err
 
 
@@ -174,7 +208,9 @@ def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: P
         )
     )
     assert run.run(ProfileOptions("tiny", only="03", data_root=data_root, out=tmp_path)) == 0
-    record = json.loads((tmp_path / "results/tiny/claim_uniform_backgrounds.simclr.json").read_text())
+    record = json.loads(
+        (tmp_path / "results/tiny/claim_uniform_backgrounds.simclr.json").read_text()
+    )
     assert record["dataset"] == "cifar10" and 0.02 < record["share_uniform"] < 0.6
 
 
@@ -192,7 +228,9 @@ def test_profiles_are_valid(profile: str) -> None:
     names = profiles.covered(profile)
     plans = profiles.read_profile(profile, names)
     assert list(plans) == names and all(p.profile == profile for p in plans.values())
-    assert names == [name for name in PLANS if name[:2] in SOME.get(profile, tuple(n[:2] for n in PLANS))]
+    assert names == [
+        name for name in PLANS if name[:2] in SOME.get(profile, tuple(n[:2] for n in PLANS))
+    ]
 
 
 def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +238,20 @@ def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatc
     tinier = tiny.with_name("tinier.yaml")
     monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": tiny, "tinier": tinier})
     tinier.write_text(
-        yaml.safe_dump({"base": "tiny", "notebooks": "01,09", "common": {"n": 32}, "01_seed_correlation": {"rank": 3}})
+        yaml.safe_dump(
+            {
+                "base": "tiny",
+                "notebooks": "01,09",
+                "common": {"n": 32},
+                "01_seed_correlation": {"rank": 3},
+            }
+        )
     )
     assert [n[:2] for n in profiles.covered("tinier")] == ["01", "09"]
-    base, own = (profiles.read_profile(p, ["01_seed_correlation"])["01_seed_correlation"] for p in ("tiny", "tinier"))
+    base, own = (
+        profiles.read_profile(p, ["01_seed_correlation"])["01_seed_correlation"]
+        for p in ("tiny", "tinier")
+    )
     assert own.settings() == {**base.settings(), "profile": "tinier", "n": 32, "rank": 3}
     for base in ("none", "tinier"):
         tinier.write_text(yaml.safe_dump({"base": base}))
@@ -213,7 +261,9 @@ def test_a_profile_may_change_another(tiny: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> None:
     for method in ("byol", "barlow_twins"):
-        for name, plan in profiles.read_profile(f"paper-{method}", profiles.covered(f"paper-{method}")).items():
+        for name, plan in profiles.read_profile(
+            f"paper-{method}", profiles.covered(f"paper-{method}")
+        ).items():
             there = profiles.read_profile("paper", [name])[name].settings()
             changed = {k for k, v in plan.settings().items() if v != there[k]}
             assert plan.method == method and changed <= {"profile", "method", "snapshots"}
@@ -223,10 +273,15 @@ def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, c
     entries = {"common": TINY["common"], "notebooks": "09", "08_supervised_vs_ssl": {"encoders": 3}}
     tiny.write_text(yaml.safe_dump(entries))
     assert run.run(ProfileOptions("tiny", out=tmp_path, only="09")) == 0
-    assert list(ProfileOptions("tiny", out=tmp_path, only="08").plans()) == ["08_supervised_vs_ssl"]  # it has an entry
+    assert list(ProfileOptions("tiny", out=tmp_path, only="08").plans()) == [
+        "08_supervised_vs_ssl"
+    ]  # it has an entry
     assert "08_supervised_vs_ssl" not in ProfileOptions("tiny", out=tmp_path).plans()
     assert cli.main(["run", "--profile", "tiny", "--only", "06", "--out", str(tmp_path)]) == 2
-    assert "not for notebook 06_pruning; it is for 08_supervised_vs_ssl, 09_linear_theory" in capsys.readouterr().err
+    assert (
+        "not for notebook 06_pruning; it is for 08_supervised_vs_ssl, 09_linear_theory"
+        in capsys.readouterr().err
+    )
     tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "99"}))
     assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
     assert "notebook '99'" in capsys.readouterr().err

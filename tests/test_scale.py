@@ -25,10 +25,17 @@ import issl
 from issl import EKFAC, Computing, Exact, LoGra, cross_influence, self_influence, top_influences
 from issl.commands import cli
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
-from issl.pretraining.other_encoders import SOLO_CIFAR, Triple, open_encoder, read_state, resnet_from
+from issl.pretraining.other_encoders import (
+    SOLO_CIFAR,
+    Triple,
+    open_encoder,
+    read_state,
+    resnet_from,
+)
 from issl.shards import ONE, Shards
 
-# --- several processes -------------------------------------------------------------------------------------
+# --- several processes
+# -------------------------------------------------------------------------------------
 
 
 def several_scores(shards: Shards) -> tuple:
@@ -39,7 +46,9 @@ def several_scores(shards: Shards) -> tuple:
         self_influence(net, images, NOISE, LoGra(4), computing=few)["influence"].to_numpy(),
         self_influence(net, images, NOISE, EKFAC(), computing=how)["influence"].to_numpy(),
         self_influence(net, images, NOISE, pca, computing=how)["influence"].to_numpy(),
-        self_influence(make("stride"), images, NOISE, Exact(), computing=how).drop(columns="index").to_numpy(),
+        self_influence(make("stride"), images, NOISE, Exact(), computing=how)
+        .drop(columns="index")
+        .to_numpy(),
         cross_influence(net, images, query, NOISE, LoGra(4), computing=how).numpy(),
         top_influences(net, images, query, 5, NOISE, LoGra(4), computing=how).to_numpy(),
     )
@@ -67,14 +76,18 @@ def test_processes_share_one_score(world: int) -> None:
 def test_a_dead_process_is_an_error_and_no_hang() -> None:
     began = time.monotonic()
     (error,) = on_processes(2, dies_on_one, dying=1, timeout_s=20)
-    assert "process 0 of 2: another process died or did not answer" in error and time.monotonic() - began < 150
+    assert (
+        "process 0 of 2: another process died or did not answer" in error
+        and time.monotonic() - began < 150
+    )
 
 
 def test_more_processes_than_images() -> None:
     assert all("2 images on 3 processes" in e for e in on_processes(3, two_images))
 
 
-# --- encoders from elsewhere ---------------------------------------------------------------------------------
+# --- encoders from elsewhere
+# ---------------------------------------------------------------------------------
 
 
 def trained(net: nn.Module, side: int = 32) -> nn.Module:
@@ -91,7 +104,9 @@ def trained(net: nn.Module, side: int = 32) -> nn.Module:
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of the pixels
 
 
-def same_features(ours: nn.Module, theirs: nn.Module, side: int, scale: tuple[Triple, Triple] = IMAGENET) -> None:
+def same_features(
+    ours: nn.Module, theirs: nn.Module, side: int, scale: tuple[Triple, Triple] = IMAGENET
+) -> None:
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v)[:, None, None] for v in scale)
     with torch.no_grad():
@@ -120,7 +135,9 @@ def test_resnets_in_others_layouts(layout: str, tmp_path: Path) -> None:
     body = nn.Sequential(*list(net.children())[:-1])
     content: dict = net.state_dict()
     if layout == "solo-learn":
-        owner = nn.ModuleDict({"backbone": net, "momentum_backbone": thin(), "projector": nn.Linear(512, 8)})
+        owner = nn.ModuleDict(
+            {"backbone": net, "momentum_backbone": thin(), "projector": nn.Linear(512, 8)}
+        )
         owner["backbone"].fc, owner["classifier"] = nn.Identity(), nn.Linear(512, 10)
         content = {"state_dict": owner.state_dict(), "epoch": 3}
     if layout in ("children", "lightning"):
@@ -130,7 +147,9 @@ def test_resnets_in_others_layouts(layout: str, tmp_path: Path) -> None:
     opened = open_encoder(str(tmp_path / "weights.pt"))
     side = 32 if layout in ("small", "solo-learn", "children") else 64
     assert opened.size == (32 if side == 32 else 224)
-    same_features(opened.encoder, body, side, SOLO_CIFAR[10] if layout == "solo-learn" else IMAGENET)
+    same_features(
+        opened.encoder, body, side, SOLO_CIFAR[10] if layout == "solo-learn" else IMAGENET
+    )
 
 
 def test_lightlys_own_resnet(tmp_path: Path) -> None:
@@ -178,7 +197,11 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (write("empty.pt", {"epoch": 3}), None, "holds no state dict; its entries are epoch"),
         (write("mlp.pt", nn.Linear(2, 2).state_dict()), None, "no ResNet among its keys"),
         (write("two.pt", two), None, "several ResNets"),
-        (write("cut.pt", {k: v for k, v in net.items() if "bn2" not in k}), None, "do not fit .*bn2"),
+        (
+            write("cut.pt", {k: v for k, v in net.items() if "bn2" not in k}),
+            None,
+            "do not fit .*bn2",
+        ),
         ("torchvision:resnet7", None, "no model 'resnet7'"),
         ("torchvision:resnet18", "nowhere.pth", "'nowhere.pth' do not exist"),
         (str(tmp_path / "two.pt"), "w.pth", "go with torchvision:NAME"),
@@ -187,7 +210,8 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(issl.IsslError, match=message):
             open_encoder(spec, weights)
     monkeypatch.setattr(
-        "torch.hub.load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no route"))
+        "torch.hub.load_state_dict_from_url",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("no route")),
     )
     with pytest.raises(issl.IsslError, match=r"could not be downloaded .*--weights FILE"):
         open_encoder("torchvision:resnet18")
@@ -196,7 +220,8 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resnet_from({}, "nothing")
 
 
-# --- the command -------------------------------------------------------------------------------------------
+# --- the command
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,21 +243,51 @@ def ours(path: Path) -> str:
     return str(path)
 
 
-def test_scores_of_ones_own_images(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_ones_own_images(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encoder = ours(tmp_path / "e.safetensors")
-    arguments = ["influence", "--data", f"folder:{photos}", "--encoder", encoder, "--rank", "2", "--out"]
+    arguments = [
+        "influence",
+        "--data",
+        f"folder:{photos}",
+        "--encoder",
+        encoder,
+        "--rank",
+        "2",
+        "--out",
+    ]
     out = tmp_path / "new" / "scores.parquet"
     assert cli.main([*arguments, str(out)]) == 0
     assert "10 images" in capsys.readouterr().out
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.width > 1000
     table = pd.read_parquet(out)
-    want = self_influence(issl.load_encoder(encoder), issl.load(f"folder:{photos}"), curvature=LoGra(2))
+    want = self_influence(
+        issl.load_encoder(encoder), issl.load(f"folder:{photos}"), curvature=LoGra(2)
+    )
     np.testing.assert_allclose(table["influence"], want["influence"])
     assert table["path"][0] == "a/0.jpg" and table["label_name"].tolist() == list("aaaaabbbbb")
     assert table.attrs["curvature"] == repr(LoGra(2)) and len(table.attrs["damping"]) == 20
-    assert cli.main([*arguments, str(tmp_path / "s.csv"), "--n", "4", "--draws", "2", "--curvature", "ekfac"]) == 0
-    assert len(pd.read_csv(tmp_path / "s.csv")["standard_error"]) == 4 and (tmp_path / "s.png").is_file()
+    assert (
+        cli.main(
+            [
+                *arguments,
+                str(tmp_path / "s.csv"),
+                "--n",
+                "4",
+                "--draws",
+                "2",
+                "--curvature",
+                "ekfac",
+            ]
+        )
+        == 0
+    )
+    assert (
+        len(pd.read_csv(tmp_path / "s.csv")["standard_error"]) == 4
+        and (tmp_path / "s.png").is_file()
+    )
     assert json.loads((tmp_path / "s.json").read_text())["draws"] == 2
 
 
@@ -247,7 +302,9 @@ def test_scores_of_ones_own_images(photos: Path, tmp_path: Path, capsys: pytest.
         (["--skip", "head"], "no module or parameter of that name"),
     ],
 )
-def test_bad_commands(arguments: list[str], message: str, photos: Path, tmp_path: Path, capsys) -> None:
+def test_bad_commands(
+    arguments: list[str], message: str, photos: Path, tmp_path: Path, capsys
+) -> None:
     given = {
         "--data": f"folder:{photos}",
         "--encoder": ours(tmp_path / "e.safetensors"),
@@ -265,14 +322,21 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     common = ["--data", f"folder:{photos}", "--encoder", encoder]
 
     def scored(name: str, *more: str) -> pd.DataFrame:
-        assert cli.main(["influence", *common, "--out", str(tmp_path / f"{name}.parquet"), *more]) == 0
+        assert (
+            cli.main(["influence", *common, "--out", str(tmp_path / f"{name}.parquet"), *more]) == 0
+        )
         return pd.read_parquet(tmp_path / f"{name}.parquet")
 
     whole = scored("whole", "--rank", "2", "--save-curvature", str(kept))
     pd.testing.assert_frame_equal(scored("later", "--curvature-from", str(kept)), whole, rtol=1e-9)
     for part in "ab":
         common[1] = f"folder:{photos / part}"
-        assert cli.main(["fit", *common, "--rank", "2", "--out", str(tmp_path / f"{part}.safetensors")]) == 0
+        assert (
+            cli.main(
+                ["fit", *common, "--rank", "2", "--out", str(tmp_path / f"{part}.safetensors")]
+            )
+            == 0
+        )
     assert "curvature of 5 images of folder:b, 20 layers" in capsys.readouterr().out
     parts = [str(tmp_path / f"{part}.safetensors") for part in "ab"]
     assert cli.main(["merge", *parts, "--out", str(tmp_path / "ab.safetensors")]) == 0
@@ -281,15 +345,23 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(few) == 5 and (few["influence"] > 0).all()
     for more, message in [
         (["--curvature-from", str(kept), "--rank", "3"], "--rank 3: the file of --curvature-from"),
-        (["--curvature-from", str(kept), "--size", "64"], "the curvature is of images of (32, 32) px"),
+        (
+            ["--curvature-from", str(kept), "--size", "64"],
+            "the curvature is of images of (32, 32) px",
+        ),
         (["--curvature-from", "nothing.safetensors"], "does not exist"),
-        (["--save-curvature", "c.pt"], "--save-curvature c.pt: give a file name that ends in .safetensors"),
+        (
+            ["--save-curvature", "c.pt"],
+            "--save-curvature c.pt: give a file name that ends in .safetensors",
+        ),
     ]:
         assert cli.main(["influence", *common, "--out", str(tmp_path / "x.csv"), *more]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_fills_a_folder(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encoder, out = ours(tmp_path / "e.safetensors"), tmp_path / "all"
     given = ["influence", "--data", f"folder:{photos}", "--encoder", encoder]
     assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
@@ -300,7 +372,13 @@ def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
     assert "0 parts fitted, 0 scored" in capsys.readouterr().out
-    other = [*given, "--curvature-from", str(out / "curvature.safetensors"), "--out", str(tmp_path / "again")]
+    other = [
+        *given,
+        "--curvature-from",
+        str(out / "curvature.safetensors"),
+        "--out",
+        str(tmp_path / "again"),
+    ]
     assert cli.main(other) == 0 and "0 parts fitted, 1 scored" in capsys.readouterr().out
     for more, message in [
         (["--out", str(out), "--rank", "3"], "of another encoder, images or setting"),
@@ -311,8 +389,11 @@ def test_the_command_fills_a_folder(photos: Path, tmp_path: Path, capsys: pytest
         assert message in capsys.readouterr().err
 
 
-def test_three_steps_of_jobs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """As on Slurm (tests/test_compute.py), by submitit's executor that runs them in this process."""
+def test_three_steps_of_jobs(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As on Slurm (tests/test_compute.py), by submitit's executor that runs them in this
+    process."""
     asked: list[dict] = []
 
     def executor_for(cluster: str, folder: Path, jobs: int, slurm: dict) -> submitit.AutoExecutor:
@@ -321,20 +402,50 @@ def test_three_steps_of_jobs(photos: Path, tmp_path: Path, monkeypatch: pytest.M
         return executor
 
     monkeypatch.setattr("issl.commands.in_parts.executor_for", executor_for)
-    given = ["influence", "--data", f"folder:{photos}", "--encoder", ours(tmp_path / "e.safetensors"), "--rank", "2"]
-    assert cli.main([*given, "--out", str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
+    given = [
+        "influence",
+        "--data",
+        f"folder:{photos}",
+        "--encoder",
+        ours(tmp_path / "e.safetensors"),
+        "--rank",
+        "2",
+    ]
+    assert (
+        cli.main([*given, "--out", str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
+    )
     said = capsys.readouterr().out
-    assert "fit: 2 jobs" in said and "merge: 1 jobs" in said and "score: 2 jobs" in said and "1 parts scored" in said
-    assert [next(iter(a["slurm_additional_parameters"].values()))[:9] for a in asked] == ["afterany:"] * 2
+    assert (
+        "fit: 2 jobs" in said
+        and "merge: 1 jobs" in said
+        and "score: 2 jobs" in said
+        and "1 parts scored" in said
+    )
+    assert [next(iter(a["slurm_additional_parameters"].values()))[:9] for a in asked] == [
+        "afterany:"
+    ] * 2
     assert len(pd.read_parquet(tmp_path / "all" / "scores")) == 10
 
 
 @pytest.mark.slow
 def test_under_torchrun(photos: Path, tmp_path: Path) -> None:
     encoder = ours(tmp_path / "e.safetensors")
-    common = ["influence", "--data", f"folder:{photos}", "--encoder", encoder, "--rank", "2", "--images", "9", "--out"]
+    common = [
+        "influence",
+        "--data",
+        f"folder:{photos}",
+        "--encoder",
+        encoder,
+        "--rank",
+        "2",
+        "--images",
+        "9",
+        "--out",
+    ]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "issl"]
-    done = subprocess.run([*run, *common, str(tmp_path / "two.parquet")], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*run, *common, str(tmp_path / "two.parquet")], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "on 2 processes" in done.stdout, done.stderr
     assert cli.main([*common, str(tmp_path / "one.parquet")]) == 0
     one, two = (pd.read_parquet(tmp_path / f"{k}.parquet") for k in ("one", "two"))

@@ -15,17 +15,13 @@ import torch
 from pydantic_core import PydanticUndefined
 
 import issl
-from issl.analysis import neighbour_graph
-from issl.analysis.image_statistics import image_statistics
-from issl.commands.profiles import read_profile
-from issl.config import Config, as_plain
-from issl.data import scenes
-from issl.experiments import stages
-from issl.experiments.cache import Artifacts, Stage, damaged, release
-from issl.experiments.given import Given
-from issl.experiments.plans_paper import SeedCorrelation
-from issl.experiments.settings import KINDS, Data, named_curvature
-from issl.experiments.stages import (
+from issl.audit import stages
+from issl.audit.cache import Artifacts, Stage, damaged, release
+from issl.audit.given import Given
+from issl.audit.plans_paper import SeedCorrelation
+from issl.audit.profiles import read_profile
+from issl.audit.settings import KINDS, Data, named_curvature
+from issl.audit.stages import (
     Betweenness,
     Cross,
     Draw,
@@ -40,6 +36,10 @@ from issl.experiments.stages import (
     Thin,
     Top,
 )
+from issl.audit.stats import neighbour_graph
+from issl.audit.stats.image_statistics import image_statistics
+from issl.config import Config, as_plain
+from issl.data import scenes
 from issl.influence.cross import as_queries
 from issl.influence.curvature import EKFAC, Curvature, LoGra
 from issl.influence.losses import CrossEntropy
@@ -61,9 +61,9 @@ def test_the_second_time_nothing_is_computed(tmp_path: Path) -> None:
     assert influence().read(again).equals(scores) and again.computed == []
     settings = json.loads((again.get(influence()) / "settings.json").read_text())
     assert len(settings["damping"]) == 20 and all(v >= 0 for v in settings["damping"].values())
-    assert sorted(p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock") == sorted(
-        [".safetensors", ".csv", ".json", ".json", ".json", ".parquet"]
-    )
+    assert sorted(
+        p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"
+    ) == sorted([".safetensors", ".csv", ".json", ".json", ".json", ".parquet"])
 
 
 def test_other_images_are_scored_under_the_curvature_of_the_data(tmp_path: Path) -> None:
@@ -74,11 +74,14 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(tmp_path: Path)
     settings = {"perturbation": GaussianNoise(), "curvature": LoGra(2)}
     want = issl.fit(encoder, DATA.load(), **settings).score(test.load())
     np.testing.assert_allclose(scores["influence"], want["influence"], rtol=1e-5)
-    # its own curvature would give other scores; and the same images, as others, the scores that they have anyway
+    # its own curvature would give other scores; and the same images, as others, the scores that
+    # they have anyway
     alone = influence(data=test).read(artifacts)["influence"]
     assert not np.allclose(scores["influence"], alone, rtol=0.05)
     again = influence(others=DATA).read(artifacts)
-    np.testing.assert_allclose(again["influence"], influence().read(artifacts)["influence"], rtol=1e-4)
+    np.testing.assert_allclose(
+        again["influence"], influence().read(artifacts)["influence"], rtol=1e-4
+    )
     assert influence(others=test).key != influence().key
 
 
@@ -92,7 +95,10 @@ def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
 
     assert computed(influence(seed=1)) == ["influence"]
     assert computed(influence(perturbation=GaussianNoise(std=0.1))) == ["influence"]
-    assert computed(influence(pretrain=TRAIN.model_copy(update={"seed": 1}))) == ["pretrain", "influence"]
+    assert computed(influence(pretrain=TRAIN.model_copy(update={"seed": 1}))) == [
+        "pretrain",
+        "influence",
+    ]
     assert computed(Embed(pretrain=TRAIN, data=DATA)) == ["embed"]
     assert computed(influence()) == []
 
@@ -109,16 +115,22 @@ def test_keys_hold_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from test_data import png  # one picture, then another of the same name: other data
 
     for fill in (0, 9):
-        (tmp_path / "a" / "1.png").write_bytes(png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill)
+        (tmp_path / "a" / "1.png").write_bytes(
+            png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill
+        )
         keys.add(Data(name=f"folder:{tmp_path}/a").identity)
     assert len(keys) == 8
     before = influence().key
     monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
-    assert influence(pretrain=TRAIN.model_copy()).key != before  # what an artifact needs counts with its own version
+    assert (
+        influence(pretrain=TRAIN.model_copy()).key != before
+    )  # what an artifact needs counts with its own version
 
 
 @pytest.mark.parametrize("how", ["changed", "removed", "manifest"])
-def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named_and_mended(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = influence().read(Artifacts(tmp_path))
     folder = Artifacts(tmp_path).get(influence())
     victim = folder / ("manifest.json" if how == "manifest" else "influence.parquet")
@@ -136,18 +148,29 @@ def test_damage_is_named_and_mended(how: str, tmp_path: Path, capsys: pytest.Cap
 def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
     weights = TRAIN.encoder(made).state_dict()
-    release(made, TRAIN, released, {"encoder.safetensors": "encoders/a.safetensors", "history.csv": "encoders/a.csv"})
+    release(
+        made,
+        TRAIN,
+        released,
+        {"encoder.safetensors": "encoders/a.safetensors", "history.csv": "encoders/a.csv"},
+    )
     there = sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*"))
     fresh = Artifacts(tmp_path / "b", released=released)
-    assert fresh.has(TRAIN) and all(torch.equal(v, weights[k]) for k, v in TRAIN.encoder(fresh).state_dict().items())
+    assert fresh.has(TRAIN) and all(
+        torch.equal(v, weights[k]) for k, v in TRAIN.encoder(fresh).state_dict().items()
+    )
     influence().read(fresh)  # what depends on it is computed into the cache
-    assert [c.split("/")[0] for c in fresh.computed] == ["influence"] and TRAIN.label in fresh.cached
+    assert [c.split("/")[0] for c in fresh.computed] == [
+        "influence"
+    ] and TRAIN.label in fresh.cached
     assert not (tmp_path / "b" / TRAIN.name).exists()
     assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
     assert not Artifacts(tmp_path / "d", released=None).has(TRAIN) and fresh.has(TRAIN)
     victim = released / "encoders" / "a.safetensors"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    with pytest.raises(issl.IsslError, match=r"released artifact .*a.safetensors is damaged.*git checkout"):
+    with pytest.raises(
+        issl.IsslError, match=r"released artifact .*a.safetensors is damaged.*git checkout"
+    ):
         Artifacts(tmp_path / "c", released=released).get(TRAIN)
     assert victim.exists()
 
@@ -155,7 +178,10 @@ def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
     stage = Pretrain(data=Data(name="scenes", n=96), width=1, epochs=2, batch_size=32)
     counts = forked.context.Queue()
-    both = [forked.context.Process(target=forked.report, args=(counts, forked.make, tmp_path, stage)) for _ in range(2)]
+    both = [
+        forked.context.Process(target=forked.report, args=(counts, forked.make, tmp_path, stage))
+        for _ in range(2)
+    ]
     for process in both:
         process.start()
     assert sorted(counts.get(timeout=900) for _ in both) == [0, 1]
@@ -177,7 +203,11 @@ def test_settings_of_every_kind_stand_in_keys() -> None:
     assert len({influence(curvature=named_curvature(kind)).key for kind in KINDS}) == len(KINDS)
     assert influence(curvature=EKFAC(fit=3)).settings()["curvature"] == {"type": "EKFAC", "fit": 3}
     blur = influence(perturbation=Augmentation("blur", 0.5))
-    assert blur.settings()["perturbation"] == {"type": "Augmentation", "kind": "blur", "strength": 0.5}
+    assert blur.settings()["perturbation"] == {
+        "type": "Augmentation",
+        "kind": "blur",
+        "strength": 0.5,
+    }
     assert "curvature" not in influence(curvature=LoGra()).settings()  # the default
     assert as_plain(1.0) == 1 and as_plain(0.5) == 0.5  # 1 and 1.0 give one key
     with pytest.raises(issl.IsslError, match="curvature 'hessian': choose logra"):
@@ -187,52 +217,71 @@ def test_settings_of_every_kind_stand_in_keys() -> None:
 def test_a_key_is_the_hash_of_what_is_set() -> None:
     """Nothing but the settings that are not defaults counts, so fields may come and go."""
     trained = Pretrain(data=DATA, width=4, epochs=2)
-    assert trained.settings() == {"data": {"images": f"scenes-{scenes.VERSION}", "n": 48}, "width": 4, "epochs": 2}
+    assert trained.settings() == {
+        "data": {"images": f"scenes-{scenes.VERSION}", "n": 48},
+        "width": 4,
+        "epochs": 2,
+    }
     content = {"stage": "pretrain", "version": Pretrain.version, "settings": trained.settings()}
-    assert trained.key == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    assert (
+        trained.key == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    )
     assert influence(pretrain=trained).settings()["pretrain"] == trained.label
     assert trained.model_copy(update={"seed": 1}).key != trained.key == trained.model_copy().key
 
 
 PINNED = {
-    "overnight, SimCLR 0": "829d373e965159a3", "its scores": "9f1cd92181a99f86", "its accuracy": "a9d500f263990511",
-    "untrained": "1c96ee7ec177f732", "BYOL 2": "5b8ed0371daf7eac", "scenes": "d491f8124e263486",
+    "overnight, SimCLR 0": "829d373e965159a3",
+    "its scores": "9f1cd92181a99f86",
+    "its accuracy": "a9d500f263990511",
+    "untrained": "1c96ee7ec177f732",
+    "BYOL 2": "5b8ed0371daf7eac",
+    "scenes": "d491f8124e263486",
     "scores of scenes": "9b0eed00a7267960",
-}  # fmt: skip
+}
 
 
 def test_keys_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed key means that everybody's artifacts are made again: raise a stage's version where that is meant."""
+    """A changed key means that everybody's artifacts are made again: raise a stage's version where
+    that is meant."""
     monkeypatch.delenv("ISSL_DATA", raising=False)
     plan = read_profile("overnight", ["01_seed_correlation"])["01_seed_correlation"]
     assert isinstance(plan, SeedCorrelation)
     first = plan.pretrain("simclr", 0)
     drawn = Pretrain(data=DATA, width=4, epochs=2)
     found = {
-        "overnight, SimCLR 0": first.key, "its scores": plan.scores(first).key,
-        "its accuracy": plan.evaluation(first).key, "untrained": plan.untrained(first).key,
-        "BYOL 2": plan.pretrain("byol", 2).key, "scenes": drawn.key,
+        "overnight, SimCLR 0": first.key,
+        "its scores": plan.scores(first).key,
+        "its accuracy": plan.evaluation(first).key,
+        "untrained": plan.untrained(first).key,
+        "BYOL 2": plan.pretrain("byol", 2).key,
+        "scenes": drawn.key,
         "scores of scenes": Influence(pretrain=drawn, data=DATA, curvature=EKFAC()).key,
-    }  # fmt: skip
+    }
     assert found == PINNED
 
 
 def test_defaults_are_pinned() -> None:
-    """Keys leave defaults out, so a default that changes must raise the version of every stage that has it: else old
-    artifacts would pass for new ones. Then, or for a field that is new or gone, write what this test found into
-    stage_defaults.json."""
+    """Keys leave defaults out, so a default that changes must raise the version of every stage that
+    has it: else old artifacts would pass for new ones. Then, or for a field that is new or gone,
+    write what this test found into stage_defaults.json."""
     found: dict[str, dict[str, Any]] = {}
 
     def look_at(kind: type) -> None:
         if kind.__name__ in found:
             return
         if issubclass(kind, Config):
-            fields = {k: (f.get_default(call_default_factory=True), f.annotation) for k, f in kind.model_fields.items()}
+            fields = {
+                k: (f.get_default(call_default_factory=True), f.annotation)
+                for k, f in kind.model_fields.items()
+            }
         else:
             hints = get_type_hints(kind)
             fields = {f.name: (f.default, hints[f.name]) for f in dataclasses.fields(kind)}
         needed = (PydanticUndefined, dataclasses.MISSING)
-        found[kind.__name__] = {k: "needed" if d in needed else as_plain(d) for k, (d, _) in fields.items()}
+        found[kind.__name__] = {
+            k: "needed" if d in needed else as_plain(d) for k, (d, _) in fields.items()
+        }
         if issubclass(kind, Stage):
             found[kind.__name__]["version"] = kind.version
         for _, annotation in fields.values():
@@ -242,7 +291,9 @@ def test_defaults_are_pinned() -> None:
     def inside(annotation: Any) -> list[type]:
         if annotation is Curvature:
             return [type(named_curvature(kind)) for kind in KINDS]
-        if isinstance(annotation, type) and (issubclass(annotation, Config) or dataclasses.is_dataclass(annotation)):
+        if isinstance(annotation, type) and (
+            issubclass(annotation, Config) or dataclasses.is_dataclass(annotation)
+        ):
             return [annotation]
         return [kind for part in get_args(annotation) for kind in inside(part)]
 
@@ -279,7 +330,9 @@ def test_a_released_encoder_may_come_without_its_states(tmp_path: Path) -> None:
     release(made, stage, tmp_path / "released", {"encoder.safetensors": "a.safetensors"})
     fresh = Artifacts(tmp_path / "b", released=tmp_path / "released")
     assert fresh.has(stage) and stage.encoder(fresh) is not None
-    with pytest.raises(issl.IsslError, match=r"encoder-0001.* is not among the released files.*--from-scratch"):
+    with pytest.raises(
+        issl.IsslError, match=r"encoder-0001.* is not among the released files.*--from-scratch"
+    ):
         stage.encoder(fresh, after=1)
 
 
@@ -299,10 +352,15 @@ def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
     assert sorted(order[top]) == list(range(1, 13)) and sorted(order[bottom]) == list(range(37, 49))
     assert some == same != other and len(some) == 12
     top, some = (
-        Prune(influence=scored, which=which, share=0.25).read(artifacts) for which in ("top flat", "random flat")
+        Prune(influence=scored, which=which, share=0.25).read(artifacts)
+        for which in ("top flat", "random flat")
     )
-    flattest = image_statistics(scored.data.load())["border_std"].rank(method="first").to_numpy() <= 24
-    assert flattest[top].all() and flattest[some].all() and len(top) == len(some) == 12 and top != some
+    flattest = (
+        image_statistics(scored.data.load())["border_std"].rank(method="first").to_numpy() <= 24
+    )
+    assert (
+        flattest[top].all() and flattest[some].all() and len(top) == len(some) == 12 and top != some
+    )
     assert max(order[top]) < min(set(order[flattest]) - set(order[top]))
     thin = {"data": DATA, "attribute": "group", "value": "warm", "keep": 0.25}
     group = DATA.load().attributes["group"].to_numpy()
@@ -338,7 +396,10 @@ def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
     )
     torch.testing.assert_close(cross.read(artifacts), want)
     with torch.no_grad():
-        a, b = (torch.nn.functional.normalize(encoder(d.load().pixels.float() / 255), dim=1) for d in (query, DATA))
+        a, b = (
+            torch.nn.functional.normalize(encoder(d.load().pixels.float() / 255), dim=1)
+            for d in (query, DATA)
+        )
     torch.testing.assert_close(near.read(artifacts).float(), a @ b.T, rtol=1e-4, atol=1e-5)
     for stage in (cross, near):
         best = stage.read(artifacts)[3].topk(4).indices.sort().values.tolist()
@@ -361,14 +422,18 @@ def test_neighbours_and_betweenness_are_those_of_the_features(tmp_path: Path) ->
     np.testing.assert_array_equal(places, want[0])
     np.testing.assert_array_equal(distances, want[1])
     between = Betweenness(neighbours=near, sources=10, seed=2).read(artifacts)
-    np.testing.assert_array_equal(between, neighbour_graph.betweenness(neighbour_graph.knn_graph(places), 10, seed=2))
+    np.testing.assert_array_equal(
+        between, neighbour_graph.betweenness(neighbour_graph.knn_graph(places), 10, seed=2)
+    )
 
 
 def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> None:
     images = Data(name="scenes", n=60, classes=(1, 4)).load()
     every = Data(name="scenes", n=60).load()
     assert set(images.labels.tolist()) == {1, 4}
-    assert set(images.index.tolist()) == set(every.index[torch.isin(every.labels, torch.tensor([1, 4]))].tolist())
+    assert set(images.index.tolist()) == set(
+        every.index[torch.isin(every.labels, torch.tensor([1, 4]))].tolist()
+    )
     assert Data(name="scenes", n=60, uniform=1.0).load().attributes["uniform"].mean() > 0.95
     assert not Data(name="scenes", n=60, uniform=0.0).load().attributes["uniform"].any()
     with pytest.raises(issl.IsslError, match="uniform applies to scenes"):
@@ -392,7 +457,10 @@ def test_training_without_a_choice_is_training_without_its_positions(tmp_path: P
     pruned = TRAIN.model_copy(update={"without": Prune(influence=scored, which="top", share=0.25)})
     left_out = TRAIN.model_copy(update={"left_out": tuple(pruned.without.read(artifacts))})
     a, b = (p.encoder(artifacts).state_dict() for p in (pruned, left_out))
-    assert all(bool((a[k] == b[k]).all()) for k in a) and len({TRAIN.key, pruned.key, left_out.key}) == 3
+    assert (
+        all(bool((a[k] == b[k]).all()) for k in a)
+        and len({TRAIN.key, pruned.key, left_out.key}) == 3
+    )
 
 
 def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
@@ -401,10 +469,14 @@ def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
     still = GaussianNoise(0.0, 0.0)
     scores = influence(pretrain=model, loss="cross_entropy", perturbation=still).read(artifacts)
     encoder, images = model.encoder(artifacts, "projector"), DATA.load()
-    losses = torch.nn.functional.cross_entropy(encoder(images.pixels.float() / 255), images.labels, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        encoder(images.pixels.float() / 255), images.labels, reduction="none"
+    )
     np.testing.assert_allclose(scores["loss"], losses.detach(), rtol=1e-4, atol=1e-5)
     # the gradient's norm over the same weights, by plain automatic differentiation, one image
-    weights = [m.weight for m in encoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    weights = [
+        m.weight for m in encoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    ]
     exact = issl.self_influence(encoder, images, still, issl.Identity(), loss=CrossEntropy())
     gradient = torch.autograd.grad(losses[0], weights)
     norm = float(sum(g.square().sum() for g in gradient)) ** 0.5

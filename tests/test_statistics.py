@@ -8,8 +8,8 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import issl
-from issl.analysis import statistics
-from issl.analysis.resampled_correlations import resampled_correlations
+from issl.audit.stats import statistics
+from issl.audit.stats.resampled_correlations import resampled_correlations
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal(400)
@@ -24,7 +24,9 @@ def test_correlation_is_scipys() -> None:
         assert got.low < 0.8 < got.high and got.high - got.low < 0.15 and got.n == 400
     fisher = stats.pearsonr(A, B).confidence_interval()
     got = statistics.correlation(A, B)
-    assert got.low == pytest.approx(fisher.low, abs=0.02) and got.high == pytest.approx(fisher.high, abs=0.02)
+    assert got.low == pytest.approx(fisher.low, abs=0.02) and got.high == pytest.approx(
+        fisher.high, abs=0.02
+    )
     assert statistics.correlation(A, A).low == pytest.approx(1)
     assert statistics.correlation(A, np.zeros(400)).value == 0
     assert statistics.correlation(A, B, seed=1) != statistics.correlation(A, B, seed=2)
@@ -54,7 +56,10 @@ def test_average_precision_and_auc() -> None:
     assert shuffled.low < FLAG.mean() + 0.05
     score = A + 2 * FLAG
     gain = statistics.auc_difference(score, A, FLAG)
-    assert gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A)) and gain.low > 0.2
+    assert (
+        gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A))
+        and gain.low > 0.2
+    )
     same = statistics.auc_difference(A, A, FLAG)
     assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
     with pytest.raises(issl.IsslError, match="true of none"):
@@ -76,7 +81,9 @@ def test_holm() -> None:
 def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
     scores = np.stack([A, B, A + RNG.standard_normal(400)])
     for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        want = np.mean([reference(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))])
+        want = np.mean(
+            [reference(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]
+        )
         got = statistics.agreement(scores, kind)  # type: ignore[arg-type]
         assert got.value == pytest.approx(want) and got.low < want < got.high
     two = statistics.agreement(scores[:2])
@@ -87,15 +94,23 @@ def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
 
 def test_clustered_auc_is_the_auc_and_counts_pairs_once() -> None:
     score = A + 0.7 * FLAG
-    alone, plain = statistics.clustered_auc(score, FLAG, np.arange(400)), statistics.auc(score, FLAG)
+    alone, plain = (
+        statistics.clustered_auc(score, FLAG, np.arange(400)),
+        statistics.auc(score, FLAG),
+    )
     assert alone.value == pytest.approx(plain.value)
-    assert (alone.low, alone.high) == (pytest.approx(plain.low, abs=0.015), pytest.approx(plain.high, abs=0.015))
+    assert (alone.low, alone.high) == (
+        pytest.approx(plain.low, abs=0.015),
+        pytest.approx(plain.high, abs=0.015),
+    )
     # every flagged image twice: as independent images the interval shrinks, as pairs it does not
     twice = np.concatenate([np.arange(400), np.flatnonzero(FLAG)])
     pairs = statistics.clustered_auc(score[twice], FLAG[twice], twice)
     images = statistics.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
     width, less = pairs.high - pairs.low, images.high - images.low
-    assert pairs.value == pytest.approx(alone.value) and width == pytest.approx(alone.high - alone.low, rel=0.02)
+    assert pairs.value == pytest.approx(alone.value) and width == pytest.approx(
+        alone.high - alone.low, rel=0.02
+    )
     assert less < 0.85 * width
     tied = statistics.clustered_auc(np.round(score), FLAG, np.arange(400))
     assert tied.value == pytest.approx(roc_auc_score(FLAG, np.round(score)))
@@ -113,7 +128,10 @@ def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
 def test_correlation_margin_is_a_difference_of_correlations() -> None:
     noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
     got = statistics.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
-    assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1]) and got.low > 0.3
+    assert (
+        got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1])
+        and got.low > 0.3
+    )
     same = statistics.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
     assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
 
@@ -131,7 +149,9 @@ def test_rank_biserial_is_somers_d() -> None:
     score = A + FLAG
     effect, p = statistics.rank_biserial(score, FLAG)
     assert effect.value == pytest.approx(stats.somersd(FLAG.astype(int), score).statistic)
-    assert p == pytest.approx(stats.mannwhitneyu(score[FLAG], score[~FLAG], method="asymptotic").pvalue)
+    assert p == pytest.approx(
+        stats.mannwhitneyu(score[FLAG], score[~FLAG], method="asymptotic").pvalue
+    )
     less, _ = statistics.rank_biserial(-score, FLAG)
     assert less.value == pytest.approx(-effect.value)
 
@@ -146,7 +166,10 @@ def test_precision_of_as_many_as_there_are() -> None:
 def test_average_precision_with_ties_is_scikit_learns() -> None:
     score = np.round(A)
     got = statistics.average_precision(score, FLAG)
-    assert got.value == pytest.approx(average_precision_score(FLAG, score)) and got.low <= got.value <= got.high
+    assert (
+        got.value == pytest.approx(average_precision_score(FLAG, score))
+        and got.low <= got.value <= got.high
+    )
 
 
 def test_average_precisions_interval_is_that_of_the_images_or_clusters_drawn() -> None:
@@ -165,7 +188,10 @@ def test_average_precisions_interval_is_that_of_the_images_or_clusters_drawn() -
     once, copies = statistics.average_precision(A, FLAG), np.arange(400).repeat(10)
     tenfold = statistics.average_precision(A[copies], FLAG[copies], copies)
     assert tenfold.high - tenfold.low == pytest.approx(once.high - once.low, rel=0.15)
-    assert statistics.average_precision(A[copies], FLAG[copies]).high < 0.7 * tenfold.high + 0.3 * tenfold.value
+    assert (
+        statistics.average_precision(A[copies], FLAG[copies]).high
+        < 0.7 * tenfold.high + 0.3 * tenfold.value
+    )
 
 
 def test_correlation_difference_is_that_of_two_spearmans() -> None:
@@ -183,7 +209,9 @@ def test_spearman_is_scipys_and_its_interval_covers() -> None:
         got = statistics.spearman(A, other)
         assert got.value == pytest.approx(stats.spearmanr(A, other).statistic)
         boot = statistics.correlation(A, other, "spearman")
-        assert got.low == pytest.approx(boot.low, abs=0.03) and got.high == pytest.approx(boot.high, abs=0.03)
+        assert got.low == pytest.approx(boot.low, abs=0.03) and got.high == pytest.approx(
+            boot.high, abs=0.03
+        )
     assert statistics.spearman(A, A).value == 1 and statistics.spearman(A, np.zeros(400)).value == 0
     with pytest.raises(issl.IsslError, match="400 and 3 values"):
         statistics.spearman(A, A[:3])
@@ -199,7 +227,9 @@ def test_spearman_is_scipys_and_its_interval_covers() -> None:
 @pytest.mark.parametrize("ranked", [False, True])
 def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
     rng = np.random.default_rng(0)
-    columns = np.stack([rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60)])  # with ties; constant
+    columns = np.stack(
+        [rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60)]
+    )  # with ties; constant
     found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 20, seed=4)
     drawn = np.random.default_rng(4)
     for row in found:
@@ -219,5 +249,7 @@ def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> N
         (0.5, -np.inf, np.inf, "0.50 [−∞, ∞]"),
     ],
 )
-def test_an_interval_is_written_so_that_its_ends_differ(value: float, low: float, high: float, written: str) -> None:
+def test_an_interval_is_written_so_that_its_ends_differ(
+    value: float, low: float, high: float, written: str
+) -> None:
     assert str(statistics.Estimate(value, low, high, 9)) == written

@@ -1,4 +1,5 @@
-"""Influence through BatchNorm's running statistics: against a change of the statistics, and against single layers."""
+"""Influence through BatchNorm's running statistics: against a change of the statistics, and against
+single layers."""
 
 from __future__ import annotations
 
@@ -7,8 +8,12 @@ from nets import pictures
 from test_training_influence import brightness_of_features, learner
 from torch import nn
 
-from issl.analysis.statistics_influence import by_statistics, shares_of_images, statistics_influence
-from issl.analysis.training_influence import batches, two_views
+from issl.audit.stats.statistics_influence import (
+    by_statistics,
+    shares_of_images,
+    statistics_influence,
+)
+from issl.training_influence import batches, two_views
 
 
 def test_the_copy_is_the_network_in_eval_mode() -> None:
@@ -27,9 +32,13 @@ def test_statistics_of_a_part_of_the_images_change_a_query_by_their_influence() 
     moved = by_statistics(trained.encoder.backbone)
     before = measure(moved).detach()
     statistics = [p for p in moved.parameters() if p.requires_grad]
-    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(statistics) + step * part, statistics)
+    nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(statistics) + step * part, statistics
+    )
     change = (measure(moved).detach() - before) / step
-    torch.testing.assert_close(-found[:, [0, 2, 5]].mean(1), change, rtol=1e-3, atol=1e-6 * float(found.abs().max()))
+    torch.testing.assert_close(
+        -found[:, [0, 2, 5]].mean(1), change, rtol=1e-3, atol=1e-6 * float(found.abs().max())
+    )
 
 
 def test_the_first_layers_shares_are_those_of_its_inputs() -> None:
@@ -37,7 +46,10 @@ def test_the_first_layers_shares_are_those_of_its_inputs() -> None:
     own = shares_of_images(trained, train, 4, seed=2)
     first = next(m for m in trained.encoder.backbone if isinstance(m, nn.BatchNorm2d))
     for rows in batches(train, 4, 2, 0):
-        a, b = (trained.encoder.backbone[:2](view) for view in two_views(trained, train, rows, 2, 0, None))
+        a, b = (
+            trained.encoder.backbone[:2](view)
+            for view in two_views(trained, train, rows, 2, 0, None)
+        )
         mean = (a.mean((2, 3)) + b.mean((2, 3))) / 2
         centre = first.running_mean[:, None, None]
         square = ((a - centre).square().mean((2, 3)) + (b - centre).square().mean((2, 3))) / 2

@@ -1,4 +1,5 @@
-"""Files and names of strangers: nothing in them runs, fills the memory, leaves its folder or asks the network."""
+"""Files and names of strangers: nothing in them runs, fills the memory, leaves its folder or asks
+the network."""
 
 from __future__ import annotations
 
@@ -22,25 +23,34 @@ from hostile import GOOD, Evil, encoded, malicious, ours, parquet, repeated, tar
 from PIL import Image
 
 import issl
-from issl.analysis.statistics import Estimate
+from issl.audit import site as report
+from issl.audit.cache import Artifacts
+from issl.audit.claims import record
+from issl.audit.data import human_choices
+from issl.audit.plans import EXPLORER, PLANS
+from issl.audit.stats.statistics import Estimate
 from issl.commands import cli
-from issl.data import human_choices
-from issl.experiments.cache import Artifacts
-from issl.experiments.claims import record
-from issl.experiments.plans import EXPLORER, PLANS
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
-from issl.reporting import site as report
 
-# --- code in data ------------------------------------------------------------------------------------------
+# --- code in data
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 def test_a_checkpoint_that_would_run_a_command_does_not(how: str, tmp_path: Path) -> None:
-    path, mark = malicious(tmp_path / "weights.pt", tmp_path / "was here", how), tmp_path / "was here"
-    with pytest.raises(issl.IsslError, match=r"holds more than tensors( \(it asks for \S*system\))?, and reading"):
+    path, mark = (
+        malicious(tmp_path / "weights.pt", tmp_path / "was here", how),
+        tmp_path / "was here",
+    )
+    with pytest.raises(
+        issl.IsslError, match=r"holds more than tensors( \(it asks for \S*system\))?, and reading"
+    ):
         open_encoder(str(path))
-    assert cli.main(["run", "--only", "03", "--checkpoint", f"simclr={path}", "--out", str(tmp_path)]) == 2
+    assert (
+        cli.main(["run", "--only", "03", "--checkpoint", f"simclr={path}", "--out", str(tmp_path)])
+        == 2
+    )
     assert not mark.exists()
 
 
@@ -57,7 +67,9 @@ def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
     batches.mkdir()
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]:
         (batches / name).write_bytes(pickle.dumps(Evil(mark)))
-    with pytest.raises(issl.IsslError, match=r"a checksum differs or a file is missing.; download it again"):
+    with pytest.raises(
+        issl.IsslError, match=r"a checksum differs or a file is missing.; download it again"
+    ):
         issl.load("cifar10", root=tmp_path)
     (tmp_path / "cifar10h").mkdir()
     np.save(tmp_path / human_choices.FILE, np.array([Evil(mark)], dtype=object), allow_pickle=True)
@@ -66,52 +78,78 @@ def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# --- bombs -------------------------------------------------------------------------------------------------
+# --- bombs
+# -------------------------------------------------------------------------------------------------
 
 
-def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_bomb_is_refused_by_its_declared_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = zip_bomb(tmp_path / "bomb.pt", 300 * 2**20)
     assert path.stat().st_size < 2**20
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
-    with pytest.raises(issl.IsslError, match=r"declares 314.6 MB of content in a file of 0.3 MB.*get it from"):
+    with pytest.raises(
+        issl.IsslError, match=r"declares 314.6 MB of content in a file of 0.3 MB.*get it from"
+    ):
         open_encoder(str(path))
 
 
 def test_a_number_that_is_said_to_be_many_is_refused(tmp_path: Path) -> None:
     path = repeated(tmp_path / "many.pt")
-    with pytest.raises(issl.IsslError, match=r"conv1.weight declares shape \(1000000000, 3, 3, 3\) but holds less"):
+    with pytest.raises(
+        issl.IsslError, match=r"conv1.weight declares shape \(1000000000, 3, 3, 3\) but holds less"
+    ):
         open_encoder(str(path))
 
 
 def test_names_that_lead_out_of_an_archive_are_only_names(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    name = tar(tmp_path / "inside", [("../../out.png", GOOD), ("/tmp/absolute.png", GOOD), ("../out.cls", b"3")])
+    name = tar(
+        tmp_path / "inside",
+        [("../../out.png", GOOD), ("/tmp/absolute.png", GOOD), ("../out.cls", b"3")],
+    )
     before = sorted(tmp_path.rglob("*"))
     images = issl.load(name, size=16)
     assert len(images.tensor()) == 2 and images.attributes["path"][0] == "set.tar/../../out.png"
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- names -------------------------------------------------------------------------------------------------
+# --- names
+# -------------------------------------------------------------------------------------------------
 
 SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 FORMULA = r"$\frac{1}{$_$"
 
 
-def test_explain_and_influence_take_names_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names that are markup, a formula of matplotlib's that is none, a format, a shell's command."""
+def test_explain_and_influence_take_names_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that are markup, a formula of matplotlib's that is none, a format, a shell's
+    command."""
     for number, kind in enumerate((FORMULA, "<script>window.pwned=1<", "{0}%s; touch x")):
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for k in range(2):
-            pixels = np.random.default_rng(3 * k + number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(3 * k + number).integers(
+                0, 256, (32, 32, 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{kind}\n{k}.png")
-    encoder, shared = str(ours(tmp_path)), ["--data", f"folder:{tmp_path / 'photos'}", "--size", "32"]
-    names = [p.relative_to(tmp_path / "photos").as_posix() for p in (tmp_path / "photos").rglob("*.png")]
+    encoder, shared = (
+        str(ours(tmp_path)),
+        ["--data", f"folder:{tmp_path / 'photos'}", "--size", "32"],
+    )
+    names = [
+        p.relative_to(tmp_path / "photos").as_posix() for p in (tmp_path / "photos").rglob("*.png")
+    ]
     out = str(tmp_path / FORMULA)
     told = ["--encoder", encoder, *shared, "--rank", "2"]
     assert cli.main(["influence", *told, "--out", f"{out}.csv"]) == 0
     assert sorted(pd.read_csv(f"{out}.csv")["path"]) == sorted(names)
-    assert cli.main(["explain", f"train:{names[0]}", *told, "--any-data", "--k", "2", "--out", f"{out}.png"]) == 0
+    assert (
+        cli.main(
+            ["explain", f"train:{names[0]}", *told, "--any-data", "--k", "2", "--out", f"{out}.png"]
+        )
+        == 0
+    )
     assert FORMULA in capsys.readouterr().out and Path(f"{out}.png").stat().st_size > 5000
 
 
@@ -126,14 +164,28 @@ def attack(there: str) -> Any:
         f"<meta http-equiv=refresh content='0; url={there}/'><svg onload=window.pwned=1></svg>"
         "<a id=bad href='javascript:window.pwned=1'>here</a>"
     )
-    error = new.new_output("error", ename="E", evalue=SCRIPT, traceback=[f"File {sys.prefix}/lib/x.py", SCRIPT])
+    error = new.new_output(
+        "error", ename="E", evalue=SCRIPT, traceback=[f"File {sys.prefix}/lib/x.py", SCRIPT]
+    )
     outputs = [
-        new.new_output("stream", text=f"{SCRIPT} of {Path.home()}/photos and {REPOSITORY}/issl/x.py"), error,
-        *(new.new_output("display_data", data={kind: text}) for kind, text in
-          (("text/html", frame), ("text/html", raw), ("text/markdown", f"| a |\n|---|\n| {SCRIPT} ${SCRIPT}$ |"),
-           ("text/plain", SCRIPT))),
-    ]  # fmt: skip
-    cells = [new.new_markdown_cell(f"# {SCRIPT}\n\n## {SCRIPT}"), new.new_code_cell(f"'{SCRIPT}'", outputs=outputs)]
+        new.new_output(
+            "stream", text=f"{SCRIPT} of {Path.home()}/photos and {REPOSITORY}/issl/x.py"
+        ),
+        error,
+        *(
+            new.new_output("display_data", data={kind: text})
+            for kind, text in (
+                ("text/html", frame),
+                ("text/html", raw),
+                ("text/markdown", f"| a |\n|---|\n| {SCRIPT} ${SCRIPT}$ |"),
+                ("text/plain", SCRIPT),
+            )
+        ),
+    ]
+    cells = [
+        new.new_markdown_cell(f"# {SCRIPT}\n\n## {SCRIPT}"),
+        new.new_code_cell(f"'{SCRIPT}'", outputs=outputs),
+    ]
     return new.new_notebook(cells=cells)
 
 
@@ -161,21 +213,39 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str]]) -> Path:
-    """A report on images whose classes and columns have hostile names, in a folder of a person's machine."""
+    """A report on images whose classes and columns have hostile names, in a folder of a person's
+    machine."""
     out = tmp_path_factory.mktemp("private")
     rng = np.random.default_rng(0)
-    images = [encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), "PNG") for _ in range(24)]
+    images = [
+        encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), "PNG")
+        for _ in range(24)
+    ]
     names = [(SCRIPT, FORMULA)[k % 2] for k in range(24)]
     data = parquet(out, image=images, label=names, **{SCRIPT: names})
     results, figures = out / "results/mine", out / "figures/mine"
     results.mkdir(parents=True)
     figures.mkdir(parents=True)
     settings: dict[str, Any] = {
-        "profile": "mine", "dataset": data, "n": 24, "width": 1, "epochs": 1, "batch_size": 8, "rank": 2,
-        "duplicates": 0.0, "atypical": 0.0, "methods": ["simclr"], "out": str(out), "data_root": str(out),
-    }  # fmt: skip
+        "profile": "mine",
+        "dataset": data,
+        "n": 24,
+        "width": 1,
+        "epochs": 1,
+        "batch_size": 8,
+        "rank": 2,
+        "duplicates": 0.0,
+        "atypical": 0.0,
+        "methods": ["simclr"],
+        "out": str(out),
+        "data_root": str(out),
+    }
     plan = EXPLORER(**settings)
-    common = {k: v for k, v in settings.items() if k in PLANS["00_method"].model_fields and k not in ("n", "methods")}
+    common = {
+        k: v
+        for k, v in settings.items()
+        if k in PLANS["00_method"].model_fields and k not in ("n", "methods")
+    }
     plans = {"00_method": PLANS["00_method"](**common)}
     source = plan.source(plan.artifacts())
     record(
@@ -197,7 +267,11 @@ def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str
 
 
 def test_no_place_of_the_machine_is_in_the_report_or_a_record(site: Path) -> None:
-    texts = [p for p in [site / "index.html", *(site / "report").rglob("*"), *site.glob("*.json")] if p.is_file()]
+    texts = [
+        p
+        for p in [site / "index.html", *(site / "report").rglob("*"), *site.glob("*.json")]
+        if p.is_file()
+    ]
     assert {p.suffix for p in texts} >= {".html", ".js", ".json", ".png"}
     private = [str(site.parents[1]), str(Path.home()), str(REPOSITORY), sys.prefix]
     for path in texts:
@@ -206,7 +280,11 @@ def test_no_place_of_the_machine_is_in_the_report_or_a_record(site: Path) -> Non
     page = (site / "report/00_method.html").read_text()
     assert "~/photos and REPOSITORY/issl/x.py" in page and "PYTHON/lib/x.py" in page
     written = json.loads((site / "claim_method_exact.json").read_text())
-    assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == "parquet:set.parquet"
+    assert (
+        written["dataset"]
+        == written["provenance"]["parameters"]["dataset"]
+        == "parquet:set.parquet"
+    )
 
 
 def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(
@@ -227,7 +305,11 @@ def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(
     page.goto((site / "report/00_method.html").as_uri())
     page.wait_for_timeout(300)
     page.click("#bad")
-    assert page.evaluate("window.pwned") is None and page.url.endswith("00_method.html") and listener[1] == []
+    assert (
+        page.evaluate("window.pwned") is None
+        and page.url.endswith("00_method.html")
+        and listener[1] == []
+    )
     page.click("#theme")
     assert page.evaluate("document.documentElement.dataset.theme") in ("light", "dark")
     page.close()

@@ -1,4 +1,5 @@
-"""Training-aware influence against brute force: autograd of L_B − L_{B∖i}, a real step, a linear case."""
+"""Training-aware influence against brute force: autograd of L_B − L_{B∖i}, a real step, a linear
+case."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 import issl
 from issl import Computing
-from issl.analysis.query_measures import margins, probe_losses
-from issl.analysis.training_influence import (
+from issl.influence.query_measures import margins, probe_losses
+from issl.pretraining.encoder import save_encoder
+from issl.pretraining.learner import Learner
+from issl.pretraining.recipes import SSL, recipe
+from issl.shards import ONE, Shards
+from issl.training_influence import (
     batch_gradient,
     batches,
     marginal_effects,
@@ -26,10 +31,6 @@ from issl.analysis.training_influence import (
     training_influence,
     two_views,
 )
-from issl.pretraining.encoder import save_encoder
-from issl.pretraining.learner import Learner
-from issl.pretraining.recipes import SSL, recipe
-from issl.shards import ONE, Shards
 
 
 def learner(method: str, seed: int = 0) -> Learner:
@@ -39,7 +40,9 @@ def learner(method: str, seed: int = 0) -> Learner:
         torch.manual_seed(3)
         step = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):
-            loss, _ = made(torch.rand(12, 3, 12, 12).double(), torch.rand(12, 3, 12, 12).double(), None, "fp32")
+            loss, _ = made(
+                torch.rand(12, 3, 12, 12).double(), torch.rand(12, 3, 12, 12).double(), None, "fp32"
+            )
             step.zero_grad()
             loss.backward()
             step.step()
@@ -53,7 +56,9 @@ def flat(gradients) -> Tensor:
 
 def views(n: int = 7) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return tuple(torch.rand(n, 3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    return tuple(
+        torch.rand(n, 3, 12, 12, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
 
 
 def brightness_of_features(images: issl.Images):
@@ -106,18 +111,25 @@ def test_a_step_with_the_image_and_one_without_it_differ_by_the_influence(method
     whole = after_a_step(list(range(6)))
     for place, image in enumerate(rows.tolist()):
         without = after_a_step([k for k in range(6) if k != place])
-        torch.testing.assert_close(found[:, image], without - whole, rtol=2e-2, atol=1e-3 * float(found.abs().max()))
+        torch.testing.assert_close(
+            found[:, image], without - whole, rtol=2e-2, atol=1e-3 * float(found.abs().max())
+        )
 
 
 def test_the_linear_case_is_the_closed_form() -> None:
-    """f(x) = Wx, L_B = mean ‖W(a − b)‖²/2: ∇L_B = W C_B with C_B the views' second moment, τ_i = W (C_B − C_{B∖i})."""
+    """f(x) = Wx, L_B = mean ‖W(a − b)‖²/2: ∇L_B = W C_B with C_B the views' second moment, τ_i = W
+    (C_B − C_{B∖i})."""
 
     class Aligned(Learner):
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.encoder = SimpleNamespace(backbone=nn.Sequential(nn.Flatten(), nn.Linear(27, 4, bias=False)).double())
+            self.encoder = SimpleNamespace(
+                backbone=nn.Sequential(nn.Flatten(), nn.Linear(27, 4, bias=False)).double()
+            )
 
-        def forward(self, xa: Tensor, xb: Tensor, labels: None, precision: str) -> tuple[Tensor, Tensor]:
+        def forward(
+            self, xa: Tensor, xb: Tensor, labels: None, precision: str
+        ) -> tuple[Tensor, Tensor]:
             a, b = (self.encoder.backbone(x) for x in (xa, xb))
             return (a - b).square().sum(1).mean() / 2, a
 
@@ -139,7 +151,9 @@ def test_the_linear_case_is_the_closed_form() -> None:
     before = measure(model.encoder.backbone)
     with torch.no_grad():
         model.encoder.backbone[1].weight -= 0.1 * (w @ (d.T @ d / 5))
-    torch.testing.assert_close(before - measure(model.encoder.backbone), 0.1 * slope, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        before - measure(model.encoder.backbone), 0.1 * slope, rtol=1e-8, atol=1e-12
+    )
 
 
 def test_the_order_of_the_images_changes_nothing() -> None:
@@ -147,7 +161,9 @@ def test_the_order_of_the_images_changes_nothing() -> None:
     measure = brightness_of_features(pictures(2, seed=1))
     plain = training_influence([trained], train, measure, batch_size=4, view_draws=2)
     shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    other = training_influence([trained], train.subset(shuffled), measure, batch_size=4, view_draws=2)
+    other = training_influence(
+        [trained], train.subset(shuffled), measure, batch_size=4, view_draws=2
+    )
     torch.testing.assert_close(other, plain[:, shuffled], rtol=1e-8, atol=1e-12)
 
 
@@ -155,8 +171,12 @@ def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_w
     first, second, train = learner("byol"), learner("byol", 1), pictures(6)
     before = {k: v.clone() for k, v in first.state_dict().items()}
     measure = brightness_of_features(pictures(2, seed=1))
-    both = training_influence([first, second], train, measure, rates=[0.5, 2.0], batch_size=6, share="own")
-    parts = [training_influence([x], train, measure, batch_size=6, share="own") for x in (first, second)]
+    both = training_influence(
+        [first, second], train, measure, rates=[0.5, 2.0], batch_size=6, share="own"
+    )
+    parts = [
+        training_influence([x], train, measure, batch_size=6, share="own") for x in (first, second)
+    ]
     torch.testing.assert_close(both, 0.5 * parts[0] + 2 * parts[1])
     assert first.training and all(torch.equal(v, before[k]) for k, v in first.state_dict().items())
 
@@ -171,7 +191,9 @@ def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_w
 )
 def test_bad_settings_are_one_error(settings: dict, message: str) -> None:
     with pytest.raises(issl.IsslError, match=message):
-        training_influence([learner("simclr")], pictures(6), brightness_of_features(pictures(2)), **settings)
+        training_influence(
+            [learner("simclr")], pictures(6), brightness_of_features(pictures(2)), **settings
+        )
 
 
 def curvature_by_hand(trained: Learner, train: issl.Images, measure, damping: float) -> Tensor:
@@ -194,7 +216,9 @@ def test_the_curvature_is_that_of_the_training_gradients() -> None:
     found = training_influence(trained, train, measure, batch_size=6, curvature=issl.Exact(0.1))
     want = curvature_by_hand(trained, train, measure, 0.1)
     assert float((found - want).norm() / want.norm()) < 1e-4  # rows are kept in single precision
-    whole = training_influence(trained, train, measure, batch_size=6, curvature=issl.LoGra(rank=1.0, damping=0.1))
+    whole = training_influence(
+        trained, train, measure, batch_size=6, curvature=issl.LoGra(rank=1.0, damping=0.1)
+    )
     assert float((whole - want).norm() / want.norm()) < 1e-4
 
 
@@ -203,10 +227,14 @@ def test_random_projections_are_right_on_average_and_at_full_rank_each() -> None
     measure = brightness_of_features(pictures(2, seed=1))
 
     def found(curvature: issl.Curvature) -> Tensor:
-        return training_influence(trained, train, measure, batch_size=5, share="own", curvature=curvature)
+        return training_influence(
+            trained, train, measure, batch_size=5, share="own", curvature=curvature
+        )
 
     exact = found(issl.Identity())
-    torch.testing.assert_close(found(issl.RandomProjection(rank=10_000)), exact, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        found(issl.RandomProjection(rank=10_000)), exact, rtol=1e-6, atol=1e-9
+    )
     several = torch.stack([found(issl.RandomProjection(rank=2, seed=s)) for s in range(40)])
     error = (several.mean(0) - exact).abs()
     assert bool((error < 4.5 * several.std(0) / 40**0.5 + 1e-9).all())
@@ -218,9 +246,15 @@ def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: P
     how = trained.recipe
     want = training_influence(trained, train, query, batch_size=6)
     assert want.shape == (3, 6)
-    torch.testing.assert_close(training_influence(trained.encoder, train, query, how, batch_size=6), want)
-    save_encoder(tmp_path / "a.safetensors", trained.encoder, {"recipe": how.model_dump(mode="json")})
-    torch.testing.assert_close(training_influence(tmp_path / "a.safetensors", train, query, batch_size=6), want)
+    torch.testing.assert_close(
+        training_influence(trained.encoder, train, query, how, batch_size=6), want
+    )
+    save_encoder(
+        tmp_path / "a.safetensors", trained.encoder, {"recipe": how.model_dump(mode="json")}
+    )
+    torch.testing.assert_close(
+        training_influence(tmp_path / "a.safetensors", train, query, batch_size=6), want
+    )
     save_encoder(tmp_path / "b.safetensors", trained.encoder, {})
     torch.testing.assert_close(
         training_influence(str(tmp_path / "b.safetensors"), train, query, how, batch_size=6), want
@@ -228,7 +262,9 @@ def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: P
     with pytest.raises(issl.IsslError, match="does not say how it was trained"):
         training_influence(tmp_path / "b.safetensors", train, query)
     byol = learner("byol").float()
-    save_encoder(tmp_path / "c.safetensors", byol.encoder, {"recipe": byol.recipe.model_dump(mode="json")})
+    save_encoder(
+        tmp_path / "c.safetensors", byol.encoder, {"recipe": byol.recipe.model_dump(mode="json")}
+    )
     with pytest.raises(issl.IsslError, match="predictor and target are not in it"):
         training_influence(tmp_path / "c.safetensors", train, query)
     with pytest.raises(issl.IsslError, match="lacks its predictor"):
@@ -261,7 +297,10 @@ def test_the_margin_of_a_probe() -> None:
     weight, bias = torch.randn(3, 8, generator=generator), torch.randn(3, generator=generator)
     scores = backbone(query.pixels.float() / 255).detach() @ weight.T + bias
     for k, (found, loss) in enumerate(
-        zip(*(f(query, weight, bias)(backbone).detach() for f in (margins, probe_losses)), strict=True)
+        zip(
+            *(f(query, weight, bias)(backbone).detach() for f in (margins, probe_losses)),
+            strict=True,
+        )
     ):
         own = int(query.labels[k])
         others = [float(scores[k, c] - scores[k, own]) for c in range(3) if c != own]

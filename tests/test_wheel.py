@@ -18,8 +18,11 @@ import issl
 
 
 def ours(repository: Path, folder: str, pattern: str = "**/*") -> list[Path]:
-    """Files of the repository, without those that runs, tests and editors leave in a clone (.gitignore)."""
-    ignored = pathspec.GitIgnoreSpec.from_lines((repository / ".gitignore").read_text().splitlines())
+    """Files of the repository, without those that runs, tests and editors leave in a clone
+    (.gitignore)."""
+    ignored = pathspec.GitIgnoreSpec.from_lines(
+        (repository / ".gitignore").read_text().splitlines()
+    )
     found = [p for p in sorted((repository / folder).glob(pattern)) if p.is_file()]
     return [p for p in found if not ignored.match_file(str(p.relative_to(repository)))]
 
@@ -29,7 +32,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The wheel and the sdist of this checkout, by kind."""
     out = tmp_path_factory.mktemp("dist")
     repository = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(out)], cwd=repository, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(out)], cwd=repository, check=True
+    )
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
 
@@ -50,32 +55,49 @@ def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], reposito
         (about,) = (n for n in names if n.endswith("METADATA"))
         said = Parser().parsestr(wheel.read(about).decode())
     released = [p for p in ours(repository, "released") if p.suffix != ".lock"]
-    assert len(released) > 3 and {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
+    assert (
+        len(released) > 3
+        and {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
+    )
     code = {str(p.relative_to(repository)) for p in ours(repository, "issl")}
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
     assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
-    assert said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 60e6  # PyPI takes 100
+    assert (
+        said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 60e6
+    )  # PyPI takes 100
 
 
-def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path], repository: Path) -> None:
+def test_the_sdist_can_build_the_wheel_and_run_the_tests(
+    built: dict[str, Path], repository: Path
+) -> None:
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     for folder in ("notebooks", "released", "tests", "docs"):
         here = ours(repository, folder)
         missing = {
-            str(p.relative_to(repository)) for p in here if p.suffix in (".py", ".ipynb", ".yaml", ".md")
+            str(p.relative_to(repository))
+            for p in here
+            if p.suffix in (".py", ".ipynb", ".yaml", ".md")
         } - names
         assert here and not missing
-    assert {"pyproject.toml", "README.md", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "run_all.sh"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "CITATION.cff",
+        "CHANGELOG.md",
+        "requirements.lock",
+        "run_all.sh",
+    } <= names
 
 
 @pytest.fixture
 def away(built: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """The program of a new environment with the wheel, beside the packages of this one, and its variables.
+    """The program of a new environment with the wheel, beside the packages of this one, and its
+    variables.
 
-    The tests' packages are put on the path by a .pth file: one that names a folder does not follow the .pth files
-    in it, so the editable installation of this checkout is not seen.
+    The tests' packages are put on the path by a .pth file: one that names a folder does not follow
+    the .pth files in it, so the editable installation of this checkout is not seen.
     """
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
@@ -83,20 +105,30 @@ def away(built: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, str]]:
     with zipfile.ZipFile(built["wheel"]) as wheel:
         wheel.extractall(site)
     (site / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "ISSL_DATA")}
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "ISSL_DATA")
+    }
     return environment / "bin/python", variables
 
 
 @pytest.mark.slow
-def test_it_runs_from_the_wheel_in_any_folder(away: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """Two notebooks of the quick profile, in an empty folder: outputs, report and records are there."""
+def test_it_runs_from_the_wheel_in_any_folder(
+    away: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """Two notebooks of the quick profile, in an empty folder: outputs, report and records are
+    there."""
     python, variables = away
     desk = tmp_path / "desk"
     desk.mkdir()
 
     def issl_(*arguments: str) -> str:
         done = subprocess.run(
-            [python, "-m", "issl", *arguments], env=variables, cwd=desk, capture_output=True, text=True, check=False
+            [python, "-m", "issl", *arguments],
+            env=variables,
+            cwd=desk,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -104,7 +136,12 @@ def test_it_runs_from_the_wheel_in_any_folder(away: tuple[Path, dict[str, str]],
     assert issl_("--version").strip() == issl.__version__
     said = issl_("run", "--only", "00,09", "--jobs", "1")
     assert "2 of 2 notebooks ended well" in said
-    assert (desk / "figures/quick/09_linear_theory.png").is_file() and (desk / "results/quick/index.html").is_file()
-    assert f'"commit": "version {issl.__version__}"' in (desk / "results/quick/claim_method_exact.json").read_text()
+    assert (desk / "figures/quick/09_linear_theory.png").is_file() and (
+        desk / "results/quick/index.html"
+    ).is_file()
+    assert (
+        f'"commit": "version {issl.__version__}"'
+        in (desk / "results/quick/claim_method_exact.json").read_text()
+    )
     assert issl_("verdicts").startswith("| claim |")
     assert not (Path(python).parent.parent / "artifacts").exists()

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import issl
-from issl.commands import run, workers
-from issl.commands.scheduler import Ended, Scheduler, Task
-from issl.commands.workers import Workers, default_workers
-from issl.experiments.cache import Artifacts
-from issl.experiments.plans import PLANS
+from issl.audit import run, workers
+from issl.audit.cache import Artifacts
+from issl.audit.plans import PLANS
+from issl.audit.scheduler import Ended, Scheduler, Task
+from issl.audit.workers import Workers, default_workers
 
 
 def fine() -> Ended:
@@ -55,7 +55,9 @@ def _one_dies(workers: Workers) -> None:
     ends = []
     while len(ends) < 2:
         ends += workers.ended()
-    assert len({end.seconds for _, end in ends} - {os.getpid()}) == 2 and not any(end.error for _, end in ends)
+    assert len({end.seconds for _, end in ends} - {os.getpid()}) == 2 and not any(
+        end.error for _, end in ends
+    )
 
 
 def test_two_at_once_make_what_one_after_another_makes(tmp_path: Path) -> None:
@@ -68,11 +70,15 @@ def test_two_at_once_make_what_one_after_another_makes(tmp_path: Path) -> None:
         artifacts = Artifacts(tmp_path / str(jobs))
         scheduler = Scheduler([plan], artifacts.has, jobs)
         ended = [t.label for t in run._made(scheduler, artifacts)]
-        assert sorted(ended) == sorted(scheduler.tasks) and all(t.state == "done" for t in scheduler.tasks.values())
+        assert sorted(ended) == sorted(scheduler.tasks) and all(
+            t.state == "done" for t in scheduler.tasks.values()
+        )
         needs = {t.label: {need.label for need in t.needs} for t in scheduler.tasks.values()}
         assert all(needs[label] <= set(ended[:k]) for k, label in enumerate(ended))
         scores.append(plan.influence(plan.pretrain()).read(artifacts))
-    assert scores[0]["influence"].to_numpy() == pytest.approx(scores[1]["influence"].to_numpy(), rel=1e-3)
+    assert scores[0]["influence"].to_numpy() == pytest.approx(
+        scores[1]["influence"].to_numpy(), rel=1e-3
+    )
 
 
 PARENT = """
@@ -92,7 +98,9 @@ def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path
     script.write_text(PARENT)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(issl.__file__).parents[1])])
     parent = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
     time.sleep(5)  # the worker is at its task, or about to be
@@ -147,4 +155,6 @@ def test_how_many_share_a_gpu_by_default(
     monkeypatch.setattr(workers, "visible_gpus", lambda _: [str(k) for k in range(gpus)])
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 10**9, 80 * 10**9))
-    assert default_workers("cuda", 600.0, peak) == expected and default_workers("cuda", 5.0, peak) == 1
+    assert (
+        default_workers("cuda", 600.0, peak) == expected and default_workers("cuda", 5.0, peak) == 1
+    )

@@ -20,10 +20,17 @@ PAGES = {  # files outside docs/ that are pages of the site
     "benchmarks/RESULTS.md": "benchmarks.md", "released/README.md": "released.md",
     "issl/data/labels/README.md": "labels.md",
 }  # fmt: skip
-COPIED = ("LICENSE", "CITATION.cff", "figures/*/*.png", "notebooks/*.ipynb")  # and what they link to
+COPIED = (
+    "LICENSE",
+    "CITATION.cff",
+    "figures/*/*.png",
+    "notebooks/*.ipynb",
+)  # and what they link to
 FETCHED = re.compile(r"https://[^\s\"]+/iframe-worker/shim")
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(\))")
-CODE_OR_MATHS = re.compile(r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL)
+CODE_OR_MATHS = re.compile(
+    r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -52,7 +59,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """The theme would fetch what its search needs in pages from files: use ours."""
-    return FETCHED.sub(posixpath.relpath("site/worker.js", posixpath.dirname(page.file.dest_uri) or "."), output)
+    return FETCHED.sub(
+        posixpath.relpath("site/worker.js", posixpath.dirname(page.file.dest_uri) or "."), output
+    )
 
 
 def on_post_template(output: str, template_name: str, config: Any) -> str:

@@ -1,4 +1,5 @@
-"""Types of numbers on the command line: a bad one is one line that names the option, before anything is imported."""
+"""Types of numbers on the command line: a bad one is one line that names the option, before
+anything is imported."""
 
 from __future__ import annotations
 

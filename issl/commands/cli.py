@@ -1,4 +1,5 @@
-"""The command line, `issl COMMAND`: run, compute, pretrain, influence, fit, merge, explain, doctor and so on."""
+"""The command line, `issl COMMAND`: run, compute, pretrain, influence, fit, merge, explain, doctor
+and so on."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """All commands. Options that list what the library knows are added for `command` alone: they import torch."""
+    """All commands. Options that list what the library knows are added for `command` alone: they
+    import torch."""
     top = Parser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -47,28 +49,55 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         metavar="N",
         help="how many stages at once (default: one per core, up to 4; up to 4 per GPU)",
     )
-    run.add_argument("--again", action="store_true", help="run notebooks even if nothing they depend on has changed")
+    run.add_argument(
+        "--again",
+        action="store_true",
+        help="run notebooks even if nothing they depend on has changed",
+    )
     compute = commands.add_parser(
         "compute", help="compute only a profile's missing stages, several at once or on Slurm"
     )
     _profile_arguments(compute)
-    compute.add_argument("--jobs", type=int, default=1, metavar="N", help="how many stages at once (1)")
+    compute.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="how many stages at once (1)"
+    )
     compute.add_argument("--cluster", default="local", help="local (default) or slurm")
     compute.add_argument(
-        "--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …"
+        "--slurm",
+        default=[],
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="sbatch's options: partition=gpu gpus_per_node=1 …",
     )
-    verdicts = commands.add_parser("verdicts", help="the verdicts of the records under figures/, as one table")
+    verdicts = commands.add_parser(
+        "verdicts", help="the verdicts of the records under figures/, as one table"
+    )
     verdicts.add_argument(
-        "--readme", action="store_true", help="write it into README.md and docs/verdicts.md instead of printing it"
+        "--readme",
+        action="store_true",
+        help="write it into README.md and docs/verdicts.md instead of printing it",
     )
     download = commands.add_parser("download", help="download a data set from its public source")
     download.add_argument("name", help="cifar10, cifar100 or fairface")
-    download.add_argument("--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)")
-    doctor = commands.add_parser("doctor", help="what is installed, what is missing, and which profiles can run here")
-    doctor.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
-    doctor.add_argument("--out", type=Path, metavar="DIR", help="where a run would write (default: here)")
+    download.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)"
+    )
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, what is missing, and which profiles can run here"
+    )
+    doctor.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data sets (default: $ISSL_DATA)",
+    )
+    doctor.add_argument(
+        "--out", type=Path, metavar="DIR", help="where a run would write (default: here)"
+    )
     doctor.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    doctor.add_argument("--profile", help="only this profile: its stages by kind, with hours and memory")
+    doctor.add_argument(
+        "--profile", help="only this profile: its stages by kind, with hours and memory"
+    )
     parsers = {name: commands.add_parser(name, help=text) for name, text in IMAGES.items()}
     if command in parsers:
         import_module(f"issl.commands.{command}").add_arguments(parsers[command])
@@ -79,11 +108,30 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--profile", default="quick", help="quick (default), mini, overnight or paper")
     add("--only", metavar="03,…", help="only these notebooks, by number or name")
-    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    add(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data sets (default: $ISSL_DATA)",
+    )
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--out", type=Path, metavar="DIR", help="where figures/, results/, artifacts/ go (default: here)")
-    add("--from-scratch", action="store_true", help="make again the encoders and scores that come with the repository")
-    add("--time-budget", type=finite, metavar="MIN", help="stop in time, with checkpoints; the same command continues")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where figures/, results/, artifacts/ go (default: here)",
+    )
+    add(
+        "--from-scratch",
+        action="store_true",
+        help="make again the encoders and scores that come with the repository",
+    )
+    add(
+        "--time-budget",
+        type=finite,
+        metavar="MIN",
+        help="stop in time, with checkpoints; the same command continues",
+    )
     add(
         "--checkpoint",
         action="append",
@@ -94,14 +142,16 @@ def _profile_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _verdicts(into_readme: bool) -> int:
+    from issl.audit.verdicts import kept_records, markdown, pages
     from issl.files import REPOSITORY, atomic, installed, provided
-    from issl.reporting.verdicts import kept_records, markdown, pages
 
     if not into_readme:
         print(markdown(kept_records(provided("figures"))), end="")
         return 0
     if installed():
-        raise IsslError("--readme writes into the pages of a checkout, and this is an installed wheel: leave it out")
+        raise IsslError(
+            "--readme writes into the pages of a checkout, and this is an installed wheel: leave it out"
+        )
     for page, text in pages(REPOSITORY).items():
         with atomic(page) as part:
             part.write_text(text)
@@ -110,7 +160,8 @@ def _verdicts(into_readme: bool) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run a command; its modules are imported here, so that no command waits for those of another."""
+    """Run a command; its modules are imported here, so that no command waits for those of
+    another."""
     if options.command == "download":
         from issl.data.published import download
 
@@ -125,35 +176,39 @@ def _run(options: argparse.Namespace) -> int:
         code: int = import_module(f"issl.commands.{options.command}").main(options)
         return code
     if options.command == "doctor":
-        from issl.commands.doctor import doctor, stage_list
+        from issl.audit.doctor import doctor, stage_list
 
         if options.profile is not None:
             return stage_list(options.profile)
         return doctor(options.data_root, options.out, options.device)
-    from issl.commands.profiles import ProfileOptions, pairs, sbatch_options
+    from issl.audit.profiles import ProfileOptions, pairs, sbatch_options
 
     names = ("profile", "only", "data_root", "device", "out", "from_scratch")
     shared = ProfileOptions(
         **{name: getattr(options, name) for name in names},
         minutes=options.time_budget,
-        checkpoints=pairs(options.checkpoint, "--checkpoint", "METHOD=FILE, such as simclr=weights.ckpt"),
+        checkpoints=pairs(
+            options.checkpoint, "--checkpoint", "METHOD=FILE, such as simclr=weights.ckpt"
+        ),
     )
     if options.command == "compute":
-        from issl.commands.compute import compute
+        from issl.audit.compute import compute
 
         return compute(shared, options.jobs, options.cluster, sbatch_options(options.slurm))
-    from issl.commands.run import run
+    from issl.audit.run import run
 
     return run(shared, options.again, options.jobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input gives one line on stderr and exit code 2, a spent time budget exit code 3."""
+    """Run a command; bad input gives one line on stderr and exit code 2, a spent time budget exit
+    code 3."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in COMPUTING:
-        # libgomp reads this when torch is imported, here and in the kernels and jobs that start from here: threads that
-        # wait for each other soon sleep. By default they spin, and processes that share the cores (notebooks beside a
-        # training) slow each other several times
+        # libgomp reads this when torch is imported, here and in the kernels and jobs that start
+        # from here: threads that # wait for each other soon sleep. By default they spin, and
+        # processes that share the cores (notebooks beside a # training) slow each other several
+        # times
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options = parser(given[0] if given else None).parse_args(given)
     try:
@@ -169,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("issl: stopped; run the same command again to continue from here", file=sys.stderr)
         return 130
     except Exception as error:
-        from issl.commands.scheduler import in_short
+        from issl.audit.scheduler import in_short
 
         if (said := in_short(error)) is None:
             raise
@@ -179,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_like_an_interrupt() -> Iterator[None]:
-    """SIGTERM, which batch systems and `kill` send, ends a command as Ctrl-C does: kernels and workers end with it."""
+    """SIGTERM, which batch systems and `kill` send, ends a command as Ctrl-C does: kernels and
+    workers end with it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may say so
         return

@@ -1,4 +1,5 @@
-"""`issl explain`: which training images taught the encoder about this image, as a picture and a table."""
+"""`issl explain`: which training images taught the encoder about this image, as a picture and a
+table."""
 
 from __future__ import annotations
 
@@ -15,14 +16,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from issl.analysis.evaluate import embed, stability_losses
-from issl.analysis.training_influence import training_influence
+from issl.audit.settings import Data
 from issl.data import datasets
 from issl.data.encoded import read_all
 from issl.data.images import Images, decode, in_words, own_names
 from issl.devices import pick_device
 from issl.errors import IsslError
-from issl.experiments.settings import Data
+from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors, writable
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence
@@ -32,8 +32,13 @@ from issl.influence.perturbation import GaussianNoise
 from issl.pretraining.encoder import read_header
 from issl.pretraining.learner import load_learner
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
+from issl.training_influence import training_influence
 
-LISTS = {"taught": "most positive influence", "opposed": "most negative influence", "nearest": "nearest in features"}
+LISTS = {
+    "taught": "most positive influence",
+    "opposed": "most negative influence",
+    "nearest": "nearest in features",
+}
 TRAINED = {"trained": "most positive training-aware influence"}
 MATES = 32  # of an image in the batches that training-aware influence is measured in
 
@@ -41,18 +46,51 @@ MATES = 32  # of an image in the batches that training-aware influence is measur
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `issl explain`."""
     add = command.add_argument
-    add("image", metavar="IMAGE", help="an image file, or test:17 (train:17) for an image of the data set itself")
-    add("--data", required=True, metavar="SET", help="what it was trained on: folder:PATH, cifar10, scenes, …")
+    add(
+        "image",
+        metavar="IMAGE",
+        help="an image file, or test:17 (train:17) for an image of the data set itself",
+    )
+    add(
+        "--data",
+        required=True,
+        metavar="SET",
+        help="what it was trained on: folder:PATH, cifar10, scenes, …",
+    )
     add_encoder_arguments(command)
-    add("--out", type=Path, default=Path("explain.png"), metavar="FILE", help="picture, .png or .pdf (explain.png)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("explain.png"),
+        metavar="FILE",
+        help="picture, .png or .pdf (explain.png)",
+    )
     add("--k", type=int, default=8, help="images in each list (8)")
-    add("--fit", action="store_true", help="crop IMAGE to its centred square and resize it to the data's size")
+    add(
+        "--fit",
+        action="store_true",
+        help="crop IMAGE to its centred square and resize it to the data's size",
+    )
     add("--any-data", action="store_true", help="allow images that the encoder was not trained on")
-    add("--images", "--n", dest="n", type=int, metavar="N", help="how many of SET (default: those it was trained on)")
+    add(
+        "--images",
+        "--n",
+        dest="n",
+        type=int,
+        metavar="N",
+        help="how many of SET (default: those it was trained on)",
+    )
     add("--size", type=int, metavar="PX", help="side of the images of a folder or of fairface")
-    add("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: $ISSL_DATA)")
+    add(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data sets (default: $ISSL_DATA)",
+    )
     add("--rank", type=int, default=16, help="of LoGra, per side (16)")
-    add("--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)")
+    add(
+        "--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)"
+    )
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
     add(
@@ -61,7 +99,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="another list: by influence through the gradient that training follows (64 passes over the set)",
     )
     add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
-    add("--skip", default="", metavar="A,B", help="layers or parameters to leave out of the score, by name")
+    add(
+        "--skip",
+        default="",
+        metavar="A,B",
+        help="layers or parameters to leave out of the score, by name",
+    )
     add("--device", default="auto", help="auto (default), cpu or cuda")
 
 
@@ -83,13 +126,22 @@ def main(options: argparse.Namespace) -> int:
     noise = GaussianNoise()
     queries = query if query.attributes["trained_on"][0] else as_queries(query)
     scores = cross_influence(
-        opened.encoder, images, queries, noise, curvature, options.seed, draws=options.draws, skip=skip,
+        opened.encoder,
+        images,
+        queries,
+        noise,
+        curvature,
+        options.seed,
+        draws=options.draws,
+        skip=skip,
         untrained=options.untrained,
         computing=Computing(device=device, batch_size=64),
-    )[0]  # fmt: skip
+    )[0]
     features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
     near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
-    loss = float(stability_losses(opened.encoder, queries, noise, options.seed, options.draws, device)[0])
+    loss = float(
+        stability_losses(opened.encoder, queries, noise, options.seed, options.draws, device)[0]
+    )
     trained, which = None, dict(LISTS)
     if options.training_aware:
         which |= TRAINED
@@ -98,20 +150,28 @@ def main(options: argparse.Namespace) -> int:
     table = lists(images, scores.numpy(), near.double().numpy(), options.k, own, trained)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
-    from issl.reporting import figures  # slow to import
+    from issl.audit import figures  # slow to import
 
     figures.style(screen=False)
     title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra of rank {options.rank}"
     figures.write(figures.explained(query, images, table, which, loss, title), options.out)
     print(_summary(table, which))
-    print(f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     return 0
 
 
 def by_training(
-    options: argparse.Namespace, images: Images, query: Images, noise: GaussianNoise, device: torch.device
+    options: argparse.Namespace,
+    images: Images,
+    query: Images,
+    noise: GaussianNoise,
+    device: torch.device,
 ) -> np.ndarray:
-    """Training-aware influence of each image on the query, on views of the size that the training ended on."""
+    """Training-aware influence of each image on the query, on views of the size that the training
+    ended on."""
     if not options.encoder.endswith(".safetensors"):
         raise IsslError(
             f"--training-aware: {options.encoder} does not say how it was trained; it needs a file that "
@@ -120,40 +180,60 @@ def by_training(
     learner = load_learner(options.encoder)
     height, width = images.pixels.shape[2:]
     return training_influence(
-        learner, images, query, perturbation=noise, seed=options.seed, draws=options.draws,
-        batch_size=min(MATES, len(images)), size=(height // 2, width // 2) if learner.recipe.small == 1 else None,
+        learner,
+        images,
+        query,
+        perturbation=noise,
+        seed=options.seed,
+        draws=options.draws,
+        batch_size=min(MATES, len(images)),
+        size=(height // 2, width // 2) if learner.recipe.small == 1 else None,
         computing=Computing(device=device, progress=sys.stderr.isatty()),
-    )[0].numpy()  # fmt: skip
+    )[0].numpy()
 
 
-# --- which training images, which query --------------------------------------------------------------------
+# --- which training images, which query
+# --------------------------------------------------------------------
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
     """The images that the encoder was trained on, and a note on how that is known.
 
-    Our own checkpoints say what they were trained on: another set, or another number of images, is an error. Nothing is
-    known about other encoders, and the output says so.
+    Our own checkpoints say what they were trained on: another set, or another number of images, is
+    an error. Nothing is known about other encoders, and the output says so.
     """
-    size = opened.size if options.size is None and datasets.is_resized(options.data) else options.size
+    size = (
+        opened.size if options.size is None and datasets.is_resized(options.data) else options.size
+    )
     header = _header(options.encoder)
     if header is None:
         return _load(options, options.n, size), " (the file does not say what it was trained on)"
     config = header.get("config")
-    name, count = (config["data"]["name"], config["data"]["n"]) if config else (header["data"], header["n"])
+    name, count = (
+        (config["data"]["name"], config["data"]["n"]) if config else (header["data"], header["n"])
+    )
     if options.any_data:
         return _load(options, options.n, size), f" (it was trained on {name})"
     # a folder is recorded by its last name
-    given = "folder:" + Path(options.data[7:]).name if options.data.startswith("folder:") else options.data
+    given = (
+        "folder:" + Path(options.data[7:]).name
+        if options.data.startswith("folder:")
+        else options.data
+    )
     encoder = f"encoder {options.encoder} was trained on"
     remedy = "or add --any-data to ask about images that it has not seen"
     if name not in (given, options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
     if options.n is not None and options.n != count:
-        raise IsslError(f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}")
+        raise IsslError(
+            f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}"
+        )
     if not config:
         return _load(options, count, size), " it was trained on"
-    data = Data(**{k: v for k, v in config["data"].items() if k in Data.model_fields}, root=options.data_root)
+    data = Data(
+        **{k: v for k, v in config["data"].items() if k in Data.model_fields},
+        root=options.data_root,
+    )
     if data.identity != config["data"].get("identity"):
         raise IsslError(
             f"{encoder} other images of {name} than those here (their content differs): point --data-root to the right "
@@ -177,9 +257,12 @@ def _header(encoder: str) -> dict[str, Any] | None:
 
 
 def read_query(options: argparse.Namespace, images: Images) -> Images:
-    """The one image that is asked about; attributes: index, what (for titles), trained_on (is it one of `images`?)."""
+    """The one image that is asked about; attributes: index, what (for titles), trained_on (is it
+    one of `images`?)."""
     side = int(images.pixels.shape[2])
-    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)  # a name may hold a newline
+    member = re.fullmatch(
+        r"train:(.+)|test:(\d+)", options.image, re.DOTALL
+    )  # a name may hold a newline
     if member and member[1]:
         place = _place(options.image, member[1], images)
         paths, named = images.attributes.get("path"), f"training image {member[1]}"
@@ -190,7 +273,9 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
         same = options.size or side if options.data == "fairface" else None
         test = datasets.load(options.data, "test", None, options.data_root, size=same)
         if int(member[2]) >= len(test):
-            raise IsslError(f"{options.image}: the test set of {options.data} has {len(test)} images, numbered from 0")
+            raise IsslError(
+                f"{options.image}: the test set of {options.data} has {len(test)} images, numbered from 0"
+            )
         return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
     path = Path(options.image)
     if not path.is_file():
@@ -218,15 +303,22 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
 
 
 def _place(option: str, which: str, images: Images) -> int:
-    """Where an image is among the training images: by its index or, of files, by its path or its place."""
+    """Where an image is among the training images: by its index or, of files, by its path or its
+    place."""
     known = images.attributes
-    matches = np.flatnonzero(known["path"].to_numpy() == which) if "path" in known else np.empty(0, np.int64)
+    matches = (
+        np.flatnonzero(known["path"].to_numpy() == which)
+        if "path" in known
+        else np.empty(0, np.int64)
+    )
     if not len(matches) and which.isdigit():
         matches = np.flatnonzero(known["index"] == int(which))
         if not len(matches) and "path" in known and int(which) < len(images):
             return int(which)
     if not len(matches):
-        raise IsslError(f"{option}: the encoder's {len(images)} training images have no index {which}")
+        raise IsslError(
+            f"{option}: the encoder's {len(images)} training images have no index {which}"
+        )
     return int(matches[0])
 
 
@@ -235,17 +327,24 @@ def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Image
     return Images(pixels[None], None, about, "query")
 
 
-# --- the answer --------------------------------------------------------------------------------------------
+# --- the answer
+# --------------------------------------------------------------------------------------------
 
 
 def lists(
-    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, leave_out: np.ndarray | None = None,
+    images: Images,
+    influence: np.ndarray,
+    similarity: np.ndarray,
+    k: int,
+    leave_out: np.ndarray | None = None,
     trained: np.ndarray | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """One row for each image of the lists: list (see LISTS), rank in it, index, influence on the query, cosine
-    similarity to it, the ranks by both among all training images (1 is the highest), and what is known about the image.
+) -> pd.DataFrame:
+    """One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
+    query, cosine similarity to it, the ranks by both among all training images (1 is the highest),
+    and what is known about the image.
 
-    leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own (`itself`)
+    leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own
+                (`itself`)
     trained     training-aware influence, which adds a list (`trained`), and two columns
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
@@ -253,26 +352,33 @@ def lists(
     scores = {"influence": influence, "similarity": similarity}
     scores |= {} if trained is None else {"training_influence": trained}
     ranks = {
-        f"{name}_rank": pd.Series(np.where(own, np.nan, -values)).rank(method="first").astype("Int64")
+        f"{name}_rank": pd.Series(np.where(own, np.nan, -values))
+        .rank(method="first")
+        .astype("Int64")
         for name, values in scores.items()
     }
     known = own_names(images.attributes, [*scores, *ranks, "position", "list", "rank"])
     known = known.assign(**scores, **ranks, position=np.arange(len(images)))
     others = known[~own]
     parts = {
-        "taught": others.nsmallest(k, "influence_rank"), "opposed": others.nlargest(k, "influence_rank"),
+        "taught": others.nsmallest(k, "influence_rank"),
+        "opposed": others.nlargest(k, "influence_rank"),
         "nearest": others.nsmallest(k, "similarity_rank"),
-    }  # fmt: skip
+    }
     parts |= {} if trained is None else {"trained": others.nsmallest(k, "training_influence_rank")}
     parts["itself"] = known[own]
-    table = pd.concat([p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)])
+    table = pd.concat(
+        [p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)]
+    )
     front = ["list", "rank", "index", *scores, *ranks]
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
 
 
 def in_common(table: pd.DataFrame) -> str:
     """How many images the lists of influence and of nearness share."""
-    taught, nearest = (set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest"))
+    taught, nearest = (
+        set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest")
+    )
     return f"{len(taught & nearest)} of the {len(taught)} most influential are among the {len(nearest)} nearest"
 
 

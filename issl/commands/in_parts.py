@@ -1,4 +1,5 @@
-"""`issl influence --out FOLDER`: scores in parts, by any number of processes, here, by torchrun, or as Slurm arrays."""
+"""`issl influence --out FOLDER`: scores in parts, by any number of processes, here, by torchrun, or
+as Slurm arrays."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from typing import Any, Literal
 import submitit
 import torch
 
-from issl.commands.compute import executor_for
+from issl.audit.compute import executor_for
+from issl.audit.profiles import sbatch_options
 from issl.commands.measuring import computing_of, load_images, measured, write_broken
-from issl.commands.profiles import sbatch_options
 from issl.devices import keep_freed_memory, pick_device
 from issl.errors import IsslError
 from issl.influence.fitted import load_fitted
@@ -47,7 +48,9 @@ class Work:
         computing = computing_of(options, ONE, device)
         if self.phase != "score":
             return 0 if kept is not None else parts.fit(opened.encoder, what, computing)
-        return parts.score(load_fitted(kept or parts.curvature, opened.encoder, device=device), computing)
+        return parts.score(
+            load_fitted(kept or parts.curvature, opened.encoder, device=device), computing
+        )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -68,7 +71,8 @@ def main(options: argparse.Namespace) -> int:
         side = images.pixels.shape[-1]
         several = f" on {many} processes" if many > 1 else ""
         print(
-            f"{len(images)} images of {images.name} at {side} px, {opened.about}, {what.curvature}{several}", flush=True
+            f"{len(images)} images of {images.name} at {side} px, {opened.about}, {what.curvature}{several}",
+            flush=True,
         )
     if options.cluster == "slurm":
         _submit(options)
@@ -76,12 +80,14 @@ def main(options: argparse.Namespace) -> int:
         made = [Work(options, phase, number, many)() for phase in ("fit", "score")]
         print(f"process {number} of {many}: {made[0]} parts fitted, {made[1]} scored", flush=True)
     if number == 0:
-        from issl.reporting import figures  # slow to import
+        from issl.audit import figures  # slow to import
 
         columns = ["index", "influence", "stability_loss"]
         figures.style(screen=False)
         about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
-        figures.write(figures.scored(InParts(out, images).table(columns), images, about), out / "scores.png")
+        figures.write(
+            figures.scored(InParts(out, images).table(columns), images, about), out / "scores.png"
+        )
         left_out = write_broken(out / "scores", images)
         print(
             f"{out}/scores/*.parquet (scores.png): {len(images)} scores in {time.monotonic() - began:.0f} s{left_out}"
@@ -90,7 +96,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    """Three steps on Slurm, each after the one before: an array that fits, a job that merges, an array that scores.
+    """Three steps on Slurm, each after the one before: an array that fits, a job that merges, an
+    array that scores.
 
     A step also makes what the one before left undone, so a job that is killed costs its part alone.
     """
@@ -101,7 +108,9 @@ def _submit(options: argparse.Namespace) -> None:
         executor = executor_for("slurm", options.out / "jobs", many, sbatch_options(options.slurm))
         if before:
             number = before[0].job_id.split("_")[0]  # of the whole array
-            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterany:{number}"})
+            executor.update_parameters(
+                slurm_additional_parameters={"dependency": f"afterany:{number}"}
+            )
         with executor.batch():
             before = [executor.submit(Work(options, phase, k, many)) for k in range(many)]
         submitted[phase] = before
@@ -115,9 +124,13 @@ def _submit(options: argparse.Namespace) -> None:
             )
         if errors:
             print(
-                f"{phase}: {len(errors)} of {len(jobs)} jobs failed ({errors[0]}); the next step takes over", flush=True
+                f"{phase}: {len(errors)} of {len(jobs)} jobs failed ({errors[0]}); the next step takes over",
+                flush=True,
             )
-    print(f"{sum(job.result() for job in submitted['score'])} parts scored by {options.jobs} jobs", flush=True)
+    print(
+        f"{sum(job.result() for job in submitted['score'])} parts scored by {options.jobs} jobs",
+        flush=True,
+    )
 
 
 def _error(job: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""`issl influence`: score your own images under your own encoder, in one process or in several (torchrun)."""
+"""`issl influence`: score your own images under your own encoder, in one process or in several
+(torchrun)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from pathlib import Path
 import pandas as pd
 
 from issl.commands import in_parts
-from issl.commands.measuring import add_common_arguments, computing_of, load_images, measured, write_broken
+from issl.commands.measuring import (
+    add_common_arguments,
+    computing_of,
+    load_images,
+    measured,
+    write_broken,
+)
 from issl.data.images import own_names
 from issl.devices import pick_device
 from issl.errors import IsslError
@@ -29,20 +36,50 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add_common_arguments(command)
     add(
-        "--out", required=True, type=Path, metavar="FILE",
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
         help="scores, .parquet or .csv, beside it a picture, .png; or a folder, for a large set: it is filled in "
         "parts, by any number of processes, and continues after a kill",
-    )  # fmt: skip
-    add("--cluster", default="local", choices=["local", "slurm"], help="local (default) or slurm, with a folder")
-    add("--jobs", type=int, default=4, metavar="N", help="how many jobs of an array on Slurm (4)")
-    add("--slurm", default=[], nargs="*", metavar="KEY=VALUE", help="sbatch's options: partition=gpu gpus_per_node=1 …")
-    add("--save-curvature", type=Path, metavar="FILE", help="keep the curvature of these images, .safetensors")
+    )
     add(
-        "--curvature-from", type=Path, metavar="FILE",
+        "--cluster",
+        default="local",
+        choices=["local", "slurm"],
+        help="local (default) or slurm, with a folder",
+    )
+    add("--jobs", type=int, default=4, metavar="N", help="how many jobs of an array on Slurm (4)")
+    add(
+        "--slurm",
+        default=[],
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="sbatch's options: partition=gpu gpus_per_node=1 …",
+    )
+    add(
+        "--save-curvature",
+        type=Path,
+        metavar="FILE",
+        help="keep the curvature of these images, .safetensors",
+    )
+    add(
+        "--curvature-from",
+        type=Path,
+        metavar="FILE",
         help="score under a curvature that was kept, with its settings: one pass, no gradients stored",
-    )  # fmt: skip
-    add("--memory", default="auto", choices=["auto", "ram", "mapped", "recomputed"], help="of gradients (auto)")
-    add("--memory-gb", type=float, help="gigabytes for the gradients (default: half of the free memory)")
+    )
+    add(
+        "--memory",
+        default="auto",
+        choices=["auto", "ram", "mapped", "recomputed"],
+        help="of gradients (auto)",
+    )
+    add(
+        "--memory-gb",
+        type=float,
+        help="gigabytes for the gradients (default: half of the free memory)",
+    )
     add(
         "--store",
         type=Path,
@@ -69,43 +106,64 @@ def main(options: argparse.Namespace) -> int:
     with from_torchrun(device, options.timeout) as shards:
         first = shards.rank == 0
         if first:
-            side, many = images.pixels.shape[-1], f" on {shards.world} processes" if shards.world > 1 else ""
+            side, many = (
+                images.pixels.shape[-1],
+                f" on {shards.world} processes" if shards.world > 1 else "",
+            )
             print(
                 f"{len(images)} images of {images.name} at {side} px, {opened.about}, {len(layers)} layers, "
                 f"{what.curvature}, {device}{many}",
                 flush=True,
             )
         if options.skip_broken:
-            images = with_features(opened.encoder, images, what, computing_of(options, shards, device))
+            images = with_features(
+                opened.encoder, images, what, computing_of(options, shards, device)
+            )
         computing = replace(
             computing_of(options, shards, device),
-            memory=options.memory, memory_gb=options.memory_gb, store=options.store,
-        )  # fmt: skip
+            memory=options.memory,
+            memory_gb=options.memory_gb,
+            store=options.store,
+        )
         if kept is not None:
-            scores = load_fitted(kept, opened.encoder, device=computing.device).score(images, computing=computing)
+            scores = load_fitted(kept, opened.encoder, device=computing.device).score(
+                images, computing=computing
+            )
         elif options.save_curvature is not None:
             fitted, scores = fit_and_score(opened.encoder, images, what, computing)
             if first:
                 fitted.save(options.save_curvature)
         else:
             scores = self_influence(
-                opened.encoder, images, what.perturbation, what.curvature, what.seed, draws=what.draws,
-                average=what.average, skip=what.skip, untrained=what.untrained, computing=computing,
-            )  # fmt: skip
+                opened.encoder,
+                images,
+                what.perturbation,
+                what.curvature,
+                what.seed,
+                draws=what.draws,
+                average=what.average,
+                skip=what.skip,
+                untrained=what.untrained,
+                computing=computing,
+            )
         if first:
             _write(out, scores, images.attributes)
-            from issl.reporting import figures  # slow to import
+            from issl.audit import figures  # slow to import
 
             figures.style(screen=False)
             about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
             figures.write(figures.scored(scores, images, about), out.with_suffix(".png"))
             left_out = write_broken(out, images)
-            print(f"{out} (.png): {len(scores)} scores in {time.monotonic() - began:.0f} s{left_out}", flush=True)
+            print(
+                f"{out} (.png): {len(scores)} scores in {time.monotonic() - began:.0f} s{left_out}",
+                flush=True,
+            )
     return 0
 
 
 def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
-    """The scores with what is known about each image; the settings in the parquet's metadata, or next to a CSV."""
+    """The scores with what is known about each image; the settings in the parquet's metadata, or
+    next to a CSV."""
     beside = own_names(attributes, [str(column) for column in scores if column != "index"])
     table = scores.merge(beside, on="index", how="left", validate="one_to_one")
     table.attrs = scores.attrs

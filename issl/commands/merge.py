@@ -13,8 +13,20 @@ from issl.influence.kept_curvature import KeptCurvature, read
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `issl merge`."""
     add = command.add_argument
-    add("curvatures", nargs="+", type=Path, metavar="FILE", help="curvature files of one encoder and one setting")
-    add("--out", required=True, type=Path, metavar="FILE", help="the curvature of all their images, .safetensors")
+    add(
+        "curvatures",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="curvature files of one encoder and one setting",
+    )
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the curvature of all their images, .safetensors",
+    )
 
 
 def main(options: argparse.Namespace) -> int:

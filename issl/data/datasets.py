@@ -1,7 +1,8 @@
 """All data sets by name: `load` them, `count` their images, `identity` says which ones they are.
 
-Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `image_folder`, `archives`,
-`judged_pairs`. Nothing is downloaded unless asked for (`issl download NAME`).
+Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace),
+`image_folder`, `archives`, `judged_pairs`. Nothing is downloaded unless asked for (`issl download
+NAME`).
 """
 
 from __future__ import annotations
@@ -32,50 +33,64 @@ def load(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Images:
-    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10`, `folder:PATH`, `tar:PATH`,
-    `parquet:PATH` or `arrow:PATH`.
+    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10`, `folder:PATH`,
+    `tar:PATH`, `parquet:PATH` or `arrow:PATH`.
 
-    The last four are read where they are and decoded when they are needed, so they may be larger than memory
-    (`issl.data.archives`); the others are held in memory.
+    The last four are read where they are and decoded when they are needed, so they may be larger
+    than memory (`issl.data.archives`); the others are held in memory.
 
-    scenes-swapped is each of n scenes on four backgrounds, see `issl.data.scenes.swapped`; cifair10 is CIFAR-10's
-    training set with its judged pairs, see `issl.data.judged_pairs`.
+    scenes-swapped is each of n scenes on four backgrounds, see `issl.data.scenes.swapped`; cifair10
+    is CIFAR-10's training set with its judged pairs, see `issl.data.judged_pairs`.
 
-    n     how many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in the original order,
-          each image keeping its original `index`; `scenes` draws the first n.
+    n     how many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in
+          the original order, each image keeping its original `index`; `scenes` draws the first n.
     root  the folder of the sets on disk; default $ISSL_DATA.
     seed  of the subset; for `scenes`, of the drawing.
-    size  side in px of the square images; only for sets with a PATH (default 32) and `fairface` (default 64).
-    skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only for sets with a PATH
+    size  side in px of the square images; only for sets with a PATH (default 32) and `fairface`
+          (default 64).
+    skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only
+                 for sets with a PATH
     workers      threads that decode; default: the cores
-    quiet        do not say where the images are not those of the published set, nor which files were left out
+    quiet        do not say where the images are not those of the published set, nor which files
+                 were left out
 
-    Raises IsslError: unknown name or split, missing or damaged file, more images asked for than there are.
+    Raises IsslError: unknown name or split, missing or damaged file, more images asked for than
+    there are.
     """
     if not isinstance(name, str):
         raise IsslError(f"data set {name!r}: give its name, such as cifar10 or folder:PATH")
     if n is not None and not is_whole(n, 1):
-        raise IsslError(f"n={n!r}: data set {name!r}: ask for a whole number of images, 1 or more, or None for all")
+        raise IsslError(
+            f"n={n!r}: data set {name!r}: ask for a whole number of images, 1 or more, or None for all"
+        )
     if not is_whole(seed, 0, LARGEST_SEED):
         raise IsslError(f"seed={seed!r}: give a whole number from 0 to 2³²")
     if workers is not None and not is_whole(workers, 1):
-        raise IsslError(f"workers={workers!r}: give a whole number of threads, 1 or more, or None for the cores")
+        raise IsslError(
+            f"workers={workers!r}: give a whole number of threads, 1 or more, or None for the cores"
+        )
     if size is not None and not is_resized(name):
-        raise IsslError(f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface")
+        raise IsslError(
+            f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface"
+        )
     if name == "scenes":
         return scenes.draw(n, split=split, seed=seed)
     if name == "scenes-swapped":
         return scenes.swapped(n, split=split, seed=seed)
     side = 32 if size is None else size
     if name.startswith(image_folder.PREFIX):
-        return image_folder.read(image_folder.folder_of(name, split), n, seed, side, skip_broken, workers, quiet)
+        return image_folder.read(
+            image_folder.folder_of(name, split), n, seed, side, skip_broken, workers, quiet
+        )
     if archives.is_archive(name):
         return archives.read(name, split, n, seed, side, skip_broken, workers, quiet)
     if not quiet:
         say(identity(name, split, root))
     if name == "cifair10":
         return judged_pairs.read(split, n, root, seed)
-    return published.read(name, split, root, lambda total: sample_positions(name, total, n, seed), size)
+    return published.read(
+        name, split, root, lambda total: sample_positions(name, total, n, seed), size
+    )
 
 
 def without_place(name: str) -> str:
@@ -90,7 +105,8 @@ def is_resized(name: str) -> bool:
 
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
-    """How many images there are, without reading them; None for `scenes`, which draws any number."""
+    """How many images there are, without reading them; None for `scenes`, which draws any
+    number."""
     if name in DRAWN:
         return None
     if name.startswith(image_folder.PREFIX):
@@ -105,8 +121,9 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
 def identity(name: str, split: str = "train", root: str | Path | None = None) -> SetIdentity:
     """Which images `load` gives, for cache keys: the hash of their content.
 
-    Published sets need not be here: then it is that of the images on which this project's results rest. Of an image
-    folder it is the hash of its file names, sizes and times. Raises IsslError where `load` would for other reasons.
+    Published sets need not be here: then it is that of the images on which this project's results
+    rest. Of an image folder it is the hash of its file names, sizes and times. Raises IsslError
+    where `load` would for other reasons.
     """
     if name in DRAWN:
         return SetIdentity(f"{name}-{scenes.VERSION}", name)
@@ -120,10 +137,16 @@ def identity(name: str, split: str = "train", root: str | Path | None = None) ->
     if archives.is_archive(name):
         paths = archives.files(name, split)
         stamps = [_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:DIGITS] for p in paths]
-        names, left_out = archives.listed(name, split)  # which these are depends on what Pillow reads
+        names, left_out = archives.listed(
+            name, split
+        )  # which these are depends on what Pillow reads
         stamps += [digest(repr(names).encode())] if names else []
         return SetIdentity("-".join(stamps), without_place(name), left_out)
-    return judged_pairs.identity(split, root) if name == "cifair10" else published.identity(name, split, root)
+    return (
+        judged_pairs.identity(split, root)
+        if name == "cifair10"
+        else published.identity(name, split, root)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """Encoded images where they are: files, members of tar archives, rows of parquet and arrow tables.
 
-Each says how to open image i, by name for messages; decoding is the same for all. Nothing is held but where things are.
+Each says how to open image i, by name for messages; decoding is the same for all. Nothing is held
+but where things are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ CLOSING = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 KEPT_GROUPS = 2  # parquet row groups that are held
 LARGEST = 2**29  # bytes of an encoded image; a photograph has some 10⁷
 LARGEST_CLASS = 18  # digits of a class number
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}  # by a file's first two bytes
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZ": "bzip2",
+    b"\xfd7": "xz",
+    b"(\xb5": "zstd",
+}  # by a file's first two bytes
 
 
 @runtime_checkable
@@ -77,7 +83,9 @@ def read_all(file: io.BufferedIOBase, name: str) -> bytes:
     """The bytes of an encoded image; IsslError for one that is far too large to be one."""
     data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise IsslError(f"{name} has more than {LARGEST / 1e6:.0f} MB; an image has far less: remove it")
+        raise IsslError(
+            f"{name} has more than {LARGEST / 1e6:.0f} MB; an image has far less: remove it"
+        )
     return data
 
 
@@ -113,7 +121,8 @@ class Files:
 
 @dataclass(frozen=True)
 class TarMembers:
-    """Members of uncompressed tar archives, each by its archive, offset and length: WebDataset's layout."""
+    """Members of uncompressed tar archives, each by its archive, offset and length: WebDataset's
+    layout."""
 
     archives: Sequence[Path]
     members: Sequence[tuple[int, int, int, str]]  # number of the archive, offset, length, name
@@ -124,7 +133,9 @@ class TarMembers:
     def open(self, i: int) -> io.BufferedIOBase:
         archive, offset, length, _ = self.members[i]
         if length > LARGEST:
-            raise IsslError(f"{self.name(i)} has {length / 1e6:.0f} MB; an image has far less: remove it")
+            raise IsslError(
+                f"{self.name(i)} has {length / 1e6:.0f} MB; an image has far less: remove it"
+            )
         with self.archives[archive].open("rb") as file:
             return io.BytesIO(os.pread(file.fileno(), length, offset))
 
@@ -136,8 +147,11 @@ class TarMembers:
         return _of_files(self.archives)
 
 
-def tar_members(archives: Sequence[Path], selection: Selection) -> tuple[TarMembers, list[int | None]]:
-    """The selected images of these archives, in order, and of each the number in its member `KEY.cls`, if any."""
+def tar_members(
+    archives: Sequence[Path], selection: Selection
+) -> tuple[TarMembers, list[int | None]]:
+    """The selected images of these archives, in order, and of each the number in its member
+    `KEY.cls`, if any."""
     members, labels = [], []
     for number, path in enumerate(archives):
         found: list[tuple[int, int, int, str]] = []
@@ -157,7 +171,9 @@ def tar_members(archives: Sequence[Path], selection: Selection) -> tuple[TarMemb
                     elif member.isfile() and suffix == ".cls":
                         content = archive.extractfile(member)
                         assert content is not None  # it is a file
-                        classes[key] = _class_number(content.read(LARGEST_CLASS + 1), f"{path}:{member.name}")
+                        classes[key] = _class_number(
+                            content.read(LARGEST_CLASS + 1), f"{path}:{member.name}"
+                        )
         except (tarfile.TarError, OSError, ValueError) as error:
             raise IsslError(
                 f"{path} is no readable, uncompressed tar archive ({error}); repair or remove it"
@@ -175,10 +191,15 @@ def _class_number(content: bytes, name: str) -> int:
 
 
 class Rows:
-    """Rows of tables with a column of encoded images, as Hugging Face writes them: {bytes, path}, or bytes alone."""
+    """Rows of tables with a column of encoded images, as Hugging Face writes them: {bytes, path},
+    or bytes alone."""
 
     def __init__(self, files: Sequence[Path], column: str, starts: np.ndarray):
-        self.files, self.column, self.starts = files, column, starts  # of each part; the last entry: how many rows
+        self.files, self.column, self.starts = (
+            files,
+            column,
+            starts,
+        )  # of each part; the last entry: how many rows
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -219,7 +240,9 @@ class ParquetRows(Rows):
         with self._lock:
             if part not in self._held:
                 file, group = self.groups[part]
-                table = pq.ParquetFile(self.files[file]).read_row_group(group, columns=[self.column])
+                table = pq.ParquetFile(self.files[file]).read_row_group(
+                    group, columns=[self.column]
+                )
                 self._held[part] = table.column(self.column).combine_chunks()
                 if len(self._held) > KEPT_GROUPS:
                     self._held.popitem(last=False)
@@ -233,7 +256,9 @@ class ArrowRows(Rows):
     def __init__(self, files: Sequence[Path], column: str):
         self.tables = [open_arrow(path) for path in files]
         self.chunks = [chunk for table in self.tables for chunk in table.column(column).chunks]
-        super().__init__(files, column, np.cumsum([0, *(len(chunk) for chunk in self.chunks)], dtype=np.int64))
+        super().__init__(
+            files, column, np.cumsum([0, *(len(chunk) for chunk in self.chunks)], dtype=np.int64)
+        )
 
     def images(self, part: int) -> pa.Array:
         return self.chunks[part]
@@ -258,18 +283,21 @@ def _of_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-# --- broken images -----------------------------------------------------------------------------------------
+# --- broken images
+# -----------------------------------------------------------------------------------------
 
 
 def broken(encoded: Encoded, rows: np.ndarray, workers: int = 8) -> list[tuple[int, str]]:
     """Which of these images cannot be decoded, and why: by their headers and ends, which is quick.
 
-    Where the closing mark of a JPEG or PNG is not where it belongs, the image is decoded to be sure. An image that is
-    damaged in between is found only when it is needed.
+    Where the closing mark of a JPEG or PNG is not where it belongs, the image is decoded to be
+    sure. An image that is damaged in between is found only when it is needed.
     """
     shares = [rows[k : k + 256].tolist() for k in range(0, len(rows), 256)]
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda share: [(i, fault) for i in share if (fault := _fault(encoded, i))], shares)
+        found = pool.map(
+            lambda share: [(i, fault) for i in share if (fault := _fault(encoded, i))], shares
+        )
         return [each for share in found for each in share]
 
 
@@ -295,9 +323,11 @@ def _fault(encoded: Encoded, i: int) -> str:
 def check(
     encoded: Encoded, what: str, skip: bool, rows: np.ndarray | None = None
 ) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Of these positions (default: all) those of images that can be decoded; the others by name, with the reason.
+    """Of these positions (default: all) those of images that can be decoded; the others by name,
+    with the reason.
 
-    Raises IsslError that lists the first broken ones, unless they are to be skipped, and if none is left.
+    Raises IsslError that lists the first broken ones, unless they are to be skipped, and if none is
+    left.
     """
     wanted = np.arange(len(encoded)) if rows is None else rows
     faults = broken(encoded, wanted)
@@ -305,7 +335,9 @@ def check(
         some = "; ".join(f"{encoded.name(i)} ({why})" for i, why in faults[:5])
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         remedy = "repair or remove them, or add --skip-broken (skip_broken=True)"
-        raise IsslError(f"{what}: {len(faults)} of {len(wanted)} images cannot be decoded: {some}{more}; {remedy}")
+        raise IsslError(
+            f"{what}: {len(faults)} of {len(wanted)} images cannot be decoded: {some}{more}; {remedy}"
+        )
     bad = {i for i, _ in faults}
     good = np.array([i for i in wanted if i not in bad], dtype=np.int64)
     return good, [(encoded.name(i), why) for i, why in faults]

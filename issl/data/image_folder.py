@@ -1,4 +1,5 @@
-"""A folder of images as a data set; if every image is in a sub-folder, the sub-folders are the classes.
+"""A folder of images as a data set; if every image is in a sub-folder, the sub-folders are the
+classes.
 
 Links to folders are followed; hidden files and folders (`.ipynb_checkpoints`) are not read.
 """
@@ -25,19 +26,27 @@ LARGEST_SIDE = 8192  # px: an image of 200 MB
 
 
 def folder_of(name: str, split: str) -> Path:
-    """The folder of the data set `folder:PATH`; IsslError if there is none, and for a split other than train."""
+    """The folder of the data set `folder:PATH`; IsslError if there is none, and for a split other
+    than train."""
     if split != "train":
-        raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits; use a set that has")
+        raise IsslError(
+            f"split {split!r}: {name} is an image folder, which has no splits; use a set that has"
+        )
     folder = Path(name.removeprefix(PREFIX)).expanduser()
     if not folder.is_dir():
-        raise IsslError(f"image folder {str(folder)!r} does not exist; write folder:PATH of a folder of images")
+        raise IsslError(
+            f"image folder {str(folder)!r} does not exist; write folder:PATH of a folder of images"
+        )
     return folder
 
 
 def image_files(folder: Path, selection: Selection | None = None) -> list[Path]:
-    """All images below the folder, sorted, what is left out counted by `selection`; IsslError if there are none."""
+    """All images below the folder, sorted, what is left out counted by `selection`; IsslError if
+    there are none."""
     selection = selection or Selection()
-    files = sorted(p for p in _files(folder, selection) if selection.takes(p.relative_to(folder).as_posix(), p))
+    files = sorted(
+        p for p in _files(folder, selection) if selection.takes(p.relative_to(folder).as_posix(), p)
+    )
     if not files:
         left_out = f"; {selection}" if str(selection) else ""
         raise IsslError(
@@ -48,12 +57,15 @@ def image_files(folder: Path, selection: Selection | None = None) -> list[Path]:
         try:
             str(path).encode()
         except UnicodeEncodeError as error:
-            raise IsslError(f"image folder: the name {str(path)!r} is not in UTF-8; rename this file") from error
+            raise IsslError(
+                f"image folder: the name {str(path)!r} is not in UTF-8; rename this file"
+            ) from error
     return files
 
 
 def _files(folder: Path, selection: Selection) -> Iterator[Path]:
-    """All files below the folder, through links too, but not through one to a folder that it is in itself."""
+    """All files below the folder, through links too, but not through one to a folder that it is in
+    itself."""
     todo: list[tuple[str, tuple[str, ...]]] = [(str(folder), ())]
     while todo:
         place, holders = todo.pop()  # holders: where the links that led here really are
@@ -80,16 +92,22 @@ def _files(folder: Path, selection: Selection) -> Iterator[Path]:
 
 
 def path_index(path: str) -> int:
-    """An image's index: 62 bits of the hash of its path in the folder, so other files change nothing about it."""
+    """An image's index: 62 bits of the hash of its path in the folder, so other files change
+    nothing about it."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 2
 
 
 def read(
-    folder: Path, n: int | None, seed: int, size: int, skip_broken: bool = False, workers: int | None = None,
+    folder: Path,
+    n: int | None,
+    seed: int,
+    size: int,
+    skip_broken: bool = False,
+    workers: int | None = None,
     quiet: bool = False,
-) -> Images:  # fmt: skip
-    """n of the images below the folder (default: all) as squares of `size` px, decoded when they are needed;
-    attributes: index, path, label_name."""
+) -> Images:
+    """n of the images below the folder (default: all) as squares of `size` px, decoded when they
+    are needed; attributes: index, path, label_name."""
     check_size(size)
     selection = Selection()
     every = [path.relative_to(folder).as_posix() for path in image_files(folder, selection)]

@@ -1,8 +1,9 @@
-"""Image operations: batched, on the device of the pixels, their parameters one per image as tensors.
+"""Image operations: batched, on the device of the pixels, their parameters one per image as
+tensors.
 
-So an image's result is a function of its own parameters alone, and shapes never depend on values (which suits a
-compiler, and no operation waits for the device). Pixels are float in [0, 1]. Each operation equals torchvision's
-functional one with the same parameters (tested).
+So an image's result is a function of its own parameters alone, and shapes never depend on values
+(which suits a compiler, and no operation waits for the device). Pixels are float in [0, 1]. Each
+operation equals torchvision's functional one with the same parameters (tested).
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ Pixels = Float[Tensor, "b 3 h w"]
 PerImage = Float[Tensor, " b"]
 Which = Bool[Tensor, " b"]
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the parts of colour jitter, as `order` names them
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(
+    4
+)  # the parts of colour jitter, as `order` names them
 
 
 def crop(
-    x: Pixels, box: Float[Tensor, "b 4"], mirror: Which | None = None, size: tuple[int, int] | None = None
+    x: Pixels,
+    box: Float[Tensor, "b 4"],
+    mirror: Which | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Float[Tensor, "b 3 h2 w2"]:
-    """Resize each image's own box to `size` (default: the image's), bilinear; mirrored where `mirror`.
+    """Resize each image's own box to `size` (default: the image's), bilinear; mirrored where
+    `mirror`.
 
-    box = (centre_y, centre_x, height, width), as fractions of the image. One affine grid for both, the
-    sampling of torchvision's `resized_crop` without antialiasing.
+    box = (centre_y, centre_x, height, width), as fractions of the image. One affine grid for both,
+    the sampling of torchvision's `resized_crop` without antialiasing.
     """
     cy, cx, h, w = box.unbind(1)
     theta = x.new_zeros(len(x), 2, 3)
@@ -42,7 +49,8 @@ def flip(x: Pixels, yes: Which) -> Pixels:
 
 
 def luma(x: Pixels) -> Float[Tensor, "b 1 h w"]:
-    """ITU-R BT.601 grey, PIL's weights (torchvision's tensor operations round the first to 0.2989)."""
+    """ITU-R BT.601 grey, PIL's weights (torchvision's tensor operations round the first to
+    0.2989)."""
     r, g, b = x.split(1, 1)
     return 0.299 * r + 0.587 * g + 0.114 * b
 
@@ -70,7 +78,9 @@ def hue(x: Pixels, shift: PerImage) -> Pixels:
     r, g, b = x.unbind(1)
     safe = torch.where(chroma > 0, chroma, 1)
     sector = torch.where(
-        value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+        value == r,
+        ((g - b) / safe) % 6,
+        torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4),
     )
     turned = sector + 6 * shift[:, None, None]
     offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)  # of red, green, blue: 5, 3, 1
@@ -78,11 +88,14 @@ def hue(x: Pixels, shift: PerImage) -> Pixels:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def jitter(x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], yes: Which) -> Pixels:
+def jitter(
+    x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], yes: Which
+) -> Pixels:
     """Colour jitter: the four parts with each image's own factors, in its own order, where `yes`.
 
-    Brightness, contrast and saturation are blends with a grey; hue is not. So every order is: up to three blends,
-    hue, up to three blends. Where it is not a blend's turn, its factor is 1 and it changes nothing.
+    Brightness, contrast and saturation are blends with a grey; hue is not. So every order is: up to
+    three blends, hue, up to three blends. Where it is not a blend's turn, its factor is 1 and it
+    changes nothing.
     """
     hue_at = order.eq(HUE).int().argmax(1)
     for step in range(3):
@@ -94,11 +107,14 @@ def jitter(x: Pixels, factors: Float[Tensor, "b 4"], order: Int[Tensor, "b 4"], 
 
 
 def _blend(x: Pixels, factors: Tensor, which: Int[Tensor, " b"], active: Which) -> Pixels:
-    """Brightness, contrast or saturation, as `which` says for the image; no change where not `active`."""
+    """Brightness, contrast or saturation, as `which` says for the image; no change where not
+    `active`."""
     factor = torch.where(active, factors.gather(1, which[:, None]).squeeze(1), 1)
     grey = luma(x)
     mean = grey.mean((2, 3), keepdim=True)
-    base = torch.where(_wide(which == SATURATION), grey, torch.where(_wide(which == CONTRAST), mean, 0))
+    base = torch.where(
+        _wide(which == SATURATION), grey, torch.where(_wide(which == CONTRAST), mean, 0)
+    )
     return torch.lerp(base, x, _wide(factor)).clamp_(0, 1)
 
 
@@ -108,9 +124,11 @@ def grayscale(x: Pixels, yes: Which) -> Pixels:
 
 
 def blur(x: Pixels, sigma: PerImage, yes: Which, radius: int | None = None) -> Pixels:
-    """Gaussian blur with each image's own standard deviation (in pixels, > 0), where `yes`; edges mirrored.
+    """Gaussian blur with each image's own standard deviation (in pixels, > 0), where `yes`; edges
+    mirrored.
 
-    radius   of the kernel; default: 5% of the side, so that it spans 10% of it (Chen et al. 2020, App. A)
+    radius   of the kernel; default: 5% of the side, so that it spans 10% of it (Chen et al. 2020,
+             App. A)
     """
     h, w = x.shape[-2:]
     radius = max(1, round(0.05 * w)) if radius is None else radius

@@ -20,24 +20,36 @@ from torch import Tensor
 from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
-# columns that are ours in tables of scores and beside them: what a set's own table calls so is renamed as it is read
+# columns that are ours in tables of scores and beside them: what a set's own table calls so is
+# renamed as it is read
 OURS = (
-    "index", "influence", "stability_loss", "loss", "grad_norm", "standard_error", "position", "path",
-    "duplicate_of", "duplicate_kind", "atypical",
-)  # fmt: skip
+    "index",
+    "influence",
+    "stability_loss",
+    "loss",
+    "grad_norm",
+    "standard_error",
+    "position",
+    "path",
+    "duplicate_of",
+    "duplicate_kind",
+    "atypical",
+)
 
 
 @dataclass(frozen=True)
 class Images:
     """A set of images, all of one size.
 
-    pixels      uint8 (n, 3, H, W), 0…255: a tensor, or `LazyPixels`, which decodes what is asked for
+    pixels      uint8 (n, 3, H, W), 0…255: a tensor, or `LazyPixels`, which decodes what is asked
+                for
     labels      int64 (n,), or None where the set has none
-    attributes  one row per image; always has `index`, the image's identity: it survives `subset`, and the image's
-                random numbers depend on it. With labels there is `label_name`
+    attributes  one row per image; always has `index`, the image's identity: it survives `subset`,
+                and the image's random numbers depend on it. With labels there is `label_name`
     name        the data set's name, for titles and records
     masks       uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None
-    broken      the images that were left out because they cannot be decoded: name and reason of each
+    broken      the images that were left out because they cannot be decoded: name and reason of
+                each
     """
 
     pixels: UInt8[Tensor, "n 3 h w"] | LazyPixels
@@ -63,7 +75,9 @@ class Images:
             raise IsslError(f"images {self.name!r}: lengths differ: {sizes}")
         if self.attributes["index"].duplicated().any():
             twice = self.attributes["index"][self.attributes["index"].duplicated()].iloc[0]
-            raise IsslError(f"images {self.name!r}: index {twice} occurs twice; each image needs its own")
+            raise IsslError(
+                f"images {self.name!r}: index {twice} occurs twice; each image needs its own"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -82,11 +96,14 @@ class Images:
         return replace(self, pixels=self.tensor())
 
     def require(self, attributes: Sequence[str]) -> pd.DataFrame:
-        """These attributes of the images; if one is missing, an IsslError that names the existing ones."""
+        """These attributes of the images; if one is missing, an IsslError that names the existing
+        ones."""
         missing = [a for a in attributes if a not in self.attributes]
         if missing:
             known = ", ".join(self.attributes.columns)
-            raise IsslError(f"{self.name} has no attribute {missing[0]!r}; choose among {known}, or another data set")
+            raise IsslError(
+                f"{self.name} has no attribute {missing[0]!r}; choose among {known}, or another data set"
+            )
         return self.attributes[list(attributes)]
 
     def require_labels(self) -> Int64[Tensor, " n"]:
@@ -99,17 +116,24 @@ class Images:
         return self.labels
 
     def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
-        """The images at positions `idx` (or where a boolean mask is true), each keeping its `index`."""
+        """The images at positions `idx` (or where a boolean mask is true), each keeping its
+        `index`."""
         rows = idx if isinstance(idx, Tensor) else torch.from_numpy(_positions(idx, self.name))
         if rows.dtype == torch.bool:
             if len(rows) != len(self):
-                raise IsslError(f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images")
+                raise IsslError(
+                    f"subset of {self.name!r}: mask of length {len(rows)} for {len(self)} images"
+                )
             rows = rows.nonzero().squeeze(1)
         rows = rows.to(torch.int64)
         if len(rows) and (int(rows.min()) < -len(self) or int(rows.max()) >= len(self)):
-            raise IsslError(f"subset of {self.name!r}: position {int(rows.max())} in a set of {len(self)}")
+            raise IsslError(
+                f"subset of {self.name!r}: position {int(rows.max())} in a set of {len(self)}"
+            )
         return Images(
-            pixels=self.pixels.subset(rows) if isinstance(self.pixels, LazyPixels) else self.pixels[rows],
+            pixels=self.pixels.subset(rows)
+            if isinstance(self.pixels, LazyPixels)
+            else self.pixels[rows],
             labels=None if self.labels is None else self.labels[rows],
             attributes=self.attributes.iloc[rows.numpy()].reset_index(drop=True),
             name=self.name,
@@ -118,7 +142,8 @@ class Images:
 
 
 def own_names(attributes: pd.DataFrame, ours: Iterable[str]) -> pd.DataFrame:
-    """The attributes with `own_` before the names that are among `ours`, so that ours keep their names beside them."""
+    """The attributes with `own_` before the names that are among `ours`, so that ours keep their
+    names beside them."""
     names: dict[str, str] = {}
     for column in set(ours) & set(attributes.columns):
         names[column] = f"own_{column}"
@@ -135,7 +160,8 @@ def _positions(idx: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
 
 
 def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndarray:
-    """The positions that a request for `n` of `total` images gets: all, or a random subset in the original order."""
+    """The positions that a request for `n` of `total` images gets: all, or a random subset in the
+    original order."""
     if n is None:
         return np.arange(total)
     if not 0 < n <= total:
@@ -144,8 +170,8 @@ def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndar
 
 
 def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
-    """The centred square of an encoded image, upright, resized to `size` px if necessary. Raises IsslError, which
-    says `what` it is, if the bytes are not an image."""
+    """The centred square of an encoded image, upright, resized to `size` px if necessary. Raises
+    IsslError, which says `what` it is, if the bytes are not an image."""
     try:
         opened = Image.open(io.BytesIO(data))
     except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
@@ -155,8 +181,9 @@ def decode(data: bytes, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
 
 
 def as_it_looks(image: Image.Image, what: str, ours: bool = False) -> Image.Image:
-    """An image of any mode in RGB, upright as its camera was held, of 8 bits; nobody else's image is changed (`ours`
-    may be). Raises IsslError, which says `what` it is, if it cannot be decoded or its white is not known."""
+    """An image of any mode in RGB, upright as its camera was held, of 8 bits; nobody else's image
+    is changed (`ours` may be). Raises IsslError, which says `what` it is, if it cannot be decoded
+    or its white is not known."""
     try:
         why = unknown_range(image)  # before its format is forgotten
         if ours:
@@ -190,7 +217,8 @@ def unknown_range(image: Image.Image) -> str:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A greyscale image of 16 bits, scaled to 8 (Pillow cuts it off at 255, which is white); others as they are."""
+    """A greyscale image of 16 bits, scaled to 8 (Pillow cuts it off at 255, which is white); others
+    as they are."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
@@ -201,5 +229,7 @@ def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 s s"]:
     side = min(image.size)
     if image.size != (size, size):
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        image = image.resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+        )
     return np.asarray(image).transpose(2, 0, 1)

@@ -1,5 +1,5 @@
-"""cifair10: CIFAR-10's training set with those test images that people judged to show the same as a training image
-(Barz & Denzler 2020, arXiv 1902.00423)."""
+"""cifair10: CIFAR-10's training set with those test images that people judged to show the same as a
+training image (Barz & Denzler 2020, arXiv 1902.00423)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ PAIRS = "75dad6cc7b1628eb"  # of the judgements as published
 
 
 def identity(split: str, root: str | Path | None) -> SetIdentity:
-    """That of CIFAR-10's two sets and of the judgements together; of those that are not here, of the published ones."""
+    """That of CIFAR-10's two sets and of the judgements together; of those that are not here, of
+    the published ones."""
     _check(split)
     base = published.data_root(root)
-    pairs = PAIRS if base is None or not _file(base).is_file() else digest(_pairs(split, root).to_csv().encode())
+    pairs = (
+        PAIRS
+        if base is None or not _file(base).is_file()
+        else digest(_pairs(split, root).to_csv().encode())
+    )
     parts = [published.identity("cifar10", split, root) for split in ("train", "test")]
     changed = [part for part in parts if part.about]
     name = changed[0].name.replace("cifar10", "cifair10") if changed else "cifair10"
@@ -40,7 +45,8 @@ def _file(base: Path) -> Path:
 
 
 def _pairs(split: str, root: str | Path | None) -> pd.DataFrame:
-    """TestID, TrainID and Judgment, in the order of the test images. Raises IsslError where the table is missing."""
+    """TestID, TrainID and Judgment, in the order of the test images. Raises IsslError where the
+    table is missing."""
     _check(split)
     base = published.data_root(root)
     path = _file(base or Path("DIR"))
@@ -56,10 +62,12 @@ def _pairs(split: str, root: str | Path | None) -> pd.DataFrame:
 
 
 def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Images:
-    """n training images, the judged ones among them, followed by their test partners (index CIFAR10_TRAIN + TestID).
+    """n training images, the judged ones among them, followed by their test partners (index
+    CIFAR10_TRAIN + TestID).
 
-    Attributes: duplicate_of (of a test image, the index of its training partner; −1 for all others), duplicate_kind
-    (exact duplicate, near duplicate or very similar, as judged). Raises IsslError for an n that is too small or large.
+    Attributes: duplicate_of (of a test image, the index of its training partner; −1 for all
+    others), duplicate_kind (exact duplicate, near duplicate or very similar, as judged). Raises
+    IsslError for an n that is too small or large.
     """
     table = _pairs(split, root)
     judged = table["TrainID"].unique()
@@ -76,16 +84,21 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
 
     first = published.read("cifar10", "train", root, choose)
     second = published.read("cifar10", "test", root, lambda _: table["TestID"].to_numpy())
-    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])[table["Judgment"].to_numpy()]
+    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])[
+        table["Judgment"].to_numpy()
+    ]
     attributes = pd.concat(
         [
             first.attributes.assign(duplicate_of=-1, duplicate_kind=""),
             second.attributes.assign(
-                index=second.attributes["index"] + CIFAR10_TRAIN, duplicate_of=table["TrainID"].to_numpy(),
+                index=second.attributes["index"] + CIFAR10_TRAIN,
+                duplicate_of=table["TrainID"].to_numpy(),
                 duplicate_kind=kinds,
             ),
         ],
         ignore_index=True,
-    )  # fmt: skip
+    )
     pixels = torch.cat([first.tensor(), second.tensor()])
-    return Images(pixels, torch.cat([first.require_labels(), second.require_labels()]), attributes, "cifair10")
+    return Images(
+        pixels, torch.cat([first.require_labels(), second.require_labels()]), attributes, "cifair10"
+    )

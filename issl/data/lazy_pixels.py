@@ -1,7 +1,9 @@
-"""Pixels that need not fit into memory: decoded when they are asked for, the next ones ahead of time.
+"""Pixels that need not fit into memory: decoded when they are asked for, the next ones ahead of
+time.
 
-Threads decode, not processes: the decoders of Pillow release the interpreter's lock, nothing is copied from one process
-to another, and a process that holds a GPU need not fork. At most one further batch is held.
+Threads decode, not processes: the decoders of Pillow release the interpreter's lock, nothing is
+copied from one process to another, and a process that holds a GPU need not fork. At most one
+further batch is held.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Source(Protocol):
 
 
 class LazyPixels:
-    """The uint8 pixels (n, 3, h, w) of some images of a source; takes positions as a tensor does, and gives tensors.
+    """The uint8 pixels (n, 3, h, w) of some images of a source; takes positions as a tensor does,
+    and gives tensors.
 
     source   from which images are decoded
     size     (h, w) of every image
@@ -46,9 +49,12 @@ class LazyPixels:
     dtype, ndim = torch.uint8, 4
 
     def __init__(
-        self, source: Source, size: tuple[int, int], rows: Sequence[int] | np.ndarray | None = None,
+        self,
+        source: Source,
+        size: tuple[int, int],
+        rows: Sequence[int] | np.ndarray | None = None,
         workers: int | None = None,
-    ):  # fmt: skip
+    ):
         self.source, self.workers = source, workers
         self.rows = np.arange(len(source)) if rows is None else np.asarray(rows, dtype=np.int64)
         self.shape = torch.Size((len(self.rows), 3, *size))
@@ -57,12 +63,18 @@ class LazyPixels:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, where: int | np.integer | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
+    def __getitem__(
+        self, where: int | np.integer | slice | Sequence[int] | np.ndarray | Tensor
+    ) -> Tensor:
         """A slice also begins to decode the images that follow it, as many again."""
         if isinstance(where, slice):
             places = range(*where.indices(len(self)))
             found = self._decoded(places)
-            follow = range(places.stop, min(places.stop + len(places), len(self))) if places.step == 1 else range(0)
+            follow = (
+                range(places.stop, min(places.stop + len(places), len(self)))
+                if places.step == 1
+                else range(0)
+            )
             self._ahead = {place: self._start(place) for place in follow}
             return found
         chosen = torch.as_tensor(where)
@@ -79,7 +91,9 @@ class LazyPixels:
 
     def subset(self, rows: Tensor) -> LazyPixels:
         """These images, still not decoded."""
-        return LazyPixels(self.source, (self.shape[2], self.shape[3]), self.rows[rows.numpy()], self.workers)
+        return LazyPixels(
+            self.source, (self.shape[2], self.shape[3]), self.rows[rows.numpy()], self.workers
+        )
 
     def identity(self) -> str:
         """A text that changes when the images may have changed."""

@@ -1,8 +1,10 @@
-"""The published data sets, CIFAR and FairFace: where they are under the data root, how they are read and downloaded.
+"""The published data sets, CIFAR and FairFace: where they are under the data root, how they are
+read and downloaded.
 
-They are read in the Hugging Face parquet layout (images as encoded bytes) or, for CIFAR, in torchvision's layout, whose
-checksums torchvision itself verifies. A missing file is an error that says where it belongs and how to get it. Which
-images a set holds is known by their content (`identity`), whatever the layout.
+They are read in the Hugging Face parquet layout (images as encoded bytes) or, for CIFAR, in
+torchvision's layout, whose checksums torchvision itself verifies. A missing file is an error that
+says where it belongs and how to get it. Which images a set holds is known by their content
+(`identity`), whatever the layout.
 """
 
 from __future__ import annotations
@@ -23,12 +25,21 @@ import torch
 from PIL import Image
 
 from issl.data import superclasses
-from issl.data.identity import SetIdentity, as_records, canonical_order, differences, digest, remembered
+from issl.data.identity import (
+    SetIdentity,
+    as_records,
+    canonical_order,
+    differences,
+    digest,
+    remembered,
+)
 from issl.data.images import Images, decode
 from issl.errors import IsslError
 
 T = TypeVar("T")
-Choose = Callable[[int], np.ndarray]  # from the number of images in the set to the positions of those wanted
+Choose = Callable[
+    [int], np.ndarray
+]  # from the number of images in the set to the positions of those wanted
 
 ENVIRONMENT = "ISSL_DATA"
 
@@ -44,12 +55,19 @@ class Source:
     size: int = 32  # side of the images in px
     # of each split what `identity` gives for the images on which this project's results rest
     known: Mapping[str, SetIdentity] = field(default_factory=dict)
-    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # → prefix of files
-    lossy: bool = False  # photos whose decoded pixels may depend on the decoder: known by their files' bytes
-    unordered: bool = False  # copies have their rows in different orders; here they stand in that of their hashes
+    splits: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train", "test": "test"}
+    )  # → prefix of files
+    lossy: bool = (
+        False  # photos whose decoded pixels may depend on the decoder: known by their files' bytes
+    )
+    unordered: bool = (
+        False  # copies have their rows in different orders; here they stand in that of their hashes
+    )
     torchvision: tuple[str, str] | None = None  # its class there, and the folder of its files
     superclasses: Sequence[str] | None = None  # of each class, by its number
-    # names of the codes in a column, for files that do not carry them in their own metadata (the published ones do)
+    # names of the codes in a column, for files that do not carry them in their own metadata (the
+    # published ones do)
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -65,28 +83,72 @@ def _known(train: str, test: str, name: str, about: str = "") -> Mapping[str, Se
 
 SOURCES = {
     "cifar10": Source(
-        "cifar10/plain_text", "img", "label", "uoft-cs/cifar10",
-        known=_known("a0181da372c0d63a", "8e2eb146ae340b09", "cifar10"), torchvision=("CIFAR10", "cifar-10-batches-py"),
-        names={"label": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")},
+        "cifar10/plain_text",
+        "img",
+        "label",
+        "uoft-cs/cifar10",
+        known=_known("a0181da372c0d63a", "8e2eb146ae340b09", "cifar10"),
+        torchvision=("CIFAR10", "cifar-10-batches-py"),
+        names={
+            "label": (
+                "airplane",
+                "automobile",
+                "bird",
+                "cat",
+                "deer",
+                "dog",
+                "frog",
+                "horse",
+                "ship",
+                "truck",
+            )
+        },
     ),
     "cifar100": Source(
-        "cifar100/cifar100", "img", "fine_label", "uoft-cs/cifar100", unordered=True,
-        known=_known("43de8f4eb77d5528", "9ba650f9fc92e03a", "cifar100"), torchvision=("CIFAR100", "cifar-100-python"),
-        superclasses=superclasses.OF_CLASS, names={"fine_label": superclasses.CLASSES},
+        "cifar100/cifar100",
+        "img",
+        "fine_label",
+        "uoft-cs/cifar100",
+        unordered=True,
+        known=_known("43de8f4eb77d5528", "9ba650f9fc92e03a", "cifar100"),
+        torchvision=("CIFAR100", "cifar-100-python"),
+        superclasses=superclasses.OF_CLASS,
+        names={"fine_label": superclasses.CLASSES},
     ),
     "fairface": Source(
-        "fairface/0.25", "image", "race", "HuggingFaceM4/FairFace", 64,
+        "fairface/0.25",
+        "image",
+        "race",
+        "HuggingFaceM4/FairFace",
+        64,
         _known("cca3925859a15ea3", "02b960ef722af267", "fairface-64px", FACES),
-        {"train": "train", "test": "validation"}, lossy=True,
+        {"train": "train", "test": "validation"},
+        lossy=True,
         names={
-            "age": ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"),
+            "age": (
+                "0-2",
+                "3-9",
+                "10-19",
+                "20-29",
+                "30-39",
+                "40-49",
+                "50-59",
+                "60-69",
+                "more than 70",
+            ),
             "gender": ("Male", "Female"),
             "race": (
-                "East Asian", "Indian", "Black", "White", "Middle Eastern", "Latino_Hispanic", "Southeast Asian",
+                "East Asian",
+                "Indian",
+                "Black",
+                "White",
+                "Middle Eastern",
+                "Latino_Hispanic",
+                "Southeast Asian",
             ),
         },
     ),
-}  # fmt: skip
+}
 
 
 def data_root(root: str | Path | None = None) -> Path | None:
@@ -95,9 +157,12 @@ def data_root(root: str | Path | None = None) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def read(name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None) -> Images:
-    """The chosen images of a set; attributes: index, label_name, the set's own columns, and CIFAR-100's superclass and
-    row (in the files here; its index is that in the order which any copy gives)."""
+def read(
+    name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None
+) -> Images:
+    """The chosen images of a set; attributes: index, label_name, the set's own columns, and
+    CIFAR-100's superclass and row (in the files here; its index is that in the order which any copy
+    gives)."""
     found, source = _locate(name, split, root), SOURCES[name]
     which, whole = identity(name, split, root), _open(name, split, found)
     rows = choose(len(whole))
@@ -107,12 +172,15 @@ def read(name: str, split: str, root: str | Path | None, choose: Choose, size: i
     if which.order is not None:
         images.attributes["row"] = there
     if source.superclasses is not None:
-        images.attributes["superclass"] = np.array(source.superclasses)[images.require_labels().numpy()]
+        images.attributes["superclass"] = np.array(source.superclasses)[
+            images.require_labels().numpy()
+        ]
     return images
 
 
 def identity(name: str, split: str, root: str | Path | None) -> SetIdentity:
-    """Which images are under the data root or, where none are, on which ones this project's results rest.
+    """Which images are under the data root or, where none are, on which ones this project's results
+    rest.
 
     Raises IsslError for an unknown name or split, and for files that are damaged.
     """
@@ -128,7 +196,11 @@ def _identify(name: str, split: str, found: list[Path] | Path) -> SetIdentity:
     source, known, whole = SOURCES[name], SOURCES[name].known[split], _open(name, split, found)
     if source.lossy:
         content = [digest(data.as_py()).encode() for data in _encoded(name, whole)]
-        labels = whole.select(sorted(set(whole.column_names) - {source.image})).to_pandas().to_csv(index=False)
+        labels = (
+            whole.select(sorted(set(whole.column_names) - {source.image}))
+            .to_pandas()
+            .to_csv(index=False)
+        )
         here = digest(b"".join([*content, labels.encode()]))
         other = SetIdentity(here, name, f"not the photos that our results rest on ({known.about})")
         return known if here == known.digest else other
@@ -158,7 +230,9 @@ def count(name: str, split: str, root: str | Path | None) -> int:
     """How many images the set has, without reading them."""
     found = _locate(name, split, root)
     if isinstance(found, Path):
-        return 50_000 if split == "train" else 10_000  # torchvision's layout is the whole set or nothing
+        return (
+            50_000 if split == "train" else 10_000
+        )  # torchvision's layout is the whole set or nothing
     return sum(_opened(path, pq.read_metadata).num_rows for path in found)
 
 
@@ -166,7 +240,9 @@ def download(name: str, root: str | Path | None = None) -> Path:
     """Download a data set from its public home into the data root; returns its folder."""
     base = data_root(root)
     if base is None:
-        raise IsslError(f"download of {name!r}: say where to, with --data-root DIR or {ENVIRONMENT}=DIR")
+        raise IsslError(
+            f"download of {name!r}: say where to, with --data-root DIR or {ENVIRONMENT}=DIR"
+        )
     if name not in SOURCES:
         raise IsslError(f"download of {name!r}: only {', '.join(SOURCES)} can be downloaded")
     source = SOURCES[name]
@@ -178,16 +254,21 @@ def download(name: str, root: str | Path | None = None) -> Path:
         import huggingface_hub  # slow to import, and needed only here
 
         huggingface_hub.snapshot_download(
-            source.repository, repo_type="dataset", allow_patterns="0.25/*.parquet",
+            source.repository,
+            repo_type="dataset",
+            allow_patterns="0.25/*.parquet",
             local_dir=base / Path(source.folder).parts[0],
-        )  # fmt: skip
+        )
     except (OSError, RuntimeError) as error:
-        raise IsslError(f"download of {name!r} failed ({error}). {_how_to_get(name, base)}") from error
+        raise IsslError(
+            f"download of {name!r} failed ({error}). {_how_to_get(name, base)}"
+        ) from error
     return base / source.folder
 
 
 def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path:
-    """The parquet files of a set or, where there are none, the folder in which torchvision finds it."""
+    """The parquet files of a set or, where there are none, the folder in which torchvision finds
+    it."""
     _check(name, split)
     base = data_root(root)
     if base is None:
@@ -196,10 +277,14 @@ def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path
             + _how_to_get(name, Path("DIR"))
         )
     if not base.is_dir():
-        raise IsslError(f"data root {str(base)!r} is not a folder; check --data-root or {ENVIRONMENT}")
+        raise IsslError(
+            f"data root {str(base)!r} is not a folder; check --data-root or {ENVIRONMENT}"
+        )
     if (found := _found(name, split, base)) is not None:
         return found
-    raise IsslError(f"data set {name!r} ({split}) is not under {str(base)!r}. {_how_to_get(name, base)}")
+    raise IsslError(
+        f"data set {name!r} ({split}) is not under {str(base)!r}. {_how_to_get(name, base)}"
+    )
 
 
 def _check(name: str, split: str) -> None:
@@ -213,7 +298,8 @@ def _check(name: str, split: str) -> None:
 
 
 def layout(name: str, split: str, base: Path) -> str | None:
-    """In which layout this folder holds the set, in words; None where it does not hold it. No file is opened."""
+    """In which layout this folder holds the set, in words; None where it does not hold it. No file
+    is opened."""
     found = _found(name, split, base)
     if found is None:
         return None
@@ -223,7 +309,8 @@ def layout(name: str, split: str, base: Path) -> str | None:
 def _found(name: str, split: str, base: Path) -> list[Path] | Path | None:
     """As `_locate`; None where this folder holds neither."""
     source = SOURCES[name]
-    # the second: the folder is itself a snapshot of the set's repository, as the hub's cache keeps it
+    # the second: the folder is itself a snapshot of the set's repository, as the hub's cache keeps
+    # it
     for folder in (base / source.folder, base / Path(source.folder).name):
         if found := sorted(folder.glob(f"{source.splits[split]}-*.parquet")):
             return found
@@ -253,7 +340,10 @@ def _open(name: str, split: str, found: list[Path] | Path) -> Any:
             raise IsslError(
                 f"data set {name!r} under {found}: {error} (a checksum differs or a file is missing); download it again"
             ) from error
-    source, table = SOURCES[name], pa.concat_tables([_opened(path, pq.read_table) for path in found])
+    source, table = (
+        SOURCES[name],
+        pa.concat_tables([_opened(path, pq.read_table) for path in found]),
+    )
     missing = {source.image, source.label} - set(table.column_names)
     if missing:
         raise IsslError(f"{found[0]}: no column {sorted(missing)}; {name} has {table.column_names}")
@@ -277,20 +367,28 @@ def _images(name: str, whole: Any, rows: np.ndarray, size: int) -> Images:
         labels = table.column(source.label).to_numpy()
         attributes["label_name"] = attributes[source.label]
     else:
-        pixels, labels = np.ascontiguousarray(whole.data[rows].transpose(0, 3, 1, 2)), np.asarray(whole.targets)[rows]
+        pixels, labels = (
+            np.ascontiguousarray(whole.data[rows].transpose(0, 3, 1, 2)),
+            np.asarray(whole.targets)[rows],
+        )
         attributes["label_name"] = np.array(whole.classes)[labels]
-    return Images(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), attributes, name)
+    return Images(
+        torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), attributes, name
+    )
 
 
 def _opened(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise IsslError(f"{path} is not a readable parquet file ({error}); copy or download it again") from error
+        raise IsslError(
+            f"{path} is not a readable parquet file ({error}); copy or download it again"
+        ) from error
 
 
 def _named(source: Source, table: pa.Table, column: str) -> np.ndarray:
-    """A column's values, class codes replaced by their names (from the file's metadata, else the source's)."""
+    """A column's values, class codes replaced by their names (from the file's metadata, else the
+    source's)."""
     values = table.column(column).to_numpy()
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = metadata.get("info", {}).get("features", {}).get(column, {})

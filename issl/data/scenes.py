@@ -1,12 +1,13 @@
 """`scenes`: drawn images whose ground truth is known exactly.
 
-One object of ten shapes, in a random pose, on a background that is uniform (white, black, a colour) or textured. What
-the paper can only observe on photographs is a column here: the kind of background, the foreground mask, a group with a
-chosen skew, injected exact and near duplicates, injected atypical images.
+One object of ten shapes, in a random pose, on a background that is uniform (white, black, a colour)
+or textured. What the paper can only observe on photographs is a column here: the kind of
+background, the foreground mask, a group with a chosen skew, injected exact and near duplicates,
+injected atypical images.
 
-Each property has its own random stream, keyed by (seed, split, property). So the first n images of a larger set are the
-set of size n, and `background="white"` changes the backgrounds and nothing else: the same objects in the same poses,
-which gives every image a counterfactual twin.
+Each property has its own random stream, keyed by (seed, split, property). So the first n images of
+a larger set are the set of size n, and `background="white"` changes the backgrounds and nothing
+else: the same objects in the same poses, which gives every image a counterfactual twin.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ from issl.data.images import Images
 from issl.errors import IsslError
 
 SIDE = 32
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "star", "plus", "crescent", "dumbbell", "ell")
+CLASSES = (
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "triangle",
+    "star",
+    "plus",
+    "crescent",
+    "dumbbell",
+    "ell",
+)
 BACKGROUNDS = ("white", "black", "colour", "texture")
 GROUPS = ("warm", "cool")
 ATYPICAL = ("static", "shuffled", "empty")
@@ -38,21 +50,33 @@ Background = Literal["white", "black", "colour", "texture"]
 class ScenesConfig(Config):
     """The composition of the set; each share is a probability per image."""
 
-    uniform: float = Field(0.3, ge=0, le=1, description="backgrounds that are white, black or one colour")
+    uniform: float = Field(
+        0.3, ge=0, le=1, description="backgrounds that are white, black or one colour"
+    )
     minority: float = Field(0.2, ge=0, le=1, description="images of the group `cool`")
-    exact_duplicates: float = Field(0.01, ge=0, le=1, description="images that are copies of another one")
-    near_duplicates: float = Field(0.01, ge=0, le=1, description="copies shifted by 1–2 px, a little brighter")
+    exact_duplicates: float = Field(
+        0.01, ge=0, le=1, description="images that are copies of another one"
+    )
+    near_duplicates: float = Field(
+        0.01, ge=0, le=1, description="copies shifted by 1–2 px, a little brighter"
+    )
     atypical: float = Field(0.01, ge=0, le=1, description="static, shuffled or empty images")
     noise: float = Field(0.01, ge=0, le=0.5, description="sensor noise, standard deviation")
-    background: Background | None = Field(None, description="give every image this background instead")
+    background: Background | None = Field(
+        None, description="give every image this background instead"
+    )
 
 
-def draw(n: int | None = None, split: str = "train", seed: int = 0, config: ScenesConfig | None = None) -> Images:
-    """Draw the first `n` images of the set (`seed`, `split`); n=None gives 10,000 train or 2,000 test.
+def draw(
+    n: int | None = None, split: str = "train", seed: int = 0, config: ScenesConfig | None = None
+) -> Images:
+    """Draw the first `n` images of the set (`seed`, `split`); n=None gives 10,000 train or 2,000
+    test.
 
-    Attributes: index, label_name, background ("none" for static and shuffled images), uniform, group,
-    duplicate_of (index of the original, always an earlier image; −1 for none), duplicate_kind, atypical
-    ("" for ordinary ones). Masks are given. Raises IsslError for an unknown split and impossible shares.
+    Attributes: index, label_name, background ("none" for static and shuffled images), uniform,
+    group, duplicate_of (index of the original, always an earlier image; −1 for none),
+    duplicate_kind, atypical ("" for ordinary ones). Masks are given. Raises IsslError for an
+    unknown split and impossible shares.
     """
     config = config or ScenesConfig()
     if split not in DEFAULT_SIZE:
@@ -76,13 +100,16 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
         np.cumsum([config.exact_duplicates, config.near_duplicates, config.atypical]),
     )
     if edges[-1] > 1:
-        raise IsslError(f"shares of duplicates and atypical images add up to {edges[-1]:.2f}, more than 1")
+        raise IsslError(
+            f"shares of duplicates and atypical images add up to {edges[-1]:.2f}, more than 1"
+        )
     kind = np.digitize(u, edges)  # 0 exact, 1 near, 2 atypical, 3 ordinary
     kind[0] = 3  # the first image has no earlier one to copy
     strange = np.where(kind == 2, stream("atypical").integers(0, len(ATYPICAL), n), -1)
 
     pose = {
-        k: stream(k).random(n).astype(np.float32) for k in ("x", "y", "angle", "size", "hue", "sat", "val", "light")
+        k: stream(k).random(n).astype(np.float32)
+        for k in ("x", "y", "angle", "size", "hue", "sat", "val", "light")
     }
     texture, colour = (
         stream("texture").random((n, 20)).astype(np.float32),
@@ -107,10 +134,14 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
     for i in np.flatnonzero(strange == ATYPICAL.index("shuffled")):
         pixels[i], masks[i] = _shuffle(pixels[i], order[i]), 0
 
-    source = _inject_duplicates(pixels, masks, kind, stream("source").random(n), stream("shift").random((n, 3)))
+    source = _inject_duplicates(
+        pixels, masks, kind, stream("source").random(n), stream("shift").random((n, 3))
+    )
     root = np.where(source >= 0, source, np.arange(n))
     background, group, label, strange = background[root], group[root], label[root], strange[root]
-    background = np.where((strange >= 0) & (strange != ATYPICAL.index("empty")), len(BACKGROUNDS), background)
+    background = np.where(
+        (strange >= 0) & (strange != ATYPICAL.index("empty")), len(BACKGROUNDS), background
+    )
     return Images(
         pixels=torch.from_numpy(pixels),
         labels=torch.from_numpy(label.astype(np.int64)),
@@ -122,7 +153,9 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
                 "uniform": background < 3,
                 "group": np.array(GROUPS)[group],
                 "duplicate_of": source,
-                "duplicate_kind": np.where(source >= 0, np.array(["exact", "near", "", ""])[kind], ""),
+                "duplicate_kind": np.where(
+                    source >= 0, np.array(["exact", "near", "", ""])[kind], ""
+                ),
                 "atypical": np.array([*ATYPICAL, ""])[strange],
             }
         ),
@@ -132,15 +165,18 @@ def draw(n: int | None = None, split: str = "train", seed: int = 0, config: Scen
 
 
 def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images:
-    """Each of the first n scenes on every background: textured, white, black, one colour; 4n images.
+    """Each of the first n scenes on every background: textured, white, black, one colour; 4n
+    images.
 
-    The same objects in the same poses, so an image and its twins differ only in the background. Attributes: `scene`,
-    the index of the scene they come from, and those of `draw`; index = scene + SWAPPED · (position of the background).
-    No duplicates and no atypical images.
+    The same objects in the same poses, so an image and its twins differ only in the background.
+    Attributes: `scene`, the index of the scene they come from, and those of `draw`; index = scene +
+    SWAPPED · (position of the background). No duplicates and no atypical images.
     """
     sets = []
     for k, background in enumerate(BACKGROUNDS):
-        config = ScenesConfig(background=background, exact_duplicates=0, near_duplicates=0, atypical=0)
+        config = ScenesConfig(
+            background=background, exact_duplicates=0, near_duplicates=0, atypical=0
+        )
         images = draw(n, split, seed, config)
         scene = images.attributes["index"]
         attributes = images.attributes.assign(index=scene + SWAPPED * k, scene=scene)
@@ -158,7 +194,8 @@ def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images
 def _inject_duplicates(
     pixels: np.ndarray, masks: np.ndarray, kind: np.ndarray, pick: np.ndarray, shift: np.ndarray
 ) -> np.ndarray:
-    """Overwrite the images of kind 0 and 1 with (changed) copies of earlier ordinary ones; returns sources."""
+    """Overwrite the images of kind 0 and 1 with (changed) copies of earlier ordinary ones; returns
+    sources."""
     source = np.full(len(kind), -1)
     ordinary = np.flatnonzero(kind == 3)
     for i in np.flatnonzero(kind < 2):
@@ -169,14 +206,17 @@ def _inject_duplicates(
             dy, dx = (int(1 + 2 * v) * (1 if v > 0.5 else -1) for v in shift[i, :2] * 0.999)
             bright = 1.05 + 0.1 * shift[i, 2]
             moved = np.pad(pixels[j], ((0, 0), (2, 2), (2, 2)), mode="edge")
-            pixels[i] = np.rint(moved[:, 2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE] * bright).clip(0, 255)
+            pixels[i] = np.rint(
+                moved[:, 2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE] * bright
+            ).clip(0, 255)
             moved = np.pad(masks[j], 2, mode="edge")
             masks[i] = moved[2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE]
     return source
 
 
 def _mask(label: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
-    """Foreground opacity in [0, 1], (n, SIDE, SIDE): signed distance to each shape, one pixel of soft edge."""
+    """Foreground opacity in [0, 1], (n, SIDE, SIDE): signed distance to each shape, one pixel of
+    soft edge."""
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE * 2 - 1  # image spans [-1, 1]
     column = {k: v[:, None, None] for k, v in pose.items()}
     x, y = (
@@ -184,7 +224,10 @@ def _mask(label: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
         (axis[None, :, None] - 0.4 * (column["y"] - 0.5)),
     )
     angle, size = 2 * np.pi * column["angle"], 0.55 + 0.3 * column["size"]
-    x, y = (np.cos(angle) * x + np.sin(angle) * y) / size, (np.cos(angle) * y - np.sin(angle) * x) / size
+    x, y = (
+        (np.cos(angle) * x + np.sin(angle) * y) / size,
+        (np.cos(angle) * y - np.sin(angle) * x) / size,
+    )
     distance = np.empty((len(label), SIDE, SIDE), np.float32)
     for k, name in enumerate(CLASSES):
         rows = label == k
@@ -232,9 +275,13 @@ def _hsv(hue: np.ndarray, sat: np.ndarray, val: np.ndarray) -> np.ndarray:
     return val[:, None] * (1 - sat[:, None] * np.minimum(k, 4 - k).clip(0, 1))
 
 
-def _paint(mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
+def _paint(
+    mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str, np.ndarray]
+) -> np.ndarray:
     """The object in a colour of its group, lit from one side, over the background by its mask."""
-    hue = np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]  # warm: magenta-red to yellow; cool: cyan to violet
+    hue = (
+        np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]
+    )  # warm: magenta-red to yellow; cool: cyan to violet
     colour = _hsv((hue % 1).astype(np.float32), 0.55 + 0.45 * pose["sat"], 0.45 + 0.5 * pose["val"])
     axis = np.linspace(-0.15, 0.15, SIDE, dtype=np.float32)
     tilt = 2 * np.pi * pose["light"][:, None, None]
@@ -246,7 +293,9 @@ def _paint(mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str
 
 def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np.ndarray:
     """(n, 3, SIDE, SIDE): flat white, black or colour, or three plane waves in three colours."""
-    flat = np.where((kind == 0)[:, None], 0.97, np.where((kind == 1)[:, None], 0.03, 0.15 + 0.7 * colour))
+    flat = np.where(
+        (kind == 0)[:, None], 0.97, np.where((kind == 1)[:, None], 0.03, 0.15 + 0.7 * colour)
+    )
     out = np.broadcast_to(flat[:, :, None, None], (len(kind), 3, SIDE, SIDE)).astype(np.float32)
     rows = kind == 3
     t, axis = texture[rows], np.arange(SIDE, dtype=np.float32)
@@ -254,7 +303,10 @@ def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np
     for k in range(3):
         angle, pitch, phase, *tint = (t[:, 6 * k + j, None, None] for j in range(6))
         frequency = 2 * np.pi * (1 + 7 * pitch**2) / SIDE
-        along = np.cos(np.pi * angle) * axis[None, None, :] + np.sin(np.pi * angle) * axis[None, :, None]
+        along = (
+            np.cos(np.pi * angle) * axis[None, None, :]
+            + np.sin(np.pi * angle) * axis[None, :, None]
+        )
         wave += np.sin(frequency * along + 2 * np.pi * phase)[:, None] * (np.stack(tint, 1) - 0.5)
     base = 0.3 + 0.4 * colour[rows][:, :, None, None]
     out[rows] = (base + 0.35 * wave).clip(0, 1)
@@ -262,7 +314,8 @@ def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np
 
 
 def _shuffle(image: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The image's 4 × 4 tiles in another order: it keeps its colours and textures and loses its object."""
+    """The image's 4 × 4 tiles in another order: it keeps its colours and textures and loses its
+    object."""
     q = SIDE // 4
     tiles = image.reshape(3, 4, q, 4, q).transpose(1, 3, 0, 2, 4).reshape(16, 3, q, q)[order]
     return tiles.reshape(4, 4, 3, q, q).transpose(2, 0, 3, 1, 4).reshape(3, SIDE, SIDE)

@@ -1,5 +1,5 @@
-"""CIFAR-100's superclasses: twenty groups of five classes (Krizhevsky 2009, Learning Multiple Layers of Features from
-Tiny Images, §3.1), the known semantic relations between its classes."""
+"""CIFAR-100's superclasses: twenty groups of five classes (Krizhevsky 2009, Learning Multiple
+Layers of Features from Tiny Images, §3.1), the known semantic relations between its classes."""
 
 from __future__ import annotations
 
@@ -25,5 +25,9 @@ SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "vehicles 1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
     "vehicles 2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 }
-CLASSES: tuple[str, ...] = tuple(sorted(name for names in SUPERCLASSES.values() for name in names))  # by number
-OF_CLASS: tuple[str, ...] = tuple(next(s for s, names in SUPERCLASSES.items() if c in names) for c in CLASSES)
+CLASSES: tuple[str, ...] = tuple(
+    sorted(name for names in SUPERCLASSES.values() for name in names)
+)  # by number
+OF_CLASS: tuple[str, ...] = tuple(
+    next(s for s, names in SUPERCLASSES.items() if c in names) for c in CLASSES
+)

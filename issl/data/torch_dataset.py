@@ -1,4 +1,5 @@
-"""Any map-style torch Dataset as `Images`, decoded when it is needed: one's own files, transforms and all."""
+"""Any map-style torch Dataset as `Images`, decoded when it is needed: one's own files, transforms
+and all."""
 
 from __future__ import annotations
 
@@ -44,13 +45,15 @@ def from_dataset(
 ) -> Images:
     """A torch Dataset as a set of images that is never held in memory as a whole.
 
-    dataset   len and [i] → an image, or a tuple of one and its label, or a dict with `image` or `img`, and at best
-              `label`: a PIL image of any mode (turned upright by its EXIF data), a uint8 tensor (3, h, w), or a float
-              tensor in [0, 1] (rounded to 1/255, as in memory). Several threads call it at once, so a transform must
-              not be random. Labels are whole numbers, texts or truth values, also numpy's and torch's; where `targets`
-              or `labels` of the dataset do not list them, its items are read once for them
+    dataset   len and [i] → an image, or a tuple of one and its label, or a dict with `image` or
+              `img`, and at best `label`: a PIL image of any mode (turned upright by its EXIF data),
+              a uint8 tensor (3, h, w), or a float tensor in [0, 1] (rounded to 1/255, as in
+              memory). Several threads call it at once, so a transform must not be random. Labels
+              are whole numbers, texts or truth values, also numpy's and torch's; where `targets` or
+              `labels` of the dataset do not list them, its items are read once for them
     name      for titles and records
-    size      side in px: PIL images are cropped to their centred square and resized; needed only for them
+    size      side in px: PIL images are cropped to their centred square and resized; needed only
+              for them
     index     of each image, by which its noise is drawn; default: its place
     identity  changes when the images change; kept gradients (`store`) are checked by it
     workers   threads that read; default: the cores
@@ -58,10 +61,14 @@ def from_dataset(
     Raises IsslError for an item that is none of these, or that differs in size from the first.
     """
     if not isinstance(dataset, MapStyle) or len(dataset) == 0:
-        raise IsslError(f"dataset {name!r}: need an object with a length of 1 or more and items by number")
+        raise IsslError(
+            f"dataset {name!r}: need an object with a length of 1 or more and items by number"
+        )
     n, item = len(dataset), _item(dataset, 0, name)
     first = _pixels(item, size, f"item 0 of {name}")
-    attributes = pd.DataFrame({"index": np.arange(n) if index is None else np.asarray(index, dtype=np.int64)})
+    attributes = pd.DataFrame(
+        {"index": np.arange(n) if index is None else np.asarray(index, dtype=np.int64)}
+    )
     source = DatasetItems(dataset, name, size, (first.shape[1], first.shape[2]), identity)
     found, labels = _labels(source, _label(item), workers), None
     if found is not None:
@@ -87,7 +94,9 @@ class DatasetItems:
         what = f"item {i} of {self.name}"
         found = _pixels(_item(self.dataset, i, self.name), self.size, what)
         if found.shape[1:] != self.shape:
-            raise IsslError(f"{what} is {found.shape[1:]} px, the first {self.shape}; resize them in the transform")
+            raise IsslError(
+                f"{what} is {found.shape[1:]} px, the first {self.shape}; resize them in the transform"
+            )
         return found
 
     def identity(self) -> str:
@@ -98,7 +107,9 @@ def _item(dataset: MapStyle, i: int, name: str) -> Any:
     try:
         return dataset[i]
     except Exception as error:
-        raise IsslError(f"item {i} of {name} cannot be read ({type(error).__name__}: {error}); leave it out") from error
+        raise IsslError(
+            f"item {i} of {name} cannot be read ({type(error).__name__}: {error}); leave it out"
+        ) from error
 
 
 def _pixels(item: Any, size: int | None, what: str) -> UInt8[np.ndarray, "3 h w"]:
@@ -113,7 +124,9 @@ def _pixels(item: Any, size: int | None, what: str) -> UInt8[np.ndarray, "3 h w"
         return square(as_it_looks(image, what), size)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
         shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise IsslError(f"{what} gives {shape}; need a PIL image or a tensor (3, h, w), first in a tuple or as `image`")
+        raise IsslError(
+            f"{what} gives {shape}; need a PIL image or a tensor (3, h, w), first in a tuple or as `image`"
+        )
     if image.dtype == torch.uint8:
         return image.numpy()
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
@@ -125,11 +138,13 @@ def _pixels(item: Any, size: int | None, what: str) -> UInt8[np.ndarray, "3 h w"
     return (255 * image).round().byte().numpy()
 
 
-# --- labels ------------------------------------------------------------------------------------------------
+# --- labels
+# ------------------------------------------------------------------------------------------------
 
 
 def _labels(source: DatasetItems, first: Any, workers: int | None) -> pd.DataFrame | None:
-    """`label` and `label_name` of every item; None where items have no class, or not all of them have one.
+    """`label` and `label_name` of every item; None where items have no class, or not all of them
+    have one.
 
     first   the label of the first item
     """
@@ -151,7 +166,11 @@ def _labels(source: DatasetItems, first: Any, workers: int | None) -> pd.DataFra
     found = class_labels(values, what, names)
     without = int((found["label"].isna() | (found["label"] < 0).fillna(False)).sum())
     if without:  # as torchvision numbers images without a class
-        print(f"{what} are not used, for {without} of {n} are missing or below 0", file=sys.stderr, flush=True)
+        print(
+            f"{what} are not used, for {without} of {n} are missing or below 0",
+            file=sys.stderr,
+            flush=True,
+        )
         return None
     return found
 
@@ -168,19 +187,23 @@ def _label(item: Any) -> Any:
 
 
 def _listed(dataset: Any) -> tuple[list[Any] | None, Sequence[str]]:
-    """The labels that a dataset tells without reading its images (torchvision's, Hugging Face's, a part of one; else
-    None), and the names of its classes (or none)."""
+    """The labels that a dataset tells without reading its images (torchvision's, Hugging Face's, a
+    part of one; else None), and the names of its classes (or none)."""
     if isinstance(dataset, Subset):
         values, names = _listed(dataset.dataset)
         return None if values is None else [values[i] for i in dataset.indices], names
     if isinstance(dataset, TensorDataset):
         return [plain(value) for value in dataset.tensors[1]], ()
-    column = next((key for key in LABELS if key in (getattr(dataset, "column_names", None) or ())), None)
+    column = next(
+        (key for key in LABELS if key in (getattr(dataset, "column_names", None) or ())), None
+    )
     if column is not None:
         about = (getattr(dataset, "features", None) or {}).get(column)
         return [plain(value) for value in dataset[column]], getattr(about, "names", None) or ()
     lists = (getattr(dataset, name, None) for name in LISTED)
-    found = next((x for x in lists if isinstance(x, Iterable) and not isinstance(x, str | Mapping)), None)
+    found = next(
+        (x for x in lists if isinstance(x, Iterable) and not isinstance(x, str | Mapping)), None
+    )
     classes = getattr(dataset, "classes", None)
     names = classes if isinstance(classes, list | tuple) else ()
     called = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]

@@ -1,8 +1,9 @@
-"""Views: the random augmentations of pretraining, as settings and a function of pixels and uniform numbers.
+"""Views: the random augmentations of pretraining, as settings and a function of pixels and uniform
+numbers.
 
-The caller draws the uniform numbers. Pretraining draws a table per epoch over the whole data set, so leaving one image
-out does not change the views of the others; perturbations key them by the image's index. An image's view depends only
-on its pixels and its own row.
+The caller draws the uniform numbers. Pretraining draws a table per epoch over the whole data set,
+so leaving one image out does not change the views of the others; perturbations key them by the
+image's index. An image's view depends only on its pixels and its own row.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ ON_CPU = 32  # images at once on a CPU, so that the data stays in its cache
 
 
 class View(Config):
-    """Random resized crop, flip, colour jitter, grayscale, blur, solarise, in this order (Chen et al. 2020,
-    arXiv 2002.05709, App. A; solarise: Grill et al. 2020, arXiv 2006.07733, App. B). Defaults: nothing.
+    """Random resized crop, flip, colour jitter, grayscale, blur, solarise, in this order (Chen et
+    al. 2020, arXiv 2002.05709, App. A; solarise: Grill et al. 2020, arXiv 2006.07733, App. B).
+    Defaults: nothing.
 
     brightness, contrast, saturation   factors uniform in [1 − s, 1 + s], not below 0
     hue                                shift uniform in ± this part of the circle
@@ -45,21 +47,24 @@ class View(Config):
     def __call__(
         self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "b 3 h2 w2"]:
-        """One view of each image; its row of uniform numbers decides it. `size` defaults to the image's."""
+        """One view of each image; its row of uniform numbers decides it. `size` defaults to the
+        image's."""
         if x.device.type != "cpu":
             return self._view(x, u, size)
         parts = zip(x.split(ON_CPU), u.split(ON_CPU), strict=True)
         return torch.cat([self._view(xs, us, size) for xs, us in parts])
 
     def _view(self, x: Tensor, u: Tensor, size: tuple[int, int] | None) -> Tensor:
-        # what is turned off is skipped; what is left to chance is computed for all images and chosen per image
+        # what is turned off is skipped; what is left to chance is computed for all images and
+        # chosen per image
         mirror = u[:, 4] < self.flip
         if self.min_area < 1 or size is not None:
             x = crop(x, crop_boxes(u[:, :4], self.min_area), mirror, size)
         elif self.flip > 0:
             x = flip(x, mirror)
         if self.jitter > 0:
-            # one column each: a tensor made from Python's numbers would be copied, and a GPU waited for
+            # one column each: a tensor made from Python's numbers would be copied, and a GPU waited
+            # for
             blends, around = (self.brightness, self.contrast, self.saturation), 2 * u[:, 5:9] - 1
             factors = [(1 + s * around[:, k]).clamp(min=0) for k, s in enumerate(blends)]
             settings = torch.stack([*factors, self.hue * around[:, 3]], 1)
@@ -75,10 +80,11 @@ class View(Config):
 
 
 def crop_boxes(u: Float[Tensor, "b 4"], min_area: float) -> Float[Tensor, "b 4"]:
-    """Random-resized-crop boxes: area uniform in [min_area, 1], log aspect uniform in ±log 4/3, any place.
+    """Random-resized-crop boxes: area uniform in [min_area, 1], log aspect uniform in ±log 4/3, any
+    place.
 
-    torchvision redraws a box that does not fit; here its longer side is cut to the image, so every image needs the
-    same number of uniforms.
+    torchvision redraws a box that does not fit; here its longer side is cut to the image, so every
+    image needs the same number of uniforms.
     """
     area = min_area + (1 - min_area) * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * log(4 / 3))

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from issl.devices import free_memory
 
 MOST = {"cpu": 64, "cuda": 512}  # more at once are not faster
-SHARE = 0.4  # of the free memory; kernels need workspaces of their own beside the tensors that are counted
+# of the free memory; kernels need workspaces of their own beside the tensors that are counted
+SHARE = 0.4
 
 
 def choose_batch_size(work: Callable[[int], object], device: torch.device) -> int:
@@ -30,7 +31,8 @@ def choose_batch_size(work: Callable[[int], object], device: torch.device) -> in
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: the device's, or the machine's within the limit of this container or job."""
+    """Memory that can still be taken: the device's, or the machine's within the limit of this
+    container or job."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()
@@ -51,7 +53,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside, until they are freed; torch keeps no such count on CPUs."""
+    """Counts the bytes of tensors that are made inside, until they are freed; torch keeps no such
+    count on CPUs."""
 
     def __init__(self) -> None:
         super().__init__()

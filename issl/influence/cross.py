@@ -2,9 +2,9 @@
 
     I(i → j) = Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i,   H_l = mean over the training images
 
-Positive: a step that makes training image i more stable also makes query j more stable; negative: less stable. The
-self-influence of a training image is the diagonal (arXiv 2412.17170, §3, and Koh & Liang 2017, arXiv 1703.04730).
-The same in a few slow lines: `issl.influence.reference`.
+Positive: a step that makes training image i more stable also makes query j more stable; negative:
+less stable. The self-influence of a training image is the diagonal (arXiv 2412.17170, §3, and Koh &
+Liang 2017, arXiv 1703.04730). The same in a few slow lines: `issl.influence.reference`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ QUERIES = 1 << 40  # more than any index of a training image
 
 
 def as_queries(images: Images) -> Images:
-    """The same images, re-indexed so that a query never has the noise of the training image with the same index."""
-    return replace(images, attributes=images.attributes.assign(index=images.attributes["index"] + QUERIES))
+    """The same images, re-indexed so that a query never has the noise of the training image with
+    the same index."""
+    return replace(
+        images, attributes=images.attributes.assign(index=images.attributes["index"] + QUERIES)
+    )
 
 
 def cross_influence(
@@ -50,12 +53,22 @@ def cross_influence(
     untrained: bool = False,
     computing: Computing = Computing(),
 ) -> Float[Tensor, "q n"]:
-    """I(i → j) of every training image i (column) on every query j (row), in double precision on the CPU.
+    """I(i → j) of every training image i (column) on every query j (row), in double precision on
+    the CPU.
 
-    The arguments are those of `issl.self_influence`; gradients are means over the draws. For large sets
-    `top_influences` needs less memory. Raises IsslError as `self_influence` does.
+    The arguments are those of `issl.self_influence`; gradients are means over the draws. For large
+    sets `top_influences` needs less memory. Raises IsslError as `self_influence` does.
     """
-    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip, untrained=untrained)
+    what = Measurement(
+        perturbation,
+        curvature,
+        seed,
+        draws,
+        loss=loss,
+        fisher=fisher,
+        skip=skip,
+        untrained=untrained,
+    )
     queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
@@ -79,13 +92,23 @@ def top_influences(
     untrained: bool = False,
     computing: Computing = Computing(),
 ) -> pd.DataFrame:
-    """The k training images of the highest (most positive) influence on each query, without holding q × n scores.
+    """The k training images of the highest (most positive) influence on each query, without holding
+    q × n scores.
 
-    One row per query and rank: query (its index), rank (1 is the highest), index (the training image's), influence.
-    The other arguments are those of `cross_influence`.
+    One row per query and rank: query (its index), rank (1 is the highest), index (the training
+    image's), influence. The other arguments are those of `cross_influence`.
     """
     _check_k(k)
-    what = Measurement(perturbation, curvature, seed, draws, loss=loss, fisher=fisher, skip=skip, untrained=untrained)
+    what = Measurement(
+        perturbation,
+        curvature,
+        seed,
+        draws,
+        loss=loss,
+        fisher=fisher,
+        skip=skip,
+        untrained=untrained,
+    )
     queries = not_empty(query, "query images")
     with full_precision():
         run = prepare(encoder, train, what, computing)
@@ -93,7 +116,9 @@ def top_influences(
         return highest_scores(run, run.whitenings([curvature.damping]), queries, k)
 
 
-def every_score(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor) -> Float[Tensor, "q n"]:
+def every_score(
+    run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor
+) -> Float[Tensor, "q n"]:
     """The scores of `cross_influence` under the first of these inverse curvatures."""
     queries = not_empty(query, "query images")
     scores = torch.zeros(len(queries), len(run.data), dtype=torch.float64)
@@ -102,11 +127,16 @@ def every_score(run: Run, whitenings: dict[str, list[Whitening]], query: Images 
     return run.computing.shards.sum(scores)
 
 
-def highest_scores(run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor, k: int) -> pd.DataFrame:
+def highest_scores(
+    run: Run, whitenings: dict[str, list[Whitening]], query: Images | Tensor, k: int
+) -> pd.DataFrame:
     """The table of `top_influences` under the first of these inverse curvatures."""
     _check_k(k)
     queries = not_empty(query, "query images")
-    best = (torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64))
+    best = (
+        torch.empty(len(queries), 0, dtype=torch.float64),
+        torch.empty(len(queries), 0, dtype=torch.int64),
+    )
     for positions, block in _blocks(run, whitenings, queries):
         places = torch.arange(positions.start, positions.stop).expand(len(queries), -1)
         best = _best(k, (best[0], block.cpu()), (best[1], places))
@@ -117,9 +147,10 @@ def highest_scores(run: Run, whitenings: dict[str, list[Whitening]], query: Imag
         {
             "query": queries.index.repeat_interleave(kept).numpy(),
             "rank": torch.arange(1, kept + 1).repeat(len(queries)).numpy(),
-            "index": run.data.index[places.flatten()].numpy(), "influence": values.flatten().numpy(),
+            "index": run.data.index[places.flatten()].numpy(),
+            "influence": values.flatten().numpy(),
         }
-    )  # fmt: skip
+    )
 
 
 def check_sizes(train: Images, queries: Images) -> None:
@@ -155,5 +186,7 @@ def _blocks(
 
 def _whitened(whitenings: dict[str, Whitening], rows: Any, run: Run) -> Float[Tensor, "b m"]:
     """All layers' whitened rows side by side, so that one product sums over layers."""
-    means = {name: rows(f"layer.{name}").to(run.probe.device).double().mean(1) for name in whitenings}
+    means = {
+        name: rows(f"layer.{name}").to(run.probe.device).double().mean(1) for name in whitenings
+    }
     return torch.cat([w.whiten(means[name]) for name, w in whitenings.items()], 1)

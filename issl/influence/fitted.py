@@ -1,9 +1,11 @@
-"""Fit a curvature once, keep it, and score any images under it: later, elsewhere, one pass each with nothing stored.
+"""Fit a curvature once, keep it, and score any images under it: later, elsewhere, one pass each
+with nothing stored.
 
     H = mean over the fitted images,   influence_i = Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i   for any image i
 
-On the fitted images themselves this is `issl.self_influence`. H may be fitted on a part of the images; of each layer it
-needs several times as many images as numbers are kept there before the ranking settles.
+On the fitted images themselves this is `issl.self_influence`. H may be fitted on a part of the
+images; of each layer it needs several times as many images as numbers are kept there before the
+ranking settles.
 """
 
 from __future__ import annotations
@@ -38,8 +40,14 @@ from issl.influence.curvature import (
     Sketch,
     Whitening,
     kept_width,
-)  # fmt: skip
-from issl.influence.kept_curvature import COMPUTES, KeptCurvature, as_setting, encoder_digest, first_difference
+)
+from issl.influence.kept_curvature import (
+    COMPUTES,
+    KeptCurvature,
+    as_setting,
+    encoder_digest,
+    first_difference,
+)
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.measurement import (
     Measurement,
@@ -52,7 +60,7 @@ from issl.influence.measurement import (
     prepare,
     set_up,
     whitenings,
-)  # fmt: skip
+)
 from issl.influence.perturbation import Augmentation, GaussianNoise, Perturb, Perturbation, describe
 from issl.influence.self_influence import scores
 from issl.keyed_random import uniform
@@ -61,7 +69,8 @@ from issl.shards import ONE
 
 @dataclass(frozen=True)
 class Fitted:
-    """An encoder with the curvature of the images it was fitted on; made by `issl.fit` and `issl.load_fitted`."""
+    """An encoder with the curvature of the images it was fitted on; made by `issl.fit` and
+    `issl.load_fitted`."""
 
     probe: Probe
     sketches: dict[str, Sketch]
@@ -78,9 +87,14 @@ class Fitted:
         return {name: w[0].damping for name, w in self._whitenings(()).items()}
 
     def score(
-        self, images: Images | Tensor, *, sweep: Sequence[float] = (), computing: Computing = Computing()
+        self,
+        images: Images | Tensor,
+        *,
+        sweep: Sequence[float] = (),
+        computing: Computing = Computing(),
     ) -> pd.DataFrame:
-        """The influence of each image, fitted or not: the table of `issl.self_influence`, by one pass over the images.
+        """The influence of each image, fitted or not: the table of `issl.self_influence`, by one
+        pass over the images.
 
         An image's noise depends on its index, so give new images the indices that they are to keep.
         """
@@ -90,40 +104,52 @@ class Fitted:
     def cross(
         self, train: Images | Tensor, query: Images | Tensor, *, computing: Computing = Computing()
     ) -> Float[Tensor, "q n"]:
-        """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` gives it."""
+        """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` gives
+        it."""
         with full_precision():
             run = self._run(train, computing)
             check_sizes(run.data, not_empty(query, "query images"))
             return every_score(run, self._whitenings(()), query)
 
     def top(
-        self, train: Images | Tensor, query: Images | Tensor, k: int = 10, *, computing: Computing = Computing()
+        self,
+        train: Images | Tensor,
+        query: Images | Tensor,
+        k: int = 10,
+        *,
+        computing: Computing = Computing(),
     ) -> pd.DataFrame:
-        """The k images of `train` of the highest influence on each query, as `issl.top_influences` gives them."""
+        """The k images of `train` of the highest influence on each query, as `issl.top_influences`
+        gives them."""
         with full_precision():
             run = self._run(train, computing)
             check_sizes(run.data, not_empty(query, "query images"))
             return highest_scores(run, self._whitenings(()), query, k)
 
     def extend(self, images: Images | Tensor, *, computing: Computing = Computing()) -> Fitted:
-        """The same with H over these images, too. Raises IsslError for images that it was fitted on before."""
+        """The same with H over these images, too. Raises IsslError for images that it was fitted on
+        before."""
         with full_precision():
             run = self._run(images, computing)
             self.kept.check_new([part_of(run.data)])  # before the pass
             return replace(self, kept=self.kept.add(_keep(run, self.kept.settings["encoder"])))
 
     def add(self, other: Fitted) -> Fitted:
-        """The same with H over the images of both, which must be different ones under the same settings."""
+        """The same with H over the images of both, which must be different ones under the same
+        settings."""
         return replace(self, kept=self.kept.add(other.kept))
 
     def save(self, path: str | Path) -> None:
-        """Write a .safetensors file for `issl.load_fitted`, in one step. It holds sums over images, and no image."""
+        """Write a .safetensors file for `issl.load_fitted`, in one step. It holds sums over images,
+        and no image."""
         self.kept.save(path)
 
     def _whitenings(self, sweep: Sequence[float]) -> dict[str, list[Whitening]]:
         curvature, sums = self.probe.what.curvature, {}
         for name, layer in self.probe.layers.items():
-            statistic = curvature.statistic(kept_width(layer, self.sketches[name]), self.kept.rows, foreign=True)
+            statistic = curvature.statistic(
+                kept_width(layer, self.sketches[name]), self.kept.rows, foreign=True
+            )
             statistic.total = self.kept.sums[name].to(self.probe.device)
             sums[name] = statistic
         return whitenings(sums, curvature, [curvature.damping, *sweep])
@@ -160,20 +186,24 @@ def fit(
     untrained: bool = False,
     computing: Computing = Computing(),
 ) -> Fitted:
-    """The curvature of these images' losses, by one pass that stores no gradients; the arguments are those of
-    `issl.self_influence`.
+    """The curvature of these images' losses, by one pass that stores no gradients; the arguments
+    are those of `issl.self_influence`.
 
-    Raises IsslError as `self_influence` does, and for a curvature that sums nothing over images (Identity,
-    RandomProjection) or whose sums do not fit into memory.
+    Raises IsslError as `self_influence` does, and for a curvature that sums nothing over images
+    (Identity, RandomProjection) or whose sums do not fit into memory.
     """
     what = Measurement(perturbation, curvature, seed, draws, average, loss, fisher, skip, untrained)
     return _fit(encoder, images, what, _one_pass(computing))[0]
 
 
 def fit_and_score(
-    encoder: nn.Module, images: Images | Tensor, what: Measurement, computing: Computing = Computing()
+    encoder: nn.Module,
+    images: Images | Tensor,
+    what: Measurement,
+    computing: Computing = Computing(),
 ) -> tuple[Fitted, pd.DataFrame]:
-    """`fit`, and the scores of the same images from the same gradients, which are kept as `computing` says."""
+    """`fit`, and the scores of the same images from the same gradients, which are kept as
+    `computing` says."""
     fitted, run = _fit(encoder, images, what, computing)
     with full_precision():
         return fitted, scores(run, fitted._whitenings(()))
@@ -191,11 +221,13 @@ def load_fitted(
 ) -> Fitted:
     """What `Fitted.save` wrote, with the encoder that it was fitted on.
 
-    perturbation, curvature, loss, fisher   only needed where they are not this library's own (a function cannot be kept
-                                            in a file); they must be those of the file
+    perturbation, curvature, loss, fisher   only needed where they are not this library's own (a
+                                            function cannot be kept in a file); they must be those
+                                            of the file
     device                                  where to compute; default: where the encoder is
 
-    Raises IsslError for a missing, damaged or foreign file, another version, another encoder, other settings.
+    Raises IsslError for a missing, damaged or foreign file, another version, another encoder, other
+    settings.
     """
     kept = kept_curvature.read(path)
     settings = kept.settings
@@ -207,13 +239,21 @@ def load_fitted(
     own = {
         "perturbation": (perturbation, _as_perturbation, _perturbation),
         "curvature": (curvature, _as_curvature, _curvature),
-        "loss": (loss, _as_loss, _loss), "fisher": (fisher, _as_loss, _loss),
-    }  # fmt: skip
-    chosen = {name: _chosen(path, name, given, settings[name], *both) for name, (given, *both) in own.items()}
+        "loss": (loss, _as_loss, _loss),
+        "fisher": (fisher, _as_loss, _loss),
+    }
+    chosen = {
+        name: _chosen(path, name, given, settings[name], *both)
+        for name, (given, *both) in own.items()
+    }
     what = Measurement(
-        seed=settings["seed"], draws=settings["draws"], average=settings["average"], skip=settings["skip"],
-        untrained=settings.get("untrained", False), **chosen,
-    )  # fmt: skip
+        seed=settings["seed"],
+        draws=settings["draws"],
+        average=settings["average"],
+        skip=settings["skip"],
+        untrained=settings.get("untrained", False),
+        **chosen,
+    )
     some = (255 * uniform(2, torch.arange(2), (3, *settings["size"]))).byte()
     probe = open_probe(encoder, what, Computing(device=device)).checked(as_images(some), ONE)
     now = {COMPUTES: probe.computes(settings["size"])}
@@ -224,7 +264,9 @@ def load_fitted(
         )
     sketches: dict[str, Sketch] = (
         {
-            name: Projected(*(kept.bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out")))
+            name: Projected(
+                *(kept.bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out"))
+            )
             for name, layer in probe.layers.items()
         }
         if kept.bases
@@ -244,7 +286,9 @@ def load_fitted(
     return fitted
 
 
-def _fit(encoder: nn.Module, images: Images | Tensor, what: Measurement, computing: Computing) -> tuple[Fitted, Run]:
+def _fit(
+    encoder: nn.Module, images: Images | Tensor, what: Measurement, computing: Computing
+) -> tuple[Fitted, Run]:
     curvature = what.curvature
     if isinstance(curvature.statistic(1, 1, foreign=True), NoSum):
         raise IsslError(
@@ -263,20 +307,32 @@ def _keep(run: Run, digest: str) -> KeptCurvature:
     totals: dict[str, Tensor] = {}
     for name, statistic in sums.items():
         width = kept_width(run.probe.layers[name], run.sketches[name])
-        if statistic.total is None or tuple(statistic.total.shape) not in ((width,), (width, width)):
+        if statistic.total is None or tuple(statistic.total.shape) not in (
+            (width,),
+            (width, width),
+        ):
             raise IsslError(
                 f"curvature {what.curvature} cannot be kept: its statistic must have a `total` of shape ({width},) or "
                 f"({width}, {width}), and no rows, once all images are added"
             )
         totals[name] = statistic.total.cpu()
     settings: dict[str, Any] = {
-        "encoder": digest, COMPUTES: run.probe.computes(data.pixels.shape[2:]),
-        "layers": {name: kept_width(layer, run.sketches[name]) for name, layer in run.probe.layers.items()},
+        "encoder": digest,
+        COMPUTES: run.probe.computes(data.pixels.shape[2:]),
+        "layers": {
+            name: kept_width(layer, run.sketches[name]) for name, layer in run.probe.layers.items()
+        },
         "size": [int(side) for side in data.pixels.shape[2:]],
-        "curvature": _as_curvature(what.curvature), "perturbation": _as_perturbation(what.perturbation),
-        "seed": what.seed, "draws": what.draws, "average": what.average, "loss": _as_loss(what.loss),
-        "fisher": _as_loss(what.fisher), "skip": list(what.skip), "marks": _marks(run.sketches),
-    }  # fmt: skip
+        "curvature": _as_curvature(what.curvature),
+        "perturbation": _as_perturbation(what.perturbation),
+        "seed": what.seed,
+        "draws": what.draws,
+        "average": what.average,
+        "loss": _as_loss(what.loss),
+        "fisher": _as_loss(what.fisher),
+        "skip": list(what.skip),
+        "marks": _marks(run.sketches),
+    }
     bases = _bases(run.sketches) if _from_images(what.curvature) else {}
     if what.untrained:  # older files have no such entry
         settings["untrained"] = True
@@ -288,7 +344,11 @@ def _keep(run: Run, digest: str) -> KeptCurvature:
 
 def part_of(data: Images) -> dict[str, Any]:
     """What a curvature file says about a set of images."""
-    return {"images": data.name, "n": len(data), "index": sha256(data.index.numpy().tobytes()).hexdigest()[:16]}
+    return {
+        "images": data.name,
+        "n": len(data),
+        "index": sha256(data.index.numpy().tobytes()).hexdigest()[:16],
+    }
 
 
 def _one_pass(computing: Computing) -> Computing:
@@ -315,7 +375,8 @@ def _check_memory(run: Run) -> None:
         )
 
 
-# --- settings as JSON values and back ----------------------------------------------------------------------
+# --- settings as JSON values and back
+# ----------------------------------------------------------------------
 
 
 def _from_images(curvature: Curvature) -> bool:
@@ -326,7 +387,9 @@ def _from_images(curvature: Curvature) -> bool:
 def _bases(sketches: dict[str, Sketch]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, sketch in sketches.items():
-        assert isinstance(sketch, Projected) and sketch.p_in is not None and sketch.p_out is not None
+        assert (
+            isinstance(sketch, Projected) and sketch.p_in is not None and sketch.p_out is not None
+        )
         found |= {f"{name}.in": sketch.p_in.cpu(), f"{name}.out": sketch.p_out.cpu()}
     return found
 
@@ -334,7 +397,9 @@ def _bases(sketches: dict[str, Sketch]) -> dict[str, Tensor]:
 def _marks(sketches: dict[str, Sketch]) -> dict[str, float]:
     """One number for each layer's projections, by which others are noticed."""
     sides = {
-        n: [p for p in (s.p_in, s.p_out) if p is not None] for n, s in sketches.items() if isinstance(s, Projected)
+        n: [p for p in (s.p_in, s.p_out) if p is not None]
+        for n, s in sketches.items()
+        if isinstance(s, Projected)
     }
     return {name: float(sum(float(p.double().sum()) for p in each)) for name, each in sides.items()}
 
@@ -362,15 +427,23 @@ def _curvature(kind: str, fields: dict[str, Any]) -> Curvature | None:
 
 
 def _loss(kind: str, fields: dict[str, Any]) -> Loss | CrossEntropy | None:
-    known: dict[str, Loss | CrossEntropy] = {"stability_loss": stability_loss, "CrossEntropy": CrossEntropy()}
+    known: dict[str, Loss | CrossEntropy] = {
+        "stability_loss": stability_loss,
+        "CrossEntropy": CrossEntropy(),
+    }
     return known.get(kind)
 
 
-def _chosen(path: str | Path, name: str, given: Any, setting: Any, describe: Any, build: Any) -> Any:
-    """The object of this setting: what was given, if the file has the same, or else one built from the file."""
+def _chosen(
+    path: str | Path, name: str, given: Any, setting: Any, describe: Any, build: Any
+) -> Any:
+    """The object of this setting: what was given, if the file has the same, or else one built from
+    the file."""
     if given is not None:
         if different := first_difference({name: setting}, {name: describe(given)}):
-            raise IsslError(f"curvature file {path}: {different}; leave it out, or fit again with it")
+            raise IsslError(
+                f"curvature file {path}: {different}; leave it out, or fit again with it"
+            )
         return given
     if setting is None:
         return None

@@ -1,11 +1,13 @@
-"""How an encoder applies the weights that are scored: every use of them in a forward pass is seen, whoever makes it.
+"""How an encoder applies the weights that are scored: every use of them in a forward pass is seen,
+whoever makes it.
 
-`Following` is active while the encoder runs. It hands each product with a scored weight (`F.linear`, `F.conv2d`, also
-inside attention) to that weight's tap: the input as it is multiplied, after a layer's own padding, and the output.
-Other uses of a scored weight are noted: what the tap sees may then not be the whole gradient.
+`Following` is active while the encoder runs. It hands each product with a scored weight
+(`F.linear`, `F.conv2d`, also inside attention) to that weight's tap: the input as it is multiplied,
+after a layer's own padding, and the output. Other uses of a scored weight are noted: what the tap
+sees may then not be the whole gradient.
 
-`examine` runs it once on a few images and compares what the taps gather with autograd, so an encoder whose gradients
-cannot be followed is an error, and never a wrong number.
+`examine` runs it once on a few images and compares what the taps gather with autograd, so an
+encoder whose gradients cannot be followed is an error, and never a wrong number.
 """
 
 from __future__ import annotations
@@ -28,16 +30,40 @@ from torch.utils import checkpoint
 from issl.devices import without_onednn
 from issl.influence.layers import Layer, weight_shape
 
-CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's arguments after input, weight and bias
+CONVOLUTION = (
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+)  # F.conv2d's arguments after input, weight and bias
 # what a weight is asked for without being used
 ASKED = {
     getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "is_leaf", "is_quantized")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.element_size}  # fmt: skip
+    for name in (
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "is_cuda",
+        "requires_grad",
+        "layout",
+        "is_leaf",
+        "is_quantized",
+    )
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.element_size,
+}
 
 
 # what torch's composed functions ask before they do their own work
-INSIDE: dict[str, Any] = {f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")}
+INSIDE: dict[str, Any] = {
+    f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
+}
 
 
 @dataclass(frozen=True)
@@ -50,25 +76,32 @@ class Convolution:
     groups: int = 1
 
 
-# of an input, how the weight is applied to it (None: as a matrix), and the product itself: the output to go on with
+# of an input, how the weight is applied to it (None: as a matrix), and the product itself: the
+# output to go on with
 OnProduct = Callable[[Tensor, Convolution | None, Callable[[Tensor], Tensor]], Tensor]
 
 
 class Following(TorchFunctionMode):
     """Sees every torch function that is called while it is active.
 
-    products   by the id of a scored weight, what to do with a product with it, or with what was made of it (LoRA adds
-               to it, a cast copies it)
+    products   by the id of a scored weight, what to do with a product with it, or with what was
+               made of it (LoRA adds to it, a cast copies it)
     used       by the id of a scored weight, the other functions that used it, by name
     """
 
     def __init__(self, products: Mapping[int, OnProduct]):
         super().__init__()
         self.products, self.used = dict(products), dict.fromkeys(products, "")
-        self.made: list[tuple[Tensor, int]] = []  # of scored weights: kept, so that their ids stay theirs
+        self.made: list[
+            tuple[Tensor, int]
+        ] = []  # of scored weights: kept, so that their ids stay theirs
 
     def __torch_function__(
-        self, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        kinds: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         found = [k for k in _ids((*args, *kwargs.values())) if k in self.products]
@@ -77,10 +110,16 @@ class Following(TorchFunctionMode):
         if isinstance(func, types.FunctionType) and func.__module__ == F.__name__:
             with self, mock.patch.multiple(F, **INSIDE):  # to its own products
                 return func(*args, **kwargs)
-        named = dict(zip(("input", "weight", "bias", *CONVOLUTION), args, strict=False)) | dict(kwargs)
+        named = dict(zip(("input", "weight", "bias", *CONVOLUTION), args, strict=False)) | dict(
+            kwargs
+        )
         if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
             x, rest = named.pop("input"), named
-            how = None if func is F.linear else Convolution(**{k: v for k, v in rest.items() if k in CONVOLUTION})
+            how = (
+                None
+                if func is F.linear
+                else Convolution(**{k: v for k, v in rest.items() if k in CONVOLUTION})
+            )
             return self.products[found[0]](x, how, lambda given: func(given, **rest))
         made = func(*args, **kwargs)
         origin = next((key for tensor, key in self.made if id(tensor) == found[0]), found[0])
@@ -101,10 +140,13 @@ def _ids(values: Sequence[Any]) -> Iterator[int]:
 
 @contextmanager
 def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
-    """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass would not be seen."""
+    """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
+    would not be seen."""
     following = Following(products)
     with (
-        mock.patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)),
+        mock.patch.object(
+            checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)
+        ),
         mock.patch.object(checkpoint, "_checkpoint_hook", lambda *_, **__: nullcontext()),
         following,
     ):
@@ -114,9 +156,11 @@ def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
 # --- what a weight's input and output gradient are, row by row ---
 
 
-def read_inputs(weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None) -> Float[Tensor, "r g k t"]:
-    """P a_t for every row, group and position t; the patches themselves if P is None. A row is what the first
-    dimension of a convolution's input counts, or all but the last of a matrix's."""
+def read_inputs(
+    weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None
+) -> Float[Tensor, "r g k t"]:
+    """P a_t for every row, group and position t; the patches themselves if P is None. A row is what
+    the first dimension of a convolution's input counts, or all but the last of a matrix's."""
     if how is None:
         rows = x.reshape(-1, x.shape[-1])
         return (rows if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
@@ -125,7 +169,8 @@ def read_inputs(weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | 
         padding = how.padding
         if isinstance(padding, str):  # F.unfold takes numbers alone
             total = [
-                d * (k - 1) if padding == "same" else 0 for d, k in zip(_pair(how.dilation), inside[1:], strict=True)
+                d * (k - 1) if padding == "same" else 0
+                for d, k in zip(_pair(how.dilation), inside[1:], strict=True)
             ]
             x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
             padding = 0
@@ -149,8 +194,8 @@ def read_outputs(how: Convolution | None, d: Tensor) -> Float[Tensor, "r g o t"]
 
 
 def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float[Tensor, "n g k u"]:
-    """Rows as positions of the images they belong to: of image i rows m·i to m·i + m − 1, or, token-major, every n-th
-    from i."""
+    """Rows as positions of the images they belong to: of image i rows m·i to m·i + m − 1, or,
+    token-major, every n-th from i."""
     if len(rows) == n:
         return rows
     if token_major:
@@ -188,7 +233,9 @@ class _Trial:
         self.rows: dict[int, Bool[Tensor, " r"]] = {}  # of each call, those that the image reaches
         self.problem = ""
 
-    def on_product(self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    def on_product(
+        self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         if not torch.is_grad_enabled():
             self.problem = "is used under no_grad"
             return multiply(x)
@@ -202,8 +249,13 @@ class _Trial:
                 if how is None:
                     rows, d = (v.reshape(-1, v.shape[-1]) for v in (rows, d))
                 self.rows[call] = reached = d.flatten(1).any(1)
-                a, d = read_inputs(self.layer.weight, how, rows[reached], None), read_outputs(how, d[reached])
-                both = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))  # (g, o or k, all positions)
+                a, d = (
+                    read_inputs(self.layer.weight, how, rows[reached], None),
+                    read_outputs(how, d[reached]),
+                )
+                both = (
+                    v.permute(1, 2, 0, 3).flatten(2) for v in (d, a)
+                )  # (g, o or k, all positions)
                 self.total += torch.matmul(next(both), next(both).mT).flatten(0, 1)
                 self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
 
@@ -211,16 +263,21 @@ class _Trial:
         return output
 
     def uses(self, n: int, image: int) -> Uses:
-        """How rows belong to images, where only those of one image had a gradient; notes a problem where they do not
-        belong."""
+        """How rows belong to images, where only those of one image had a gradient; notes a problem
+        where they do not belong."""
         orders = []
         for call, (_, _, shape) in enumerate(self.calls):
             count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            reached = self.rows.get(call, torch.zeros(count, dtype=torch.bool)).nonzero().flatten().cpu()
+            reached = (
+                self.rows.get(call, torch.zeros(count, dtype=torch.bool)).nonzero().flatten().cpu()
+            )
             if count % n:
                 self.problem = f"sees {count} rows for {n} images"
                 break
-            fits = {False: bool((reached // (count // n) == image).all()), True: bool((reached % n == image).all())}
+            fits = {
+                False: bool((reached // (count // n) == image).all()),
+                True: bool((reached % n == image).all()),
+            }
             first = len(shape) > 2 and shape[0] != n and shape[1] == n  # tokens first, by its shape
             if not any(fits.values()):
                 self.problem = "has rows that are not those of one image"
@@ -232,10 +289,11 @@ class _Trial:
 def examine(
     model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], Tensor]
 ) -> tuple[dict[str, Uses], dict[str, str]]:
-    """How each layer is used, and why its weight cannot be scored where it cannot, by one pass over a few images.
+    """How each layer is used, and why its weight cannot be scored where it cannot, by one pass over
+    a few images.
 
-    One image's features are followed back. In each layer only its rows may be reached, and the sum of their products
-    must be the gradient that autograd finds.
+    One image's features are followed back. In each layer only its rows may be reached, and the sum
+    of their products must be the gradient that autograd finds.
 
     run   gives the features (n, d) of n ≥ 3 images
     """
@@ -249,7 +307,9 @@ def examine(
         with torch.enable_grad(), followed(products) as following:
             features = run()
         n, image = len(features), 1
-        direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).to(features)
+        direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).to(
+            features
+        )
         wanted = (features[image] * direction).sum()
         found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:
@@ -265,5 +325,7 @@ def examine(
         if not trial.problem and not trial.calls:
             trial.problem = f"is used by {by} alone" if by else "is never used (a head?)"
         if not trial.problem and off > 1e-3 * float(truth.norm()) + 1e-5 * trial.size:
-            trial.problem = f"is also used by {by}" if by else "has another gradient than that of its products"
+            trial.problem = (
+                f"is also used by {by}" if by else "has another gradient than that of its products"
+            )
     return uses, {name: trial.problem for name, trial in trials.items() if trial.problem}

@@ -17,12 +17,13 @@ from issl.errors import IsslError
 
 
 def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format) -> nn.Module:
-    """A faster copy with the same features and frozen parameters: convolutions in NHWC, the better layout on CPUs and
-    GPUs alike, eval-mode BatchNorm as one product and one sum, weights that are computed (weight_norm, LoRA, pruning)
-    as what they amount to.
+    """A faster copy with the same features and frozen parameters: convolutions in NHWC, the better
+    layout on CPUs and GPUs alike, eval-mode BatchNorm as one product and one sum, weights that are
+    computed (weight_norm, LoRA, pruning) as what they amount to.
 
-    An encoder with functions of somebody's own in it (a replaced `forward`, hooks) is taken as it is: such a function
-    may hold the encoder itself, and a copy of it would go on calling the original.
+    An encoder with functions of somebody's own in it (a replaced `forward`, hooks) is taken as it
+    is: such a function may hold the encoder itself, and a copy of it would go on calling the
+    original.
 
     Raises IsslError for an encoder that cannot be copied.
     """
@@ -34,8 +35,14 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
                 f"on {first.device}; move it there first"
             )
         return encoder
-    # torch does not copy what was computed with a gradient: the older weight_norm, features that a module kept
-    kept = (v for m in encoder.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    # torch does not copy what was computed with a gradient: the older weight_norm, features that a
+    # module kept
+    kept = (
+        v
+        for m in encoder.modules()
+        for v in vars(m).values()
+        if isinstance(v, Tensor) and not v.is_leaf
+    )
     try:
         model = copy.deepcopy(encoder, {id(v): v.detach().clone() for v in kept})
     except Exception as error:
@@ -51,7 +58,12 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
                 del m._forward_pre_hooks[key]
     model = model.to(device).to(memory_format=layout).requires_grad_(False)
     for m in model.modules():
-        if type(m) is nn.BatchNorm2d and not m.training and m.running_mean is not None and m.running_var is not None:
+        if (
+            type(m) is nn.BatchNorm2d
+            and not m.training
+            and m.running_mean is not None
+            and m.running_var is not None
+        ):
             scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
             shift = -m.running_mean * scale + (0 if m.bias is None else m.bias)
             m.forward = partial(_affine, m, scale[:, None, None], shift[:, None, None])  # type: ignore[method-assign]
@@ -72,10 +84,15 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _has_functions(encoder: nn.Module) -> bool:
-    """Does a module have a method that was replaced, a function that holds a module, or hooks not of torch's own?"""
+    """Does a module have a method that was replaced, a function that holds a module, or hooks not
+    of torch's own?"""
 
     def own(m: nn.Module, name: str, value: object) -> bool:
-        held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+        held = [
+            cell.cell_contents
+            for cell in getattr(value, "__closure__", None) or ()
+            if _filled(cell)
+        ]
         replaced = isinstance(value, types.FunctionType) and hasattr(type(m), name)
         return name == "forward" or replaced or any(isinstance(v, nn.Module) for v in held)
 
@@ -100,9 +117,13 @@ def _computes_a_weight(hook: object) -> bool:
 
 
 def _affine(
-    norm: nn.BatchNorm2d, scale: Float[Tensor, "c 1 1"], shift: Float[Tensor, "c 1 1"], x: Float[Tensor, "b c h w"]
+    norm: nn.BatchNorm2d,
+    scale: Float[Tensor, "c 1 1"],
+    shift: Float[Tensor, "c 1 1"],
+    x: Float[Tensor, "b c h w"],
 ) -> Float[Tensor, "b c h w"]:
-    """x · scale + shift. Its backward is one product; torch's own took five times as long as the forward pass."""
+    """x · scale + shift. Its backward is one product; torch's own took five times as long as the
+    forward pass."""
     if x.dtype != scale.dtype:  # under autocast torch's own keeps the statistics in full precision
         return nn.BatchNorm2d.forward(norm, x)
     return torch.addcmul(shift, x, scale)

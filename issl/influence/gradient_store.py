@@ -1,7 +1,7 @@
 """A pass over the images: what is computed for each chunk, and how it is stored or recomputed.
 
-The rows of all images (their projected gradients) are needed twice: for the curvature, then for the scores.
-So a pass can be repeated, in one of three ways with the same numbers:
+The rows of all images (their projected gradients) are needed twice: for the curvature, then for the
+scores. So a pass can be repeated, in one of three ways with the same numbers:
 
     ram         the rows are kept in memory
     mapped      they are kept in files, one per chunk
@@ -59,8 +59,8 @@ def choose_memory(computing: Computing, need: int) -> Computing:
 def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing) -> Pass:
     """The pass over these chunks, with its rows on the CPU; `computing` from `choose_memory`.
 
-    What is kept lives as long as the pass: no later call finds it, so no gradient is ever taken for one of another
-    perturbation, loss or encoder.
+    What is kept lives as long as the pass: no later call finds it, so no gradient is ever taken for
+    one of another perturbation, loss or encoder.
     """
 
     assert computing.batch_size != "auto"  # decided by now
@@ -75,7 +75,9 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing) ->
 
     def shown(missing: Sequence[slice]) -> tqdm[NoReturn]:
         total = sum(c.stop - c.start for c in missing)
-        return tqdm(total=total, unit="img", desc="influence", disable=not computing.progress or not missing)
+        return tqdm(
+            total=total, unit="img", desc="influence", disable=not computing.progress or not missing
+        )
 
     if computing.memory == "recomputed":
 
@@ -116,7 +118,8 @@ def make_pass(rows_of: RowsOf, chunks: Sequence[slice], computing: Computing) ->
 
 
 def split(share: slice, row_bytes: int) -> list[slice]:
-    """A process's share of the images, in chunks whose rows (`row_bytes` each) fit into memory together."""
+    """A process's share of the images, in chunks whose rows (`row_bytes` each) fit into memory
+    together."""
     step = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
     return [slice(k, min(k + step, share.stop)) for k in range(share.start, share.stop, step)]
 
@@ -128,7 +131,11 @@ def fingerprint(model: nn.Module, data: Images, *settings: object) -> str:
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     pixels = data.pixels
-    digest.update(pixels.identity().encode() if isinstance(pixels, LazyPixels) else pixels.contiguous().numpy().data)
+    digest.update(
+        pixels.identity().encode()
+        if isinstance(pixels, LazyPixels)
+        else pixels.contiguous().numpy().data
+    )
     digest.update(data.index.numpy().data)
     return digest.hexdigest()
 
@@ -148,4 +155,6 @@ def _read_rows(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise IsslError(f"stored gradients {path} are damaged ({error}); delete this file and run again") from error
+        raise IsslError(
+            f"stored gradients {path} are damaged ({error}); delete this file and run again"
+        ) from error

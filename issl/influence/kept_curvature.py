@@ -1,11 +1,13 @@
-"""A curvature as a file: the sums over the images that the inverse is made from, and the settings they belong to.
+"""A curvature as a file: the sums over the images that the inverse is made from, and the settings
+they belong to.
 
-    Σ_i g_i g_iᵀ per layer in double precision, of which the lower triangle is written (LoGra, Exact)
-    Σ_i g_i²     per layer                                                               (EKFAC, Diagonal)
+    Σ_i g_i g_iᵀ per layer in double precision, of which the lower triangle is written (LoGra,
+    Exact) Σ_i g_i²     per layer
+    (EKFAC, Diagonal)
 
-H is the sum divided by the number of images, so the sums of two sets add up to those of both. Random projections
-follow from a seed and are not written; bases made from images (PCA, EKFAC) are. One safetensors file: nothing in it is
-executed.
+H is the sum divided by the number of images, so the sums of two sets add up to those of both.
+Random projections follow from a seed and are not written; bases made from images (PCA, EKFAC) are.
+One safetensors file: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 
 VERSION = 2
-COMPUTES = "computes"  # what the encoder makes of fixed images, see `Probe.computes`: equal up to rounding
+COMPUTES = (
+    "computes"  # what the encoder makes of fixed images, see `Probe.computes`: equal up to rounding
+)
 HEADER = "issl_curvature"  # the entry in the file's metadata
 
 
@@ -37,12 +41,14 @@ HEADER = "issl_curvature"  # the entry in the file's metadata
 class KeptCurvature:
     """Sums over some images, with everything they depend on.
 
-    settings  JSON values: encoder (digest), computes, layers (name → numbers kept), size (h, w), curvature,
-              perturbation, seed, draws, average, loss, fisher, skip, projections (see `issl.influence.fitted`)
+    settings  JSON values: encoder (digest), computes, layers (name → numbers kept), size (h, w),
+              curvature, perturbation, seed, draws, average, loss, fisher, skip, projections (see
+              `issl.influence.fitted`)
     parts     the sets of images that were added: name, n, digest of their indices
     rows      how many gradients were summed: images, times draws if each draw counts
     sums      per layer, float64: (r, r) or (r,); none for curvatures that sum nothing
-    bases     "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), where they were made from images
+    bases     "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), where they were made from
+              images
     """
 
     settings: Mapping[str, Any]
@@ -57,7 +63,8 @@ class KeptCurvature:
         return sum(part["n"] for part in self.parts)
 
     def add(self, other: KeptCurvature) -> KeptCurvature:
-        """The sums over both sets of images. Raises IsslError if they belong to different settings, or share a part."""
+        """The sums over both sets of images. Raises IsslError if they belong to different settings,
+        or share a part."""
         if different := first_difference(self.settings, other.settings):
             raise IsslError(
                 f"curvatures cannot be added: {different}; fit both with the same encoder, settings and size"
@@ -70,10 +77,13 @@ class KeptCurvature:
                     "images; fit the second with `fitted.extend(images)`, or use random projections (logra)"
                 )
         sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
-        return replace(self, parts=(*self.parts, *other.parts), rows=self.rows + other.rows, sums=sums)
+        return replace(
+            self, parts=(*self.parts, *other.parts), rows=self.rows + other.rows, sums=sums
+        )
 
     def check_new(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        """IsslError if one of these sets of images was added before. (Sets that overlap in part are not noticed.)"""
+        """IsslError if one of these sets of images was added before. (Sets that overlap in part are
+        not noticed.)"""
         for part in parts:
             if part in self.parts:
                 raise IsslError(
@@ -86,7 +96,12 @@ class KeptCurvature:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise IsslError(f"curvature file {path}: give a name that ends in .safetensors")
-        header = {"version": VERSION, "settings": self.settings, "parts": self.parts, "rows": self.rows}
+        header = {
+            "version": VERSION,
+            "settings": self.settings,
+            "parts": self.parts,
+            "rows": self.rows,
+        }
         tensors = {
             f"{'vector' if value.ndim == 1 else 'triangle'}.{name}": pack(value.cpu())
             for name, value in self.sums.items()
@@ -100,11 +115,15 @@ def read(path: str | Path) -> KeptCurvature:
     """A curvature from its file. Raises IsslError if there is none, and for another version."""
     path = Path(path)
     if not path.is_file():
-        raise IsslError(f"curvature file {str(path)!r} does not exist; make one with issl.fit(…).save, or `issl fit`")
+        raise IsslError(
+            f"curvature file {str(path)!r} does not exist; make one with issl.fit(…).save, or `issl fit`"
+        )
     metadata, tensors = read_safetensors(path, "curvature file")
     header = json.loads(metadata.get(HEADER, "{}"))
     if "version" not in header:
-        raise IsslError(f"{path} is no curvature file: its header has no entry {HEADER}; give what Fitted.save wrote")
+        raise IsslError(
+            f"{path} is no curvature file: its header has no entry {HEADER}; give what Fitted.save wrote"
+        )
     if header["version"] != VERSION:
         raise IsslError(
             f"curvature file {path} has version {header['version']}, this library reads {VERSION}; fit it again, or "
@@ -162,5 +181,7 @@ def encoder_digest(encoder: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

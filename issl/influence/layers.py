@@ -12,7 +12,12 @@ from issl.errors import IsslError
 
 Layer = nn.Linear | nn.Conv2d
 COMPILED = ("torch.ao.nn", "torch.nn.quantized")  # packages of quantised layers
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 def weight_shape(layer: Layer) -> tuple[int, int]:
@@ -23,15 +28,15 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 def find_layers(
     encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module that holds them; and
-    by name the other weights, with what they are.
+    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module
+    that holds them; and by name the other weights, with what they are.
 
-    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the result. The input
-    projections of nn.MultiheadAttention are Linear layers, too.
+    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the
+    result. The input projections of nn.MultiheadAttention are Linear layers, too.
 
     untrained   BatchNorm that was never trained is no error
-    Raises IsslError where the encoder cannot be scored: not a module, train mode, weights that are not there (device
-    meta) or not finite, normalisation by batch statistics or never trained.
+    Raises IsslError where the encoder cannot be scored: not a module, train mode, weights that are
+    not there (device meta) or not finite, normalisation by batch statistics or never trained.
     """
     check_encoder(encoder, untrained)
     if isinstance(skip, str) or not isinstance(skip, Sequence):
@@ -42,7 +47,10 @@ def find_layers(
         return any(name == s or name.startswith(s + ".") for s in skip)
 
     every = dict(_modules(encoder))
-    known = {*every, *(f"{name}.{own}".lstrip(".") for name, m in every.items() for own, _ in _weights(m))}
+    known = {
+        *every,
+        *(f"{name}.{own}".lstrip(".") for name, m in every.items() for own, _ in _weights(m)),
+    }
     if unknown := [s for s in skip if s not in known]:
         raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
     layers: dict[str, Layer] = {}
@@ -71,12 +79,15 @@ def find_layers(
         owners[own] = name
     if not layers and not others:
         raise IsslError(
-            "encoder has no Linear or Conv2d layer to score" + (f" left after skip={list(skip)}" if skip else "")
+            "encoder has no Linear or Conv2d layer to score"
+            + (f" left after skip={list(skip)}" if skip else "")
         )
     return layers, others
 
 
-def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False) -> dict[str, Layer]:
+def scored_layers(
+    encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
+) -> dict[str, Layer]:
     """The layers of `find_layers`. Raises IsslError where there are other weights."""
     layers, others = find_layers(encoder, skip, untrained)
     if others:
@@ -87,12 +98,15 @@ def scored_layers(encoder: nn.Module, skip: Sequence[str] = (), untrained: bool 
 def _as_linear(weight: Tensor) -> nn.Linear:
     """A layer that has this very weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    layer.weight = (
+        weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    )
     return layer
 
 
 def unscored(problems: Mapping[str, str], layers: Mapping[str, Layer]) -> IsslError:
-    """The error that names all weights that cannot be scored, by what is known of each, and how to leave them out."""
+    """The error that names all weights that cannot be scored, by what is known of each, and how to
+    leave them out."""
     names, more = list(problems), ""
     if not set(layers) - set(names):
         more = "; nothing would be left to score"
@@ -121,13 +135,19 @@ def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
         if value.is_meta:
-            raise IsslError(f"encoder: {name} has no values (device meta); load its weights, then score it")
+            raise IsslError(
+                f"encoder: {name} has no values (device meta); load its weights, then score it"
+            )
         if nn.parameter.is_lazy(value):
-            raise IsslError(f"encoder: {name} has no values (a lazy layer); load its weights, then score it")
+            raise IsslError(
+                f"encoder: {name} has no values (a lazy layer); load its weights, then score it"
+            )
         if value.is_complex():
             raise IsslError(f"encoder: {name} is {value.dtype}; only real weights can be scored")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise IsslError(f"encoder: {name} holds NaN or infinite values; load an intact checkpoint")
+            raise IsslError(
+                f"encoder: {name} holds NaN or infinite values; load an intact checkpoint"
+            )
     for name, m in encoder.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if m.running_mean is None or m.running_var is None:
@@ -144,7 +164,11 @@ def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:
 
 def _modules(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by name, but not those that compute a weight."""
-    return ((name, m) for name, m in encoder.named_modules() if "parametrizations" not in name.split("."))
+    return (
+        (name, m)
+        for name, m in encoder.named_modules()
+        if "parametrizations" not in name.split(".")
+    )
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,16 +1,21 @@
-"""Per-example gradients of the stability loss, layer by layer, without ever forming a weight gradient.
+"""Per-example gradients of the stability loss, layer by layer, without ever forming a weight
+gradient.
 
-For one call of a layer with weight W (as a matrix c_out × d_in), let a_t be the input (patch) and d_t the
-gradient of the loss with respect to the output at position t. Then the example's weight gradient is
-Σ_t d_t a_tᵀ (both views are positions of the same example), and what is kept of it, its *sketch*, is
+For one call of a layer with weight W (as a matrix c_out × d_in), let a_t be the input (patch) and
+d_t the gradient of the loss with respect to the output at position t. Then the example's weight
+gradient is Σ_t d_t a_tᵀ (both views are positions of the same example), and what is kept of it, its
+*sketch*, is
 
-    G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the identity)
-    ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper            (Norm)
+    G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the
+    identity) ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper
+            (Norm)
 
-A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so patches are never
-formed. P_out is applied once per example, after the sum; so is P_in where it has so many rows that this is cheaper.
-The groups of a grouped convolution share P_in, and P_out sums over their rows.
-Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv 1510.01799.
+A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so
+patches are never formed. P_out is applied once per example, after the sum; so is P_in where it has
+so many rows that this is cheaper. The groups of a grouped convolution share P_in, and P_out sums
+over their rows.
+Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv
+1510.01799.
 """
 
 from __future__ import annotations
@@ -25,13 +30,21 @@ from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_width, no_moments
-from issl.influence.following import Convolution, Uses, by_image, followed, read_inputs, read_outputs
+from issl.influence.following import (
+    Convolution,
+    Uses,
+    by_image,
+    followed,
+    read_inputs,
+    read_outputs,
+)
 from issl.influence.frozen_encoder import without_weight_gradients
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
 
-# what it costs to form, write and read one number of a convolution's patches, in multiplications: about 45 on a core of
-# a CPU with AVX-512, more on a GPU, whose memory is slower beside its arithmetic
+# what it costs to form, write and read one number of a convolution's patches, in multiplications:
+# about 45 on a core of # a CPU with AVX-512, more on a GPU, whose memory is slower beside its
+# arithmetic
 PATCHES = 40
 
 
@@ -48,7 +61,9 @@ class _Tap:
     total: Tensor | None = None
     pair: tuple[Tensor, Tensor] | None = None  # of inputs and output gradients, for the norm
 
-    def on_product(self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    def on_product(
+        self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         views, rows = 2 * self.examples, len(x) if how is not None else x[..., 0].numel()
         if rows % views:
             raise IsslError(
@@ -64,10 +79,12 @@ class _Tap:
             self.layer, how, output, self.sketch, views
         )
         p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
-        inputs = regroup(read_inputs(self.layer.weight, how, kept, p_in if projects_first else None))
+        inputs = regroup(
+            read_inputs(self.layer.weight, how, kept, p_in if projects_first else None)
+        )
         if not output.requires_grad:
-            # no earlier layer needs a gradient, so the backward pass may end here; the clone is there for later
-            # in-place operations, which must not change a leaf
+            # no earlier layer needs a gradient, so the backward pass may end here; the clone is
+            # there for later # in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
         left = None if projects_first else p_in
         version = kept._version
@@ -116,7 +133,11 @@ class _Tap:
         if isinstance(self.sketch, Norm):
             if self.pair is not None:
                 return _gram_norm(*self.pair, self.examples)[:, None]
-            size = like.new_zeros(self.examples) if self.total is None else self.total.square().sum((1, 2)).sqrt()
+            size = (
+                like.new_zeros(self.examples)
+                if self.total is None
+                else self.total.square().sum((1, 2)).sqrt()
+            )
             return size[:, None]
         if self.total is None:  # called, but the loss does not depend on it
             return like.new_zeros(self.examples, kept_width(self.layer, self.sketch))
@@ -141,8 +162,11 @@ class _MomentTap(_Tap):
         return self.sums or no_moments(self.layer)
 
 
-def _projects_first(layer: Layer, how: Convolution | None, output: Tensor, sketch: Projected, views: int) -> bool:
-    """Whether it costs less, in multiplications per view, to project the inputs before the sum over positions."""
+def _projects_first(
+    layer: Layer, how: Convolution | None, output: Tensor, sketch: Projected, views: int
+) -> bool:
+    """Whether it costs less, in multiplications per view, to project the inputs before the sum over
+    positions."""
     if sketch.p_in is None:
         return True  # there is nothing to project
     (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
@@ -170,7 +194,8 @@ class Followed:
     """An encoder whose gradients are followed: from `issl.influence.frozen_encoder.frozen`.
 
     layout  of the pixels that it is given
-    uses    what `issl.influence.following.examine` found of each layer; of one that is missing, a row is an image
+    uses    what `issl.influence.following.examine` found of each layer; of one that is missing, a
+            row is an image
     """
 
     model: nn.Module
@@ -196,10 +221,12 @@ def per_example(
     """The losses of a batch and, per layer, the sketch of each example's gradient.
 
     index   names the images in errors
-    Raises IsslError for features that are not (b, d), are zero or not finite, and for layers it cannot follow.
+    Raises IsslError for features that are not (b, d), are zero or not finite, and for layers it
+    cannot follow.
     """
     taps = {
-        name: _Tap(name, layer, sketches[name], _uses(encoder, name), len(x)) for name, layer in encoder.layers.items()
+        name: _Tap(name, layer, sketches[name], _uses(encoder, name), len(x))
+        for name, layer in encoder.layers.items()
     }
     losses = _backward(encoder, taps, x, perturbed, index, loss, bf16)
     return losses, {name: tap.result(losses) for name, tap in taps.items()}
@@ -212,7 +239,8 @@ def second_moments(
     index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
 ) -> dict[str, Moments]:
-    """Each layer's second moments over a batch, in double precision. Groups share the inputs' moment."""
+    """Each layer's second moments over a batch, in double precision. Groups share the inputs'
+    moment."""
     taps = {
         name: _MomentTap(name, layer, Projected(), _uses(encoder, name), len(x))
         for name, layer in encoder.layers.items()
@@ -226,7 +254,13 @@ def _uses(encoder: Followed, name: str) -> Uses:
 
 
 def _backward(
-    encoder: Followed, taps: Mapping[str, _Tap], x: Tensor, perturbed: Tensor, index: Tensor, loss: Loss, bf16: bool
+    encoder: Followed,
+    taps: Mapping[str, _Tap],
+    x: Tensor,
+    perturbed: Tensor,
+    index: Tensor,
+    loss: Loss,
+    bf16: bool,
 ) -> Tensor:
     """One forward and backward with the taps in place; returns the losses."""
     b, products = len(x), {id(tap.layer.weight): tap.on_product for tap in taps.values()}
@@ -238,10 +272,16 @@ def _backward(
         features = features.to(x.dtype)
         losses = loss(features[:b], features[b:])
         if not isinstance(losses, Tensor) or losses.shape != (b,):
-            shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            shape = (
+                f"shape {tuple(losses.shape)}"
+                if isinstance(losses, Tensor)
+                else type(losses).__name__
+            )
             raise IsslError(f"loss gives {shape} for {b} images; it must give one loss per image")
         if not losses.requires_grad:
-            raise IsslError("loss does not depend on the encoder's features; remove detach or no_grad from it")
+            raise IsslError(
+                "loss does not depend on the encoder's features; remove detach or no_grad from it"
+            )
         losses.sum().backward()
     return losses.detach()
 
@@ -250,12 +290,15 @@ def check_shape(features: object, rows: int) -> Tensor:
     """An encoder's output must be (rows, d)."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise IsslError(f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)")
+        raise IsslError(
+            f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)"
+        )
     return features
 
 
 def check_features(features: object, rows: int, index: Int64[Tensor, " b"] | None = None) -> None:
-    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is undefined.
+    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is
+    undefined.
 
     index   of the images, whose views the rows are: it names those that have no features
     """
@@ -268,10 +311,16 @@ def check_features(features: object, rows: int, index: Int64[Tensor, " b"] | Non
         if index is None:
             return f"{int(bad.sum())} of {rows} views"
         which = index[bad.cpu().view(-1, len(index)).any(0)].unique().tolist()
-        return f"image index {which[0]}" if len(which) == 1 else f"{len(which)} images, index {which[:5]}"
+        return (
+            f"image index {which[0]}"
+            if len(which) == 1
+            else f"{len(which)} images, index {which[:5]}"
+        )
 
     if not bool(finite.all()):
-        raise NoFeatures(f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and input")
+        raise NoFeatures(
+            f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and input"
+        )
     raise NoFeatures(
         f"encoder gives an all-zero feature vector for {named(~nonzero)}: its cosine is undefined; leave such images "
         "out (--skip-broken does)"

@@ -1,7 +1,7 @@
 """Perturbations of the stability loss: what turns an image into its noisy copy x̂.
 
-The paper uses Gaussian noise; its ablation uses the augmentations of pretraining, each with a strength.
-Given a seed, a perturbation is a function of an image's pixels and index only.
+The paper uses Gaussian noise; its ablation uses the augmentations of pretraining, each with a
+strength. Given a seed, a perturbation is a function of an image's pixels and index only.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170, §3)."""
+    """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170,
+    §3)."""
 
     mean: float = 0.05
     std: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= number_or_nan(self.std) < math.inf:
-            raise IsslError(f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number ≥ 0")
+            raise IsslError(
+                f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number ≥ 0"
+            )
         if not math.isfinite(number_or_nan(self.mean)):
             raise IsslError(f"GaussianNoise(mean={self.mean!r}): must be a finite number")
 
@@ -57,9 +60,9 @@ class GaussianNoise:
 class Augmentation:
     """x̂ = a random view of x, by one of the operations of pretraining or the whole chain of them.
 
-    strength in (0, 1]: 1 is SimCLR's own range (crop from 8% of the area, jitter 0.8/0.8/0.8/0.2, blur up to
-    σ = 2 px); smaller values shrink the range. Operations without a range (flip, grayscale, solarize) are
-    applied with this probability.
+    strength in (0, 1]: 1 is SimCLR's own range (crop from 8% of the area, jitter 0.8/0.8/0.8/0.2,
+    blur up to σ = 2 px); smaller values shrink the range. Operations without a range (flip,
+    grayscale, solarize) are applied with this probability.
     """
 
     kind: str
@@ -67,7 +70,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}")
+            raise IsslError(
+                f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}"
+            )
         if not 0 < number_or_nan(self.strength) <= 1:
             raise IsslError(f"Augmentation(strength={self.strength!r}): must lie in (0, 1]")
 
@@ -76,14 +81,23 @@ class Augmentation:
         """The settings of the view, see `issl.data.views.View`."""
         s = self.strength
         crop = {"min_area": 1 - 0.92 * s}
-        colours = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
+        colours = {
+            "brightness": 0.8 * s,
+            "contrast": 0.8 * s,
+            "saturation": 0.8 * s,
+            "hue": 0.2 * s,
+        }
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
         chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
         settings: dict[str, dict[str, float | tuple[float, float]]] = {
-            "crop": {**crop}, "flip": {"flip": s}, "jitter": {"jitter": 1.0, **colours}, "grayscale": {"grayscale": s},
-            "blur": {"blur": 1.0, **sigma}, "solarize": {"solarize": s},
+            "crop": {**crop},
+            "flip": {"flip": s},
+            "jitter": {"jitter": 1.0, **colours},
+            "grayscale": {"grayscale": s},
+            "blur": {"blur": 1.0, **sigma},
+            "solarize": {"solarize": s},
             "chain": {**crop, **colours, **sigma, **chances},
-        }  # fmt: skip
+        }
         return View.model_validate(settings[self.kind])
 
     def keyed(self, seed: int) -> Perturb:
@@ -99,11 +113,14 @@ class Augmentation:
 def describe(perturbation: Perturbation | Perturb) -> str:
     """A text that is the same in every process: a perturbation's settings, or a function's name."""
     name = getattr(perturbation, "__qualname__", None)
-    return repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
+    return (
+        repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
+    )
 
 
 def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
-    """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) → pixels."""
+    """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) →
+    pixels."""
     if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
         return perturbation.keyed(seed)
     if callable(perturbation) and not isinstance(perturbation, type):

@@ -1,13 +1,18 @@
-"""The score as its formula is written: plain autograd, one image at a time, and dense inverses. Slow, for checking.
+"""The score as its formula is written: plain autograd, one image at a time, and dense inverses.
+Slow, for checking.
 
     loss of image i                 ℓ_i = 1 − cos(f(x_i), f(x̂_i))
-    its gradient in layer l         G_i = ∂ℓ_i / ∂W_l,   g_i = vec G_i                            `gradients`
-    LoGra keeps, instead of G_i     P_out G_i P_inᵀ                                               `project`
+    its gradient in layer l         G_i = ∂ℓ_i / ∂W_l,   g_i = vec G_i
+                                    `gradients`
+    LoGra keeps, instead of G_i     P_out G_i P_inᵀ
+                                    `project`
     curvature and damping           H_l = mean_i g_i g_iᵀ,   λ_l = 0.1 · mean diagonal of H_l
-    self-influence of image i       Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i                                  `self_influence`
-    cross-influence of i on j       Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i                                  `cross_influence`
+    self-influence of image i       Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i
+    `self_influence` cross-influence of i on j       Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i
+                  `cross_influence`
 
-The score: arXiv 2412.17170, §3, whose sign we drop (it writes −gᵀH⁻¹g). LoGra: arXiv 2405.13954, §3.
+The score: arXiv 2412.17170, §3, whose sign we drop (it writes −gᵀH⁻¹g). LoGra: arXiv 2405.13954,
+§3.
 """
 
 from __future__ import annotations
@@ -24,10 +29,14 @@ from issl.influence.layers import Layer
 from issl.influence.losses import Loss
 from issl.influence.perturbation import Perturb
 
-Gradients = Mapping[str, Float[Tensor, "_ _ _"]]  # (n, c_out, d_in), one matrix per image, by the name of the layer
+Gradients = Mapping[
+    str, Float[Tensor, "_ _ _"]
+]  # (n, c_out, d_in), one matrix per image, by the name of the layer
 
 
-def cosine_loss(features: Float[Tensor, "1 d"], perturbed: Float[Tensor, "1 d"]) -> Float[Tensor, " 1"]:
+def cosine_loss(
+    features: Float[Tensor, "1 d"], perturbed: Float[Tensor, "1 d"]
+) -> Float[Tensor, " 1"]:
     """ℓ = 1 − cos(f(x), f(x̂))."""
     return 1 - F.cosine_similarity(features, perturbed)
 
@@ -35,8 +44,11 @@ def cosine_loss(features: Float[Tensor, "1 d"], perturbed: Float[Tensor, "1 d"])
 def gradients(
     encoder: nn.Module, images: Images, perturb: Perturb, loss: Loss = cosine_loss
 ) -> tuple[Float[Tensor, " n"], Gradients]:
-    """Each image's loss, and its gradient by every Linear and Conv2d weight, as a matrix c_out × d_in."""
-    weights = {name: layer.weight for name, layer in encoder.named_modules() if isinstance(layer, Layer)}
+    """Each image's loss, and its gradient by every Linear and Conv2d weight, as a matrix c_out ×
+    d_in."""
+    weights = {
+        name: layer.weight for name, layer in encoder.named_modules() if isinstance(layer, Layer)
+    }
     losses: list[Tensor] = []
     found: list[list[Tensor]] = []
     for i in range(len(images)):
@@ -44,7 +56,9 @@ def gradients(
         ell = loss(encoder(x), encoder(perturb(x, images.index[i : i + 1]))).squeeze()
         found.append([g.flatten(1) for g in torch.autograd.grad(ell, list(weights.values()))])
         losses.append(ell.detach())
-    return torch.stack(losses), {name: torch.stack([g[k] for g in found]) for k, name in enumerate(weights)}
+    return torch.stack(losses), {
+        name: torch.stack([g[k] for g in found]) for k, name in enumerate(weights)
+    }
 
 
 def project(g: Gradients, projections: Mapping[str, tuple[Tensor, Tensor]]) -> Gradients:
@@ -52,7 +66,9 @@ def project(g: Gradients, projections: Mapping[str, tuple[Tensor, Tensor]]) -> G
     return {name: p_out @ g[name] @ p_in.T for name, (p_out, p_in) in projections.items()}
 
 
-def self_influence(g: Gradients, damping: float = 0.1, diagonal: bool = False) -> Float[Tensor, " n"]:
+def self_influence(
+    g: Gradients, damping: float = 0.1, diagonal: bool = False
+) -> Float[Tensor, " n"]:
     """Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i of every image i; arguments as in `cross_influence`."""
     return cross_influence(g, g, damping, diagonal).diagonal()
 

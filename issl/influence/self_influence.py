@@ -2,8 +2,8 @@
 
     influence_i = Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i ≥ 0,   g_i = ∇ ℓ_i,   ℓ_i = 1 − cos(f(x_i), f(x̂_i))
 
-The paper (arXiv 2412.17170, §3) defines I = −g_iᵀH⁻¹g_i; we store the magnitude, so "high" is large.
-The same in a few slow lines: `issl.influence.reference`.
+The paper (arXiv 2412.17170, §3) defines I = −g_iᵀH⁻¹g_i; we store the magnitude, so "high" is
+large. The same in a few slow lines: `issl.influence.reference`.
 """
 
 from __future__ import annotations
@@ -47,29 +47,34 @@ def self_influence(
 ) -> pd.DataFrame:
     """The influence of each image on the encoder, one row per image, in the order given.
 
-    The formula, one image at a time by plain autograd, is `issl.influence.reference.self_influence`.
+    The formula, one image at a time by plain autograd, is
+    `issl.influence.reference.self_influence`.
 
-    encoder       any nn.Module, eval mode, from float pixels in [0, 1] to features (n, d); left untouched
+    encoder       any nn.Module, eval mode, from float pixels in [0, 1] to features (n, d); left
+                  untouched
     images        `issl.Images`, or a uint8 tensor (n, 3, H, W), indexed 0 … n−1
-    perturbation  GaussianNoise, Augmentation, or a callable (pixels, index) → pixels that treats each image by itself
+    perturbation  GaussianNoise, Augmentation, or a callable (pixels, index) → pixels that treats
+                  each image by itself
     curvature     LoGra, EKFAC, Diagonal, Exact or Identity
     seed          of the perturbation; an image's draw depends only on (seed, its index)
     draws         K perturbation draws per image; draw k of seed s is that of seed s + k·2³²
-    average       "gradients": g_i is the mean gradient over the draws; "scores": the influence is the mean of the
-                  draws' scores, H the mean over images and draws
+    average       "gradients": g_i is the mean gradient over the draws; "scores": the influence is
+                  the mean of the draws' scores, H the mean over images and draws
     sweep         further damping values: one column `influence@VALUE` each
-    loss          whose gradients are scored: a per-example loss (features, perturbed features) → (b,), or
-                  CrossEntropy() for the influence on a supervised model (the images need labels)
+    loss          whose gradients are scored: a per-example loss (features, perturbed features) →
+                  (b,), or CrossEntropy() for the influence on a supervised model (the images need
+                  labels)
     fisher        such a loss, from whose gradients H is made; default: `loss` itself
     skip          names of layers or parameters to leave out of the score
-    untrained     score an encoder as initialised, as a control; else BatchNorm that was never trained is an error
+    untrained     score an encoder as initialised, as a control; else BatchNorm that was never
+                  trained is an error
     computing     device, batch size, precision, memory, processes: see `issl.Computing`
 
-    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean over draws;
-    named `loss` for any other loss);
-    grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank the unbiased estimate from the
-    projection, NaN for PCA); standard_error (of the influence, from the spread of the draws; K ≥ 2 only).
-    `.attrs` holds the effective damping per layer and the settings.
+    Columns: index; influence (dimensionless, ≥ 0, sum over layers); stability_loss (in [0, 2], mean
+    over draws; named `loss` for any other loss);
+    grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank the unbiased estimate
+    from the projection, NaN for PCA); standard_error (of the influence, from the spread of the
+    draws; K ≥ 2 only). `.attrs` holds the effective damping per layer and the settings.
 
     Raises IsslError for an encoder that cannot be scored, bad images or settings, NaN.
     """
@@ -89,8 +94,11 @@ def norms_suffice(what: Measurement) -> bool:
     return what.draws == 1 or what.pooled
 
 
-def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[float] = ()) -> pd.DataFrame:
-    """The table of `self_influence`: each image of `run` under these inverse curvatures, one for each damping."""
+def scores(
+    run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[float] = ()
+) -> pd.DataFrame:
+    """The table of `self_influence`: each image of `run` under these inverse curvatures, one for
+    each damping."""
     what, shards = run.what, run.computing.shards
     curvature, draws, n = what.curvature, what.draws, len(run.data)
     losses, squares = np.zeros(n), np.zeros(n)
@@ -105,7 +113,8 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
             for k, whitening in enumerate(whitenings[name]):
                 w = whitening.whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
                 center = w.mean(1)
-                # "scores": each draw's own; "gradients": its share in ‖w̄‖², whose mean over draws is ‖w̄‖²
+                # "scores": each draw's own; "gradients": its share in ‖w̄‖², whose mean over draws
+                # is ‖w̄‖²
                 each = w.square().sum(2) if what.pooled else (w * center[:, None]).sum(2)
                 values[k, positions] += each.mean(1).cpu().numpy()
                 if k == 0:
@@ -115,21 +124,32 @@ def scores(run: Run, whitenings: dict[str, list[Whitening]], sweep: Sequence[flo
     if (word := says_nothing(values[0], losses, rounding)) is not None:
         warnings.warn(word, stacklevel=3)
     columns = {
-        "index": run.data.index.numpy(), "influence": values[0],
-        "stability_loss" if what.loss is stability_loss else "loss": losses, "grad_norm": np.sqrt(squares),
-    }  # fmt: skip
+        "index": run.data.index.numpy(),
+        "influence": values[0],
+        "stability_loss" if what.loss is stability_loss else "loss": losses,
+        "grad_norm": np.sqrt(squares),
+    }
     if draws > 1:
-        # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta method)
+        # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta
+        # method)
         factor = 1 if what.pooled else 2
         columns["standard_error"] = factor * draw_scores.std(1, ddof=1) / np.sqrt(draws)
     columns |= {f"influence@{value:g}": values[k + 1] for k, value in enumerate(sweep)}
     result = pd.DataFrame(columns)
     result.attrs = {
-        "curvature": repr(curvature), "perturbation": describe(what.perturbation), "seed": what.seed,
-        "images": run.data.name, "n": n, "damping": {name: w[0].damping for name, w in whitenings.items()},
-        "skip": list(what.skip), "untrained": what.untrained, "draws": draws, "average": what.average,
-        "precision": run.computing.precision, "memory": run.computing.memory,
-    }  # fmt: skip
+        "curvature": repr(curvature),
+        "perturbation": describe(what.perturbation),
+        "seed": what.seed,
+        "images": run.data.name,
+        "n": n,
+        "damping": {name: w[0].damping for name, w in whitenings.items()},
+        "skip": list(what.skip),
+        "untrained": what.untrained,
+        "draws": draws,
+        "average": what.average,
+        "precision": run.computing.precision,
+        "memory": run.computing.memory,
+    }
     return result
 
 
@@ -139,7 +159,9 @@ def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.
     rounding    losses up to this are rounding errors
     """
     if not losses.any():
-        return "every influence is 0: the perturbation does not move the features; use a stronger one"
+        return (
+            "every influence is 0: the perturbation does not move the features; use a stronger one"
+        )
     if losses.max() <= rounding:
         return (
             f"every stability loss is below {rounding:.1g}, which is rounding: the perturbation hardly moves the "

@@ -1,7 +1,9 @@
-"""BatchNorm's running statistics, apart from the weights: copied from another encoder, or re-estimated.
+"""BatchNorm's running statistics, apart from the weights: copied from another encoder, or
+re-estimated.
 
-Training on other images changes them even where no weight is trained, and an encoder's features with them. No gradient
-of weights sees that, so what a score of weights predicts is measured with the statistics held.
+Training on other images changes them even where no weight is trained, and an encoder's features
+with them. No gradient of weights sees that, so what a score of weights predicts is measured with
+the statistics held.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from issl.data.views import VIEW_UNIFORMS, View
 from issl.errors import IsslError
 from issl.keyed_random import uniform
 
-ESTIMATED = 1 << 33  # the seed of the views that statistics are estimated on: no training draws these
+ESTIMATED = (
+    1 << 33
+)  # the seed of the views that statistics are estimated on: no training draws these
 
 
 @torch.no_grad()
@@ -27,7 +31,9 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     theirs, own = (dict(_layers(net)) for net in (source, target))
     if theirs.keys() != own.keys():
         differing = sorted(theirs.keys() ^ own.keys())
-        raise IsslError(f"statistics: the encoders differ in their BatchNorm layers ({', '.join(differing[:4])})")
+        raise IsslError(
+            f"statistics: the encoders differ in their BatchNorm layers ({', '.join(differing[:4])})"
+        )
     for name, layer in own.items():
         for buffer in ("running_mean", "running_var", "num_batches_tracked"):
             getattr(layer, buffer).copy_(getattr(theirs[name], buffer))
@@ -35,10 +41,14 @@ def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
 
 
 def estimate_statistics(
-    backbone: nn.Module, images: Images, view: View, size: tuple[int, int] | None = None, batch_size: int = 256
+    backbone: nn.Module,
+    images: Images,
+    view: View,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 256,
 ) -> nn.Module:
-    """Set the running statistics to those of one fixed view of each image, the mean over batches in the order of the
-    images' indices; returns the network, in eval mode."""
+    """Set the running statistics to those of one fixed view of each image, the mean over batches in
+    the order of the images' indices; returns the network, in eval mode."""
     order = images.index.argsort()
 
     def views() -> Iterator[Tensor]:

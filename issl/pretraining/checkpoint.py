@@ -23,12 +23,13 @@ History = list[dict[str, int | float]]  # one entry per epoch
 class Checkpoint:
     """Where a run is saved, how often, and when it has to stop.
 
-    path      the file to resume from and to write to; with it, a killed run continues where it was and takes the same
-              steps: on a CPU it ends with the same weights, on a GPU up to rounding, for cuDNN's fastest algorithms sum
-              in another order each time. None: nothing is saved
+    path      the file to resume from and to write to; with it, a killed run continues where it was
+              and takes the same steps: on a CPU it ends with the same weights, on a GPU up to
+              rounding, for cuDNN's fastest algorithms sum in another order each time. None: nothing
+              is saved
     seconds   the least time between two saves
-    deadline  by the clock of time.monotonic(): an epoch that would end later is not begun; the run is saved and
-              OutOfTime raised
+    deadline  by the clock of time.monotonic(): an epoch that would end later is not begun; the run
+              is saved and OutOfTime raised
     """
 
     path: Path | None = None
@@ -36,9 +37,14 @@ class Checkpoint:
     deadline: float | None = None
 
     def save(
-        self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any], history: History
+        self,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        identity: dict[str, Any],
+        history: History,
     ) -> None:
-        """Weights, momenta and history; the file is replaced in one step. `identity` is all that decides the run."""
+        """Weights, momenta and history; the file is replaced in one step. `identity` is all that
+        decides the run."""
         if self.path is None:
             return
         tensors = {f"model.{k}": v.contiguous() for k, v in learner.state_dict().items()}
@@ -46,10 +52,15 @@ class Checkpoint:
             if p.requires_grad and "momentum_buffer" in optimizer.state[p]:
                 tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"].contiguous()
         with atomic(self.path) as part:
-            save_file(tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)})
+            save_file(
+                tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)}
+            )
 
-    def resume(self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> History:
-        """Load what was saved into learner and optimizer; returns the history, which is empty if there is no file.
+    def resume(
+        self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    ) -> History:
+        """Load what was saved into learner and optimizer; returns the history, which is empty if
+        there is no file.
 
         Raises IsslError for a damaged file, and for one of another run.
         """
@@ -62,10 +73,14 @@ class Checkpoint:
             raise IsslError(
                 f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; delete or move it"
             )
-        learner.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        learner.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
         for name, p in learner.named_parameters():
             if f"momentum.{name}" in tensors:
-                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(
+                    tensors[f"momentum.{name}"]
+                )
         history: History = json.loads(header["history"])
         return history
 

@@ -1,7 +1,9 @@
-"""Several processes train on one batch: rows are gathered, BatchNorm goes over all, gradients are summed.
+"""Several processes train on one batch: rows are gathered, BatchNorm goes over all, gradients are
+summed.
 
-Every process holds an equal part of the batch and computes the same loss of the whole. It backpropagates only through
-its own rows; the sum over processes is the gradient that one process with the whole batch would have (tested).
+Every process holds an equal part of the batch and computes the same loss of the whole. It
+backpropagates only through its own rows; the sum over processes is the gradient that one process
+with the whole batch would have (tested).
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All rows, in order of rank. Every process computes the same loss of them, so its own rows of dL/dz are the
-    whole derivative with respect to these rows."""
+    """All rows, in order of rank. Every process computes the same loss of them, so its own rows of
+    dL/dz are the whole derivative with respect to these rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards) -> Tensor:
@@ -65,13 +67,17 @@ def sum_gradients(model: nn.Module, shards: Shards) -> None:
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     total = shards.sum(torch.cat([g.flatten() for g in grads]))
-    parts = [part.view_as(g) for part, g in zip(total.split([g.numel() for g in grads]), grads, strict=True)]
+    parts = [
+        part.view_as(g)
+        for part, g in zip(total.split([g.numel() for g in grads]), grads, strict=True)
+    ]
     torch._foreach_copy_(grads, parts)
 
 
 @contextmanager
 def batchnorm_over_all(model: nn.Module, shards: Shards) -> Iterator[None]:
-    """Inside, BatchNorm layers in training mode normalise by the statistics of all processes' batches.
+    """Inside, BatchNorm layers in training mode normalise by the statistics of all processes'
+    batches.
 
     torch's own SyncBatchNorm runs only on GPUs; this one also runs on CPUs, where it is tested.
     """
@@ -95,7 +101,11 @@ def _normalise(layer: _BatchNorm, shards: Shards, x: Tensor) -> Tensor:
     centred = values - mean.view(shape)
     var = _Sum.apply(centred.square().sum(dims), shards) / count
     with torch.no_grad():
-        assert layer.running_mean is not None and layer.running_var is not None and layer.momentum is not None
+        assert (
+            layer.running_mean is not None
+            and layer.running_var is not None
+            and layer.momentum is not None
+        )
         layer.running_mean.lerp_(mean, layer.momentum)
         layer.running_var.lerp_(var * count / (count - 1), layer.momentum)
         if layer.num_batches_tracked is not None:

@@ -1,7 +1,7 @@
 """Encoders: networks from float pixels in [0, 1] to features, normalisation included.
 
-Ours is ResNet-18 for small images: 3×3 stem, no max-pooling (Chen et al. 2020, arXiv 2002.05709, B.9),
-with a chosen width. Any other nn.Module of the same kind is welcome in `issl.self_influence`.
+Ours is ResNet-18 for small images: 3×3 stem, no max-pooling (Chen et al. 2020, arXiv 2002.05709,
+B.9), with a chosen width. Any other nn.Module of the same kind is welcome in `issl.self_influence`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WIDEST = 1024  # channels of the first stage: 11 GB of weights
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std per channel, as a layer, so that an encoder carries its own normalisation."""
+    """(x − mean) / std per channel, as a layer, so that an encoder carries its own
+    normalisation."""
 
     mean: Tensor
     std: Tensor
@@ -43,10 +44,11 @@ class Normalize(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3×3 convolutions (He et al. 2016, arXiv 1512.03385, §4.1).
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3×3 convolutions (He et al. 2016, arXiv
+    1512.03385, §4.1).
 
-    The same parameter names and numbers as torchvision's block (tested); importing torchvision takes longer than
-    importing torch, and every notebook would wait for it.
+    The same parameter names and numbers as torchvision's block (tested); importing torchvision
+    takes longer than importing torch, and every notebook would wait for it.
     """
 
     def __init__(self, inside: int, outside: int, stride: int = 1):
@@ -58,7 +60,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outside)
         self.downsample: nn.Module | None = None
         if stride != 1 or inside != outside:
-            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -68,22 +72,27 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(width: int = 64) -> nn.Sequential:
-    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the usual one."""
+    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the
+    usual one."""
     if not is_whole(width, 1, WIDEST):
-        raise IsslError(f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)")
+        raise IsslError(
+            f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)"
+        )
     stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     stages: list[nn.Module] = []
     inside = width
     for stage in range(4):
         outside, stride = width * 2**stage, 1 if stage == 0 else 2
-        stages.append(nn.Sequential(BasicBlock(inside, outside, stride), BasicBlock(outside, outside)))
+        stages.append(
+            nn.Sequential(BasicBlock(inside, outside, stride), BasicBlock(outside, outside))
+        )
         inside = outside
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Head(Config):
-    """A projector or predictor: `layers` linear layers to `out`, those before the last `hidden` wide and followed
-    by ReLU, with BatchNorm before it where `norm`."""
+    """A projector or predictor: `layers` linear layers to `out`, those before the last `hidden`
+    wide and followed by ReLU, with BatchNorm before it where `norm`."""
 
     hidden: int = Field(2048, ge=1)
     out: int = Field(256, ge=1)
@@ -103,8 +112,8 @@ class Head(Config):
 
 
 class Encoder(nn.Module):
-    """`backbone` (pixels to features) and `projector` (features to the space of the SSL loss); calling it
-    gives the projector's output. Downstream tasks and influence use the backbone."""
+    """`backbone` (pixels to features) and `projector` (features to the space of the SSL loss);
+    calling it gives the projector's output. Downstream tasks and influence use the backbone."""
 
     def __init__(self, width: int = 64, head: Head = Head()):
         super().__init__()
@@ -118,41 +127,60 @@ class Encoder(nn.Module):
 
 
 def new_encoder(width: int, head: Head, seed: int) -> Encoder:
-    """A freshly initialised encoder; `seed` decides its weights, and the global generator is not changed."""
+    """A freshly initialised encoder; `seed` decides its weights, and the global generator is not
+    changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(width, head)
     for module in encoder.modules():
-        # the last normalisation of a residual block starts at zero: each block starts as the identity
+        # the last normalisation of a residual block starts at zero: each block starts as the
+        # identity
         if isinstance(module, BasicBlock):
             nn.init.zeros_(module.bn2.weight)
     return encoder
 
 
-BESIDE = ("predictor.", "target.")  # tensors that a file may hold besides the encoder: the rest of a BYOL learner
+BESIDE = (
+    "predictor.",
+    "target.",
+)  # tensors that a file may hold besides the encoder: the rest of a BYOL learner
 
 
 def save_encoder(
-    path: Path, encoder: Encoder, about: dict[str, Any], beside: dict[str, Tensor] | None = None, half: bool = False
+    path: Path,
+    encoder: Encoder,
+    about: dict[str, Any],
+    beside: dict[str, Tensor] | None = None,
+    half: bool = False,
 ) -> None:
-    """One safetensors file: the weights, and a header with all that is needed to rebuild the network.
+    """One safetensors file: the weights, and a header with all that is needed to rebuild the
+    network.
 
     beside   more tensors, named `predictor.…` and `target.…`: the rest of a BYOL learner
-    half     kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics stay as they are
+    half     kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics
+             stay as they are
     """
     header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in {**encoder.state_dict(), **(beside or {})}.items()}
+    tensors = {
+        k: v.detach().cpu().contiguous()
+        for k, v in {**encoder.state_dict(), **(beside or {})}.items()
+    }
     if half:
-        tensors = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
+        tensors = {
+            k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()
+        }
     with atomic(path) as part:
         save_file(tensors, part, {"issl": json.dumps(header)})
 
 
-def load_encoder(path: str | Path, output: Literal["features", "projector"] = "features") -> nn.Module:
+def load_encoder(
+    path: str | Path, output: Literal["features", "projector"] = "features"
+) -> nn.Module:
     """An encoder that `save_encoder` wrote, in eval mode, ready for `issl.self_influence`.
 
-    output="features" gives only the backbone (whose weights are scored); "projector" gives the whole Encoder. Raises
-    IsslError for a missing or damaged file, and for one that this library did not write.
+    output="features" gives only the backbone (whose weights are scored); "projector" gives the
+    whole Encoder. Raises IsslError for a missing or damaged file, and for one that this library did
+    not write.
     """
     header, state = read_encoder(path)
     encoder = Encoder(header["width"], Head(**header["head"]))
@@ -161,33 +189,46 @@ def load_encoder(path: str | Path, output: Literal["features", "projector"] = "f
 
 
 def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other file."""
+    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other
+    file."""
     path = Path(path)
     if not path.is_file():
-        raise IsslError(f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/")
+        raise IsslError(
+            f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/"
+        )
     metadata, state = read_safetensors(path, "encoder")
     header = read_header(metadata, path)
     if header is None:
-        raise IsslError(f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry")
+        raise IsslError(
+            f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry"
+        )
     if "head" not in header:
-        raise IsslError(f"encoder {str(path)!r} is from an older version of this library; retrain it")
+        raise IsslError(
+            f"encoder {str(path)!r} is from an older version of this library; retrain it"
+        )
     _check_shapes(header, state, path)
     return header, state
 
 
 def read_header(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
-    """What `save_encoder` wrote about an encoder; None for another file. Raises IsslError for an entry that is none."""
+    """What `save_encoder` wrote about an encoder; None for another file. Raises IsslError for an
+    entry that is none."""
     try:
         header = json.loads(metadata.get("issl", "null"))
     except ValueError as error:
-        raise IsslError(f"encoder {path}: its header's entry `issl` cannot be read ({error}); get it again") from error
+        raise IsslError(
+            f"encoder {path}: its header's entry `issl` cannot be read ({error}); get it again"
+        ) from error
     if header is not None and not isinstance(header, dict):
-        raise IsslError(f"encoder {path}: its header's entry `issl` is a {type(header).__name__}; get it again")
+        raise IsslError(
+            f"encoder {path}: its header's entry `issl` is a {type(header).__name__}; get it again"
+        )
     return header
 
 
 def _check_shapes(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
-    """IsslError where the tensors are not those that the header promises, before any of that size is allocated."""
+    """IsslError where the tensors are not those that the header promises, before any of that size
+    is allocated."""
     head = Head.model_validate(header["head"])
     wrong = f"encoder {path}: its tensors are not those of its header (width {header.get('width')!r}, head {head})"
     if not is_whole(header.get("width"), 1, WIDEST) or head.layers > len(state):
@@ -197,6 +238,10 @@ def _check_shapes(header: dict[str, Any], state: dict[str, Tensor], path: Path) 
             expected = Encoder(header["width"], head).state_dict()
     except RuntimeError as error:  # of a size that no tensor can have
         raise IsslError(f"{wrong}; get it again") from error
-    bad = [name for name, value in expected.items() if name not in state or state[name].shape != value.shape]
+    bad = [
+        name
+        for name, value in expected.items()
+        if name not in state or state[name].shape != value.shape
+    ]
     if bad:
         raise IsslError(f"{wrong}: {bad[0]} is missing or of another shape; get it again")

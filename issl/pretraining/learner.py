@@ -1,4 +1,5 @@
-"""The learner: the encoder and all that its method trains along with it; its loss, and its files."""
+"""The learner: the encoder and all that its method trains along with it; its loss, and its
+files."""
 
 from __future__ import annotations
 
@@ -24,13 +25,19 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder`; for BYOL also a `predictor` and a `target`, the encoder's moving average. Calling it gives the loss.
+    """`encoder`; for BYOL also a `predictor` and a `target`, the encoder's moving average. Calling
+    it gives the loss.
 
     start   an encoder that gives its weights, or a learner that gives its predictor and target too
     """
 
     def __init__(
-        self, recipe: Recipe, width: int, classes: int | None, seed: int, start: Encoder | Learner | None = None
+        self,
+        recipe: Recipe,
+        width: int,
+        classes: int | None,
+        seed: int,
+        start: Encoder | Learner | None = None,
     ):
         super().__init__()
         self.recipe = recipe
@@ -39,7 +46,12 @@ class Learner(nn.Module):
         if recipe.method == "supervised":
             assert classes is not None  # the caller has the labels
             out = classes
-        head = Head(hidden=max(2, round(recipe.hidden * features)), out=out, layers=recipe.layers, norm=recipe.norm)
+        head = Head(
+            hidden=max(2, round(recipe.hidden * features)),
+            out=out,
+            layers=recipe.layers,
+            norm=recipe.norm,
+        )
         self.encoder = new_encoder(width, head, seed)
         first = start.encoder if isinstance(start, Learner) else start
         if first is not None:
@@ -60,18 +72,26 @@ class Learner(nn.Module):
             self.load_state_dict(start.state_dict())
 
     def forward(
-        self, xa: Pixels, xb: Pixels | None, labels: Int64[Tensor, " b"] | None, precision: Precision = "auto",
+        self,
+        xa: Pixels,
+        xb: Pixels | None,
+        labels: Int64[Tensor, " b"] | None,
+        precision: Precision = "auto",
         shards: Shards = ONE,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:  # fmt: skip
-        """The loss of the batch (of all processes' batches) and the features of its views, without gradient.
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:
+        """The loss of the batch (of all processes' batches) and the features of its views, without
+        gradient.
 
-        Both views pass together, so BatchNorm sees them as one batch. The networks run in bf16 if `precision` says so,
-        the loss in fp32 or wider.
+        Both views pass together, so BatchNorm sees them as one batch. The networks run in bf16 if
+        `precision` says so, the loss in fp32 or wider.
         """
         recipe, encoder = self.recipe, self.encoder
-        both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=torch.channels_last)
+        both = (xa if xb is None else torch.cat([xa, xb])).contiguous(
+            memory_format=torch.channels_last
+        )
         device = both.device
-        # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and on GPUs
+        # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and
+        # on GPUs
         with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device, precision)):
             features = encoder.backbone(both)
             z = encoder.projector(features)
@@ -98,15 +118,19 @@ class Learner(nn.Module):
 
     def follow(self, done: float) -> None:
         """Move the target towards the encoder: target ← τ · target + (1 − τ) · encoder, with
-        τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2, `done` the part of the run that is over (Grill et al. 2020, §3)."""
+        τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2, `done` the part of the run that is over (Grill et al.
+        2020, §3)."""
         if self.target is None:
             return
         tau = 1 - (1 - self.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
-        torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau)
+        torch._foreach_lerp_(
+            list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau
+        )
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool = True) -> None:
-    """The encoder's file with BYOL's predictor and target: all that the training gradient depends on at this moment.
+    """The encoder's file with BYOL's predictor and target: all that the training gradient depends
+    on at this moment.
 
     half   in half precision, see `save_encoder`
     """
@@ -117,17 +141,21 @@ def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool
 def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
     """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
 
-    Width and recipe come from the file's header; `recipe` is for files that do not say it. Raises IsslError for a
-    missing or damaged file, and for one without a whole learner: BYOL's predictor and target are missing from what
-    `save_encoder` wrote by default.
+    Width and recipe come from the file's header; `recipe` is for files that do not say it. Raises
+    IsslError for a missing or damaged file, and for one without a whole learner: BYOL's predictor
+    and target are missing from what `save_encoder` wrote by default.
     """
     header, tensors = read_encoder(path)
     settings = header.get("recipe") or header.get("config", {}).get("recipe")
     if settings is None and recipe is None:
-        raise IsslError(f"{path} does not say how it was trained: give the recipe, such as recipe('simclr')")
+        raise IsslError(
+            f"{path} does not say how it was trained: give the recipe, such as recipe('simclr')"
+        )
     settings = settings or recipe.model_dump()  # type: ignore[union-attr]  # one of the two is there
     recipe, head = Recipe(**settings), Head(**header["head"])
-    learner = Learner(recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0)
+    learner = Learner(
+        recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0
+    )
     state = {k if k.startswith(BESIDE) else f"encoder.{k}": v for k, v in tensors.items()}
     missing = sorted({name.split(".")[0] for name in learner.state_dict().keys() - state.keys()})
     if missing:
@@ -140,23 +168,29 @@ def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
 
 
 def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = None) -> Learner:
-    """The learner itself; that of a file; or one around an Encoder and its recipe. Raises IsslError where a BYOL
-    predictor and target are missing."""
+    """The learner itself; that of a file; or one around an Encoder and its recipe. Raises IsslError
+    where a BYOL predictor and target are missing."""
     if isinstance(trained, Learner):
         return trained
     if isinstance(trained, str | Path):
         return load_learner(trained, recipe)
     if not isinstance(trained, Encoder):
-        raise IsslError(f"{type(trained).__name__}: need the file of an encoder, an Encoder or a Learner")
+        raise IsslError(
+            f"{type(trained).__name__}: need the file of an encoder, an Encoder or a Learner"
+        )
     if recipe is None:
-        raise IsslError("an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')")
+        raise IsslError(
+            "an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')"
+        )
     if recipe.method == "byol":
-        raise IsslError("a BYOL Encoder lacks its predictor and target: give the Learner, or the file of one")
+        raise IsslError(
+            "a BYOL Encoder lacks its predictor and target: give the Learner, or the file of one"
+        )
     return Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """√d times the mean standard deviation of the components of unit features: 1 if they point everywhere, 0 if all
-    are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
+    """√d times the mean standard deviation of the components of unit features: 1 if they point
+    everywhere, 0 if all are the same (Chen & He 2021, arXiv 2011.10566, §4.1)."""
     unit = nn.functional.normalize(features, dim=1)
     return unit.std(0).mean() * math.sqrt(features.shape[1])

@@ -1,8 +1,9 @@
 """Pretraining: one plain loop for every method.
 
-All randomness is a function of (seed, epoch): the order of the images and a table of uniform numbers, one row per image
-and view, both drawn over the whole data set. So a run that is killed and resumed takes the same steps, and leaving an
-image out (`keep`) changes neither the order nor the views of the others.
+All randomness is a function of (seed, epoch): the order of the images and a table of uniform
+numbers, one row per image and view, both drawn over the whole data set. So a run that is killed and
+resumed takes the same steps, and leaving an image out (`keep`) changes neither the order nor the
+views of the others.
 """
 
 from __future__ import annotations
@@ -36,17 +37,27 @@ from issl.pretraining.recipes import Recipe
 from issl.pretraining.recipes import recipe as published
 from issl.shards import ONE, Shards
 
-COLLAPSED = 0.02  # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
+# feature_std below this: all features point the same way (a random encoder has 0.1 or more)
+COLLAPSED = 0.02
 LARGEST_SEED = 1 << 40  # see `_generator`
-WORTH_COMPILING = 2_000_000  # images seen by a run, above which the minute of compilation pays off on a GPU
+WORTH_COMPILING = (
+    2_000_000  # images seen by a run, above which the minute of compilation pays off on a GPU
+)
 VERSIONS = 128  # of a function that torch compiles, in one process
-COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history; after_epoch may add others
+COLUMNS = (
+    "epoch",
+    "loss",
+    "feature_std",
+    "lr",
+    "images_per_second",
+)  # of the history; after_epoch may add others
 AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is computed. Nothing here changes the steps that are taken, but each may change their rounding.
+    """How a run is computed. Nothing here changes the steps that are taken, but each may change
+    their rounding.
 
     precision  of the networks; auto: bf16 where the device computes it natively
     compiled   torch.compile; auto: on one GPU, where the run is long enough for it to pay off
@@ -59,24 +70,38 @@ class Execution:
     shards: Shards = ONE
     progress: bool = True
 
-    def maybe_compiled(self, images_seen: int, *functions: Callable[..., Any]) -> Sequence[Callable[..., Any]]:
+    def maybe_compiled(
+        self, images_seen: int, *functions: Callable[..., Any]
+    ) -> Sequence[Callable[..., Any]]:
         """These functions, compiled if that pays off in a run that sees this many images."""
         if self.compiled == "on" and self.shards.world > 1:
-            raise IsslError(f"compiled='on' on {self.shards.world} processes: choose auto or off, or one process")
-        pays = torch.device(self.device).type == "cuda" and self.shards.world == 1 and images_seen >= WORTH_COMPILING
+            raise IsslError(
+                f"compiled='on' on {self.shards.world} processes: choose auto or off, or one process"
+            )
+        pays = (
+            torch.device(self.device).type == "cuda"
+            and self.shards.world == 1
+            and images_seen >= WORTH_COMPILING
+        )
         if self.compiled == "off" or (self.compiled == "auto" and not pays):
             return functions
         if (lacking := lacking_for_compilation()) is not None:
             if self.compiled == "on":
-                raise IsslError(f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off")
-            print(f"training without torch.compile, which needs {lacking}: slower, the same otherwise", file=sys.stderr)
+                raise IsslError(
+                    f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off"
+                )
+            print(
+                f"training without torch.compile, which needs {lacking}: slower, the same otherwise",
+                file=sys.stderr,
+            )
             return functions
         return [_compiled(f) for f in functions]
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for a process that trains many networks: torch counts the versions of a function over all of them
-    (widths, batch and view sizes, recipes), and after eight runs it eagerly, without a word."""
+    """torch.compile for a process that trains many networks: torch counts the versions of a
+    function over all of them (widths, batch and view sizes, recipes), and after eight runs it
+    eagerly, without a word."""
     compiled = torch.compile(function, dynamic=False)
     from torch._dynamo import config  # slow to import
 
@@ -110,11 +135,13 @@ def _generator(seed: int, epoch: int, what: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 21 | epoch << 1 | what) & 0x7FFF_FFFF_FFFF_FFFF)
 
 
-def epoch_batches(keep: Bool[Tensor, " n"], seed: int, epoch: int, batch_size: int, gaps: bool) -> list[Tensor]:
+def epoch_batches(
+    keep: Bool[Tensor, " n"], seed: int, epoch: int, batch_size: int, gaps: bool
+) -> list[Tensor]:
     """The positions of the images in each batch of this epoch, on the device of `keep`.
 
-    Images that are left out are skipped, or with `gaps` leave their place empty. The last images, too few to fill a
-    batch, are dropped.
+    Images that are left out are skipped, or with `gaps` leave their place empty. The last images,
+    too few to fill a batch, are dropped.
     """
     order = epoch_order(len(keep), seed, epoch).to(keep.device)
     order = order if gaps else order[keep[order]]
@@ -145,39 +172,52 @@ def pretrain(
     checkpoint: Checkpoint = Checkpoint(),
     after_epoch: AfterEpoch | None = None,
 ) -> tuple[Encoder, pd.DataFrame]:
-    """Train an encoder on `images`; returns it (on the CPU, eval mode) and its history. Only the recipe `supervised`
-    uses labels.
+    """Train an encoder on `images`; returns it (on the CPU, eval mode) and its history. Only the
+    recipe `supervised` uses labels.
 
     recipe      default: SimCLR's published one, see `issl.pretraining.recipes`
     seed        of the initial weights; also of the order and the views where their own seed is None
     keep        False leaves an image out and changes neither the order nor the views of the others
-    gaps        its place in its batch stays empty, so the other batches do not change either (the smallest possible
-                change); default: the next images move up
-    start       an encoder, or a whole learner, to continue from (it is not modified) instead of fresh weights
-    after_epoch called after each epoch (by the first process) with the number of epochs done and the learner, before
-                that epoch's checkpoint is written: whatever it leaves on disk is there when a run resumes later.
-                The numbers it returns, if any, join the history
-    history     one row per epoch: epoch, loss, feature_std (see `issl.pretraining.learner.spread`; near 0 = collapse),
-                lr, images_per_second, and what `after_epoch` returned
-    Raises IsslError: too few images for a batch, missing labels, a loss that is not finite or features that
-    collapsed (with the epoch and what to try), a checkpoint that is damaged or of another run.
+    gaps        its place in its batch stays empty, so the other batches do not change either (the
+                smallest possible change); default: the next images move up
+    start       an encoder, or a whole learner, to continue from (it is not modified) instead of
+                fresh weights
+    after_epoch called after each epoch (by the first process) with the number of epochs done and
+    the learner, before
+                that epoch's checkpoint is written: whatever it leaves on disk is there when a run
+                resumes later. The numbers it returns, if any, join the history
+    history     one row per epoch: epoch, loss, feature_std (see `issl.pretraining.learner.spread`;
+                near 0 = collapse), lr, images_per_second, and what `after_epoch` returned
+    Raises IsslError: too few images for a batch, missing labels, a loss that is not finite or
+    features that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
+    another run.
     """
     recipe = published("simclr") if recipe is None else recipe
     n, device, shards = len(images), torch.device(execution.device), execution.shards
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
     if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
-        raise IsslError(f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰")
+        raise IsslError(
+            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰"
+        )
     _check_sizes(n, keep, batch_size, gaps, shards)
     labels = images.require_labels().to(device) if recipe.method == "supervised" else None
     learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed, start)
     learner = learner.to(device).to(memory_format=torch.channels_last).train()
     optimizer = _optimizer(learner, recipe, batch_size)
     identity = {
-        "recipe": recipe.model_dump(mode="json"), "width": width, "epochs": epochs, "batch_size": batch_size,
-        "seed": seed, "order_seed": order_seed, "view_seed": view_seed, "n": n,
-        "left_out": (~keep).nonzero().squeeze(1).tolist(), "bf16": computes_bf16(device, execution.precision),
-        "gaps": gaps, "start": None if start is None else weights_digest(start),
-    }  # fmt: skip
+        "recipe": recipe.model_dump(mode="json"),
+        "width": width,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "order_seed": order_seed,
+        "view_seed": view_seed,
+        "n": n,
+        "left_out": (~keep).nonzero().squeeze(1).tolist(),
+        "bf16": computes_bf16(device, execution.precision),
+        "gaps": gaps,
+        "start": None if start is None else weights_digest(start),
+    }
     history = checkpoint.resume(learner, optimizer, identity)
     order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
     pixels, keep, kept = images.tensor().to(device), keep.to(device), int(keep.sum())
@@ -190,18 +230,27 @@ def pretrain(
         epochs * kept, recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
     )
     bar = tqdm(
-        total=epochs * steps * batch_size, initial=len(history) * steps * batch_size, unit="img", unit_scale=True,
-        desc=f"pretrain {recipe.method} seed {seed}", disable=not execution.progress or shards.rank > 0,
-    )  # fmt: skip
+        total=epochs * steps * batch_size,
+        initial=len(history) * steps * batch_size,
+        unit="img",
+        unit_scale=True,
+        desc=f"pretrain {recipe.method} seed {seed}",
+        disable=not execution.progress or shards.rank > 0,
+    )
     saved_at, took = time.monotonic(), 0.0
     with bar, batchnorm_over_all(learner, shards):
         for epoch in range(len(history), epochs):
             began = time.monotonic()
             late = checkpoint.deadline is not None and began + took > checkpoint.deadline
-            if float(shards.sum(torch.tensor(float(late)))):  # all processes stop when one of them is late
+            if float(
+                shards.sum(torch.tensor(float(late)))
+            ):  # all processes stop when one of them is late
                 if shards.rank == 0:
                     checkpoint.save(learner, optimizer, identity, history)
-                raise OutOfTime(f"pretraining stopped after {epoch} of {epochs} epochs", checkpoint.path is not None)
+                raise OutOfTime(
+                    f"pretraining stopped after {epoch} of {epochs} epochs",
+                    checkpoint.path is not None,
+                )
             uniforms = epoch_uniforms(n, view_seed, epoch).to(device)
             losses, spreads = [], []
             for k, batch in enumerate(epoch_batches(keep, order_seed, epoch, batch_size, gaps)):
@@ -211,8 +260,13 @@ def pretrain(
                     group["lr"] = lr
                 x, u = pixels[rows].float().div_(255), uniforms[rows]
                 size = half if step < recipe.small * epochs * steps else None
-                xa, xb = view_a(x, u[:, 0], size), None if labels is not None else view_b(x, u[:, 1], size)
-                loss, features = call(xa, xb, None if labels is None else labels[rows], execution.precision, shards)
+                xa, xb = (
+                    view_a(x, u[:, 0], size),
+                    None if labels is not None else view_b(x, u[:, 1], size),
+                )
+                loss, features = call(
+                    xa, xb, None if labels is None else labels[rows], execution.precision, shards
+                )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 sum_gradients(learner, shards)
@@ -242,20 +296,26 @@ def _check_sizes(n: int, keep: Tensor, batch_size: int, gaps: bool, shards: Shar
     if len(keep) != n:
         raise IsslError(f"keep has {len(keep)} entries for {n} images")
     if not is_whole(batch_size, 2, kept := int(keep.sum())):
-        raise IsslError(f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on")
+        raise IsslError(
+            f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on"
+        )
     if batch_size % shards.world or batch_size // shards.world < 2:
         raise IsslError(
             f"batch_size={batch_size} on {shards.world} processes: need a multiple of it, two or more per process"
         )
     if gaps and shards.world > 1:
-        raise IsslError(f"gaps=True on {shards.world} processes: their shares would differ; use one process")
+        raise IsslError(
+            f"gaps=True on {shards.world} processes: their shares would differ; use one process"
+        )
 
 
 def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
     parts, peak = groups(learner, recipe.weight_decay), recipe.lr * batch_size / 256
     if recipe.optimizer == "lars":
         return LARS(parts, lr=peak, momentum=recipe.momentum, trust=recipe.trust, clip=recipe.clip)
-    return torch.optim.SGD(parts, lr=peak, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True)
+    return torch.optim.SGD(
+        parts, lr=peak, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True
+    )
 
 
 def _check_health(recipe: Recipe, epoch: int, loss: float, std: float, batch_size: int) -> None:

@@ -18,7 +18,8 @@ class LARS(Optimizer):
         r = trust · ‖p‖ / (‖g‖ + wd · ‖p‖),   v ← momentum · v + r · (g + wd · p),   p ← p − lr · v
 
     Groups without weight decay (biases, normalisation) get r = 1, as in SimCLR and BYOL.
-    clip   r ← min(r / lr, 1): LARS may lower the learning rate but not raise it (as in NVIDIA Apex's LARC)
+    clip   r ← min(r / lr, 1): LARS may lower the learning rate but not raise it (as in NVIDIA
+           Apex's LARC)
     """
 
     def __init__(
@@ -30,7 +31,13 @@ class LARS(Optimizer):
         trust: float = 0.001,
         clip: bool = False,
     ):
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "clip": clip}
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust": trust,
+            "clip": clip,
+        }
         super().__init__(params, settings)
 
     @overload
@@ -57,8 +64,14 @@ class LARS(Optimizer):
                 ratio = group["trust"] * size / (slope + decay * size + 1e-8)
                 if group["clip"]:
                     ratio = (ratio / lr).clamp(max=1)
-                moves = (size > 0) & (slope > 0)  # a weight or gradient of 0 has no scale and takes a plain step
-                steps = list(torch._foreach_add(steps, torch._foreach_mul(params, list((decay * moves).unbind()))))
+                moves = (size > 0) & (
+                    slope > 0
+                )  # a weight or gradient of 0 has no scale and takes a plain step
+                steps = list(
+                    torch._foreach_add(
+                        steps, torch._foreach_mul(params, list((decay * moves).unbind()))
+                    )
+                )
                 torch._foreach_mul_(steps, list(torch.where(moves, ratio, 1).unbind()))
             if not all("momentum_buffer" in self.state[p] for p in params):
                 for p in params:
@@ -79,7 +92,11 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels, none for biases and normalisation (Chen et al. 2020, §2.2)."""
+    """Weight decay for matrices and kernels, none for biases and normalisation (Chen et al. 2020,
+    §2.2)."""
     named = [p for p in model.parameters() if p.requires_grad]
     decayed, rest = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]

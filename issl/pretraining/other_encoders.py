@@ -1,8 +1,10 @@
-"""Encoders from other projects: torchvision and timm models, and checkpoints in several key layouts.
+"""Encoders from other projects: torchvision and timm models, and checkpoints in several key
+layouts.
 
-Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in eval mode, as
-`issl.self_influence` needs it. Files are read without executing anything in them. In a file an encoder is found by the
-names of its weights, under any prefix; of several, one is taken by a written rule or by the user, and `about` says so.
+Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in
+eval mode, as `issl.self_influence` needs it. Files are read without executing anything in them. In
+a file an encoder is found by the names of its weights, under any prefix; of several, one is taken
+by a written rule or by the user, and `about` says so.
 """
 
 from __future__ import annotations
@@ -39,19 +41,40 @@ class Opened:
     prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
 
     def own_names(self, names: Sequence[str]) -> list[str]:
-        """The encoder's names of these layers or parameters; the model's own are accepted, empty ones dropped."""
-        known = {name for name, _ in [*self.encoder.named_modules(), *self.encoder.named_parameters()]}
+        """The encoder's names of these layers or parameters; the model's own are accepted, empty
+        ones dropped."""
+        known = {
+            name for name, _ in [*self.encoder.named_modules(), *self.encoder.named_parameters()]
+        }
         return [name if name in known else self.prefix + name for name in names if name]
 
 
 def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
     """The options that `open_encoder` takes."""
     add = command.add_argument
-    add("--encoder", required=True, metavar="E", help="a checkpoint file, torchvision:NAME or timm:NAME")
-    add("--weights", metavar="FILE", help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)")
-    add("--mean", type=_triple, metavar="R,G,B", help="of the pixels the encoder was trained on (default: the model's)")
+    add(
+        "--encoder",
+        required=True,
+        metavar="E",
+        help="a checkpoint file, torchvision:NAME or timm:NAME",
+    )
+    add(
+        "--weights",
+        metavar="FILE",
+        help="a state dict for torchvision:NAME or timm:NAME (default: pretrained)",
+    )
+    add(
+        "--mean",
+        type=_triple,
+        metavar="R,G,B",
+        help="of the pixels the encoder was trained on (default: the model's)",
+    )
     add("--std", type=_triple, metavar="R,G,B", help="likewise, the standard deviation")
-    add("--part", metavar="WORD", help="where a file holds several encoders: a word of the keys of the one to take")
+    add(
+        "--part",
+        metavar="WORD",
+        help="where a file holds several encoders: a word of the keys of the one to take",
+    )
 
 
 def encoder_asked_for(options: argparse.Namespace) -> Opened:
@@ -76,14 +99,18 @@ def open_encoder(
 ) -> Opened:
     """The encoder that `spec` names.
 
-    spec      a file (ours, or one with a ResNet under any prefix), `torchvision:NAME` or `timm:NAME`
-    weights   for the last two: a file with the model's weights, under any prefix; default: its own pretrained ones
-              (downloaded)
-    mean, std of the pixels in training; default: the model's own if it has them or its layout tells them, else
+    spec      a file (ours, or one with a ResNet under any prefix), `torchvision:NAME` or
+              `timm:NAME`
+    weights   for the last two: a file with the model's weights, under any prefix; default: its own
+              pretrained ones (downloaded)
+    mean, std of the pixels in training; default: the model's own if it has them or its layout tells
+    them, else
               ImageNet's
-    part      which of a file's encoders, by words of its keys: student, module.encoder_k; default: as PREFERRED says
-    Raises IsslError for an unknown name, a missing or damaged file, keys in no known layout, several encoders that no
-    rule decides between, and weights of the encoder that are missing or left over.
+    part      which of a file's encoders, by words of its keys: student, module.encoder_k; default:
+              as PREFERRED says
+    Raises IsslError for an unknown name, a missing or damaged file, keys in no known layout,
+    several encoders that no rule decides between, and weights of the encoder that are missing or
+    left over.
     """
     for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         if values is not None and not all(least < v < math.inf for v in values):
@@ -93,19 +120,29 @@ def open_encoder(
     kind, _, name = spec.partition(":")
     if kind in ("torchvision", "timm"):
         if part is not None and weights is None:
-            raise IsslError(f"part={part!r}: goes with a file of weights; the pretrained {spec} is one encoder")
+            raise IsslError(
+                f"part={part!r}: goes with a file of weights; the pretrained {spec} is one encoder"
+            )
         return (_torchvision if kind == "torchvision" else _timm)(name, weights, mean, std, part)
     if weights is not None:
-        raise IsslError(f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file {spec!r}")
+        raise IsslError(
+            f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file {spec!r}"
+        )
     path = Path(spec)
     if not path.is_file():
         raise IsslError(
             f"encoder {spec!r} is not a file; give one, or torchvision:NAME such as torchvision:resnet50, or timm:NAME"
         )
-    header = read_header(read_safetensors(path, "encoder")[0], path) if path.suffix == ".safetensors" else None
+    header = (
+        read_header(read_safetensors(path, "encoder")[0], path)
+        if path.suffix == ".safetensors"
+        else None
+    )
     if header is not None:
         if part is not None:
-            raise IsslError(f"part={part!r}: leave it out; {path} is this library's own file, of one encoder")
+            raise IsslError(
+                f"part={part!r}: leave it out; {path} is this library's own file, of one encoder"
+            )
         return Opened(load_encoder(path), 32, _own(header, path.name))
     return resnet_from(_tensors(path), str(path), mean, std, part)
 
@@ -117,16 +154,18 @@ def _own(header: dict[str, Any], name: str) -> str:
 
 
 def read_state(path: Path) -> State:
-    """A state dict from .safetensors, or from a torch file as PyTorch, Lightning, solo-learn or lightly write it.
+    """A state dict from .safetensors, or from a torch file as PyTorch, Lightning, solo-learn or
+    lightly write it.
 
-    Dictionaries around the only one that holds tensors are taken off; where several do, all are in it, each name with
-    those of the dictionaries around it before: `student.conv1.weight`.
+    Dictionaries around the only one that holds tensors are taken off; where several do, all are in
+    it, each name with those of the dictionaries around it before: `student.conv1.weight`.
     """
     return _tensors(path, taken_off=True)
 
 
 def _tensors(path: Path, taken_off: bool = False) -> State:
-    """All tensors of a file, with the names of the dictionaries around them, or without those around all of them."""
+    """All tensors of a file, with the names of the dictionaries around them, or without those
+    around all of them."""
     if path.suffix == ".safetensors":
         return read_safetensors(path, "weights")[1]
     content = _content(path)
@@ -134,16 +173,27 @@ def _tensors(path: Path, taken_off: bool = False) -> State:
         raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
     state = _flat(content, set())
     if not state and not any(isinstance(v, Tensor) for v in content.values()):
-        raise IsslError(f"{path} holds no state dict; its entries are {', '.join(map(str, list(content)[:8]))}")
-    while taken_off and len(inside := {k.split(".")[0] for k in state}) == 1 and isinstance(content, dict):
+        raise IsslError(
+            f"{path} holds no state dict; its entries are {', '.join(map(str, list(content)[:8]))}"
+        )
+    while (
+        taken_off
+        and len(inside := {k.split(".")[0] for k in state}) == 1
+        and isinstance(content, dict)
+    ):
         (name,) = inside
         content = content.get(name)
         if isinstance(content, dict):
             state = {k.removeprefix(f"{name}."): v for k, v in state.items()}
     for name, value in state.items():
         # strides may say of one number that it is a thousand million
-        if value.layout == torch.strided and value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise IsslError(f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file again")
+        if (
+            value.layout == torch.strided
+            and value.numel() * value.itemsize > value.untyped_storage().nbytes()
+        ):
+            raise IsslError(
+                f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file again"
+            )
     return state
 
 
@@ -179,7 +229,9 @@ def _content(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # what the file asks for, by torch's message
+        named = re.search(
+            r"GLOBAL ([\w.]+)", str(error)
+        )  # what the file asks for, by torch's message
         asks = f" (it asks for {named[1]})" if named else ""
         raise IsslError(
             f"{path} holds more than tensors{asks}, and reading that could run code. If you trust its source, save its "
@@ -190,16 +242,21 @@ def _content(path: Path) -> Any:
         raise
     except Exception as error:  # of a file that is damaged, whatever torch's reader stumbles over
         said = str(error).splitlines() or [type(error).__name__]
-        raise IsslError(f"{path} cannot be read as weights ({said[0]}); it is damaged: get it again") from error
+        raise IsslError(
+            f"{path} cannot be read as weights ({said[0]}); it is damaged: get it again"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:
-    """IsslError for a zip archive that would unpack to more than the file holds: torch.save does not compress."""
+    """IsslError for a zip archive that would unpack to more than the file holds: torch.save does
+    not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             declared = sum(member.file_size for member in archive.infolist())
     except zipfile.BadZipFile as error:
-        raise IsslError(f"{path} cannot be read as weights ({error}); it is damaged: get it again") from error
+        raise IsslError(
+            f"{path} cannot be read as weights ({error}); it is damaged: get it again"
+        ) from error
     if declared > path.stat().st_size:
         raise IsslError(
             f"{path} declares {declared / 1e6:,.1f} MB of content in a file of {path.stat().st_size / 1e6:,.1f} MB, "
@@ -207,7 +264,8 @@ def _check_archive(path: Path) -> None:
         )
 
 
-# --- one encoder of a file -------------------------------------------------------------------------------
+# --- one encoder of a file
+# -------------------------------------------------------------------------------
 
 # of two kinds of encoders the first is taken, if there is one
 PREFERRED = tuple(
@@ -218,11 +276,32 @@ PREFERRED = tuple(
         ("", r"momentum|teacher|target|(^|[._])(ema|key)([._]|$)|_k\."),
     )
 )
-# first words of names that are no part of an encoder: heads, and what only a loss needs. BEiT, MAE and DINOv2 have a
-# mask token, SwAV has prototypes, MoCo a queue
+# first words of names that are no part of an encoder: heads, and what only a loss needs. BEiT, MAE
+# and DINOv2 have a # mask token, SwAV has prototypes, MoCo a queue
 HEADS = {
-    *("head", "heads", "fc", "linear", "classif", "classifier", "classification", "logits", "aux", "auxlogits"),
-    *("projector", "projection", "proj", "predictor", "prediction", "prototype", "prototypes", "neck", "mlp"),
+    *(
+        "head",
+        "heads",
+        "fc",
+        "linear",
+        "classif",
+        "classifier",
+        "classification",
+        "logits",
+        "aux",
+        "auxlogits",
+    ),
+    *(
+        "projector",
+        "projection",
+        "proj",
+        "predictor",
+        "prediction",
+        "prototype",
+        "prototypes",
+        "neck",
+        "mlp",
+    ),
     *("decoder", "mask", "queue", "center", "loss", "criterion"),
 }
 # what torch wraps a module in, at any depth; and the names in torchvision's own files of DenseNets
@@ -232,7 +311,9 @@ DENSE = r"(denselayer\d+\.(norm|conv))\.([12])\."
 
 def _usual(state: State) -> State:
     """The names that modules have today, and without those of torch's wrappers."""
-    renamed = {re.sub(DENSE, r"\1\3.", re.sub(WRAPPERS, "", name)): value for name, value in state.items()}
+    renamed = {
+        re.sub(DENSE, r"\1\3.", re.sub(WRAPPERS, "", name)): value for name, value in state.items()
+    }
     return renamed if len(renamed) == len(state) else state
 
 
@@ -240,9 +321,13 @@ def _of_part(copies: dict[str, State], part: str | None, what: str) -> dict[str,
     """Those encoders that the user asked for."""
     if part is None:
         return copies
-    asked = {prefix: own for prefix, own in copies.items() if f".{part.strip('.')}." in f".{prefix}"}
+    asked = {
+        prefix: own for prefix, own in copies.items() if f".{part.strip('.')}." in f".{prefix}"
+    }
     if not asked:
-        raise IsslError(f"{what}: part={part!r} names none of its encoders; they are {_named(copies)}")
+        raise IsslError(
+            f"{what}: part={part!r} names none of its encoders; they are {_named(copies)}"
+        )
     return asked
 
 
@@ -256,15 +341,20 @@ def _chosen(copies: dict[str, State], what: str, kind: str) -> str:
     first, *more = left
     if not all(_one_module(copies, first, prefix) for prefix in more):
         example = (first or more[0]).rstrip(".")
-        raise IsslError(f"{what}: several {kind} among its keys ({_named(left)}); choose one with part={example!r}")
+        raise IsslError(
+            f"{what}: several {kind} among its keys ({_named(left)}); choose one with part={example!r}"
+        )
     return first
 
 
 def _one_module(copies: dict[str, State], a: str, b: str) -> bool:
-    """Whether two encoders are one module that is also a part of another: backbone and model.backbone."""
+    """Whether two encoders are one module that is also a part of another: backbone and
+    model.backbone."""
     one, other = copies[a], copies[b]
     same_end = a.split(".")[-2:] == b.split(".")[-2:]
-    return same_end and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    return (
+        same_end and one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    )
 
 
 def _named(prefixes: Iterable[str]) -> str:
@@ -285,7 +375,11 @@ def _without(heads: list[str]) -> str:
 def _under(state: State, prefix: str, copies: Iterable[str] = ()) -> State:
     """What lies under a prefix, but not under the longer one of another encoder."""
     inner = tuple(p for p in copies if p != prefix and p.startswith(prefix))
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not k.startswith(inner)}
+    return {
+        k.removeprefix(prefix): v
+        for k, v in state.items()
+        if k.startswith(prefix) and not k.startswith(inner)
+    }
 
 
 def _is_head(name: str) -> bool:
@@ -294,15 +388,22 @@ def _is_head(name: str) -> bool:
 
 
 def _load(model: nn.Module, state: State, what: str) -> list[str]:
-    """Load an encoder; returns the heads in `state`, which are left out. IsslError where anything else is over or
-    missing."""
-    known = {**dict(model.named_buffers()), **model.state_dict()}  # buffers that are not saved were, in old versions
+    """Load an encoder; returns the heads in `state`, which are left out. IsslError where anything
+    else is over or missing."""
+    known = {
+        **dict(model.named_buffers()),
+        **model.state_dict(),
+    }  # buffers that are not saved were, in old versions
     constant = known.keys() - model.state_dict().keys()
     over = {k for k in state if _is_head(k) and k not in known}
     kept = {
-        k: v for k, v in state.items() if k not in over and not (k in constant and torch.equal(v, known[k].to(v.dtype)))
+        k: v
+        for k, v in state.items()
+        if k not in over and not (k in constant and torch.equal(v, known[k].to(v.dtype)))
     }
-    counts = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}  # no use in eval mode
+    counts = {
+        k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")
+    }  # no use in eval mode
     versioned = OrderedDict(counts | kept)
     versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     reasons: list[Exception] = []
@@ -319,10 +420,17 @@ def _load(model: nn.Module, state: State, what: str) -> list[str]:
 
 def _misfit(state: State, expected: State) -> str:
     """What is missing, left over, and of another shape."""
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
-              if k in state and state[k].shape != v.shape]  # fmt: skip
+    shapes = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    listed = {"missing": missing, "left over": [k for k in state if k not in expected], "of another shape": shapes}
+    listed = {
+        "missing": missing,
+        "left over": [k for k in state if k not in expected],
+        "of another shape": shapes,
+    }
     return "; ".join(
         f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
         for what, names in listed.items()
@@ -330,16 +438,31 @@ def _misfit(state: State, expected: State) -> str:
     )
 
 
-# --- ResNets in other key layouts ------------------------------------------------------------------------
+# --- ResNets in other key layouts
+# ------------------------------------------------------------------------
 
-# `nn.Sequential(*list(resnet.children())[:-1])`, the usual lightly backbone, names layers by their place; its own
-# ResNetGenerator has no ReLU and no max-pooling among the children
+# `nn.Sequential(*list(resnet.children())[:-1])`, the usual lightly backbone, names layers by their
+# place; its own # ResNetGenerator has no ReLU and no max-pooling among the children
 PLACES = {
-    "torchvision": {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"},
-    "generator": {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"},
+    "torchvision": {
+        "0": "conv1",
+        "1": "bn1",
+        "4": "layer1",
+        "5": "layer2",
+        "6": "layer3",
+        "7": "layer4",
+    },
+    "generator": {
+        "0": "conv1",
+        "1": "bn1",
+        "2": "layer1",
+        "3": "layer2",
+        "4": "layer3",
+        "5": "layer4",
+    },
 }
-# mean and std of the pixels, by the classes of solo-learn's online classifier, where the stem is that for CIFAR
-# (its solo/data/pretrain_dataloader.py)
+# mean and std of the pixels, by the classes of solo-learn's online classifier, where the stem is
+# that for CIFAR # (its solo/data/pretrain_dataloader.py)
 SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -347,12 +470,17 @@ SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
 
 
 def resnet_from(
-    state: State, what: str, mean: Triple | None = None, std: Triple | None = None, part: str | None = None
+    state: State,
+    what: str,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    part: str | None = None,
 ) -> Opened:
     """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
-    mean, std   of the pixels in training; default: those that solo-learn trains on CIFAR with, else ImageNet's
+    mean, std   of the pixels in training; default: those that solo-learn trains on CIFAR with, else
+                ImageNet's
     part        of several: which, as in `open_encoder`
     """
     state = _usual(state)
@@ -383,12 +511,16 @@ def resnet_from(
     net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
     heads = _load(net, own, what)
-    layout = "solo-learn" if solo else f"keys {prefix}…" if prefix.removeprefix(outer) else "plain keys"
+    layout = (
+        "solo-learn" if solo else f"keys {prefix}…" if prefix.removeprefix(outer) else "plain keys"
+    )
     layout += _beside(found, prefix) + _without(heads)
     classes = len(state[f"{outer}classifier.weight"]) if solo and not large else 0
     usual_mean, usual_std = SOLO_CIFAR.get(classes, (PIXEL_MEAN, PIXEL_STD))
     normalize = Normalize(mean or usual_mean, std or usual_std)
-    return Opened(nn.Sequential(normalize, net).eval(), 224 if large else 32, f"ResNet, {layout}", "1.")
+    return Opened(
+        nn.Sequential(normalize, net).eval(), 224 if large else 32, f"ResNet, {layout}", "1."
+    )
 
 
 def _prefixes(state: State) -> dict[str, State]:
@@ -396,22 +528,35 @@ def _prefixes(state: State) -> dict[str, State]:
     found: dict[str, dict[str, str] | None] = {}
     for key in state:
         for places in (None, *PLACES.values()):
-            first = "layer1" if places is None else next(k for k, v in places.items() if v == "layer1")
+            first = (
+                "layer1" if places is None else next(k for k, v in places.items() if v == "layer1")
+            )
             end, stem = f"{first}.0.conv1.weight", "conv1.weight" if places is None else "0.weight"
             prefix = key.removesuffix(end)
-            if not key.endswith(end) or (prefix and prefix[-1] != ".") or f"{prefix}{stem}" not in state:
+            if (
+                not key.endswith(end)
+                or (prefix and prefix[-1] != ".")
+                or f"{prefix}{stem}" not in state
+            ):
                 continue
             if places is PLACES["torchvision"] and f"{prefix}2.0.conv1.weight" in state:
                 continue  # place 2 would be the ReLU, so it is the other layout
             found[prefix] = places
-    return {prefix: _placed(_under(state, prefix, found), places) for prefix, places in found.items()}
+    return {
+        prefix: _placed(_under(state, prefix, found), places) for prefix, places in found.items()
+    }
 
 
 def _placed(own: State, places: dict[str, str] | None) -> State:
     """Names for places; what is at other places, a head, is left out."""
     if places is None:
         return own
-    return {f"{places[p]}.{rest}": v for k, v in own.items() for p, _, rest in [k.partition(".")] if p in places}
+    return {
+        f"{places[p]}.{rest}": v
+        for k, v in own.items()
+        for p, _, rest in [k.partition(".")]
+        if p in places
+    }
 
 
 def _stage(own: State, stage: int) -> nn.Sequential:
@@ -425,27 +570,34 @@ def _stage(own: State, stage: int) -> nn.Sequential:
         stride = 2 if stage > 1 and not blocks else 1
         down = None
         if f"{place}downsample.0.weight" in own:
-            down = nn.Sequential(nn.Conv2d(weight.shape[1], outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+            down = nn.Sequential(
+                nn.Conv2d(weight.shape[1], outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
         if bottleneck:
             # a wide ResNet's inner width differs from a quarter of its output
             inner = len(weight)
             wide = {"base_width": 64 * inner * Bottleneck.expansion // outside}
-            blocks.append(Bottleneck(weight.shape[1], outside // Bottleneck.expansion, stride, down, **wide))
+            blocks.append(
+                Bottleneck(weight.shape[1], outside // Bottleneck.expansion, stride, down, **wide)
+            )
         else:
             blocks.append(BasicBlock(weight.shape[1], outside, stride, down))
     return nn.Sequential(*blocks)
 
 
-# --- models by name ----------------------------------------------------------------------------------------
+# --- models by name
+# ----------------------------------------------------------------------------------------
 
 
-# these two take pixels normalised by ImageNet's statistics, and normalise them again by 0.5 and 0.5 where
-# `transform_input`: so their pretrained weights were trained
+# these two take pixels normalised by ImageNet's statistics, and normalise them again by 0.5 and 0.5
+# where # `transform_input`: so their pretrained weights were trained
 INCEPTIONS = ("googlenet", "inception_v3")
 AUXILIARY = {"aux1", "aux2", "AuxLogits"}  # their heads that are called in training alone
 
 
-def _torchvision(name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None) -> Opened:
+def _torchvision(
+    name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None
+) -> Opened:
     import torchvision  # slow to import
 
     if name not in torchvision.models.list_models(module=torchvision.models):
@@ -455,15 +607,24 @@ def _torchvision(name: str, weights: str | None, mean: Triple | None, std: Tripl
     if name in INCEPTIONS and weights is not None:
         again = mean is None and std is None
         options = {"transform_input": again, "init_weights": False}
-        note = "; pixels as for its pretrained weights (transform_input)" if again else "; no transform_input"
+        note = (
+            "; pixels as for its pretrained weights (transform_input)"
+            if again
+            else "; no transform_input"
+        )
     model = _built(
-        lambda: torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None, **options), name
+        lambda: torchvision.models.get_model(
+            name, weights="DEFAULT" if weights is None else None, **options
+        ),
+        name,
     )
     for auxiliary in AUXILIARY & dict(model.named_children()).keys():
         setattr(model, auxiliary, None)
     linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
-        raise IsslError(f"torchvision:{name} has no Linear head to remove, so its features are not known")
+        raise IsslError(
+            f"torchvision:{name} has no Linear head to remove, so its features are not known"
+        )
     head = linear[-1]
     parent, _, last = head.rpartition(".")
     setattr(model.get_submodule(parent), last, nn.Identity())
@@ -471,10 +632,17 @@ def _torchvision(name: str, weights: str | None, mean: Triple | None, std: Tripl
         note = _load_file(model, weights, name, part, head) + note
     usual = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     normalize = Normalize(mean or tuple(usual.mean), std or tuple(usual.std))
-    return Opened(nn.Sequential(normalize, model).eval(), 224, f"torchvision {name} without {head}{note}", "1.")
+    return Opened(
+        nn.Sequential(normalize, model).eval(),
+        224,
+        f"torchvision {name} without {head}{note}",
+        "1.",
+    )
 
 
-def _timm(name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None) -> Opened:
+def _timm(
+    name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None
+) -> Opened:
     try:
         import timm
         from timm.data.config import resolve_model_data_config
@@ -502,7 +670,8 @@ def _built(build: Callable[[], Any], name: str) -> nn.Module:
 
 
 def _load_file(model: nn.Module, path: str, name: str, part: str | None, head: str = "") -> str:
-    """Load a model's weights, wherever they lie in a file; returns what to say of the choice and of what was left out.
+    """Load a model's weights, wherever they lie in a file; returns what to say of the choice and of
+    what was left out.
 
     head   the name of the model's head, which was taken off
     """
@@ -535,9 +704,11 @@ def _fits(model: nn.Module, state: State) -> bool:
 
 
 def _copies(state: State, model: nn.Module) -> dict[str, State]:
-    """Where half of a model's weights or more lie under one prefix: prefix → all that does, under the model's names.
+    """Where half of a model's weights or more lie under one prefix: prefix → all that does, under
+    the model's names.
 
-    Its parts may also be called by their places, as in `nn.Sequential(*list(model.children())[:-1])`.
+    Its parts may also be called by their places, as in
+    `nn.Sequential(*list(model.children())[:-1])`.
     """
     places = {str(k): name for k, (name, _) in enumerate(model.named_children())}
     expected = model.state_dict()
@@ -547,6 +718,8 @@ def _copies(state: State, model: nn.Module) -> dict[str, State]:
         for key in state:
             for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
                 first, _, rest = key[start:].partition(".")
-                hits[key[:start]] += (key[start:] if used is None else f"{used.get(first)}.{rest}") in expected
+                hits[key[:start]] += (
+                    key[start:] if used is None else f"{used.get(first)}.{rest}"
+                ) in expected
         found |= {p: used for p, n in hits.items() if p not in found and 2 * n >= len(expected)}
     return {prefix: _placed(_under(state, prefix, found), used) for prefix, used in found.items()}

@@ -1,0 +1,375 @@
+"""Artifacts: the cache of the heavy steps, files in open formats, found again by content.
+
+An artifact is in artifacts/<stage>/<key>/, where the key is the hash of what the stage's config
+says beyond its defaults, with all it depends on (the keys of nested stages, the identity of the
+images). So a new field that nobody sets changes no key, and a default that changes must raise the
+stage's version (tests/stage_defaults.json pins them).
+
+It appears in one step, with a manifest of checksums: it is whole or it is not there, and a damaged
+one is reported and remade. While it is made, its files are in <key>.part, under a lock, so a killed
+run resumes there and a second process waits. Released artifacts are files with names for people;
+`released/index.json` says which stage each belongs to.
+
+(Why not a caching library: the one that fits best, exca, keeps job results as pickles and checks no
+checksums. The locks are filelock's, the configs pydantic's.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from filelock import FileLock, Timeout
+
+from issl.config import Config
+from issl.data.identity import digest
+from issl.devices import device_name
+from issl.errors import IsslError, OutOfTime
+from issl.files import atomic, file_digest, provided, remove_leftovers
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"  # of released artifacts
+# in the folder of an artifact that is made: whoever deletes what is in it deletes this too
+MARK = ".being-made"
+
+
+class Removed(IsslError):
+    """An artifact's files were deleted while it was made."""
+
+    def __init__(self, label: str, work: Path):
+        self.what = f"{label}: files were deleted while it was made in {work}"
+        super().__init__(f"{self.what}; leave the folder alone and run the same command again")
+
+
+class Stage(Config):
+    """A step with a config and an artifact; `make` writes the artifact's files into a folder."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # raise it when the same config should give other numbers
+
+    @cached_property
+    def key(self) -> str:
+        """Sixteen hex digits: the hash of `content`."""
+        return digest(json.dumps(self.content(), sort_keys=True).encode())
+
+    def content(self) -> dict[str, Any]:
+        """All that decides the artifact, as plain data: what of the config is not a default."""
+        return {"stage": self.name, "version": self.version, "settings": self.settings()}
+
+    def plain(self) -> str:
+        """As another stage names it in its own settings."""
+        return self.label
+
+    def needs(self) -> dict[str, Stage]:
+        """The stages whose artifacts this one reads, by field."""
+        return {k: v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.key}"
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        """Write the artifact's files into the folder, reading what it needs from `artifacts`."""
+        raise NotImplementedError
+
+    def read(self, artifacts: Artifacts) -> Any:
+        """What the artifact holds; it is made first where it is not there."""
+        raise NotImplementedError
+
+
+@dataclass
+class Artifacts:
+    """The cache: `get` gives a stage's folder, made first where it is not there.
+
+    released           the folder of artifacts that come with the repository: read, never written;
+                       None: not even read
+    deadline           by time.monotonic(): no stage is begun after it, and a training stops before
+                       it
+    computed, cached   the stages that this object had to make, and those it found
+    """
+
+    root: Path
+    device: torch.device = torch.device("cpu")
+    progress: bool = False
+    checkpoint_seconds: float = 20.0
+    deadline: float | None = None
+    released: Path | None = field(default_factory=lambda: provided("released"))
+    computed: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's own files are, or will be."""
+        return self.root / stage.name / stage.key
+
+    def get(self, stage: Stage) -> Path:
+        """The folder of the stage's files, checked against their checksums; of released ones, that
+        of them all."""
+        final, label = self.folder(stage), stage.label
+        if not final.is_dir() and self._released(stage) is not None:
+            assert self.released is not None
+            if label not in self.cached:
+                self.cached.append(label)
+            return self.released
+        if (
+            label in (*self.computed, *self.cached) and (final / MANIFEST).is_file()
+        ):  # nobody has deleted it
+            return final
+        try:
+            made = self._made(stage, final)
+        except Removed as removed:
+            print(f"{removed.what}; it is made again", file=sys.stderr, flush=True)
+            made = self._made(stage, final)
+        if label not in (noted := self.computed if made else self.cached):
+            noted.append(label)
+        return final
+
+    def _made(self, stage: Stage, final: Path) -> bool:
+        """Make the artifact where it is not there; was it made here? Raises Removed where its files
+        were deleted meanwhile: then what is left of them is no whole artifact."""
+        if self._sound(final):
+            return False
+        work = final.with_name(final.name + ".part")
+        _make_folder(work.parent)
+        with _locked(final.with_name(final.name + ".lock"), stage.label):
+            if self._sound(final):  # another process has made it while we waited
+                return False
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise OutOfTime(f"{stage.label} was not begun")
+            _make_folder(work)
+            for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
+                remove_leftovers(folder)  # they would become part of the artifact
+            began = time.monotonic()
+            with _marked(work) as is_whole:
+                try:
+                    stage.make(work, self)
+                    _write_manifest(work, stage, self.device, time.monotonic() - began)
+                    if is_whole():
+                        (work / MARK).unlink()
+                        work.replace(final)
+                        return True
+                except Exception as error:
+                    if is_whole() and not self._lost(stage):
+                        raise
+                    raise Removed(stage.label, work) from error
+            raise Removed(stage.label, work)
+
+    def _lost(self, stage: Stage) -> bool:
+        """Is an artifact gone that was here, and that the stage may read?"""
+        read = [s for s in in_dependency_order([stage]) if s.label != stage.label]
+        here = [
+            s
+            for s in read
+            if s.label in (*self.computed, *self.cached) and self._released(s) is None
+        ]
+        return not all((self.folder(s) / MANIFEST).is_file() for s in here)
+
+    def file(self, stage: Stage, name: str) -> Path:
+        """One of the stage's files; the stage is made first where it is not there."""
+        folder = self.get(stage)
+        if folder != self.released:
+            return folder / name
+        entry = self._released(stage)
+        assert entry is not None
+        path = folder / entry["files"][name]["path"] if name in entry["files"] else None
+        if path is None or not path.is_file():
+            raise IsslError(
+                f"{name} of {stage.label} is not among the released files in {folder}: get it from the repository, or "
+                "make it with --from-scratch"
+            )
+        return path
+
+    def about(self, stage: Stage) -> dict[str, Any] | None:
+        """The manifest of an artifact that is there, or what the release says of it; None where
+        there is none."""
+        manifest = self.folder(stage) / MANIFEST
+        if manifest.is_file():
+            found: dict[str, Any] = json.loads(manifest.read_text())
+            return found
+        return self._released(stage)
+
+    def _released(self, stage: Stage) -> dict[str, Any] | None:
+        """What the release says of a stage; None where it has none. IsslError for a file that is
+        damaged."""
+        if (
+            self.released is None
+            or (entry := released_index(self.released).get(stage.label)) is None
+        ):
+            return None
+        paths = {self.released / file["path"]: file["sha256"] for file in entry["files"].values()}
+        if not any(path.is_file() for path in paths):  # a wheel does not carry them all
+            raise IsslError(
+                f"released artifact {next(iter(paths))} is missing; get it again (git checkout)"
+            )
+        for path, sha256 in paths.items():
+            if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256:
+                raise IsslError(
+                    f"released artifact {path} is damaged (its checksum differs); get it again (git checkout -- {path})"
+                )
+        return entry
+
+    def has(self, stage: Stage) -> bool:
+        """Is the artifact there, whole? A damaged one is removed."""
+        return self._sound(self.folder(stage)) or self._released(stage) is not None
+
+    def _sound(self, folder: Path) -> bool:
+        """Is the artifact there and whole? A damaged one is reported and removed."""
+        if not folder.is_dir():
+            return False
+        damage = damaged(folder)
+        if damage is not None:
+            print(
+                f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True
+            )
+            shutil.rmtree(folder)
+            return False
+        return True
+
+
+def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """These stages and all that they read, each once, a stage after those it reads."""
+    seen: set[str] = set()
+
+    def walk(stage: Stage) -> Iterator[Stage]:
+        if stage.label not in seen:
+            seen.add(stage.label)
+            for need in stage.needs().values():
+                yield from walk(need)
+            yield stage
+
+    for stage in stages:
+        yield from walk(stage)
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with an artifact, in words; None where every file is as its manifest says."""
+    try:
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is missing or unreadable ({error})"
+    for name, sha256 in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_digest(path) != sha256:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def released_index(folder: Path) -> dict[str, Any]:
+    """What a folder of released artifacts holds, by stage and key: its settings, what it was made
+    with, and its files (path and sha256, by their names in the artifact)."""
+    path = folder / INDEX
+    return _index(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@lru_cache
+def _index(path: Path, changed: int) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise IsslError(
+            f"{path} cannot be read ({error}); get it again (git checkout -- {path})"
+        ) from error
+    return content
+
+
+@cache
+def _checked(path: Path, changed: int) -> str:
+    return file_digest(path)
+
+
+def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, str]) -> None:
+    """Copy these files of an artifact into a folder of released ones, each to a path below it, and
+    note them in its index. What is not listed is not released."""
+    artifacts.get(stage)
+    made, entries = artifacts.about(stage), {}
+    assert made is not None
+    for name, path in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifacts.file(stage, name), folder / path)
+        entries[name] = {"path": path, "sha256": file_digest(folder / path)}
+    about = {**stage.content(), "made_with": made["made_with"], "files": entries}
+    index = released_index(folder) | {stage.label: about}
+    with atomic(folder / INDEX) as part:
+        part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
+    made = (
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p not in (folder / MARK, folder / MANIFEST)
+    )
+    files = {str(p.relative_to(folder)): file_digest(p) for p in made}
+    content: dict[str, Any] = {
+        **stage.content(),
+        "config": stage.model_dump(mode="json"),
+        "files": files,
+        "made_with": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device_name(device),
+            "seconds": round(seconds, 2),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }
+    with atomic(folder / MANIFEST) as part:
+        part.write_text(json.dumps(content, indent=1))
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Put a mark into the folder; yields whether it is still there, so that nobody has deleted what
+    is in it since."""
+    path = folder / MARK
+    with path.open("w") as mark:  # as long as it is open, no other file can be taken for it
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(mark.fileno()), path.stat())
+            except OSError:
+                return False
+
+        try:
+            yield is_there
+        finally:
+            if is_there():
+                path.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IsslError(
+            f"folder {folder} cannot be written ({error}); choose another place with --out DIR"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path, label: str) -> Iterator[None]:
+    """Hold the stage's lock; says so when another process has it. The system frees it if its owner
+    dies."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(
+            f"{label} is being made by another process; waiting for it", file=sys.stderr, flush=True
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,46 @@
+"""What is known about the backgrounds of images: labels made by eye for CIFAR-10, the truth for
+drawn scenes."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from issl.data.images import Images
+from issl.files import PACKAGE
+
+LABELS = (
+    PACKAGE / "data" / "labels" / "cifar10_backgrounds.csv"
+)  # how they were made: README.md beside it
+
+
+def background_labels(images: Images, split: str = "train") -> pd.DataFrame | None:
+    """The images whose background is known: position (in `images`), uniform, colour (white, black,
+    other; "" of a background that is not uniform) and sure (could the label not be argued?). None
+    where the set has no labels."""
+    if images.name == "scenes":
+        truth = images.attributes
+        ordinary = (
+            truth["atypical"] == ""
+        ).to_numpy()  # of the others the background is not what was drawn
+        uniform = truth["uniform"].to_numpy(bool)
+        colour = (
+            truth["background"]
+            .where(truth["background"].isin(["white", "black"]), "other")
+            .where(uniform, "")
+        )
+        table = pd.DataFrame({"uniform": uniform, "colour": colour.to_numpy(), "sure": True})
+        return table.assign(position=range(len(images)))[ordinary].reset_index(drop=True)
+    if (images.name, split) == ("cifar10", "train"):
+        labels = pd.read_csv(LABELS, keep_default_na=False).set_index("index")
+        index = pd.Series(images.index.numpy(), name="index")
+        place = index[index.isin(labels.index)].index
+        known = labels.loc[index[place]]
+        return pd.DataFrame(
+            {
+                "uniform": (known["uniform"] == "yes").to_numpy(),
+                "colour": known["colour"].to_numpy(),
+                "sure": (known["sure"] == 1).to_numpy(),
+                "position": place,
+            }
+        )
+    return None

@@ -1,0 +1,120 @@
+"""Executing notebooks, and remembering what their outputs were made from, so that a run leaves
+current ones alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from issl.audit.plan import Plan
+from issl.errors import IsslError
+from issl.files import PACKAGE, atomic, file_digest
+
+
+def fingerprint(source: Path, plan: Plan, device: str) -> str:
+    """The hash of all that decides a notebook's outputs: its cells, its plan, the artifacts it
+    reads, the device, this library's code and the versions of what it builds on."""
+    content: dict[str, Any] = {
+        "notebook": file_digest(source),
+        "plan": plan.settings(),
+        "device": device,
+        "library": _library(),
+        "stages": [stage.label for stage in plan.stages()],
+        "records": [f"{p} {file_digest(p)}" for p in plan.reads()],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def library_files() -> list[Path]:
+    """This library's code and its settings."""
+    return [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+
+
+@lru_cache
+def _library() -> list[str]:
+    needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
+    names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in library_files()] + versions
+
+
+def outputs(name: str, plan: Plan) -> dict[str, Path]:
+    """The files that a notebook left, by their place under the output folder: figures, executed
+    copy, claims."""
+    records = [
+        p
+        for p in plan.results.glob("claim_*.json")
+        if f'"notebook": "{name}"' in p.read_text(errors="replace")
+    ]
+    figures = [*plan.figures.glob(f"{name}.*"), *plan.figures.glob(f"{name}_*")]
+    found = [*figures, plan.results / f"{name}.ipynb", *records]
+    return {str(p.relative_to(plan.out)): p for p in sorted(found) if p.is_file()}
+
+
+def _record(name: str, plan: Plan) -> Path:
+    return plan.results / f"{name}.made.json"
+
+
+def note_made(name: str, plan: Plan, key: str) -> None:
+    """Record what the outputs were made from, with their checksums."""
+    files = {place: file_digest(path) for place, path in outputs(name, plan).items()}
+    with atomic(_record(name, plan)) as part:
+        part.write_text(json.dumps({"made_from": key, "files": files}, indent=1))
+
+
+def is_current(name: str, plan: Plan, key: str) -> bool:
+    """Are all outputs there, undamaged, and made from exactly this?"""
+    try:
+        record = json.loads(_record(name, plan).read_text())
+        made_from, files = record["made_from"], record["files"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError):
+        return False  # damaged
+    here = outputs(name, plan)
+    return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
+
+
+def execute(source: Path, target: Path, plan: Plan) -> str | None:
+    """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the
+    error."""
+    # slow to import, like papermill, and a run that finds everything current needs neither
+    import nbformat
+
+    try:
+        with atomic(target) as part:
+            return _executed(source, target, part, plan)
+    except (nbformat.ValidationError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    except IsslError as error:  # there is no room for it
+        return str(error)
+
+
+def _executed(source: Path, target: Path, part: Path, plan: Plan) -> str | None:
+    """Write the executed copy to `part`, which becomes `target`; returns the error of a cell."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            *(
+                str(path).replace("{", "{{").replace("}", "}}") for path in (source, part)
+            ),  # papermill formats them
+            parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            progress_bar=False,
+            start_timeout=300,
+            # the kernel's folder; papermill's own `cwd` would move this whole process, other
+            # notebooks with it
+            resources={"metadata": {"path": str(target.parent)}},
+            # the kernel's own messages (about its transport, or that it was interrupted when it
+            # ends) are not for the # reader; what a cell raises is kept in the notebook
+            extra_arguments=["--IPKernelApp.log_level=50"],
+        )
+    except PapermillExecutionError as error:
+        return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
+    return None

@@ -1,0 +1,358 @@
+"""The plan: what a notebook needs, declared once (the plans themselves are in `plans_paper` and
+`plans_own`).
+
+A plan's fields are the notebook's parameters. Its methods name the stages that the notebook reads,
+and `stages` lists them all, so `issl run` can compute everything before any notebook starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.claims import Learned, provenance
+from issl.audit.given import CheckpointFile, Given
+from issl.audit.settings import Data, Injection
+from issl.audit.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
+from issl.config import Config
+from issl.data import datasets
+from issl.devices import pick_device
+from issl.errors import IsslError
+from issl.influence.curvature import LoGra
+from issl.influence.perturbation import GaussianNoise
+from issl.pretraining import recipes
+
+TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
+Epochs = Annotated[int, Field(ge=1)]
+Files = Annotated[
+    tuple[CheckpointFile, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v]),
+]
+
+
+class Plan(Config):
+    """What all notebooks share: where to read and write, the images, and the encoder that is
+    trained.
+
+    ignore_released        artifacts that come with the repository are made again
+    duplicates, atypical   shares of the images that are replaced, see `issl.audit.data.injection`;
+                           0 nearly everywhere
+    methods                for notebooks about several; `method` for those about one
+    epochs                 one number, or one for each method
+    snapshots              after which shares of a training its state is kept, or how many, evenly
+                           spaced; of an empty list, the whole learner at the end alone, see
+                           `Pretrain.snapshots`
+    checkpoints            by method, the file of an encoder that is scored in place of a training
+                           (or several, of other seeds); only the methods that are given are asked
+                           about
+    """
+
+    notebook: ClassVar[str]
+    last: ClassVar[bool] = False  # does it read what the other notebooks left?
+    takes_checkpoints: ClassVar[bool] = False  # can it do without any training?
+
+    profile: str = "quick"
+    out: str = "."
+    data_root: str | None = None
+    device: str = "auto"
+    ignore_released: bool = False
+    dataset: str = "scenes"
+    n: int = Field(512, ge=16)
+    n_test: int = Field(300, ge=16)
+    size: int | None = None
+    duplicates: float = Field(0.03, ge=0, le=0.3)
+    atypical: float = Field(0.03, ge=0, le=0.3)
+    method: recipes.Method = "simclr"
+    recipe: recipes.Variant = "short"
+    width: int = Field(8, ge=1)
+    epochs: Epochs | dict[recipes.Method, Epochs] = 4
+    batch_size: int = Field(64, ge=2)
+    seed: int = Field(0, ge=0)
+    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] | None = None
+    checkpoints: dict[recipes.Method, Files] = Field({}, exclude_if=lambda given: not given)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_that_are_given(cls, fields: Any) -> Any:
+        """With `checkpoints`, `methods` are those of them that have a file."""
+        if (
+            not isinstance(fields, dict)
+            or not fields.get("checkpoints")
+            or "methods" not in cls.model_fields
+        ):
+            return fields
+        methods, given = (
+            fields.get("methods", cls.model_fields["methods"].default),
+            fields["checkpoints"],
+        )
+        asked = [m for m in methods if m in given]
+        if not asked:
+            raise ValueError(
+                f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about {', '.join(methods)}"
+            )
+        return {**fields, "methods": asked}
+
+    @model_validator(mode="after")
+    def _can_take_checkpoints(self) -> Plan:
+        if not self.checkpoints:
+            return self
+        if not self.takes_checkpoints:
+            raise ValueError(
+                f"{self.notebook} trains encoders itself; leave it out of --only, or give no checkpoints"
+            )
+        if "supervised" in self.checkpoints:
+            raise ValueError(
+                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised one is not asked about"
+            )
+        return self
+
+    def data(self, split: str = "train", n: int | None = None) -> Data:
+        """The images of this notebook; nothing is injected into a test set."""
+        root = None if self.data_root is None else Path(self.data_root)
+        inject = Injection(duplicates=self.duplicates, atypical=self.atypical)
+        mixed = split == "train" and (self.duplicates > 0 or self.atypical > 0)
+        n = (self.n if split == "train" else self.n_test) if n is None else n
+        name = TESTED_ON.get(self.dataset, self.dataset) if split == "test" else self.dataset
+        return Data(
+            name=name, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None
+        )
+
+    def epochs_of(self, method: recipes.Method) -> int:
+        """How many epochs this method trains."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        if method not in self.epochs:
+            raise IsslError(
+                f"{self.notebook}: epochs has no entry for {method}; it has {', '.join(self.epochs)}"
+            )
+        return self.epochs[method]
+
+    def training(
+        self,
+        method: recipes.Method | None = None,
+        seed: int | None = None,
+        without: Choice | None = None,
+        gaps: bool = False,
+    ) -> Pretrain:
+        """A training on this notebook's images, by default of `method` from `seed`, without the
+        chosen ones."""
+        method = method or self.method
+        epochs, shares = self.epochs_of(method), self.snapshots
+        if isinstance(shares, int):
+            shares = tuple(k / (shares + 1) for k in range(1, shares + 1))
+        kept = (
+            None
+            if shares is None
+            else tuple(sorted({int(share * epochs + 1e-9) for share in shares} - {0}))
+        )
+        return Pretrain(
+            data=self.data(),
+            recipe=recipes.recipe(method, self.recipe),
+            width=self.width,
+            epochs=epochs,
+            batch_size=self.batch_size,
+            seed=self.seed if seed is None else seed,
+            without=without,
+            gaps=gaps,
+            snapshots=kept,
+        )
+
+    def pretrain(
+        self, method: recipes.Method | None = None, seed: int | None = None
+    ) -> Pretrain | Given:
+        """The encoder of a method: a training, or a given one (the first for `seed`, the second for
+        the next)."""
+        method = method or self.method
+        files, k = self.checkpoints.get(method, ()), 0 if seed is None else seed - self.seed
+        if not self.checkpoints:
+            return self.training(method, seed)
+        if not 0 <= k < len(files):
+            raise IsslError(
+                f"{self.notebook}: no checkpoint number {k} of {method}; there are {len(files)}"
+            )
+        return Given(method=method, checkpoint=files[k])
+
+    def stages(self) -> list[Stage]:
+        """Every stage that the notebook reads."""
+        return [self.pretrain()]
+
+    def reads(self) -> list[Path]:
+        """What else it reads: files that other notebooks left."""
+        return []
+
+    def artifacts(self, progress: bool = False) -> Artifacts:
+        found = Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
+        return replace(found, released=None) if self.ignore_released else found
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide the results: not where files are, nor the device."""
+        settings = self.model_dump(
+            mode="json", exclude={"out", "data_root", "device", "ignore_released", "checkpoints"}
+        )
+        settings["dataset"] = self.set_name
+        return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})
+
+    @property
+    def set_name(self) -> str:
+        """The data set as figures and records name it: without the place of a folder on this
+        machine."""
+        return datasets.without_place(self.dataset)
+
+    def given_files(self) -> dict[str, list[dict[str, str]]]:
+        """By method, the name and the digest of each checkpoint."""
+        return {
+            method: [file.described() for file in files]
+            for method, files in self.checkpoints.items()
+        }
+
+    def source(self, artifacts: Artifacts) -> dict[str, Any]:
+        """Where this notebook's numbers come from, for its figures and records."""
+        found = provenance(
+            self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed
+        )
+        given = {"checkpoints": self.given_files()} if self.checkpoints else {}
+        return found | {"images": self.identities()} | given
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Which training and test images these are: name, digest, and how they differ from the
+        published ones."""
+        splits = (
+            ("train",) if ":" in self.dataset else ("train", "test")
+        )  # a folder has no test set
+        found = {split: self.data(split).which for split in splits}
+        return {
+            split: {"name": w.name, "digest": w.digest, "about": w.about}
+            for split, w in found.items()
+        }
+
+    @property
+    def figures(self) -> Path:
+        return Path(self.out) / "figures" / self.profile
+
+    @property
+    def results(self) -> Path:
+        return Path(self.out) / "results" / self.profile
+
+
+class Scored(Plan):
+    """A plan with the settings of the influence; `encoders`: how many of each method are scored."""
+
+    mean: float = 0.05
+    std: float = Field(0.2, ge=0)
+    rank: int = Field(16, ge=1)
+    damping: float = Field(0.1, gt=0)
+    noise_seed: int = Field(0, ge=0)
+    encoders: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_encoders_as_files(cls, fields: Any) -> Any:
+        given = fields.get("checkpoints") if isinstance(fields, dict) else None
+        if not given:
+            return fields
+        return {
+            **fields,
+            "encoders": min(len(f) if isinstance(f, list | tuple) else 1 for f in given.values()),
+        }
+
+    def scored_encoders(self, method: recipes.Method) -> list[Pretrain | Given]:
+        """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …,
+        or those given."""
+        return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
+
+    def with_untrained(self, methods: Iterable[recipes.Method]) -> list[Pretrain | Given]:
+        """The encoders that are scored, method by method, and last their network before any
+        training."""
+        encoders = [e for method in methods for e in self.scored_encoders(method)]
+        return [*encoders, self.untrained(encoders[0])]
+
+    @property
+    def noise(self) -> GaussianNoise:
+        return GaussianNoise(self.mean, self.std)
+
+    @property
+    def curvature(self) -> LoGra:
+        return LoGra(self.rank, self.damping)
+
+    def influence(
+        self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
+    ) -> Influence:
+        """The scores of this notebook's images under an encoder; `changes` are fields of the
+        stage."""
+        settings: dict[str, Any] = {
+            "data": self.data(),
+            "perturbation": self.noise,
+            "curvature": self.curvature,
+            "seed": self.noise_seed if seed is None else seed,
+        }
+        return Influence(pretrain=encoder, **settings | changes)
+
+    def features(self, encoder: Pretrain | Given, data: Data | None = None) -> Embed:
+        """Features of this notebook's images, or of `data`, under an encoder."""
+        return Embed(pretrain=encoder, data=data or self.data())
+
+    def nearest(self, encoder: Pretrain | Given, k: int) -> Neighbours:
+        """The k nearest others of each of this notebook's images, under an encoder."""
+        return Neighbours(features=self.features(encoder), k=k)
+
+    def betweenness(self, encoder: Pretrain | Given, k: int) -> Betweenness:
+        """Of each of this notebook's images, in the graph of its k nearest, under an encoder."""
+        return Betweenness(neighbours=self.nearest(encoder, k), seed=self.seed)
+
+    def evaluation(
+        self, encoder: Pretrain | Given, train: Data | None = None, test: Data | None = None
+    ) -> Evaluate:
+        """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw
+        them or not."""
+        a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
+        return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
+
+    def untrained(self, encoder: Pretrain | Given | None = None) -> Pretrain:
+        """The network of an encoder (by default the first) before any training: what it shows,
+        training does not.
+
+        It is the same for every method and whatever is left out, so it is made by one recipe, on
+        all images. Beside a given encoder, a ResNet-18 of its width.
+        """
+        changes = {
+            "epochs": 0,
+            "snapshots": None,
+            "calibrated": True,
+            "recipe": recipes.recipe("simclr", self.recipe),
+        }
+        if isinstance(encoder, Given):
+            return self.training().model_copy(update={"width": encoder.width, **changes})
+        return (encoder or self.training()).model_copy(update={**changes, "without": None})
+
+    def learned_stages(self, encoders: Iterable[Pretrain | Given]) -> list[Evaluate]:
+        """What `learned` reads."""
+        encoders = list(encoders)
+        return [self.evaluation(e) for e in (*encoders, *map(self.untrained, encoders[:1]))]
+
+    def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain | Given]) -> Learned:
+        """What these encoders, of one method, had learned: the least kNN accuracy of them, that of
+        the first one's network before training, and how many they are. Claims ask for it
+        (`issl.audit.claims.Scale`)."""
+        return learned_by(self.learned_stages(encoders), artifacts)
+
+    def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
+        """For each method its encoders, with the scores and the features of this notebook's images,
+        and what they learned; the same of the network before training."""
+        each = self.with_untrained(methods)
+        return [
+            *(stage for e in each for stage in (e, self.influence(e), self.features(e))),
+            *map(self.evaluation, each),
+        ]
+
+
+def learned_by(evaluations: list[Evaluate], artifacts: Artifacts) -> Learned:
+    """What encoders had learned, by evaluations of each; the last one is of the untrained
+    network."""
+    *trained, fresh = (float(e.read(artifacts)["knn"].mean()) for e in evaluations)
+    return {"knn": min(trained), "untrained": fresh, "encoders": len(trained)}

@@ -1,0 +1,719 @@
+"""The plans of the notebooks that go beyond the paper; see `plan` for what all plans share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.claims import Learned
+from issl.audit.given import Given
+from issl.audit.plan import Epochs, Plan, Scored, learned_by
+from issl.audit.settings import Data, named_curvature
+from issl.audit.stages import (
+    Cross,
+    Draw,
+    Embed,
+    Evaluate,
+    Influence,
+    Nearness,
+    Pairs,
+    Pick,
+    Pretrain,
+    Stability,
+    StatisticsEffect,
+    SubsetEffect,
+    Top,
+    TrainingEffect,
+)
+from issl.influence.curvature import Curvature, Identity
+from issl.pretraining import recipes
+from issl.pretraining.encoder import Normalize
+
+MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
+CONTINUED = 100  # the seeds of order and views of continued trainings
+Kind = Literal["continued", "from scratch"]  # ways to retrain
+# how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
+# differ; as it was # trained; or only the statistics, on the weights of the encoder that was scored
+Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
+
+
+class Retrained(Scored):
+    """A notebook that retrains without some images, and measures what that changes.
+
+    queries            how many test images are queries: the first ones
+    draws              perturbation draws an image, in scores and in measurements
+    candidates         how many images are scored, and trained on when training continues: the first
+                       ones; none: all
+    continued_epochs   "continued": the encoder continues training for this long, without the images
+    continued_lr       with this learning rate (for a batch of 256), on views of the size that it
+                       ended on
+    continued_batch    and this batch size; none: that of its training
+    """
+
+    n: int = Field(256, ge=16)  # many small trainings
+    width: int = Field(4, ge=1)
+    queries: int = Field(24, ge=4)
+    draws: int = Field(4, ge=1)
+    seeds: int = Field(2, ge=2)
+    candidates: int | None = Field(None, ge=16)
+    continued_epochs: int = Field(4, ge=1)
+    continued_lr: float = Field(0.05, gt=0)
+    continued_batch: int | None = Field(None, ge=2)
+
+    kinds_of_retraining: ClassVar[tuple[Kind, ...]] = ("continued", "from scratch")
+
+    def channels(self, kind: Kind) -> tuple[Channel, ...]:
+        """The ways to measure. (Weights from scratch and the statistics of another network do not
+        fit together.)"""
+        both: tuple[Channel, ...] = ("BatchNorm held", "as trained")
+        return (*both, "BatchNorm alone") if kind == "continued" else both
+
+    def scored(self) -> Data:
+        """The images that are scored, and left out."""
+        return (
+            self.data()
+            if self.candidates is None
+            else self.data().model_copy(update={"first": self.candidates})
+        )
+
+    def retrained(
+        self,
+        kind: Kind,
+        seed: int,
+        without: Draw | Pick | Top | None = None,
+        gaps: bool = False,
+        first: Pretrain | None = None,
+    ) -> Pretrain:
+        """Training number `seed` without these images: from fresh weights, or continued from the
+        encoder `first`."""
+        if kind == "from scratch":
+            fresh = self.training(seed=self.seed + seed, without=without, gaps=gaps)
+            return fresh.model_copy(update={"snapshots": None})
+        first = first or self.training()
+        small = 1.0 if first.recipe.small == 1 else 0.0
+        # plain steps: LARS would scale each layer's gradient, and nothing that is scored knows of
+        # that
+        recipe = first.recipe.model_copy(
+            update={"optimizer": "sgd", "lr": self.continued_lr, "small": small}
+        )
+        return first.model_copy(
+            update={
+                "start": first,
+                "data": self.scored(),
+                "recipe": recipe,
+                "epochs": self.continued_epochs,
+                "batch_size": self.continued_batch or first.batch_size,
+                "seed": self.seed + CONTINUED + seed,
+                "without": without,
+                "gaps": gaps,
+                "snapshots": None,
+            }
+        )
+
+    def query_data(self) -> Data:
+        """The queries."""
+        return self.data("test").model_copy(update={"first": self.queries})
+
+    def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
+        """Cross-influence of the scored images on the queries under an encoder, by default the
+        first."""
+        return Cross(
+            pretrain=first or self.training(),
+            data=self.scored(),
+            query=self.query_data(),
+            perturbation=self.noise,
+            curvature=curvature or self.curvature,
+            seed=self.noise_seed,
+            draws=self.draws,
+        )
+
+    def nearness(self, first: Pretrain | None = None) -> Nearness:
+        """Cosine similarity of the scored images and the queries under an encoder, by default the
+        first."""
+        first = first or self.training()
+        return Nearness(
+            train=self.features(first, self.scored()), query=self.features(first, self.query_data())
+        )
+
+    def of_training(self, first: Pretrain) -> dict[str, Any]:
+        """The fields of a stage that measures what training on the scored images does to the
+        queries."""
+        return {
+            "pretrain": first,
+            "data": self.scored(),
+            "query": self.query_data(),
+            "perturbation": self.noise,
+            "seed": self.noise_seed,
+            "draws": self.draws,
+            "batch_size": self.continued_batch or first.batch_size,
+            "small": first.recipe.small == 1,
+        }
+
+    def training_effect(self, first: Pretrain | None = None, **changes: Any) -> TrainingEffect:
+        """Training-aware influence under an encoder, by default the first, whose learner was kept;
+        `changes` are fields of the stage."""
+        return TrainingEffect(**self.of_training(first or self.training()), **changes)
+
+    def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
+        """The fields of a stage that measures this retrained encoder."""
+        first = encoder.start or self.training()
+        if channel == "BatchNorm alone":
+            return {"pretrain": first, "statistics": encoder}
+        if channel == "as trained":
+            return {"pretrain": encoder}
+        held = {"statistics": first} if kind == "continued" else {"estimated": self.scored()}
+        return {"pretrain": encoder, **held}
+
+    def losses(self, data: Data, **measured: Any) -> Stability:
+        """Stability losses with noise that no score has seen."""
+        return Stability(
+            **measured, data=data, perturbation=self.noise, seed=MEASURED, draws=self.draws
+        )
+
+    def query_losses(self, **measured: Any) -> Stability:
+        return self.losses(self.query_data(), **measured)
+
+
+class Validation(Retrained):
+    """10_validation: does the score predict what retraining shows?"""
+
+    notebook: ClassVar[str] = "10_validation"
+
+    images: int = Field(
+        6, ge=4
+    )  # left out one at a time, spread evenly over the ranks of the score
+    subsets: int = Field(12, ge=4)
+    share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
+    ranks: tuple[int, ...] = (4, 64)  # of LoGra, beside `rank`
+    dampings: tuple[float, ...] = (0.001, 10.0)  # beside `damping`
+    kinds: tuple[str, ...] = ("logra-pca", "ekfac", "diagonal", "exact")  # other curvatures
+    points: int = Field(200, ge=20)
+    side: int = Field(8, ge=2)
+    outputs: int = Field(16, ge=1)
+    anchor: float = Field(0.01, gt=0)
+
+    def curvatures(self) -> dict[str, Curvature]:
+        """The curvatures by name; the first is the paper's."""
+        usual = self.curvature
+        found: dict[str, Curvature] = {f"LoGra, rank {self.rank}": usual}
+        found |= {f"LoGra, rank {r}": replace(usual, rank=r) for r in self.ranks}
+        names = {"logra-pca": "LoGra, PCA", "ekfac": "EK-FAC"}
+        for kind in self.kinds:
+            found[names.get(kind, kind)] = named_curvature(kind, self.rank, self.damping)
+        found |= {f"λ = {d:g} × mean": replace(usual, damping=d) for d in self.dampings}
+        return found | {"none (identity)": Identity()}
+
+    def scores(self) -> Influence:
+        """Scores under the first encoder."""
+        return self.influence(self.pretrain(), draws=self.draws)
+
+    def pick(self, i: int) -> Pick:
+        """Image number `i` of those left out one at a time, by its place in the ranking: 0 the
+        highest."""
+        return Pick(influence=self.scores(), quantile=i / (self.images - 1))
+
+    def draw(self, k: int) -> Draw:
+        """The images that subset number `k` leaves out."""
+        return Draw(data=self.scored(), share=1 - self.share, seed=k)
+
+    def trained_on_all(self, kind: Kind, seed: int) -> Pretrain:
+        return self.retrained(kind, seed)
+
+    def without_one(self, kind: Kind, seed: int, i: int) -> Pretrain:
+        """A training without one image: its place in its batch stays empty, so the other batches
+        are the same."""
+        return self.retrained(kind, seed, self.pick(i), gaps=True)
+
+    def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
+        return self.retrained(kind, seed, self.draw(k))
+
+    def all_losses(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Stability:
+        return self.losses(self.scored(), **self.measured(encoder, kind, channel))
+
+    def all_features(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Embed:
+        return Embed(**self.measured(encoder, kind, channel), data=self.scored())
+
+    def stages(self) -> list[Stage]:
+        first = self.pretrain()
+        found: list[Stage] = [
+            first,
+            self.scores(),
+            self.nearness(),
+            *self.learned_stages([first]),
+            self.query_losses(pretrain=first),
+        ]
+        found += [self.cross(c) for c in self.curvatures().values()]
+        found += [
+            *(self.pick(i) for i in range(self.images)),
+            *(self.draw(k) for k in range(self.subsets)),
+        ]
+        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
+            trained = [
+                self.trained_on_all(kind, s),
+                *(self.without_one(kind, s, i) for i in range(self.images)),
+            ]
+            for channel in self.channels(kind):
+                for e in trained:
+                    found += [
+                        self.all_losses(e, kind, channel),
+                        self.all_features(e, kind, channel),
+                    ]
+                for k in range(self.subsets):
+                    found.append(
+                        self.query_losses(
+                            **self.measured(self.on_subset(kind, s, k), kind, channel)
+                        )
+                    )
+        return found
+
+
+Task = Literal["classes", "style"]
+Way = Literal["first", "second", "more"]
+
+
+class Continual(Scored):
+    """12_continual: an encoder learns a second task. Does influence predict which images of the
+    first it forgets?"""
+
+    notebook: ClassVar[str] = "12_continual"
+
+    width: int = Field(4, ge=1)
+    tasks: tuple[Task, ...] = ("classes", "style")
+    classes: int = Field(5, ge=1)  # the first this many are the first task, the others the second
+    drawn: int = Field(256, ge=32)  # scenes of each style
+    legs: int = Field(2, ge=1)
+    leg_epochs: int = Field(2, ge=1)
+    seeds: int = Field(1, ge=1)
+    neighbours: int = Field(10, ge=1)
+
+    channels: ClassVar[tuple[Channel, ...]] = (
+        "BatchNorm held",
+        "as trained",
+    )  # the first one decides
+
+    def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
+        """The images of the first and of the second task."""
+        if task == "style":
+            n = self.drawn if split == "train" else self.n_test
+            first, second = (Data(name="scenes", split=split, n=n, uniform=u) for u in (0.0, 1.0))
+            return first, second
+        both = self.data(split)
+        labels = range(100)  # more than any set has
+        return (
+            both.model_copy(update={"classes": tuple(labels[: self.classes])}),
+            both.model_copy(update={"classes": tuple(labels[self.classes :])}),
+        )
+
+    def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
+        """After the first task; after `leg` legs on the second task; or after as many more on the
+        first."""
+        old, new = self.sets(task)
+        if way == "first":
+            return self.training(seed=self.seed + seed).model_copy(update={"data": old})
+        before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
+        return before.model_copy(
+            update={
+                "data": new if way == "second" else old,
+                "start": before,
+                "epochs": self.leg_epochs,
+                "snapshots": None,
+                "seed": self.seed + seed + CONTINUED * leg,
+            }
+        )
+
+    def old_scores(self, task: Task, encoder: Pretrain) -> Influence:
+        """Scores of the first task's images."""
+        return self.influence(encoder, data=self.sets(task)[0])
+
+    def old_features(
+        self,
+        task: Task,
+        seed: int,
+        way: Way = "first",
+        leg: int = 0,
+        channel: Channel = "as trained",
+    ) -> Embed:
+        """Features of the first task's images; "BatchNorm held": its statistics are those after the
+        first task."""
+        held = way != "first" and channel == "BatchNorm held"
+        return Embed(
+            pretrain=self.encoder(task, seed, way, leg),
+            data=self.sets(task)[0],
+            statistics=self.encoder(task, seed) if held else None,
+        )
+
+    def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
+        """Accuracy of an encoder on the first or the second task."""
+        at = 0 if on == "old" else 1
+        return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
+
+    def _learned(self, task: Task) -> list[Evaluate]:
+        encoders = [self.encoder(task, s) for s in range(self.seeds)]
+        return [self.accuracy(task, e, "old") for e in (*encoders, self.untrained(encoders[0]))]
+
+    def task_learned(self, task: Task, artifacts: Artifacts) -> Learned:
+        """As `learned`, of the encoders after the first task, on that task."""
+        return learned_by(self._learned(task), artifacts)
+
+    def path(self, way: Way) -> list[tuple[Way, int]]:
+        """The encoders along one way, from the first task on."""
+        return [("first", 0), *((way, leg) for leg in range(1, self.legs + 1))]
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        for task in self.tasks:
+            found += self._learned(task)
+            for s in range(self.seeds):
+                for way, leg in dict.fromkeys([*self.path("second"), *self.path("more")]):
+                    e = self.encoder(task, s, way, leg)
+                    found += [e, self.old_scores(task, e)]
+                    found += [
+                        self.old_features(task, s, way, leg, channel) for channel in self.channels
+                    ]
+                    found += [self.accuracy(task, e, "old"), self.accuracy(task, e, "new")]
+        return found
+
+
+class Explained(Scored):
+    """13_explained: how much of the score do simple statistics explain?"""
+
+    notebook: ClassVar[str] = "13_explained"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    neighbours: int = Field(10, ge=1)
+
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
+        """Scores under one of two noises."""
+        return self.influence(encoder, self.noise_seed + noise)
+
+    def stages(self) -> list[Stage]:
+        each = self.with_untrained(self.methods)
+        again = (
+            stage for e in each for stage in (self.scores(e, 1), self.nearest(e, self.neighbours))
+        )
+        return [*self.of_each(self.methods), *again]
+
+
+class Bridges(Scored):
+    """14_bridges: do images of high influence hold the classes together? Does rarity raise a
+    background's influence?"""
+
+    notebook: ClassVar[str] = "14_bridges"
+    takes_checkpoints: ClassVar[bool] = True  # without the doses, which are trainings
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    neighbours: int = Field(10, ge=1)
+    shares: tuple[float, ...] = (0.05, 0.1)
+    draws: int = Field(40, ge=20)  # removals at random
+    doses: tuple[float, ...] = Field(
+        (0.1, 0.5, 0.9), min_length=3
+    )  # shares of uniform backgrounds in training
+    drawn: int = Field(512, ge=32)
+    drawn_epochs: int = Field(4, ge=1)
+    dose_seeds: int = Field(1, ge=1)
+
+    @property
+    def trained_doses(self) -> tuple[float, ...]:
+        """The doses for which encoders are trained: none where encoders are given."""
+        return () if self.checkpoints else self.doses
+
+    def dose(self, share: float) -> Data:
+        """Scenes of which this share has a uniform background; all else is the same at every
+        share."""
+        return Data(name="scenes", n=self.drawn, uniform=share)
+
+    def dose_encoder(self, share: float, seed: int) -> Pretrain:
+        """The first method, trained on these scenes."""
+        return self.training(self.methods[0], self.seed + seed).model_copy(
+            update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
+        )
+
+    def dose_scores(self, share: float, seed: int) -> Influence:
+        return self.influence(self.dose_encoder(share, seed), data=self.dose(share))
+
+    def stages(self) -> list[Stage]:
+        tests = [
+            self.features(e, self.data("test"))
+            for method in self.methods
+            for e in self.scored_encoders(method)
+        ]
+        doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
+        drawn = [self.dose_scores(*at) for at in doses]
+        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [*self.of_each(self.methods), *between, *tests, *drawn, *self._doses_learned()]
+
+    def _doses_learned(self) -> list[Evaluate]:
+        """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the
+        usual backgrounds."""
+        encoders = [
+            self.dose_encoder(share, seed)
+            for share in self.trained_doses
+            for seed in range(self.dose_seeds)
+        ]
+        if not encoders:
+            return []
+        test = Data(name="scenes", split="test", n=self.n_test)
+        return [self.evaluation(e, e.data, test) for e in (*encoders, self.untrained(encoders[0]))]
+
+    def doses_learned(self, artifacts: Artifacts) -> Learned:
+        """As `learned`, of the encoders of all doses: one for each number of uniform backgrounds
+        and seed."""
+        return learned_by(self._doses_learned(), artifacts)
+
+
+class Taught(Retrained):
+    """15_taught: which training images taught the encoder about this test image? By influence, by
+    the gradient that training follows, and by similarity."""
+
+    notebook: ClassVar[str] = "15_taught"
+
+    snapshots: int | None = Field(1, ge=1)  # so the whole learner is kept
+    asked: int = Field(3, ge=2)  # how many queries are retrained for: the first ones
+    share: float = Field(0.1, gt=0, lt=1)  # of the scored images, removed for a query
+    drawn: int = Field(3, ge=2)  # removals at random
+    shown: int = Field(3, ge=1)
+    top: int = Field(6, ge=1)
+
+    @property
+    def k(self) -> int:
+        """How many images are removed."""
+        return max(
+            1,
+            round(
+                self.share * (self.n if self.candidates is None else min(self.n, self.candidates))
+            ),
+        )
+
+    def scores(self) -> dict[str, Cross | TrainingEffect | Nearness]:
+        """A number for each query and training image, by the name of its lists."""
+        return {
+            "influence": self.cross(),
+            "training-aware": self.training_effect(),
+            "nearest": self.nearness(),
+        }
+
+    def listed(self, which: str, query: int) -> Top:
+        """The images that lead such a list for a query."""
+        return Top(scores=self.scores()[which], query=query, k=self.k)
+
+    def random(self, number: int) -> Draw:
+        """As many random images."""
+        return Draw(data=self.scored(), share=self.share, seed=number)
+
+    def removals(self) -> dict[tuple[str, int], Draw | Top]:
+        """The images that are removed, by the list's name and the query that it is for (or its
+        number)."""
+        lists = {
+            (which, query): self.listed(which, query)
+            for which in self.scores()
+            for query in range(self.asked)
+        }
+        return {
+            **lists,
+            **{("random", number): self.random(number) for number in range(self.drawn)},
+        }
+
+    def query_features(self, **measured: Any) -> Embed:
+        return Embed(**measured, data=self.query_data())
+
+    def stages(self) -> list[Stage]:
+        removals = list(self.removals().values())
+        found: list[Stage] = [
+            self.pretrain(),
+            *self.learned_stages([self.pretrain()]),
+            *self.scores().values(),
+            *removals,
+        ]
+        for kind, s, removal in product(
+            self.kinds_of_retraining, range(self.seeds), (None, *removals)
+        ):
+            for channel in self.channels(kind):
+                how = self.measured(self.retrained(kind, s, removal), kind, channel)
+                found += [self.query_losses(**how), self.query_features(**how)]
+        return found
+
+
+class TrainingAware(Retrained):
+    """16_training_aware: does the gradient that training follows predict what training on other
+    images changes?"""
+
+    notebook: ClassVar[str] = "16_training_aware"
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    queries: int = Field(12, ge=4)
+    draws: int = Field(2, ge=1)
+    candidates: int | None = Field(96, ge=16)
+    snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
+    continued_epochs: int = Field(4, ge=3)  # two states along it are kept
+    continued_batch: int | None = Field(
+        16, ge=3
+    )  # effects are measured in batches of the same size
+    subsets: int = Field(8, ge=4)
+    share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
+    view_draws: int = Field(1, ge=1)  # draws of batch mates and views
+
+    def first(self, method: recipes.Method, encoder: int) -> Pretrain:
+        """The encoder that is scored."""
+        return self.training(method, self.seed + encoder)
+
+    def draw(self, k: int) -> Draw:
+        """The images that subset number `k` leaves out."""
+        return Draw(data=self.scored(), share=1 - self.share, seed=k)
+
+    def on_subset(self, first: Pretrain, seed: int, k: int) -> Pretrain:
+        return self.retrained("continued", seed, self.draw(k), first=first)
+
+    def all_along(self, first: Pretrain) -> Pretrain:
+        """A continued training on all candidates, of which states along the way are kept."""
+        run = self.retrained("continued", self.seeds, first=first)
+        states = {k * run.epochs // 3 for k in (1, 2)} - {0}
+        return run.model_copy(update={"snapshots": tuple(sorted(states)) or None})
+
+    def effects(self, first: Pretrain) -> dict[str, Pairs]:
+        """What is known about each image and query, by name: the rungs of the ladder, but for the
+        last."""
+        along, views = self.all_along(first), {"view_draws": self.view_draws}
+        return {
+            "similarity of features": self.nearness(first),
+            "paper, plain gradients": self.cross(Identity(), first),
+            "paper": self.cross(first=first),
+            "own share of the training gradient": self.training_effect(first, share="own", **views),
+            "marginal effect": self.training_effect(first, **views),
+            "marginal, inverse curvature": self.training_effect(
+                first, curvature=self.curvature, **views
+            ),
+            "marginal, along the training": self.training_effect(
+                along, after=along.snapshots, **views
+            ),
+            "BatchNorm's statistics": StatisticsEffect(**self.of_training(first)),
+        }
+
+    def bound(self, first: Pretrain) -> SubsetEffect:
+        """The gradient of each subset itself: the most that a first-order score can know."""
+        left_out = tuple(self.draw(k) for k in range(self.subsets))
+        return SubsetEffect(
+            **self.of_training(first), left_out=left_out, view_draws=2 * self.view_draws
+        )
+
+    def firsts(self) -> list[tuple[recipes.Method, int]]:
+        return list(product(self.methods, range(self.encoders)))
+
+    def subset_losses(self, first: Pretrain, seed: int, k: int, channel: Channel) -> Stability:
+        return self.query_losses(
+            **self.measured(self.on_subset(first, seed, k), "continued", channel)
+        )
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = [
+            e for m in self.methods for e in self.learned_stages(self.scored_encoders(m))
+        ]
+        found += [self.draw(k) for k in range(self.subsets)]
+        for method, e in self.firsts():
+            first = self.first(method, e)
+            found += [self.query_losses(pretrain=first), self.bound(first)]
+            found += self.effects(first).values()
+            for channel, s, k in product(
+                self.channels("continued"), range(self.seeds), range(self.subsets)
+            ):
+                found.append(self.subset_losses(first, s, k, channel))
+        return found
+
+
+class Derivation(Plan):
+    """17_derivation: where the formula comes from, on a network small enough for every derivative.
+
+    pool, hidden, outputs   the network: images averaged to pool × pool, `hidden` tanh units,
+                            `outputs` features
+    anchor                  a of the term a/2 ‖θ − θ₀‖² that holds the weights near their start
+    steps                   of gradient descent, where a training is stopped early
+    """
+
+    notebook: ClassVar[str] = "17_derivation"
+    takes_checkpoints: ClassVar[bool] = True
+
+    images: int = Field(48, ge=12)
+    pool: int = Field(4, ge=2)
+    hidden: int = Field(5, ge=2)
+    outputs: int = Field(5, ge=2)
+    anchor: float = Field(0.1, gt=0)
+    damping: float = Field(0.1, gt=0)
+    steps: int = Field(1000, ge=3)
+
+    def network(self) -> nn.Sequential:
+        """Random weights, in double precision; pooling, normalisation and flattening come before
+        the first of them. The biases keep features away from 0, where the cosine has no
+        derivative."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            net = nn.Sequential(
+                nn.AdaptiveAvgPool2d(self.pool),
+                Normalize(),
+                nn.Flatten(),
+                nn.Linear(3 * self.pool**2, self.hidden),
+                nn.Tanh(),
+                nn.Linear(self.hidden, self.outputs),
+            ).double()
+        for name in ("3.weight", "5.weight"):
+            net.get_parameter(name).data *= 2  # far from 0, too
+        return net.eval().requires_grad_(False)
+
+    def stages(self) -> list[Stage]:
+        return []
+
+
+class Objectives(Scored):
+    """18_objectives: what the three SSL objectives see, and whether following them makes features
+    stable.
+
+    batch            images whose projections are looked at: the first ones
+    gradient_batch   images in the batches whose gradients are compared, of which there are
+                     `gradient_draws`
+    asked            test images that are followed along the trainings, with `draws` of the noise
+    """
+
+    notebook: ClassVar[str] = "18_objectives"
+
+    n: int = Field(256, ge=32)
+    width: int = Field(4, ge=1)
+    epochs: Epochs | dict[recipes.Method, Epochs] = 12
+    snapshots: int = Field(5, ge=1)
+    batch: int = Field(16, ge=3)
+    gradient_batch: int = Field(32, ge=3)
+    gradient_draws: int = Field(3, ge=2)
+    asked: int = Field(100, ge=8)
+    draws: int = Field(2, ge=1)
+
+    methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
+    followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
+    measured_seed: ClassVar[int] = MEASURED
+
+    def asked_data(self) -> Data:
+        """The test images that are followed."""
+        return self.data("test").model_copy(update={"first": min(self.asked, self.n_test)})
+
+    def states(self, method: recipes.Method) -> tuple[int, ...]:
+        """The numbers of epochs after which the learner is kept, the end included."""
+        run = self.training(method)
+        return (*(run.snapshots or ()), run.epochs)
+
+    def stages(self) -> list[Stage]:
+        return [self.training(method) for method in self.followed]
+
+
+OWN: tuple[type[Plan], ...] = (
+    Validation,
+    Continual,
+    Explained,
+    Bridges,
+    Taught,
+    TrainingAware,
+    Derivation,
+    Objectives,
+)

@@ -1,0 +1,588 @@
+"""The plans of the notebooks about the paper's own results, one class each; see `plan` for what
+they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.claims import Learned
+from issl.audit.given import Given
+from issl.audit.plan import Plan, Scored
+from issl.audit.settings import Data, Injection
+from issl.audit.stages import Choice, Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
+from issl.influence.perturbation import Augmentation, GaussianNoise
+from issl.pretraining import recipes
+
+
+class MethodLesson(Plan):
+    """00_method: the score step by step on a few images."""
+
+    notebook: ClassVar[str] = "00_method"
+
+    images: int = Field(48, ge=8)
+    one: int = Field(0, ge=0)  # the position of the image that is followed
+    rank: int = Field(16, ge=1)
+    damping: float = Field(0.1, gt=0)
+
+
+class SeedCorrelation(Scored):
+    """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?"""
+
+    notebook: ClassVar[str] = "01_seed_correlation"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    encoders: int = Field(2, ge=1)
+    noise_seeds: int = Field(2, ge=2)
+    draws: tuple[int, ...] = Field(
+        (1, 4), min_length=1
+    )  # of the noise, averaged; on some of the images alone:
+    averaged: int = Field(128, ge=16)  # the first ones
+
+    @model_validator(mode="after")
+    def _two_trainings_to_compare(self) -> SeedCorrelation:
+        if self.encoders < 2 and not self.checkpoints:
+            raise ValueError(f"encoders = {self.encoders}: two trainings or more are compared")
+        return self
+
+    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
+        """Scores of all images with one draw of noise number `noise`."""
+        return self.influence(encoder, self.noise_seed + noise)
+
+    def averaged_scores(self, encoder: Pretrain | Given, noise: int, draws: int) -> Influence:
+        """Scores of the first `averaged` images, with so many draws."""
+        data = self.data().model_copy(update={"first": self.averaged})
+        return self.influence(encoder, self.noise_seed + noise, data=data, draws=draws)
+
+    def noises(self, number: int) -> list[int]:
+        """Encoder number `number` is scored under every noise, and under one of its own."""
+        return sorted({*range(self.noise_seeds), number})
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        for method in self.methods:
+            encoders = self.scored_encoders(method)
+            found += self.learned_stages(encoders)
+            found += [self.scores(self.untrained(encoders[0]), k) for k in range(self.noise_seeds)]
+            for number, encoder in enumerate(encoders):
+                found += [encoder, *(self.scores(encoder, k) for k in self.noises(number))]
+                found += [
+                    self.averaged_scores(encoder, k, draws)
+                    for draws in self.draws
+                    for k in (0, number or 1)
+                ]
+        return found
+
+
+AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
+
+
+class AugmentationAblation(Scored):
+    """02_augmentation_ablation: is Gaussian noise the most stable perturbation?
+
+    sigmas    of Gaussian noise with the paper's mean, which is the same shift under every seed
+    centred   of Gaussian noise with mean 0: what an augmentation of the same strength is compared
+              with
+    """
+
+    notebook: ClassVar[str] = "02_augmentation_ablation"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = ("simclr",)
+    scored: int = Field(128, ge=16)
+    sigmas: tuple[float, ...] = (0.05, 0.2, 0.4)
+    centred: tuple[float, ...] = Field((0.02, 0.1, 0.4), min_length=2)
+    strengths: tuple[float, ...] = (1.0,)  # 1 among them
+    draws: tuple[int, ...] = Field((1, 4), min_length=1)
+
+    @property
+    def usual(self) -> str:
+        """The name of the paper's perturbation."""
+        return f"noise {self.std:g}"
+
+    def scored_data(self) -> Data:
+        """The first `scored` images."""
+        return self.data().model_copy(update={"first": self.scored})
+
+    def perturbations(self) -> dict[str, GaussianNoise | Augmentation]:
+        """Every perturbation by its name; of flip and grayscale the strength is the share of images
+        changed."""
+        found: dict[str, GaussianNoise | Augmentation] = {
+            f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
+        }
+        found |= {f"centred {s:g}": GaussianNoise(0.0, s) for s in self.centred}
+        for kind in AUGMENTATIONS:
+            for strength in self.strengths:
+                usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)
+                found[f"{kind} {strength:g}"] = Augmentation(kind, usual * strength)
+        return found
+
+    def at_full(self) -> list[str]:
+        """The augmentations at strength 1."""
+        return [f"{kind} 1" for kind in AUGMENTATIONS]
+
+    def draws_of(self, name: str) -> tuple[int, ...]:
+        """Several numbers of draws for the paper's noise and for the augmentations at strength 1:
+        the ends of `draws`, for the noise, the crop and the chain all; one for the others."""
+        if name in (self.usual, "crop 1", "chain 1"):
+            return self.draws
+        return (
+            tuple(dict.fromkeys((self.draws[0], self.draws[-1])))
+            if name in self.at_full()
+            else self.draws[:1]
+        )
+
+    def scores(self, encoder: Pretrain | Given, name: str, draws: int, seed: int) -> Influence:
+        """Scores of the first `scored` images under a perturbation, averaged over draws; seed 0 or
+        1."""
+        return self.influence(
+            encoder,
+            self.noise_seed + seed,
+            data=self.scored_data(),
+            perturbation=self.perturbations()[name],
+            draws=draws,
+        )
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        for method in self.methods:
+            encoders = self.scored_encoders(method)
+            found += [*encoders, *self.learned_stages(encoders)]
+            fresh = self.untrained(encoders[0])
+            found += [
+                self.scores(fresh, name, self.draws[0], s)
+                for name in self.controls()
+                for s in range(2)
+            ]
+            found += [
+                self.scores(encoder, name, draws, seed)
+                for encoder in encoders
+                for name in self.perturbations()
+                for draws in self.draws_of(name)
+                for seed in range(2)
+            ]
+        return found
+
+    def controls(self) -> list[str]:
+        """The perturbations that an untrained network is scored under: the paper's, and the
+        augmentations."""
+        return [self.usual, *self.at_full()]
+
+
+class BackgroundBias(Scored):
+    """03_background_bias: do images of high influence have uniform backgrounds?"""
+
+    notebook: ClassVar[str] = "03_background_bias"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    gallery: int = Field(24, ge=1)
+    neighbours: int = Field(10, ge=1)
+    drawn: int = Field(512, ge=16)
+    drawn_epochs: int = Field(4, ge=1)
+    swapped: int = Field(96, ge=16)
+
+    def drawn_plan(self) -> BackgroundBias:
+        """The same plan on scenes; itself, where the data set is scenes."""
+        world = {
+            "dataset": "scenes",
+            "n": self.drawn,
+            "size": None,
+            "epochs": self.drawn_epochs,
+            "snapshots": None,
+        }
+        return self if self.dataset == "scenes" else self.model_copy(update=world)
+
+    def drawn_encoders(self) -> list[Pretrain | Given]:
+        """The first method, trained on scenes; or the given encoders, which have then seen no
+        scenes."""
+        return self.drawn_plan().scored_encoders(self.methods[0])
+
+    def swapped_scores(self, encoder: Pretrain | Given) -> Influence:
+        """Scores of the same scenes on each background, under one of these encoders."""
+        return self.influence(encoder, data=Data(name="scenes-swapped", n=self.swapped))
+
+    def stages(self) -> list[Stage]:
+        drawn = self.drawn_encoders()
+        scenes = map(self.swapped_scores, drawn)
+        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [
+            *self.of_each(self.methods),
+            *between,
+            *scenes,
+            *self.drawn_plan().learned_stages(drawn),
+        ]
+
+
+class Duplicates(Scored):
+    """04_duplicates: does low influence find duplicates?
+
+    neighbours   how many of each image are looked for; the nearest one counts (they are those of
+                 03)
+    """
+
+    notebook: ClassVar[str] = "04_duplicates"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    neighbours: int = Field(10, ge=1)
+
+    def stages(self) -> list[Stage]:
+        nearest = (self.nearest(e, self.neighbours) for e in self.with_untrained(self.methods))
+        return [*self.of_each(self.methods), *nearest]
+
+
+GROUPS: dict[
+    str, tuple[tuple[str, ...], str]
+] = {  # by data set: attributes, and the largest group of the first
+    "scenes": (("group", "background"), "warm"),
+    "fairface": (("race", "gender", "age"), "White"),
+}
+
+
+class Fairness(Scored):
+    """05_fairness: does influence differ between groups of people, and rise in a group that is
+    thinned?
+
+    smallest   groups of fewer images (or with fewer others) are not tested
+    """
+
+    notebook: ClassVar[str] = "05_fairness"
+
+    methods: tuple[recipes.Method, ...] = ("simclr",)
+    attributes: tuple[str, ...] | None = Field(
+        None, min_length=1
+    )  # what makes groups; None: what the data set has
+    thinned: str | None = (
+        None  # the group (of the first attribute) that is thinned; None: the data set's largest
+    )
+    keep: float = Field(0.1, gt=0, lt=1)
+    seeds: int = Field(1, ge=1)
+    smallest: int = Field(50, ge=2)
+
+    def groups(self) -> tuple[tuple[str, ...], str]:
+        """The attributes and the group that is thinned: those given, else the data set's."""
+        attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
+        return self.attributes or attributes, self.thinned or thinned
+
+    def removal(self, seed: int, at_random: bool = False) -> Thin:
+        """Most of the group, or as many images at random."""
+        attributes, thinned = self.groups()
+        return Thin(
+            data=self.data(),
+            attribute=attributes[0],
+            value=thinned,
+            keep=self.keep,
+            at_random=at_random,
+            seed=seed,
+        )
+
+    def thinned_encoder(
+        self, method: recipes.Method, seed: int, at_random: bool = False
+    ) -> Pretrain:
+        return self.training(method, self.seed + seed, self.removal(seed, at_random))
+
+    def thinned_scores(
+        self, method: recipes.Method, seed: int, at_random: bool = False
+    ) -> Influence:
+        """Scores of all images after a training without those of `removal`."""
+        return self.influence(self.thinned_encoder(method, seed, at_random))
+
+    def thinned_encoders(self, method: recipes.Method) -> list[Pretrain]:
+        """All that are trained again, with and without the group."""
+        return [
+            self.thinned_encoder(method, seed, r)
+            for seed in range(self.seeds)
+            for r in (False, True)
+        ]
+
+    def learned_without(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
+        """What these had learned, the least of both kinds; `encoders`: pairs of them, from
+        different seeds."""
+        return {**self.learned(artifacts, self.thinned_encoders(method)), "encoders": self.seeds}
+
+    def stages(self) -> list[Stage]:
+        each = self.with_untrained(self.methods)
+        found: list[Stage] = [*map(self.influence, each), *map(self.evaluation, each)]
+        found += map(self.removal, range(self.seeds))
+        for method in self.methods:
+            thinned = self.thinned_encoders(method)
+            found += [*map(self.influence, thinned), *self.learned_stages(thinned)]
+        return found
+
+
+Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
+
+
+class Pruning(Scored):
+    """06_pruning: does removing the images of highest influence improve what is learned?
+
+    arms           what is removed; of twice as many images, those with the flattest frame, "top
+                   flat" removes the half of higher influence (the paper's eye is on uniform
+                   backgrounds of high influence), "random flat" any
+    judges_epochs  of the encoders that judge, which are many; None: as many as that of the scored
+                   encoder
+    """
+
+    notebook: ClassVar[str] = "06_pruning"
+
+    methods: tuple[recipes.Method, ...] = ("simclr",)
+    arms: tuple[Removed, ...] = ("top", "bottom", "random")
+    shares: tuple[float, ...] = (0.2,)
+    seeds: int = Field(2, ge=1)
+    judges_epochs: int | None = Field(None, ge=1)
+
+    @property
+    def judges(self) -> range:
+        """The seeds that are retrained: the one that was scored cannot judge what its own scores
+        remove."""
+        return range(self.seed + 1, self.seed + 1 + self.seeds)
+
+    def judge(self, method: recipes.Method, seed: int, without: Choice | None = None) -> Pretrain:
+        """An encoder of this seed, trained from scratch on all images or without the chosen
+        ones."""
+        run = self.training(method, seed, without)
+        return (
+            run
+            if self.judges_epochs is None
+            else run.model_copy(update={"epochs": self.judges_epochs, "snapshots": None})
+        )
+
+    def judging(self, method: recipes.Method) -> list[Pretrain]:
+        """The encoders of these seeds, trained on all images."""
+        return [self.judge(method, seed) for seed in self.judges]
+
+    def scores(self, method: recipes.Method) -> Influence:
+        """Scores under the encoder of the first seed."""
+        return self.influence(self.pretrain(method))
+
+    def removal(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Prune:
+        drawn = which.startswith("random")
+        return Prune(
+            influence=self.scores(method), which=which, share=share, seed=seed if drawn else 0
+        )
+
+    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
+        """Accuracy of an encoder trained from scratch on all images."""
+        return self.evaluation(self.judge(method, seed))
+
+    def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
+        """Accuracy of an encoder trained from scratch without this share of the images."""
+        return self.evaluation(self.judge(method, seed, self.removal(method, which, share, seed)))
+
+    def stages(self) -> list[Stage]:
+        found: list[Stage] = []
+        for method in self.methods:
+            found += [self.scores(method), *self.learned_stages(self.judging(method))]
+            for seed in self.judges:
+                found += [
+                    self.pruned(method, which, share, seed)
+                    for share in self.shares
+                    for which in self.arms
+                ]
+        return found
+
+
+class Outliers(Scored):
+    """07_outliers: does high influence find atypical images?
+
+    made_strange   the share of the test images that is replaced by strange ones (as `atypical` is
+                   of training images)
+    loss_draws     of the stability loss that influence is compared with: four cost less than a
+                   score and its gradient
+    """
+
+    notebook: ClassVar[str] = "07_outliers"
+    takes_checkpoints: ClassVar[bool] = True
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    made_strange: float = Field(0.1, gt=0, le=0.5)
+    loss_draws: int = Field(4, ge=1)
+
+    def new_images(self) -> Data:
+        """Test images, some of them made strange: no encoder was trained on them."""
+        return self.data("test").model_copy(
+            update={"inject": Injection(atypical=self.made_strange)}
+        )
+
+    def new_scores(self, encoder: Pretrain | Given) -> Influence:
+        """Their scores under the curvature of the training images."""
+        return self.influence(encoder, others=self.new_images())
+
+    def new_features(self, encoder: Pretrain | Given) -> Embed:
+        return self.features(encoder, self.new_images())
+
+    def new_losses(self, encoder: Pretrain | Given) -> Stability:
+        """Their stability losses, over several draws."""
+        return Stability(
+            pretrain=encoder,
+            data=self.new_images(),
+            perturbation=self.noise,
+            seed=self.noise_seed,
+            draws=self.loss_draws,
+        )
+
+    def stages(self) -> list[Stage]:
+        each = self.with_untrained(self.methods)
+        asked = (
+            stage
+            for e in each
+            for stage in (self.new_scores(e), self.new_features(e), self.new_losses(e))
+        )
+        return [*self.of_each(self.methods), *asked]
+
+
+By = Literal["ssl", "supervised", "random"]
+
+
+class SupervisedVsSSL(Scored):
+    """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
+
+    supervised   how many supervised models are scored, beside `encoders` of each method
+    equal_std    a control: the standard deviation of a weaker noise, by which a supervised model's
+                 features turn as far as an SSL encoder's by the usual one; the supervised models
+                 are scored under it, too
+    seeds        of the trainings without the top `share` by either score; 0: none
+    """
+
+    notebook: ClassVar[str] = "08_supervised_vs_ssl"
+
+    methods: tuple[recipes.Method, ...] = recipes.SSL
+    encoders: int = Field(
+        2, ge=2
+    )  # two trainings of a method are what a supervised one is compared with
+    supervised: int = Field(1, ge=1)
+    equal_std: float | None = Field(None, gt=0)
+    share: float = Field(0.2, gt=0, lt=1)
+    seeds: int = Field(2, ge=0)
+
+    @property
+    def trained(self) -> tuple[recipes.Method, recipes.Method]:
+        """The two kinds of model that are retrained after pruning."""
+        return self.methods[0], "supervised"
+
+    @property
+    def judges(self) -> range:
+        """The seeds that are retrained, without the scored one."""
+        return range(self.seed + 1, self.seed + 1 + self.seeds)
+
+    def supervised_encoders(self) -> list[Pretrain]:
+        """The supervised models that are scored."""
+        return [self.training("supervised", self.seed + k) for k in range(self.supervised)]
+
+    def learned_with_supervised(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
+        """What the encoders of a method and the supervised models had learned: the least kNN
+        accuracy of all."""
+        learned = self.learned(artifacts, self.scored_encoders(method))
+        classifiers = [
+            self.evaluation(e).read(artifacts)["knn"].mean() for e in self.supervised_encoders()
+        ]
+        return {**learned, "knn": min(learned["knn"], *map(float, classifiers))}
+
+    def scores(
+        self, encoder: Pretrain | Given, noise: int = 0, std: float | None = None
+    ) -> Influence:
+        """Scores by the stability loss, under one of two noises, of the usual strength or
+        another."""
+        strength = self.std if std is None else std
+        return self.influence(
+            encoder, self.noise_seed + noise, perturbation=GaussianNoise(self.mean, strength)
+        )
+
+    def cross_entropy_scores(self, encoder: Pretrain | None = None) -> Influence:
+        """Scores by a supervised model's own loss, by default the first's."""
+        encoder = encoder or self.supervised_encoders()[0]
+        return self.influence(encoder, perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
+
+    def removal(self, by: By, seed: int) -> Prune:
+        """The top of one of the two scores, or as many images at random."""
+        ssl = self.influence(self.pretrain(self.methods[0]))
+        if by == "random":
+            return Prune(influence=ssl, which="random", share=self.share, seed=seed)
+        return Prune(
+            influence=ssl if by == "ssl" else self.cross_entropy_scores(),
+            which="top",
+            share=self.share,
+        )
+
+    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
+        return self.evaluation(self.pretrain(method, seed))
+
+    def pruned(self, method: recipes.Method, by: By, seed: int) -> Evaluate:
+        return self.evaluation(self.training(method, seed, self.removal(by, seed)))
+
+    def stages(self) -> list[Stage]:
+        classifiers = self.supervised_encoders()
+        *encoders, fresh = self.with_untrained(self.methods)
+        each = (*encoders, fresh, *classifiers)
+        found: list[Stage] = [
+            *map(self.cross_entropy_scores, classifiers),
+            *map(self.evaluation, classifiers),
+        ]
+        found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
+        if self.equal_std is not None:
+            found += [
+                self.scores(e, noise, self.equal_std) for e in classifiers for noise in range(2)
+            ]
+        found += self.learned_stages(encoders)
+        for method in self.trained:
+            for seed in self.judges:
+                found += [
+                    self.all_kept(method, seed),
+                    *(self.pruned(method, by, seed) for by in get_args(By)),
+                ]
+        return found
+
+
+class LinearTheory(Plan):
+    """09_linear_theory: the closed form of a linear encoder, checked by retraining without a
+    point."""
+
+    notebook: ClassVar[str] = "09_linear_theory"
+    takes_checkpoints: ClassVar[bool] = True
+
+    points: int = Field(200, ge=20)
+    side: int = Field(8, ge=2)
+    outputs: int = Field(16, ge=1)
+    anchor: float = Field(0.01, gt=0)
+    removed: int = Field(60, ge=5)
+
+    def stages(self) -> list[Stage]:
+        return []
+
+
+class ClaimsAudit(Plan):
+    """11_claims_audit: all claims in one table, from the records that the other notebooks left."""
+
+    notebook: ClassVar[str] = "11_claims_audit"
+    takes_checkpoints: ClassVar[bool] = True
+    last: ClassVar[bool] = True
+
+    def stages(self) -> list[Stage]:
+        return []
+
+    def reads(self) -> list[Path]:
+        """The records of this profile, and those of others that are kept with the figures."""
+        kept = (Path(self.out) / "figures").glob("*/claims.json")
+        return sorted(
+            [*self.results.glob("claim_*.json"), *(p for p in kept if p.parent != self.figures)]
+        )
+
+
+PAPER: tuple[type[Plan], ...] = (
+    MethodLesson,
+    SeedCorrelation,
+    AugmentationAblation,
+    BackgroundBias,
+    Duplicates,
+    Fairness,
+    Pruning,
+    Outliers,
+    SupervisedVsSSL,
+    LinearTheory,
+    ClaimsAudit,
+)

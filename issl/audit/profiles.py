@@ -1,0 +1,274 @@
+"""Profiles: which notebooks run with which settings, and whether that can work here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from issl.audit.cache import Stage
+from issl.audit.first_look import FirstLook
+from issl.audit.plan import Plan
+from issl.audit.plans import EXPLORER, PLANS
+from issl.audit.settings import Data
+from issl.data import datasets, published
+from issl.devices import pick_device
+from issl.errors import IsslError
+from issl.files import REPOSITORY, check_writable, installed, provided, remove_leftovers
+
+KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What `issl run` and `issl compute` have in common.
+
+    only      notebooks by number or name, separated by commas; None for all of them, with the
+              report's image explorer
+    out       where figures/, results/ and artifacts/ go; None for the checkout, or the current
+              folder without one
+    minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no
+              stage begins after it
+    checkpoints   (method, file): encoders that are scored instead of trained, in place of those
+                  that the profile names; a method may have several. Notebooks that train encoders
+                  themselves are then left out
+    from_scratch  make again what comes with the repository
+    """
+
+    profile: str = "quick"
+    only: str | None = None
+    data_root: Path | None = None
+    device: str = "auto"
+    out: Path | None = None
+    minutes: float | None = None
+    checkpoints: Sequence[tuple[str, str]] = ()
+    from_scratch: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The output folder, as an absolute path."""
+        usual = Path.cwd() if installed() else REPOSITORY
+        return (usual if self.out is None else self.out).resolve()
+
+    @property
+    def root(self) -> str | None:
+        """The folder of the data sets, as an absolute path."""
+        root = published.data_root(self.data_root)
+        return None if root is None else str(root.resolve())
+
+    def plans(self) -> dict[str, Plan]:
+        """The plans of the chosen notebooks, and that of the image explorer where all are
+        chosen."""
+        names = (
+            [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
+        )
+        left_out = self.left_out()
+        names = [name for name in names if name not in left_out]
+        return read_profile(
+            self.profile,
+            names,
+            self._given(),
+            out=str(self.folder),
+            data_root=self.root,
+            device=self.device,
+            ignore_released=self.from_scratch,
+        )
+
+    def first_look(self) -> dict[str, Any] | None:
+        """The fields of the first look: the profile's, and where things are. None where the profile
+        has none, or only some notebooks are asked for."""
+        content = _content(self.profile)
+        if self.only is not None or FirstLook.notebook not in content:
+            return None
+        common = {
+            "profile": self.profile,
+            "out": str(self.folder),
+            "data_root": self.root,
+            "device": self.device,
+        }
+        return (content[FirstLook.notebook] or {}) | common
+
+    def left_out(self) -> list[str]:
+        """The notebooks that are left out because they train encoders, and these are given."""
+        if self.only is not None:
+            return []  # what was asked for by name is an error instead
+        return [
+            name
+            for name in covered(self.profile)
+            if needs_training(self.profile, name, self._given())
+        ]
+
+    def _given(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for method, file in self.checkpoints:
+            found.setdefault(method, []).append(file)
+        return found
+
+
+def pairs(options: Sequence[str], what: str, example: str) -> list[tuple[str, str]]:
+    """Options that are written KEY=VALUE, split."""
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise IsslError(f"{what} {option}: write {example}")
+    return [(key, value) for key, _, value in (option.partition("=") for option in options)]
+
+
+def sbatch_options(options: Sequence[str]) -> dict[str, str]:
+    """sbatch's options for jobs on Slurm."""
+    return dict(pairs(options, "--slurm", "KEY=VALUE, such as partition=gpu"))
+
+
+def notebooks_folder() -> Path:
+    """The notebooks that come with the code."""
+    folder = provided("notebooks")
+    if not folder.is_dir():
+        raise IsslError(
+            f"no notebooks at {folder}: install issl from its wheel, or clone the repository"
+        )
+    return folder
+
+
+def profiles() -> dict[str, Path]:
+    """The file of each profile."""
+    return {p.stem: p for p in sorted((notebooks_folder() / "profiles").glob("*.yaml"))}
+
+
+def covered(profile: str) -> list[str]:
+    """The notebooks that a profile is for: those that its file lists under `notebooks`, or all."""
+    return select(only) if (only := _content(profile).get("notebooks")) else list(PLANS)
+
+
+def select(only: str) -> list[str]:
+    """Notebook names from a list such as `03,00_method`."""
+    chosen = []
+    for want in (w.strip() for w in only.split(",") if w.strip()):
+        found = [name for name in PLANS if name == want or name.split("_")[0] == want]
+        if not found:
+            raise IsslError(f"notebook {want!r}: there are {', '.join(PLANS)} (a number is enough)")
+        chosen += found
+    if not chosen:
+        raise IsslError(f"--only {only!r} names no notebook; there are {', '.join(PLANS)}")
+    return sorted(set(chosen))
+
+
+def read_profile(
+    profile: str,
+    names: Sequence[str],
+    checkpoints: Mapping[str, list[str]] | None = None,
+    **common: str | bool | None,
+) -> dict[str, Plan]:
+    """The plans of the named notebooks under a profile; every field is checked.
+
+    checkpoints   take the place of the profile's own
+    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value;
+    `notebooks`, those that it runs, where not all (one that it has an entry for can be asked for by
+    name); `first_look`, where real photos are to be shown before all else; and `base`, another
+    profile whose settings hold where it has none.
+    """
+    file, asked = f"{profile}.yaml", covered(profile)
+    there = sorted({*asked, *(set(_file(profile)) & set(PLANS))})
+    plans = {}
+    for name in names:
+        if name not in (*there, EXPLORER.notebook):
+            raise IsslError(
+                f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there)}"
+            )
+        fields = {**_fields(profile, name, checkpoints), "profile": profile, **common}
+        try:
+            plans[name] = KNOWN[name](**fields)
+        except IsslError as error:
+            raise IsslError(f"{file}, notebook {name}: {error}") from error
+    return plans
+
+
+def _fields(profile: str, name: str, checkpoints: Mapping[str, list[str]] | None) -> dict[str, Any]:
+    """The fields that a profile sets for a notebook."""
+    content = _content(profile)
+    given = {"checkpoints": checkpoints} if checkpoints else {}
+    return {**(content.get("common") or {}), **(content.get(name) or {}), **given}
+
+
+def needs_training(
+    profile: str, name: str, checkpoints: Mapping[str, list[str]] | None = None
+) -> bool:
+    """Are encoders given to a notebook that has to train its own?"""
+    return (
+        bool(_fields(profile, name, checkpoints).get("checkpoints"))
+        and not KNOWN[name].takes_checkpoints
+    )
+
+
+def _content(profile: str) -> dict[str, Any]:
+    """What a profile's file says, on top of what its base says."""
+    content = _file(profile)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if base not in list(profiles()) or "base" in (changed := _file(base)):
+        possible = [name for name in profiles() if "base" not in _file(name)]
+        raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
+    for entry, value in content.items():
+        changed[entry] = (
+            {**(changed.get(entry) or {}), **(value or {})} if entry != "notebooks" else value
+        )
+    return changed
+
+
+def _file(profile: str) -> dict[str, Any]:
+    """A profile's file, whose entries are known."""
+    paths = profiles()
+    if profile not in paths:
+        raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
+    content: dict[str, Any] = copy.deepcopy(_parsed(paths[profile].read_text()))
+    allowed = ("base", "common", "notebooks", *KNOWN, FirstLook.notebook)
+    unknown = set(content) - set(allowed)
+    if unknown:
+        raise IsslError(
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are {', '.join(allowed)}"
+        )
+    return content
+
+
+@lru_cache
+def _parsed(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text) or {}
+
+
+def check(plans: dict[str, Plan], out: Path) -> None:
+    """All that can be wrong before any long work: device, output folder, data present and large
+    enough."""
+    for folder in (out / "artifacts", out / "figures", out / "results"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise IsslError(
+                f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
+            ) from error
+        check_writable(folder, f"output folder {folder} (--out)")
+    for place in (*(out / "figures").glob("**/"), *(out / "results").glob("**/")):
+        remove_leftovers(place)
+    for plan in plans.values():
+        pick_device(plan.device)
+        for checkpoint in (file for files in plan.checkpoints.values() for file in files):
+            checkpoint.open()
+        for data in (data for stage in plan.stages() for data in _data_of(stage)):
+            try:
+                available = data.available()
+                datasets.say(data.which)
+            except IsslError as error:
+                raise IsslError(f"notebook {plan.notebook}: {error}") from error
+            if data.n is not None and available is not None and data.n > available:
+                raise IsslError(
+                    f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} here; "
+                    "lower n in the profile"
+                )
+
+
+def _data_of(stage: Stage) -> list[Data]:
+    return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]

@@ -1,0 +1,128 @@
+"""Settings that stages are made of: which images, and which curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
+
+from issl.audit.data.injection import inject
+from issl.config import Config, as_plain
+from issl.data import datasets, scenes
+from issl.data.identity import SetIdentity
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.influence.curvature import (
+    EKFAC,
+    Curvature,
+    Diagonal,
+    Exact,
+    Identity,
+    LoGra,
+    RandomProjection,
+)
+
+
+class Injection(Config):
+    """What is put into the set, see `issl.audit.data.injection.inject`."""
+
+    duplicates: float = Field(0.0, ge=0, le=0.5)
+    atypical: float = Field(0.0, ge=0, le=1)
+    seed: int = Field(0, ge=0)
+
+
+class Data(Config):
+    """Which images. In a key, their identity stands in the place of their name and of where they
+    are stored."""
+
+    name: str
+    split: str = "train"
+    n: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    size: int | None = None
+    inject: Injection | None = None
+    first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
+    uniform: float | None = Field(None, ge=0, le=1)  # of scenes: the share of uniform backgrounds
+    classes: tuple[int, ...] | None = None  # only images of these classes
+    root: Path | None = Field(None, exclude=True)
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Data:
+        if self.uniform is not None and self.name != "scenes":
+            raise ValueError(f"uniform applies to scenes, not to {self.name!r}")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def identity(self) -> str:
+        """The digest of the images' content, see `issl.data.datasets.identity`."""
+        return self.which.digest
+
+    @cached_property
+    def which(self) -> SetIdentity:
+        """The whole set that the images are taken from, as it was when this was first asked."""
+        return datasets.identity(self.name, self.split, self.root)
+
+    def settings(self) -> dict[str, Any]:
+        own = super().settings()
+        return {"images": self.identity, **{k: v for k, v in own.items() if k != "name"}}
+
+    def available(self) -> int | None:
+        """How many images the source holds; None where any number can be drawn."""
+        return datasets.count(self.name, self.split, self.root)
+
+    def load(self) -> Images:
+        """The images. The last few sets are kept in memory, because many stages in a row read the
+        same ones."""
+        images = _loaded(
+            self, datasets.identity(self.name, self.split, self.root).digest
+        )  # as it is now
+        return replace(images, attributes=images.attributes.copy())  # a caller may add columns
+
+
+@lru_cache(maxsize=4)
+def _loaded(data: Data, identity: str) -> Images:
+    if data.uniform is None:
+        images = datasets.load(
+            data.name, data.split, data.n, data.root, data.seed, data.size, quiet=True
+        )
+        images = images.in_memory()
+    else:
+        images = scenes.draw(
+            data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform)
+        )
+    if data.classes is not None:
+        images = images.subset(torch.isin(images.require_labels(), torch.tensor(data.classes)))
+        if len(images) == 0:
+            raise IsslError(f"{data.name}: none of its images is of the classes {data.classes}")
+    images = images if data.inject is None else inject(images, **data.inject.model_dump())
+    return images if data.first is None else images.subset(range(min(data.first, len(images))))
+
+
+KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
+    "logra": LoGra,
+    "logra-pca": partial(LoGra, projection="pca"),
+    "ekfac": lambda _, damping, __: EKFAC(damping),
+    "diagonal": lambda _, damping, __: Diagonal(damping),
+    "identity": lambda _, __, ___: Identity(),
+    "random-projection": lambda rank, _, seed: RandomProjection(int(rank), seed),
+    "exact": lambda _, damping, __: Exact(damping),
+}
+
+
+def named_curvature(
+    kind: str, rank: int | float = 16, damping: float = 0.1, seed: int = 0
+) -> Curvature:
+    """The curvature of that name; settings that it does not have are not used. Raises IsslError for
+    another name."""
+    if kind not in KINDS:
+        raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
+    return KINDS[kind](rank, damping, seed)
+
+
+Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(as_plain)]

@@ -1,0 +1,465 @@
+"""The report: results/<profile>/index.html, a static site that opens from a file and needs no
+network.
+
+Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), an
+explorer of the images by their scores, and where the numbers come from. It shows what the run left
+and computes nothing itself. This module collects the values; the HTML is in templates/, styles and
+scripts are in static/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from issl.audit import verdicts
+from issl.audit.cache import Artifacts
+from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
+from issl.audit.cost import all_stages
+from issl.audit.explorer import Explorer
+from issl.audit.guide import guide
+from issl.audit.metrics import all_words
+from issl.audit.own_paths import hidden, own_paths
+from issl.audit.plan import Plan
+from issl.audit.verdicts import Record
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.files import PACKAGE, atomic
+from issl.pretraining.recipes import NAMES
+
+KINDS = {  # a verdict's CSS class
+    "reproduced": "good",
+    "partly": "half",
+    "contradicted": "bad",
+    "undecided": "none",
+    UNTESTED: "none",
+    SUPERSEDED: "none",
+    PASSED: "good",
+    FAILED: "bad",
+}
+COLUMNS = 50  # of the sheet that holds all images
+MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
+SCALE = {
+    "quick": "a demonstration on drawn images, in minutes",
+    "mini": "small encoders on subsets of real images",
+    "overnight": "trained encoders of width 16, all of CIFAR-10",
+    "overnight-injected": "trained encoders of width 16, CIFAR-10 with duplicates put in",
+    "paper": "ResNet-18 at full width, the paper's scale",
+    "paper-cifar100": "the paper's scale, on CIFAR-100",
+    "paper-byol": "the paper's scale, for BYOL",
+    "paper-barlow_twins": "the paper's scale, for Barlow Twins",
+}
+
+
+def build(
+    profile: str, plans: dict[str, Plan], explorer: Explorer | None, artifacts: Artifacts, out: Path
+) -> Path:
+    """Write the site of a profile from what is under out/results and out/figures; returns its
+    index.
+
+    plans     of all notebooks that may have been run
+    explorer  its artifacts must be there; None leaves the image explorer out
+    Raises IsslError where no notebook was executed.
+    """
+    results, figures = out / "results" / profile, out / "figures" / profile
+    site, index = results / "report", results / "index.html"
+    site.mkdir(parents=True, exist_ok=True)
+    places = own_paths([*plans.values(), *([] if explorer is None else [explorer])], out)
+    records = verdicts.read_records(sorted(results.glob("claim_*.json")))
+    done = [name for name in plans if (results / f"{name}.ipynb").is_file()]
+    if not done:
+        raise IsslError(
+            f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
+        )
+    claims = [r | {"bars": bars(r)} for r in verdicts.summary(records)] if records else []
+    reached = [r["verdict"] for r in records]
+    counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
+    uses = verdicts.good_for(verdicts.decided(records))
+    _write(
+        index,
+        "index.html",
+        profile=profile,
+        scale=SCALE.get(profile, "a profile of its own"),
+        claims=claims,
+        guide=guide(profile, records, done),
+        look=_first_look(figures, site),
+        counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
+        good_for={outcome: found for outcome, found in uses.items() if found},
+        cards=[
+            _card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done
+        ],
+        explorer=None if explorer is None else _explorer(explorer, artifacts, site),
+        provenance=_provenance(records),
+        stages=_stages(plans, artifacts),
+    )
+    return index
+
+
+# --- the head, and the intervals of the verdicts
+# -------------------------------------------------------------
+
+
+def _first_look(figures: Path, site: Path) -> dict[str, Any] | None:
+    """Copy the picture of the first look beside the pages; returns what the index says about it, or
+    None where there is none. Raises IsslError for a damaged description."""
+    picture, about = figures / "first_look.png", figures / "first_look.json"
+    if not (picture.is_file() and about.is_file()):
+        return None
+    try:
+        written = json.loads(about.read_text())
+        found = {name: written[name] for name in ("seen", "encoder", "images", "layout")}
+    except (ValueError, KeyError) as error:
+        raise IsslError(f"{about} is damaged ({error}); delete it and run again") from error
+    shutil.copyfile(picture, site / picture.name)
+    with Image.open(picture) as image:
+        return found | {
+            "image": f"report/{picture.name}",
+            "width": image.width,
+            "height": image.height,
+        }
+
+
+def bars(row: Mapping[str, Any]) -> list[dict[str, Any] | None]:
+    """For each number of a row of `verdicts.summary`, where its interval is drawn, in percent of
+    the width: low, value, high; the threshold `asked`; a text. All share one scale. None for a
+    number that is not finite."""
+    finite = [v for _, *numbers in row["intervals"] for v in numbers if np.isfinite(v)]
+    ends = [*finite, row["asked"]]
+    lowest, span = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def place(v: float) -> float:
+        return round(float(np.clip(4 + 92 * (v - lowest) / span, 0, 100)), 1)
+
+    found: list[dict[str, Any] | None] = []
+    for (_, *numbers), text, reached in zip(
+        row["intervals"], row["ours"], row["reached"], strict=True
+    ):
+        if not np.isfinite(numbers[0]):
+            found.append(None)
+            continue
+        asked = f"dashed: the test's threshold, {row['asked']:g}"
+        about = {
+            "text": f"{row['measured']}: {text}; {asked}; n = {row['n']}; {reached}",
+            "kind": KINDS[reached],
+        }
+        places = zip(
+            ("value", "low", "high", "asked"), map(place, [*numbers, row["asked"]]), strict=True
+        )
+        found.append(dict(places) | about)
+    return found
+
+
+# --- notebooks
+# ---------------------------------------------------------------------------------------------
+
+
+def _card(
+    name: str,
+    records: Sequence[Record],
+    executed: Path,
+    figures: Path,
+    site: Path,
+    places: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write a notebook's page; returns what the index shows of it.
+
+    places   of this machine, which the page must not show
+    """
+    notebook = nbformat.read(executed, as_version=4)
+    first = next((c.source for c in notebook.cells if c.cell_type == "markdown"), name)
+    title, page, picture = (
+        first.splitlines()[0].lstrip("# ").strip(),
+        f"report/{name}.html",
+        figures / f"{name}.png",
+    )
+    cells, parts = notebook_cells(notebook, places)
+    _write(site / f"{name}.html", "notebook.html", name=name, title=title, cells=cells, parts=parts)
+    card: dict[str, Any] = {
+        "name": name,
+        "title": title,
+        "page": page,
+        "finding": finding(name, records),
+        "image": f"report/{picture.name}",
+        "width": "",
+        "height": "",
+        "links": [("whole notebook", page)],
+    }
+    if picture.is_file():
+        shutil.copyfile(picture, site / picture.name)
+        with Image.open(picture) as image:
+            card |= {"width": image.width, "height": image.height}
+    for text, suffix in (("PDF", "pdf"), ("numbers (CSV)", "csv")):
+        if (source := figures / f"{name}.{suffix}").is_file():
+            shutil.copyfile(source, site / source.name)
+            card["links"].append((text, f"report/{source.name}"))
+    return card
+
+
+def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """The result of the notebook's first claim: claim, sentence, reached (its verdicts, with their
+    marks), and how many more claims it has."""
+    own = [r for r in records if r["notebook"] == name]
+    if not own:
+        claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
+        return {"claim": claim, "sentence": "", "reached": [], "more": 0}
+    first = [r for r in own if r["name"] == own[0]["name"]]
+    reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in first)]
+    more = len({r["name"] for r in own}) - 1
+    claim = verdicts.summary(first)[0]["claim"]
+    return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
+
+
+def notebook_cells(
+    notebook: Any, places: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
+
+    A cell of text has id and text; one of code has code, folded (the summary that the code is
+    hidden behind), outputs (kind, content), the kind being text, png or html, and solution: are
+    these hidden, too?
+    """
+    from nbconvert.filters import markdown2html  # slow to import
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    folded = {
+        "parameters": "Parameters: defaults",
+        "injected-parameters": "Parameters: this run's",
+        "solution": "Answers, checked",
+    }
+    cells: list[dict[str, Any]] = []
+    headings = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            found = re.search(r"^## (.+)$", cell.source, re.MULTILINE)
+            if found:
+                headings.append((f"cell-{number}", re.sub(r"[`$*]", "", found[1])))
+            cells.append(
+                {"id": f"cell-{number}", "text": Markup(markdown2html(_with_mathml(cell.source)))}
+            )
+        elif cell.cell_type == "code":
+            tags = cell.metadata.get("tags", [])
+            code = Markup(
+                highlight(hidden(cell.source, places), PythonLexer(), HtmlFormatter(nowrap=True))
+            )
+            fold = next(
+                (text for tag, text in folded.items() if tag in tags), _code_summary(cell.source)
+            )
+            outputs = [_output(output, places) for output in cell.outputs]
+            cells.append(
+                {"code": code, "folded": fold, "outputs": outputs, "solution": "solution" in tags}
+            )
+    return cells, headings
+
+
+def _code_summary(source: str) -> str:
+    """What stands for a folded cell of code: how much there is of it."""
+    lines = len(source.splitlines())
+    return f"Code, {lines} line{'' if lines == 1 else 's'}"
+
+
+def _output(output: Any, places: Mapping[str, str]) -> tuple[str, str]:
+    """A cell's output: its kind (text, png or html) and content. HTML comes from the notebook's own
+    cells; what a stranger's name may have brought into it is kept from running and from asking the
+    network by the page's policy."""
+    from nbconvert.filters import markdown2html, strip_ansi
+
+    if output.output_type == "stream":
+        return "text", hidden(strip_ansi(output.text), places)
+    if output.output_type == "error":
+        return "text", hidden(strip_ansi("\n".join(output.traceback)), places)
+    data = output.data
+    if "image/png" in data:
+        return "png", data["image/png"].strip()
+    if "text/html" in data:
+        return "html", _staying(_cells_in_words(hidden(data["text/html"], places)))
+    if "text/markdown" in data:
+        return "html", _staying(markdown2html(_with_mathml(hidden(data["text/markdown"], places))))
+    return "text", hidden(data.get("text/plain", ""), places)
+
+
+def _staying(html: str) -> Markup:
+    """HTML without what would send the reader elsewhere: a page's policy does not forbid that."""
+    return Markup(re.sub(r"<(?=\s*meta)", "&lt;", html, flags=re.IGNORECASE))
+
+
+def _cells_in_words(table: str) -> str:
+    """A table whose cells name metrics and methods as people do."""
+    known = all_words() | NAMES
+    return re.sub(
+        r"(?<=>)[^<>]+(?=<)",
+        lambda cell: escape(known[cell[0]]) if cell[0] in known else cell[0],
+        table,
+    )
+
+
+def _with_mathml(source: str) -> str:
+    """$…$ and $$…$$ outside of code as MathML."""
+    from latex2mathml.converter import convert
+
+    def replaced(found: re.Match[str]) -> str:
+        block, line = found[2], found[3]
+        if block is None and line is None:
+            return found[0]
+        return str(convert(block or line, display="inline" if block is None else "block"))
+
+    return MATHS.sub(replaced, source)
+
+
+# --- the explorer
+# ------------------------------------------------------------------------------------------
+
+
+def _explorer(plan: Explorer, artifacts: Artifacts, site: Path) -> dict[str, Any]:
+    """Write the images and their scores beside the pages; returns what the index says about
+    them."""
+    images = plan.images().load()
+    _sheet(images, site / "images.png")
+    data = json.dumps(
+        explorer_data(plan, images, artifacts), separators=(",", ":"), allow_nan=False
+    )
+    # a page that was opened from a file may load a script, but no JSON
+    with atomic(site / "images.js") as part:
+        part.write_text(f"window.EXPLORER={data}")
+    return {"images": len(images), "name": images.name, "encoders": len(plan.methods)}
+
+
+def _sheet(images: Images, path: Path) -> None:
+    """All images on one sheet, COLUMNS a row."""
+    n, _, h, w = images.pixels.shape
+    rows = -(-n // COLUMNS)
+    sheet = np.zeros((rows * COLUMNS, h, w, 3), np.uint8)
+    sheet[:n] = images.tensor().permute(0, 2, 3, 1).numpy()
+    joined = (
+        sheet.reshape(rows, COLUMNS, h, w, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * h, COLUMNS * w, 3)
+    )
+    with atomic(path) as part:
+        Image.fromarray(joined).save(part, "PNG")
+
+
+def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[str, Any]:
+    """What explorer.js reads: scores and lists by method, and the attributes that have few
+    values."""
+    columns = images.attributes.drop(columns=["index", "duplicate_of"], errors="ignore")
+    few: dict[str, list[str]] = {}
+    for column in sorted(
+        columns, key=lambda name: name != "label_name"
+    ):  # a class keeps this name, whose title it is
+        values = columns[column].astype(str).tolist()
+        # the same under another name, or a number for each image, is no filter
+        if columns[column].nunique() <= 20 and values not in few.values():
+            few[str(column)] = values
+    methods = {}
+    for method in plan.methods:
+        scores, lists = plan.scores(method).read(artifacts), plan.lists(method).read(artifacts)
+        methods[str(NAMES.get(method, method))] = {
+            **{
+                c: [float(f"{v:.4g}") for v in scores[c]]
+                for c in ("influence", "stability_loss", "grad_norm")
+            },
+            **{kind: _rows(lists[lists["kind"] == kind]) for kind in ("nearest", "taught")},
+        }
+    return {
+        "columns": COLUMNS,
+        "sprite": "report/images.png",
+        "n": len(images),
+        "index": images.index.tolist(),
+        "attributes": few,
+        "methods": methods,
+    }
+
+
+def _rows(part: pd.DataFrame) -> list[list[tuple[int, float]]]:
+    ordered = part.sort_values(["position", "rank"])
+    pairs = [
+        (int(o), float(f"{v:.4g}")) for o, v in zip(ordered["other"], ordered["value"], strict=True)
+    ]
+    k = int(ordered["rank"].max())
+    return [pairs[i : i + k] for i in range(0, len(pairs), k)]
+
+
+# --- provenance
+# --------------------------------------------------------------------------------------------
+
+
+def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What the records say about the code, the machine and the time, as pairs of name and value."""
+    if not records:
+        return []
+    sources = [r["provenance"] for r in records]
+    found = [
+        (key, ", ".join(sorted({str(s[key]) for s in sources})))
+        for key in ("commit", "hardware", "torch", "python")
+    ]
+    times = sorted(s["time"] for s in sources)
+    seeds = sorted({f"{s}" for r in records for s in r["seeds"]}, key=int)
+    return [*found, ("measured", f"{times[0]} to {times[-1]}"), ("seeds", ", ".join(seeds))]
+
+
+def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[tuple[str, int, float]]:
+    """For each kind of stage, dependencies included: its name, how many artifacts are there, the
+    seconds they took."""
+    took: dict[str, list[float]] = {}
+    for stage in all_stages(plans.values()):
+        if (about := artifacts.about(stage)) is not None:
+            took.setdefault(stage.name, []).append(about["made_with"]["seconds"])
+    return [(name, len(seconds), sum(seconds)) for name, seconds in took.items()]
+
+
+# --- pages
+# -------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a template. Only scripts with the page's own nonce run, which nobody can
+    know beforehand."""
+    with atomic(path) as part:
+        part.write_text(
+            _templates().get_template(template).render(**values, nonce=secrets.token_urlsafe(16))
+        )
+
+
+@lru_cache
+def _templates() -> Environment:
+    found = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        loader=FileSystemLoader(PACKAGE / "reporting" / "templates"),
+    )
+    found.globals |= {"css": _css, "static": _static, "kinds": KINDS}
+    return found
+
+
+def _static(name: str) -> Markup:
+    return Markup((PACKAGE / "reporting" / "static" / name).read_text())
+
+
+@lru_cache
+def _css() -> Markup:
+    """The pages' style, with that of code, light and dark."""
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (
+        HtmlFormatter(style=s).get_style_defs("code").splitlines()
+        for s in ("default", "github-dark")
+    )
+    code = [line for line in light if line.startswith("code .")]
+    code += [f':root[data-theme="dark"] {line}' for line in dark if line.startswith("code .")]
+    return Markup("\n".join([_static("style.css"), *code]))

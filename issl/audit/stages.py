@@ -1,0 +1,805 @@
+"""Stages: the heavy steps, each a validated config in and an artifact out (see `issl.audit.cache`).
+
+Stages name the stages that they read, so a config says all that its numbers depend on: the encoder
+that was trained without the top 5% by influence names the choice of images, which names the scores,
+which name the encoder they explain.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Discriminator, Field, Tag, model_validator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from issl.audit.cache import Artifacts, Stage
+from issl.audit.given import Given
+from issl.audit.settings import Data, Weighing
+from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.neighbour_graph import betweenness, knn_graph, nearest
+from issl.audit.stats.statistics_influence import statistics_influence
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
+from issl.files import atomic, read_safetensors
+from issl.influence.computing import Computing
+from issl.influence.cross import as_queries, cross_influence, top_influences
+from issl.influence.curvature import Identity, LoGra, RandomProjection
+from issl.influence.fitted import fit
+from issl.influence.losses import CrossEntropy, stability_loss
+from issl.influence.perturbation import Augmentation, GaussianNoise
+from issl.influence.query_measures import stability_measures
+from issl.influence.self_influence import self_influence
+from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
+from issl.pretraining.checkpoint import Checkpoint
+from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
+from issl.pretraining.learner import Learner, load_learner, save_learner
+from issl.pretraining.loop import Execution, pretrain
+from issl.pretraining.optimizer import learning_rate
+from issl.pretraining.recipes import RECIPES, Method, Recipe
+from issl.training_influence import Share, subset_effects, training_influence
+
+
+class Pretrain(Stage):
+    """Train an encoder: encoder.safetensors, history.csv.
+
+    With `epochs=0` and `calibrated` it is the network before any training, with BatchNorm's
+    statistics of one view of each image: the control that shows what an architecture does by
+    itself. With `snapshots`, encoder-EPOCH.safetensors too, after these epochs (of an empty list,
+    none); these files and the last one hold the whole learner (BYOL's predictor and target) in half
+    precision, so what is scored is also what can be shared.
+    """
+
+    name: ClassVar[str] = "pretrain"
+    version: ClassVar[int] = 3
+
+    data: Data
+    recipe: Recipe = RECIPES["published"]["simclr"]
+    width: int = Field(64, ge=1)
+    epochs: int = Field(200, ge=0)  # 0: the encoder as it is before training
+    batch_size: int = Field(256, ge=2)
+    seed: int = Field(0, ge=0)
+    order_seed: int | None = Field(None, ge=0)
+    view_seed: int | None = Field(None, ge=0)
+    left_out: tuple[
+        int, ...
+    ] = ()  # positions in the data that are not trained on; all else stays as it is
+    without: Choice | None = None  # such positions, chosen by another stage
+    gaps: bool = False  # their places in the batches stay empty
+    start: Pretrain | None = None  # continue from this encoder
+    watch: Data | None = None  # labelled images whose kNN accuracy joins the history
+    watch_every: int = Field(1, ge=1)
+    snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
+    calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
+
+    @model_validator(mode="after")
+    def _snapshots_along_the_run(self) -> Pretrain:
+        kept = self.snapshots
+        if kept is not None and self.calibrated:
+            raise ValueError(
+                "snapshots hold the learner as it was trained; they cannot be calibrated"
+            )
+        if kept is not None and list(kept) != sorted(set(kept) & set(range(1, self.epochs))):
+            raise ValueError(
+                f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end"
+            )
+        return self
+
+    @property
+    def method(self) -> Method:
+        """By which it is trained."""
+        return self.recipe.method
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
+        settings = self.model_dump(
+            include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"}
+        )
+        about = {"config": self.model_dump(mode="json")}
+
+        watch = None
+        if self.watch is not None:
+            watch = knn_watch(
+                images, self.watch.load(), artifacts.device, self.epochs, self.watch_every
+            )
+
+        def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+            if self.snapshots is not None and done == self.epochs:
+                save_learner(folder / "encoder.safetensors", learner, about)
+            elif done in (self.snapshots or ()):
+                save_learner(
+                    folder / f"encoder-{done:04d}.safetensors",
+                    learner,
+                    about | {"epochs_done": done},
+                )
+            return None if watch is None else watch(done, learner)
+
+        encoder, history = pretrain(
+            images,
+            self.recipe,
+            **settings,
+            keep=self._keep(len(images), artifacts),
+            gaps=self.gaps,
+            start=None if self.start is None else self.start.to_continue(artifacts),
+            execution=Execution(device=artifacts.device, progress=artifacts.progress),
+            checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds, artifacts.deadline),
+            after_epoch=after_epoch,
+        )
+        with atomic(folder / "history.csv") as part:
+            history.to_csv(part, index=False)
+        if self.calibrated:
+            estimate_statistics(encoder.backbone, images, self.recipe.view_a)
+        if self.snapshots is None:
+            save_encoder(folder / "encoder.safetensors", encoder, about)
+        checkpoint.unlink(missing_ok=True)
+
+    def encoder(
+        self,
+        artifacts: Artifacts,
+        output: Literal["features", "projector"] = "features",
+        after: int | None = None,
+    ) -> nn.Module:
+        """The encoder, in eval mode; `after`: as it was after that many epochs, one of
+        `snapshots`."""
+        return load_encoder(self._file(artifacts, after), output)
+
+    def read(self, artifacts: Artifacts) -> nn.Module:
+        """The encoder, in eval mode."""
+        return self.encoder(artifacts)
+
+    def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
+        """What a continued training starts from: the whole learner where it was kept, else backbone
+        and projector."""
+        if self.snapshots is not None:
+            return self.learner(artifacts)
+        encoder = self.encoder(artifacts, "projector")
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def learner(self, artifacts: Artifacts, after: int | None = None) -> Learner:
+        """The whole learner at the end, or after so many epochs; `snapshots` must be set."""
+        return load_learner(self._file(artifacts, after))
+
+    def _file(self, artifacts: Artifacts, after: int | None) -> Path:
+        if after not in (None, self.epochs, *(self.snapshots or ())):
+            raise IsslError(
+                f"after={after}: {self.label} keeps its states after {self.snapshots} epochs"
+            )
+        name = (
+            "encoder.safetensors"
+            if after in (None, self.epochs)
+            else f"encoder-{after:04d}.safetensors"
+        )
+        return artifacts.file(self, name)
+
+    def history(self, artifacts: Artifacts) -> pd.DataFrame:
+        """One row per epoch, see `issl.pretraining.loop.pretrain`."""
+        return pd.read_csv(artifacts.file(self, "history.csv"))
+
+    def in_words(self, artifacts: Artifacts) -> str:
+        """How it was trained, for the reader of a notebook."""
+        if self.epochs == 0:
+            return "none"
+        loss = self.history(artifacts)["loss"]
+        return f"loss {loss.iloc[0]:.2f} → {loss.iloc[-1]:.2f} in {len(loss)} epochs"
+
+    def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
+        keep = torch.ones(n, dtype=torch.bool)
+        if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
+            raise IsslError(f"left_out holds position {max(self.left_out)} in a set of {n} images")
+        keep[list(self.left_out)] = False
+        if self.without is not None:
+            keep[self.without.read(artifacts)] = False
+        return keep
+
+
+def _kind_of_encoder(value: object) -> str:
+    given = isinstance(value, Given) or (isinstance(value, dict) and "checkpoint" in value)
+    return "given" if given else "pretrain"
+
+
+# by its kind, so that an error is about the one that was meant
+AnyEncoder = Annotated[
+    Annotated[Pretrain, Tag("pretrain")] | Annotated[Given, Tag("given")],
+    Discriminator(_kind_of_encoder),
+]
+
+
+def _computing(artifacts: Artifacts) -> Computing:
+    """How gradients are computed. On a CPU in small batches: fresh memory is slow there, and caches
+    are small."""
+    batch_size = 64 if artifacts.device.type == "cpu" else 256
+    return Computing(device=artifacts.device, batch_size=batch_size, progress=artifacts.progress)
+
+
+class Influence(Stage):
+    """Score images under an encoder: influence.parquet, settings.json (with the damping per layer).
+
+    others   these images are scored instead, under the curvature of `data`
+    """
+
+    name: ClassVar[str] = "influence"
+
+    pretrain: AnyEncoder
+    data: Data
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+    average: Literal["gradients", "scores"] = "gradients"
+    loss: Literal["stability", "cross_entropy"] = (
+        "stability"  # cross_entropy: of a supervised encoder's class scores
+    )
+    others: Data | None = None
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        supervised = self.loss == "cross_entropy"
+        if supervised and self.pretrain.method != "supervised":
+            raise IsslError(
+                f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes"
+            )
+        encoder, images = (
+            self.pretrain.encoder(artifacts, "projector" if supervised else "features"),
+            self.data.load(),
+        )
+        what: dict[str, Any] = {
+            "perturbation": self.perturbation,
+            "curvature": self.curvature,
+            "seed": self.seed,
+            "draws": self.draws,
+            "average": self.average,
+            "loss": CrossEntropy() if supervised else stability_loss,
+        }
+        if self.others is None:
+            scores = self_influence(encoder, images, **what, computing=_computing(artifacts))
+        else:
+            fitted = fit(encoder, images, **what, computing=_computing(artifacts))
+            scores = fitted.score(self.others.load(), computing=_computing(artifacts))
+        with atomic(folder / "settings.json") as part:
+            part.write_text(json.dumps(scores.attrs, indent=1))
+        with atomic(folder / "influence.parquet") as part:
+            scores.to_parquet(part, index=False)
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """The table of scores, one row per image, see `issl.self_influence`."""
+        return pd.read_parquet(artifacts.file(self, "influence.parquet"))
+
+
+class Positions(Stage):
+    """A choice of images by their positions in the data: positions.json. The subclasses say
+    which."""
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        """The positions, in any order."""
+        raise NotImplementedError
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        with atomic(folder / "positions.json") as part:
+            part.write_text(json.dumps(sorted(int(i) for i in self.choose(artifacts))))
+
+    def read(self, artifacts: Artifacts) -> list[int]:
+        """The chosen positions, in increasing order."""
+        chosen: list[int] = json.loads(artifacts.file(self, "positions.json").read_text())
+        return chosen
+
+
+class Prune(Positions):
+    """Choose a share of the images: those with the highest or the lowest score, or random ones;
+    "flat": one half of twice as many images, those with the flattest frame (`image_statistics`:
+    border_std)."""
+
+    name: ClassVar[str] = "prune"
+
+    influence: Influence
+    which: Literal["top", "bottom", "random", "top flat", "random flat"]
+    share: float = Field(gt=0, lt=1)
+    column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
+    seed: int = Field(0, ge=0)  # of `random`
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        scores = self.influence.read(artifacts)[self.column].to_numpy()
+        count = round(self.share * len(scores))
+        order = np.argsort(-scores, kind="stable")
+        if self.which.startswith("random"):
+            order = np.random.default_rng(self.seed).permutation(len(scores))
+        if self.which.endswith("flat"):
+            frames = image_statistics(self.influence.data.load())["border_std"].to_numpy()
+            order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
+        return order[-count:] if self.which == "bottom" else order[:count]
+
+
+class Thin(Positions):
+    """Choose images of one group so that only the share `keep` of it is left, or as many images at
+    random."""
+
+    name: ClassVar[str] = "thin"
+
+    data: Data
+    attribute: str
+    value: str
+    keep: float = Field(0.1, ge=0, lt=1)
+    at_random: bool = False
+    seed: int = Field(0, ge=0)
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        groups = self.data.load().require([self.attribute])[self.attribute].astype(str)
+        members = np.flatnonzero(groups == self.value)
+        if not len(members):
+            there = ", ".join(sorted(groups.unique()))
+            raise IsslError(
+                f"{self.data.name}: no image has {self.attribute}={self.value!r}; there are {there}"
+            )
+        rng = np.random.default_rng(self.seed)
+        count = len(members) - round(self.keep * len(members))
+        return rng.permutation(len(groups) if self.at_random else members)[:count]
+
+
+class Pick(Positions):
+    """Choose the one image at a quantile of the score, 0 the highest and 1 the lowest."""
+
+    name: ClassVar[str] = "pick"
+
+    influence: Influence
+    quantile: float = Field(ge=0, le=1)
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
+        return order[[round(self.quantile * (len(order) - 1))]]
+
+
+class Draw(Positions):
+    """Choose a share of the images at random."""
+
+    name: ClassVar[str] = "draw"
+
+    data: Data
+    share: float = Field(gt=0, lt=1)
+    seed: int = Field(0, ge=0)
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        n = len(self.data.load())
+        return np.random.default_rng(self.seed).permutation(n)[: round(self.share * n)]
+
+
+class Top(Positions):
+    """Choose the k training images of the highest influence on one query, or nearest to it."""
+
+    name: ClassVar[str] = "top"
+
+    scores: Cross | Nearness | TrainingEffect
+    query: int = Field(ge=0)  # its position
+    k: int = Field(ge=1)
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        row = self.scores.read(artifacts)[self.query]
+        return row.argsort(descending=True, stable=True)[: self.k].numpy()
+
+
+class Measured(Stage):
+    """What is measured of an encoder, by default as it was trained.
+
+    statistics   BatchNorm's running statistics are those of this encoder instead
+    estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of
+                 these images
+    """
+
+    pretrain: AnyEncoder
+    data: Data
+    statistics: Pretrain | None = None
+    estimated: Data | None = None
+
+    @model_validator(mode="after")
+    def _statistics_of_one_kind(self) -> Measured:
+        if self.statistics is not None and self.estimated is not None:
+            raise ValueError("give `statistics` or `estimated`, not both")
+        if self.estimated is not None and isinstance(self.pretrain, Given):
+            raise ValueError(
+                "`estimated` takes the views of the training, and a given encoder does not say which"
+            )
+        return self
+
+    def encoder(self, artifacts: Artifacts) -> nn.Module:
+        """The encoder with the statistics that are asked for."""
+        encoder = self.pretrain.encoder(artifacts)
+        if self.statistics is not None:
+            return copy_statistics(self.statistics.encoder(artifacts), encoder)
+        if self.estimated is not None and isinstance(self.pretrain, Pretrain):
+            return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
+        return encoder
+
+
+class Embed(Measured):
+    """Features of images under an encoder: features.safetensors (`features`, `index`)."""
+
+    name: ClassVar[str] = "embed"
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images = self.encoder(artifacts), self.data.load()
+        with atomic(folder / "features.safetensors") as part:
+            save_file(
+                {"features": embed(encoder, images, artifacts.device), "index": images.index}, part
+            )
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """Features (n, d)."""
+        return read_safetensors(artifacts.file(self, "features.safetensors"), "features")[1][
+            "features"
+        ]
+
+
+class Stability(Measured):
+    """Stability losses of images, mean over draws, without gradients: losses.parquet (index,
+    stability_loss)."""
+
+    name: ClassVar[str] = "stability"
+
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images = self.encoder(artifacts), self.data.load()
+        losses = stability_losses(
+            encoder, images, self.perturbation, self.seed, self.draws, artifacts.device
+        )
+        with atomic(folder / "losses.parquet") as part:
+            pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(
+                part, index=False
+            )
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """index and stability_loss, one row per image."""
+        return pd.read_parquet(artifacts.file(self, "losses.parquet"))
+
+
+class Pairs(Stage):
+    """A number for each query and training image: pairs.safetensors (`scores` (q, n), `query`,
+    `index`)."""
+
+    def read(self, artifacts: Artifacts) -> Tensor:
+        """The numbers (q, n)."""
+        return read_safetensors(artifacts.file(self, "pairs.safetensors"), "scores")[1]["scores"]
+
+
+def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
+    with atomic(folder / "pairs.safetensors") as part:
+        save_file(
+            {"scores": scores.contiguous(), "query": query.index, "index": images.index}, part
+        )
+
+
+class Cross(Pairs):
+    """Cross-influence of training images on queries."""
+
+    name: ClassVar[str] = "cross"
+    version: ClassVar[int] = 2
+
+    pretrain: Pretrain
+    data: Data
+    query: Data
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images, query = (
+            self.pretrain.encoder(artifacts),
+            self.data.load(),
+            self.query.load(),
+        )
+        computing = _computing(artifacts)
+        if not isinstance(self.curvature, LoGra | RandomProjection):
+            # whole gradients: as many numbers an image as weights. Twice the passes, instead of
+            # tens of gigabytes
+            computing = replace(computing, memory="recomputed")
+        scores = cross_influence(
+            encoder,
+            images,
+            as_queries(query),
+            self.perturbation,
+            self.curvature,
+            self.seed,
+            draws=self.draws,
+            computing=computing,
+        )
+        _write_pairs(folder, scores, images, query)
+
+
+class OfTraining(Pairs):
+    """What training on images does to queries, measured on a learner that was kept.
+
+    pretrain     a training with `snapshots`
+    perturbation, seed, draws    of the queries' stability loss
+    batch_size, view_seed        of the batches and views in which effects are measured
+    small        on views of half the side
+    """
+
+    pretrain: Pretrain
+    data: Data
+    query: Data
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=3)
+    view_seed: int = Field(0, ge=0)
+    small: bool = False
+
+    def size(self, images: Images) -> tuple[int, int] | None:
+        """Of the views; None: the images' own."""
+        height, width = images.pixels.shape[2:]
+        return (height // 2, width // 2) if self.small else None
+
+
+class TrainingEffect(OfTraining):
+    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`.
+    Positive: training on the image lowers the query's stability loss. See
+    `issl.training_influence`.
+
+    after      states of `pretrain` at which effects are measured, weighed by their learning rate;
+               none: its last
+    """
+
+    name: ClassVar[str] = "training_effect"
+
+    after: tuple[int, ...] = ()
+    share: Share = "marginal"
+    view_draws: int = Field(1, ge=1)
+    curvature: Weighing = Identity()
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query, trained = self.data.load(), self.query.load(), self.pretrain
+        states = self.after or (trained.epochs,)
+        scores = training_influence(
+            [trained.learner(artifacts, after=k) for k in states],
+            images,
+            as_queries(query),
+            perturbation=self.perturbation,
+            seed=self.seed,
+            draws=self.draws,
+            rates=[self._rate(k, len(images)) for k in states],
+            share=self.share,
+            batch_size=self.batch_size,
+            view_seed=self.view_seed,
+            view_draws=self.view_draws,
+            size=self.size(images),
+            curvature=self.curvature,
+            computing=_computing(artifacts),
+        )
+        _write_pairs(folder, scores, images, query)
+
+    def _rate(self, done: int, n: int) -> float:
+        """The learning rate after so many epochs; 1 where only one state counts."""
+        if len(self.after) < 2:
+            return 1.0
+        trained = self.pretrain
+        steps = n // trained.batch_size
+        warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
+        return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
+
+
+class SubsetEffect(OfTraining):
+    """∇m_q · ∇L_S, for each query and each subset S: pairs.safetensors (`scores` (q, m)). Negative:
+    a step on the subset raises the query's stability loss.
+
+    left_out   what is missing in each subset
+    """
+
+    name: ClassVar[str] = "subset_effect"
+
+    left_out: tuple[Draw, ...]
+    view_draws: int = Field(1, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query = self.data.load(), self.query.load()
+        subsets = [
+            sorted({*range(len(images))} - {*draw.read(artifacts)}) for draw in self.left_out
+        ]
+        scores = subset_effects(
+            self.pretrain.learner(artifacts),
+            images,
+            as_queries(query),
+            subsets,
+            perturbation=self.perturbation,
+            seed=self.seed,
+            draws=self.draws,
+            batch_size=self.batch_size,
+            view_seed=self.view_seed,
+            view_draws=self.view_draws,
+            size=self.size(images),
+            computing=_computing(artifacts),
+        )
+        _write_pairs(folder, scores, images, query)
+
+
+class StatisticsEffect(OfTraining):
+    """What training images do to queries through BatchNorm's running statistics alone:
+    pairs.safetensors, as `Cross`. See `issl.audit.stats.statistics_influence`."""
+
+    name: ClassVar[str] = "statistics_effect"
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        images, query = self.data.load(), self.query.load()
+        measures = stability_measures(as_queries(query), self.perturbation, self.seed, self.draws)
+        learner = self.pretrain.learner(artifacts)
+        scores = statistics_influence(
+            learner, images, measures, self.batch_size, self.view_seed, self.size(images)
+        )
+        _write_pairs(folder, scores, images, query)
+
+
+class Nearness(Pairs):
+    """Cosine similarity of training images and queries in feature space."""
+
+    name: ClassVar[str] = "nearness"
+
+    train: Embed
+    query: Embed
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        train, query = self.train.read(artifacts), self.query.read(artifacts)
+        scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
+        _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
+
+
+class Neighbours(Stage):
+    """The k nearest other images of each in feature space: neighbours.safetensors (`places`:
+    positions, and `distances`, (n, k) each)."""
+
+    name: ClassVar[str] = "neighbours"
+
+    features: Embed
+    k: int = Field(10, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        places, distances = map(torch.from_numpy, nearest(self.features.read(artifacts), self.k))
+        with atomic(folder / "neighbours.safetensors") as part:
+            save_file({"places": places.int(), "distances": distances}, part)
+
+    def read(self, artifacts: Artifacts) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and cosine distances, (n, k) each, the nearest first."""
+        kept = read_safetensors(artifacts.file(self, "neighbours.safetensors"), "neighbours")[1]
+        return kept["places"].numpy(), kept["distances"].numpy()
+
+
+class Betweenness(Stage):
+    """The share of shortest paths through each image in the graph of nearest neighbours:
+    betweenness.parquet (index, betweenness)."""
+
+    name: ClassVar[str] = "betweenness"
+
+    neighbours: Neighbours
+    sources: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        graph = knn_graph(self.neighbours.read(artifacts)[0])
+        index = self.neighbours.features.data.load().index.numpy()
+        with atomic(folder / "betweenness.parquet") as part:
+            pd.DataFrame(
+                {"index": index, "betweenness": betweenness(graph, self.sources, self.seed)}
+            ).to_parquet(part, index=False)
+
+    def read(self, artifacts: Artifacts) -> np.ndarray:
+        """(n,), see `issl.audit.stats.neighbour_graph.betweenness`."""
+        return pd.read_parquet(artifacts.file(self, "betweenness.parquet"))[
+            "betweenness"
+        ].to_numpy()
+
+
+class Lists(Stage):
+    """For each image of a set, the k others nearest in feature space and the k others of the
+    highest influence on it: lists.parquet (kind nearest or taught, position, rank, other: its
+    position, value)."""
+
+    name: ClassVar[str] = "lists"
+
+    features: Embed
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    curvature: Weighing = LoGra()
+    seed: int = Field(0, ge=0)
+    k: int = Field(6, ge=1)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        encoder, images = self.features.pretrain.encoder(artifacts), self.features.data.load()
+        n, k = len(images), min(self.k, len(images) - 1)
+        places, distances = nearest(self.features.read(artifacts), k)
+        best = top_influences(
+            encoder,
+            images,
+            images,
+            k + 1,
+            self.perturbation,
+            self.curvature,
+            self.seed,
+            computing=_computing(artifacts),
+        )
+        best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
+        position = pd.Series(np.arange(n), index=images.index.numpy())
+        ranks = np.tile(np.arange(1, k + 1), n)
+        parts = {
+            "nearest": (np.repeat(np.arange(n), k), places.ravel(), 1 - distances.ravel()),
+            "taught": (position[best["query"]], position[best["index"]], best["influence"]),
+        }
+        tables = [
+            pd.DataFrame(
+                {
+                    "kind": kind,
+                    "position": np.asarray(p),
+                    "rank": ranks,
+                    "other": np.asarray(o),
+                    "value": np.asarray(v),
+                }
+            )
+            for kind, (p, o, v) in parts.items()
+        ]
+        with atomic(folder / "lists.parquet") as path:
+            pd.concat(tables).to_parquet(path, index=False)
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """kind, position, rank, other, value."""
+        return pd.read_parquet(artifacts.file(self, "lists.parquet"))
+
+
+class Evaluate(Stage):
+    """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?),
+    probe.json (its C)."""
+
+    name: ClassVar[str] = "evaluate"
+
+    train: Embed
+    test: Embed
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        train, test = self.train.read(artifacts), self.test.read(artifacts)
+        labels, images = self.train.data.load().require_labels(), self.test.data.load()
+        truth = images.require_labels()
+        probe, c = probe_hits(train, labels, test, truth, self.seed, artifacts.device)
+        knn = knn_hits(train, labels, test, truth, self.k, self.temperature, artifacts.device)
+        with atomic(folder / "probe.json") as part:
+            part.write_text(json.dumps({"C": c}))
+        with atomic(folder / "hits.parquet") as part:
+            pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe}).to_parquet(
+                part, index=False
+            )
+
+    def read(self, artifacts: Artifacts) -> pd.DataFrame:
+        """index, knn, probe: is the class of each test image found?"""
+        return pd.read_parquet(artifacts.file(self, "hits.parquet"))
+
+
+Choice = Prune | Thin | Pick | Draw | Top
+
+# Pretrain names Prune, which names Influence, which names Pretrain
+for _stage in (
+    Pretrain,
+    Influence,
+    Prune,
+    Thin,
+    Pick,
+    Draw,
+    Top,
+    Embed,
+    Stability,
+    Cross,
+    TrainingEffect,
+    SubsetEffect,
+    StatisticsEffect,
+    Nearness,
+    Neighbours,
+    Betweenness,
+    Lists,
+    Evaluate,
+):
+    _stage.model_rebuild()

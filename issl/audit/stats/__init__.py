@@ -1,0 +1,1 @@
+"""Statistics of scores, features and encoders."""

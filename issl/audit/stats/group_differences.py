@@ -1,0 +1,79 @@
+"""Do groups of images score differently? Each group against the rest, under one encoder or several.
+
+    effect = P(an image of the group ranks higher) − P(lower)        (rank-biserial, mean over
+    encoders)
+
+The p-value is Mann-Whitney's on the images' mean ranks over the encoders, adjusted for the number
+of groups (Holm).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats
+
+from issl.audit.stats import statistics
+from issl.audit.stats.statistics import Estimate
+from issl.errors import IsslError
+
+
+def group_differences(
+    ranks: Float[np.ndarray, "e n"],
+    groups: pd.DataFrame,
+    smallest: int,
+    given: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """One row per group with `smallest` images or more, and as many others.
+
+    ranks    of the same n images under e encoders, higher for a higher score
+    groups   an attribute in each column, one row per image
+    given    columns that might explain a difference (brightness, say)
+    Columns: attribute, group, images, effect (an Estimate), p, adjusted_p; with `given`, `left`:
+    the partial rank correlation of score and membership given those columns (an Estimate).
+    Raises IsslError where no group is that large.
+    """
+    ranks = stats.rankdata(ranks, axis=1)
+    total, rows = ranks.sum(0), []  # sums of half numbers are exact, so ties stay ties
+    for attribute in groups:
+        for group in sorted(groups[attribute].unique(), key=_in_order):
+            flag = (groups[attribute] == group).to_numpy()
+            if not smallest <= flag.sum() <= len(flag) - smallest:
+                continue
+            row = {"attribute": attribute, "group": group, "images": int(flag.sum())}
+            row["effect"] = statistics.over_encoders(
+                [statistics.rank_biserial(r, flag)[0] for r in ranks]
+            )
+            row["p"] = statistics.rank_biserial(total, flag)[1]
+            if given is not None:
+                parts = [statistics.partial_spearman(r, flag.astype(float), given) for r in ranks]
+                row["left"] = statistics.over_encoders(parts)
+            rows.append(row)
+    if not rows:
+        largest = {a: int(groups[a].value_counts().iloc[0]) for a in groups}
+        raise IsslError(
+            f"no group has {smallest} images or more, with as many others; the largest of each attribute: {largest}. "
+            "Take more images, or set smallest to fewer"
+        )
+    return pd.DataFrame(rows).assign(adjusted_p=statistics.holm([r["p"] for r in rows]))
+
+
+def largest(table: pd.DataFrame) -> pd.Series:
+    """The row of the largest effect, up or down."""
+    return table.iloc[int(np.argmax([abs(e.value) for e in table["effect"]]))]
+
+
+def magnitude(effect: Estimate) -> Estimate:
+    """Its size, whichever way it goes."""
+    return (
+        effect
+        if effect.value >= 0
+        else Estimate(-effect.value, -effect.high, -effect.low, effect.n)
+    )
+
+
+def _in_order(group: str) -> tuple[int, int, str]:
+    """3-9 before 10-19."""
+    first = str(group).split("-")[0]
+    return (0, int(first), "") if first.isdigit() else (1, 0, str(group))

@@ -1,0 +1,45 @@
+"""Simple statistics of images: a score may correlate with them for reasons that involve no
+learning."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from issl.data.image_operations import luma
+from issl.data.images import Images
+
+BORDER = 2  # px: width of the frame by which a background is judged
+UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
+
+
+def image_statistics(images: Images) -> pd.DataFrame:
+    """Per image, pixels in [0, 1]: brightness (mean grey), contrast (standard deviation of grey),
+    pixel_variance (over all pixels and channels), border_std, border_grey, uniform.
+
+    border_std is the root mean square over channels of the standard deviation of the outer BORDER
+    px; uniform means border_std < UNIFORM_STD. The object rarely fills the frame of an image, so a
+    flat frame suggests a flat background; notebook 03 measures how well this works where the truth
+    is known.
+    """
+    parts = []
+    for pixels in images.pixels.split(2048):
+        x = pixels.float() / 255
+        grey = luma(x).flatten(1)
+        frame = torch.ones(x.shape[-2:], dtype=torch.bool)
+        frame[BORDER:-BORDER, BORDER:-BORDER] = False
+        border = x[:, :, frame]
+        border_std = border.var(2, correction=0).mean(1).sqrt()
+        parts.append(
+            {
+                "brightness": grey.mean(1),
+                "contrast": grey.std(1, correction=0),
+                "pixel_variance": x.flatten(1).var(1, correction=0),
+                "border_std": border_std,
+                "border_grey": luma(border[..., None]).mean((1, 2, 3)),
+                "uniform": border_std < UNIFORM_STD,
+            }
+        )
+    return pd.DataFrame({k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]}).assign(
+        index=images.index.numpy()
+    )
