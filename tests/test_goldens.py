@@ -1,0 +1,108 @@
+"""Numbers that a rebuild must not move: the engine's on a released encoder, and the quick profile's.
+
+`python tests/test_goldens.py` writes the engine's again; `… quick FOLDER` those of a quick run that
+was made with `--out FOLDER`. The quick profile is compared where ISSL_QUICK names such a folder, as
+.ci/run does after its own run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import issl
+from issl.pretraining.learner import load_learner
+
+HERE = Path(__file__).parent
+ENGINE = HERE / "goldens_engine.json"
+QUICK = HERE / "goldens_quick.json"
+ENCODER = HERE.parent / "released/encoders/cifar10-simclr-w16-0.safetensors"
+CURVATURES: dict[str, issl.Curvature] = {
+    "LoGra": issl.LoGra(4),
+    "LoGra, PCA": issl.LoGra(4, projection="pca"),
+    "EK-FAC": issl.EKFAC(),
+    "diagonal": issl.Diagonal(),
+    "identity": issl.Identity(),
+    "random projection": issl.RandomProjection(64, 0),
+}
+
+
+def engine() -> dict[str, list[float]]:
+    """Scores of drawn images, a few numbers of each kind."""
+    images, encoder = issl.load("scenes", n=24), issl.load_encoder(ENCODER)
+    queries = issl.load("scenes", "test", n=3)
+    found: dict[str, Any] = {}
+    for name, curvature in CURVATURES.items():
+        for seed in (0, 1):
+            scores = issl.self_influence(encoder, images, curvature=curvature, seed=seed)
+            found[f"self, {name}, noise {seed}"] = scores["influence"]
+        cross = issl.cross_influence(encoder, images, queries, curvature=curvature)
+        found[f"cross, {name}"] = cross
+    others = [n for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d)][1:]
+    found["self, exact, first layer"] = issl.self_influence(
+        encoder, images, curvature=issl.Exact(), skip=others
+    )["influence"]
+    top = issl.top_influences(encoder, images, queries, 5, curvature=issl.LoGra(4))
+    found["top"] = top["influence"]
+    found["top, index"] = top["index"]
+    fitted = issl.fit(encoder, images, curvature=issl.LoGra(4))
+    found["fitted"] = fitted.score(queries)["influence"]
+    learner = load_learner(ENCODER)
+    for curvature in (issl.Identity(), issl.LoGra(4)):
+        effect = issl.training_influence(
+            learner, images, queries, batch_size=8, curvature=curvature
+        )
+        found[f"training-aware, {type(curvature).__name__}"] = effect
+    return {
+        name: [float(f"{v:.7g}") for v in np.asarray(values, dtype=float).ravel()]
+        for name, values in found.items()
+    }
+
+
+def quick(out: Path) -> dict[str, Any]:
+    """Every number of the quick profile's records and figure tables; of a long table its moments."""
+    found: dict[str, Any] = {}
+    for path in sorted((out / "results/quick").glob("claim_*.json")):
+        record = json.loads(path.read_text())
+        for key, estimate in record["metrics"].items():
+            found[f"{path.stem}: {key}"] = {
+                k: v for k, v in estimate.items() if isinstance(v, int | float)
+            }
+    for path in sorted((out / "figures/quick").glob("*.csv")):
+        table = pd.read_csv(path)
+        for column in table.select_dtypes("number"):
+            values = table[column].to_numpy(float)
+            name = f"{path.stem}.csv: {column}"
+            kept = np.sort(values[np.isfinite(values)])  # the order of rows is nobody's result
+            if len(kept) > 12:
+                kept = np.concatenate(
+                    [[len(kept), kept.mean(), kept.std()], kept[:: len(kept) // 8]]
+                )
+            found[name] = [float(f"{v:.7g}") for v in kept]
+    return found
+
+
+def test_the_engine_gives_the_same_numbers() -> None:
+    wanted = json.loads(ENGINE.read_text())
+    found = engine()
+    assert found.keys() == wanted.keys()
+    for name, numbers in wanted.items():
+        size = np.abs(numbers).max()
+        np.testing.assert_allclose(found[name], numbers, rtol=1e-3, atol=1e-4 * size, err_msg=name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["quick"]:
+        QUICK.write_text(json.dumps(quick(Path(sys.argv[2])), indent=0))
+    else:
+        ENGINE.write_text(json.dumps(engine(), indent=0))
