@@ -8,14 +8,12 @@ was made with `--out FOLDER`. The quick profile is compared where ISSL_QUICK nam
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from torch import nn
 
