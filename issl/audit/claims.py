@@ -150,7 +150,7 @@ def threshold(name: str, metric: str) -> float:
 
 @lru_cache
 def _file() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((PACKAGE / "experiments" / "claims.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load((PACKAGE / "audit" / "claims.yaml").read_text())
     return content
 
 

@@ -15,7 +15,7 @@ from issl.devices import device_name
 from issl.errors import IsslError
 from issl.files import PACKAGE
 
-PLOTS = PACKAGE / "reporting" / "plots" / "first_look.py"
+PLOTS = PACKAGE / "audit" / "plots" / "first_look.py"
 
 
 @dataclass(frozen=True)

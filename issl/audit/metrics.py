@@ -14,7 +14,7 @@ from issl.files import PACKAGE
 def all_words() -> dict[str, str]:
     """The words of every metric that a claim's test asks for, and of others that tables show
     (metrics.yaml)."""
-    found: dict[str, str] = yaml.safe_load((PACKAGE / "experiments" / "metrics.yaml").read_text())
+    found: dict[str, str] = yaml.safe_load((PACKAGE / "audit" / "metrics.yaml").read_text())
     return found
 
 

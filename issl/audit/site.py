@@ -441,14 +441,14 @@ def _templates() -> Environment:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        loader=FileSystemLoader(PACKAGE / "reporting" / "templates"),
+        loader=FileSystemLoader(PACKAGE / "audit" / "templates"),
     )
     found.globals |= {"css": _css, "static": _static, "kinds": KINDS}
     return found
 
 
 def _static(name: str) -> Markup:
-    return Markup((PACKAGE / "reporting" / "static" / name).read_text())
+    return Markup((PACKAGE / "audit" / "static" / name).read_text())
 
 
 @lru_cache

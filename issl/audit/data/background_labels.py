@@ -9,7 +9,7 @@ from issl.data.images import Images
 from issl.files import PACKAGE
 
 LABELS = (
-    PACKAGE / "data" / "labels" / "cifar10_backgrounds.csv"
+    PACKAGE / "audit" / "data" / "labels" / "cifar10_backgrounds.csv"
 )  # how they were made: README.md beside it
 
 

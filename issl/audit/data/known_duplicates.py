@@ -12,7 +12,7 @@ from issl.data.images import Images
 from issl.files import PACKAGE
 
 LABELS = (
-    PACKAGE / "data" / "labels" / "cifar10_duplicates.csv"
+    PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
 )  # how they were made: README.md beside it
 SERIES = 5  # as many images of one thing, or more, are a series; fewer are pairs
 
