@@ -126,8 +126,8 @@ def forest(
         axes.scatter(part["value"].astype(float), at, color=paint, s=12, zorder=3, label=shown)
     _finish(axes, table, lines, label, nothing, asked)
     if legend and isinstance(axes.figure, Figure):
-        handles, shown = axes.get_legend_handles_labels()
-        axes.figure.legend(handles, shown, loc="outside lower center", ncols=6, frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
 
 
 def groups_of(table: pd.DataFrame, rows: str, colour: str, line: object) -> list[str]:
