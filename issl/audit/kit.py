@@ -119,7 +119,7 @@ def forest(
         together = [groups_of(table, rows, colour, line) for line in part[rows]]
         offset = [(0.7 / len(g)) * ((len(g) - 1) / 2 - g.index(group)) for g in together]
         at = np.array([len(lines) - 1 - lines.index(line) for line in part[rows]]) + offset
-        paint = COLOURS.get(group, GREY)
+        paint = colour_of(group, groups)
         ends = part[["low", "high"]].astype(float).fillna({"low": -np.inf, "high": np.inf})
         axes.hlines(at, *np.clip(ends.to_numpy(), -1e12, 1e12).T, color=paint, lw=1.2)
         shown = literal(name(group))
@@ -128,6 +128,13 @@ def forest(
     if legend and isinstance(axes.figure, Figure):
         handles, labels = axes.get_legend_handles_labels()
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+
+
+def colour_of(group: str, groups: Sequence[str]) -> Any:
+    """A method's own colour; grey for what is beside methods; else one by its place."""
+    if group in COLOURS or any(g in COLOURS for g in groups) or len(groups) == 1:
+        return COLOURS.get(group, GREY)
+    return PALETTE[list(groups).index(group) % len(PALETTE)]
 
 
 def groups_of(table: pd.DataFrame, rows: str, colour: str, line: object) -> list[str]:

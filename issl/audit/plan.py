@@ -259,13 +259,14 @@ class Plan(Config):
         Args:
             name: of the claim, in claims.yaml.
             metrics: what its tests ask for, and whatever else was measured.
-            method: whose encoders were asked; "" for a claim about none.
+            method: whose encoders were asked; of a claim about none, what else was.
             **about: other facts for the record; `variant` tells records of one claim apart, by
                 default by the method.
         """
         known: dict[str, Any] = {"dataset": self.dataset, "n": len(self.training_set)}
-        known |= self.about_encoders(method) if method else {}
-        known |= {"variant": method, **about}
+        trained = method in recipes.NAMES
+        known |= self.about_encoders(method) if trained else {"method": method}
+        known |= {"variant": method if trained else "", **about}
         written = record(name, metrics, self.source(self.store), self.results, **known)
         print(format_record(written))
         return written

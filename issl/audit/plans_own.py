@@ -664,9 +664,6 @@ class Derivation(Plan):
             net.get_parameter(name).data *= 2  # far from 0, too
         return net.eval().requires_grad_(False)
 
-    def stages(self) -> list[Stage]:
-        return []
-
 
 class Objectives(Scored):
     """18_objectives: what the three SSL objectives see, and whether following them makes features

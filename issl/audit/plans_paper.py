@@ -28,6 +28,9 @@ class MethodLesson(Plan):
     rank: int = Field(16, ge=1)
     damping: float = Field(0.1, gt=0)
 
+    def tables(self) -> dict[str, Cells]:
+        return {"encoder": Cells("method", {(self.method,): self.pretrain()})}
+
 
 class SeedCorrelation(Scored):
     """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?"""
@@ -547,9 +550,6 @@ class LinearTheory(Plan):
     outputs: int = Field(16, ge=1)
     anchor: float = Field(0.01, gt=0)
     removed: int = Field(60, ge=5)
-
-    def stages(self) -> list[Stage]:
-        return []
 
 
 class ClaimsAudit(Plan):
