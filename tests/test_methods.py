@@ -18,6 +18,7 @@ from issl.pretraining.encoder import load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner, spread
 from issl.pretraining.methods import METHODS
 from issl.pretraining.methods.barlow_twins import redundancy
+from issl.pretraining.methods.base import Batch
 from issl.pretraining.methods.byol import distance
 from issl.pretraining.methods.simclr import nt_xent
 from issl.pretraining.optimizer import LARS, groups, learning_rate
@@ -65,7 +66,7 @@ def test_vicreg_is_lightlys() -> None:
     from lightly.loss import VICRegLoss
 
     za, zb = rows()
-    got = METHODS["vicreg"].loss((torch.cat([za, zb]),), recipe("vicreg"))
+    got = METHODS["vicreg"].loss((torch.cat([za, zb]),), Batch(recipe("vicreg")))
     torch.testing.assert_close(got, VICRegLoss()(za, zb), rtol=1e-5, atol=0)
 
 
@@ -165,7 +166,7 @@ def test_the_loss_of_a_learner_is_that_of_its_method(method: str) -> None:
     both = xa if labelled else torch.cat([xa, xb])
     z = apart.encoder(both)
     outputs = (apart.predictor(z), apart.target(both)) if method == "byol" else (z,)
-    want = METHODS[method].loss(outputs, learner.recipe, labels)
+    want = METHODS[method].loss(outputs, Batch(learner.recipe, labels))
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     assert len(features) == len(both) and not features.requires_grad
 

@@ -17,7 +17,7 @@ from issl.errors import IsslError
 from issl.pretraining.batchnorm import full, weighted_batches
 from issl.pretraining.encoder import OWN, Encoder, Head, new_encoder, read_encoder, save_encoder
 from issl.pretraining.methods import method_named
-from issl.pretraining.methods.base import Weights
+from issl.pretraining.methods.base import Batch, Weights
 from issl.pretraining.recipes import Recipe, from_plain
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -104,7 +104,7 @@ class Learner(nn.Module):
             outputs = self.method.outputs(self, both, z)
         with torch.autocast(device.type, enabled=False):
             rows = tuple(full(part) for part in outputs)
-            loss = self.method.loss(rows, self.recipe, labels, weights)
+            loss = self.method.loss(rows, Batch(self.recipe, labels, weights))
             return loss, full(features.detach())
 
     def beside(self) -> dict[str, Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from issl.pretraining.methods.base import (
+    Batch,
     LearningMethod,
     Loss,
-    Recipe,
+    Outputs,
     Rows,
     Weights,
     mean,
@@ -25,15 +24,9 @@ class BarlowTwins(LearningMethod):
     name, label = "barlow_twins", "Barlow Twins"
     advice = ", or raise off_diagonal={off_diagonal:g}"
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
-        za, zb = outputs[0].chunk(2)
-        return redundancy(za, zb, recipe.off_diagonal, recipe.scale, weights)
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        (za, zb), recipe = outputs[0].chunk(2), batch.recipe
+        return redundancy(za, zb, recipe.off_diagonal, recipe.scale, batch.weights)
 
 
 def redundancy(

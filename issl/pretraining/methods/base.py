@@ -21,6 +21,7 @@ from issl.errors import IsslError, number_or_nan
 Rows = Float[Tensor, "b p"]
 Weights = Float[Tensor, " b"]
 Loss = Float[Tensor, ""]
+Outputs = tuple[Tensor, ...]
 
 _RANGES = {  # of a recipe's numbers
     "above 0": ("lr trust hidden out temperature scale", lambda v: 0 < v < float("inf")),
@@ -89,6 +90,16 @@ class Recipe:
                     raise IsslError(f"Recipe({name}={getattr(self, name)!r}): must be {words}")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a loss needs to know of its batch: the recipe, and of each image the label (for a method
+    that is `labelled`) and the weight (None: the plain mean over the batch)."""
+
+    recipe: Recipe
+    labels: Int64[Tensor, " b"] | None = None
+    weights: Weights | None = None
+
+
 class LearningMethod:
     """A way to train an encoder. A subclass in a file of this package is a method.
 
@@ -109,26 +120,13 @@ class LearningMethod:
         """What is trained beside the encoder, by name; it is kept in the learner's file."""
         return {}
 
-    def outputs(self, learner: Any, views: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, learner: Any, views: Tensor, z: Tensor) -> Outputs:
         """What the loss compares, from the views of both kinds (2b) and their projections `z`."""
         return (z,)
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
-        """The loss of a batch.
-
-        Args:
-            outputs: What `outputs` gave, in fp32 or wider. Rows of the first views come before
-                those of the second.
-            recipe: Its numbers.
-            labels: The classes of the images, for a method that is `labelled`.
-            weights: Of the images; None: the plain mean over the batch.
-        """
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        """The loss of a batch from what `outputs` gave, in fp32 or wider: rows of the first views,
+        then those of the second."""
         raise NotImplementedError
 
     def follow(self, learner: Any, done: float) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
 from torch import Tensor, nn
 
-from issl.pretraining.methods.base import LearningMethod, Loss, Recipe, Rows, Weights, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows, Weights, mean
 
 
 class BYOL(LearningMethod):
@@ -27,18 +26,12 @@ class BYOL(LearningMethod):
             predictor = encoder.head.build(encoder.head.out)
         return {"predictor": predictor, "target": copy.deepcopy(encoder).requires_grad_(False)}
 
-    def outputs(self, learner: Any, views: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, learner: Any, views: Tensor, z: Tensor) -> Outputs:
         return learner.predictor(z), learner.target(views)
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         (pa, pb), (ta, tb) = (rows.chunk(2) for rows in outputs)
-        return distance(pa, tb, weights) + distance(pb, ta, weights)
+        return distance(pa, tb, batch.weights) + distance(pb, ta, batch.weights)
 
     def follow(self, learner: Any, done: float) -> None:
         """target ← τ · target + (1 − τ) · encoder, with τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2

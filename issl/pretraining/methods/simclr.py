@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
-from torch import Tensor
 
-from issl.pretraining.methods.base import LearningMethod, Loss, Recipe, Rows, Weights, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows, Weights, mean
 
 
 class SimCLR(LearningMethod):
@@ -15,15 +13,9 @@ class SimCLR(LearningMethod):
 
     name, label = "simclr", "SimCLR"
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
         za, zb = outputs[0].chunk(2)
-        return nt_xent(za, zb, recipe.temperature, weights)
+        return nt_xent(za, zb, batch.recipe.temperature, batch.weights)
 
 
 def nt_xent(za: Rows, zb: Rows, temperature: float, weights: Weights | None = None) -> Loss:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from jaxtyping import Int64
-from torch import Tensor
 
-from issl.pretraining.methods.base import LearningMethod, Loss, Recipe, Weights, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, mean
 
 
 class Supervised(LearningMethod):
@@ -15,14 +13,8 @@ class Supervised(LearningMethod):
     name, label = "supervised", "supervised"
     labelled = True
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
-        assert labels is not None  # the caller has them
-        if weights is None:
-            return F.cross_entropy(outputs[0], labels)
-        return mean(F.cross_entropy(outputs[0], labels, reduction="none"), weights)
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        assert batch.labels is not None  # the caller has them
+        if batch.weights is None:
+            return F.cross_entropy(outputs[0], batch.labels)
+        return mean(F.cross_entropy(outputs[0], batch.labels, reduction="none"), batch.weights)

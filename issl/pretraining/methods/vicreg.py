@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from jaxtyping import Int64
-from torch import Tensor
 
 from issl.pretraining.methods.base import (
+    Batch,
     LearningMethod,
     Loss,
-    Recipe,
+    Outputs,
     Rows,
     Weights,
     mean,
@@ -26,14 +25,8 @@ class VICReg(LearningMethod):
 
     name, label = "vicreg", "VICReg"
 
-    def loss(
-        self,
-        outputs: tuple[Tensor, ...],
-        recipe: Recipe,
-        labels: Int64[Tensor, " b"] | None = None,
-        weights: Weights | None = None,
-    ) -> Loss:
-        za, zb = outputs[0].chunk(2)
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        (za, zb), weights = outputs[0].chunk(2), batch.weights
         apart = mean((za - zb).square().mean(1), weights)
         hinges = [F.relu(1 - (variance(z, weights, 1) + 1e-4).sqrt()).mean() for z in (za, zb)]
         shared = covariance(za, weights) + covariance(zb, weights)
