@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 import issl
 from issl import evaluate
+from issl.audit.stats import evaluate as hits
 from issl.devices import full_precision
 from issl.files import REPOSITORY
 from issl.influence.computing import Computing
@@ -184,9 +185,9 @@ def evaluation() -> dict[str, Any]:
         "features": timed(
             lambda: rows.extend(evaluate.embed(encoder, s, CUDA) for s in (train, test))
         ),
-        "kNN": timed(lambda: evaluate.knn_hits(rows[0], labels, rows[1], truth, device=CUDA)),
+        "kNN": timed(lambda: hits.knn_hits(rows[0], labels, rows[1], truth, device=CUDA)),
         "linear probe": timed(
-            lambda: evaluate.probe_hits(rows[0], labels, rows[1], truth, device=CUDA)
+            lambda: hits.probe_hits(rows[0], labels, rows[1], truth, device=CUDA)
         ),
     }
     return {"seconds": seconds}

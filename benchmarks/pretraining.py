@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 import issl
 from issl.data.views import VIEW_UNIFORMS
 from issl.devices import keep_freed_memory
-from issl.pretraining import objectives
 from issl.pretraining.learner import Learner
+from issl.pretraining.methods.simclr import nt_xent
 from issl.pretraining.optimizer import groups
 from issl.pretraining.recipes import recipe
 
@@ -72,7 +72,7 @@ def plain(images: issl.Images, width: int, batch_size: int, steps: int) -> Calla
         learner, optimizer = new(width)
         for x, u in batches(images, batch_size, steps, turn):
             both = torch.cat([HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1])])
-            update(objectives.simclr(*learner.encoder(both).chunk(2), HOW.temperature), optimizer)
+            update(nt_xent(*learner.encoder(both).chunk(2), HOW.temperature), optimizer)
 
     return program
 

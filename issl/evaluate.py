@@ -1,27 +1,16 @@
-"""Evaluation of an encoder by its frozen features: weighted kNN and a linear probe, image by image.
-
-Both say for each test image whether its class is found; `issl.audit.stats.statistics.proportion`
-turns that into an accuracy with its interval.
-"""
+"""What a frozen encoder says of images: features, and the stability loss of each."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import Batches, full_precision
-from issl.errors import IsslError
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, keyed_draws
-from issl.pretraining.learner import Learner
-from issl.pretraining.loop import AfterEpoch
-
-PENALTIES = (0.001, 0.01, 0.1, 1.0)  # of the probe: C, the inverse of the L2 penalty's weight
-HELD_OUT = 0.2  # the share of train on which the penalty is chosen
 
 
 @torch.no_grad()
@@ -64,122 +53,3 @@ def stability_losses(
 
     with full_precision():
         return torch.cat(list(Batches(batch)(slice(0, len(images)), losses))).numpy()
-
-
-def knn_hits(
-    train: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    truth: Int64[Tensor, " m"],
-    k: int = 200,
-    temperature: float = 0.1,
-    device: torch.device | None = None,
-) -> np.ndarray:
-    """Does the weighted vote of its k nearest training images give each test image's class?
-
-    Cosine similarity s, votes exp(s / temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4);
-    computed on `device`.
-    """
-    device, classes, hits = (
-        torch.device("cpu") if device is None else device,
-        int(labels.max()) + 1,
-        [],
-    )
-    train, labels = F.normalize(train.to(device), dim=1), labels.to(device)
-    with full_precision():
-        for rows in F.normalize(test.to(device), dim=1).split(1024):
-            near, which = (rows @ train.T).topk(min(k, len(train)), dim=1)
-            votes = near.new_zeros(len(rows), classes)
-            votes.scatter_add_(1, labels[which], (near / temperature).exp())
-            hits.append(votes.argmax(1))
-    return (torch.cat(hits).cpu() == truth).numpy()
-
-
-def knn_watch(
-    train: Images, test: Images, device: torch.device, epochs: int, every: int = 1
-) -> AfterEpoch:
-    """For `issl.pretraining.loop.pretrain(after_epoch=…)`: the kNN accuracy on `test` joins the
-    history, after every `every` epochs and after the last of `epochs`."""
-    labels, truth = train.require_labels(), test.require_labels()
-
-    def accuracy(done: int, learner: Learner) -> dict[str, float] | None:
-        if done % every and done != epochs:
-            return None
-        backbone = learner.encoder.backbone.eval()
-        hits = knn_hits(
-            embed(backbone, train, device),
-            labels,
-            embed(backbone, test, device),
-            truth,
-            device=device,
-        )
-        return {"knn_accuracy": float(hits.mean())}
-
-    return accuracy
-
-
-def probe_hits(
-    train: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    test: Float[Tensor, "m d"],
-    truth: Int64[Tensor, " m"],
-    seed: int = 0,
-    device: torch.device | None = None,
-) -> tuple[np.ndarray, float]:
-    """Does a linear classifier of the frozen features find each test image's class? Also the
-    penalty's C.
-
-    Multinomial logistic regression by L-BFGS (scikit-learn's; ours where `device` is a GPU) on
-    standardised features. The C of PENALTIES that does best on a held-out part of `train` is used
-    to fit all of `train`; `test` is used once.
-    """
-    from sklearn.linear_model import LogisticRegression  # slow to import, and few need it
-    from sklearn.model_selection import train_test_split
-
-    if len(labels.unique()) < 2:
-        raise IsslError(
-            "linear probe: all training images are of one class; take a set with two or more"
-        )
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    x, y, z = ((train - mean) / std).numpy(), labels.numpy(), ((test - mean) / std).numpy()
-    fit, held = train_test_split(np.arange(len(y)), test_size=HELD_OUT, random_state=seed)
-
-    def predicted(c: float, rows: np.ndarray, of: np.ndarray) -> np.ndarray:
-        """The classes of `of`, from a fit to these rows of `train`."""
-        if device is None or device.type == "cpu":
-            return LogisticRegression(C=c, max_iter=200, tol=1e-3).fit(x[rows], y[rows]).predict(of)
-        there = torch.from_numpy(x[rows]).to(device), labels[rows].to(device)
-        with full_precision():
-            w, b = logistic_regression(*there, int(labels.max()) + 1, c)
-            return (torch.from_numpy(of).to(device) @ w + b).argmax(1).cpu().numpy()
-
-    # the strongest penalty among equally good ones
-    scores = [float((predicted(c, fit, x[held]) == y[held]).mean()) for c in PENALTIES]
-    c = PENALTIES[int(np.argmax(scores))]
-    return predicted(c, np.arange(len(y)), z) == truth.numpy(), c
-
-
-def logistic_regression(
-    x: Float[Tensor, "n d"], y: Int64[Tensor, " n"], classes: int, c: float
-) -> tuple[Float[Tensor, "d c"], Float[Tensor, " c"]]:
-    """argmin over (W, b) of mean_i −log softmax(x_i W + b)_{y_i} + ‖W‖² / (2 C n): scikit-learn's
-    objective, on the device of `x`, by L-BFGS."""
-    w, b = (
-        x.new_zeros(*shape, requires_grad=True) for shape in ((x.shape[1], classes), (classes,))
-    )
-    steps = torch.optim.LBFGS(
-        [w, b],
-        max_iter=200,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-9,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        steps.zero_grad()
-        value = F.cross_entropy(x @ w + b, y) + w.square().sum() / (2 * c * len(x))
-        value.backward()
-        return value
-
-    steps.step(objective)
-    return w.detach(), b.detach()

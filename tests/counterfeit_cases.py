@@ -31,9 +31,10 @@ from issl.influence.computing import Computing
 from issl.influence.losses import CrossEntropy
 from issl.influence.perturbation import Augmentation
 from issl.influence.self_influence import self_influence
-from issl.pretraining import loop, objectives
+from issl.pretraining import loop
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution
+from issl.pretraining.methods import barlow_twins, simclr
 from issl.pretraining.recipes import SSL, Method, recipe
 from issl.training_influence import training_influence
 
@@ -217,15 +218,15 @@ BUGS: dict[str, tuple[Any, str, str, str, Callable[[torch.device], object]]] = {
         ),
     ),
     "a mask is made on the CPU": (
-        objectives,
-        "simclr",
+        simclr,
+        "nt_xent",
         "dtype=torch.bool, device=z.device",
         "dtype=torch.bool",
         trained,
     ),
     "an identity matrix is made on the CPU": (
-        objectives,
-        "barlow_twins",
+        barlow_twins,
+        "redundancy",
         "device=za.device, ",
         "",
         lambda gpu: trained(gpu, "barlow_twins"),

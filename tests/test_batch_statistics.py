@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from issl.audit.stages import Draw, Embed, Influence, Pretrain, Stability, Train
 from issl.data.images import Images
 from issl.data.views import View
 from issl.influence.cross import as_queries
-from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
+from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import load_learner
 from issl.pretraining.loop import pretrain
@@ -120,7 +122,7 @@ def test_a_continued_training_starts_from_the_whole_learner(artifacts: Artifacts
     def look(done: int, learner: nn.Module) -> None:
         seen["target"] = learner.target.backbone[1].weight.detach().clone()
 
-    still = FIRST.recipe.model_copy(update={"lr": 1e-30, "tau": 1.0})
+    still = replace(FIRST.recipe, lr=1e-30, tau=1.0)
     pretrain(DATA.load(), **how | {"recipe": still}, epochs=1, start=kept, after_epoch=look)
     torch.testing.assert_close(seen["target"], kept.target.backbone[1].weight)
     pretrain(DATA.load(), **how | {"recipe": still}, epochs=1, start=kept.encoder, after_epoch=look)

@@ -469,16 +469,6 @@ COMMANDS: list[tuple[tuple[str, ...], str]] = [
         "batch_size=64: need 2 to 32, the number of images trained on",
     ),
     ((*PRETRAIN, "--seed", "-1"), "seed=-1: give whole numbers, 0 or more"),
-    ((*PRETRAIN, "--watch", "0"), "argument --watch: '0': need a whole number, 1 or more"),
-    (
-        (*PRETRAIN, "--watch-every", "0"),
-        "argument --watch-every: '0': need a whole number, 1 or more",
-    ),
-    (
-        (*PRETRAIN, "--time-budget", "nan"),
-        "argument --time-budget: 'nan': need a finite number, 0 or more",
-    ),
-    ((*PRETRAIN, "--timeout", "-1"), "argument --timeout: '-1': need a finite number, 0 or more"),
     ((*PRETRAIN, "--size", "8"), "size=8: 'scenes' has a fixed size"),
     ((*PRETRAIN, "--device", "tpu"), "device 'tpu': choose auto, cpu or cuda"),
     ((*PRETRAIN, "--out", "OUT.pt"), "give a file name that ends in .safetensors"),

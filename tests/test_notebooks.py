@@ -29,7 +29,7 @@ from issl.audit.stats.image_statistics import image_statistics
 from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.audit.verdicts import Record
 from issl.evaluate import stability_losses
-from issl.pretraining.batch_statistics import estimate_statistics
+from issl.pretraining.batchnorm import estimate_statistics
 
 # run with `--dist loadfile`: one worker runs them, once
 

@@ -19,7 +19,7 @@ from issl import Computing
 from issl.influence.query_measures import margins, probe_losses
 from issl.pretraining.encoder import save_encoder
 from issl.pretraining.learner import Learner
-from issl.pretraining.recipes import SSL, recipe
+from issl.pretraining.recipes import SSL, plain, recipe
 from issl.shards import ONE, Shards
 from issl.training_influence import (
     batch_gradient,
@@ -249,9 +249,7 @@ def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: P
     torch.testing.assert_close(
         training_influence(trained.encoder, train, query, how, batch_size=6), want
     )
-    save_encoder(
-        tmp_path / "a.safetensors", trained.encoder, {"recipe": how.model_dump(mode="json")}
-    )
+    save_encoder(tmp_path / "a.safetensors", trained.encoder, {"recipe": plain(how)})
     torch.testing.assert_close(
         training_influence(tmp_path / "a.safetensors", train, query, batch_size=6), want
     )
@@ -262,9 +260,7 @@ def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: P
     with pytest.raises(issl.IsslError, match="does not say how it was trained"):
         training_influence(tmp_path / "b.safetensors", train, query)
     byol = learner("byol").float()
-    save_encoder(
-        tmp_path / "c.safetensors", byol.encoder, {"recipe": byol.recipe.model_dump(mode="json")}
-    )
+    save_encoder(tmp_path / "c.safetensors", byol.encoder, {"recipe": plain(byol.recipe)})
     with pytest.raises(issl.IsslError, match="predictor and target are not in it"):
         training_influence(tmp_path / "c.safetensors", train, query)
     with pytest.raises(issl.IsslError, match="lacks its predictor"):

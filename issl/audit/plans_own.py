@@ -99,9 +99,7 @@ class Retrained(Scored):
         small = 1.0 if first.recipe.small == 1 else 0.0
         # plain steps: LARS would scale each layer's gradient, and nothing that is scored knows of
         # that
-        recipe = first.recipe.model_copy(
-            update={"optimizer": "sgd", "lr": self.continued_lr, "small": small}
-        )
+        recipe = replace(first.recipe, optimizer="sgd", lr=self.continued_lr, small=small)
         return first.model_copy(
             update={
                 "start": first,

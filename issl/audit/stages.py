@@ -23,12 +23,13 @@ from torch.nn.functional import normalize
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.given import Given
 from issl.audit.settings import Data, Weighing
+from issl.audit.stats.evaluate import knn_hits, probe_hits
 from issl.audit.stats.image_statistics import image_statistics
 from issl.audit.stats.neighbour_graph import betweenness, knn_graph, nearest
 from issl.audit.stats.statistics_influence import statistics_influence
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.evaluate import embed, knn_hits, knn_watch, probe_hits, stability_losses
+from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors
 from issl.influence.computing import Computing
 from issl.influence.cross import as_queries, cross_influence, top_influences
@@ -38,7 +39,7 @@ from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.query_measures import stability_measures
 from issl.influence.self_influence import self_influence
-from issl.pretraining.batch_statistics import copy_statistics, estimate_statistics
+from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
@@ -67,16 +68,9 @@ class Pretrain(Stage):
     epochs: int = Field(200, ge=0)  # 0: the encoder as it is before training
     batch_size: int = Field(256, ge=2)
     seed: int = Field(0, ge=0)
-    order_seed: int | None = Field(None, ge=0)
-    view_seed: int | None = Field(None, ge=0)
-    left_out: tuple[
-        int, ...
-    ] = ()  # positions in the data that are not trained on; all else stays as it is
-    without: Choice | None = None  # such positions, chosen by another stage
+    without: Choice | None = None  # these images are not trained on; all else stays as it is
     gaps: bool = False  # their places in the batches stay empty
     start: Pretrain | None = None  # continue from this encoder
-    watch: Data | None = None  # labelled images whose kNN accuracy joins the history
-    watch_every: int = Field(1, ge=1)
     snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
     calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
 
@@ -100,18 +94,10 @@ class Pretrain(Stage):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
-        settings = self.model_dump(
-            include={"width", "epochs", "batch_size", "seed", "order_seed", "view_seed"}
-        )
+        settings = self.model_dump(include={"width", "epochs", "batch_size", "seed"})
         about = {"config": self.model_dump(mode="json")}
 
-        watch = None
-        if self.watch is not None:
-            watch = knn_watch(
-                images, self.watch.load(), artifacts.device, self.epochs, self.watch_every
-            )
-
-        def after_epoch(done: int, learner: Learner) -> dict[str, float] | None:
+        def after_epoch(done: int, learner: Learner) -> None:
             if self.snapshots is not None and done == self.epochs:
                 save_learner(folder / "encoder.safetensors", learner, about)
             elif done in (self.snapshots or ()):
@@ -120,7 +106,6 @@ class Pretrain(Stage):
                     learner,
                     about | {"epochs_done": done},
                 )
-            return None if watch is None else watch(done, learner)
 
         encoder, history = pretrain(
             images,
@@ -130,7 +115,7 @@ class Pretrain(Stage):
             gaps=self.gaps,
             start=None if self.start is None else self.start.to_continue(artifacts),
             execution=Execution(device=artifacts.device, progress=artifacts.progress),
-            checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds, artifacts.deadline),
+            checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds),
             after_epoch=after_epoch,
         )
         with atomic(folder / "history.csv") as part:
@@ -193,9 +178,6 @@ class Pretrain(Stage):
 
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
         keep = torch.ones(n, dtype=torch.bool)
-        if self.left_out and not 0 <= min(self.left_out) <= max(self.left_out) < n:
-            raise IsslError(f"left_out holds position {max(self.left_out)} in a set of {n} images")
-        keep[list(self.left_out)] = False
         if self.without is not None:
             keep[self.without.read(artifacts)] = False
         return keep
@@ -758,7 +740,6 @@ class Evaluate(Stage):
     train: Embed
     test: Embed
     k: int = Field(200, ge=1)
-    temperature: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
@@ -766,7 +747,7 @@ class Evaluate(Stage):
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
         probe, c = probe_hits(train, labels, test, truth, self.seed, artifacts.device)
-        knn = knn_hits(train, labels, test, truth, self.k, self.temperature, artifacts.device)
+        knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
         with atomic(folder / "hits.parquet") as part:

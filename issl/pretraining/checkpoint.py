@@ -21,20 +21,19 @@ History = list[dict[str, int | float]]  # one entry per epoch
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is saved, how often, and when it has to stop.
+    """Where a run is saved, and how often.
 
-    path      the file to resume from and to write to; with it, a killed run continues where it was
-              and takes the same steps: on a CPU it ends with the same weights, on a GPU up to
-              rounding, for cuDNN's fastest algorithms sum in another order each time. None: nothing
-              is saved
-    seconds   the least time between two saves
-    deadline  by the clock of time.monotonic(): an epoch that would end later is not begun; the run
-              is saved and OutOfTime raised
+    With it, a killed run continues where it was and takes the same steps: on a CPU it ends with the
+    same weights, on a GPU up to rounding, for cuDNN's fastest algorithms sum in another order each
+    time.
+
+    Attributes:
+        path: The file to resume from and to write to; None: nothing is saved.
+        seconds: The least time between two saves.
     """
 
     path: Path | None = None
     seconds: float = 20.0
-    deadline: float | None = None
 
     def save(
         self,
@@ -60,10 +59,7 @@ class Checkpoint:
         self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
     ) -> History:
         """Load what was saved into learner and optimizer; returns the history, which is empty if
-        there is no file.
-
-        Raises IsslError for a damaged file, and for one of another run.
-        """
+        there is no file. Raises IsslError for a damaged file, and for one of another run."""
         if self.path is None or not self.path.exists():
             return []
         header, tensors = read_safetensors(self.path, "checkpoint")
@@ -71,16 +67,15 @@ class Checkpoint:
         if saved != identity:
             differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
             raise IsslError(
-                f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; delete or move it"
+                f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; "
+                "delete or move it"
             )
         learner.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
         for name, p in learner.named_parameters():
-            if f"momentum.{name}" in tensors:
-                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(
-                    tensors[f"momentum.{name}"]
-                )
+            if (saved_momentum := tensors.get(f"momentum.{name}")) is not None:
+                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(saved_momentum)
         history: History = json.loads(header["history"])
         return history
 

@@ -7,29 +7,26 @@ B.9), with a chosen width. Any other nn.Module of the same kind is welcome in `i
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from issl.config import Config
 from issl.errors import IsslError, is_whole
 from issl.files import atomic, read_safetensors
 
 # channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 WIDEST = 1024  # channels of the first stage: 11 GB of weights
+OWN = ("backbone.", "projector.")  # an encoder's tensors; a file may hold others beside them
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std per channel, as a layer, so that an encoder carries its own
-    normalisation."""
+    """(x − mean) / std per channel, as a layer: an encoder carries its own normalisation."""
 
     mean: Tensor
     std: Tensor
@@ -72,8 +69,11 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(width: int = 64) -> nn.Sequential:
-    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features. width=64 is the
-    usual one."""
+    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features.
+
+    Raises:
+        IsslError: For a width that is not a whole number from 1 to 1024; 64 is the usual one.
+    """
     if not is_whole(width, 1, WIDEST):
         raise IsslError(
             f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)"
@@ -90,14 +90,20 @@ def resnet18(width: int = 64) -> nn.Sequential:
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-class Head(Config):
+@dataclass(frozen=True)
+class Head:
     """A projector or predictor: `layers` linear layers to `out`, those before the last `hidden`
     wide and followed by ReLU, with BatchNorm before it where `norm`."""
 
-    hidden: int = Field(2048, ge=1)
-    out: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)
+    hidden: int = 2048
+    out: int = 256
+    layers: int = 2
     norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "out", "layers"):
+            if not is_whole(getattr(self, name), 1):
+                raise IsslError(f"Head({name}={getattr(self, name)!r}): must be 1 or more")
 
     def build(self, inside: int) -> nn.Sequential:
         """The network, from `inside` values to `out`."""
@@ -140,12 +146,6 @@ def new_encoder(width: int, head: Head, seed: int) -> Encoder:
     return encoder
 
 
-BESIDE = (
-    "predictor.",
-    "target.",
-)  # tensors that a file may hold besides the encoder: the rest of a BYOL learner
-
-
 def save_encoder(
     path: Path,
     encoder: Encoder,
@@ -153,22 +153,22 @@ def save_encoder(
     beside: dict[str, Tensor] | None = None,
     half: bool = False,
 ) -> None:
-    """One safetensors file: the weights, and a header with all that is needed to rebuild the
-    network.
+    """Write one safetensors file: the weights, and a header with what rebuilds the network.
 
-    beside   more tensors, named `predictor.…` and `target.…`: the rest of a BYOL learner
-    half     kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics
-             stay as they are
+    Args:
+        path: Where; the file is replaced in one step.
+        encoder: What is saved.
+        about: More entries of the header.
+        beside: More tensors: what a learner has beside its encoder.
+        half: Kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics
+            stay as they are.
     """
-    header = {"width": encoder.width, "head": encoder.head.model_dump(), **about}
-    tensors = {
-        k: v.detach().cpu().contiguous()
-        for k, v in {**encoder.state_dict(), **(beside or {})}.items()
-    }
+    header = {"width": encoder.width, "head": asdict(encoder.head), **about}
+    tensors = {**encoder.state_dict(), **(beside or {})}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if half:
-        tensors = {
-            k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()
-        }
+        matrices = {k for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1}
+        tensors = {k: v.half() if k in matrices else v for k, v in tensors.items()}
     with atomic(path) as part:
         save_file(tensors, part, {"issl": json.dumps(header)})
 
@@ -176,35 +176,32 @@ def save_encoder(
 def load_encoder(
     path: str | Path, output: Literal["features", "projector"] = "features"
 ) -> nn.Module:
-    """An encoder that `save_encoder` wrote, in eval mode, ready for `issl.self_influence`.
+    """An encoder that this library trained, in eval mode, ready for `issl.self_influence`.
 
-    output="features" gives only the backbone (whose weights are scored); "projector" gives the
-    whole Encoder. Raises IsslError for a missing or damaged file, and for one that this library did
-    not write.
+    Args:
+        path: A file that `issl pretrain` or `save_encoder` wrote.
+        output: `features` gives only the backbone, whose weights are scored; `projector` gives the
+            whole Encoder.
+
+    Raises:
+        IsslError: For a missing or damaged file, and for one that this library did not write.
     """
     header, state = read_encoder(path)
     encoder = Encoder(header["width"], Head(**header["head"]))
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(BESIDE)})
+    encoder.load_state_dict({k: v for k, v in state.items() if k.startswith(OWN)})
     return (encoder if output == "projector" else encoder.backbone).eval()
 
 
 def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other
-    file."""
+    """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other."""
     path = Path(path)
     if not path.is_file():
-        raise IsslError(
-            f"encoder {str(path)!r} does not exist; `issl run` leaves encoders under artifacts/pretrain/"
-        )
+        raise IsslError(f"encoder {str(path)!r} does not exist; `issl pretrain` writes such files")
     metadata, state = read_safetensors(path, "encoder")
     header = read_header(metadata, path)
     if header is None:
         raise IsslError(
-            f"encoder {str(path)!r} was not written by this library: its header has no `issl` entry"
-        )
-    if "head" not in header:
-        raise IsslError(
-            f"encoder {str(path)!r} is from an older version of this library; retrain it"
+            f"encoder {str(path)!r} was not written by this library: its header has no entry `issl`"
         )
     _check_shapes(header, state, path)
     return header, state
@@ -215,33 +212,28 @@ def read_header(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
     entry that is none."""
     try:
         header = json.loads(metadata.get("issl", "null"))
-    except ValueError as error:
-        raise IsslError(
-            f"encoder {path}: its header's entry `issl` cannot be read ({error}); get it again"
-        ) from error
+    except ValueError:
+        header = "what cannot be read"
     if header is not None and not isinstance(header, dict):
-        raise IsslError(
-            f"encoder {path}: its header's entry `issl` is a {type(header).__name__}; get it again"
-        )
+        raise IsslError(f"encoder {path}: its header's entry `issl` is damaged; get it again")
     return header
 
 
 def _check_shapes(header: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
     """IsslError where the tensors are not those that the header promises, before any of that size
     is allocated."""
-    head = Head.model_validate(header["head"])
-    wrong = f"encoder {path}: its tensors are not those of its header (width {header.get('width')!r}, head {head})"
-    if not is_whole(header.get("width"), 1, WIDEST) or head.layers > len(state):
-        raise IsslError(f"{wrong}; get it again")
+    width = header.get("width")
+    wrong = f"encoder {path}: its tensors are not those of its header (width {width!r}"
     try:
+        head = Head(**header["head"])
+        if not is_whole(width, 1, WIDEST) or head.layers > len(state):
+            raise IsslError(f"width {width!r}, {head}")
         with torch.device("meta"):
             expected = Encoder(header["width"], head).state_dict()
-    except RuntimeError as error:  # of a size that no tensor can have
-        raise IsslError(f"{wrong}; get it again") from error
-    bad = [
-        name
-        for name, value in expected.items()
-        if name not in state or state[name].shape != value.shape
-    ]
-    if bad:
-        raise IsslError(f"{wrong}: {bad[0]} is missing or of another shape; get it again")
+    except (KeyError, TypeError, RuntimeError, IsslError) as error:  # of a size that cannot be
+        raise IsslError(f"{wrong}; {error}); get it again") from error
+    for name, value in expected.items():
+        if name not in state or state[name].shape != value.shape:
+            raise IsslError(
+                f"{wrong}, {head}): {name} is missing or of another shape; get it again"
+            )

@@ -3,7 +3,6 @@ files."""
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -15,21 +14,18 @@ from torch import Tensor, nn
 from issl.data.image_operations import Pixels
 from issl.devices import computes_bf16
 from issl.errors import IsslError
-from issl.pretraining import objectives
-from issl.pretraining.data_parallel import full, gather
-from issl.pretraining.encoder import BESIDE, Encoder, Head, new_encoder, read_encoder, save_encoder
-from issl.pretraining.recipes import Recipe
-from issl.shards import ONE, Shards
+from issl.pretraining.batchnorm import full, weighted_batches
+from issl.pretraining.encoder import OWN, Encoder, Head, new_encoder, read_encoder, save_encoder
+from issl.pretraining.methods import method_named
+from issl.pretraining.methods.base import Batch, Weights
+from issl.pretraining.recipes import Recipe, from_plain
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Learner(nn.Module):
-    """`encoder`; for BYOL also a `predictor` and a `target`, the encoder's moving average. Calling
-    it gives the loss.
-
-    start   an encoder that gives its weights, or a learner that gives its predictor and target too
-    """
+    """`encoder`, and what its method trains beside it, such as BYOL's `predictor` and `target`.
+    Calling it gives the loss."""
 
     def __init__(
         self,
@@ -39,35 +35,38 @@ class Learner(nn.Module):
         seed: int,
         start: Encoder | Learner | None = None,
     ):
+        """A learner with fresh weights.
+
+        Args:
+            recipe: How it is trained.
+            width: Of its ResNet-18.
+            classes: How many, for a supervised method.
+            seed: Of the weights.
+            start: An encoder that gives its weights instead, or a learner that gives what is
+                beside its encoder, too.
+
+        Raises:
+            IsslError: Where `start` is of another form.
+        """
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.method = recipe, method_named(recipe.method)
         features = 8 * width
         out = max(2, round(recipe.out * features))
-        if recipe.method == "supervised":
+        if self.method.labelled:
             assert classes is not None  # the caller has the labels
             out = classes
-        head = Head(
-            hidden=max(2, round(recipe.hidden * features)),
-            out=out,
-            layers=recipe.layers,
-            norm=recipe.norm,
-        )
+        head = Head(max(2, round(recipe.hidden * features)), out, recipe.layers, recipe.norm)
         self.encoder = new_encoder(width, head, seed)
         first = start.encoder if isinstance(start, Learner) else start
         if first is not None:
             if (first.width, first.head) != (width, head):
                 raise IsslError(
-                    f"start: an encoder of width {first.width} with {first.head}; this run trains width {width} with "
-                    f"{head}; take the same width and method"
+                    f"start: an encoder of width {first.width} with {first.head}; this run trains "
+                    f"width {width} with {head}; take the same width and method"
                 )
             self.encoder.load_state_dict(first.state_dict())
-        self.predictor: nn.Module | None = None
-        self.target: nn.Module | None = None
-        if recipe.method == "byol":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + 1)
-                self.predictor = head.build(out)
-            self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        for name, module in self.method.beside(self.encoder, seed).items():
+            self.add_module(name, module)
         if isinstance(start, Learner):
             self.load_state_dict(start.state_dict())
 
@@ -77,73 +76,63 @@ class Learner(nn.Module):
         xb: Pixels | None,
         labels: Int64[Tensor, " b"] | None,
         precision: Precision = "auto",
-        shards: Shards = ONE,
+        weights: Weights | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:
-        """The loss of the batch (of all processes' batches) and the features of its views, without
-        gradient.
+        """The loss of a batch, and the features of its views without gradient.
 
-        Both views pass together, so BatchNorm sees them as one batch. The networks run in bf16 if
-        `precision` says so, the loss in fp32 or wider.
+        Both views pass together, so BatchNorm sees them as one batch.
+
+        Args:
+            xa: The first view of each image, pixels in [0, 1].
+            xb: The second; None for a supervised method.
+            labels: Of the images, for a supervised method.
+            precision: Of the networks; the loss is taken in fp32 or wider.
+            weights: Of the images. An image of weight 0 is not there: neither in the loss nor in
+                BatchNorm's statistics. The loss is twice differentiable in them. None: all the
+                same, by the usual and faster formulas.
         """
-        recipe, encoder = self.recipe, self.encoder
         both = (xa if xb is None else torch.cat([xa, xb])).contiguous(
             memory_format=torch.channels_last
         )
         device = both.device
         # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and
         # on GPUs
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device, precision)):
-            features = encoder.backbone(both)
-            z = encoder.projector(features)
-            p = None if self.predictor is None else self.predictor(z)
-            with torch.no_grad():
-                t = None if self.target is None else self.target(both)
-
-        def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = full(rows).chunk(2)
-            return gather(a, shards), gather(b, shards)
-
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device, precision))
+        with bf16, weighted_batches(self, weights):
+            features = self.encoder.backbone(both)
+            z = self.encoder.projector(features)
+            outputs = self.method.outputs(self, both, z)
         with torch.autocast(device.type, enabled=False):
-            if recipe.method == "supervised":
-                assert labels is not None
-                loss = objectives.supervised(gather(full(z), shards), gather(labels, shards))
-            elif recipe.method == "byol":
-                assert p is not None and t is not None
-                loss = objectives.byol(*halves(p), *halves(t))
-            elif recipe.method == "barlow_twins":
-                loss = objectives.barlow_twins(*halves(z), recipe.off_diagonal, recipe.scale)
-            else:
-                loss = objectives.simclr(*halves(z), recipe.temperature)
-            return loss, gather(full(features.detach()), shards)
+            rows = tuple(full(part) for part in outputs)
+            loss = self.method.loss(rows, Batch(self.recipe, labels, weights))
+            return loss, full(features.detach())
+
+    def beside(self) -> dict[str, Tensor]:
+        """All tensors but the encoder's."""
+        state = self.state_dict().items()
+        return {name: value for name, value in state if not name.startswith("encoder.")}
 
     def follow(self, done: float) -> None:
-        """Move the target towards the encoder: target ← τ · target + (1 − τ) · encoder, with
-        τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2, `done` the part of the run that is over (Grill et al.
-        2020, §3)."""
-        if self.target is None:
-            return
-        tau = 1 - (1 - self.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
-        torch._foreach_lerp_(
-            list(self.target.parameters()), [p.detach() for p in self.encoder.parameters()], 1 - tau
-        )
+        """What the method does after a step, when the part `done` of the run is over."""
+        self.method.follow(self, done)
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool = True) -> None:
-    """The encoder's file with BYOL's predictor and target: all that the training gradient depends
-    on at this moment.
-
-    half   in half precision, see `save_encoder`
-    """
-    beside = {k: v for k, v in learner.state_dict().items() if k.startswith(BESIDE)}
-    save_encoder(path, learner.encoder, about, beside, half)
+    """The encoder's file with all that its method trains beside it: what the training gradient
+    depends on at this moment. `half`: in half precision, see `save_encoder`."""
+    save_encoder(path, learner.encoder, about, learner.beside(), half)
 
 
 def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
     """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
 
-    Width and recipe come from the file's header; `recipe` is for files that do not say it. Raises
-    IsslError for a missing or damaged file, and for one without a whole learner: BYOL's predictor
-    and target are missing from what `save_encoder` wrote by default.
+    Args:
+        path: Its file. Width and recipe come from the header.
+        recipe: For files that do not say it.
+
+    Raises:
+        IsslError: For a missing or damaged file, and for one without the whole learner: BYOL's
+            predictor and target are missing from what `save_encoder` wrote by default.
     """
     header, tensors = read_encoder(path)
     settings = header.get("recipe") or header.get("config", {}).get("recipe")
@@ -151,25 +140,27 @@ def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
         raise IsslError(
             f"{path} does not say how it was trained: give the recipe, such as recipe('simclr')"
         )
-    settings = settings or recipe.model_dump()  # type: ignore[union-attr]  # one of the two is there
-    recipe, head = Recipe(**settings), Head(**header["head"])
-    learner = Learner(
-        recipe, header["width"], head.out if recipe.method == "supervised" else None, seed=0
-    )
-    state = {k if k.startswith(BESIDE) else f"encoder.{k}": v for k, v in tensors.items()}
+    how = recipe if settings is None else from_plain(settings)
+    assert how is not None  # one of the two is there
+    classes = Head(**header["head"]).out if method_named(how.method).labelled else None
+    learner = Learner(how, header["width"], classes, seed=0)
+    state = {f"encoder.{k}" if k.startswith(OWN) else k: v for k, v in tensors.items()}
     missing = sorted({name.split(".")[0] for name in learner.state_dict().keys() - state.keys()})
     if missing:
         raise IsslError(
-            f"{path} holds no {recipe.method} learner: {' and '.join(missing)} are not in it; a Pretrain stage with "
-            "`snapshots` saves whole learners"
+            f"{path} holds no {how.method} learner: {' and '.join(missing)} are not in it; a "
+            "Pretrain stage with `snapshots` saves whole learners"
         )
     learner.load_state_dict(state)
     return learner
 
 
 def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = None) -> Learner:
-    """The learner itself; that of a file; or one around an Encoder and its recipe. Raises IsslError
-    where a BYOL predictor and target are missing."""
+    """The learner itself; that of a file; or one around an Encoder and its recipe.
+
+    Raises:
+        IsslError: Where a part of the learner, such as BYOL's target, is not there.
+    """
     if isinstance(trained, Learner):
         return trained
     if isinstance(trained, str | Path):
@@ -182,11 +173,13 @@ def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = 
         raise IsslError(
             "an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')"
         )
-    if recipe.method == "byol":
+    learner = Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
+    if lacking := sorted({name.split(".")[0] for name in learner.beside()}):
         raise IsslError(
-            "a BYOL Encoder lacks its predictor and target: give the Learner, or the file of one"
+            f"a {recipe.method} Encoder lacks its {' and '.join(lacking)}: give the Learner, or "
+            "the file of one"
         )
-    return Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
+    return learner
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:

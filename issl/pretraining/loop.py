@@ -27,30 +27,21 @@ from tqdm import tqdm
 from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS
 from issl.devices import computes_bf16
-from issl.errors import IsslError, OutOfTime, is_whole
+from issl.errors import IsslError, is_whole
 from issl.pretraining.checkpoint import Checkpoint, weights_digest
-from issl.pretraining.data_parallel import batchnorm_over_all, sum_gradients
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, Precision, spread
+from issl.pretraining.methods import method_named
 from issl.pretraining.optimizer import LARS, groups, learning_rate
-from issl.pretraining.recipes import Recipe
+from issl.pretraining.recipes import Recipe, plain
 from issl.pretraining.recipes import recipe as published
-from issl.shards import ONE, Shards
 
 # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
 COLLAPSED = 0.02
 LARGEST_SEED = 1 << 40  # see `_generator`
-WORTH_COMPILING = (
-    2_000_000  # images seen by a run, above which the minute of compilation pays off on a GPU
-)
+WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of compilation pays off
 VERSIONS = 128  # of a function that torch compiles, in one process
-COLUMNS = (
-    "epoch",
-    "loss",
-    "feature_std",
-    "lr",
-    "images_per_second",
-)  # of the history; after_epoch may add others
+COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history
 AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
 
 
@@ -59,43 +50,36 @@ class Execution:
     """How a run is computed. Nothing here changes the steps that are taken, but each may change
     their rounding.
 
-    precision  of the networks; auto: bf16 where the device computes it natively
-    compiled   torch.compile; auto: on one GPU, where the run is long enough for it to pay off
-    shards     processes that train together: the batch size is that of all, and each takes its part
+    Attributes:
+        device: Where.
+        precision: Of the networks; auto: bf16 where the device computes it natively.
+        compiled: By torch.compile; auto: on a GPU, where the run is long enough for it to pay off.
+        progress: Whether a bar is shown.
     """
 
     device: str | torch.device = "cpu"
     precision: Precision = "auto"
     compiled: Literal["auto", "on", "off"] = "auto"
-    shards: Shards = ONE
     progress: bool = True
 
     def maybe_compiled(
         self, images_seen: int, *functions: Callable[..., Any]
     ) -> Sequence[Callable[..., Any]]:
         """These functions, compiled if that pays off in a run that sees this many images."""
-        if self.compiled == "on" and self.shards.world > 1:
-            raise IsslError(
-                f"compiled='on' on {self.shards.world} processes: choose auto or off, or one process"
-            )
-        pays = (
-            torch.device(self.device).type == "cuda"
-            and self.shards.world == 1
-            and images_seen >= WORTH_COMPILING
-        )
+        pays = torch.device(self.device).type == "cuda" and images_seen >= WORTH_COMPILING
         if self.compiled == "off" or (self.compiled == "auto" and not pays):
             return functions
-        if (lacking := lacking_for_compilation()) is not None:
-            if self.compiled == "on":
-                raise IsslError(
-                    f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off"
-                )
-            print(
-                f"training without torch.compile, which needs {lacking}: slower, the same otherwise",
-                file=sys.stderr,
+        if (lacking := lacking_for_compilation()) is None:
+            return [_compiled(f) for f in functions]
+        if self.compiled == "on":
+            raise IsslError(
+                f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off"
             )
-            return functions
-        return [_compiled(f) for f in functions]
+        print(
+            f"training without torch.compile, which needs {lacking}: slower, the same otherwise",
+            file=sys.stderr,
+        )
+        return functions
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +134,8 @@ def epoch_batches(
         batches = [rows[keep[rows]] for rows in batches]
         if (smallest := min(map(len, batches))) < 2:
             raise IsslError(
-                f"gaps=True: {smallest} image of a batch is left; leave out fewer, or take a larger batch_size"
+                f"gaps=True: {smallest} image of a batch is left; leave out fewer, or take a "
+                "larger batch_size"
             )
     return batches
 
@@ -163,8 +148,6 @@ def pretrain(
     epochs: int = 200,
     batch_size: int = 256,
     seed: int = 0,
-    order_seed: int | None = None,
-    view_seed: int | None = None,
     keep: Bool[Tensor, " n"] | None = None,
     gaps: bool = False,
     start: Encoder | Learner | None = None,
@@ -172,46 +155,52 @@ def pretrain(
     checkpoint: Checkpoint = Checkpoint(),
     after_epoch: AfterEpoch | None = None,
 ) -> tuple[Encoder, pd.DataFrame]:
-    """Train an encoder on `images`; returns it (on the CPU, eval mode) and its history. Only the
-    recipe `supervised` uses labels.
+    """Train an encoder on `images`.
 
-    recipe      default: SimCLR's published one, see `issl.pretraining.recipes`
-    seed        of the initial weights; also of the order and the views where their own seed is None
-    keep        False leaves an image out and changes neither the order nor the views of the others
-    gaps        its place in its batch stays empty, so the other batches do not change either (the
-                smallest possible change); default: the next images move up
-    start       an encoder, or a whole learner, to continue from (it is not modified) instead of
-                fresh weights
-    after_epoch called after each epoch (by the first process) with the number of epochs done and
-    the learner, before
-                that epoch's checkpoint is written: whatever it leaves on disk is there when a run
-                resumes later. The numbers it returns, if any, join the history
-    history     one row per epoch: epoch, loss, feature_std (see `issl.pretraining.learner.spread`;
-                near 0 = collapse), lr, images_per_second, and what `after_epoch` returned
-    Raises IsslError: too few images for a batch, missing labels, a loss that is not finite or
-    features that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
-    another run.
+    Args:
+        images: What it is trained on; labels are used by a supervised method alone.
+        recipe: How; default: SimCLR's published one, see `issl.pretraining.recipes`.
+        width: Of ResNet-18's first stage.
+        epochs: How many passes over the images; 0 gives the encoder as initialised.
+        batch_size: Images in a batch.
+        seed: Of the initial weights, of the order and of the views.
+        keep: False leaves an image out and changes neither order nor views of the others.
+        gaps: Its place in its batch stays empty, so the other batches do not change either (the
+            smallest possible change); default: the next images move up.
+        start: An encoder, or a whole learner, to continue from instead of fresh weights. It is not
+            modified.
+        execution: On which device, how precisely.
+        checkpoint: Where the run is saved, to be continued.
+        after_epoch: Called after each epoch with the number of epochs done and the learner, before
+            that epoch's checkpoint is written: whatever it leaves on disk is there when a run
+            resumes later. The numbers it returns, if any, join the history.
+
+    Returns:
+        The encoder (on the CPU, in eval mode), and its history, one row per epoch: epoch, loss,
+        feature_std (see `issl.pretraining.learner.spread`; near 0 = collapse), lr,
+        images_per_second.
+
+    Raises:
+        IsslError: Too few images for a batch, missing labels, a loss that is not finite or features
+            that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
+            another run.
     """
     recipe = published("simclr") if recipe is None else recipe
-    n, device, shards = len(images), torch.device(execution.device), execution.shards
+    n, device = len(images), torch.device(execution.device)
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
-    if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
-        raise IsslError(
-            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰"
-        )
-    _check_sizes(n, keep, batch_size, gaps, shards)
-    labels = images.require_labels().to(device) if recipe.method == "supervised" else None
+    _check(n, keep, epochs, batch_size, seed)
+    labels = images.require_labels().to(device) if method_named(recipe.method).labelled else None
     learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed, start)
     learner = learner.to(device).to(memory_format=torch.channels_last).train()
     optimizer = _optimizer(learner, recipe, batch_size)
     identity = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": plain(recipe),
         "width": width,
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
-        "order_seed": order_seed,
-        "view_seed": view_seed,
+        "order_seed": None,  # this and the next are in the checkpoints of runs under way
+        "view_seed": None,
         "n": n,
         "left_out": (~keep).nonzero().squeeze(1).tolist(),
         "bf16": computes_bf16(device, execution.precision),
@@ -219,13 +208,10 @@ def pretrain(
         "start": None if start is None else weights_digest(start),
     }
     history = checkpoint.resume(learner, optimizer, identity)
-    order_seed, view_seed = (seed if s is None else s for s in (order_seed, view_seed))
     pixels, keep, kept = images.tensor().to(device), keep.to(device), int(keep.sum())
     half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
     steps = (n if gaps else kept) // batch_size  # of an epoch
     warmup = min(recipe.warmup, max(1, epochs // 10)) * steps
-    part = batch_size // shards.world
-    mine = slice(part * shards.rank, part * (shards.rank + 1))
     view_a, view_b, call = execution.maybe_compiled(
         epochs * kept, recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
     )
@@ -235,41 +221,28 @@ def pretrain(
         unit="img",
         unit_scale=True,
         desc=f"pretrain {recipe.method} seed {seed}",
-        disable=not execution.progress or shards.rank > 0,
+        disable=not execution.progress,
     )
-    saved_at, took = time.monotonic(), 0.0
-    with bar, batchnorm_over_all(learner, shards):
+    saved_at = time.monotonic()
+    with bar:
         for epoch in range(len(history), epochs):
             began = time.monotonic()
-            late = checkpoint.deadline is not None and began + took > checkpoint.deadline
-            if float(
-                shards.sum(torch.tensor(float(late)))
-            ):  # all processes stop when one of them is late
-                if shards.rank == 0:
-                    checkpoint.save(learner, optimizer, identity, history)
-                raise OutOfTime(
-                    f"pretraining stopped after {epoch} of {epochs} epochs",
-                    checkpoint.path is not None,
-                )
-            uniforms = epoch_uniforms(n, view_seed, epoch).to(device)
+            uniforms = epoch_uniforms(n, seed, epoch).to(device)
             losses, spreads = [], []
-            for k, batch in enumerate(epoch_batches(keep, order_seed, epoch, batch_size, gaps)):
-                rows, step = batch[mine], epoch * steps + k
+            for k, rows in enumerate(epoch_batches(keep, seed, epoch, batch_size, gaps)):
+                step = epoch * steps + k
                 lr = learning_rate(step, epochs * steps, warmup, recipe.lr * batch_size / 256)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 x, u = pixels[rows].float().div_(255), uniforms[rows]
                 size = half if step < recipe.small * epochs * steps else None
-                xa, xb = (
-                    view_a(x, u[:, 0], size),
-                    None if labels is not None else view_b(x, u[:, 1], size),
-                )
-                loss, features = call(
-                    xa, xb, None if labels is None else labels[rows], execution.precision, shards
-                )
+                xa = view_a(x, u[:, 0], size)
+                if labels is None:
+                    loss, features = call(xa, view_b(x, u[:, 1], size), None, execution.precision)
+                else:
+                    loss, features = call(xa, None, labels[rows], execution.precision)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                sum_gradients(learner, shards)
                 optimizer.step()
                 learner.follow(step / (epochs * steps))
                 losses.append(loss.detach())
@@ -278,34 +251,29 @@ def pretrain(
             # the only wait for the device in an epoch
             mean_loss, std = float(torch.stack(losses).mean()), float(torch.stack(spreads).mean())
             speed = steps * batch_size / (time.monotonic() - began)
-            _check_health(recipe, epoch, mean_loss, std, batch_size)
+            _check_health(learner, epoch, mean_loss, std, batch_size)
             history.append(dict(zip(COLUMNS, (epoch, mean_loss, std, lr, speed), strict=True)))
-            if after_epoch is not None and shards.rank == 0:
+            if after_epoch is not None:
                 history[-1] |= after_epoch(epoch + 1, learner) or {}
                 learner.train()
-            took = time.monotonic() - began
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-            if shards.rank == 0 and time.monotonic() - saved_at >= checkpoint.seconds:
+            if time.monotonic() - saved_at >= checkpoint.seconds:
                 checkpoint.save(learner, optimizer, identity, history)
                 saved_at = time.monotonic()
     encoder = learner.encoder.to("cpu").to(memory_format=torch.contiguous_format)
     return encoder.eval(), pd.DataFrame(history, columns=None if history else list(COLUMNS))
 
 
-def _check_sizes(n: int, keep: Tensor, batch_size: int, gaps: bool, shards: Shards) -> None:
+def _check(n: int, keep: Tensor, epochs: int, batch_size: int, seed: int) -> None:
+    if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
+        raise IsslError(
+            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰"
+        )
     if len(keep) != n:
         raise IsslError(f"keep has {len(keep)} entries for {n} images")
     if not is_whole(batch_size, 2, kept := int(keep.sum())):
         raise IsslError(
             f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on"
-        )
-    if batch_size % shards.world or batch_size // shards.world < 2:
-        raise IsslError(
-            f"batch_size={batch_size} on {shards.world} processes: need a multiple of it, two or more per process"
-        )
-    if gaps and shards.world > 1:
-        raise IsslError(
-            f"gaps=True on {shards.world} processes: their shares would differ; use one process"
         )
 
 
@@ -318,17 +286,18 @@ def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim
     )
 
 
-def _check_health(recipe: Recipe, epoch: int, loss: float, std: float, batch_size: int) -> None:
+def _check_health(learner: Learner, epoch: int, loss: float, std: float, batch_size: int) -> None:
     """Raises IsslError if the run diverged or collapsed."""
-    advice = f"lower the recipe's lr={recipe.lr:g} (for a batch of 256; {batch_size} here) or lengthen its warm-up"
+    recipe = learner.recipe
+    advice = (
+        f"lower the recipe's lr={recipe.lr:g} (for a batch of 256; {batch_size} here) or lengthen "
+        "its warm-up"
+    )
     if not math.isfinite(loss) or not math.isfinite(std):
         raise IsslError(f"pretraining diverged in epoch {epoch}: loss is {loss}; {advice}")
     if std < COLLAPSED:
-        more = {
-            "byol": f", or let the target follow more slowly (tau={recipe.tau:g})",
-            "barlow_twins": f", or raise off_diagonal={recipe.off_diagonal:g}",
-        }.get(recipe.method, "")
         raise IsslError(
-            f"pretraining collapsed in epoch {epoch}: all features point the same way (spread {std:.4f}, below "
-            f"{COLLAPSED}); lower weight_decay={recipe.weight_decay:g}{more}, or {advice}"
+            f"pretraining collapsed in epoch {epoch}: all features point the same way (spread "
+            f"{std:.4f}, below {COLLAPSED}); lower weight_decay={recipe.weight_decay:g}"
+            f"{learner.method.advice.format(**vars(recipe))}, or {advice}"
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,9 @@ class LARS(Optimizer):
 
         r = trust · ‖p‖ / (‖g‖ + wd · ‖p‖),   v ← momentum · v + r · (g + wd · p),   p ← p − lr · v
 
-    Groups without weight decay (biases, normalisation) get r = 1, as in SimCLR and BYOL.
-    clip   r ← min(r / lr, 1): LARS may lower the learning rate but not raise it (as in NVIDIA
-           Apex's LARC)
+    Groups without weight decay (biases, normalisation) get r = 1, as in SimCLR and BYOL. With
+    `clip`, r ← min(r / lr, 1): LARS may lower the learning rate but not raise it (as in NVIDIA
+    Apex's LARC).
     """
 
     def __init__(
@@ -31,27 +31,12 @@ class LARS(Optimizer):
         trust: float = 0.001,
         clip: bool = False,
     ):
-        settings = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust": trust,
-            "clip": clip,
-        }
-        super().__init__(params, settings)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"trust": trust, "clip": clip})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step along the parameters' gradients."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -64,14 +49,10 @@ class LARS(Optimizer):
                 ratio = group["trust"] * size / (slope + decay * size + 1e-8)
                 if group["clip"]:
                     ratio = (ratio / lr).clamp(max=1)
-                moves = (size > 0) & (
-                    slope > 0
-                )  # a weight or gradient of 0 has no scale and takes a plain step
-                steps = list(
-                    torch._foreach_add(
-                        steps, torch._foreach_mul(params, list((decay * moves).unbind()))
-                    )
-                )
+                # a weight or gradient of 0 has no scale and takes a plain step
+                moves = (size > 0) & (slope > 0)
+                decays = torch._foreach_mul(params, list((decay * moves).unbind()))
+                steps = list(torch._foreach_add(steps, decays))
                 torch._foreach_mul_(steps, list(torch.where(moves, ratio, 1).unbind()))
             if not all("momentum_buffer" in self.state[p] for p in params):
                 for p in params:
@@ -80,7 +61,6 @@ class LARS(Optimizer):
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, steps)
             torch._foreach_add_(params, momenta, alpha=-lr)
-        return loss
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

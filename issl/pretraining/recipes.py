@@ -13,195 +13,106 @@ at 0.5).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from issl.config import Config
 from issl.data.views import View
 from issl.errors import IsslError
+from issl.pretraining.methods import METHODS, SSL, method_named
+from issl.pretraining.methods.base import Recipe
 
-Method = Literal["simclr", "byol", "barlow_twins", "supervised"]
+__all__ = ["NAMES", "RECIPES", "SSL", "Method", "Recipe", "Variant", "from_plain", "recipe"]
+
 Variant = Literal["published", "short", "long"]
-NAMES: dict[str, str] = {
-    "simclr": "SimCLR",
-    "byol": "BYOL",
-    "barlow_twins": "Barlow Twins",
-    "supervised": "supervised",
-}
-SSL: tuple[Method, ...] = ("simclr", "byol", "barlow_twins")
+if TYPE_CHECKING:
+    Method = str
+else:  # the names of all methods, so that settings check them
+    Method = Literal[tuple(METHODS)]
+NAMES = {name: method.label for name, method in METHODS.items()}
 
-
-class Recipe(Config):
-    """How an encoder is trained; the defaults are shared by all recipes.
-
-    lr              at the end of the warm-up, for a batch of 256 (scaled linearly with the batch
-                    size)
-    warmup          epochs; at most a tenth of the run
-    small           the part at the start of the run in which views have half the side (a quarter of
-                    the cost)
-    trust, clip     of LARS: its coefficient, and whether it can only lower the learning rate
-    hidden, out     of the projector, in multiples of the feature dimension (512 for ResNet-18 of
-                    width 64)
-    layers, norm    of the projector: number of linear layers, and BatchNorm after all but the last
-    temperature     of SimCLR
-    tau             of BYOL: the moving average's momentum at the start; it ends at 1
-    off_diagonal, scale   of Barlow Twins: weight of the off-diagonal terms, factor of the whole
-    """
-
-    method: Method
-    optimizer: Literal["lars", "sgd"]
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    view_a: View
-    view_b: View
-    warmup: int = Field(10, ge=0)
-    small: float = Field(0.0, ge=0, le=1)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    trust: float = Field(0.02, gt=0)
-    clip: bool = True
-    hidden: float = Field(4.0, gt=0)
-    out: float = Field(0.5, gt=0)
-    layers: int = Field(2, ge=1)
-    norm: bool = False
-    temperature: float = Field(0.2, gt=0)
-    tau: float = Field(0.99, ge=0, le=1)
-    off_diagonal: float = Field(0.0051, ge=0)
-    scale: float = Field(0.1, gt=0)
-
-
-STRONG = View(
-    min_area=0.08,
-    flip=0.5,
-    jitter=0.8,
-    brightness=0.8,
-    contrast=0.8,
-    saturation=0.8,
-    hue=0.2,
-    grayscale=0.2,
-)
-MILD = STRONG.model_copy(update={"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1})
-SOLARIZED = MILD.model_copy(update={"solarize": 0.2})
+_CHANCES = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2}
+_STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_MILD = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+STRONG = View(min_area=0.08, **_CHANCES, **_STRONG)
+MILD = View(min_area=0.08, **_CHANCES, **_MILD)
+SOLARIZED = View(min_area=0.08, **_CHANCES, **_MILD, solarize=0.2)
+LARGER = View(min_area=0.2, **_CHANCES, **_MILD, solarize=0.1)
 # the strength of SimCLR's CIFAR experiments (Chen et al. 2020, B.9); at least a fifth of the area,
-# because a short run # of a narrow encoder learns little from the smallest crops
-SHORT = View(
-    min_area=0.2,
-    flip=0.5,
-    jitter=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    grayscale=0.2,
-)
+# because a short run of a narrow encoder learns little from the smallest crops
+SHORT = View(min_area=0.2, **_CHANCES, **_MILD | {"saturation": 0.4})
 CROPPED = View(min_area=0.5, flip=0.5)
 
-_PUBLISHED = (
-    Recipe(
-        method="simclr", optimizer="lars", lr=0.4, weight_decay=1e-4, view_a=STRONG, view_b=STRONG
-    ),
-    Recipe(
-        method="byol",
-        optimizer="lars",
-        lr=1.0,
-        weight_decay=1e-5,
-        view_a=MILD,
-        view_b=SOLARIZED,
-        hidden=8.0,
-        norm=True,
-    ),
-    Recipe(
-        method="barlow_twins",
-        optimizer="lars",
-        lr=0.3,
-        weight_decay=1e-4,
-        view_a=MILD,
-        view_b=SOLARIZED,
-        out=4.0,
-        layers=3,
-        norm=True,
-    ),
+
+def _row(method: str, lr: float, weight_decay: float, *views: View, **more: Any) -> Recipe:
+    """A row of the table; the second view is by default made like the first."""
+    return Recipe(method, more.pop("optimizer"), lr, weight_decay, views[0], views[-1], **more)
+
+
+def _published() -> Iterable[Recipe]:
+    lars = {"optimizer": "lars"}
+    wide = {"out": 4.0, "layers": 3, "norm": True}
+    yield _row("simclr", 0.4, 1e-4, STRONG, **lars)
+    yield _row("byol", 1.0, 1e-5, MILD, SOLARIZED, hidden=8.0, norm=True, **lars)
+    yield _row("barlow_twins", 0.3, 1e-4, MILD, SOLARIZED, **wide, **lars)
+    yield _row("vicreg", 0.3, 1e-4, LARGER, **wide, **lars)
     # not solo-learn's: the usual SGD of supervised CIFAR training
-    Recipe(
-        method="supervised",
-        optimizer="sgd",
-        lr=0.2,
-        weight_decay=5e-4,
-        view_a=CROPPED,
-        view_b=CROPPED,
-        layers=1,
-    ),
-)
+    yield _row("supervised", 0.2, 5e-4, CROPPED, layers=1, optimizer="sgd")
 
-_SHORT = (
-    Recipe(
-        method="simclr",
-        optimizer="sgd",
-        lr=0.8,
-        weight_decay=1e-4,
-        view_a=SHORT,
-        view_b=SHORT,
-        small=0.85,
-        hidden=1.0,
-        out=1.0,
-        temperature=0.5,
-    ),
-    Recipe(
-        method="byol",
-        optimizer="sgd",
-        lr=0.4,
-        weight_decay=1e-4,
-        view_a=SHORT,
-        view_b=SHORT,
-        small=1.0,
-        hidden=2.0,
-        out=1.0,
-        norm=True,
-        tau=0.97,
-    ),
-    Recipe(
-        method="barlow_twins",
-        optimizer="sgd",
-        lr=0.2,
-        weight_decay=1e-4,
-        view_a=SHORT,
-        view_b=SHORT,
-        small=0.85,
-        hidden=2.0,
-        out=2.0,
-        norm=True,
-        off_diagonal=0.02,
-    ),
-    Recipe(
-        method="supervised",
-        optimizer="sgd",
-        lr=0.4,
-        weight_decay=5e-4,
-        view_a=CROPPED,
-        view_b=CROPPED,
-        small=0.85,
-        layers=1,
-    ),
-)
 
-RECIPES: dict[Variant, dict[Method, Recipe]] = {
-    "published": {r.method: r for r in _PUBLISHED},
-    "short": {r.method: r for r in _SHORT},
-    "long": {
-        r.method: r.model_copy(update={"temperature": 0.2}) if r.method == "simclr" else r
-        for r in _SHORT
-    },
+def _short() -> Iterable[Recipe]:
+    sgd = {"optimizer": "sgd", "small": 0.85}
+    heads = {"hidden": 2.0, "norm": True}
+    yield _row("simclr", 0.8, 1e-4, SHORT, hidden=1.0, out=1.0, temperature=0.5, **sgd)
+    yield _row("byol", 0.4, 1e-4, SHORT, out=1.0, tau=0.97, **heads, **sgd | {"small": 1.0})
+    yield _row("barlow_twins", 0.2, 1e-4, SHORT, out=2.0, off_diagonal=0.02, **heads, **sgd)
+    yield _row("vicreg", 0.05, 1e-4, SHORT, out=2.0, **heads, **sgd)
+    yield _row("supervised", 0.4, 5e-4, CROPPED, layers=1, **sgd)
+
+
+def _long() -> Iterable[Recipe]:
+    for row in _short():
+        yield dataclasses.replace(row, temperature=0.2) if row.method == "simclr" else row
+
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    variant: {row.method: row for row in rows}
+    for variant, rows in (("published", _published()), ("short", _short()), ("long", _long()))
 }
 
 
 def recipe(method: str, variant: str = "published") -> Recipe:
-    """The entry of the table; raises IsslError for an unknown method or variant, and for a pair
-    without an entry."""
-    if method not in get_args(Method):
-        raise IsslError(f"method {method!r}: known are {', '.join(get_args(Method))}")
-    if variant not in get_args(Variant):
-        raise IsslError(f"recipe {variant!r}: known are {', '.join(get_args(Variant))}")
-    table = RECIPES[variant]  # type: ignore[index]
+    """A row of the table.
+
+    Args:
+        method: One of `NAMES`.
+        variant: `published`, `short` or `long`.
+
+    Raises:
+        IsslError: For an unknown method or variant, and for a pair without a row.
+    """
+    method_named(method)
+    if variant not in RECIPES:
+        raise IsslError(f"recipe {variant!r}: known are {', '.join(RECIPES)}")
+    table = RECIPES[variant]
     if method not in table:
         raise IsslError(f"method {method!r} has no {variant} recipe; there are {', '.join(table)}")
     return table[method]
+
+
+def plain(how: Recipe) -> dict[str, Any]:
+    """A recipe as JSON holds it."""
+    settings: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.asdict(how), default=lambda view: view.model_dump())
+    )
+    return settings
+
+
+def from_plain(settings: dict[str, Any]) -> Recipe:
+    """The recipe that `plain` wrote; raises IsslError for settings that are none."""
+    try:
+        views = {name: View(**settings[name]) for name in ("view_a", "view_b")}
+        return Recipe(**settings | views)
+    except (KeyError, TypeError) as error:
+        raise IsslError(f"these settings are no recipe ({error}): {settings}") from error

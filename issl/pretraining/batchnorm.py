@@ -1,0 +1,116 @@
+"""BatchNorm: statistics of a batch of weighted images; running statistics apart from the weights.
+
+Training on other images changes the running statistics even where no weight is trained, and an
+encoder's features with them. No gradient of weights sees that, so what a score of weights predicts
+is measured with the statistics held: copied from another encoder, or estimated anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from issl.data.images import Images
+from issl.data.views import VIEW_UNIFORMS, View
+from issl.errors import IsslError
+from issl.keyed_random import uniform
+
+ESTIMATED = 1 << 33  # the seed of the views for estimates: no training draws these
+
+
+def full(x: Tensor) -> Tensor:
+    """In fp32, or in its own type if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> Iterator[None]:
+    """Inside, BatchNorm layers in training mode take batch statistics of weighted images.
+
+    Args:
+        model: Its layers get batches of len(weights) images, or of two views of as many, one kind
+            after the other.
+        weights: One for each image; None changes nothing. An image of weight 0 is not there. Where
+            they require a gradient, the running statistics stay differentiable functions of them.
+    """
+    if weights is None:
+        yield
+        return
+    layers = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        layer.forward = partial(_weighted, layer, weights)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # back to the class's own
+
+
+def _weighted(layer: _BatchNorm, weights: Tensor, x: Tensor) -> Tensor:
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    values = full(x)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    places = values[0, 0].numel()
+    w = weights.to(values.dtype).repeat(len(x) // len(weights))
+    count = w.sum() * places
+
+    def average(v: Tensor) -> Tensor:
+        return torch.tensordot(w, v.flatten(2).sum(2) if v.ndim > 2 else v, 1) / count
+
+    mean = average(values)
+    centred = values - mean.view(shape)
+    var = average(centred.square())
+    momentum, seen = layer.momentum, layer.num_batches_tracked
+    assert momentum is not None and seen is not None  # of all networks of this library
+    # new tensors in place of the old: nothing that a graph holds is overwritten
+    for name, found in (("running_mean", mean), ("running_var", var * count / (count - 1))):
+        now = found if weights.requires_grad else found.detach()
+        setattr(layer, name, torch.lerp(getattr(layer, name), now, momentum))
+    layer.num_batches_tracked = seen + 1
+    scale = (var + layer.eps).rsqrt() * layer.weight
+    return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)
+
+
+@torch.no_grad()
+def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give `target` the running statistics of `source`, a network of the same build; returns it."""
+    theirs, own = (dict(_layers(net)) for net in (source, target))
+    if theirs.keys() != own.keys():
+        differing = ", ".join(sorted(theirs.keys() ^ own.keys())[:4])
+        raise IsslError(f"statistics: the encoders differ in their BatchNorm layers ({differing})")
+    for name, layer in own.items():
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            getattr(layer, buffer).copy_(getattr(theirs[name], buffer))
+    return target
+
+
+def estimate_statistics(
+    backbone: nn.Module,
+    images: Images,
+    view: View,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 256,
+) -> nn.Module:
+    """Set the running statistics to those of one fixed view of each image, the mean over batches in
+    the order of the images' indices; returns the network, in eval mode."""
+    order = images.index.argsort()
+
+    def views() -> Iterator[Tensor]:
+        for rows in order.split(batch_size):
+            u = uniform(ESTIMATED, images.index[rows], (VIEW_UNIFORMS,))
+            yield view(images.pixels[rows].float() / 255, u, size)
+
+    update_bn(views(), backbone)
+    return backbone.eval()
+
+
+def _layers(net: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, m) for name, m in net.named_modules() if isinstance(m, _BatchNorm))

@@ -1,0 +1,48 @@
+"""BYOL: Grill et al. 2020, arXiv 2006.07733."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows, Weights, mean
+
+
+class BYOL(LearningMethod):
+    """Predicts the projections that a moving average of the encoder gives of the other view."""
+
+    name, label = "byol", "BYOL"
+    advice = ", or let the target follow more slowly (tau={tau:g})"
+
+    def beside(self, encoder: Any, seed: int) -> dict[str, nn.Module]:
+        """A predictor of the projector's form, and the target, which no gradient trains."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            predictor = encoder.head.build(encoder.head.out)
+        return {"predictor": predictor, "target": copy.deepcopy(encoder).requires_grad_(False)}
+
+    def outputs(self, learner: Any, views: Tensor, z: Tensor) -> Outputs:
+        return learner.predictor(z), learner.target(views)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        (pa, pb), (ta, tb) = (rows.chunk(2) for rows in outputs)
+        return distance(pa, tb, batch.weights) + distance(pb, ta, batch.weights)
+
+    def follow(self, learner: Any, done: float) -> None:
+        """target ← τ · target + (1 − τ) · encoder, with τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2
+        (§3.1)."""
+        tau = 1 - (1 - learner.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
+        now = [p.detach() for p in learner.encoder.parameters()]
+        torch._foreach_lerp_(list(learner.target.parameters()), now, 1 - tau)
+
+
+def distance(predicted: Rows, target: Rows, weights: Weights | None = None) -> Loss:
+    """‖p̄ − t̄‖² of unit vectors, mean over the batch (eq. 2). The target has weights of its own,
+    which are not trained, so it needs no stop of the gradient; through the batch statistics of
+    its BatchNorm, it too is a function of the images' weights."""
+    return mean(2 - 2 * F.cosine_similarity(predicted, target, dim=1), weights)
