@@ -68,7 +68,7 @@ def test_public_names_are_imported_when_they_are_used() -> None:
 import os, sys
 before = dict(os.environ)
 import issl
-from issl.commands import cli
+from issl import cli
 for arguments in (["--help"], ["--version"], ["run", "--nonsense"], ["compute"], []):
     try:
         cli.parser(*arguments[:1]).parse_args(arguments)

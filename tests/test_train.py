@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import issl
-from issl.commands import cli
+from issl import cli
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import recipe
 
