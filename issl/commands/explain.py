@@ -354,7 +354,7 @@ def draw(
             shown.append((images.pixels[member["position"]].numpy(), text))
         rows.append(pictures.Row(LISTS[str(name)], shown))
     legend = (
-        "±: influence ÷ the greatest (negative: a step that makes that image more stable makes "
+        "±: influence / the greatest (negative: a step that makes that image more stable makes "
         "this one less so)\ncos: similarity of features; #: rank of all"
     )
     pictures.write(path, f"{title}\n{legend}", rows)

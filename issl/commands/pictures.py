@@ -15,7 +15,6 @@ from issl.files import atomic
 
 SIDE, GAP, LINE = 88, 8, 13  # px: of an image, between two, of a line of text
 WIDE = 14  # characters that fit under an image
-FIRST_WIDTH = 60  # characters of a title, at least
 
 
 @dataclass(frozen=True)
@@ -87,4 +86,4 @@ def contact_sheet(
 def short(name: object) -> str:
     """The end of a file's name or label, as much as fits under an image."""
     text = Path(str(name)).name.replace("\n", " ")
-    return text if len(text) <= WIDE else "…" + text[1 - WIDE :]
+    return text if len(text) <= WIDE else ".." + text[2 - WIDE :]

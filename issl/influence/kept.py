@@ -152,16 +152,8 @@ def fit(
     """The curvature of these images' losses, by one pass that stores no gradients.
 
     Args:
-        encoder: As in `issl.self_influence`, like all others.
-        images: See there.
-        perturbation: See there.
+        encoder: As in `issl.self_influence`, like all that are not named here.
         curvature: LoGra, EKFAC, Diagonal or Exact.
-        seed: See there.
-        draws: See there.
-        loss: See there.
-        skip: See there.
-        untrained: See there.
-        computing: See there.
 
     Raises:
         IsslError: As `issl.self_influence` does, for a curvature that sums nothing over images

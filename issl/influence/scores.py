@@ -125,18 +125,10 @@ def cross_influence(
     For large sets `top_influences` needs less memory.
 
     Args:
-        encoder: As in `issl.self_influence`, like all others but `query`.
+        encoder: As in `issl.self_influence`, like all that are not named here.
         train: The images that the curvature is the mean over.
         query: Images of the same size. A query has the noise of the training image of the same
             index, so re-index new images (`issl.influence.scores.as_queries`).
-        perturbation: See there.
-        curvature: See there.
-        seed: See there.
-        draws: See there.
-        loss: See there.
-        skip: See there.
-        untrained: See there.
-        computing: See there.
 
     Returns:
         Scores in double precision on the CPU.
@@ -171,18 +163,8 @@ def top_influences(
     q × n scores.
 
     Args:
-        encoder: As in `issl.cross_influence`, like all others but `k`.
-        train: See there.
-        query: See there.
+        encoder: As in `issl.cross_influence`, like all that are not named here.
         k: How many of each query.
-        perturbation: See there.
-        curvature: See there.
-        seed: See there.
-        draws: See there.
-        loss: See there.
-        skip: See there.
-        untrained: See there.
-        computing: See there.
 
     Returns:
         One row per query and rank: query (its index), rank (1 is the highest), index (the training
