@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -92,7 +92,7 @@ class Augmentation:
         colours = dict(zip(["brightness", "contrast", "saturation", "hue"], shifts, strict=True))
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
         chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
-        settings: dict[str, dict[str, float | tuple[float, float]]] = {
+        settings: dict[str, dict[str, Any]] = {
             "crop": {**crop},
             "flip": {"flip": s},
             "jitter": {"jitter": 1.0, **colours},
@@ -101,7 +101,7 @@ class Augmentation:
             "solarize": {"solarize": s},
             "chain": {**crop, **colours, **sigma, **chances},
         }
-        return View.model_validate(settings[self.kind])
+        return View(**settings[self.kind])
 
     def keyed(self, seed: int) -> Perturb:
         """The view of image `index` depends only on (seed, index)."""
