@@ -28,8 +28,8 @@ from issl import evaluate
 from issl.audit.stats import evaluate as hits
 from issl.devices import full_precision
 from issl.files import REPOSITORY
-from issl.influence.computing import Computing
 from issl.influence.losses import stability_loss
+from issl.influence.passes import Computing
 from issl.pretraining.encoder import load_encoder, resnet18
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution, epoch_uniforms, pretrain

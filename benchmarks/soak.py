@@ -30,8 +30,8 @@ from pydantic import Field
 from torch import nn
 
 import issl
+from issl import cli
 from issl.audit.cache import Artifacts, Stage
-from issl.commands import cli
 from issl.config import Config
 from issl.files import PART, atomic
 from issl.pretraining.encoder import Head, new_encoder, save_encoder

@@ -24,7 +24,7 @@ import issl
 from issl.devices import keep_freed_memory
 from issl.pretraining.learner import Learner
 from issl.pretraining.recipes import recipe
-from issl.training_influence import Share, batch_gradient, batches, measuring_copy, two_views
+from issl.training_aware import Share, batch_gradient, batches, measuring_copy, two_views
 
 HERE = Path(__file__).parent
 CASES: tuple[tuple[Share, int, int, int], ...] = (  # share, width, batch size, images

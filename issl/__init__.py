@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from issl.data.images import Images
     from issl.data.torch_dataset import from_dataset
     from issl.errors import IsslError
-    from issl.influence.computing import Computing
-    from issl.influence.cross import cross_influence, top_influences
     from issl.influence.curvature import (
         EKFAC,
         Curvature,
@@ -26,11 +24,12 @@ if TYPE_CHECKING:
         LoGra,
         RandomProjection,
     )
-    from issl.influence.fitted import Fitted, fit, load_fitted
+    from issl.influence.kept import Fitted, fit, load_fitted
+    from issl.influence.passes import Computing
     from issl.influence.perturbation import Augmentation, GaussianNoise
-    from issl.influence.self_influence import self_influence
+    from issl.influence.scores import cross_influence, self_influence, top_influences
     from issl.pretraining.encoder import load_encoder
-    from issl.training_influence import training_influence
+    from issl.training_aware import training_influence
 
 __version__ = "0.3.0"
 __all__ = [
@@ -57,33 +56,25 @@ __all__ = [
     "top_influences",
     "training_influence",
 ]
-_NAMES = {  # of each module
-    "training_influence": ("training_influence",),
-    "data.datasets": ("load",),
-    "data.images": ("Images",),
-    "data.torch_dataset": ("from_dataset",),
-    "errors": ("IsslError",),
-    "influence.computing": ("Computing",),
-    "influence.cross": ("cross_influence", "top_influences"),
-    "influence.curvature": (
-        "EKFAC",
-        "Curvature",
-        "Diagonal",
-        "Exact",
-        "Identity",
-        "LoGra",
-        "RandomProjection",
-    ),
-    "influence.fitted": ("Fitted", "fit", "load_fitted"),
-    "influence.perturbation": ("Augmentation", "GaussianNoise"),
-    "influence.self_influence": ("self_influence",),
-    "pretraining.encoder": ("load_encoder",),
+# the names of each module; none is called like its module, which would hide it once imported
+_MODULES = {
+    "data.datasets": "load",
+    "data.images": "Images",
+    "data.torch_dataset": "from_dataset",
+    "errors": "IsslError",
+    "influence.curvature": "Curvature Diagonal EKFAC Exact Identity LoGra RandomProjection",
+    "influence.kept": "Fitted fit load_fitted",
+    "influence.passes": "Computing",
+    "influence.perturbation": "Augmentation GaussianNoise",
+    "influence.scores": "cross_influence self_influence top_influences",
+    "pretraining.encoder": "load_encoder",
+    "training_aware": "training_influence",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every attribute for known
 
     def __getattr__(name: str) -> object:
-        module = next((module for module, names in _NAMES.items() if name in names), None)
+        module = next((m for m, names in _MODULES.items() if name in names.split()), None)
         if module is None:
             raise AttributeError(f"module 'issl' has no attribute {name!r}")
         globals()[name] = value = getattr(import_module(f"issl.{module}"), name)

@@ -2,7 +2,7 @@
 
 import sys
 
-from issl.commands.cli import main
+from issl.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from issl.errors import IsslError
@@ -22,11 +21,8 @@ from issl.errors import IsslError
 T = TypeVar("T")
 
 NODES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")  # of NVIDIA's driver, on Linux
-NEEDED_DRIVER = {
-    "11": 450,
-    "12": 525,
-    "13": 580,
-}  # the oldest for each CUDA (NVIDIA, CUDA compatibility guide)
+# the oldest driver for each CUDA (NVIDIA, CUDA compatibility guide)
+NEEDED_DRIVER = {"11": 450, "12": 525, "13": 580}
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,17 +52,16 @@ def unusable_gpu() -> str | None:
     nodes = sorted(NODES.glob("nvidia[0-9]*"))
     if not nodes or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    found = (
-        re.search(r"Kernel Module\D*(\d+)[.\d]*", DRIVER.read_text()) if DRIVER.is_file() else None
-    )
-    driver = "its driver" if found is None else f"its driver {found[0].split()[-1]}"
     if torch.version.cuda is None:
-        return f"there is a GPU ({nodes[0]}), but this torch is built without CUDA; install a build with it"
+        return f"there is a GPU ({nodes[0]}), but torch has no CUDA; install a build with it"
+    found = re.search(r"Kernel Module\D*(\d[.\d]*)", _text(DRIVER))
+    driver = "its driver" if found is None else f"its driver {found[1]}"
     needed = NEEDED_DRIVER.get(torch.version.cuda.split(".")[0])
     least = "" if needed is None else f", which needs driver {needed} or newer"
     return (
-        f"there is a GPU ({nodes[0]}), but torch cannot use {driver}: torch {torch.__version__} is built for CUDA "
-        f"{torch.version.cuda}{least}; update the driver, install a torch built for an older CUDA"
+        f"there is a GPU ({nodes[0]}), but torch cannot use {driver}: torch {torch.__version__} is "
+        f"built for CUDA {torch.version.cuda}{least}; update the driver, install a torch built for "
+        "an older CUDA"
     )
 
 
@@ -95,8 +90,7 @@ def computes_bf16(device: torch.device, precision: str) -> bool:
 
 @lru_cache
 def _cpu_flag(flag: str) -> bool:
-    info = Path("/proc/cpuinfo")  # Linux only; other systems train in fp32
-    return info.is_file() and flag in info.read_text().split()
+    return flag in _text(Path("/proc/cpuinfo")).split()  # Linux only; others train in fp32
 
 
 @contextmanager
@@ -110,15 +104,11 @@ def full_precision() -> Iterator[None]:
         (cudnn, "benchmark", False),
         (cudnn, "deterministic", True),
     ]
-    if hasattr(
-        matmul, "fp32_precision"
-    ):  # torch 2.9 and later: the old names raise where the new ones were used
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later: the old names may raise
         wanted += [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv)]
     else:
         wanted += [(place, "allow_tf32", False) for place in (matmul, cudnn)]
-    before: list[tuple[Any, str, Any]] = [
-        (place, name, getattr(place, name)) for place, name, _ in wanted
-    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
     try:
         for place, name, value in wanted:
             setattr(place, name, value)
@@ -142,8 +132,8 @@ def without_onednn() -> Iterator[None]:
 def no_memory(error: BaseException) -> IsslError:
     """What is said where not even the smallest batch fits."""
     return IsslError(
-        f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller images (--size), or "
-        "a machine with more"
+        f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
+        "images (--size), or a machine with more"
     )
 
 
@@ -170,13 +160,13 @@ class Batches:
                 yield found
                 start = part.stop
                 continue
-            self.size = (
-                part.stop - part.start
-            ) // 2  # outside of the handler, which keeps the failed step's tensors
+            # outside of the handler, which keeps the failed step's tensors
+            self.size = (part.stop - part.start) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(
-                f"too little memory for {part.stop - part.start} images at once; going on with {self.size}",
+                f"too little memory for {part.stop - part.start} images at once; "
+                f"going on with {self.size}",
                 file=sys.stderr,
             )
 
@@ -188,38 +178,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     ) or "can't allocate memory" in str(error)
 
 
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMINFO, CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its container or job (Linux's
-    cgroups)."""
-    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that this process may still take: of a GPU, or of the machine within the limit of its
+    container or job (Linux's cgroups)."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = re.search(r"^MemAvailable: *(\d+) kB", _text(MEMINFO), re.MULTILINE)
+    if found is not None:
+        return min([1024 * int(found[1]), *_cgroup_rooms()])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: all there is
 
 
 def _cgroup_rooms() -> Iterator[int]:
     """The room that is left in this process's cgroup and in those above it, where they have a
     limit."""
-    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
-    own = {kind: path.strip("/") for line in lines for _, kind, path in [line.split(":", 2)]}
+    own = {}
+    for line in _text(OWN_CGROUP).splitlines():
+        _, kind, path = line.split(":", 2)
+        own[kind] = path.strip("/")
     for kind, root, limit, usage in (
         ("", CGROUPS, "memory.max", "memory.current"),
         ("memory", CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         for folder in [root / own.get(kind, ""), *(root / own.get(kind, "")).parents]:
-            if (
-                not folder.is_relative_to(root)
-                or not (folder / limit).is_file()
-                or not (folder / usage).is_file()
-            ):
-                continue
-            most = (folder / limit).read_text().strip()
-            if most.isdigit():
-                cached = re.search(
-                    r"^(?:total_)?inactive_file (\d+)", _text(folder / "memory.stat"), re.MULTILINE
-                )
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if folder.is_relative_to(root) and most.isdigit() and used.isdigit():
+                statistics = _text(folder / "memory.stat")
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
                 spare = 0 if cached is None else int(cached[1])  # given back when it is needed
-                yield max(0, int(most) - int((folder / usage).read_text()) + spare)
+                yield max(0, int(most) - int(used) + spare)
 
 
 def _text(path: Path) -> str:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
-BUNDLED = (
-    PACKAGE / "bundled"
-)  # what a wheel carries of it: notebooks and profiles, released encoders, kept records
+BUNDLED = PACKAGE / "bundled"  # what a wheel carries of it: notebooks, encoders, records
 PART = ".issl-part-"  # in the names of files that are being written; nobody else's are called so
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what a file system says that has none
 NO_ROOM = {  # what the system says where a file cannot be written, and no program is to blame
@@ -37,7 +32,6 @@ NO_ROOM = {  # what the system says where a file cannot be written, and no progr
     errno.EPERM: "you may not write there",
     errno.EIO: "the disk fails",
 }
-WAIT_SECONDS = 0.5  # until it is looked again whether another process has finished a file
 
 
 def installed() -> bool:
@@ -72,7 +66,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if not part.exists():
             raise IsslError(
-                f"{path} was deleted while it was written; leave its folder alone, and run the same command again"
+                f"{path} was deleted while it was written; leave its folder alone, and run the "
+                "same command again"
             ) from error
         if why_no_room(error) is None:
             raise
@@ -93,12 +88,8 @@ def _new_part(path: Path) -> tuple[int, Path]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            return handle, Path(
-                name
-            )  # then no leftover is ever removed, for none can be told from a file in use
-        if os.fstat(
-            handle
-        ).st_nlink:  # another process may have taken it for a leftover before it was locked
+            return handle, Path(name)  # no leftover can be told from a file in use, so none goes
+        if os.fstat(handle).st_nlink:  # else another process took it for one before it was locked
             return handle, Path(name)
         os.close(handle)
 
@@ -166,8 +157,8 @@ def why_no_room(error: BaseException) -> str | None:
 
 def _cannot_write(path: Path, error: Exception) -> IsslError:
     return IsslError(
-        f"{path} cannot be written: {why_no_room(error) or error}; make room or choose another place, and run the same "
-        "command again: what was finished is kept"
+        f"{path} cannot be written: {why_no_room(error) or error}; make room or choose another "
+        "place, and run the same command again: what was finished is kept"
     )
 
 
@@ -198,66 +189,13 @@ def check_writable(folder: Path, what: str) -> None:
         ) from error
 
 
-def make_all(paths: Sequence[Path], make: Callable[[int, Path], None], start: int = 0) -> int:
-    """Make every file that is not there, beside other processes that do the same; returns once all
-    are there.
-
-    Whoever takes a file holds a lock on it, which the system releases if the process dies: then
-    another makes it. Any number of processes may come and go, also on other machines with the same
-    file system.
-
-    make    called with a file's number and a path to write to, which becomes the file's in one step
-    start   the number to begin with, so that processes begin with different ones
-    Returns how many were made here.
-    """
-    for folder in {path.parent for path in paths}:
-        remove_leftovers(folder)
-    made, numbers = 0, [*range(start, len(paths)), *range(start)]
-    while missing := [k for k in numbers if not paths[k].exists()]:
-        for k in missing:
-            lock = FileLock(paths[k].parent / ".locks" / f"{paths[k].name}.lock", timeout=0)
-            lock_folder = Path(lock.lock_file).parent
-            lock_folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with lock:
-                    if not paths[k].exists():
-                        with atomic(paths[k]) as part:
-                            make(k, part)
-                        made += 1
-            except Timeout:
-                continue  # another process is at it
-        if any(not paths[k].exists() for k in missing):
-            time.sleep(WAIT_SECONDS)
-    return made
-
-
-def belongs(folder: Path, identity: str, what: str) -> None:
-    """A folder that is filled bit by bit belongs to one computation: IsslError if it holds `what`
-    of another."""
-    mark = folder / "identity.json"
-    remove_leftovers(folder)
-    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
-        raise IsslError(
-            f"{folder} holds {what} of another encoder, images or setting; use another folder"
-        )
-    if not mark.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise IsslError(
-                f"folder {folder} cannot be written ({error}); choose another"
-            ) from error
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
-
-
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Header and tensors of a safetensors file; if it is damaged, an IsslError that says `what` it
     is."""
     try:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import issl
 from issl import Computing, LoGra
-from issl.devices import is_out_of_memory
-from issl.influence import batch_size
-from issl.influence.batch_size import choose_batch_size, free_bytes, peak_bytes
+from issl.devices import free_memory, is_out_of_memory
+from issl.influence import passes
+from issl.influence.passes import choose_batch_size, peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -40,12 +40,12 @@ def test_what_a_backward_pass_holds_is_counted() -> None:
 def test_the_batch_fits_into_what_is_free(
     free: int, want: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_size, "free_bytes", lambda _: free)
+    monkeypatch.setattr(passes, "free_memory", lambda _: free)
     assert choose_batch_size(lambda count: torch.zeros(count, 1000), CPU) == want
 
 
 def test_the_free_memory_is_that_of_this_machine() -> None:
-    assert 10**6 < free_bytes(CPU) < 10**14
+    assert 10**6 < free_memory(CPU) < 10**14
 
 
 def test_auto_gives_the_same_scores() -> None:

@@ -16,13 +16,13 @@ from issl.audit.settings import Data
 from issl.audit.stages import Draw, Embed, Influence, Pretrain, Stability, TrainingEffect
 from issl.data.images import Images
 from issl.data.views import View
-from issl.influence.cross import as_queries
+from issl.influence.scores import as_queries
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import load_learner
 from issl.pretraining.loop import pretrain
 from issl.pretraining.recipes import recipe
-from issl.training_influence import training_influence
+from issl.training_aware import training_influence
 
 DATA = Data(name="scenes", n=48)
 QUERY = Data(name="scenes", split="test", n=6)

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from issl import cli
 from issl.audit import profiles, run, scheduler
 from issl.audit.cache import Artifacts
 from issl.audit.compute import Bundle, compute
@@ -28,7 +29,6 @@ from issl.audit.profiles import ProfileOptions, read_profile
 from issl.audit.scheduler import Ended, Scheduler
 from issl.audit.stages import Embed, Evaluate, Influence
 from issl.audit.workers import Job
-from issl.commands import cli
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 TINY = {

@@ -3,14 +3,12 @@ limited."""
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import nets
 import numpy as np
-import psutil
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -18,17 +16,12 @@ from torch._dynamo.testing import CompileCounter
 
 import issl
 from issl import devices, evaluate
-from issl.audit import workers
-from issl.audit.cache import Artifacts, Stage
-from issl.audit.scheduler import Task
-from issl.audit.workers import Job, Workers, visible_gpus
 from issl.devices import Batches, free_memory, full_precision, pick_device
-from issl.influence import gradient_store
-from issl.influence.computing import Computing
-from issl.influence.self_influence import self_influence
+from issl.influence import passes
+from issl.influence.passes import Computing
+from issl.influence.scores import self_influence
 from issl.pretraining import loop
 from issl.pretraining.loop import Execution
-from issl.shards import from_torchrun
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
@@ -131,7 +124,7 @@ def test_a_torch_without_cuda_on_a_machine_with_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(tmp_path, monkeypatch, driver=None, cuda=None)
-    with pytest.raises(issl.IsslError, match="built without CUDA; install a build with it"):
+    with pytest.raises(issl.IsslError, match="torch has no CUDA; install a build with it"):
         pick_device("auto")
 
 
@@ -146,17 +139,6 @@ def test_a_machine_without_a_gpu_computes_on_the_cpu(
     assert pick_device("auto").type == "cpu"
     with pytest.raises(issl.IsslError, match="torch sees no GPU here"):
         pick_device("cuda")
-
-
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(issl.IsslError, match="process 3 on a machine with 2 GPUs"),
-        from_torchrun(torch.device("cuda")),
-    ):
-        pass
 
 
 # --- compilation
@@ -253,7 +235,7 @@ def test_a_containers_limit_counts(
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
     plain = free_memory()  # no cgroups: the machine's
-    assert plain == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    assert 10**6 < plain < 10**14
     root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
     limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
     (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
@@ -267,50 +249,9 @@ def test_a_containers_limit_counts(
     assert free_memory() == 600_000  # the limit above the own one is tighter
     (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
-    chosen = gradient_store.choose_memory(Computing(), 400_000)
-    assert (
-        chosen.memory != "ram"
-        and gradient_store.choose_memory(Computing(), 300_000).memory == "ram"
-    )
+    assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
     (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
-    assert free_memory() == min(8_900_000, psutil.virtual_memory().available)
-
-
-# --- jobs
-# --------------------------------------------------------------------------------------------------
-
-
-class Seen(Stage):
-    """Which GPUs its process sees."""
-
-    name = "seen"
-    number: int
-
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
-        (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-
-
-def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert visible_gpus("auto") == ["3", "5"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_gpus("auto") == ["0", "1"]
-    monkeypatch.undo()
-    assert visible_gpus("cpu") == []
-    seen = set()
-    with Workers(2, ["3", "5"]) as both:
-        for number in range(2):
-            both.start(
-                Task(Seen(number=number), "seen", [], 0.0, "running"),
-                Job(Seen(number=number), tmp_path, "cpu", 1),
-            )
-        while both.idle < 2:
-            assert all(ended.error == "" for _, ended in both.ended())
-    for number in range(2):
-        seen.add((Artifacts(tmp_path).get(Seen(number=number)) / "gpus.txt").read_text())
-    assert seen == {"3", "5"}
+    assert free_memory() == 8_900_000
 
 
 # --- the probe on a GPU

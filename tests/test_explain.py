@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import issl
-from issl.commands import cli, explain
+from issl import cli
+from issl.commands import explain
 from issl.commands.explain import lists
-from issl.influence.cross import as_queries
+from issl.influence.scores import as_queries
 from issl.pretraining.encoder import load_encoder
 
 
@@ -42,18 +43,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(encoder: Path, out: Path, image: str = "test:3", *more: str, data: str = "scenes") -> int:
-    shared = [
-        "--encoder",
-        str(encoder),
-        "--data",
-        data,
-        "--out",
-        str(out / "why.png"),
-        "--rank",
-        "4",
-        "--k",
-        "5",
-    ]
+    shared = ["--encoder", str(encoder), "--data", data, "--out", str(out / "why.png")]
+    shared += ["--rank", "4", "--k", "5"]
     return cli.main(["explain", image, *shared, *more])
 
 
@@ -196,31 +187,16 @@ def test_a_photo_is_fitted_only_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("image", "more", "data", "message"),
+    ("image", "more", "data", "named"),
     [
-        (
-            "nowhere.png",
-            [],
-            "scenes",
-            "image 'nowhere.png' does not exist; give an image file, or test:17",
-        ),
-        ("notes.txt", [], "scenes", "notes.txt is not an image that can be read"),
+        ("nowhere.png", [], "scenes", "image 'nowhere.png' does not exist"),
+        ("notes.txt", [], "scenes", "notes.txt is not an image"),
         ("cut.png", [], "scenes", "cut.png"),
-        ("test:5000", [], "scenes", "test:5000: the test set of scenes has 2000 images"),
-        ("train:64", [], "scenes", "train:64: the encoder's 64 training images have no index 64"),
-        (
-            "test:3",
-            [],
-            "scenes-swapped",
-            "was trained on scenes, not on scenes-swapped: use --data scenes",
-        ),
-        (
-            "test:3",
-            ["--images", "32"],
-            "scenes",
-            "was trained on 64 images of scenes, not on 32: leave out --images",
-        ),
-        ("test:3", ["--k", "0"], "scenes", "--k 0: must be 1 or more"),
+        ("test:5000", [], "scenes", "test:5000"),
+        ("train:64", [], "scenes", "train:64"),
+        ("test:3", [], "scenes-swapped", "was trained on scenes, not on scenes-swapped"),
+        ("test:3", ["--images", "32"], "scenes", "was trained on 64 images of scenes, not on 32"),
+        ("test:3", ["--k", "0"], "scenes", "--k 0"),
         ("test:3", ["--damping", "0"], "scenes", "damping"),
     ],
 )
@@ -228,7 +204,7 @@ def test_input_that_does_not_fit(
     image: str,
     more: list[str],
     data: str,
-    message: str,
+    named: str,
     trained: Path,
     tmp_path: Path,
     capsys,
@@ -239,7 +215,7 @@ def test_input_that_does_not_fit(
     Image.new("RGB", (32, 32), "red").save("whole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:60])
     assert run(trained, tmp_path, image, *more, data=data) == 2
-    assert message in (error := capsys.readouterr().err) and error.startswith("issl: error: ")
+    assert named in (error := capsys.readouterr().err) and error.startswith("issl: error: ")
     assert not (tmp_path / "why.csv").exists()
 
 

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ from hostile import ours
 from safetensors.torch import save_file
 
 import issl
-from issl import files
+from issl import cli, files
 from issl.audit import notebooks
 from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
 from issl.audit.plans import PLANS
 from issl.audit.scheduler import make
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
-from issl.commands import cli
 from issl.files import PART, atomic, remove_leftovers, scratch_folder
 from issl.pretraining import loop
 from issl.pretraining.recipes import recipe
@@ -161,7 +159,6 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_p
     """By the system itself: through safetensors, pyarrow and Pillow."""
     words, limit = LIMITED[what]
     encoder = str(ours(tmp_path))
-    import_module("matplotlib.font_manager")  # which keeps a list of fonts, larger than the limit
     words = [w.replace("OUT", str(tmp_path / "out")).replace("ENCODER", encoder) for w in words]
     queue = forked.context.Queue()
     process = forked.context.Process(

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import issl
 from issl.influence.layers import find_layers
-from issl.influence.measurement import Measurement, with_features
 from issl.influence.reference import cosine_loss
+from issl.influence.scorer import Measurement, with_features
 
 
 class Base(nn.Module):
@@ -334,7 +334,7 @@ def test_an_image_without_features_is_named() -> None:
     with pytest.raises(issl.IsslError, match=r"all-zero feature vector for image index 5"):
         issl.self_influence(encoder, images)
     what = Measurement(issl.GaussianNoise(), issl.LoGra(4))
-    kept = with_features(encoder, images, what, issl.Computing())
+    kept = with_features(encoder, images, what)
     assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7] and [name for name, _ in kept.broken] == [
         "5"
     ]

@@ -24,7 +24,7 @@ from issl.audit.plans_paper import Duplicates, SeedCorrelation
 from issl.audit.profiles import ProfileOptions, check
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
-from issl.commands.cli import main
+from issl.cli import main
 from issl.influence.curvature import LoGra
 from issl.pretraining.other_encoders import open_encoder
 

@@ -14,20 +14,17 @@ import nets
 import numpy as np
 import pytest
 import torch
-from device_cases import scores_and_cross_influence
 
 import issl
-from issl import GaussianNoise, evaluate
-from issl.audit.settings import KINDS
+from issl import Augmentation, Computing, GaussianNoise, cross_influence, evaluate, self_influence
 from issl.devices import Batches, full_precision
-from issl.influence.computing import Computing
-from issl.influence.self_influence import self_influence
+from issl.influence.curvature import KINDS, named_curvature
 from issl.pretraining import loop
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution
 from issl.pretraining.recipes import SSL, Method, recipe
-from issl.training_influence import training_influence
+from issl.training_aware import training_influence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +60,19 @@ def trained(device: torch.device | str, method: Method, n: int = 256, **settings
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_and_cross_influence(kind: str, net: torch.nn.Module) -> None:
-    scores_and_cross_influence(kind, net, CUDA, relative=1e-3, smallest=1e-5)
+    images, weighing = nets.pictures(20), named_curvature(kind, 3)
+    for settings in ({"draws": 2, "sweep": [1.0]}, {"perturbation": Augmentation("chain")}):
+        here, there = (
+            self_influence(net, images, curvature=weighing, computing=computing, **settings)
+            for computing in (Computing(device=d, batch_size=8) for d in ("cpu", CUDA))
+        )
+        np.testing.assert_allclose(there["influence"], here["influence"], rtol=1e-3)
+    query = nets.pictures(5, 1)
+    here, there = (
+        cross_influence(net, images, query, curvature=weighing, computing=Computing(device=d))
+        for d in ("cpu", CUDA)
+    )
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5 * float(here.abs().max()))
 
 
 def test_scores_of_a_resnet_and_the_same_each_time() -> None:

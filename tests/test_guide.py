@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from issl import cli
 from issl.audit import guide as guides
 from issl.audit import run
 from issl.audit.claims import provenance, record
@@ -14,7 +15,6 @@ from issl.audit.guide import guide
 from issl.audit.plans import PLANS
 from issl.audit.stats.statistics import Estimate
 from issl.audit.verdicts import read_records
-from issl.commands import cli
 
 ALL = list(PLANS)
 

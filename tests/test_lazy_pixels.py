@@ -25,8 +25,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import issl
-from issl import Computing, LoGra, keyed_random
-from issl.commands import cli
+from issl import Computing, LoGra, cli, keyed_random
 from issl.data.image_folder import path_index
 from issl.data.lazy_pixels import LazyPixels
 from issl.shards import Shards

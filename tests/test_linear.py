@@ -111,11 +111,12 @@ def test_the_library_agrees_where_its_curvature_is_the_hessian() -> None:
     weight = net[1].weight.detach()
     # each δ scaled so that |W δ_i| = 1: then ∇ℓ_i = ± δ_i, and the Fisher is mean δδᵀ
     shift = shift / (shift.flatten(1) @ weight.T).abs()[:, :, None, None]
+    mean = float(shift.square().mean())
     got = issl.self_influence(
         net,
         pixels,
         lambda x, index: x + shift[index],
-        issl.Exact(damping=0.3, absolute=True),
+        issl.Exact(damping=0.3 / mean),  # so that λ is 0.3
         loss=lambda a, b: (a - b).square().sum(1) / 2,
     )
     want = linear_theory.influence(weight, shift.flatten(1), 0.3)

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from test_scale import thin
 
+from issl import cli
 from issl.audit import cost, doctor, profiles, progress, run, stages
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.plan import Plan
@@ -25,7 +26,6 @@ from issl.audit.progress import Overview, in_words
 from issl.audit.scheduler import Ended, Scheduler
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Evaluate, Influence, Nearness, Pretrain
-from issl.commands import cli
 from issl.errors import IsslError
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.recipes import recipe

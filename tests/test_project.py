@@ -68,14 +68,14 @@ def test_public_names_are_imported_when_they_are_used() -> None:
 import os, sys
 before = dict(os.environ)
 import issl
-from issl.commands import cli
+from issl import cli
 for arguments in (["--help"], ["--version"], ["run", "--nonsense"], ["compute"], []):
     try:
         cli.parser(*arguments[:1]).parse_args(arguments)
     except SystemExit:
         pass
 assert "torch" not in sys.modules and dict(os.environ) == before
-assert set(issl.__all__) == {name for names in issl._NAMES.values() for name in names} <= set(dir(issl))
+assert set(issl.__all__) == {name for names in issl._MODULES.values() for name in names.split()} <= set(dir(issl))
 names = {}
 exec("from issl import *", names)
 assert all(names[name] is getattr(issl, name) for name in issl.__all__)

@@ -31,8 +31,8 @@ from disk import write_cifar10
 from PIL import Image
 
 import issl
+from issl import cli
 from issl.audit import profiles
-from issl.commands import cli
 from issl.errors import IsslError
 from issl.influence import reference
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from test_notebooks import TINY
 
+from issl import cli
 from issl.audit import notebooks, profiles, run
 from issl.audit.notebooks import fingerprint, is_current, note_made
 from issl.audit.plan import Plan
 from issl.audit.plans import PLANS
 from issl.audit.profiles import ProfileOptions, notebooks_folder
-from issl.commands import cli
 from issl.errors import IsslError
 
 

@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import issl
-from issl import EKFAC, Computing, Exact, LoGra, cross_influence, self_influence, top_influences
-from issl.commands import cli
+from issl import (
+    EKFAC,
+    Computing,
+    Exact,
+    LoGra,
+    cli,
+    cross_influence,
+    self_influence,
+    top_influences,
+)
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 from issl.pretraining.other_encoders import SOLO_CIFAR, Triple, open_encoder, resnet_from
 from issl.shards import ONE, Shards

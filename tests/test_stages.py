@@ -40,10 +40,10 @@ from issl.audit.stats import neighbour_graph
 from issl.audit.stats.image_statistics import image_statistics
 from issl.config import Config, as_plain
 from issl.data import scenes
-from issl.influence.cross import as_queries
 from issl.influence.curvature import EKFAC, Curvature, LoGra
 from issl.influence.losses import CrossEntropy
 from issl.influence.perturbation import Augmentation, GaussianNoise
+from issl.influence.scores import as_queries
 from issl.pretraining.loop import pretrain
 from issl.pretraining.recipes import recipe
 

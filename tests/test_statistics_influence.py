@@ -13,7 +13,7 @@ from issl.audit.stats.statistics_influence import (
     shares_of_images,
     statistics_influence,
 )
-from issl.training_influence import batches, two_views
+from issl.training_aware import batches, two_views
 
 
 def test_the_copy_is_the_network_in_eval_mode() -> None:

@@ -23,13 +23,13 @@ from hostile import GOOD, Evil, encoded, malicious, ours, parquet, repeated, tar
 from PIL import Image
 
 import issl
+from issl import cli
 from issl.audit import site as report
 from issl.audit.cache import Artifacts
 from issl.audit.claims import record
 from issl.audit.data import human_choices
 from issl.audit.plans import EXPLORER, PLANS
 from issl.audit.stats.statistics import Estimate
-from issl.commands import cli
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import issl
+from issl import cli
 from issl.audit import claims, metrics, verdicts
 from issl.audit.stats.statistics import Estimate
-from issl.commands import cli
 
 LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +16,7 @@ from issl.data import datasets, scenes
 from issl.data.identity import SetIdentity
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.influence.curvature import (
-    EKFAC,
-    Curvature,
-    Diagonal,
-    Exact,
-    Identity,
-    LoGra,
-    RandomProjection,
-)
+from issl.influence.curvature import KINDS, Curvature, named_curvature
 
 
 class Injection(Config):
@@ -104,25 +95,5 @@ def _loaded(data: Data, identity: str) -> Images:
     return images if data.first is None else images.subset(range(min(data.first, len(images))))
 
 
-KINDS: dict[str, Callable[[int | float, float, int], Curvature]] = {  # from rank, damping and seed
-    "logra": LoGra,
-    "logra-pca": partial(LoGra, projection="pca"),
-    "ekfac": lambda _, damping, __: EKFAC(damping),
-    "diagonal": lambda _, damping, __: Diagonal(damping),
-    "identity": lambda _, __, ___: Identity(),
-    "random-projection": lambda rank, _, seed: RandomProjection(int(rank), seed),
-    "exact": lambda _, damping, __: Exact(damping),
-}
-
-
-def named_curvature(
-    kind: str, rank: int | float = 16, damping: float = 0.1, seed: int = 0
-) -> Curvature:
-    """The curvature of that name; settings that it does not have are not used. Raises IsslError for
-    another name."""
-    if kind not in KINDS:
-        raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
-    return KINDS[kind](rank, damping, seed)
-
-
+__all__ = ["KINDS", "Data", "Injection", "Weighing", "named_curvature"]
 Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(as_plain)]

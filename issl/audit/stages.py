@@ -31,14 +31,12 @@ from issl.data.images import Images
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors
-from issl.influence.computing import Computing
-from issl.influence.cross import as_queries, cross_influence, top_influences
 from issl.influence.curvature import Identity, LoGra, RandomProjection
-from issl.influence.fitted import fit
+from issl.influence.kept import fit
 from issl.influence.losses import CrossEntropy, stability_loss
+from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
-from issl.influence.query_measures import stability_measures
-from issl.influence.self_influence import self_influence
+from issl.influence.scores import as_queries, cross_influence, self_influence, top_influences
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
@@ -46,7 +44,7 @@ from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.optimizer import learning_rate
 from issl.pretraining.recipes import RECIPES, Method, Recipe
-from issl.training_influence import Share, subset_effects, training_influence
+from issl.training_aware import Share, stability_measures, subset_effects, training_influence
 
 
 class Pretrain(Stage):
@@ -216,7 +214,6 @@ class Influence(Stage):
     curvature: Weighing = LoGra()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
-    average: Literal["gradients", "scores"] = "gradients"
     loss: Literal["stability", "cross_entropy"] = (
         "stability"  # cross_entropy: of a supervised encoder's class scores
     )
@@ -237,7 +234,6 @@ class Influence(Stage):
             "curvature": self.curvature,
             "seed": self.seed,
             "draws": self.draws,
-            "average": self.average,
             "loss": CrossEntropy() if supervised else stability_loss,
         }
         if self.others is None:

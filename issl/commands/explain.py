@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from issl.audit.settings import Data
+from issl.commands import pictures
+from issl.commands.options import add_image_arguments
 from issl.data import datasets
 from issl.data.encoded import read_all
 from issl.data.images import Images, decode, in_words, own_names
@@ -24,23 +25,25 @@ from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors, writable
-from issl.influence.computing import Computing
-from issl.influence.cross import as_queries, cross_influence
 from issl.influence.curvature import LoGra
 from issl.influence.layers import find_layers
+from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
+from issl.influence.scores import as_queries, cross_influence
 from issl.pretraining.encoder import read_header
 from issl.pretraining.learner import load_learner
-from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
-from issl.training_influence import training_influence
+from issl.pretraining.other_encoders import Opened, encoder_asked_for
+from issl.training_aware import training_influence
 
 LISTS = {
     "taught": "most positive influence",
     "opposed": "most negative influence",
     "nearest": "nearest in features",
+    "trained": "most positive training-aware influence",
 }
-TRAINED = {"trained": "most positive training-aware influence"}
 MATES = 32  # of an image in the batches that training-aware influence is measured in
+# settings of a notebook's training set that `issl.load` has none of
+ALTERED = ("inject", "first", "uniform", "classes")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -51,13 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="an image file, or test:17 (train:17) for an image of the data set itself",
     )
-    add(
-        "--data",
-        required=True,
-        metavar="SET",
-        help="what it was trained on: folder:PATH, cifar10, scenes, …",
-    )
-    add_encoder_arguments(command)
+    add_image_arguments(command)
     add(
         "--out",
         type=Path,
@@ -66,46 +63,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="picture, .png or .pdf (explain.png)",
     )
     add("--k", type=int, default=8, help="images in each list (8)")
-    add(
-        "--fit",
-        action="store_true",
-        help="crop IMAGE to its centred square and resize it to the data's size",
-    )
+    add("--fit", action="store_true", help="crop IMAGE to its centre, resize it to the data's size")
     add("--any-data", action="store_true", help="allow images that the encoder was not trained on")
-    add(
-        "--images",
-        "--n",
-        dest="n",
-        type=int,
-        metavar="N",
-        help="how many of SET (default: those it was trained on)",
-    )
-    add("--size", type=int, metavar="PX", help="side of the images of a folder or of fairface")
-    add(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data sets (default: $ISSL_DATA)",
-    )
     add("--rank", type=int, default=16, help="of LoGra, per side (16)")
-    add(
-        "--damping", type=float, default=0.1, help="fraction of the curvature's mean diagonal (0.1)"
-    )
+    add("--damping", type=float, default=0.1, help="fraction of the mean diagonal (0.1)")
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
     add(
         "--training-aware",
         action="store_true",
-        help="another list: by influence through the gradient that training follows (64 passes over the set)",
+        help="another list: by influence through the gradient that training follows (64 passes)",
     )
     add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
-    add(
-        "--skip",
-        default="",
-        metavar="A,B",
-        help="layers or parameters to leave out of the score, by name",
-    )
-    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--skip", default="", metavar="A,B", help="layers or parameters to leave out, by name")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -116,66 +86,55 @@ def main(options: argparse.Namespace) -> int:
         raise IsslError(f"--k {options.k}: must be 1 or more")
     device = pick_device(options.device)
     opened = encoder_asked_for(options)
-    skip = opened.own_names(options.skip.split(","))
-    find_layers(opened.encoder, skip, options.untrained)
+    encoder, skip = opened.encoder, opened.own_names(options.skip.split(","))
+    find_layers(encoder, skip, options.untrained)
     images, known = training_images(options, opened)
     query = read_query(options, images)
-    curvature = LoGra(options.rank, options.damping)
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
     print(f"{query.attributes['what'][0]} among {about}", flush=True)
-    noise = GaussianNoise()
-    queries = query if query.attributes["trained_on"][0] else as_queries(query)
+    trained_on = bool(query.attributes["trained_on"][0])
+    queries, noise = query if trained_on else as_queries(query), GaussianNoise()
     scores = cross_influence(
-        opened.encoder,
+        encoder,
         images,
         queries,
         noise,
-        curvature,
+        LoGra(options.rank, options.damping),
         options.seed,
         draws=options.draws,
         skip=skip,
         untrained=options.untrained,
         computing=Computing(device=device, batch_size=64),
     )[0]
-    features = torch.nn.functional.normalize(embed(opened.encoder, images, device), dim=1)
-    near = features @ torch.nn.functional.normalize(embed(opened.encoder, query, device), dim=1)[0]
-    loss = float(
-        stability_losses(opened.encoder, queries, noise, options.seed, options.draws, device)[0]
+    features, asked = (
+        torch.nn.functional.normalize(embed(encoder, some, device), dim=1)
+        for some in (images, query)
     )
-    trained, which = None, dict(LISTS)
-    if options.training_aware:
-        which |= TRAINED
-        trained = by_training(options, images, queries, noise, device)
-    own = images.index.numpy() == int(query.index[0]) if query.attributes["trained_on"][0] else None
-    table = lists(images, scores.numpy(), near.double().numpy(), options.k, own, trained)
+    near = (features @ asked[0]).double().numpy()
+    draws = options.seed, options.draws
+    loss = float(stability_losses(encoder, queries, noise, *draws, device)[0])
+    trained = by_training(options, images, queries, device) if options.training_aware else None
+    own = images.index.numpy() == int(query.index[0]) if trained_on else None
+    table = lists(images, scores.numpy(), near, options.k, own, trained)
     with atomic(options.out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
-    from issl.audit import figures  # slow to import
-
-    figures.style(screen=False)
-    title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra of rank {options.rank}"
-    figures.write(figures.explained(query, images, table, which, loss, title), options.out)
-    print(_summary(table, which))
-    print(
-        f"{options.out}, {options.out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s",
-        flush=True,
-    )
+    title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra({options.rank})"
+    draw(options.out, title, query, images, table, loss)
+    print(_summary(table))
+    seconds = time.monotonic() - began
+    print(f"{options.out}, {options.out.with_suffix('.csv')}: {seconds:.0f} s", flush=True)
     return 0
 
 
 def by_training(
-    options: argparse.Namespace,
-    images: Images,
-    query: Images,
-    noise: GaussianNoise,
-    device: torch.device,
+    options: argparse.Namespace, images: Images, query: Images, device: torch.device
 ) -> np.ndarray:
     """Training-aware influence of each image on the query, on views of the size that the training
     ended on."""
     if not options.encoder.endswith(".safetensors"):
         raise IsslError(
-            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file that "
-            "`issl pretrain` or a notebook wrote"
+            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file "
+            "that `issl pretrain` or a notebook wrote"
         )
     learner = load_learner(options.encoder)
     height, width = images.pixels.shape[2:]
@@ -183,7 +142,6 @@ def by_training(
         learner,
         images,
         query,
-        perturbation=noise,
         seed=options.seed,
         draws=options.draws,
         batch_size=min(MATES, len(images)),
@@ -192,8 +150,7 @@ def by_training(
     )[0].numpy()
 
 
-# --- which training images, which query
-# --------------------------------------------------------------------
+# --- which training images, which query ---
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
@@ -202,27 +159,20 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
     Our own checkpoints say what they were trained on: another set, or another number of images, is
     an error. Nothing is known about other encoders, and the output says so.
     """
-    size = (
-        opened.size if options.size is None and datasets.is_resized(options.data) else options.size
-    )
+    size = options.size
+    if size is None and datasets.is_resized(options.data):
+        size = opened.size
     header = _header(options.encoder)
     if header is None:
         return _load(options, options.n, size), " (the file does not say what it was trained on)"
-    config = header.get("config")
-    name, count = (
-        (config["data"]["name"], config["data"]["n"]) if config else (header["data"], header["n"])
-    )
+    config = header.get("config")  # of a notebook's stage
+    known = config["data"] if config else {"name": header["data"], "n": header["n"]}
+    name, count = known["name"], known["n"]
     if options.any_data:
         return _load(options, options.n, size), f" (it was trained on {name})"
-    # a folder is recorded by its last name
-    given = (
-        "folder:" + Path(options.data[7:]).name
-        if options.data.startswith("folder:")
-        else options.data
-    )
     encoder = f"encoder {options.encoder} was trained on"
     remedy = "or add --any-data to ask about images that it has not seen"
-    if name not in (given, options.data):
+    if name not in (datasets.without_place(options.data), options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
     if options.n is not None and options.n != count:
         raise IsslError(
@@ -230,18 +180,22 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
         )
     if not config:
         return _load(options, count, size), " it was trained on"
-    data = Data(
-        **{k: v for k, v in config["data"].items() if k in Data.model_fields},
-        root=options.data_root,
-    )
-    if data.identity != config["data"].get("identity"):
+    if altered := [key for key in ALTERED if known.get(key) is not None]:
         raise IsslError(
-            f"{encoder} other images of {name} than those here (their content differs): point --data-root to the right "
-            f"ones, {remedy}"
+            f"{encoder} images of {name} that a notebook altered ({', '.join(altered)}): add "
+            "--any-data to ask about the set as it is"
         )
-    some = config["without"] or config["left_out"]
-    datasets.say(data.which)
-    return data.load(), " (it was trained on a part of them)" if some else " it was trained on"
+    which = datasets.identity(options.data, known["split"], options.data_root)
+    if which.digest != known.get("identity"):
+        raise IsslError(
+            f"{encoder} other images of {name} than those here (their content differs): point "
+            f"--data-root to the right ones, {remedy}"
+        )
+    images = datasets.load(
+        options.data, known["split"], count, options.data_root, known["seed"], known["size"]
+    )
+    some = config.get("without") or config.get("left_out")
+    return images, " (it was trained on a part of them)" if some else " it was trained on"
 
 
 def _load(options: argparse.Namespace, n: int | None, size: int | None) -> Images:
@@ -260,9 +214,8 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
     """The one image that is asked about; attributes: index, what (for titles), trained_on (is it
     one of `images`?)."""
     side = int(images.pixels.shape[2])
-    member = re.fullmatch(
-        r"train:(.+)|test:(\d+)", options.image, re.DOTALL
-    )  # a name may hold a newline
+    # a name may hold a newline
+    member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)
     if member and member[1]:
         place = _place(options.image, member[1], images)
         paths, named = images.attributes.get("path"), f"training image {member[1]}"
@@ -274,14 +227,16 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
         test = datasets.load(options.data, "test", None, options.data_root, size=same)
         if int(member[2]) >= len(test):
             raise IsslError(
-                f"{options.image}: the test set of {options.data} has {len(test)} images, numbered from 0"
+                f"{options.image}: the test set of {options.data} has {len(test)} images, numbered "
+                "from 0"
             )
         return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
     path = Path(options.image)
     if not path.is_file():
         part = "train" if options.data.startswith("folder:") else "test"  # a folder has no test set
         raise IsslError(
-            f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of {options.data}"
+            f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of "
+            f"{options.data}"
         )
     with path.open("rb") as opened:
         data = read_all(opened, str(path))
@@ -291,13 +246,14 @@ def read_query(options: argparse.Namespace, images: Images) -> Images:
             file.verify()
     except Exception as error:
         raise IsslError(
-            f"{path} is not an image that can be read ({in_words(error)}); give a PNG, JPEG or the like"
+            f"{path} is not an image that can be read ({in_words(error)}); give a PNG, JPEG or the "
+            "like"
         ) from error
     # a folder's own images are resized as they are read; a set of a fixed size takes no other
     if size != (side, side) and not options.fit and not options.data.startswith("folder:"):
         raise IsslError(
-            f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: add --fit to take "
-            "its centred square and resize it, or bring it to that size yourself"
+            f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: "
+            "add --fit to take its centred square and resize it, or bring it to that size yourself"
         )
     return _one(torch.from_numpy(decode(data, side, str(path)).copy()), 0, path.name, False)
 
@@ -306,11 +262,7 @@ def _place(option: str, which: str, images: Images) -> int:
     """Where an image is among the training images: by its index or, of files, by its path or its
     place."""
     known = images.attributes
-    matches = (
-        np.flatnonzero(known["path"].to_numpy() == which)
-        if "path" in known
-        else np.empty(0, np.int64)
-    )
+    matches = np.flatnonzero(known["path"] == which) if "path" in known else np.empty(0, np.int64)
     if not len(matches) and which.isdigit():
         matches = np.flatnonzero(known["index"] == int(which))
         if not len(matches) and "path" in known and int(which) < len(images):
@@ -327,8 +279,7 @@ def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Image
     return Images(pixels[None], None, about, "query")
 
 
-# --- the answer
-# --------------------------------------------------------------------------------------------
+# --- the answer ---
 
 
 def lists(
@@ -339,13 +290,21 @@ def lists(
     leave_out: np.ndarray | None = None,
     trained: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
-    query, cosine similarity to it, the ranks by both among all training images (1 is the highest),
-    and what is known about the image.
+    """The training images of each list.
 
-    leave_out   a mask: the query itself, if it is one of them; it comes last, in a list of its own
-                (`itself`)
-    trained     training-aware influence, which adds a list (`trained`), and two columns
+    Args:
+        images: The n training images.
+        influence: Of each on the query, (n,).
+        similarity: Cosine similarity of each to the query, (n,).
+        k: Images in a list.
+        leave_out: A mask, (n,): the query itself, if it is one of them. It comes last, in a list of
+            its own (`itself`).
+        trained: Training-aware influence, (n,), which adds a list (`trained`) and two columns.
+
+    Returns:
+        One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
+        query, similarity to it, the ranks by both among all training images (1 is the highest), and
+        what is known about the image.
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
     k = min(k, int((~own).sum()))
@@ -374,22 +333,51 @@ def lists(
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
 
 
+def draw(
+    path: Path, title: str, query: Images, images: Images, table: pd.DataFrame, loss: float
+) -> None:
+    """The query above lists of training images, each with its influence (in parts of the greatest)
+    and similarity; `table` from `lists`, `loss` the query's stability loss."""
+    others = table[table["list"] != "itself"]
+    greatest = float(others["influence"].abs().max()) or 1.0
+    what = f"{query.attributes['what'][0]}, stability loss {loss:.3f}"
+    rows = [pictures.Row(what, [(query.pixels[0].numpy(), "")])]
+    for name, members in others.groupby("list", sort=False):
+        shown = []
+        for member in members.to_dict("records"):
+            label = member.get("label_name", member.get("path", member["index"]))
+            text = (
+                f"{pictures.short(label)}\n{member['influence'] / greatest:+.2f} "
+                f"(#{member['influence_rank']})\ncos {member['similarity']:.2f} "
+                f"(#{member['similarity_rank']})"
+            )
+            shown.append((images.pixels[member["position"]].numpy(), text))
+        rows.append(pictures.Row(LISTS[str(name)], shown))
+    legend = (
+        "±: influence / the greatest (negative: a step that makes that image more stable makes "
+        "this one less so)\ncos: similarity of features; #: rank of all"
+    )
+    pictures.write(path, f"{title}\n{legend}", rows)
+
+
 def in_common(table: pd.DataFrame) -> str:
     """How many images the lists of influence and of nearness share."""
     taught, nearest = (
         set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest")
     )
-    return f"{len(taught & nearest)} of the {len(taught)} most influential are among the {len(nearest)} nearest"
+    return (
+        f"{len(taught & nearest)} of the {len(taught)} most influential are among the "
+        f"{len(nearest)} nearest"
+    )
 
 
-def _summary(table: pd.DataFrame, which: dict[str, str]) -> str:
+def _summary(table: pd.DataFrame) -> str:
     lines = []
-    for name, text in which.items():
-        part = table[table["list"] == name]
+    for name, part in table[table["list"] != "itself"].groupby("list", sort=False):
         each = part["index"].astype(str)
         if "path" in part:  # of files, the index is the hash of this
             each = part["path"].astype(str)
         elif "label_name" in part:
             each = each + " (" + part["label_name"].astype(str) + ")"
-        lines.append(f"{text}: {', '.join(each)}")
+        lines.append(f"{LISTS[str(name)]}: {', '.join(each)}")
     return "\n".join([*lines, in_common(table)])

@@ -30,36 +30,27 @@ from torch.utils import checkpoint
 from issl.devices import without_onednn
 from issl.influence.layers import Layer, weight_shape
 
-CONVOLUTION = (
+CONVOLUTION = [
     "stride",
     "padding",
     "dilation",
     "groups",
-)  # F.conv2d's arguments after input, weight and bias
+]  # F.conv2d's, after input, weight and bias
 # what a weight is asked for without being used
-ASKED = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "is_cuda",
-        "requires_grad",
-        "layout",
-        "is_leaf",
-        "is_quantized",
-    )
-} | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.is_floating_point,
-    Tensor.element_size,
-}
-
-
+_ATTRIBUTES = [
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "is_cuda",
+    "requires_grad",
+    "layout",
+    "is_leaf",
+    "is_quantized",
+]
+_METHODS = ["size", "dim", "numel", "stride", "is_floating_point", "element_size"]
+ASKED = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
+ASKED |= {getattr(Tensor, name) for name in _METHODS}
 # what torch's composed functions ask before they do their own work
 INSIDE: dict[str, Any] = {
     f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
@@ -92,9 +83,8 @@ class Following(TorchFunctionMode):
     def __init__(self, products: Mapping[int, OnProduct]):
         super().__init__()
         self.products, self.used = dict(products), dict.fromkeys(products, "")
-        self.made: list[
-            tuple[Tensor, int]
-        ] = []  # of scored weights: kept, so that their ids stay theirs
+        # what was made of scored weights: kept, so that their ids stay theirs
+        self.made: list[tuple[Tensor, int]] = []
 
     def __torch_function__(
         self,
@@ -110,16 +100,12 @@ class Following(TorchFunctionMode):
         if isinstance(func, types.FunctionType) and func.__module__ == F.__name__:
             with self, mock.patch.multiple(F, **INSIDE):  # to its own products
                 return func(*args, **kwargs)
-        named = dict(zip(("input", "weight", "bias", *CONVOLUTION), args, strict=False)) | dict(
-            kwargs
-        )
+        names = ("input", "weight", "bias", *CONVOLUTION)
+        named = dict(zip(names, args, strict=False)) | dict(kwargs)
         if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
             x, rest = named.pop("input"), named
-            how = (
-                None
-                if func is F.linear
-                else Convolution(**{k: v for k, v in rest.items() if k in CONVOLUTION})
-            )
+            settings = {k: v for k, v in rest.items() if k in CONVOLUTION}
+            how = None if func is F.linear else Convolution(**settings)
             return self.products[found[0]](x, how, lambda given: func(given, **rest))
         made = func(*args, **kwargs)
         origin = next((key for tensor, key in self.made if id(tensor) == found[0]), found[0])
@@ -249,14 +235,11 @@ class _Trial:
                 if how is None:
                     rows, d = (v.reshape(-1, v.shape[-1]) for v in (rows, d))
                 self.rows[call] = reached = d.flatten(1).any(1)
-                a, d = (
-                    read_inputs(self.layer.weight, how, rows[reached], None),
-                    read_outputs(how, d[reached]),
-                )
-                both = (
-                    v.permute(1, 2, 0, 3).flatten(2) for v in (d, a)
-                )  # (g, o or k, all positions)
-                self.total += torch.matmul(next(both), next(both).mT).flatten(0, 1)
+                a = read_inputs(self.layer.weight, how, rows[reached], None)
+                d = read_outputs(how, d[reached])
+                # (g, o or k, all positions)
+                left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))
+                self.total += (left @ right.mT).flatten(0, 1)
                 self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
 
         output.register_hook(on_gradient)
@@ -268,9 +251,8 @@ class _Trial:
         orders = []
         for call, (_, _, shape) in enumerate(self.calls):
             count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            reached = (
-                self.rows.get(call, torch.zeros(count, dtype=torch.bool)).nonzero().flatten().cpu()
-            )
+            rows = self.rows.get(call, torch.zeros(count, dtype=torch.bool))
+            reached = rows.nonzero().flatten().cpu()
             if count % n:
                 self.problem = f"sees {count} rows for {n} images"
                 break
@@ -289,13 +271,18 @@ class _Trial:
 def examine(
     model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], Tensor]
 ) -> tuple[dict[str, Uses], dict[str, str]]:
-    """How each layer is used, and why its weight cannot be scored where it cannot, by one pass over
-    a few images.
+    """How each layer is used, and why its weight cannot be scored where it cannot.
 
     One image's features are followed back. In each layer only its rows may be reached, and the sum
     of their products must be the gradient that autograd finds.
 
-    run   gives the features (n, d) of n ≥ 3 images
+    Args:
+        model: The encoder.
+        layers: Its layers that are to be scored.
+        run: Gives the features (n, d) of n ≥ 3 images.
+
+    Returns:
+        The uses of each layer, and the problem of each that cannot be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
@@ -307,9 +294,8 @@ def examine(
         with torch.enable_grad(), followed(products) as following:
             features = run()
         n, image = len(features), 1
-        direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0)).to(
-            features
-        )
+        fixed = torch.Generator().manual_seed(0)
+        direction = torch.randn(features.shape[1], generator=fixed).to(features)
         wanted = (features[image] * direction).sum()
         found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:

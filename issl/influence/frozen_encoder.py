@@ -31,8 +31,8 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
         first = next(encoder.parameters())
         if first.device.type != device.type:
             raise IsslError(
-                f"device={str(device)!r}: this encoder has a replaced forward or hooks, so it is scored where it is, "
-                f"on {first.device}; move it there first"
+                f"device={str(device)!r}: this encoder has a replaced forward or hooks, so it is "
+                f"scored where it is, on {first.device}; move it there first"
             )
         return encoder
     # torch does not copy what was computed with a gradient: the older weight_norm, features that a
@@ -58,12 +58,8 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
                 del m._forward_pre_hooks[key]
     model = model.to(device).to(memory_format=layout).requires_grad_(False)
     for m in model.modules():
-        if (
-            type(m) is nn.BatchNorm2d
-            and not m.training
-            and m.running_mean is not None
-            and m.running_var is not None
-        ):
+        # `check_encoder` asked for running statistics, and for eval mode
+        if type(m) is nn.BatchNorm2d and m.running_mean is not None and m.running_var is not None:
             scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
             shift = -m.running_mean * scale + (0 if m.bias is None else m.bias)
             m.forward = partial(_affine, m, scale[:, None, None], shift[:, None, None])  # type: ignore[method-assign]

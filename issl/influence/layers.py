@@ -28,67 +28,73 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 def find_layers(
     encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The Linear and Conv2d layers by name, except those that `skip` names, themselves or a module
-    that holds them; and by name the other weights, with what they are.
+    """The layers that are scored, and the weights that cannot be.
 
     The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the
     result. The input projections of nn.MultiheadAttention are Linear layers, too.
 
-    untrained   BatchNorm that was never trained is no error
-    Raises IsslError where the encoder cannot be scored: not a module, train mode, weights that are
-    not there (device meta) or not finite, normalisation by batch statistics or never trained.
+    Args:
+        encoder: In eval mode.
+        skip: Names of layers, parameters, or modules that hold them, to leave out.
+        untrained: BatchNorm that was never trained is no error.
+
+    Returns:
+        The Linear and Conv2d layers by name, and by name the other weights, with what they are.
+
+    Raises:
+        IsslError: For an encoder that cannot be scored: not a module, train mode, weights that are
+            not there (device meta) or not finite, normalisation by batch statistics or never
+            trained.
     """
     check_encoder(encoder, untrained)
     if isinstance(skip, str) or not isinstance(skip, Sequence):
         example = [skip] if isinstance(skip, str) else ["head"]
         raise IsslError(f"skip={skip!r}: give a list of names, such as {example}")
+    modules = {
+        name: m for name, m in encoder.named_modules() if "parametrizations" not in name.split(".")
+    }
+    known = {f"{name}.{own}".lstrip(".") for name, m in modules.items() for own, _ in _weights(m)}
+    if unknown := [s for s in skip if s not in modules and s not in known]:
+        raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
 
     def skipped(name: str) -> bool:
         return any(name == s or name.startswith(s + ".") for s in skip)
 
-    every = dict(_modules(encoder))
-    known = {
-        *every,
-        *(f"{name}.{own}".lstrip(".") for name, m in every.items() for own, _ in _weights(m)),
-    }
-    if unknown := [s for s in skip if s not in known]:
-        raise IsslError(f"skip={unknown}: the encoder has no module or parameter of that name")
     layers: dict[str, Layer] = {}
     others: dict[str, str] = {}
-    for name, m in every.items():
-        if isinstance(m, Layer):
-            if not skipped(name):
-                layers[name] = m
-        elif not isinstance(m, NORMS):
-            for own_name, p in _weights(m):
-                full = f"{name}.{own_name}" if name else own_name
-                if p.ndim < 2 or skipped(full):
-                    continue
-                if isinstance(m, nn.MultiheadAttention) and own_name.endswith("proj_weight"):
-                    layers[full] = _as_linear(p)
-                else:
-                    others[full] = f"is a weight of {type(m).__name__}"
+    for name, m in modules.items():
+        if isinstance(m, Layer) and not skipped(name):
+            layers[name] = m
+        if isinstance(m, (nn.Linear, nn.Conv2d, *NORMS)):
+            continue
+        for own, p in _weights(m):
+            full = f"{name}.{own}".lstrip(".")
+            if p.ndim < 2 or skipped(full):
+                continue
+            if isinstance(m, nn.MultiheadAttention) and own.endswith("proj_weight"):
+                layers[full] = _as_linear(p)
+            else:
+                others[full] = f"is a weight of {type(m).__name__}"
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        own = id(layer.weight if not parametrize.is_parametrized(layer, "weight") else layer)
-        if own in owners:
-            raise IsslError(
-                f"encoder: {owners[own]} and {name} share one weight; call one module twice instead, or skip both: "
-                f"skip={[owners[own], name]}"
-            )
-        owners[own] = name
-    if not layers and not others:
-        raise IsslError(
-            "encoder has no Linear or Conv2d layer to score"
-            + (f" left after skip={list(skip)}" if skip else "")
+        first = owners.setdefault(
+            id(layer if parametrize.is_parametrized(layer, "weight") else layer.weight), name
         )
+        if first != name:
+            raise IsslError(
+                f"encoder: {first} and {name} share one weight; call one module twice instead, or "
+                f"skip both: skip={[first, name]}"
+            )
+    if not layers and not others:
+        left = f" left after skip={list(skip)}" if skip else ""
+        raise IsslError(f"encoder has no Linear or Conv2d layer to score{left}")
     return layers, others
 
 
 def scored_layers(
     encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
 ) -> dict[str, Layer]:
-    """The layers of `find_layers`. Raises IsslError where there are other weights."""
+    """The layers of `find_layers`. Raises IsslError where there are other weights, too."""
     layers, others = find_layers(encoder, skip, untrained)
     if others:
         raise unscored(others, layers)
@@ -107,40 +113,36 @@ def _as_linear(weight: Tensor) -> nn.Linear:
 def unscored(problems: Mapping[str, str], layers: Mapping[str, Layer]) -> IsslError:
     """The error that names all weights that cannot be scored, by what is known of each, and how to
     leave them out."""
-    names, more = list(problems), ""
-    if not set(layers) - set(names):
-        more = "; nothing would be left to score"
+    names = list(problems)
+    more = "" if set(layers) - set(names) else "; nothing would be left to score"
     return IsslError(
         f"encoder: {len(names)} of {len({*layers, *names})} weights cannot be scored: "
-        f"{_some([f'{name} ({why})' for name, why in problems.items()])}; leave them out of the score with "
-        f"skip={names} (--skip {','.join(names)}){more}"
+        f"{_some([f'{name} ({why})' for name, why in problems.items()])}; leave them out of the "
+        f"score with skip={names} (--skip {','.join(names)}){more}"
     )
 
 
-def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:
+def check_encoder(encoder: object, untrained: bool = False) -> None:
     """IsslError for an encoder that cannot be scored, whatever is left out of the score."""
     if not isinstance(encoder, nn.Module):
+        what = "None" if encoder is None else f"a {type(encoder).__name__}"
         raise IsslError(
-            f"encoder is {'None' if encoder is None else f'a {type(encoder).__name__}'}; give a torch.nn.Module, such "
-            "as issl.load_encoder(FILE)"
+            f"encoder is {what}; give a torch.nn.Module, such as issl.load_encoder(FILE)"
         )
     for name, m in encoder.named_modules():
         if isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith(COMPILED):
             raise IsslError(
-                f"encoder: {name or 'it'} is a {type(m).__name__}, whose weights cannot be followed; give the module "
-                "as it was before torch.jit or quantisation"
+                f"encoder: {name or 'it'} is a {type(m).__name__}, whose weights cannot be "
+                "followed; give the module as it was before torch.jit or quantisation"
             )
     training = [name or "(the encoder itself)" for name, m in encoder.named_modules() if m.training]
     if training:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
-        if value.is_meta:
+        if value.is_meta or nn.parameter.is_lazy(value):
+            why = "device meta" if value.is_meta else "a lazy layer"
             raise IsslError(
-                f"encoder: {name} has no values (device meta); load its weights, then score it"
-            )
-        if nn.parameter.is_lazy(value):
-            raise IsslError(
-                f"encoder: {name} has no values (a lazy layer); load its weights, then score it"
+                f"encoder: {name} has no values ({why}); load its weights, then score it"
             )
         if value.is_complex():
             raise IsslError(f"encoder: {name} is {value.dtype}; only real weights can be scored")
@@ -152,23 +154,14 @@ def check_encoder(encoder: nn.Module, untrained: bool = False) -> None:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if m.running_mean is None or m.running_var is None:
                 raise IsslError(
-                    f"encoder: {name} normalises by the batch (track_running_stats=False), so examples see each "
-                    "other; use running statistics"
+                    f"encoder: {name} normalises by the batch (track_running_stats=False), so "
+                    "images see each other; use running statistics"
                 )
             if not untrained and not m.running_mean.any() and bool((m.running_var == 1).all()):
                 raise IsslError(
-                    f"encoder: {name} was never trained (running mean 0, variance 1); load trained weights or, for an "
-                    "encoder as initialised, say untrained=True (--untrained)"
+                    f"encoder: {name} was never trained (running mean 0, variance 1); load trained "
+                    "weights or, for an encoder as initialised, say untrained=True (--untrained)"
                 )
-
-
-def _modules(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, but not those that compute a weight."""
-    return (
-        (name, m)
-        for name, m in encoder.named_modules()
-        if "parametrizations" not in name.split(".")
-    )
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

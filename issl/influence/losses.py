@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-Loss = Callable[
-    [Tensor, Tensor], Tensor
-]  # features (b, d) of the images and of their views to losses (b,)
+# features (b, d) of the images and of their views to losses (b,)
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,18 @@
 gradient.
 
 For one call of a layer with weight W (as a matrix c_out × d_in), let a_t be the input (patch) and
-d_t the gradient of the loss with respect to the output at position t. Then the example's weight
-gradient is Σ_t d_t a_tᵀ (both views are positions of the same example), and what is kept of it, its
+d_t the gradient of the loss with respect to the output at position t. Then the image's weight
+gradient is Σ_t d_t a_tᵀ (both views are positions of the same image), and what is kept of it, its
 *sketch*, is
 
-    G = Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}           (Projected; P = None stands for the
-    identity) ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper
-            (Norm)
+    Projected   Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}   (P = None stands for the identity)
+    Norm        ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper
 
 A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so
-patches are never formed. P_out is applied once per example, after the sum; so is P_in where it has
-so many rows that this is cheaper. The groups of a grouped convolution share P_in, and P_out sums
-over their rows.
-Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015, arXiv
-1510.01799.
+patches are never formed. P_out is applied once per image, after the sum; so is P_in where it has so
+many rows that this is cheaper. The groups of a grouped convolution share P_in, and P_out sums over
+their rows. Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow
+2015, arXiv 1510.01799.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
-from issl.influence.curvature import Moments, Norm, Projected, Sketch, kept_width, no_moments
 from issl.influence.following import (
     Convolution,
     Uses,
@@ -41,9 +38,10 @@ from issl.influence.following import (
 from issl.influence.frozen_encoder import without_weight_gradients
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
+from issl.influence.projections import Moments, Norm, Projected, Sketch, kept_width, no_moments
 
 # what it costs to form, write and read one number of a convolution's patches, in multiplications:
-# about 45 on a core of # a CPU with AVX-512, more on a GPU, whose memory is slower beside its
+# about 45 on a core of a CPU with AVX-512, more on a GPU, whose memory is slower beside its
 # arithmetic
 PATCHES = 40
 
@@ -67,8 +65,8 @@ class _Tap:
         views, rows = 2 * self.examples, len(x) if how is not None else x[..., 0].numel()
         if rows % views:
             raise IsslError(
-                f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must have as many. Leave "
-                f"the layer out with skip=['{self.name}']"
+                f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
+                f"have as many. Leave the layer out with skip=['{self.name}']"
             )
         regroup = partial(by_image, n=views, token_major=self.uses.order(self.calls))
         self.calls += 1
@@ -83,8 +81,8 @@ class _Tap:
             read_inputs(self.layer.weight, how, kept, p_in if projects_first else None)
         )
         if not output.requires_grad:
-            # no earlier layer needs a gradient, so the backward pass may end here; the clone is
-            # there for later # in-place operations, which must not change a leaf
+            # no earlier layer needs a gradient, so the backward pass may end here; the clone is for
+            # later in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
         left = None if projects_first else p_in
         version = kept._version
@@ -92,8 +90,8 @@ class _Tap:
         def on_gradient(gradient: Tensor) -> None:
             if kept._version != version:
                 raise IsslError(
-                    f"encoder: the input of layer {self.name} is changed in place for some images alone; leave the "
-                    f"layer out with skip=['{self.name}']"
+                    f"encoder: the input of layer {self.name} is changed in place for some images "
+                    f"alone; leave the layer out with skip=['{self.name}']"
                 )
             self.on_gradient(inputs, left, regroup(read_outputs(how, gradient)))
 
@@ -122,8 +120,8 @@ class _Tap:
     def check_called(self) -> None:
         if self.calls == 0:
             raise IsslError(
-                f"encoder: layer {self.name} was called for some images and not for others; leave it out with "
-                f"skip=['{self.name}']"
+                f"encoder: layer {self.name} was called for some images and not for others; leave "
+                f"it out with skip=['{self.name}']"
             )
 
     @torch.no_grad()
@@ -133,12 +131,9 @@ class _Tap:
         if isinstance(self.sketch, Norm):
             if self.pair is not None:
                 return _gram_norm(*self.pair, self.examples)[:, None]
-            size = (
-                like.new_zeros(self.examples)
-                if self.total is None
-                else self.total.square().sum((1, 2)).sqrt()
-            )
-            return size[:, None]
+            if self.total is None:
+                return like.new_zeros(self.examples, 1)
+            return self.total.square().sum((1, 2)).sqrt()[:, None]
         if self.total is None:  # called, but the loss does not depend on it
             return like.new_zeros(self.examples, kept_width(self.layer, self.sketch))
         return self.total.flatten(1)
@@ -191,11 +186,14 @@ def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, 
 
 @dataclass(frozen=True)
 class Followed:
-    """An encoder whose gradients are followed: from `issl.influence.frozen_encoder.frozen`.
+    """An encoder whose gradients are followed.
 
-    layout  of the pixels that it is given
-    uses    what `issl.influence.following.examine` found of each layer; of one that is missing, a
-            row is an image
+    Attributes:
+        model: From `issl.influence.frozen_encoder.frozen`.
+        layers: That are scored, by name.
+        layout: Of the pixels that it is given.
+        uses: What `issl.influence.following.examine` found of each layer; of one that is missing, a
+            row is an image.
     """
 
     model: nn.Module
@@ -218,11 +216,20 @@ def per_example(
     loss: Loss = stability_loss,
     bf16: bool = False,
 ) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, "b r"]]]:
-    """The losses of a batch and, per layer, the sketch of each example's gradient.
+    """The losses of a batch and, per layer, the sketch of each image's gradient.
 
-    index   names the images in errors
-    Raises IsslError for features that are not (b, d), are zero or not finite, and for layers it
-    cannot follow.
+    Args:
+        encoder: The encoder.
+        sketches: What is kept of the gradient in each layer.
+        x: Pixels in [0, 1].
+        perturbed: Their perturbed views.
+        index: Names the images in errors.
+        loss: Of the features of both, one per image.
+        bf16: Compute the features under autocast.
+
+    Raises:
+        IsslError: For features that are not (b, d), are zero or not finite, and for layers that
+            cannot be followed.
     """
     taps = {
         name: _Tap(name, layer, sketches[name], _uses(encoder, name), len(x))
@@ -239,8 +246,8 @@ def second_moments(
     index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
 ) -> dict[str, Moments]:
-    """Each layer's second moments over a batch, in double precision. Groups share the inputs'
-    moment."""
+    """Each layer's second moments over a batch, in double precision; arguments as in `per_example`.
+    Groups share the inputs' moment."""
     taps = {
         name: _MomentTap(name, layer, Projected(), _uses(encoder, name), len(x))
         for name, layer in encoder.layers.items()
@@ -272,11 +279,7 @@ def _backward(
         features = features.to(x.dtype)
         losses = loss(features[:b], features[b:])
         if not isinstance(losses, Tensor) or losses.shape != (b,):
-            shape = (
-                f"shape {tuple(losses.shape)}"
-                if isinstance(losses, Tensor)
-                else type(losses).__name__
-            )
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise IsslError(f"loss gives {shape} for {b} images; it must give one loss per image")
         if not losses.requires_grad:
             raise IsslError(
@@ -311,21 +314,16 @@ def check_features(features: object, rows: int, index: Int64[Tensor, " b"] | Non
         if index is None:
             return f"{int(bad.sum())} of {rows} views"
         which = index[bad.cpu().view(-1, len(index)).any(0)].unique().tolist()
-        return (
-            f"image index {which[0]}"
-            if len(which) == 1
-            else f"{len(which)} images, index {which[:5]}"
-        )
+        if len(which) == 1:
+            return f"image index {which[0]}"
+        return f"{len(which)} images, index {which[:5]}"
 
     if not bool(finite.all()):
-        raise NoFeatures(
-            f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and input"
+        raise IsslError(
+            f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and "
+            "input"
         )
-    raise NoFeatures(
-        f"encoder gives an all-zero feature vector for {named(~nonzero)}: its cosine is undefined; leave such images "
-        "out (--skip-broken does)"
+    raise IsslError(
+        f"encoder gives an all-zero feature vector for {named(~nonzero)}: its cosine is undefined; "
+        "leave such images out (--skip-broken does)"
     )
-
-
-class NoFeatures(IsslError):
-    """Some images have no features that a score could be about."""

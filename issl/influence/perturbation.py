@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -32,8 +32,12 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170,
-    §3)."""
+    """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170, §3).
+
+    Args:
+        mean: Of ε, in units of pixels in [0, 1].
+        std: Its standard deviation, ≥ 0.
+    """
 
     mean: float = 0.05
     std: float = 0.2
@@ -41,7 +45,8 @@ class GaussianNoise:
     def __post_init__(self) -> None:
         if not 0 <= number_or_nan(self.std) < math.inf:
             raise IsslError(
-                f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number ≥ 0"
+                f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number "
+                "≥ 0"
             )
         if not math.isfinite(number_or_nan(self.mean)):
             raise IsslError(f"GaussianNoise(mean={self.mean!r}): must be a finite number")
@@ -60,9 +65,11 @@ class GaussianNoise:
 class Augmentation:
     """x̂ = a random view of x, by one of the operations of pretraining or the whole chain of them.
 
-    strength in (0, 1]: 1 is SimCLR's own range (crop from 8% of the area, jitter 0.8/0.8/0.8/0.2,
-    blur up to σ = 2 px); smaller values shrink the range. Operations without a range (flip,
-    grayscale, solarize) are applied with this probability.
+    Args:
+        kind: crop, flip, jitter, grayscale, blur, solarize or chain.
+        strength: In (0, 1]. 1 is SimCLR's own range (crop from 8% of the area, jitter
+            0.8/0.8/0.8/0.2, blur up to σ = 2 px); smaller values shrink the range. Operations
+            without a range (flip, grayscale, solarize) are applied with this probability.
     """
 
     kind: str
@@ -81,15 +88,11 @@ class Augmentation:
         """The settings of the view, see `issl.data.views.View`."""
         s = self.strength
         crop = {"min_area": 1 - 0.92 * s}
-        colours = {
-            "brightness": 0.8 * s,
-            "contrast": 0.8 * s,
-            "saturation": 0.8 * s,
-            "hue": 0.2 * s,
-        }
+        shifts = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+        colours = dict(zip(["brightness", "contrast", "saturation", "hue"], shifts, strict=True))
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
         chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
-        settings: dict[str, dict[str, float | tuple[float, float]]] = {
+        settings: dict[str, dict[str, Any]] = {
             "crop": {**crop},
             "flip": {"flip": s},
             "jitter": {"jitter": 1.0, **colours},
@@ -98,7 +101,7 @@ class Augmentation:
             "solarize": {"solarize": s},
             "chain": {**crop, **colours, **sigma, **chances},
         }
-        return View.model_validate(settings[self.kind])
+        return View(**settings[self.kind])
 
     def keyed(self, seed: int) -> Perturb:
         """The view of image `index` depends only on (seed, index)."""
@@ -110,27 +113,23 @@ class Augmentation:
         return perturb
 
 
-def describe(perturbation: Perturbation | Perturb) -> str:
-    """A text that is the same in every process: a perturbation's settings, or a function's name."""
-    name = getattr(perturbation, "__qualname__", None)
-    return (
-        repr(perturbation) if name is None else f"{getattr(perturbation, '__module__', '')}.{name}"
-    )
-
-
-def as_perturb(perturbation: Perturbation | Perturb, seed: int) -> Perturb:
-    """What the influence pass calls: a keyed perturbation, or the user's plain (pixels, index) →
-    pixels."""
-    if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
-        return perturbation.keyed(seed)
-    if callable(perturbation) and not isinstance(perturbation, type):
-        return perturbation
-    raise IsslError(
-        f"perturbation {perturbation!r}: need an object with .keyed(seed), such as GaussianNoise(), or a "
-        "callable (pixels in [0, 1], index) -> pixels"
-    )
+def describe(value: object) -> str:
+    """A text that is the same in every process: an object's settings, or a function's name."""
+    name = getattr(value, "__qualname__", None)
+    return repr(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 
 
 def keyed_draws(perturbation: Perturbation | Perturb, seed: int, draws: int) -> list[Perturb]:
-    """The perturbation drawn several times; draw k of seed s is that of seed s + k·2³²."""
-    return [as_perturb(perturbation, seed + (k << 32)) for k in range(draws)]
+    """The perturbation drawn several times; draw k of seed s is that of seed s + k·2³².
+
+    Raises:
+        IsslError: For what is neither a keyed perturbation nor a function (pixels, index) → pixels.
+    """
+    if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
+        return [perturbation.keyed(seed + (k << 32)) for k in range(draws)]
+    if callable(perturbation) and not isinstance(perturbation, type):
+        return [perturbation] * draws
+    raise IsslError(
+        f"perturbation {perturbation!r}: need an object with .keyed(seed), such as "
+        "GaussianNoise(), or a callable (pixels in [0, 1], index) -> pixels"
+    )

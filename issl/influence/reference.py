@@ -1,15 +1,12 @@
 """The score as its formula is written: plain autograd, one image at a time, and dense inverses.
 Slow, for checking.
 
-    loss of image i                 ℓ_i = 1 − cos(f(x_i), f(x̂_i))
-    its gradient in layer l         G_i = ∂ℓ_i / ∂W_l,   g_i = vec G_i
-                                    `gradients`
-    LoGra keeps, instead of G_i     P_out G_i P_inᵀ
-                                    `project`
-    curvature and damping           H_l = mean_i g_i g_iᵀ,   λ_l = 0.1 · mean diagonal of H_l
-    self-influence of image i       Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i
-    `self_influence` cross-influence of i on j       Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i
-                  `cross_influence`
+    loss of image i             ℓ_i = 1 − cos(f(x_i), f(x̂_i))
+    its gradient in layer l     G_i = ∂ℓ_i / ∂W_l,   g_i = vec G_i                      `gradients`
+    LoGra keeps, instead        P_out G_i P_inᵀ                                         `project`
+    curvature and damping       H_l = mean_i g_i g_iᵀ,   λ_l = 0.1 · mean diagonal of H_l
+    self-influence of i         Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i                     `self_influence`
+    cross-influence of i on j   Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i                    `cross_influence`
 
 The score: arXiv 2412.17170, §3, whose sign we drop (it writes −gᵀH⁻¹g). LoGra: arXiv 2405.13954,
 §3.
@@ -29,9 +26,8 @@ from issl.influence.layers import Layer
 from issl.influence.losses import Loss
 from issl.influence.perturbation import Perturb
 
-Gradients = Mapping[
-    str, Float[Tensor, "_ _ _"]
-]  # (n, c_out, d_in), one matrix per image, by the name of the layer
+# by the name of the layer, one matrix per image, (n, c_out, d_in)
+Gradients = Mapping[str, Float[Tensor, "_ _ _"]]
 
 
 def cosine_loss(

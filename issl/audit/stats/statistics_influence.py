@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from issl.data.images import Images
-from issl.influence.query_measures import Measure
 from issl.pretraining.learner import Learner
-from issl.training_influence import batches, measuring_copy, query_gradients, two_views
+from issl.training_aware import Measure, batches, measuring_copy, query_gradients, two_views
 
 
 class ByStatistics(nn.Module):
@@ -109,7 +108,7 @@ def statistics_influence(
 ) -> Float[Tensor, "q n"]:
     """I(i → q) as above, in double precision.
 
-    measures    of the queries, see `issl.influence.query_measures`
+    measures    of the queries, see `issl.training_influence`
     batch_size, seed, size   of the views, as in `issl.training_influence`
     """
     held = by_statistics(learner.encoder.backbone)
