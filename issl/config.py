@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from issl.errors import IsslError
 
+# dataclasses that stand in keys without their name, because they were configs when keys were made
+UNTYPED = ("Head", "Recipe", "ScenesConfig", "View")
 C = TypeVar(
     "C", bound="Config"
 )  # not typing.Self, which a checker of shapes at run time cannot resolve
@@ -85,7 +87,8 @@ def as_plain(value: Any) -> Any:
         return value.plain()
     if is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **differing(fields)}
+        kind = {} if type(value).__name__ in UNTYPED else {"type": type(value).__name__}
+        return {**kind, **differing(fields)}
     if isinstance(value, list | tuple):
         return [as_plain(v) for v in value]
     if isinstance(value, dict):

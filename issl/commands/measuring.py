@@ -48,7 +48,7 @@ def add_common_arguments(command: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SET",
-        help="folder:, tar:, parquet: or arrow:PATH, cifar10, cifar100, fairface or scenes",
+        help="folder:PATH, hf:PATH_OR_NAME, cifar10, cifar100, fairface or scenes",
     )
     add(
         "--skip-broken",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Int
@@ -80,25 +80,30 @@ class Augmentation:
     def view(self) -> View:
         """The settings of the view, see `issl.data.views.View`."""
         s = self.strength
-        crop = {"min_area": 1 - 0.92 * s}
-        colours = {
-            "brightness": 0.8 * s,
-            "contrast": 0.8 * s,
-            "saturation": 0.8 * s,
-            "hue": 0.2 * s,
+        crop = View(min_area=1 - 0.92 * s)
+        colours = View(
+            jitter=1.0, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s
+        )
+        blur = View(blur=1.0, blur_sigma=(0.1, 0.1 + 1.9 * s))
+        chain = replace(
+            colours,
+            min_area=crop.min_area,
+            flip=0.5 * s,
+            jitter=0.8,
+            grayscale=0.2 * s,
+            blur=0.5 * s,
+            blur_sigma=blur.blur_sigma,
+        )
+        views = {
+            "crop": crop,
+            "flip": View(flip=s),
+            "jitter": colours,
+            "grayscale": View(grayscale=s),
+            "blur": blur,
+            "solarize": View(solarize=s),
+            "chain": chain,
         }
-        sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
-        chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
-        settings: dict[str, dict[str, float | tuple[float, float]]] = {
-            "crop": {**crop},
-            "flip": {"flip": s},
-            "jitter": {"jitter": 1.0, **colours},
-            "grayscale": {"grayscale": s},
-            "blur": {"blur": 1.0, **sigma},
-            "solarize": {"solarize": s},
-            "chain": {**crop, **colours, **sigma, **chances},
-        }
-        return View.model_validate(settings[self.kind])
+        return views[self.kind]
 
     def keyed(self, seed: int) -> Perturb:
         """The view of image `index` depends only on (seed, index)."""

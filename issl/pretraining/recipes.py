@@ -13,6 +13,7 @@ at 0.5).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 from pydantic import Field
@@ -80,8 +81,8 @@ STRONG = View(
     hue=0.2,
     grayscale=0.2,
 )
-MILD = STRONG.model_copy(update={"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1})
-SOLARIZED = MILD.model_copy(update={"solarize": 0.2})
+MILD = replace(STRONG, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+SOLARIZED = replace(MILD, solarize=0.2)
 # the strength of SimCLR's CIFAR experiments (Chen et al. 2020, B.9); at least a fifth of the area,
 # because a short run # of a narrow encoder learns little from the smallest crops
 SHORT = View(

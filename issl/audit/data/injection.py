@@ -138,7 +138,7 @@ def _strange(
         return tiles.unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     # one seed per image: the same scene in any set and at any position
     drawn = scenes.draw(
-        1, seed=int(generator.integers(2**31)), config=scenes.ScenesConfig(atypical=0)
+        1, seed=int(generator.integers(2**31)), config=scenes.ScenesConfig(atypical=0.0)
     )
     side = x.shape[1:]
     grown = torch.nn.functional.interpolate(
