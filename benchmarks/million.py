@@ -76,7 +76,7 @@ def main() -> None:
         "issl",
         "influence",
         "--data",
-        f"parquet:{photos}",
+        f"hf:{photos}",
         "--encoder",
         str(encoder),
     ]

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from issl.errors import IsslError
 
-# dataclasses that no field takes as one of several: a key does not say their names
-UNNAMED = {"Recipe", "View", "ScenesConfig"}
+# dataclasses that stand in keys without their name, because they were configs when keys were made
+UNTYPED = ("Head", "Recipe", "ScenesConfig", "View")
 C = TypeVar(
     "C", bound="Config"
 )  # not typing.Self, which a checker of shapes at run time cannot resolve
@@ -87,8 +87,8 @@ def as_plain(value: Any) -> Any:
         return value.plain()
     if is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
-        named = type(value).__name__
-        return ({} if named in UNNAMED else {"type": named}) | differing(fields)
+        kind = {} if type(value).__name__ in UNTYPED else {"type": type(value).__name__}
+        return {**kind, **differing(fields)}
     if isinstance(value, list | tuple):
         return [as_plain(v) for v in value]
     if isinstance(value, dict):

@@ -87,7 +87,7 @@ def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> 
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    return f"tar:{path}"
+    return f"hf:{path}"
 
 
 def tar_declaring(parent: Path, name: str, size: int) -> str:
@@ -95,7 +95,7 @@ def tar_declaring(parent: Path, name: str, size: int) -> str:
     info = tarfile.TarInfo(name)
     info.size = size
     (parent / "set.tar").write_bytes(info.tobuf() + GOOD.ljust(1024, b"\0"))
-    return f"tar:{parent / 'set.tar'}"
+    return f"hf:{parent / 'set.tar'}"
 
 
 def sparse_image(parent: Path, size: int) -> str:
@@ -110,13 +110,13 @@ def sparse_image(parent: Path, size: int) -> str:
 def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
-    return f"parquet:{parent / 'set.parquet'}"
+    return f"hf:{parent / 'set.parquet'}"
 
 
 def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) -> str:
     for name, columns in (("a", first), ("b", second)):
         pq.write_table(pa.table(columns), parent / f"{name}.parquet")
-    return f"parquet:{parent}"
+    return f"hf:{parent}"
 
 
 # --- checkpoints

@@ -16,8 +16,8 @@ from issl.audit.stats.image_statistics import image_statistics
 from issl.data.images import Images
 from issl.files import PACKAGE
 
-LABELS = PACKAGE / "data" / "labels" / "cifar10_backgrounds.csv"
-PAIRS = PACKAGE / "data" / "labels" / "cifar10_duplicates.csv"
+LABELS = PACKAGE / "audit" / "data" / "labels" / "cifar10_backgrounds.csv"
+PAIRS = PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
 
 
 def test_the_sample_is_the_one_that_was_drawn() -> None:

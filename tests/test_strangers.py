@@ -104,13 +104,10 @@ def test_a_number_that_is_said_to_be_many_is_refused(tmp_path: Path) -> None:
 
 def test_names_that_lead_out_of_an_archive_are_only_names(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    name = tar(
-        tmp_path / "inside",
-        [("../../out.png", GOOD), ("/tmp/absolute.png", GOOD), ("../out.cls", b"3")],
-    )
+    name = tar(tmp_path / "inside", [("../../out.png", GOOD), ("/tmp/absolute.png", GOOD)])
     before = sorted(tmp_path.rglob("*"))
     images = issl.load(name, size=16)
-    assert len(images.tensor()) == 2 and images.attributes["path"][0] == "set.tar/../../out.png"
+    assert len(images.tensor()) == 2 and images.attributes["__key__"][0] == "../../out"
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -280,11 +277,7 @@ def test_no_place_of_the_machine_is_in_the_report_or_a_record(site: Path) -> Non
     page = (site / "report/00_method.html").read_text()
     assert "~/photos and REPOSITORY/issl/x.py" in page and "PYTHON/lib/x.py" in page
     written = json.loads((site / "claim_method_exact.json").read_text())
-    assert (
-        written["dataset"]
-        == written["provenance"]["parameters"]["dataset"]
-        == "parquet:set.parquet"
-    )
+    assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == "hf:set.parquet"
 
 
 def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(

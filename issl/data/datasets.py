@@ -1,22 +1,18 @@
 """All data sets by name: `load` them, `count` their images, `identity` says which ones they are.
 
-Each kind of set has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace),
-`image_folder`, `archives`, `judged_pairs`. Nothing is downloaded unless asked for (`issl download
-NAME`).
+Each kind has a module of its own: `scenes` (drawn), `published` (CIFAR, FairFace), `judged_pairs`,
+`folder`, `huggingface`. Nothing is downloaded unless asked for (`issl download NAME`, `hf:NAME`).
 """
 
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from pathlib import Path
 
-from issl.data import archives, image_folder, judged_pairs, published, scenes
-from issl.data.identity import DIGITS, SetIdentity, digest
+from issl.data import folder, huggingface, judged_pairs, published, scenes
+from issl.data.identity import SetIdentity
 from issl.data.images import Images, sample_positions
-from issl.data.selection import Selection
 from issl.errors import IsslError, is_whole
-from issl.files import file_digest
 
 LARGEST_SEED = 1 << 32
 DRAWN = ("scenes", "scenes-swapped")
@@ -33,57 +29,49 @@ def load(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Images:
-    """Load a data set: `scenes`, `cifar10`, `cifar100`, `fairface`, `cifair10`, `folder:PATH`,
-    `tar:PATH`, `parquet:PATH` or `arrow:PATH`.
+    """Load a data set.
 
-    The last four are read where they are and decoded when they are needed, so they may be larger
-    than memory (`issl.data.archives`); the others are held in memory.
+    Args:
+        name: `scenes`, `scenes-swapped` (`issl.data.scenes.swapped`), `cifar10`, `cifar100`,
+            `fairface`, `cifair10` (`issl.data.judged_pairs`), `folder:PATH` or `hf:PATH_OR_NAME`
+            (`issl.data.huggingface`). The last two are decoded when they are needed, so they may be
+            larger than memory; the others are held in memory.
+        split: `train` or `test`, or what a `hf:` set has.
+        n: How many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in
+            the original order, each image keeping its original `index`; `scenes` draws the first n.
+        root: The folder of the published sets; default $ISSL_DATA.
+        seed: Of the subset; for `scenes`, of the drawing.
+        size: Side in px of the square images, only for `folder:`, `hf:` (default 32) and `fairface`
+            (default 64).
+        skip_broken: Leave images out that cannot be decoded (`.broken` of the result names them);
+            only for `folder:` and `hf:`.
+        workers: Threads that decode; default: the cores.
+        quiet: Do not say where the images are not those of the published set, nor which files were
+            left out.
 
-    scenes-swapped is each of n scenes on four backgrounds, see `issl.data.scenes.swapped`; cifair10
-    is CIFAR-10's training set with its judged pairs, see `issl.data.judged_pairs`.
-
-    n     how many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in
-          the original order, each image keeping its original `index`; `scenes` draws the first n.
-    root  the folder of the sets on disk; default $ISSL_DATA.
-    seed  of the subset; for `scenes`, of the drawing.
-    size  side in px of the square images; only for sets with a PATH (default 32) and `fairface`
-          (default 64).
-    skip_broken  leave images out that cannot be decoded (`.broken` of the result names them); only
-                 for sets with a PATH
-    workers      threads that decode; default: the cores
-    quiet        do not say where the images are not those of the published set, nor which files
-                 were left out
-
-    Raises IsslError: unknown name or split, missing or damaged file, more images asked for than
-    there are.
+    Raises:
+        IsslError: Unknown name or split, missing or damaged file, more images asked for than there
+            are.
     """
     if not isinstance(name, str):
         raise IsslError(f"data set {name!r}: give its name, such as cifar10 or folder:PATH")
     if n is not None and not is_whole(n, 1):
-        raise IsslError(
-            f"n={n!r}: data set {name!r}: ask for a whole number of images, 1 or more, or None for all"
-        )
+        raise IsslError(f"n={n!r}: ask {name!r} for a whole number of images, or None for all")
     if not is_whole(seed, 0, LARGEST_SEED):
         raise IsslError(f"seed={seed!r}: give a whole number from 0 to 2³²")
     if workers is not None and not is_whole(workers, 1):
-        raise IsslError(
-            f"workers={workers!r}: give a whole number of threads, 1 or more, or None for the cores"
-        )
+        raise IsslError(f"workers={workers!r}: give a number of threads, or None for the cores")
     if size is not None and not is_resized(name):
-        raise IsslError(
-            f"size={size}: {name!r} has a fixed size; it applies to folder:PATH and fairface"
-        )
+        raise IsslError(f"size={size}: {name!r} has a fixed size")
     if name == "scenes":
         return scenes.draw(n, split=split, seed=seed)
     if name == "scenes-swapped":
         return scenes.swapped(n, split=split, seed=seed)
     side = 32 if size is None else size
-    if name.startswith(image_folder.PREFIX):
-        return image_folder.read(
-            image_folder.folder_of(name, split), n, seed, side, skip_broken, workers, quiet
-        )
-    if archives.is_archive(name):
-        return archives.read(name, split, n, seed, side, skip_broken, workers, quiet)
+    if name.startswith(folder.PREFIX):
+        return folder.read(name, split, n, seed, side, skip_broken, workers, quiet)
+    if name.startswith(huggingface.PREFIX):
+        return huggingface.read(name, split, n, seed, side, skip_broken, workers)
     if not quiet:
         say(identity(name, split, root))
     if name == "cifair10":
@@ -101,18 +89,20 @@ def without_place(name: str) -> str:
 
 def is_resized(name: str) -> bool:
     """Whether `load` takes a `size` for this set."""
-    return name.startswith(image_folder.PREFIX) or archives.is_archive(name) or name == "fairface"
+    return (
+        name.startswith((folder.PREFIX, huggingface.PREFIX, *published.FORMER))
+        or name == "fairface"
+    )
 
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
-    """How many images there are, without reading them; None for `scenes`, which draws any
-    number."""
+    """How many images there are, without reading them; None for scenes, of which any number can be
+    drawn."""
     if name in DRAWN:
         return None
-    if name.startswith(image_folder.PREFIX):
-        return len(image_folder.image_files(image_folder.folder_of(name, split)))
-    if archives.is_archive(name):
-        return archives.count(name, split)
+    for kind in (folder, huggingface):
+        if name.startswith(kind.PREFIX):
+            return kind.count(name, split)
     if name == "cifair10":
         return published.count("cifar10", "train", root)
     return published.count(name, split, root)
@@ -127,31 +117,12 @@ def identity(name: str, split: str = "train", root: str | Path | None = None) ->
     """
     if name in DRAWN:
         return SetIdentity(f"{name}-{scenes.VERSION}", name)
-    if name.startswith(image_folder.PREFIX):
-        folder = image_folder.folder_of(name, split)
-        files = image_folder.image_files(folder, selection := Selection())
-        stats = [(str(p.relative_to(folder)), p.stat()) for p in files]
-        rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        key = f"{digest(repr(rows).encode())}-{image_folder.VERSION}"
-        return SetIdentity(key, without_place(name), str(selection))
-    if archives.is_archive(name):
-        paths = archives.files(name, split)
-        stamps = [_digest(p, p.stat().st_size, p.stat().st_mtime_ns)[:DIGITS] for p in paths]
-        names, left_out = archives.listed(
-            name, split
-        )  # which these are depends on what Pillow reads
-        stamps += [digest(repr(names).encode())] if names else []
-        return SetIdentity("-".join(stamps), without_place(name), left_out)
-    return (
-        judged_pairs.identity(split, root)
-        if name == "cifair10"
-        else published.identity(name, split, root)
-    )
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, size: int, mtime: int) -> str:
-    return file_digest(path)
+    for kind in (folder, huggingface):
+        if name.startswith(kind.PREFIX):
+            return kind.identity(name, split)
+    if name == "cifair10":
+        return judged_pairs.identity(split, root)
+    return published.identity(name, split, root)
 
 
 def say(which: SetIdentity) -> None:

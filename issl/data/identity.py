@@ -37,12 +37,13 @@ Records = UInt8[np.ndarray, "n r"]
 class SetIdentity:
     """Which images these are.
 
-    digest  of all records, in the set's order, or of the files' bytes
-    name    for readers; where they are not the published ones, it says so
-    about   what differs from the published set, how a derived copy was made, or which files of a
-            folder were left out; "" for the set as it should be
-    order   the row in the files of each image, where the set has an order of its own; None: as they
-            stand there
+    Attributes:
+        digest: Of all records in the set's order, or of the encoded images.
+        name: For readers; where they are not the published ones, it says so.
+        about: What differs from the published set, how a derived copy was made, or which files of a
+            folder were left out; "" for the set as it should be.
+        order: The row in the files of each image, where the set has an order of its own; None: as
+            they stand there.
     """
 
     digest: str
@@ -82,47 +83,41 @@ def reference_of(records: Records) -> np.ndarray:
 
 
 def differences(name: str, split: str, records: Records, resized: int) -> tuple[str, str]:
-    """What these images are instead of the published ones, in a word or two; and what differs, in a
-    sentence.
+    """What these images are instead of the published ones.
 
-    resized   how many of them are stored at another size than the published ones
+    Args:
+        resized: How many of them are stored at another size than the published ones.
+
+    Returns:
+        A word or two; and what differs, in a sentence.
     """
     found, known = reference_of(records), _reference(name, split)
     by_hash = np.argsort(known["pixels"], kind="stable")
-    place = by_hash[
-        np.searchsorted(known["pixels"], found["pixels"], sorter=by_hash).clip(max=len(known) - 1)
-    ]
+    nearest = np.searchsorted(known["pixels"], found["pixels"], sorter=by_hash)
+    place = by_hash[nearest.clip(max=len(known) - 1)]
     there = known["pixels"][place] == found["pixels"]
     moved = there & (known["pixels"][np.arange(len(found)) % len(known)] != found["pixels"])
     relabelled = there & (known["label"][place] != found["label"])
-    kinds, texts, n = [], [], f"{len(found):,}"
+    of, said = f"of {len(found):,}", []
     if resized:
-        kinds.append("of another size")
-        texts.append(f"{resized:,} of {n} images are stored at another size")
+        said.append(("of another size", f"{resized:,} {of} images are stored at another size"))
     if not there.all():
-        changed = np.flatnonzero(~there)
-        at = changed[changed < len(known)]
-        by = (
-            np.median(np.abs(known["sample"][at].astype(int) - found["sample"][at]))
-            if len(at)
-            else np.nan
+        at = np.flatnonzero(~there[: len(known)])
+        change = known["sample"][at].astype(int) - found["sample"][at]
+        by = np.median(np.abs(change)) if len(at) else np.nan
+        other = "other images, or re-encoded in another order?"
+        pixels = (
+            f"{(~there).sum():,} {of} images have other pixels (median difference {by:.0f} of 255)"
         )
-        kinds.append(
-            "re-encoded?" if by <= REENCODED else "other images, or re-encoded in another order?"
-        )
-        texts.append(
-            f"{len(changed):,} of {n} images have other pixels (median difference {by:.0f} of 255)"
-        )
+        said.append(("re-encoded?" if by <= REENCODED else other, pixels))
     if len(found) != len(known):
-        kinds.append(f"{n} images")
-        texts.append(f"there are {n} images instead of {len(known):,}")
+        number = f"{len(found):,} images"
+        said.append((number, f"there are {number} instead of {len(known):,}"))
     elif moved.any():
-        kinds.append("shuffled?")
-        texts.append(f"{moved.sum():,} of {n} images stand in another place")
+        said.append(("shuffled?", f"{moved.sum():,} {of} images stand in another place"))
     if relabelled.any():
-        kinds.append("other labels")
-        texts.append(f"{relabelled.sum():,} of {n} labels differ")
-    return kinds[0] if kinds else "not the same", ", ".join(texts)
+        said.append(("other labels", f"{relabelled.sum():,} {of} labels differ"))
+    return said[0][0] if said else "not the same", ", ".join(text for _, text in said)
 
 
 @lru_cache
@@ -131,42 +126,42 @@ def _reference(name: str, split: str) -> np.ndarray:
     return kept
 
 
+def cache_folder(name: str) -> Path:
+    """Where this library keeps what it can work out again: $XDG_CACHE_HOME/issl, ~/.cache/issl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issl" / name
+
+
 def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> SetIdentity:
     """The identity of what is in these files, worked out once for each path, size and time of
     change.
 
-    It is kept in $XDG_CACHE_HOME/issl (~/.cache/issl); where that cannot be written, a line says
-    so.
+    It is kept in `cache_folder`; where that cannot be written, a line says so.
     """
-    return _remembered(
-        tuple((str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in files), identify
-    )
+    stats = [(path, path.stat()) for path in files]
+    key = tuple((str(path.absolute()), s.st_size, s.st_mtime_ns) for path, s in stats)
+    if key not in _known:
+        kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
+        _known[key] = _kept(kept) or _made(kept, identify, files[0])
+    return _known[key]
 
 
 _known: dict[tuple[tuple[str, int, int], ...], SetIdentity] = {}  # in this process
 
 
-def _remembered(
-    files: tuple[tuple[str, int, int], ...], identify: Callable[[], SetIdentity]
-) -> SetIdentity:
-    if files in _known:
-        return _known[files]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issl" / "identities"
-    kept = cache / f"{digest(repr((VERSION, files)).encode())}.json"
+def _kept(path: Path) -> SetIdentity | None:
     try:
-        content = json.loads(kept.read_text())
+        content = json.loads(path.read_text())
         order = content.pop("order")
-        found = SetIdentity(**content, order=None if order is None else tuple(order))
+        return SetIdentity(**content, order=None if order is None else tuple(order))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is made again
-        found = identify()
-        try:
-            with atomic(kept) as part:
-                part.write_text(json.dumps(asdict(found)))
-        except Exception as error:  # noqa: BLE001 (it is said; the identity itself is right)
-            print(
-                f"which images {files[0][0]} holds cannot be remembered: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
-    _known[files] = found
+        return None
+
+
+def _made(path: Path, identify: Callable[[], SetIdentity], of: Path) -> SetIdentity:
+    found = identify()
+    try:
+        with atomic(path) as part:
+            part.write_text(json.dumps(asdict(found)))
+    except Exception as error:  # noqa: BLE001 (it is said; the identity itself is right)
+        print(f"which images {of} holds cannot be remembered: {error}", file=sys.stderr, flush=True)
     return found

@@ -23,11 +23,8 @@ def identity(split: str, root: str | Path | None) -> SetIdentity:
     the published ones."""
     _check(split)
     base = published.data_root(root)
-    pairs = (
-        PAIRS
-        if base is None or not _file(base).is_file()
-        else digest(_pairs(split, root).to_csv().encode())
-    )
+    here = base is not None and _file(base).is_file()
+    pairs = digest(_pairs(split, root).to_csv().encode()) if here else PAIRS
     parts = [published.identity("cifar10", split, root) for split in ("train", "test")]
     changed = [part for part in parts if part.about]
     name = changed[0].name.replace("cifar10", "cifair10") if changed else "cifair10"
@@ -52,8 +49,8 @@ def _pairs(split: str, root: str | Path | None) -> pd.DataFrame:
     path = _file(base or Path("DIR"))
     if base is None or not path.is_file():
         raise IsslError(
-            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/cifair, under "
-            f"the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
+            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/"
+            f"cifair, under the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
         )
     table, columns = pd.read_csv(path), ["TestID", "TrainID", "Judgment"]
     if missing := set(columns) - set(table.columns):
@@ -76,7 +73,7 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
         wanted = total if n is None else n
         if not len(judged) <= wanted <= total:
             raise IsslError(
-                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as many or more"
+                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as many"
             )
         others = np.setdiff1d(np.arange(total), judged)
         drawn = np.random.default_rng(seed).choice(others, wanted - len(judged), replace=False)
@@ -84,21 +81,16 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
 
     first = published.read("cifar10", "train", root, choose)
     second = published.read("cifar10", "test", root, lambda _: table["TestID"].to_numpy())
-    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])[
-        table["Judgment"].to_numpy()
-    ]
-    attributes = pd.concat(
-        [
-            first.attributes.assign(duplicate_of=-1, duplicate_kind=""),
-            second.attributes.assign(
-                index=second.attributes["index"] + CIFAR10_TRAIN,
-                duplicate_of=table["TrainID"].to_numpy(),
-                duplicate_kind=kinds,
-            ),
-        ],
-        ignore_index=True,
+    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])
+    partners = second.attributes.assign(
+        index=second.attributes["index"] + CIFAR10_TRAIN,
+        duplicate_of=table["TrainID"].to_numpy(),
+        duplicate_kind=kinds[table["Judgment"].to_numpy()],
     )
-    pixels = torch.cat([first.tensor(), second.tensor()])
+    given = first.attributes.assign(duplicate_of=-1, duplicate_kind="")
     return Images(
-        pixels, torch.cat([first.require_labels(), second.require_labels()]), attributes, "cifair10"
+        torch.cat([first.tensor(), second.tensor()]),
+        torch.cat([first.require_labels(), second.require_labels()]),
+        pd.concat([given, partners], ignore_index=True),
+        "cifair10",
     )

@@ -37,13 +37,15 @@ class Source(Protocol):
 
 
 class LazyPixels:
-    """The uint8 pixels (n, 3, h, w) of some images of a source; takes positions as a tensor does,
-    and gives tensors.
+    """The uint8 pixels (n, 3, h, w) of some images of a source.
 
-    source   from which images are decoded
-    size     (h, w) of every image
-    rows     which images of the source, default: all
-    workers  threads that decode; default: the cores, shared by the processes of this machine
+    It takes positions as a tensor does, and gives tensors.
+
+    Args:
+        source: From which images are decoded.
+        size: (h, w) of every image.
+        rows: Which images of the source; default: all.
+        workers: Threads that decode; default: the cores.
     """
 
     dtype, ndim = torch.uint8, 4
@@ -70,11 +72,8 @@ class LazyPixels:
         if isinstance(where, slice):
             places = range(*where.indices(len(self)))
             found = self._decoded(places)
-            follow = (
-                range(places.stop, min(places.stop + len(places), len(self)))
-                if places.step == 1
-                else range(0)
-            )
+            until = places.stop + len(places) if places.step == 1 else 0
+            follow = range(places.stop, min(until, len(self)))
             self._ahead = {place: self._start(place) for place in follow}
             return found
         chosen = torch.as_tensor(where)

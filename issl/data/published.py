@@ -1,30 +1,26 @@
-"""The published data sets, CIFAR and FairFace: where they are under the data root, how they are
-read and downloaded.
+"""The published data sets, CIFAR and FairFace: where they are, how they are read and downloaded.
 
-They are read in the Hugging Face parquet layout (images as encoded bytes) or, for CIFAR, in
-torchvision's layout, whose checksums torchvision itself verifies. A missing file is an error that
-says where it belongs and how to get it. Which images a set holds is known by their content
-(`identity`), whatever the layout.
+They are read in the Hugging Face parquet layout (images as encoded bytes; needs pyarrow) or, for
+CIFAR, in torchvision's layout, whose checksums torchvision itself verifies. A missing file is an
+error that says where it belongs and how to get it. Which images a set holds is known by their
+content (`identity`), whatever the layout.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from issl.data import superclasses
+from issl.data.decoding import decode
 from issl.data.identity import (
     SetIdentity,
     as_records,
@@ -33,48 +29,79 @@ from issl.data.identity import (
     digest,
     remembered,
 )
-from issl.data.images import Images, decode
+from issl.data.images import Images
 from issl.errors import IsslError
 
-T = TypeVar("T")
-Choose = Callable[
-    [int], np.ndarray
-]  # from the number of images in the set to the positions of those wanted
-
+# from the number of images in the set to the positions of those wanted
+Choose = Callable[[int], np.ndarray]
 ENVIRONMENT = "ISSL_DATA"
+FORMER = ("parquet:", "arrow:", "tar:")  # prefixes of sets that `hf:` reads now
+
+# CIFAR-100's superclasses: twenty groups of five classes (Krizhevsky 2009, Learning Multiple Layers
+# of Features from Tiny Images, §3.1)
+SUPERCLASSES: dict[str, tuple[str, ...]] = {
+    "aquatic mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit and vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household electrical devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large man-made outdoor things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large natural outdoor scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large omnivores and herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium-sized mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles 1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles 2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+_SUPERCLASS_OF = {name: group for group, names in SUPERCLASSES.items() for name in names}
+CIFAR100_CLASSES = tuple(sorted(_SUPERCLASS_OF))  # by number
+CIFAR100_SUPERCLASSES = tuple(_SUPERCLASS_OF[name] for name in CIFAR100_CLASSES)  # of each class
+RACES = "East Asian,Indian,Black,White,Middle Eastern,Latino_Hispanic,Southeast Asian".split(",")
+FACES = (
+    "a derived copy of FairFace: its first 40,000 training and 5,000 validation photos, resized to "
+    "64 × 64 px, as JPEG of quality 88, then as WebP of quality 79; nobody else has these bytes"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set is under the data root, and what its columns mean."""
+    """Where a set is under the data root, and what its columns mean.
 
-    folder: str  # of the parquet files, under the root
-    image: str  # column of encoded images
-    label: str  # column of class numbers
-    repository: str  # on the Hugging Face hub
-    size: int = 32  # side of the images in px
-    # of each split what `identity` gives for the images on which this project's results rest
-    known: Mapping[str, SetIdentity] = field(default_factory=dict)
-    splits: Mapping[str, str] = field(
-        default_factory=lambda: {"train": "train", "test": "test"}
-    )  # → prefix of files
-    lossy: bool = (
-        False  # photos whose decoded pixels may depend on the decoder: known by their files' bytes
-    )
-    unordered: bool = (
-        False  # copies have their rows in different orders; here they stand in that of their hashes
-    )
-    torchvision: tuple[str, str] | None = None  # its class there, and the folder of its files
-    superclasses: Sequence[str] | None = None  # of each class, by its number
-    # names of the codes in a column, for files that do not carry them in their own metadata (the
-    # published ones do)
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    Attributes:
+        folder: Of the parquet files, under the root.
+        image: Column of encoded images.
+        label: Column of class numbers.
+        repository: On the Hugging Face hub.
+        known: For each split, what `identity` gives for the images on which this project's results
+            rest.
+        names: Of the codes in a column.
+        size: Side of the images in px.
+        splits: Which file names a split has in front.
+        lossy: Photos whose pixels may depend on the decoder; they are known by their files' bytes.
+        unordered: Copies have their rows in different orders; here they stand in that of their
+            hashes.
+        torchvision: The set's class there, and the folder of its files.
+    """
 
-
-FACES = (
-    "a derived copy of FairFace: its first 40,000 training and 5,000 validation photos, resized to 64 × 64 px, as JPEG "
-    "of quality 88, then as WebP of quality 79; nobody else has these bytes"
-)
+    folder: str
+    image: str
+    label: str
+    repository: str
+    known: Mapping[str, SetIdentity]
+    names: Mapping[str, Sequence[str]]
+    size: int = 32
+    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    lossy: bool = False
+    unordered: bool = False
+    torchvision: tuple[str, str] | None = None
 
 
 def _known(train: str, test: str, name: str, about: str = "") -> Mapping[str, SetIdentity]:
@@ -88,67 +115,52 @@ SOURCES = {
         "label",
         "uoft-cs/cifar10",
         known=_known("a0181da372c0d63a", "8e2eb146ae340b09", "cifar10"),
+        names={"label": "airplane automobile bird cat deer dog frog horse ship truck".split()},
         torchvision=("CIFAR10", "cifar-10-batches-py"),
-        names={
-            "label": (
-                "airplane",
-                "automobile",
-                "bird",
-                "cat",
-                "deer",
-                "dog",
-                "frog",
-                "horse",
-                "ship",
-                "truck",
-            )
-        },
     ),
     "cifar100": Source(
         "cifar100/cifar100",
         "img",
         "fine_label",
         "uoft-cs/cifar100",
-        unordered=True,
         known=_known("43de8f4eb77d5528", "9ba650f9fc92e03a", "cifar100"),
+        names={"fine_label": CIFAR100_CLASSES},
+        unordered=True,
         torchvision=("CIFAR100", "cifar-100-python"),
-        superclasses=superclasses.OF_CLASS,
-        names={"fine_label": superclasses.CLASSES},
     ),
     "fairface": Source(
         "fairface/0.25",
         "image",
         "race",
         "HuggingFaceM4/FairFace",
-        64,
-        _known("cca3925859a15ea3", "02b960ef722af267", "fairface-64px", FACES),
-        {"train": "train", "test": "validation"},
-        lossy=True,
+        known=_known("cca3925859a15ea3", "02b960ef722af267", "fairface-64px", FACES),
         names={
-            "age": (
-                "0-2",
-                "3-9",
-                "10-19",
-                "20-29",
-                "30-39",
-                "40-49",
-                "50-59",
-                "60-69",
-                "more than 70",
-            ),
+            "age": "0-2,3-9,10-19,20-29,30-39,40-49,50-59,60-69,more than 70".split(","),
             "gender": ("Male", "Female"),
-            "race": (
-                "East Asian",
-                "Indian",
-                "Black",
-                "White",
-                "Middle Eastern",
-                "Latino_Hispanic",
-                "Southeast Asian",
-            ),
+            "race": RACES,
         },
+        size=64,
+        splits={"train": "train", "test": "validation"},
+        lossy=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole set, not decoded.
+
+    Attributes:
+        labels: The class of each image.
+        columns: What else the files say of each image.
+        encoded: The images as files; None where they are held as `pixels`.
+        pixels: uint8 (n, h, w, 3), as torchvision keeps them.
+    """
+
+    labels: np.ndarray
+    columns: pd.DataFrame
+    encoded: Sequence[bytes] | None = None
+    pixels: np.ndarray | None = None
 
 
 def data_root(root: str | Path | None = None) -> Path | None:
@@ -160,21 +172,21 @@ def data_root(root: str | Path | None = None) -> Path | None:
 def read(
     name: str, split: str, root: str | Path | None, choose: Choose, size: int | None = None
 ) -> Images:
-    """The chosen images of a set; attributes: index, label_name, the set's own columns, and
-    CIFAR-100's superclass and row (in the files here; its index is that in the order which any copy
-    gives)."""
-    found, source = _locate(name, split, root), SOURCES[name]
-    which, whole = identity(name, split, root), _open(name, split, found)
-    rows = choose(len(whole))
+    """The chosen images of a set.
+
+    Attributes: index, label_name, the set's own columns, and CIFAR-100's superclass and row (in the
+    files here; its index is that in the order which any copy gives).
+    """
+    which, whole = identity(name, split, root), _open(name, split, _locate(name, split, root))
+    rows = choose(len(whole.labels))
     there = rows if which.order is None else np.array(which.order)[rows]
-    images = _images(name, whole, there, source.size if size is None else size)
+    images = _images(name, whole, there, size or SOURCES[name].size)
     images.attributes["index"] = rows
     if which.order is not None:
         images.attributes["row"] = there
-    if source.superclasses is not None:
-        images.attributes["superclass"] = np.array(source.superclasses)[
-            images.require_labels().numpy()
-        ]
+    if name == "cifar100":
+        superclass = np.array(CIFAR100_SUPERCLASSES)[images.require_labels().numpy()]
+        images.attributes["superclass"] = superclass
     return images
 
 
@@ -189,51 +201,19 @@ def identity(name: str, split: str, root: str | Path | None) -> SetIdentity:
     found = None if base is None else _found(name, split, base)
     if found is None:
         return SOURCES[name].known[split]
-    return remembered(_files(name, found), lambda: _identify(name, split, found))
-
-
-def _identify(name: str, split: str, found: list[Path] | Path) -> SetIdentity:
-    source, known, whole = SOURCES[name], SOURCES[name].known[split], _open(name, split, found)
-    if source.lossy:
-        content = [digest(data.as_py()).encode() for data in _encoded(name, whole)]
-        labels = (
-            whole.select(sorted(set(whole.column_names) - {source.image}))
-            .to_pandas()
-            .to_csv(index=False)
-        )
-        here = digest(b"".join([*content, labels.encode()]))
-        other = SetIdentity(here, name, f"not the photos that our results rest on ({known.about})")
-        return known if here == known.digest else other
-    images, resized = _images(name, whole, np.arange(len(whole)), source.size), 0
-    if isinstance(whole, pa.Table):
-        sizes = [Image.open(io.BytesIO(data.as_py())).size for data in _encoded(name, whole)]
-        resized = len(sizes) - sizes.count((source.size, source.size))
-    records = as_records(images.require_labels().numpy().astype(np.uint8), images.tensor().numpy())
-    order = canonical_order(records) if source.unordered else np.arange(len(records))
-    records, rows = records[order], tuple(order.tolist()) if source.unordered else None
-    here = digest(records.tobytes())
-    if here == known.digest and not resized:
-        return replace(known, order=rows)
-    what, differs = differences(name, split, records, resized)
-    return SetIdentity(here, f"{name}, not as published: {what}", differs, rows)
-
-
-def _files(name: str, found: list[Path] | Path) -> list[Path]:
-    """Those in which the set was found."""
-    if not isinstance(found, Path):
-        return found
-    _, folder = _torchvision_names(name)
-    return sorted((found / folder).iterdir())
+    if isinstance(found, Path):
+        files = sorted((found / _torchvision_names(name)[1]).iterdir())
+    else:
+        files = found
+    return remembered(files, lambda: _identify(name, split, found))
 
 
 def count(name: str, split: str, root: str | Path | None) -> int:
     """How many images the set has, without reading them."""
     found = _locate(name, split, root)
-    if isinstance(found, Path):
-        return (
-            50_000 if split == "train" else 10_000
-        )  # torchvision's layout is the whole set or nothing
-    return sum(_opened(path, pq.read_metadata).num_rows for path in found)
+    if isinstance(found, Path):  # torchvision's layout is the whole set or nothing
+        return 50_000 if split == "train" else 10_000
+    return sum(len(_read_parquet(path, [SOURCES[name].label])) for path in found)
 
 
 def download(name: str, root: str | Path | None = None) -> Path:
@@ -259,11 +239,42 @@ def download(name: str, root: str | Path | None = None) -> Path:
             allow_patterns="0.25/*.parquet",
             local_dir=base / Path(source.folder).parts[0],
         )
+    except ImportError as error:
+        raise IsslError(f"download of {name!r}: pip install huggingface_hub first") from error
     except (OSError, RuntimeError) as error:
         raise IsslError(
             f"download of {name!r} failed ({error}). {_how_to_get(name, base)}"
         ) from error
     return base / source.folder
+
+
+def layout(name: str, split: str, base: Path) -> str | None:
+    """In which layout this folder holds the set, in words; None where it does not hold it."""
+    found = _found(name, split, base)
+    if found is None:
+        return None
+    return "torchvision's layout" if isinstance(found, Path) else "Hugging Face's parquet files"
+
+
+def _identify(name: str, split: str, found: list[Path] | Path) -> SetIdentity:
+    source, known, whole = SOURCES[name], SOURCES[name].known[split], _open(name, split, found)
+    if source.lossy and whole.encoded is not None:
+        content = [digest(data).encode() for data in whole.encoded]
+        columns = whole.columns.sort_index(axis=1).to_csv(index=False)
+        here = digest(b"".join([*content, columns.encode()]))
+        other = SetIdentity(here, name, f"not the photos that our results rest on ({known.about})")
+        return known if here == known.digest else other
+    images = _images(name, whole, np.arange(len(whole.labels)), source.size)
+    sizes = [Image.open(io.BytesIO(data)).size for data in whole.encoded or ()]
+    resized = len(sizes) - sizes.count((source.size, source.size))
+    records = as_records(whole.labels.astype(np.uint8), images.tensor().numpy())
+    order = canonical_order(records) if source.unordered else np.arange(len(records))
+    records, rows = records[order], tuple(order.tolist()) if source.unordered else None
+    here = digest(records.tobytes())
+    if here == known.digest and not resized:
+        return replace(known, order=rows)
+    what, differs = differences(name, split, records, resized)
+    return SetIdentity(here, f"{name}, not as published: {what}", differs, rows)
 
 
 def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path:
@@ -273,8 +284,8 @@ def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path
     base = data_root(root)
     if base is None:
         raise IsslError(
-            f"data set {name!r} is read from disk: name its folder with --data-root DIR (root=…) or {ENVIRONMENT}=DIR. "
-            + _how_to_get(name, Path("DIR"))
+            f"data set {name!r} is read from disk: name its folder with --data-root DIR (root=…) "
+            f"or {ENVIRONMENT}=DIR. {_how_to_get(name, Path('DIR'))}"
         )
     if not base.is_dir():
         raise IsslError(
@@ -288,29 +299,21 @@ def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path
 
 
 def _check(name: str, split: str) -> None:
+    if name.startswith(FORMER):
+        raise IsslError(f"data set {name!r}: write hf:{name.partition(':')[2]}, which reads it now")
     if name not in SOURCES:
         raise IsslError(
-            f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10, and folder:PATH (also tar:, "
-            "parquet:, arrow:)"
+            f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10, folder:PATH and "
+            "hf:PATH_OR_NAME"
         )
     if split not in SOURCES[name].splits:
         raise IsslError(f"split {split!r}: {name} has {' and '.join(SOURCES[name].splits)}")
 
 
-def layout(name: str, split: str, base: Path) -> str | None:
-    """In which layout this folder holds the set, in words; None where it does not hold it. No file
-    is opened."""
-    found = _found(name, split, base)
-    if found is None:
-        return None
-    return "torchvision's layout" if isinstance(found, Path) else "Hugging Face's parquet files"
-
-
 def _found(name: str, split: str, base: Path) -> list[Path] | Path | None:
     """As `_locate`; None where this folder holds neither."""
     source = SOURCES[name]
-    # the second: the folder is itself a snapshot of the set's repository, as the hub's cache keeps
-    # it
+    # the second: the folder is itself a snapshot of the set's repository, as the hub keeps it
     for folder in (base / source.folder, base / Path(source.folder).name):
         if found := sorted(folder.glob(f"{source.splits[split]}-*.parquet")):
             return found
@@ -326,74 +329,60 @@ def _how_to_get(name: str, base: Path) -> str:
     if source.torchvision is not None:
         places.append(f"{base / source.torchvision[1]}/ (torchvision's layout)")
     return (
-        f"Expected: {' or '.join(places)}. Get it with `issl download {name} --data-root {base}`, or copy the "
-        f"parquet files of the Hugging Face data set {source.repository} there."
+        f"Expected: {' or '.join(places)}. Get it with `issl download {name} --data-root {base}`, "
+        f"or copy the parquet files of the Hugging Face data set {source.repository} there."
     )
 
 
-def _open(name: str, split: str, found: list[Path] | Path) -> Any:
-    """The whole set, not decoded: a table, or torchvision's set."""
+def _open(name: str, split: str, found: list[Path] | Path) -> Content:
+    source = SOURCES[name]
     if isinstance(found, Path):
         try:
-            return _torchvision_set(name, found, train=split == "train", download=False)
+            whole = _torchvision_set(name, found, train=split == "train", download=False)
         except (RuntimeError, OSError, EOFError) as error:
             raise IsslError(
-                f"data set {name!r} under {found}: {error} (a checksum differs or a file is missing); download it again"
+                f"data set {name!r} under {found}: {error} (a checksum differs or a file is "
+                "missing); download it again"
             ) from error
-    source, table = (
-        SOURCES[name],
-        pa.concat_tables([_opened(path, pq.read_table) for path in found]),
-    )
-    missing = {source.image, source.label} - set(table.column_names)
+        labels = np.asarray(whole.targets)
+        return Content(labels, pd.DataFrame(index=range(len(labels))), pixels=whole.data)
+    table = pd.concat([_read_parquet(path) for path in found], ignore_index=True)
+    missing = {source.image, source.label} - set(table.columns)
     if missing:
-        raise IsslError(f"{found[0]}: no column {sorted(missing)}; {name} has {table.column_names}")
-    return table
-
-
-def _encoded(name: str, table: pa.Table) -> pa.Array:
-    return table.column(SOURCES[name].image).combine_chunks().field("bytes")
-
-
-def _images(name: str, whole: Any, rows: np.ndarray, size: int) -> Images:
-    """These rows of what `_open` gave; `index` is the row."""
-    attributes, source = pd.DataFrame({"index": rows}), SOURCES[name]
-    if isinstance(whole, pa.Table):
-        table = whole.take(rows)
-        pixels = np.empty((len(rows), 3, size, size), np.uint8)
-        for k, data in enumerate(_encoded(name, table)):
-            pixels[k] = decode(data.as_py(), size, f"image {rows[k]} of {name}")
-        for column in (c for c in table.column_names if c != source.image):
-            attributes[column] = _named(source, table, column)
-        labels = table.column(source.label).to_numpy()
-        attributes["label_name"] = attributes[source.label]
-    else:
-        pixels, labels = (
-            np.ascontiguousarray(whole.data[rows].transpose(0, 3, 1, 2)),
-            np.asarray(whole.targets)[rows],
+        raise IsslError(
+            f"{found[0]}: no column {sorted(missing)}; it has {', '.join(map(str, table))}"
         )
-        attributes["label_name"] = np.array(whole.classes)[labels]
-    return Images(
-        torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), attributes, name
-    )
+    encoded = [cell["bytes"] for cell in table.pop(source.image)]
+    return Content(table[source.label].to_numpy(), table, encoded)
 
 
-def _opened(path: Path, read: Callable[[Path], T]) -> T:
+def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     try:
-        return read(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        return pd.read_parquet(path, columns=columns)
+    except ImportError as error:
+        raise IsslError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    except (ValueError, OSError) as error:  # pyarrow's errors are among them
         raise IsslError(
             f"{path} is not a readable parquet file ({error}); copy or download it again"
         ) from error
 
 
-def _named(source: Source, table: pa.Table, column: str) -> np.ndarray:
-    """A column's values, class codes replaced by their names (from the file's metadata, else the
-    source's)."""
-    values = table.column(column).to_numpy()
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(column, {})
-    names = feature.get("names") or source.names.get(column)
-    return values if names is None else np.array(names)[values.astype(np.int64)]
+def _images(name: str, whole: Content, rows: np.ndarray, size: int) -> Images:
+    """These rows of a set; `index` is the row."""
+    source, labels = SOURCES[name], whole.labels[rows].astype(np.int64)
+    attributes = pd.DataFrame({"index": rows})
+    for column, values in whole.columns.iloc[rows].items():
+        names = source.names.get(str(column))
+        attributes[column] = values.to_numpy() if names is None else np.array(names)[values]
+    attributes["label_name"] = np.array(source.names[source.label])[labels]
+    if whole.encoded is None:
+        assert whole.pixels is not None  # a set has one of the two
+        pixels = np.ascontiguousarray(whole.pixels[rows].transpose(0, 3, 1, 2))
+    else:
+        pixels = np.empty((len(rows), 3, size, size), np.uint8)
+        for k, row in enumerate(rows):
+            pixels[k] = decode(whole.encoded[row], size, f"image {row} of {name}")
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels), attributes, name)
 
 
 def _torchvision_set(name: str, root: Path, train: bool, download: bool) -> Any:

@@ -13,30 +13,17 @@ else: the same objects in the same poses, which gives every image a counterfactu
 from __future__ import annotations
 
 import zlib
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
 
-from issl.config import Config
 from issl.data.images import Images
-from issl.errors import IsslError
+from issl.errors import IsslError, number_or_nan
 
 SIDE = 32
-CLASSES = (
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "star",
-    "plus",
-    "crescent",
-    "dumbbell",
-    "ell",
-)
+CLASSES = "disc ring square frame triangle star plus crescent dumbbell ell".split()
 BACKGROUNDS = ("white", "black", "colour", "texture")
 GROUPS = ("warm", "cool")
 ATYPICAL = ("static", "shuffled", "empty")
@@ -44,27 +31,43 @@ DEFAULT_SIZE = {"train": 10_000, "test": 2_000}
 SWAPPED = 10_000_000  # more than any number of scenes
 VERSION = 1  # part of every cache key: raise it when a drawn pixel changes
 
-Background = Literal["white", "black", "colour", "texture"]
 
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The composition of the set; each share is a probability per image.
 
-class ScenesConfig(Config):
-    """The composition of the set; each share is a probability per image."""
+    Attributes:
+        uniform: Share of backgrounds that are white, black or one colour.
+        minority: Share of images of the group `cool`.
+        exact_duplicates: Share of images that are copies of another one.
+        near_duplicates: Share of copies shifted by 1–2 px, a little brighter.
+        atypical: Share of static, shuffled or empty images.
+        noise: Standard deviation of the sensor noise, at most 0.5.
+        background: One of BACKGROUNDS, for every image.
+    """
 
-    uniform: float = Field(
-        0.3, ge=0, le=1, description="backgrounds that are white, black or one colour"
-    )
-    minority: float = Field(0.2, ge=0, le=1, description="images of the group `cool`")
-    exact_duplicates: float = Field(
-        0.01, ge=0, le=1, description="images that are copies of another one"
-    )
-    near_duplicates: float = Field(
-        0.01, ge=0, le=1, description="copies shifted by 1–2 px, a little brighter"
-    )
-    atypical: float = Field(0.01, ge=0, le=1, description="static, shuffled or empty images")
-    noise: float = Field(0.01, ge=0, le=0.5, description="sensor noise, standard deviation")
-    background: Background | None = Field(
-        None, description="give every image this background instead"
-    )
+    uniform: float = 0.3
+    minority: float = 0.2
+    exact_duplicates: float = 0.01
+    near_duplicates: float = 0.01
+    atypical: float = 0.01
+    noise: float = 0.01
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        shares = "uniform minority exact_duplicates near_duplicates atypical".split()
+        for name, most in (*((share, 1) for share in shares), ("noise", 0.5)):
+            if not 0 <= number_or_nan(getattr(self, name)) <= most:
+                raise IsslError(
+                    f"ScenesConfig({name}={getattr(self, name)!r}): give a number from 0 to {most}"
+                )
+        total = self.exact_duplicates + self.near_duplicates + self.atypical
+        if total > 1:
+            raise IsslError(
+                f"shares of duplicates and atypical images add up to {total:.2f}, more than 1"
+            )
+        if self.background not in (None, *BACKGROUNDS):
+            raise IsslError(f"background {self.background!r}: choose {', '.join(BACKGROUNDS)}")
 
 
 def draw(
@@ -95,26 +98,16 @@ def draw(
         background = np.full(n, BACKGROUNDS.index(config.background))
     group = (stream("group").random(n) < config.minority).astype(int)
     # one uniform number decides all three injections, so they exclude each other
-    u, edges = (
-        stream("inject").random(n),
-        np.cumsum([config.exact_duplicates, config.near_duplicates, config.atypical]),
-    )
-    if edges[-1] > 1:
-        raise IsslError(
-            f"shares of duplicates and atypical images add up to {edges[-1]:.2f}, more than 1"
-        )
+    shares = [config.exact_duplicates, config.near_duplicates, config.atypical]
+    u, edges = stream("inject").random(n), np.cumsum(shares)
     kind = np.digitize(u, edges)  # 0 exact, 1 near, 2 atypical, 3 ordinary
     kind[0] = 3  # the first image has no earlier one to copy
     strange = np.where(kind == 2, stream("atypical").integers(0, len(ATYPICAL), n), -1)
 
-    pose = {
-        k: stream(k).random(n).astype(np.float32)
-        for k in ("x", "y", "angle", "size", "hue", "sat", "val", "light")
-    }
-    texture, colour = (
-        stream("texture").random((n, 20)).astype(np.float32),
-        stream("colour").random((n, 3)).astype(np.float32),
-    )
+    poses = "x y angle size hue sat val light".split()
+    pose = {k: stream(k).random(n).astype(np.float32) for k in poses}
+    texture = stream("texture").random((n, 20)).astype(np.float32)
+    colour = stream("colour").random((n, 3)).astype(np.float32)
     grain, static = stream("grain"), stream("static")
     pixels, masks = np.empty((n, 3, SIDE, SIDE), np.uint8), np.empty((n, SIDE, SIDE), np.uint8)
     for at in range(0, n, 1000):
@@ -134,34 +127,25 @@ def draw(
     for i in np.flatnonzero(strange == ATYPICAL.index("shuffled")):
         pixels[i], masks[i] = _shuffle(pixels[i], order[i]), 0
 
-    source = _inject_duplicates(
-        pixels, masks, kind, stream("source").random(n), stream("shift").random((n, 3))
-    )
+    pick, shift = stream("source").random(n), stream("shift").random((n, 3))
+    source = _inject_duplicates(pixels, masks, kind, pick, shift)
     root = np.where(source >= 0, source, np.arange(n))
     background, group, label, strange = background[root], group[root], label[root], strange[root]
-    background = np.where(
-        (strange >= 0) & (strange != ATYPICAL.index("empty")), len(BACKGROUNDS), background
-    )
-    return Images(
-        pixels=torch.from_numpy(pixels),
-        labels=torch.from_numpy(label.astype(np.int64)),
-        attributes=pd.DataFrame(
-            {
-                "index": np.arange(n),
-                "label_name": np.array(CLASSES)[label],
-                "background": np.array([*BACKGROUNDS, "none"])[background],
-                "uniform": background < 3,
-                "group": np.array(GROUPS)[group],
-                "duplicate_of": source,
-                "duplicate_kind": np.where(
-                    source >= 0, np.array(["exact", "near", "", ""])[kind], ""
-                ),
-                "atypical": np.array([*ATYPICAL, ""])[strange],
-            }
-        ),
-        name="scenes",
-        masks=torch.from_numpy(masks),
-    )
+    background[(strange >= 0) & (strange != ATYPICAL.index("empty"))] = len(BACKGROUNDS)
+    duplicate_kind = np.where(source >= 0, np.array(["exact", "near", "", ""])[kind], "")
+    attributes = {
+        "index": np.arange(n),
+        "label_name": np.array(CLASSES)[label],
+        "background": np.array([*BACKGROUNDS, "none"])[background],
+        "uniform": background < 3,
+        "group": np.array(GROUPS)[group],
+        "duplicate_of": source,
+        "duplicate_kind": duplicate_kind,
+        "atypical": np.array([*ATYPICAL, ""])[strange],
+    }
+    labels = torch.from_numpy(label.astype(np.int64))
+    table, masked = pd.DataFrame(attributes), torch.from_numpy(masks)
+    return Images(torch.from_numpy(pixels), labels, table, "scenes", masked)
 
 
 def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images:
@@ -172,23 +156,18 @@ def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images
     Attributes: `scene`, the index of the scene they come from, and those of `draw`; index = scene +
     SWAPPED · (position of the background). No duplicates and no atypical images.
     """
-    sets = []
+    sets, tables = [], []
     for k, background in enumerate(BACKGROUNDS):
         config = ScenesConfig(
-            background=background, exact_duplicates=0, near_duplicates=0, atypical=0
+            background=background, exact_duplicates=0.0, near_duplicates=0.0, atypical=0.0
         )
-        images = draw(n, split, seed, config)
-        scene = images.attributes["index"]
-        attributes = images.attributes.assign(index=scene + SWAPPED * k, scene=scene)
-        sets.append((images, attributes))
-    first = [images for images, _ in sets]
-    return Images(
-        pixels=torch.cat([i.tensor() for i in first]),
-        labels=torch.cat([i.require_labels() for i in first]),
-        attributes=pd.concat([a for _, a in sets], ignore_index=True),
-        name="scenes-swapped",
-        masks=torch.cat([i.masks for i in first if i.masks is not None]),
-    )
+        sets.append(draw(n, split, seed, config))
+        scene = sets[k].attributes["index"]
+        tables.append(sets[k].attributes.assign(index=scene + SWAPPED * k, scene=scene))
+    pixels = torch.cat([part.tensor() for part in sets])
+    labels = torch.cat([part.require_labels() for part in sets])
+    masks = torch.cat([part.masks for part in sets if part.masks is not None])
+    return Images(pixels, labels, pd.concat(tables, ignore_index=True), "scenes-swapped", masks)
 
 
 def _inject_duplicates(
@@ -206,11 +185,9 @@ def _inject_duplicates(
             dy, dx = (int(1 + 2 * v) * (1 if v > 0.5 else -1) for v in shift[i, :2] * 0.999)
             bright = 1.05 + 0.1 * shift[i, 2]
             moved = np.pad(pixels[j], ((0, 0), (2, 2), (2, 2)), mode="edge")
-            pixels[i] = np.rint(
-                moved[:, 2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE] * bright
-            ).clip(0, 255)
-            moved = np.pad(masks[j], 2, mode="edge")
-            masks[i] = moved[2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE]
+            window = np.s_[..., 2 + dy : 2 + dy + SIDE, 2 + dx : 2 + dx + SIDE]
+            pixels[i] = np.rint(moved[window] * bright).clip(0, 255)
+            masks[i] = np.pad(masks[j], 2, mode="edge")[window]
     return source
 
 
@@ -219,15 +196,11 @@ def _mask(label: np.ndarray, pose: dict[str, np.ndarray]) -> np.ndarray:
     soft edge."""
     axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE * 2 - 1  # image spans [-1, 1]
     column = {k: v[:, None, None] for k, v in pose.items()}
-    x, y = (
-        (axis[None, None, :] - 0.4 * (column["x"] - 0.5)),
-        (axis[None, :, None] - 0.4 * (column["y"] - 0.5)),
-    )
+    left = axis[None, None, :] - 0.4 * (column["x"] - 0.5)
+    top = axis[None, :, None] - 0.4 * (column["y"] - 0.5)
     angle, size = 2 * np.pi * column["angle"], 0.55 + 0.3 * column["size"]
-    x, y = (
-        (np.cos(angle) * x + np.sin(angle) * y) / size,
-        (np.cos(angle) * y - np.sin(angle) * x) / size,
-    )
+    x = (np.cos(angle) * left + np.sin(angle) * top) / size
+    y = (np.cos(angle) * top - np.sin(angle) * left) / size
     distance = np.empty((len(label), SIDE, SIDE), np.float32)
     for k, name in enumerate(CLASSES):
         rows = label == k
@@ -279,9 +252,8 @@ def _paint(
     mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str, np.ndarray]
 ) -> np.ndarray:
     """The object in a colour of its group, lit from one side, over the background by its mask."""
-    hue = (
-        np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]
-    )  # warm: magenta-red to yellow; cool: cyan to violet
+    # warm: magenta-red to yellow; cool: cyan to violet
+    hue = np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]
     colour = _hsv((hue % 1).astype(np.float32), 0.55 + 0.45 * pose["sat"], 0.45 + 0.5 * pose["val"])
     axis = np.linspace(-0.15, 0.15, SIDE, dtype=np.float32)
     tilt = 2 * np.pi * pose["light"][:, None, None]
@@ -293,9 +265,8 @@ def _paint(
 
 def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np.ndarray:
     """(n, 3, SIDE, SIDE): flat white, black or colour, or three plane waves in three colours."""
-    flat = np.where(
-        (kind == 0)[:, None], 0.97, np.where((kind == 1)[:, None], 0.03, 0.15 + 0.7 * colour)
-    )
+    flat = np.where((kind == 1)[:, None], 0.03, 0.15 + 0.7 * colour)
+    flat = np.where((kind == 0)[:, None], 0.97, flat)
     out = np.broadcast_to(flat[:, :, None, None], (len(kind), 3, SIDE, SIDE)).astype(np.float32)
     rows = kind == 3
     t, axis = texture[rows], np.arange(SIDE, dtype=np.float32)
@@ -303,10 +274,8 @@ def _background(kind: np.ndarray, colour: np.ndarray, texture: np.ndarray) -> np
     for k in range(3):
         angle, pitch, phase, *tint = (t[:, 6 * k + j, None, None] for j in range(6))
         frequency = 2 * np.pi * (1 + 7 * pitch**2) / SIDE
-        along = (
-            np.cos(np.pi * angle) * axis[None, None, :]
-            + np.sin(np.pi * angle) * axis[None, :, None]
-        )
+        across, down = axis[None, None, :], axis[None, :, None]
+        along = np.cos(np.pi * angle) * across + np.sin(np.pi * angle) * down
         wave += np.sin(frequency * along + 2 * np.pi * phase)[:, None] * (np.stack(tint, 1) - 0.5)
     base = 0.3 + 0.4 * colour[rows][:, :, None, None]
     out[rows] = (base + 0.35 * wave).clip(0, 1)

@@ -4,7 +4,7 @@ and all."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from issl.data.class_labels import class_labels, plain
-from issl.data.images import Images, as_it_looks, square
+from issl.data.decoding import as_it_looks, square
+from issl.data.images import Images
+from issl.data.labels import class_labels, plain
 from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
@@ -45,30 +46,31 @@ def from_dataset(
 ) -> Images:
     """A torch Dataset as a set of images that is never held in memory as a whole.
 
-    dataset   len and [i] → an image, or a tuple of one and its label, or a dict with `image` or
-              `img`, and at best `label`: a PIL image of any mode (turned upright by its EXIF data),
-              a uint8 tensor (3, h, w), or a float tensor in [0, 1] (rounded to 1/255, as in
-              memory). Several threads call it at once, so a transform must not be random. Labels
-              are whole numbers, texts or truth values, also numpy's and torch's; where `targets` or
-              `labels` of the dataset do not list them, its items are read once for them
-    name      for titles and records
-    size      side in px: PIL images are cropped to their centred square and resized; needed only
-              for them
-    index     of each image, by which its noise is drawn; default: its place
-    identity  changes when the images change; kept gradients (`store`) are checked by it
-    workers   threads that read; default: the cores
+    Args:
+        dataset: len and [i] → an image, or a tuple of one and its label, or a dict with `image` or
+            `img`, and at best `label`: a PIL image of any mode (turned upright by its EXIF data), a
+            uint8 tensor (3, h, w), or a float tensor in [0, 1] (rounded to 1/255, as in memory).
+            Several threads call it at once, so a transform must not be random. Labels are whole
+            numbers, texts or truth values, also numpy's and torch's; where `targets` or `labels` of
+            the dataset do not list them, its items are read once for them.
+        name: For titles and records.
+        size: Side in px: PIL images are cropped to their centred square and resized. Needed only
+            for them.
+        index: Of each image, by which its noise is drawn; default: its place.
+        identity: Changes when the images change; kept gradients (`store`) are checked by it.
+        workers: Threads that read; default: the cores.
 
-    Raises IsslError for an item that is none of these, or that differs in size from the first.
+    Raises:
+        IsslError: An item is none of these, or differs in size from the first.
     """
     if not isinstance(dataset, MapStyle) or len(dataset) == 0:
         raise IsslError(
             f"dataset {name!r}: need an object with a length of 1 or more and items by number"
         )
-    n, item = len(dataset), _item(dataset, 0, name)
+    item = _item(dataset, 0, name)
     first = _pixels(item, size, f"item 0 of {name}")
-    attributes = pd.DataFrame(
-        {"index": np.arange(n) if index is None else np.asarray(index, dtype=np.int64)}
-    )
+    index = range(len(dataset)) if index is None else index
+    attributes = pd.DataFrame({"index": np.asarray(index, dtype=np.int64)})
     source = DatasetItems(dataset, name, size, (first.shape[1], first.shape[2]), identity)
     found, labels = _labels(source, _label(item), workers), None
     if found is not None:
@@ -125,29 +127,23 @@ def _pixels(item: Any, size: int | None, what: str) -> UInt8[np.ndarray, "3 h w"
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
         shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise IsslError(
-            f"{what} gives {shape}; need a PIL image or a tensor (3, h, w), first in a tuple or as `image`"
+            f"{what} gives {shape}; need a PIL image or a tensor (3, h, w), first in a tuple or as "
+            "`image`"
         )
     if image.dtype == torch.uint8:
         return image.numpy()
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
         values = image.double()  # torch knows no least value of some kinds of numbers
         raise IsslError(
-            f"{what} is {image.dtype} from {float(values.min()):g} to {float(values.max()):g}; need uint8, or floats "
-            "in [0, 1] (normalisation is part of the encoder)"
+            f"{what} is {image.dtype} from {float(values.min()):g} to {float(values.max()):g}; need "
+            "uint8, or floats in [0, 1] (normalisation is part of the encoder)"
         )
     return (255 * image).round().byte().numpy()
 
 
-# --- labels
-# ------------------------------------------------------------------------------------------------
-
-
 def _labels(source: DatasetItems, first: Any, workers: int | None) -> pd.DataFrame | None:
-    """`label` and `label_name` of every item; None where items have no class, or not all of them
-    have one.
-
-    first   the label of the first item
-    """
+    """`label` and `label_name` of every item, whose first label is given; None where not every item
+    has a class."""
     if type(first) not in (int, bool, str):
         return None
     n, what = len(source), f"dataset {source.name!r}: its labels"
@@ -187,23 +183,23 @@ def _label(item: Any) -> Any:
 
 
 def _listed(dataset: Any) -> tuple[list[Any] | None, Sequence[str]]:
-    """The labels that a dataset tells without reading its images (torchvision's, Hugging Face's, a
-    part of one; else None), and the names of its classes (or none)."""
+    """The labels that a dataset tells without reading its images, and the names of its classes.
+
+    torchvision's and Hugging Face's sets tell them, and parts of one; else None.
+    """
     if isinstance(dataset, Subset):
         values, names = _listed(dataset.dataset)
         return None if values is None else [values[i] for i in dataset.indices], names
     if isinstance(dataset, TensorDataset):
         return [plain(value) for value in dataset.tensors[1]], ()
-    column = next(
-        (key for key in LABELS if key in (getattr(dataset, "column_names", None) or ())), None
-    )
+    columns = getattr(dataset, "column_names", None) or ()
+    column = next((key for key in LABELS if key in columns), None)
     if column is not None:
         about = (getattr(dataset, "features", None) or {}).get(column)
         return [plain(value) for value in dataset[column]], getattr(about, "names", None) or ()
     lists = (getattr(dataset, name, None) for name in LISTED)
-    found = next(
-        (x for x in lists if isinstance(x, Iterable) and not isinstance(x, str | Mapping)), None
-    )
+    kinds = (list, tuple, np.ndarray, Tensor)
+    found = next((values for values in lists if isinstance(values, kinds)), None)
     classes = getattr(dataset, "classes", None)
     names = classes if isinstance(classes, list | tuple) else ()
     called = [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]

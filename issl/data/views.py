@@ -8,41 +8,61 @@ image's index. An image's view depends only on its pixels and its own row.
 
 from __future__ import annotations
 
-from math import log
+from dataclasses import dataclass
+from math import inf, log
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from issl.config import Config
 from issl.data.image_operations import Pixels, blur, crop, flip, grayscale, jitter, solarize
+from issl.errors import IsslError, number_or_nan
 
 VIEW_UNIFORMS = 18  # how many uniform numbers one view consumes
 ON_CPU = 32  # images at once on a CPU, so that the data stays in its cache
 
 
-class View(Config):
-    """Random resized crop, flip, colour jitter, grayscale, blur, solarise, in this order (Chen et
-    al. 2020, arXiv 2002.05709, App. A; solarise: Grill et al. 2020, arXiv 2006.07733, App. B).
-    Defaults: nothing.
+@dataclass(frozen=True)
+class View:
+    """Random resized crop, flip, colour jitter, grayscale, blur, solarise, in this order.
 
-    brightness, contrast, saturation   factors uniform in [1 − s, 1 + s], not below 0
-    hue                                shift uniform in ± this part of the circle
-    blur_sigma                         uniform in this range, pixels
+    As in Chen et al. 2020, arXiv 2002.05709, App. A; solarise: Grill et al. 2020, arXiv 2006.07733,
+    App. B. The defaults change nothing.
+
+    Attributes:
+        min_area: The smallest part of the image's area that a crop keeps.
+        flip, jitter, grayscale, blur, solarize: Probability of each operation.
+        brightness, contrast, saturation: Factors are uniform in [1 − s, 1 + s], not below 0.
+        hue: Its shift is uniform in ± this part of the circle, at most 0.5.
+        blur_sigma: The standard deviation is uniform in this range, in px.
     """
 
-    min_area: float = Field(1.0, gt=0, le=1)
-    flip: float = Field(0.0, ge=0, le=1)
-    jitter: float = Field(0.0, ge=0, le=1)
-    brightness: float = Field(0.0, ge=0)
-    contrast: float = Field(0.0, ge=0)
-    saturation: float = Field(0.0, ge=0)
-    hue: float = Field(0.0, ge=0, le=0.5)
-    grayscale: float = Field(0.0, ge=0, le=1)
-    blur: float = Field(0.0, ge=0, le=1)
+    min_area: float = 1.0
+    flip: float = 0.0
+    jitter: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
+    blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = Field(0.0, ge=0, le=1)
+    solarize: float = 0.0
+
+    def __post_init__(self) -> None:
+        largest = dict.fromkeys(
+            ("min_area", "flip", "jitter", "grayscale", "blur", "solarize"), 1.0
+        )
+        largest |= {"hue": 0.5} | dict.fromkeys(("brightness", "contrast", "saturation"), inf)
+        for name, most in largest.items():
+            value = getattr(self, name)
+            if not 0 <= number_or_nan(value) <= most or (name == "min_area" and value == 0):
+                raise IsslError(f"View({name}={value!r}): give a number from 0 to {most:g}")
+        low, high = self.blur_sigma
+        if not 0 < number_or_nan(low) <= number_or_nan(high):
+            raise IsslError(
+                f"View(blur_sigma={self.blur_sigma!r}): give two rising numbers above 0"
+            )
 
     def __call__(
         self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
@@ -63,8 +83,7 @@ class View(Config):
         elif self.flip > 0:
             x = flip(x, mirror)
         if self.jitter > 0:
-            # one column each: a tensor made from Python's numbers would be copied, and a GPU waited
-            # for
+            # one column each: for a tensor made from Python's numbers a GPU would be waited for
             blends, around = (self.brightness, self.contrast, self.saturation), 2 * u[:, 5:9] - 1
             factors = [(1 + s * around[:, k]).clamp(min=0) for k, s in enumerate(blends)]
             settings = torch.stack([*factors, self.hue * around[:, 3]], 1)

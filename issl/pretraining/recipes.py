@@ -32,9 +32,9 @@ else:  # the names of all methods, so that settings check them
     Method = Literal[tuple(METHODS)]
 NAMES = {name: method.label for name, method in METHODS.items()}
 
-_CHANCES = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2}
-_STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
-_MILD = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+_CHANCES: dict[str, Any] = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2}
+_STRONG: dict[str, Any] = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_MILD: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 STRONG = View(min_area=0.08, **_CHANCES, **_STRONG)
 MILD = View(min_area=0.08, **_CHANCES, **_MILD)
 SOLARIZED = View(min_area=0.08, **_CHANCES, **_MILD, solarize=0.2)

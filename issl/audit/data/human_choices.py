@@ -29,8 +29,8 @@ def missing(name: str, root: str | Path | None = None) -> str | None:
     path = (base or Path("DIR")) / FILE
     if base is None or not path.is_file():
         return (
-            f"{path} is not there: cifar10h-counts.npy of github.com/jcpeterson/cifar-10h belongs under the data "
-            f"root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
+            f"{path} is not there: cifar10h-counts.npy of github.com/jcpeterson/cifar-10h belongs "
+            f"under the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
         )
     return None
 
@@ -45,15 +45,11 @@ def read(root: str | Path | None = None) -> Int[np.ndarray, "10000 10"]:
         counts = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise IsslError(f"{path} is not a readable .npy file ({error}); copy it again") from error
-    if (
-        counts.shape != SHAPE
-        or counts.dtype.kind not in "iu"
-        or counts.min() < 0
-        or not counts.sum(1).all()
-    ):
+    whole = counts.shape == SHAPE and counts.dtype.kind in "iu"
+    if not whole or counts.min() < 0 or not counts.sum(1).all():
         raise IsslError(
-            f"{path} holds {counts.dtype} {counts.shape}; need counts {SHAPE}, whole numbers, at least one person an "
-            "image; copy it again"
+            f"{path} holds {counts.dtype} {counts.shape}; need counts {SHAPE}, whole numbers, at "
+            "least one person an image; copy it again"
         )
     return np.asarray(counts)
 

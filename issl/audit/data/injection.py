@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -31,31 +32,32 @@ Pixels = UInt8[Tensor, "3 h w"]
 
 
 def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed: int = 0) -> Images:
-    """The set with shares of its images replaced: `duplicates` by copies of others, `atypical` by
-    strange ones.
+    """The set with shares of its images replaced.
 
-    duplicates  kinds in equal parts: exact; shifted by 1–3 px; recoloured (brighter or darker, hue
-                turned); recompressed as JPEG. An original is never replaced itself, and has one
-                copy
-    atypical    kinds in equal parts: foreign (of another set: a drawn scene; of `scenes` itself,
-                its tiles shuffled), corrupted (contrast cut to a third, static over it), inverted
-                (255 − x)
-    Attributes: duplicate_of (index of the original, −1 for none), duplicate_kind, atypical ("" for
-    ordinary).
-    Raises IsslError for shares below 0 or that leave no room for the originals.
+    Args:
+        duplicates: The share replaced by copies of others, of these kinds in equal parts: exact;
+            shifted by 1–3 px; recoloured (brighter or darker, hue turned); recompressed as JPEG. An
+            original is never replaced itself, and has one copy.
+        atypical: The share replaced by strange ones, of these kinds in equal parts: foreign (a
+            drawn scene; of `scenes` itself, its tiles shuffled), corrupted (contrast cut to a
+            third, static over it), inverted (255 − x).
+
+    Returns:
+        The set with the attributes duplicate_of (index of the original, −1 for none),
+        duplicate_kind and atypical ("" for ordinary).
+
+    Raises:
+        IsslError: Shares below 0, or that leave no room for the originals.
     """
     if not duplicates >= 0 or not atypical >= 0 or 2 * duplicates + atypical > 1:
         raise IsslError(
-            f"duplicates={duplicates}, atypical={atypical}: shares must be ≥ 0, and each duplicate needs an original"
+            f"duplicates={duplicates}, atypical={atypical}: shares must be ≥ 0, and each duplicate "
+            "needs an original"
         )
     n, rng = len(images), np.random.default_rng(seed)
     copies, strange = round(duplicates * n), round(atypical * n)
     places = rng.permutation(n)
-    originals, copied, odd = (
-        places[:copies],
-        places[copies : 2 * copies],
-        places[2 * copies : 2 * copies + strange],
-    )
+    originals, copied, odd, _ = np.split(places, np.cumsum([copies, copies, strange]))
     pixels, index, attributes = images.tensor().clone(), images.index, images.attributes.copy()
     of, kind, unusual = np.full(n, -1), np.full(n, "", dtype=object), np.full(n, "", dtype=object)
     for column, known in (("duplicate_of", of), ("duplicate_kind", kind), ("atypical", unusual)):
@@ -89,17 +91,15 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
 def _shifted(x: Tensor, generator: np.random.Generator) -> Tensor:
     dy, dx = (int(s) for s in generator.choice([-3, -2, -1, 1, 2, 3], 2))
     h, w = x.shape[1:]
-    padded = torch.nn.functional.pad(x[None].float(), (3, 3, 3, 3), mode="replicate")[0]
+    padded = F.pad(x[None].float(), (3, 3, 3, 3), mode="replicate")[0]
     return padded[:, 3 + dy : 3 + dy + h, 3 + dx : 3 + dx + w].byte()
 
 
 def _recoloured(x: Tensor, generator: np.random.Generator) -> Tensor:
     pixels = x[None].float() / 255
     factor = torch.tensor([float(generator.choice([0.8, 1.2]))])
-    turned = image_operations.hue(
-        image_operations.brightness(pixels, factor),
-        torch.tensor([float(generator.choice([-0.05, 0.05]))]),
-    )
+    turn = torch.tensor([float(generator.choice([-0.05, 0.05]))])
+    turned = image_operations.hue(image_operations.brightness(pixels, factor), turn)
     return (255 * turned[0]).round().clamp(0, 255).byte()
 
 
@@ -130,18 +130,11 @@ def _strange(
         return (faded + 0.08 * 255 * static).round().clamp(0, 255).byte()
     if images.name == "scenes":
         q = x.shape[1] // 4
-        tiles = (
-            x.unfold(1, q, q)
-            .unfold(2, q, q)
-            .flatten(1, 2)[:, torch.from_numpy(generator.permutation(16))]
-        )
+        order = torch.from_numpy(generator.permutation(16))
+        tiles = x.unfold(1, q, q).unfold(2, q, q).flatten(1, 2)[:, order]
         return tiles.unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     # one seed per image: the same scene in any set and at any position
-    drawn = scenes.draw(
-        1, seed=int(generator.integers(2**31)), config=scenes.ScenesConfig(atypical=0)
-    )
-    side = x.shape[1:]
-    grown = torch.nn.functional.interpolate(
-        drawn.tensor().float(), side, mode="bilinear", antialias=True
-    )
+    seed, config = int(generator.integers(2**31)), scenes.ScenesConfig(atypical=0.0)
+    drawn = scenes.draw(1, seed=seed, config=config).tensor().float()
+    grown = F.interpolate(drawn, x.shape[1:], mode="bilinear", antialias=True)
     return grown[0].round().clamp(0, 255).byte()
