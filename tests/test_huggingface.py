@@ -20,8 +20,7 @@ from disk import encoder, images_of_every_kind, net, png
 from PIL import Image
 
 import issl
-from issl import LoGra
-from issl.commands import cli
+from issl import LoGra, cli
 from issl.data import datasets
 
 FOUR = [png(np.full((3, 16, 16), 50 * k, np.uint8)) for k in range(4)]

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import issl
+from issl import cli
 from issl.audit.cache import Artifacts
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
-from issl.commands import cli
 from issl.data.views import View
 from issl.files import read_safetensors
 from issl.pretraining.checkpoint import Checkpoint

@@ -103,16 +103,18 @@ def recipe(method: str, variant: str = "published") -> Recipe:
 
 def plain(how: Recipe) -> dict[str, Any]:
     """A recipe as JSON holds it."""
-    settings: dict[str, Any] = json.loads(
-        json.dumps(dataclasses.asdict(how), default=lambda view: view.model_dump())
-    )
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(how)))
     return settings
+
+
+def _view(settings: dict[str, Any]) -> View:
+    sigma = {k: tuple(settings[k]) for k in ("blur_sigma",) if k in settings}  # JSON has lists
+    return View(**settings | sigma)
 
 
 def from_plain(settings: dict[str, Any]) -> Recipe:
     """The recipe that `plain` wrote; raises IsslError for settings that are none."""
     try:
-        views = {name: View(**settings[name]) for name in ("view_a", "view_b")}
-        return Recipe(**settings | views)
+        return Recipe(**settings | {k: _view(settings[k]) for k in ("view_a", "view_b")})
     except (KeyError, TypeError) as error:
         raise IsslError(f"these settings are no recipe ({error}): {settings}") from error
