@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from issl.audit.scheduler import Task
+from issl.audit.workers import Job, Workers, visible_gpus
 from sklearn.linear_model import LogisticRegression
 from torch._dynamo.testing import CompileCounter
 
@@ -20,8 +22,6 @@ import issl
 from issl import devices, evaluate
 from issl.audit import workers
 from issl.audit.cache import Artifacts, Stage
-from issl.audit.scheduler import Task
-from issl.audit.workers import Job, Workers, visible_gpus
 from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.influence import gradient_store
 from issl.influence.computing import Computing

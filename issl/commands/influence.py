@@ -7,11 +7,13 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from issl.commands import in_parts
+from issl import engine
 from issl.commands.measuring import (
     add_common_arguments,
     computing_of,
@@ -26,9 +28,10 @@ from issl.files import atomic, writable
 from issl.influence.fitted import fit_and_score, load_fitted
 from issl.influence.layers import find_layers
 from issl.influence.measurement import with_features
+from issl.influence.parts import Scoring, score_in_parts
 from issl.influence.self_influence import self_influence
 from issl.pretraining.other_encoders import encoder_asked_for
-from issl.shards import from_torchrun
+from issl.shards import ONE, from_torchrun
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -41,22 +44,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="scores, .parquet or .csv, beside it a picture, .png; or a folder, for a large set: it is filled in "
-        "parts, by any number of processes, and continues after a kill",
+        "parts (--jobs, --cluster, --scheduler), and continues after a kill",
     )
-    add(
-        "--cluster",
-        default="local",
-        choices=["local", "slurm"],
-        help="local (default) or slurm, with a folder",
-    )
-    add("--jobs", type=int, default=4, metavar="N", help="how many jobs of an array on Slurm (4)")
-    add(
-        "--slurm",
-        default=[],
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="sbatch's options: partition=gpu gpus_per_node=1 …",
-    )
+    engine.add_arguments(command)
     add(
         "--save-curvature",
         type=Path,
@@ -92,10 +82,10 @@ def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
     if not out.suffix:
-        return in_parts.main(options)
-    if options.cluster != "local":
+        return _in_parts(options)
+    if engine.asked_for(options) is not None:
         raise IsslError(
-            f"--cluster {options.cluster}: give a folder with --out, which the jobs fill; {out} is one file"
+            f"--jobs, --cluster and --scheduler fill a folder in parts; --out {out} is one file"
         )
     writable(out, (".parquet", ".csv"))
     device, began = pick_device(options.device), time.monotonic()
@@ -159,6 +149,43 @@ def main(options: argparse.Namespace) -> int:
                 flush=True,
             )
     return 0
+
+
+def _in_parts(options: argparse.Namespace) -> int:
+    """Fill a folder with scores, in parts; 1 if some could not be made."""
+    if options.store is not None or options.save_curvature is not None:
+        raise IsslError(
+            f"--out {options.out} is a folder, where curvature.safetensors is kept, and no "
+            "gradients: drop --store and --save-curvature"
+        )
+    began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
+    given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
+    load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))
+    images = load().images
+    tasks = score_in_parts(options.out, load)
+    print(f"{len(images)} images of {images.name}, {load().what.curvature}", flush=True)
+    failed = 0
+    for done, ended in enumerate(where.run(tasks), 1):
+        word = f"FAILED: {ended.error}" if ended.error else f"{ended.seconds:.1f} s"
+        print(f"{done:4} of {len(tasks)}  {ended.name}  {word}", flush=True)
+        failed += bool(ended.error)
+    left_out = write_broken(options.out / "scores", images)
+    print(
+        f"{options.out}/scores/*.parquet: {len(tasks) - failed} of {len(tasks)} missing parts made "
+        f"in {time.monotonic() - began:.0f} s{left_out}"
+    )
+    return int(failed > 0)
+
+
+@lru_cache(maxsize=1)
+def _scoring(given: tuple[tuple[str, Any], ...]) -> Scoring:
+    """What these options ask for; opened once in each process."""
+    options = argparse.Namespace(**dict(given))
+    opened = encoder_asked_for(options)
+    what, kept = measured(options, opened)
+    images = load_images(options, opened)
+    computing = computing_of(options, ONE, pick_device(options.device))
+    return Scoring(opened.encoder, images, what, computing, kept)
 
 
 def _write(out: Path, scores: pd.DataFrame, attributes: pd.DataFrame) -> None:
