@@ -40,6 +40,7 @@ class Task:
 
     Attributes:
         work: a function without arguments that another process can call; its result is dropped.
+            If a worker dies it may be called again, and should then leave what is there.
         needs: names of the tasks that must have ended well before.
     """
 
@@ -151,10 +152,12 @@ class Engine:
                     work = (_do, name, tasks[name].work, threads)
                     queue.add(client.submit(*work, key=key, resources=resources))
                     names[key] = name
-                future = next(queue)
-                end = _ended(names.pop(future.key), future, at)
-                future.release()  # else Dask would do it again if its worker dies later
-                yield from graph.end(end)
+                ends = []
+                for future in queue.next_batch():
+                    ends.append(_ended(names.pop(future.key), future, at))
+                    future.release()  # else Dask would do it again if its worker dies later
+                for end in ends:
+                    yield from graph.end(end)
 
     def _cluster(self) -> Any:
         """Workers that this process starts."""

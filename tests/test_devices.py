@@ -3,7 +3,6 @@ limited."""
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +12,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from issl.audit.scheduler import Task
-from issl.audit.workers import Job, Workers, visible_gpus
 from sklearn.linear_model import LogisticRegression
 from torch._dynamo.testing import CompileCounter
 
 import issl
 from issl import devices, evaluate
-from issl.audit import workers
-from issl.audit.cache import Artifacts, Stage
 from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.influence import gradient_store
 from issl.influence.computing import Computing
@@ -274,43 +269,6 @@ def test_a_containers_limit_counts(
     )
     (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == min(8_900_000, psutil.virtual_memory().available)
-
-
-# --- jobs
-# --------------------------------------------------------------------------------------------------
-
-
-class Seen(Stage):
-    """Which GPUs its process sees."""
-
-    name = "seen"
-    number: int
-
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
-        (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-
-
-def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert visible_gpus("auto") == ["3", "5"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_gpus("auto") == ["0", "1"]
-    monkeypatch.undo()
-    assert visible_gpus("cpu") == []
-    seen = set()
-    with Workers(2, ["3", "5"]) as both:
-        for number in range(2):
-            both.start(
-                Task(Seen(number=number), "seen", [], 0.0, "running"),
-                Job(Seen(number=number), tmp_path, "cpu", 1),
-            )
-        while both.idle < 2:
-            assert all(ended.error == "" for _, ended in both.ended())
-    for number in range(2):
-        seen.add((Artifacts(tmp_path).get(Seen(number=number)) / "gpus.txt").read_text())
-    assert seen == {"3", "5"}
 
 
 # --- the probe on a GPU
