@@ -8,8 +8,6 @@ one.)
 from __future__ import annotations
 
 import multiprocessing
-import os
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,9 @@ import torch
 
 from issl.audit.cache import Artifacts, Stage
 from issl.errors import IsslError
-from issl.shards import Shards, from_torchrun
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["issl.audit.stages", "torch.distributed", "forked"])
+context.set_forkserver_preload(["issl.audit.stages", "forked"])
 
 
 def make(root: Path, stage: Stage) -> int:
@@ -41,41 +38,3 @@ def report(queue, function: Callable, *arguments: object) -> None:
     except BaseException:
         queue.put(traceback.format_exc())
         raise
-
-
-def shard(
-    rank: int, world: int, port: int, timeout_s: float, work: Callable[[Shards], object]
-) -> tuple[int, object]:
-    """One of `world` gloo processes, as torchrun would start it."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    try:
-        with from_torchrun(torch.device("cpu"), timeout_s) as shards:
-            return rank, work(shards)
-    except IsslError as error:
-        return rank, str(error)
-
-
-def on_processes(
-    world: int, work: Callable[[Shards], object], dying: int = 0, timeout_s: float = 120
-) -> list:
-    """What work(shards) gives on each process, an IsslError as its text; `dying` of them give
-    nothing."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
-    queue = context.Queue()
-    processes = [
-        context.Process(target=report, args=(queue, shard, rank, world, port, timeout_s, work))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=300) for _ in range(world - dying)]
-    for process in processes:
-        process.join()
-    for item in found:
-        assert isinstance(item, tuple), item  # else a traceback
-    return [value for _, value in sorted(found, key=lambda item: item[0])]

@@ -37,12 +37,17 @@ from issl import cli, files
 from issl.audit import notebooks
 from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
 from issl.audit.plans import PLANS
-from issl.audit.scheduler import make
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.files import PART, atomic, remove_leftovers, scratch_folder
 from issl.pretraining import loop
 from issl.pretraining.recipes import recipe
+
+
+def make(stage: Stage, artifacts: Artifacts) -> Ended:
+    """As `issl run` makes it."""
+    return next(Engine().run({"x": Task(partial(artifacts.get, stage))}))
+
 
 DATA = Data(name="scenes", n=32)
 TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
@@ -317,8 +322,9 @@ def test_a_kernel_that_is_killed_is_a_notebook_that_failed(tmp_path: Path) -> No
     nbformat.write(book, tmp_path / "x.ipynb")
     plan = PLANS["00_method"](profile="tiny", out=str(tmp_path))
     plan.results.mkdir(parents=True)
-    error = notebooks.execute(tmp_path / "x.ipynb", plan.results / "x.ipynb", plan)
-    assert error is not None and "Kernel died" in error and left_over(tmp_path) == []
+    with pytest.raises(issl.IsslError, match="Kernel died"):
+        notebooks.execute(tmp_path / "x.ipynb", plan.results / "x.ipynb", plan)
+    assert left_over(tmp_path) == []
 
 
 # --- artifacts

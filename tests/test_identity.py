@@ -19,8 +19,7 @@ from disk import png, write_batches, write_parquet
 from PIL import Image
 
 import issl
-from issl.audit.cost import all_stages
-from issl.audit.profiles import ProfileOptions
+from issl.audit.profiles import ProfileOptions, all_stages
 from issl.audit.settings import Data
 from issl.data import datasets, identity
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
-from issl.audit.cost import all_stages
-from issl.audit.profiles import ProfileOptions
+from issl.audit.profiles import ProfileOptions, all_stages
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.pretraining.encoder import read_encoder

@@ -13,11 +13,17 @@ from test_notebooks import TINY
 
 from issl import cli
 from issl.audit import notebooks, profiles, run
+from issl.audit.cache import Artifacts, Stage
 from issl.audit.notebooks import fingerprint, is_current, note_made
 from issl.audit.plan import Plan
 from issl.audit.plans import PLANS
 from issl.audit.profiles import ProfileOptions, notebooks_folder
 from issl.errors import IsslError
+
+FEW = {
+    "common": {"n": 64, "width": 1, "epochs": 1, "batch_size": 32},
+    "07_outliers": {"methods": ["simclr"]},
+}
 
 
 def cells(name: str) -> list:
@@ -151,13 +157,16 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "NOWHERE"], "data root 'NOWHERE' is not a folder"),
         (["--out", "/proc/nothing"], "cannot be written"),
+        (["--jobs", "0"], "--jobs 0: need 1 or more"),
+        (["--cluster-option", "gpu"], "--cluster-option gpu: write KEY=VALUE"),
+        (["--checkpoint", "simclr"], "--checkpoint simclr: write METHOD=FILE"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
     arguments, message, tmp_path, capsys, monkeypatch
 ) -> None:
     """NOWHERE stands for a place that is not there."""
-    monkeypatch.setattr(run, "make", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("work was started"))
     nowhere = str(tmp_path / "nowhere")
     assert cli.main(["run", *(word.replace("NOWHERE", nowhere) for word in arguments)]) == 2
     error = capsys.readouterr().err
@@ -212,6 +221,72 @@ def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: P
         (tmp_path / "results/tiny/claim_uniform_backgrounds.simclr.json").read_text()
     )
     assert record["dataset"] == "cifar10" and 0.02 < record["share_uniform"] < 0.6
+
+
+def read(folder: Path, only: str = "07") -> Plan:
+    (plan,) = ProfileOptions("tiny", only=only, out=folder).plans().values()
+    return plan
+
+
+def test_what_is_missing_is_made_in_order_and_only_where_something_needs_it(
+    tiny: Path, tmp_path: Path
+) -> None:
+    tiny.write_text(yaml.safe_dump(FEW))
+    plan, artifacts = read(tmp_path), Artifacts(tmp_path / "artifacts", released=None)
+    found = list(run.missing(plan.stages(), artifacts))
+    assert {stage.label for stage in found} == {stage.label for stage in all_stages([plan])}
+    assert len({stage.label for stage in found}) == len(found)
+    for k, stage in enumerate(found):
+        assert all(need in found[:k] for need in stage.needs().values())
+
+    class There:
+        """All that the plan reads, and nothing that only those need."""
+
+        def has(self, stage: Stage) -> bool:
+            return stage in plan.stages()
+
+    assert list(run.missing(plan.stages(), There())) == []
+
+
+def test_stages_side_by_side_here_and_then_the_notebooks_only_read(
+    tiny: Path, tmp_path: Path, capsys
+) -> None:
+    """In two processes; `issl run --stages` makes all that the notebook and the report read."""
+    tiny.write_text(yaml.safe_dump(FEW))
+    given = ["run", "--profile", "tiny", "--only", "07", "--out", str(tmp_path), "--stages"]
+    assert cli.main([*given, "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "simclr seed 0, scenes train n=64" in printed and "16 of 16 missing" in printed
+    plan, artifacts = read(tmp_path), Artifacts(tmp_path / "artifacts")
+    assert all(artifacts.get(stage).is_dir() for stage in plan.stages())
+    assert artifacts.computed == []
+    assert cli.main(given) == 0 and "0 of 0 missing" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_is_shown_and_blocks_its_notebook_alone(
+    books, tiny: Path, tmp_path: Path, capsys
+) -> None:
+    books("07_outliers", "print(n)")
+    books("09_linear_theory", "print(n)")
+    tiny.write_text(yaml.safe_dump({**FEW, "common": {**FEW["common"], "batch_size": 65}}))
+    assert run.run(ProfileOptions("tiny", only="07,09", out=tmp_path / "out")) == 1
+    printed = capsys.readouterr().out
+    assert "batch_size=65: need 2 to 64" in printed and "blocked 07_outliers" in printed
+    assert "ok      09_linear_theory" in printed and "1 of 2 notebooks ended well" in printed
+
+
+def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    few = {"quick": profiles.profiles()["quick"], "mini": profiles.profiles()["overnight"]}
+    monkeypatch.setattr("issl.audit.doctor.profiles", lambda: few)
+    assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for word in ["python", "torch", "GPU", "memory", "disk", "ISSL_DATA", "scenes"]:
+        assert word in printed
+    assert "drawn, any number, identity scenes-" in printed and "cifar10            not" in printed
+    assert "stages: 0 released, 0 made here" in printed
+    assert cli.main(["doctor", "--out", str(tmp_path), "--device", "tpu"]) == 1
+    assert "WRONG       device 'tpu'" in capsys.readouterr().out
 
 
 SOME = {

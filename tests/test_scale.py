@@ -1,92 +1,22 @@
-"""Several processes, encoders from elsewhere, and the command that scores one's own images."""
+"""Encoders from elsewhere, and the command that scores one's own images."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import submitit
 import torch
-from forked import on_processes
-from nets import make, pictures
 from PIL import Image
-from test_influence import NOISE
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 import issl
-from issl import (
-    EKFAC,
-    Computing,
-    Exact,
-    LoGra,
-    cli,
-    cross_influence,
-    self_influence,
-    top_influences,
-)
+from issl import LoGra, cli, self_influence
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 from issl.pretraining.other_encoders import SOLO_CIFAR, Triple, open_encoder, resnet_from
-from issl.shards import ONE, Shards
-
-# --- several processes
-# -------------------------------------------------------------------------------------
-
-
-def several_scores(shards: Shards) -> tuple:
-    net, images, query = make("batchnorm"), pictures(31), pictures(3, seed=4)
-    how, pca = Computing(shards=shards), LoGra(3, projection="pca", fit=9)
-    few = Computing(shards=shards, batch_size=7)
-    return (
-        self_influence(net, images, NOISE, LoGra(4), computing=few)["influence"].to_numpy(),
-        self_influence(net, images, NOISE, EKFAC(), computing=how)["influence"].to_numpy(),
-        self_influence(net, images, NOISE, pca, computing=how)["influence"].to_numpy(),
-        self_influence(make("stride"), images, NOISE, Exact(), computing=how)
-        .drop(columns="index")
-        .to_numpy(),
-        cross_influence(net, images, query, NOISE, LoGra(4), computing=how).numpy(),
-        top_influences(net, images, query, 5, NOISE, LoGra(4), computing=how).to_numpy(),
-    )
-
-
-def dies_on_one(shards: Shards) -> str:
-    if shards.rank == 1:
-        os._exit(1)
-    self_influence(make("stride"), pictures(12), NOISE, computing=Computing(shards=shards))
-    return "went on"
-
-
-def two_images(shards: Shards) -> None:
-    self_influence(make("stride"), pictures(2), NOISE, computing=Computing(shards=shards))
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_one_score(world: int) -> None:
-    alone = several_scores(ONE)
-    for several in on_processes(world, several_scores):
-        for a, b in zip(alone, several, strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-9)
-
-
-def test_a_dead_process_is_an_error_and_no_hang() -> None:
-    began = time.monotonic()
-    (error,) = on_processes(2, dies_on_one, dying=1, timeout_s=20)
-    assert (
-        "process 0 of 2: another process died or did not answer" in error
-        and time.monotonic() - began < 150
-    )
-
-
-def test_more_processes_than_images() -> None:
-    assert all("2 images on 3 processes" in e for e in on_processes(3, two_images))
-
 
 # --- encoders from elsewhere
 # ---------------------------------------------------------------------------------
@@ -318,7 +248,7 @@ def test_bad_commands(
 
 
 def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Kept while scoring, or fitted in parts and merged; then used for other images."""
+    """Kept while scoring, or fitted; then used for other images."""
     encoder, kept = ours(tmp_path / "e.safetensors"), tmp_path / "c.safetensors"
     common = ["--data", f"folder:{photos}", "--encoder", encoder]
 
@@ -330,19 +260,12 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
     whole = scored("whole", "--rank", "2", "--save-curvature", str(kept))
     pd.testing.assert_frame_equal(scored("later", "--curvature-from", str(kept)), whole, rtol=1e-9)
-    for part in "ab":
-        common[1] = f"folder:{photos / part}"
-        assert (
-            cli.main(
-                ["fit", *common, "--rank", "2", "--out", str(tmp_path / f"{part}.safetensors")]
-            )
-            == 0
-        )
-    assert "curvature of 5 images of folder:b, 20 layers" in capsys.readouterr().out
-    parts = [str(tmp_path / f"{part}.safetensors") for part in "ab"]
-    assert cli.main(["merge", *parts, "--out", str(tmp_path / "ab.safetensors")]) == 0
-    assert "curvature of 10 images, in 2 parts" in capsys.readouterr().out
-    few = scored("few", "--curvature-from", str(tmp_path / "ab.safetensors"))
+    common[1] = f"folder:{photos / 'a'}"
+    fitted = str(tmp_path / "a.safetensors")
+    assert cli.main(["fit", *common, "--rank", "2", "--out", fitted]) == 0
+    assert "curvature of 5 images of folder:a, 20 layers" in capsys.readouterr().out
+    common[1] = f"folder:{photos / 'b'}"
+    few = scored("few", "--curvature-from", fitted)
     assert len(few) == 5 and (few["influence"] > 0).all()
     for more, message in [
         (["--curvature-from", str(kept), "--rank", "3"], "--rank 3: the file of --curvature-from"),
@@ -358,96 +281,3 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ]:
         assert cli.main(["influence", *common, "--out", str(tmp_path / "x.csv"), *more]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_the_command_fills_a_folder(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    encoder, out = ours(tmp_path / "e.safetensors"), tmp_path / "all"
-    given = ["influence", "--data", f"folder:{photos}", "--encoder", encoder]
-    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
-    assert "1 parts fitted, 1 scored" in capsys.readouterr().out and (out / "scores.png").is_file()
-    assert cli.main([*given, "--rank", "2", "--out", str(tmp_path / "one.parquet")]) == 0
-    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(out / "scores")
-    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
-    capsys.readouterr()
-    assert cli.main([*given, "--rank", "2", "--out", str(out)]) == 0
-    assert "0 parts fitted, 0 scored" in capsys.readouterr().out
-    other = [
-        *given,
-        "--curvature-from",
-        str(out / "curvature.safetensors"),
-        "--out",
-        str(tmp_path / "again"),
-    ]
-    assert cli.main(other) == 0 and "0 parts fitted, 1 scored" in capsys.readouterr().out
-    for more, message in [
-        (["--out", str(out), "--rank", "3"], "of another encoder, images or setting"),
-        (["--out", str(out), "--store", "x"], "drop --store"),
-        (["--out", "x.csv", "--cluster", "slurm"], "give a folder with --out"),
-    ]:
-        assert cli.main([*given, *more]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_three_steps_of_jobs(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """As on Slurm (tests/test_compute.py), by submitit's executor that runs them in this
-    process."""
-    asked: list[dict] = []
-
-    def executor_for(cluster: str, folder: Path, jobs: int, slurm: dict) -> submitit.AutoExecutor:
-        executor = submitit.AutoExecutor(folder, cluster="debug")
-        monkeypatch.setattr(executor, "update_parameters", lambda **options: asked.append(options))
-        return executor
-
-    monkeypatch.setattr("issl.commands.in_parts.executor_for", executor_for)
-    given = [
-        "influence",
-        "--data",
-        f"folder:{photos}",
-        "--encoder",
-        ours(tmp_path / "e.safetensors"),
-        "--rank",
-        "2",
-    ]
-    assert (
-        cli.main([*given, "--out", str(tmp_path / "all"), "--cluster", "slurm", "--jobs", "2"]) == 0
-    )
-    said = capsys.readouterr().out
-    assert (
-        "fit: 2 jobs" in said
-        and "merge: 1 jobs" in said
-        and "score: 2 jobs" in said
-        and "1 parts scored" in said
-    )
-    assert [next(iter(a["slurm_additional_parameters"].values()))[:9] for a in asked] == [
-        "afterany:"
-    ] * 2
-    assert len(pd.read_parquet(tmp_path / "all" / "scores")) == 10
-
-
-@pytest.mark.slow
-def test_under_torchrun(photos: Path, tmp_path: Path) -> None:
-    encoder = ours(tmp_path / "e.safetensors")
-    common = [
-        "influence",
-        "--data",
-        f"folder:{photos}",
-        "--encoder",
-        encoder,
-        "--rank",
-        "2",
-        "--images",
-        "9",
-        "--out",
-    ]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "issl"]
-    done = subprocess.run(
-        [*run, *common, str(tmp_path / "two.parquet")], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "on 2 processes" in done.stdout, done.stderr
-    assert cli.main([*common, str(tmp_path / "one.parquet")]) == 0
-    one, two = (pd.read_parquet(tmp_path / f"{k}.parquet") for k in ("one", "two"))
-    pd.testing.assert_frame_equal(one, two, rtol=1e-5)

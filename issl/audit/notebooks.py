@@ -6,14 +6,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from issl.audit.plan import Plan
 from issl.errors import IsslError
-from issl.files import PACKAGE, atomic, file_digest
+from issl.files import PACKAGE, REPOSITORY, atomic, file_digest
 
 
 def fingerprint(source: Path, plan: Plan, device: str) -> str:
@@ -80,42 +83,72 @@ def is_current(name: str, plan: Plan, key: str) -> bool:
     return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
 
 
-def execute(source: Path, target: Path, plan: Plan) -> str | None:
-    """Run a notebook by papermill; the executed copy stays at `target`, errors and all. Returns the
-    error."""
-    # slow to import, like papermill, and a run that finds everything current needs neither
-    import nbformat
-
-    try:
-        with atomic(target) as part:
-            return _executed(source, target, part, plan)
-    except (nbformat.ValidationError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    except IsslError as error:  # there is no room for it
-        return str(error)
+def make_notebook(source: Path, plan: Plan, key: str) -> None:
+    """Execute a notebook under its plan, and note that its outputs were made from `key`."""
+    plan.results.mkdir(parents=True, exist_ok=True)
+    execute(source, plan.results / source.name, plan)
+    note_made(source.stem, plan, key)
 
 
-def _executed(source: Path, target: Path, part: Path, plan: Plan) -> str | None:
-    """Write the executed copy to `part`, which becomes `target`; returns the error of a cell."""
+def execute(source: Path, target: Path, plan: Plan) -> None:
+    """Run a notebook by papermill; the executed copy stays at `target`, errors and all.
+
+    Raises:
+        IsslError: naming the cell that failed, or why it could not be run.
+    """
+    import nbformat  # slow to import, like papermill
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    failed = None
     try:
-        papermill.execute_notebook(
-            *(
-                str(path).replace("{", "{{").replace("}", "}}") for path in (source, part)
-            ),  # papermill formats them
-            parameters=(fields := plan.model_dump(mode="json", exclude_unset=True))
-            | {"parameters": fields},
-            progress_bar=False,
-            start_timeout=300,
-            # the kernel's folder; papermill's own `cwd` would move this whole process, other
-            # notebooks with it
-            resources={"metadata": {"path": str(target.parent)}},
-            # the kernel's own messages (about its transport, or that it was interrupted when it
-            # ends) are not for the # reader; what a cell raises is kept in the notebook
-            extra_arguments=["--IPKernelApp.log_level=50"],
-        )
-    except PapermillExecutionError as error:
-        return f"cell {error.exec_count}: {error.ename}: {error.evalue}\nthe executed copy shows where: {target}"
-    return None
+        fields = plan.model_dump(mode="json", exclude_unset=True)
+        with atomic(target) as part:
+            try:
+                papermill.execute_notebook(
+                    *(_unformatted(path) for path in (source, part)),
+                    parameters=fields | {"parameters": fields},
+                    progress_bar=False,
+                    start_timeout=300,
+                    # the kernel's folder; papermill's `cwd` would move this whole process
+                    resources={"metadata": {"path": str(target.parent)}},
+                    # the kernel's own messages are not for the reader; the cells' are kept
+                    extra_arguments=["--IPKernelApp.log_level=50"],
+                )
+            except PapermillExecutionError as error:
+                failed = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
+    except (nbformat.ValidationError, OSError, RuntimeError) as error:
+        raise IsslError(f"{type(error).__name__}: {error}") from error
+    if failed is not None:
+        raise IsslError(f"{failed}\nthe executed copy shows where: {target}")
+
+
+def _unformatted(path: Path) -> str:
+    """For papermill, which formats paths."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def own_paths(plans: Iterable[Plan], out: Path) -> dict[str, str]:
+    """Places on this machine that notebooks of these plans may mention, each with what stands for
+    it in the report."""
+    found = {
+        str(Path(sys.prefix)): "PYTHON",
+        str(REPOSITORY): "REPOSITORY",
+        str(out): "OUT",
+        str(Path.home()): "~",
+    }
+    for plan in plans:
+        if plan.data_root is not None:
+            found[plan.data_root] = "DATA"
+        if (place := plan.dataset.partition(":")[2]) != "":
+            found[place] = Path(place).name
+        files = [given.file for given in chain(*plan.checkpoints.values())]
+        found |= {str(file): file.name for file in files}
+    return {place: text for place, text in found.items() if len(place) > 1}  # / is some home
+
+
+def hidden(text: str, places: Mapping[str, str]) -> str:
+    """The text with each of these places replaced, the longest first."""
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return text

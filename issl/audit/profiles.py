@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from issl.audit.cache import Stage
-from issl.audit.first_look import FirstLook
+from issl.audit.cache import Stage, in_dependency_order
 from issl.audit.plan import Plan
 from issl.audit.plans import EXPLORER, PLANS
 from issl.audit.settings import Data
@@ -26,14 +25,12 @@ KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What `issl run` and `issl compute` have in common.
+    """Which part of which profile, and where.
 
     only      notebooks by number or name, separated by commas; None for all of them, with the
               report's image explorer
     out       where figures/, results/ and artifacts/ go; None for the checkout, or the current
               folder without one
-    minutes   the time budget: a training that would exceed it writes a checkpoint and ends, no
-              stage begins after it
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
                   that the profile names; a method may have several. Notebooks that train encoders
                   themselves are then left out
@@ -45,7 +42,6 @@ class ProfileOptions:
     data_root: Path | None = None
     device: str = "auto"
     out: Path | None = None
-    minutes: float | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
     from_scratch: bool = False
 
@@ -79,20 +75,6 @@ class ProfileOptions:
             ignore_released=self.from_scratch,
         )
 
-    def first_look(self) -> dict[str, Any] | None:
-        """The fields of the first look: the profile's, and where things are. None where the profile
-        has none, or only some notebooks are asked for."""
-        content = _content(self.profile)
-        if self.only is not None or FirstLook.notebook not in content:
-            return None
-        common = {
-            "profile": self.profile,
-            "out": str(self.folder),
-            "data_root": self.root,
-            "device": self.device,
-        }
-        return (content[FirstLook.notebook] or {}) | common
-
     def left_out(self) -> list[str]:
         """The notebooks that are left out because they train encoders, and these are given."""
         if self.only is not None:
@@ -108,20 +90,6 @@ class ProfileOptions:
         for method, file in self.checkpoints:
             found.setdefault(method, []).append(file)
         return found
-
-
-def pairs(options: Sequence[str], what: str, example: str) -> list[tuple[str, str]]:
-    """Options that are written KEY=VALUE, split."""
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not (key and equals and value):
-            raise IsslError(f"{what} {option}: write {example}")
-    return [(key, value) for key, _, value in (option.partition("=") for option in options)]
-
-
-def sbatch_options(options: Sequence[str]) -> dict[str, str]:
-    """sbatch's options for jobs on Slurm."""
-    return dict(pairs(options, "--slurm", "KEY=VALUE, such as partition=gpu"))
 
 
 def notebooks_folder() -> Path:
@@ -168,8 +136,7 @@ def read_profile(
     checkpoints   take the place of the profile's own
     A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value;
     `notebooks`, those that it runs, where not all (one that it has an entry for can be asked for by
-    name); `first_look`, where real photos are to be shown before all else; and `base`, another
-    profile whose settings hold where it has none.
+    name); and `base`, another profile whose settings hold where it has none.
     """
     file, asked = f"{profile}.yaml", covered(profile)
     there = sorted({*asked, *(set(_file(profile)) & set(PLANS))})
@@ -226,7 +193,7 @@ def _file(profile: str) -> dict[str, Any]:
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content: dict[str, Any] = copy.deepcopy(_parsed(paths[profile].read_text()))
-    allowed = ("base", "common", "notebooks", *KNOWN, FirstLook.notebook)
+    allowed = ("base", "common", "notebooks", *KNOWN)
     unknown = set(content) - set(allowed)
     if unknown:
         raise IsslError(
@@ -238,6 +205,11 @@ def _file(profile: str) -> dict[str, Any]:
 @lru_cache
 def _parsed(text: str) -> dict[str, Any]:
     return yaml.safe_load(text) or {}
+
+
+def all_stages(plans: Iterable[Plan]) -> list[Stage]:
+    """The stages of these plans and all that they depend on, each once, in dependency order."""
+    return list(in_dependency_order(stage for plan in plans for stage in plan.stages()))
 
 
 def check(plans: dict[str, Plan], out: Path) -> None:

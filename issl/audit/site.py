@@ -28,12 +28,11 @@ from PIL import Image
 from issl.audit import verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
-from issl.audit.cost import all_stages
 from issl.audit.explorer import Explorer
-from issl.audit.guide import guide
 from issl.audit.metrics import all_words
-from issl.audit.own_paths import hidden, own_paths
+from issl.audit.notebooks import hidden, own_paths
 from issl.audit.plan import Plan
+from issl.audit.profiles import all_stages
 from issl.audit.verdicts import Record
 from issl.data.images import Images
 from issl.errors import IsslError
@@ -94,8 +93,6 @@ def build(
         profile=profile,
         scale=SCALE.get(profile, "a profile of its own"),
         claims=claims,
-        guide=guide(profile, records, done),
-        look=_first_look(figures, site),
         counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=[
@@ -110,26 +107,6 @@ def build(
 
 # --- the head, and the intervals of the verdicts
 # -------------------------------------------------------------
-
-
-def _first_look(figures: Path, site: Path) -> dict[str, Any] | None:
-    """Copy the picture of the first look beside the pages; returns what the index says about it, or
-    None where there is none. Raises IsslError for a damaged description."""
-    picture, about = figures / "first_look.png", figures / "first_look.json"
-    if not (picture.is_file() and about.is_file()):
-        return None
-    try:
-        written = json.loads(about.read_text())
-        found = {name: written[name] for name in ("seen", "encoder", "images", "layout")}
-    except (ValueError, KeyError) as error:
-        raise IsslError(f"{about} is damaged ({error}); delete it and run again") from error
-    shutil.copyfile(picture, site / picture.name)
-    with Image.open(picture) as image:
-        return found | {
-            "image": f"report/{picture.name}",
-            "width": image.width,
-            "height": image.height,
-        }
 
 
 def bars(row: Mapping[str, Any]) -> list[dict[str, Any] | None]:

@@ -6,11 +6,14 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from issl import engine
 from issl.commands import pictures
 from issl.commands.options import (
     add_scoring_arguments,
@@ -25,6 +28,7 @@ from issl.errors import IsslError
 from issl.files import atomic, writable
 from issl.influence.kept import load_fitted
 from issl.influence.layers import find_layers
+from issl.influence.parts import Scoring, score_in_parts
 from issl.influence.scorer import with_features
 from issl.influence.scores import score_measurement
 from issl.pretraining.other_encoders import encoder_asked_for
@@ -39,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="scores, .csv or .parquet, beside it a picture, .png",
+        help="scores, .csv or .parquet, beside it a picture, .png; or a folder, filled in parts",
     )
     add(
         "--curvature-from",
@@ -54,11 +58,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="where gradients stay (auto)",
     )
     add("--store", type=Path, metavar="DIR", help="where mapped gradients stay meanwhile")
+    engine.add_arguments(command)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
+    if out.suffix == "":
+        return _in_parts(options)
+    if engine.asked_for(options) is not None:
+        raise IsslError(
+            f"--jobs, --cluster and --scheduler fill a folder in parts; --out {out} is one file"
+        )
     writable(out, (".csv", ".parquet"))
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise IsslError(f"--out {out}: parquet needs pyarrow; pip install pyarrow, or write .csv")
@@ -90,6 +101,38 @@ def main(options: argparse.Namespace) -> int:
         flush=True,
     )
     return 0
+
+
+def _in_parts(options: argparse.Namespace) -> int:
+    """Fill a folder with scores, in parts; 1 if some could not be made."""
+    if options.store is not None:
+        raise IsslError(f"--out {options.out} is a folder, which keeps no gradients: drop --store")
+    began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
+    given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
+    load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))
+    images = load().images
+    tasks = score_in_parts(options.out, load)
+    print(f"{len(images)} images of {images.name}, {load().what.curvature}", flush=True)
+    failed = 0
+    for done, ended in enumerate(where.run(tasks), 1):
+        word = f"FAILED: {ended.error}" if ended.error else f"{ended.seconds:.1f} s"
+        print(f"{done:4} of {len(tasks)}  {ended.name}  {word}", flush=True)
+        failed += bool(ended.error)
+    print(
+        f"{options.out}/scores/*.parquet: {len(tasks) - failed} of {len(tasks)} missing parts made "
+        f"in {time.monotonic() - began:.0f} s{write_broken(options.out / 'scores', images)}"
+    )
+    return int(failed > 0)
+
+
+@lru_cache(maxsize=1)
+def _scoring(given: tuple[tuple[str, Any], ...]) -> Scoring:
+    """What these options ask for; opened once in each process."""
+    options = argparse.Namespace(**dict(given))
+    opened, device = encoder_asked_for(options), pick_device(options.device)
+    what, images = measurement(options, opened), load_images(options, opened)
+    computing = computing_of(options, device)
+    return Scoring(opened.encoder, images, what, computing, options.curvature_from)
 
 
 def write_scores(out: Path, scores: pd.DataFrame, images: Images) -> None:

@@ -1,0 +1,96 @@
+"""Large sets in parts: the same scores whoever computes what, and nothing computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hostile import ours
+from nets import make, pictures
+
+import issl
+from issl import EKFAC, GaussianNoise, LoGra, cli
+from issl.engine import Engine, Task
+from issl.influence.parts import Scoring, score_in_parts
+from issl.influence.scorer import Measurement
+
+WHAT = Measurement(GaussianNoise(), LoGra(4))
+
+
+def load(what: Measurement = WHAT, seed: int = 0, kept: Path | None = None) -> Scoring:
+    return Scoring(make("residual"), pictures(53, seed=seed), what, kept=kept)
+
+
+def tasks_of(folder: Path, loaded: Callable[[], Scoring] = load) -> dict[str, Task]:
+    return score_in_parts(folder, loaded, fit_part=20, score_part=8)
+
+
+def same(folder: Path) -> None:
+    table = pd.read_parquet(folder / "scores")  # any reader of parquet data sets joins them
+    want = issl.self_influence(make("residual"), pictures(53), WHAT.perturbation, WHAT.curvature)
+    assert table["index"].tolist() == want["index"].tolist()
+    for column in ("influence", "stability_loss", "grad_norm"):
+        np.testing.assert_allclose(table[column], want[column], rtol=1e-9)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_parts_give_the_scores_of_the_whole(jobs: int, tmp_path: Path) -> None:
+    """Three parts of the fit, their sum, seven parts of the scores; here and in two processes."""
+    tasks = tasks_of(tmp_path)
+    assert len(tasks) == 3 + 1 + 7
+    assert [end.error for end in Engine(jobs).run(tasks)] == [""] * 11
+    same(tmp_path)
+
+
+def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+    run = Engine().run(tasks_of(tmp_path))
+    for _ in range(6):  # three parts fitted, their sum, two parts scored
+        next(run)
+    run.close()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.*")}
+    rest = tasks_of(tmp_path)
+    assert len(written) == 5 and set(rest) == {f"scores/{k:05}" for k in range(2, 7)}
+    assert not any(end.error for end in Engine().run(rest))
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert tasks_of(tmp_path) == {}
+    same(tmp_path)
+    again = partial(load, kept=tmp_path / "curvature.safetensors")
+    other = tasks_of(tmp_path / "other", again)  # under a curvature that was kept
+    assert len(other) == 7 and not any(end.error for end in Engine().run(other))
+    same(tmp_path / "other")
+
+
+def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
+    tasks_of(tmp_path)
+    for other in (
+        partial(load, Measurement(GaussianNoise(), LoGra(4), seed=1)),
+        partial(load, seed=1),
+    ):
+        with pytest.raises(issl.IsslError, match="holds scores of another encoder, images or"):
+            tasks_of(tmp_path, other)
+    with pytest.raises(issl.IsslError, match=r"makes its bases from images.*--curvature-from"):
+        tasks_of(tmp_path / "new", partial(load, Measurement(GaussianNoise(), EKFAC())))
+
+
+def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "all")
+    given = ["influence", "--data", "scenes", "--n", "12", "--rank", "2"]
+    given += ["--encoder", str(ours(tmp_path)), "--device", "cpu", "--out"]
+    assert cli.main([*given, out]) == 0
+    assert "3 of 3 missing parts made" in capsys.readouterr().out
+    assert cli.main([*given, str(tmp_path / "one.parquet")]) == 0
+    one, parts = (pd.read_parquet(tmp_path / name) for name in ("one.parquet", "all/scores"))
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
+    assert cli.main([*given, out, "--jobs", "2"]) == 0
+    assert "0 of 0 missing parts made" in capsys.readouterr().out
+    for more, message in [
+        ([out, "--rank", "3"], "of another encoder, images or setting"),
+        ([out, "--store", "x"], "drop --store"),
+        (["x.csv", "--jobs", "2"], "--out x.csv is one file"),
+    ]:
+        assert cli.main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
