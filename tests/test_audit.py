@@ -17,7 +17,7 @@ from scipy import stats
 import issl
 from issl.audit import claims, figures
 from issl.audit.stats import statistics
-from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_uniform_frames_are_found_where_the_truth_is_known() -> None:
     images = issl.load("scenes", n=1500)
     plain = (images.attributes["atypical"] == "").to_numpy()
     truth = images.attributes["uniform"].to_numpy()[plain]
-    judged = image_statistics(images)[plain]
+    judged = pixel_features(images)[plain]
     assert statistics.auc(-judged["border_std"].to_numpy(), truth).low > 0.9
     assert judged["uniform"][~truth].mean() < 0.02
 
@@ -86,7 +86,7 @@ def test_image_statistics_by_hand() -> None:
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     pixels[0, :, 2:6, 2:6] = 255  # a black frame around a white square
     pixels[1] = torch.arange(8) * 30
-    got = image_statistics(issl.Images(pixels, None, pd.DataFrame({"index": [5, 6]}), "two"))
+    got = pixel_features(issl.Images(pixels, None, pd.DataFrame({"index": [5, 6]}), "two"))
     assert got["index"].tolist() == [5, 6] and got["uniform"].tolist() == [True, False]
     assert got["brightness"][0] == pytest.approx(0.25, abs=1e-5) and got["border_std"][0] == 0
     assert got["contrast"][0] == pytest.approx(np.sqrt(0.25 * 0.75), abs=1e-5)
@@ -101,7 +101,7 @@ def test_enrichment_without_events_is_open_ended() -> None:
 
 
 def test_nothing_to_compare_is_said() -> None:
-    with pytest.raises(issl.IsslError, match="true of none of the 5"):
+    with pytest.raises(issl.IsslError, match="true of none of 5"):
         statistics.auc(np.arange(5.0), np.zeros(5, bool))
     with pytest.raises(issl.IsslError, match=r"share=1\.5"):
         statistics.top(np.arange(5), 1.5)

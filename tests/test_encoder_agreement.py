@@ -62,7 +62,7 @@ def test_differences_are_paired_over_images_and_open_where_nothing_is_reliable()
     assert found.between([0], [[1, 2]], [[2]]).value == pytest.approx(want / 2)
     unreliable = found.between([3], [[0]])
     assert np.isnan(unreliable.value) and (unreliable.low, unreliable.high) == (-np.inf, np.inf)
-    with pytest.raises(issl.IsslError, match=r"encoders \[0\] with \[0\]: there is no pair"):
+    with pytest.raises(issl.IsslError, match="has no pair"):
         found.between([0], [[0]])
     with pytest.raises(issl.IsslError, match=r"need \(2, n\) each"):
         Agreements.of([np.stack([x, x, x]), a])
@@ -92,7 +92,7 @@ def test_intervals_cover(own: float) -> None:
     vary."""
     rng, k, hits = np.random.default_rng(3), 11, 0
     one, others, supervised = [0, 1, 2], [[3, 4, 5], [6, 7, 8]], [9, 10]
-    for _ in range(400):
+    for _ in range(200):
         bring, pairs = rng.normal(0, own, k), rng.normal(0, 0.03, (k, k))
         truth = bring[:, None] + bring[None] + (pairs + pairs.T) / np.sqrt(2)
         errors = rng.normal(0, 0.02, (200, k, k))
@@ -100,4 +100,4 @@ def test_intervals_cover(own: float) -> None:
         seen = truth + errors[0]
         got = Agreements(seen, seen + errors[1:], 1000).between(one, others, [supervised])
         hits += got.low <= 0 <= got.high
-    assert hits >= 0.92 * 400  # with two supervised ones rather too wide than too narrow
+    assert hits >= 0.92 * 200  # with two supervised ones rather too wide than too narrow

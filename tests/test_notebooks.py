@@ -25,8 +25,8 @@ from issl.audit.plans_own import Channel, Kind
 from issl.audit.profiles import ProfileOptions
 from issl.audit.stages import Evaluate, Stability, Top
 from issl.audit.stats import baselines, explained_variance, statistics
-from issl.audit.stats.image_statistics import image_statistics
 from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
+from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.verdicts import Record
 from issl.evaluate import stability_losses
 from issl.pretraining.batch_statistics import estimate_statistics
@@ -255,7 +255,7 @@ def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background
 ) -> None:
     p = plan("03_background_bias")
     images = p.data().load()
-    uniform = image_statistics(images)["uniform"].to_numpy()
+    uniform = pixel_features(images)["uniform"].to_numpy()
     shuffled = np.random.default_rng(0).permutation(len(images)).astype(float)
     e = statistics.auc(shuffled, uniform)
     assert e.low < 0.5 < e.high
@@ -580,7 +580,7 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
         .set_index(["method", "kind", "statistic"])["value"]
         .sort_index()
     )
-    contrast = image_statistics(p.data().load())["contrast"]
+    contrast = pixel_features(p.data().load())["contrast"]
     groups = {"byol": p.scored_encoders("byol"), "untrained": [p.untrained(p.pretrain("simclr"))]}
     for who, encoders in groups.items():
         pairs = [

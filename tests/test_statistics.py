@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import issl
 from issl.audit.stats import statistics
-from issl.audit.stats.resampled_correlations import resampled_correlations
+from issl.audit.stats.resampling import resampled_correlations
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal(400)
@@ -230,7 +230,7 @@ def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> N
     columns = np.stack(
         [rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60)]
     )  # with ties; constant
-    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 20, seed=4)
+    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 4, 20)
     drawn = np.random.default_rng(4)
     for row in found:
         x, y = columns[:2, drawn.integers(0, 60, 60)]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from issl.audit.figures import PAGE, gallery, literal
-from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.stats.statistics import spearman
 from issl.data.images import Images
 from issl.data.published import SOURCES
@@ -29,11 +29,11 @@ STATISTICS = {
 
 def table(scores: pd.DataFrame, images: Images) -> pd.DataFrame:
     """One row per image, by falling influence: index, label_name, influence, stability_loss, and
-    the simple statistics of its pixels (`image_statistics`)."""
+    the simple statistics of its pixels (`pixel_features`)."""
     names = np.array(SOURCES["cifar10"].names["label"])[images.require_labels().numpy()]
     columns = ["index", "influence", "stability_loss"]
     found = scores[columns].assign(label_name=names, position=np.arange(len(images)))
-    found = found.merge(image_statistics(images), on="index", validate="one_to_one")
+    found = found.merge(pixel_features(images), on="index", validate="one_to_one")
     return found.sort_values("influence", ascending=False, kind="stable").reset_index(drop=True)
 
 
