@@ -105,7 +105,8 @@ def _executed(source: Path, target: Path, part: Path, plan: Plan) -> str | None:
             *(
                 str(path).replace("{", "{{").replace("}", "}}") for path in (source, part)
             ),  # papermill formats them
-            parameters={"parameters": plan.model_dump(mode="json", exclude_unset=True)},
+            parameters=(fields := plan.model_dump(mode="json", exclude_unset=True))
+            | {"parameters": fields},
             progress_bar=False,
             start_timeout=300,
             # the kernel's folder; papermill's own `cwd` would move this whole process, other

@@ -7,25 +7,32 @@ and `stages` lists them all, so `issl run` can compute everything before any not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
+import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
 
 from issl.audit.cache import Artifacts, Stage
-from issl.audit.claims import Learned, provenance
+from issl.audit.claims import Learned, format_record, provenance, record
 from issl.audit.given import CheckpointFile, Given
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
+from issl.audit.stats.statistics import Estimate, proportion
 from issl.config import Config
 from issl.data import datasets
+from issl.data.images import Images
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
@@ -34,6 +41,25 @@ Files = Annotated[
     Field(min_length=1),
     BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v]),
 ]
+
+
+P = TypeVar("P", bound="Plan")
+Labels = tuple[str | int | float, ...]
+BY = "method encoder"  # the labels of most stages; the network before training is "untrained 0"
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Stages of one kind, told apart by labels.
+
+    Args:
+        columns: what the labels are called, such as "method encoder noise".
+        stages: by their labels, in this order.
+    """
+
+    columns: str
+    stages: Mapping[Labels, Stage]
 
 
 class Plan(Config):
@@ -178,9 +204,91 @@ class Plan(Config):
             )
         return Given(method=method, checkpoint=files[k])
 
+    @classmethod
+    def of(cls: type[P], cell: Mapping[str, Any]) -> P:
+        """The plan that a notebook's parameters make: `Plan.of(globals())` after that cell."""
+        return cls(**{name: cell[name] for name in cls.model_fields if name in cell})
+
+    def tables(self) -> dict[str, Cells]:
+        """Every stage that the notebook reads: what it is read as, and its labels."""
+        return {}
+
     def stages(self) -> list[Stage]:
         """Every stage that the notebook reads."""
-        return [self.pretrain()]
+        return [stage for cells in self.tables().values() for stage in cells.stages.values()]
+
+    @cached_property
+    def store(self) -> Artifacts:
+        """Where the stages' results are read from."""
+        return self.artifacts()
+
+    @cached_property
+    def training_set(self) -> Images:
+        """This notebook's training images."""
+        return self.data().load()
+
+    def each(self, name: str) -> dict[Any, Any]:
+        """What each stage of a table holds, by its labels; by the label where there is only one."""
+        stages = self.tables()[name].stages
+        return {k[0] if len(k) == 1 else k: s.read(self.store) for k, s in stages.items()}
+
+    def read(self, name: str) -> pd.DataFrame:
+        """The stages of a table as one tidy table: the labels' columns, then the stages' own."""
+        cells = self.tables()[name]
+        labels = cells.columns.split()
+        found = [
+            stage.read(self.store).assign(**dict(zip(labels, key, strict=True)))
+            for key, stage in cells.stages.items()
+        ]
+        table = pd.concat(found, ignore_index=True)
+        return table[[*labels, *(c for c in table if c not in labels)]]
+
+    def scale(self, method: str, name: str = "accuracy") -> Learned:
+        """What the encoders of a method had learned, by a table of evaluations: claims ask for it
+        (`issl.audit.claims.Scale`)."""
+        knn = self.read(name).groupby(BY.split())["knn"].mean()
+        of_method, fresh = knn[method], float(knn[UNTRAINED].iloc[0])
+        return {"knn": float(of_method.min()), "untrained": fresh, "encoders": len(of_method)}
+
+    def record(
+        self, name: str, metrics: dict[str, Estimate], method: str = "", **about: Any
+    ) -> dict[str, Any]:
+        """Judge a claim, write its record and print it. What it is about (data set, recipe, seeds,
+        number of images, what the encoders learned) is the plan's, where `about` says nothing else.
+
+        Args:
+            name: of the claim, in claims.yaml.
+            metrics: what its tests ask for, and whatever else was measured.
+            method: whose encoders were asked; "" for a claim about none.
+            **about: other facts for the record; `variant` tells records of one claim apart, by
+                default by the method.
+        """
+        known: dict[str, Any] = {"dataset": self.dataset, "n": len(self.training_set)}
+        known |= self.about_encoders(method) if method else {}
+        known |= {"variant": method, **about}
+        written = record(name, metrics, self.source(self.store), self.results, **known)
+        print(format_record(written))
+        return written
+
+    def about_encoders(self, method: str) -> dict[str, Any]:
+        """What a record says of a method's encoders."""
+        known: dict[str, Any] = {"method": method, "recipe": self.recipe, "seeds": [self.seed]}
+        return known | ({"learned": self.scale(method)} if "accuracy" in self.tables() else {})
+
+    def save(self, figure: Figure, table: pd.DataFrame, name: str = "") -> None:
+        """Write a figure with its numbers as NOTEBOOK or NOTEBOOK_name, and show it."""
+        import matplotlib.pyplot as plt
+
+        from issl.audit.kit import save  # slow to import, as matplotlib is
+
+        file = f"{self.notebook}_{name}" if name else self.notebook
+        save(figure, file, table, self.figures, self.source(self.store))
+        plt.show()
+
+    @property
+    def caption(self) -> str:
+        """Images, number of encoders and profile, for figures."""
+        return f"{self.training_set.name}, n = {len(self.training_set):,}, {self.profile} profile"
 
     def reads(self) -> list[Path]:
         """What else it reads: files that other notebooks left."""
@@ -261,6 +369,34 @@ class Scored(Plan):
             "encoders": min(len(f) if isinstance(f, list | tuple) else 1 for f in given.values()),
         }
 
+    def encoders_of(self, methods: Iterable[recipes.Method]) -> dict[Labels, Pretrain | Given]:
+        """The encoders that are scored by method and number, and their network before training."""
+        found: dict[Labels, Pretrain | Given] = {
+            (method, k): encoder
+            for method in methods
+            for k, encoder in enumerate(self.scored_encoders(method))
+        }
+        return {**found, (UNTRAINED, 0): self.untrained(next(iter(found.values())))}
+
+    def scored_and_evaluated(self, encoders: Mapping[Labels, Pretrain | Given]) -> dict[str, Cells]:
+        """The tables of most notebooks: scores, features and accuracy under each encoder."""
+        return {
+            "scores": Cells(BY, {k: self.influence(e) for k, e in encoders.items()}),
+            "features": Cells(BY, {k: self.features(e) for k, e in encoders.items()}),
+            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in encoders.items()}),
+        }
+
+    def learned_table(self) -> pd.DataFrame:
+        """Are the encoders worth asking? Accuracy of each in a vote of the nearest neighbours and
+        by a linear probe, with what its training did, for the reader."""
+        hits = self.read("accuracy").groupby(BY.split(), sort=False)
+        return pd.DataFrame(
+            {
+                name: {labels: str(proportion(part[column].to_numpy())) for labels, part in hits}
+                for name, column in (("kNN", "knn"), ("linear probe", "probe"))
+            }
+        ).rename_axis(BY.split())
+
     def scored_encoders(self, method: recipes.Method) -> list[Pretrain | Given]:
         """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …,
         or those given."""
@@ -271,6 +407,16 @@ class Scored(Plan):
         training."""
         encoders = [e for method in methods for e in self.scored_encoders(method)]
         return [*encoders, self.untrained(encoders[0])]
+
+    def about_encoders(self, method: str) -> dict[str, Any]:
+        seeds = [self.seed + k for k in range(self.encoders)]
+        noises = {"noise_seeds": [self.noise_seed]}
+        return super().about_encoders(method) | {"seeds": seeds, **noises}
+
+    @property
+    def caption(self) -> str:
+        of_each = f"{self.encoders} encoder{'s' * (self.encoders > 1)} a method"
+        return f"{super().caption}, {of_each}; bars: 95% intervals"
 
     @property
     def noise(self) -> GaussianNoise:

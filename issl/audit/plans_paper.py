@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
-from issl.audit.plan import Plan, Scored
+from issl.audit.plan import BY, UNTRAINED, Cells, Plan, Scored
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -186,36 +186,33 @@ class BackgroundBias(Scored):
     drawn_epochs: int = Field(4, ge=1)
     swapped: int = Field(96, ge=16)
 
-    def drawn_plan(self) -> BackgroundBias:
+    def on_scenes(self) -> BackgroundBias:
         """The same plan on scenes; itself, where the data set is scenes."""
-        world = {
-            "dataset": "scenes",
-            "n": self.drawn,
-            "size": None,
-            "epochs": self.drawn_epochs,
-            "snapshots": None,
+        world = {"dataset": "scenes", "n": self.drawn, "size": None, "epochs": self.drawn_epochs}
+        changes = {**world, "snapshots": None, "methods": self.methods[:1]}
+        return self if self.dataset == "scenes" else self.model_copy(update=changes)
+
+    def tables(self) -> dict[str, Cells]:
+        known, scenes = self.encoders_of(self.methods), self.on_scenes()
+        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
+        between = {k: self.betweenness(e, self.neighbours) for k, e in known.items()}
+        drawn = scenes.encoders_of(self.methods[:1])
+        swapped = {
+            k: self.influence(e, data=self.swapped_scenes())
+            for k, e in drawn.items()
+            if k[0] != UNTRAINED
         }
-        return self if self.dataset == "scenes" else self.model_copy(update=world)
+        return {
+            **self.scored_and_evaluated(known),
+            "nearest": Cells(BY, nearest),
+            "betweenness": Cells(BY, between),
+            "swapped": Cells(BY, swapped),
+            "accuracy on scenes": Cells(BY, {k: scenes.evaluation(e) for k, e in drawn.items()}),
+        }
 
-    def drawn_encoders(self) -> list[Pretrain | Given]:
-        """The first method, trained on scenes; or the given encoders, which have then seen no
-        scenes."""
-        return self.drawn_plan().scored_encoders(self.methods[0])
-
-    def swapped_scores(self, encoder: Pretrain | Given) -> Influence:
-        """Scores of the same scenes on each background, under one of these encoders."""
-        return self.influence(encoder, data=Data(name="scenes-swapped", n=self.swapped))
-
-    def stages(self) -> list[Stage]:
-        drawn = self.drawn_encoders()
-        scenes = map(self.swapped_scores, drawn)
-        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
-        return [
-            *self.of_each(self.methods),
-            *between,
-            *scenes,
-            *self.drawn_plan().learned_stages(drawn),
-        ]
+    def swapped_scenes(self) -> Data:
+        """The same scenes on a texture, on white, on black and on one colour."""
+        return Data(name="scenes-swapped", n=self.swapped)
 
 
 class Duplicates(Scored):

@@ -1,0 +1,226 @@
+"""The kit that notebooks draw with: one style, a few kinds of panel, and one way to save.
+
+A panel takes a tidy table (`issl.audit.stats.tables`): a row for each estimate, with the columns
+value, low and high, and columns that say what it is about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from issl.audit.metrics import all_words
+from issl.data.images import Images
+from issl.files import atomic
+from issl.pretraining.recipes import NAMES
+
+PAGE = 7.0  # inches: the width of two columns of a paper
+PALETTE = sns.color_palette("colorblind")
+# of each method, the same in every figure; whatever is no method's is grey
+COLOURS: dict[str, Any] = dict(zip(NAMES, PALETTE, strict=False))
+GREY = "0.45"
+MARK = PALETTE[1]  # of what a gallery outlines
+
+
+def style() -> None:
+    """Legible at column width, colour-blind safe, text in the PDF as text."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
+    rc: dict[Any, Any] = {"figure.constrained_layout.use": True, "pdf.fonttype": 42}
+    rc |= {"figure.dpi": 110, "savefig.dpi": 220, "savefig.bbox": "tight"}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "ytick.labelsize": 7.5}
+    rc |= dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), 8)
+    mpl.rcParams.update(rc)
+
+
+def save(
+    figure: Figure, name: str, data: pd.DataFrame, folder: Path, provenance: dict[str, Any]
+) -> None:
+    """Write NAME.png, NAME.pdf, NAME.csv (the numbers drawn) and NAME.json (where they come
+    from)."""
+    with atomic(folder / f"{name}.png") as part:
+        figure.savefig(part, format="png")
+    with atomic(folder / f"{name}.pdf") as part:
+        figure.savefig(part, format="pdf", metadata={"CreationDate": None})
+    with atomic(folder / f"{name}.csv") as part:
+        data.to_csv(part, index=False)
+    with atomic(folder / f"{name}.json") as part:
+        part.write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+def panels(
+    count: int, height: float = 2.6, widths: Sequence[float] | None = None, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A page-wide row of panels, lettered by `title`."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(PAGE, height), width_ratios=widths, squeeze=False, **options
+    )
+    return figure, list(axes[0])
+
+
+def title(figure: Figure, finding: str, caption: str) -> None:
+    """What the figure shows, in a sentence, and below it what it is about (`Plan.caption`)."""
+    figure.suptitle(literal(f"{finding}\n{caption}"), fontsize=8.5)
+
+
+def literal(text: object) -> str:
+    """A text that matplotlib draws as it is: between two dollar signs it would read a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def name(method: str) -> str:
+    """A method as people write it."""
+    return NAMES.get(method, method)
+
+
+def in_words(what: str) -> str:
+    """A method or a metric as people write it; any other text as it is."""
+    return NAMES.get(what) or all_words().get(what, what)
+
+
+def forest(
+    axes: Axes,
+    table: pd.DataFrame,
+    label: str,
+    rows: str = "score",
+    colour: str = "method",
+    nothing: float | None = None,
+    asked: float | None = None,
+    legend: bool = False,
+) -> None:
+    """Estimates with their intervals: a line for each of `rows`, the first on top, and in it one
+    point for each of `colour`.
+
+    Args:
+        axes: where to draw.
+        table: tidy, with value, low and high.
+        label: of the axis.
+        rows: the column that names lines.
+        colour: the column that colours points, methods mostly.
+        nothing: a dashed line, no effect.
+        asked: a dotted line, what a claim's test asks for (`issl.audit.claims.threshold`).
+        legend: name the colours, below the figure.
+    """
+    lines = list(dict.fromkeys(table[rows]))
+    groups = list(dict.fromkeys(table[colour])) if colour in table else [""]
+    for group in groups:
+        part = table[table[colour] == group] if colour in table else table
+        # a group that is alone in its lines stands in their middle
+        together = [groups_of(table, rows, colour, line) for line in part[rows]]
+        offset = [(0.7 / len(g)) * ((len(g) - 1) / 2 - g.index(group)) for g in together]
+        at = np.array([len(lines) - 1 - lines.index(line) for line in part[rows]]) + offset
+        paint = COLOURS.get(group, GREY)
+        ends = part[["low", "high"]].astype(float).fillna({"low": -np.inf, "high": np.inf})
+        axes.hlines(at, *np.clip(ends.to_numpy(), -1e12, 1e12).T, color=paint, lw=1.2)
+        shown = literal(name(group))
+        axes.scatter(part["value"].astype(float), at, color=paint, s=12, zorder=3, label=shown)
+    _finish(axes, table, lines, label, nothing, asked)
+    if legend and isinstance(axes.figure, Figure):
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+
+
+def groups_of(table: pd.DataFrame, rows: str, colour: str, line: object) -> list[str]:
+    """The groups that have a point in a line, in the order of the table."""
+    part = table[table[rows] == line]
+    return list(dict.fromkeys(part[colour])) if colour in table else [""]
+
+
+def _finish(
+    axes: Axes,
+    table: pd.DataFrame,
+    lines: list[str],
+    label: str,
+    nothing: float | None,
+    asked: float | None,
+) -> None:
+    """Names, label and lines; where an interval is open, limits that hold all that is finite."""
+    if nothing is not None:
+        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
+    if asked is not None:
+        axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5)
+    axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
+    axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+    values = table[["value", "low", "high"]].astype(float).to_numpy()
+    if not np.isfinite(values).all():
+        known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
+        room = 0.1 * np.ptp(known) or 0.1
+        axes.set_xlim(min(known) - room, max(known) + room)
+
+
+def gallery(
+    axes: Axes, images: Images, label: str, columns: int = 8, outlined: Sequence[bool] | None = None
+) -> None:
+    """All images in reading order; those that are `outlined` get a border."""
+    axes.set_title(literal(label), loc="left")
+    side, gap = images.pixels.shape[-1], 3
+    step = side + gap
+    canvas = np.full((-(-len(images) // columns) * step, columns * step, 3), 255, np.uint8)
+    for k, pixels in enumerate(images.tensor().numpy()):
+        y, x = divmod(k, columns)
+        canvas[y * step : y * step + side, x * step : x * step + side] = pixels.transpose(1, 2, 0)
+        if outlined is not None and outlined[k]:
+            corner, size = (x * step - 1.5, y * step - 1.5), side + 2
+            box = Rectangle(corner, size, size, fill=False, clip_on=False, lw=1.3, ec=MARK)
+            axes.add_patch(box)
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def by_rank(axes: Axes, table: pd.DataFrame, label: str, colour: str = "method") -> None:
+    """A share (value, low, high, in percent) in each part of a ranking (rank, in percent)."""
+    for group, part in table.groupby(colour, sort=False):
+        spread = [part["value"] - part["low"], part["high"] - part["value"]]
+        paint, shown = COLOURS.get(str(group), GREY), literal(name(str(group)))
+        axes.errorbar(
+            part["rank"],
+            part["value"],
+            yerr=spread,
+            fmt="o",
+            ms=3,
+            lw=0.8,
+            color=paint,
+            label=shown,
+        )
+    axes.set(ylabel=label, ylim=(0, None), xlabel="rank by influence (%),\nhighest first")
+
+
+def scatter(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    xlabel: str,
+    ylabel: str,
+    colour: Any = None,
+    most: int = 5000,
+) -> None:
+    """One point an image; of very many, some at random (the same ones each time)."""
+    some = np.random.default_rng(0).permutation(len(x))[:most]
+    axes.scatter(x[some], y[some], s=4, lw=0, alpha=0.5, color=colour or PALETTE[0])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def curves(
+    axes: Axes,
+    table: pd.DataFrame,
+    x: str,
+    label: str,
+    colour: str = "method",
+    marks: Mapping[str, str] | None = None,
+) -> None:
+    """A line with its interval for each of `colour`, along the column `x`."""
+    for group, part in table.groupby(colour, sort=False):
+        paint, mark = COLOURS.get(str(group), GREY), (marks or {}).get(str(group), "o")
+        axes.plot(part[x], part["value"], color=paint, marker=mark, ms=3, label=name(str(group)))
+        axes.fill_between(part[x], part["low"], part["high"], color=paint, alpha=0.15, lw=0)
+    axes.set(xlabel=x, ylabel=label)
