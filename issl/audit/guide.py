@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from issl.audit import verdicts
-from issl.audit.claims import FAILED, SUPERSEDED, UNTESTED
-from issl.audit.metrics import words
+from issl.audit.claims import FAILED, SUPERSEDED, UNTESTED, words
 from issl.audit.verdicts import Record
 from issl.data.datasets import DRAWN
 from issl.files import installed

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from issl.audit import figures, verdicts
-from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
-from issl.audit.metrics import words
+from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, words
 from issl.audit.stats.statistics import Estimate
 from issl.audit.verdicts import Record
 from issl.pretraining.recipes import NAMES

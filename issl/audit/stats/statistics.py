@@ -64,7 +64,7 @@ class Estimate:
 
 
 def over_encoders(
-    estimates: Sequence[Estimate], least: float = -np.inf, most: float = np.inf
+    estimates: Sequence[Estimate], least: int | float = -np.inf, most: int | float = np.inf
 ) -> Estimate:
     """The mean of what was measured under k encoders on the same images.
 
@@ -99,7 +99,7 @@ def over_encoders(
         return float(stats.t.ppf(0.975, df)) * math.sqrt(between + within)
 
     low_end, high_end = centre - half(value - low), centre + half(high - value)
-    return Estimate(centre, max(least, low_end), min(most, high_end), estimates[0].n)
+    return Estimate(centre, max(float(least), low_end), min(float(most), high_end), estimates[0].n)
 
 
 def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
