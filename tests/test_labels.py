@@ -12,7 +12,7 @@ import issl
 from issl.audit.data.background_labels import background_labels
 from issl.audit.data.injection import inject
 from issl.audit.data.known_duplicates import SERIES, known_duplicates
-from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.pixel_features import pixel_features
 from issl.data.images import Images
 from issl.files import PACKAGE
 
@@ -33,7 +33,7 @@ def test_the_sample_is_the_one_that_was_drawn() -> None:
 def test_they_fit_the_images_and_the_detector_misses_most(data_root) -> None:
     table = pd.read_csv(LABELS, keep_default_na=False)
     images = issl.load("cifar10", root=data_root).subset(table["index"].to_numpy())
-    statistics = image_statistics(images)
+    statistics = pixel_features(images)
     assert statistics["index"].tolist() == table["index"].tolist()
     sure, uniform = table["sure"].to_numpy() == 1, (table["uniform"] == "yes").to_numpy()
     grey = statistics["border_grey"].to_numpy()

@@ -1,128 +1,115 @@
-"""The package map: who imports whom. `python tests/test_packages.py` prints it."""
+"""Who imports whom: the library stands alone, the audit stands on it."""
 
 from __future__ import annotations
 
 import ast
-from collections import Counter
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-import networkx
-import pytest
+from issl.audit.notebooks import library_files
 
-ISSL = Path(__file__).parent.parent / "issl"
-# from the ground up; a package imports from those before it, and packages of one floor do not know
-# each other
-FLOORS = (
-    ("ground",),
-    ("data",),
-    ("pretraining", "influence"),
-    ("analysis",),
-    ("experiments",),
-    ("reporting",),
-    ("commands",),
-)
-GROUND = {"errors", "config", "files", "shards", "devices", "keyed_random"}
-DOORS = {"__init__", "__main__"}  # the public names and `python -m issl`: they may import anything
+REPOSITORY = Path(__file__).parent.parent
+ABOUT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+# what the library may import inside the function that needs it: an extra says what to install
+OPTIONAL = {"datasets", "distributed", "dask_jobqueue", "pyarrow", "timm"}
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name under issl → file; a package stands for its __init__."""
+    """Dotted name → file; a package stands for its __init__."""
+    files = {p.relative_to(REPOSITORY): p for p in (REPOSITORY / "issl").rglob("*.py")}
     return {
-        ".".join(p.relative_to(ISSL).with_suffix("").parts).removesuffix(".__init__"): p
-        for p in ISSL.rglob("*.py")
+        ".".join(k.with_suffix("").parts).removesuffix(".__init__"): p for k, p in files.items()
     }
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of issl that a file imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-        else:
-            continue
-        inside = [n.removeprefix("issl.") for n in names if n.startswith("issl.")]
-        found |= {n for n in inside if n in known}
-    return {n for n in found if not any(other.startswith(n + ".") for other in found)}
+def imports(text: str, inside: bool = False) -> Iterator[tuple[str, bool]]:
+    """What a file imports, and whether inside a function; not what is for type checkers alone."""
+
+    def walk(nodes: list[ast.stmt], inside: bool) -> Iterator[tuple[str, bool]]:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from ((alias.name, inside) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield from ((f"{node.module}.{alias.name}", inside) for alias in node.names)
+            elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+                function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                below = [n for n in ast.walk(node) if isinstance(n, ast.stmt)][1:]
+                direct = [n for n in below if n in list(ast.iter_child_nodes(node))]
+                handlers = [n for h in getattr(node, "handlers", []) for n in h.body]
+                yield from walk([*direct, *handlers], inside or function)
+
+    return walk(ast.parse(text).body, inside)
 
 
-def floor_of(module: str) -> tuple[int, str]:
-    package = module.split(".")[0] if "." in module or (ISSL / module).is_dir() else "ground"
-    return next(k for k, floor in enumerate(FLOORS) if package in floor), package
+def library() -> dict[str, str]:
+    """The text of each module outside issl.audit."""
+    return {k: p.read_text() for k, p in modules().items() if not k.startswith("issl.audit")}
 
 
-def wrong(edges: dict[str, set[str]]) -> list[str]:
-    """Every import that goes up, or sideways between the packages of one floor."""
-    found = []
-    for source, targets in edges.items():
-        for target in targets:
-            (a, here), (b, there) = floor_of(source), floor_of(target)
-            if here != there and b >= a:
-                found.append(f"{source} imports {target}")
-    return found
+def of_the_audit(files: dict[str, str]) -> list[str]:
+    return [
+        f"{name} imports {target}"
+        for name, text in files.items()
+        for target, _ in imports(text)
+        if target.startswith("issl.audit")
+    ]
 
 
-def graph() -> dict[str, set[str]]:
+def strangers(files: dict[str, str]) -> list[str]:
+    """Imports of what is neither Python's own nor a dependency of the library."""
+    names = [re.match(r"[\w-]+", d).group() for d in ABOUT["dependencies"]]  # type: ignore[union-attr]
+    known = {{"pillow": "PIL"}.get(n, n) for n in names} | sys.stdlib_module_names | {"issl"}
+    return [
+        f"{name} imports {target}"
+        for name, text in files.items()
+        for target, inside in imports(text)
+        if target.split(".")[0] not in (known | OPTIONAL if inside else known)
+    ]
+
+
+def test_what_is_not_allowed_is_found() -> None:
+    text = """
+import json, torch
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import matplotlib
+class A:
+    def f(self):
+        try:
+            import timm, pydantic
+        except ImportError:
+            from issl.audit import claims
+import datasets
+"""
+    assert strangers({"x": text}) == ["x imports pydantic", "x imports datasets"]
+    assert of_the_audit({"x": text}) == ["x imports issl.audit.claims"]
+
+
+def test_the_library_never_imports_the_audit() -> None:
+    assert of_the_audit(library()) == []
+
+
+def test_the_library_imports_its_dependencies_alone() -> None:
+    assert len(ABOUT["dependencies"]) == 9
+    assert strangers(library()) == []
+
+
+def test_there_is_no_circle() -> None:
     known = modules()
-    return {
-        name: imports(path, known) - {name} for name, path in known.items() if name not in DOORS
-    }
+    edges = {}
+    for name, path in known.items():
+        found = {target for target, _ in imports(path.read_text())}
+        found |= {target.rpartition(".")[0] for target in found}
+        edges[name] = {t for t in found if t in known and known[t].name != "__init__.py"} - {name}
+    assert sum(map(len, edges.values())) > 100  # it does see the imports
+    assert len(list(TopologicalSorter(edges).static_order())) == len(known)
 
 
-def test_every_module_has_its_place() -> None:
-    flat = {name for name in modules() if "." not in name and not (ISSL / name).is_dir()}
-    assert flat - DOORS == GROUND
-    assert {p.parent.name for p in ISSL.glob("*/__init__.py")} == {
-        name for floor in FLOORS[1:] for name in floor
-    }
-
-
-def test_nothing_imports_upward_and_there_is_no_circle() -> None:
-    edges = graph()
-    assert sum(len(targets) for targets in edges.values()) > 150  # it does see the imports
-    assert wrong(edges) == []
-    circles = list(
-        networkx.simple_cycles(
-            networkx.DiGraph([(a, b) for a, targets in edges.items() for b in targets])
-        )
-    )
-    assert circles == []
-
-
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("data.images", "commands.cli"),
-        ("influence.cross", "pretraining.loop"),
-        ("errors", "data.images"),
-    ],
-)
-def test_an_import_that_goes_up_or_sideways_is_found(source: str, target: str) -> None:
-    assert wrong({source: {target}}) == [f"{source} imports {target}"]
-    assert wrong({target: {source}}) == (
-        [] if source != "influence.cross" else [f"{target} imports {source}"]
-    )
-
-
-def test_the_fingerprint_of_the_code_goes_down_into_the_packages(repository: Path) -> None:
+def test_the_fingerprint_of_the_code_goes_down_into_the_packages() -> None:
     """A notebook that was run by other code is not current."""
-    from issl.audit.notebooks import library_files
-
-    names = {str(p.relative_to(repository / "issl")) for p in library_files()}
-    assert {"audit/claims.yaml", "influence/scores.py", "cli.py"} <= names
-
-
-if __name__ == "__main__":
-    every = graph()
-    for floor in FLOORS:
-        for package in floor:
-            own = sorted(m for m in every if floor_of(m)[1] == package)
-            used = Counter(
-                floor_of(t)[1] for m in own for t in every[m] if floor_of(t)[1] != package
-            )
-            lines = sum(len(modules()[m].read_text().splitlines()) for m in own)
-            below = ", ".join(f"{name} {count}" for name, count in used.most_common()) or "nothing"
-            print(f"{package:12} {len(own):3} modules {lines:6} lines   imports {below}")
-    print("upward or sideways:", wrong(every) or "none")
+    names = {str(p.relative_to(REPOSITORY / "issl")) for p in library_files()}
+    assert {"audit/claims.yaml", "influence/self_influence.py", "audit/claims.py"} <= names

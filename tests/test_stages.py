@@ -37,7 +37,7 @@ from issl.audit.stages import (
     Top,
 )
 from issl.audit.stats import neighbour_graph
-from issl.audit.stats.image_statistics import image_statistics
+from issl.audit.stats.pixel_features import pixel_features
 from issl.config import Config, as_plain
 from issl.data import scenes
 from issl.influence.curvature import EKFAC, Curvature, LoGra
@@ -357,7 +357,7 @@ def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
         for which in ("top flat", "random flat")
     )
     flattest = (
-        image_statistics(scored.data.load())["border_std"].rank(method="first").to_numpy() <= 24
+        pixel_features(scored.data.load())["border_std"].rank(method="first").to_numpy() <= 24
     )
     assert (
         flattest[top].all() and flattest[some].all() and len(top) == len(some) == 12 and top != some

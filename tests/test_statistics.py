@@ -1,241 +1,37 @@
-"""The audit's statistics: planted effects, no effect, and other libraries' values."""
+"""The audit's statistics: planted effects, no effect, other libraries' values, and coverage."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import issl
 from issl.audit.stats import statistics
-from issl.audit.stats.resampled_correlations import resampled_correlations
+from issl.audit.stats.encoder_agreement import Agreements
+from issl.audit.stats.group_differences import group_differences, largest, magnitude
+from issl.audit.stats.pixel_features import pixel_features
+from issl.audit.stats.resampling import RESAMPLES, resampled_correlations
+from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal(400)
 B = 0.8 * A + 0.6 * RNG.standard_normal(400)
 FLAG = RNG.random(400) < 0.1
+PEERS = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
 
 
-def test_correlation_is_scipys() -> None:
-    for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        got = statistics.correlation(A, B, kind)  # type: ignore[arg-type]
-        assert got.value == pytest.approx(reference(A, B).statistic, abs=1e-12)
-        assert got.low < 0.8 < got.high and got.high - got.low < 0.15 and got.n == 400
-    fisher = stats.pearsonr(A, B).confidence_interval()
-    got = statistics.correlation(A, B)
-    assert got.low == pytest.approx(fisher.low, abs=0.02) and got.high == pytest.approx(
-        fisher.high, abs=0.02
-    )
-    assert statistics.correlation(A, A).low == pytest.approx(1)
-    assert statistics.correlation(A, np.zeros(400)).value == 0
-    assert statistics.correlation(A, B, seed=1) != statistics.correlation(A, B, seed=2)
-    with pytest.raises(issl.IsslError, match="400 and 3 values"):
-        statistics.correlation(A, A[:3])
+def ends(e: Estimate) -> tuple[float, float]:
+    return e.low, e.high
 
 
-def test_interval_covers_as_often_as_it_says() -> None:
-    rng, hits = np.random.default_rng(1), 0
-    for k in range(60):
-        x = rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])
-        got = statistics.correlation(x[:, 0], x[:, 1], seed=k)
-        hits += got.low <= 0.5 <= got.high
-    assert 50 <= hits <= 60
-
-
-def test_overlap() -> None:
-    assert statistics.overlap(A, 3 * A + 1, 0.05).value == 1
-    assert statistics.overlap(A, -A, 0.05).value == 0
-    assert statistics.overlap(A, B, 0.05).n == 20
-
-
-def test_average_precision_and_auc() -> None:
-    assert statistics.average_precision(FLAG.astype(float), FLAG).value == 1
-    shuffled = statistics.average_precision(A, FLAG)
-    assert shuffled.value == pytest.approx(average_precision_score(FLAG, A))
-    assert shuffled.low < FLAG.mean() + 0.05
-    score = A + 2 * FLAG
-    gain = statistics.auc_difference(score, A, FLAG)
-    assert (
-        gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A))
-        and gain.low > 0.2
-    )
-    same = statistics.auc_difference(A, A, FLAG)
-    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
-    with pytest.raises(issl.IsslError, match="true of none"):
-        statistics.average_precision(A, np.zeros(400, bool))
-
-
-def test_mean_is_students() -> None:
-    values = np.array([0.1, 0.3, 0.2])
-    got, want = statistics.mean(values), stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert (got.value, got.low, got.high) == pytest.approx((0.2, *want))
-    one, equal = statistics.mean(np.array([0.5])), statistics.mean(np.array([0.5, 0.5]))
-    assert one.low == -np.inf and one.high == np.inf and equal.low == equal.high == 0.5
-
-
-def test_holm() -> None:
-    np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-
-
-def test_agreement_is_the_mean_correlation_of_all_pairs() -> None:
-    scores = np.stack([A, B, A + RNG.standard_normal(400)])
-    for kind, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        want = np.mean(
-            [reference(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]
-        )
-        got = statistics.agreement(scores, kind)  # type: ignore[arg-type]
-        assert got.value == pytest.approx(want) and got.low < want < got.high
-    two = statistics.agreement(scores[:2])
-    assert two.value == pytest.approx(statistics.correlation(A, B).value)
-    with pytest.raises(issl.IsslError, match=r"shape \(1, 400\)"):
-        statistics.agreement(scores[:1])
-
-
-def test_clustered_auc_is_the_auc_and_counts_pairs_once() -> None:
-    score = A + 0.7 * FLAG
-    alone, plain = (
-        statistics.clustered_auc(score, FLAG, np.arange(400)),
-        statistics.auc(score, FLAG),
-    )
-    assert alone.value == pytest.approx(plain.value)
-    assert (alone.low, alone.high) == (
-        pytest.approx(plain.low, abs=0.015),
-        pytest.approx(plain.high, abs=0.015),
-    )
-    # every flagged image twice: as independent images the interval shrinks, as pairs it does not
-    twice = np.concatenate([np.arange(400), np.flatnonzero(FLAG)])
-    pairs = statistics.clustered_auc(score[twice], FLAG[twice], twice)
-    images = statistics.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
-    width, less = pairs.high - pairs.low, images.high - images.low
-    assert pairs.value == pytest.approx(alone.value) and width == pytest.approx(
-        alone.high - alone.low, rel=0.02
-    )
-    assert less < 0.85 * width
-    tied = statistics.clustered_auc(np.round(score), FLAG, np.arange(400))
-    assert tied.value == pytest.approx(roc_auc_score(FLAG, np.round(score)))
-
-
-def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
-    w = statistics.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
-    np.testing.assert_allclose(w, [0.5, 0.5, 0], atol=1e-12)
-    np.testing.assert_allclose(
-        statistics.matching_weights([10.0, 0.1, 1.0], 1e-6), [0, 1, 0]
-    )  # any order; beyond: the end
-    np.testing.assert_allclose(statistics.matching_weights([10.0, 0.1, 1.0], 1e6), [1, 0, 0])
-
-
-def test_correlation_margin_is_a_difference_of_correlations() -> None:
-    noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
-    got = statistics.correlation_margin(np.stack([[A, B], noisy]), np.array([1.0, 0.0]), noisy)
-    assert (
-        got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1])
-        and got.low > 0.3
-    )
-    same = statistics.correlation_margin(np.stack([noisy]), np.array([1.0]), noisy)
-    assert [same.value, same.low, same.high] == pytest.approx([0, 0, 0], abs=1e-12)
-
-
-def test_log_ratio() -> None:
-    rng = np.random.default_rng(4)
-    b = rng.exponential(size=500)
-    got = statistics.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
-    assert got.low < np.log(3) < got.high and got.low > 0.9
-    nothing = statistics.log_ratio(np.zeros(5), np.ones(5))
-    assert nothing.value == -np.inf and (nothing.low, nothing.high) == (-np.inf, np.inf)
-
-
-def test_rank_biserial_is_somers_d() -> None:
-    score = A + FLAG
-    effect, p = statistics.rank_biserial(score, FLAG)
-    assert effect.value == pytest.approx(stats.somersd(FLAG.astype(int), score).statistic)
-    assert p == pytest.approx(
-        stats.mannwhitneyu(score[FLAG], score[~FLAG], method="asymptotic").pvalue
-    )
-    less, _ = statistics.rank_biserial(-score, FLAG)
-    assert less.value == pytest.approx(-effect.value)
-
-
-def test_precision_of_as_many_as_there_are() -> None:
-    assert statistics.precision(FLAG.astype(float), FLAG).value == 1
-    score = np.arange(10.0)
-    assert statistics.precision(score, score >= 6).n == 4
-    assert statistics.precision(-score, score >= 8).value == 0
-
-
-def test_average_precision_with_ties_is_scikit_learns() -> None:
-    score = np.round(A)
-    got = statistics.average_precision(score, FLAG)
-    assert (
-        got.value == pytest.approx(average_precision_score(FLAG, score))
-        and got.low <= got.value <= got.high
-    )
-
-
-def test_average_precisions_interval_is_that_of_the_images_or_clusters_drawn() -> None:
-    score, cluster = np.round(A, 1), np.arange(400) // 4
-    for groups in (np.arange(400), cluster):
-        rng = np.random.default_rng(3)
-        drawn = []
-        for _ in range(statistics.RESAMPLES):
-            chosen = rng.integers(0, groups.max() + 1, groups.max() + 1)
-            rows = np.concatenate([np.flatnonzero(groups == g) for g in chosen])
-            if FLAG[rows].any():
-                drawn.append(average_precision_score(FLAG[rows], score[rows]))
-        got = statistics.average_precision(score, FLAG, groups, seed=3)
-        assert [got.low, got.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
-    # ten copies of each image say no more than one
-    once, copies = statistics.average_precision(A, FLAG), np.arange(400).repeat(10)
-    tenfold = statistics.average_precision(A[copies], FLAG[copies], copies)
-    assert tenfold.high - tenfold.low == pytest.approx(once.high - once.low, rel=0.15)
-    assert (
-        statistics.average_precision(A[copies], FLAG[copies]).high
-        < 0.7 * tenfold.high + 0.3 * tenfold.value
-    )
-
-
-def test_correlation_difference_is_that_of_two_spearmans() -> None:
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=200)
-    a, b = truth + rng.normal(size=200), rng.normal(size=200)
-    got = statistics.correlation_difference(a, b, truth)
-    want = stats.spearmanr(a, truth).statistic - stats.spearmanr(b, truth).statistic
-    assert got.value == pytest.approx(want) and 0 < got.low < got.value < got.high
-    assert statistics.correlation_difference(a, np.exp(a), truth).high == pytest.approx(0)
-
-
-def test_spearman_is_scipys_and_its_interval_covers() -> None:
-    for other in (B, np.round(B)):
-        got = statistics.spearman(A, other)
-        assert got.value == pytest.approx(stats.spearmanr(A, other).statistic)
-        boot = statistics.correlation(A, other, "spearman")
-        assert got.low == pytest.approx(boot.low, abs=0.03) and got.high == pytest.approx(
-            boot.high, abs=0.03
-        )
-    assert statistics.spearman(A, A).value == 1 and statistics.spearman(A, np.zeros(400)).value == 0
-    with pytest.raises(issl.IsslError, match="400 and 3 values"):
-        statistics.spearman(A, A[:3])
-    rng, hits = np.random.default_rng(2), 0
-    truth = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's ρ of normal variables with r = 0.5
-    for _ in range(200):
-        x = rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])
-        e = statistics.spearman(x[:, 0], x[:, 1])
-        hits += e.low <= truth <= e.high
-    assert 180 <= hits <= 199
-
-
-@pytest.mark.parametrize("ranked", [False, True])
-def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
-    rng = np.random.default_rng(0)
-    columns = np.stack(
-        [rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60)]
-    )  # with ties; constant
-    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 20, seed=4)
-    drawn = np.random.default_rng(4)
-    for row in found:
-        x, y = columns[:2, drawn.integers(0, 60, 60)]
-        peer = stats.spearmanr if ranked else stats.pearsonr
-        assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)
+def width(e: Estimate) -> float:
+    return e.high - e.low
 
 
 @pytest.mark.parametrize(
@@ -244,7 +40,6 @@ def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> N
         (-0.1, -0.3, 0.1, "−0.10 [−0.30, 0.10]"),
         (0.9761, 0.97, 0.982, "0.976 [0.970, 0.982]"),  # two decimals would say [0.97, 0.98]
         (0.00001, 0.000001, 0.00003, "0.000010 [0.000001, 0.000030]"),
-        (0.5, 0.5, 0.5, "0.50 [0.50, 0.50]"),
         (-0.002, -0.047, 0.043, "0.00 [−0.05, 0.04]"),
         (0.5, -np.inf, np.inf, "0.50 [−∞, ∞]"),
     ],
@@ -252,4 +47,359 @@ def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> N
 def test_an_interval_is_written_so_that_its_ends_differ(
     value: float, low: float, high: float, written: str
 ) -> None:
-    assert str(statistics.Estimate(value, low, high, 9)) == written
+    e = Estimate(value, low, high, 9)
+    assert str(e) == written and Estimate.of(e.as_dict()) == e
+
+
+# --- correlations
+
+
+@pytest.mark.parametrize("kind", ["pearson", "spearman"])
+def test_correlations_are_scipys(kind: statistics.Kind) -> None:
+    peer, scores = PEERS[kind], np.stack([A, B, A + RNG.standard_normal(400)])
+    got = statistics.correlation(A, B, kind)
+    assert got.value == pytest.approx(peer(A, B).statistic) and width(got) < 0.15
+    pairs = [peer(scores[i], scores[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]
+    each = statistics.agreement(scores, kind)
+    assert each.value == pytest.approx(np.mean(pairs)) and each.low < each.value < each.high
+    assert statistics.correlation(A, np.zeros(400), kind).value == 0
+    assert statistics.correlation(A, B, kind, 1) != statistics.correlation(A, B, kind, 2)
+
+
+def test_intervals_by_formula_and_by_resamples_agree() -> None:
+    fisher = stats.pearsonr(A, B).confidence_interval()
+    assert ends(statistics.correlation(A, B)) == pytest.approx(tuple(fisher), abs=0.02)
+    for other in (B, np.round(B)):
+        got, boot = statistics.spearman(A, other), statistics.correlation(A, other, "spearman")
+        assert got.value == pytest.approx(stats.spearmanr(A, other).statistic)
+        assert ends(got) == pytest.approx(ends(boot), abs=0.03)
+    assert statistics.spearman(A, A).value == 1
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
+    rng = np.random.default_rng(0)  # with ties; constant
+    rows = (rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60))
+    columns = np.stack(rows)
+    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 4, 20)
+    drawn = np.random.default_rng(4)
+    for row in found:
+        x, y = columns[:2, drawn.integers(0, 60, 60)]
+        peer = stats.spearmanr if ranked else stats.pearsonr
+        assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)
+
+
+def test_differences_of_correlations() -> None:
+    noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
+    pairs, weights = np.stack([[A, B], noisy]), np.array([1.0, 0.0])
+    got = statistics.correlation_margin(pairs, weights, noisy)
+    assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1])
+    assert got.low > 0.3
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=200)
+    a, b = truth + rng.normal(size=200), rng.normal(size=200)
+    less = statistics.correlation_difference(a, b, truth)
+    rho_a, rho_b = (stats.spearmanr(v, truth).statistic for v in (a, b))
+    assert less.value == pytest.approx(rho_a - rho_b) and 0 < less.low < less.value < less.high
+    assert statistics.correlation_difference(a, np.exp(a), truth).high == pytest.approx(0)
+
+
+def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
+    w = statistics.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
+    np.testing.assert_allclose(w, [0.5, 0.5, 0], atol=1e-12)
+    for target, weights in ((1e-6, [0, 1, 0]), (1e6, [1, 0, 0])):
+        np.testing.assert_allclose(statistics.matching_weights([10.0, 0.1, 1.0], target), weights)
+
+
+def test_partial_correlation_removes_a_common_cause() -> None:
+    rng = np.random.default_rng(2)
+    cause = rng.normal(size=3000)
+    a, b = cause + rng.normal(size=3000), cause + rng.normal(size=3000)
+    e = statistics.partial_spearman(a, b, pd.DataFrame({"cause": cause}))
+    assert abs(e.value) < 0.06 < 0.4 < np.corrcoef(a, b)[0, 1]
+    nothing = statistics.partial_spearman(a, b, pd.DataFrame(index=range(3000)))
+    assert nothing.value == pytest.approx(stats.spearmanr(a, b).statistic)
+
+
+def test_intervals_of_correlations_cover_as_often_as_they_say() -> None:
+    rng, hits = np.random.default_rng(2), np.zeros(3)
+    rho = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's, of normal variables with r = 0.5
+    for k in range(100):
+        x, y = (rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])).T
+        free = pd.DataFrame({"c": rng.normal(size=80)})
+        for j, (e, truth) in enumerate(
+            (
+                (statistics.correlation(x, y, seed=k), 0.5),
+                (statistics.spearman(x, y), rho),
+                (statistics.partial_spearman(x, y, free), rho),
+            )
+        ):
+            hits[j] += e.low <= truth <= e.high
+    assert (hits >= 88).all()
+
+
+# --- rankings
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 10))
+def test_ranks_alone_matter(seed: int, power: float) -> None:
+    rng = np.random.default_rng(seed)
+    score, order = rng.random(300) + 0.1, rng.permutation(300)
+    flag = rng.random(300) < 0.5
+    moved = statistics.enrichment(score[order] ** power, flag[order], 0.05)
+    assert statistics.enrichment(score, flag, 0.05) == moved
+
+
+def test_a_shuffled_score_finds_nothing_and_a_planted_one_all() -> None:
+    rng = np.random.default_rng(0)
+    flag = rng.random(2000) < 0.2
+    noise, planted = rng.random(2000), flag + 0.01 * rng.random(2000)
+    for share in (0.01, 0.05):
+        e = statistics.enrichment(noise, flag, share)
+        assert e.low < 1 < e.high
+        e = statistics.enrichment(planted, flag, share)
+        rest = flag[~statistics.top(planted, share)].mean()
+        assert e.value == pytest.approx(1 / rest) and e.low > 3
+    e = statistics.auc(noise, flag)
+    assert e.low < 0.5 < e.high and width(e) < 0.1 and statistics.auc(planted, flag).value == 1
+    assert statistics.precision(planted, flag).value == 1
+    assert statistics.overlap(planted, 3 * planted + 1, 0.05).value == 1
+    assert statistics.overlap(planted, -planted, 0.05).value == 0
+    without = statistics.enrichment(np.arange(100.0), np.arange(100) < 50, 0.05)
+    assert (without.value, *ends(without)) == (0, 0, np.inf)
+
+
+def test_aucs_are_scikit_learns_and_pairs_count_once() -> None:
+    score = A + 0.7 * FLAG
+    alone, plain = (
+        statistics.clustered_auc(score, FLAG, np.arange(400)),
+        statistics.auc(score, FLAG),
+    )
+    assert alone.value == pytest.approx(roc_auc_score(FLAG, score)) == plain.value
+    assert ends(alone) == pytest.approx(ends(plain), abs=0.015)
+    # every flagged image twice: as independent images the interval shrinks, as pairs it does not
+    twice = np.concatenate([np.arange(400), np.flatnonzero(FLAG)])
+    pairs = statistics.clustered_auc(score[twice], FLAG[twice], twice)
+    images = statistics.clustered_auc(score[twice], FLAG[twice], np.arange(len(twice)))
+    assert width(pairs) == pytest.approx(width(alone), rel=0.02)
+    assert width(images) < 0.85 * width(pairs)
+    tied = statistics.clustered_auc(np.round(score), FLAG, np.arange(400))
+    assert tied.value == pytest.approx(roc_auc_score(FLAG, np.round(score)))
+    gain = statistics.auc_difference(score, A, FLAG)
+    assert gain.value == pytest.approx(roc_auc_score(FLAG, score) - roc_auc_score(FLAG, A))
+    assert gain.low > 0.1
+    effect, p = statistics.rank_biserial(score, FLAG)
+    assert effect.value == pytest.approx(stats.somersd(FLAG.astype(int), score).statistic)
+    assert p == pytest.approx(stats.mannwhitneyu(score[FLAG], score[~FLAG]).pvalue)
+
+
+def test_average_precision_is_scikit_learns_over_the_images_or_clusters_drawn() -> None:
+    score = np.round(A, 1)
+    for groups in (np.arange(400), np.arange(400) // 4):
+        rng, n = np.random.default_rng(3), int(groups.max()) + 1
+        drawn = []
+        for _ in range(RESAMPLES):
+            chosen = np.bincount(rng.integers(0, n, n), minlength=n)[groups]
+            rows = np.repeat(np.arange(400), chosen)
+            if FLAG[rows].any():
+                drawn.append(average_precision_score(FLAG[rows], score[rows]))
+        got = statistics.average_precision(score, FLAG, groups, seed=3)
+        assert got.value == pytest.approx(average_precision_score(FLAG, score))
+        assert ends(got) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    # ten copies of each image say no more than one
+    once, copies = statistics.average_precision(A, FLAG), np.arange(400).repeat(10)
+    tenfold = statistics.average_precision(A[copies], FLAG[copies], copies)
+    assert width(tenfold) == pytest.approx(width(once), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: statistics.correlation(A, A[:3]), "400 and 3"),
+        (lambda: statistics.spearman(A, A[:3]), "400 and 3"),
+        (lambda: statistics.agreement(A[None]), r"\(1, 400\)"),
+        (lambda: statistics.auc(A, np.zeros(400, bool)), "none of 400"),
+        (lambda: statistics.top(A, 1.5), r"share=1\.5"),
+        (lambda: statistics.over_encoders([]), "no encoder"),
+    ],
+)
+def test_nothing_to_compare_is_said(call: object, named: str) -> None:
+    with pytest.raises(issl.IsslError, match=named):
+        call()  # type: ignore[operator]
+
+
+# --- means, tests, several encoders
+
+
+def test_means_and_tests() -> None:
+    values = np.array([0.1, 0.3, 0.2])
+    got, want = statistics.mean(values), stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert (got.value, *ends(got)) == pytest.approx((0.2, *want))
+    assert ends(statistics.mean(np.array([0.5]))) == (-np.inf, np.inf)
+    assert ends(statistics.mean(np.array([0.5, 0.5]))) == (0.5, 0.5)
+    # R's p.adjust(p, "holm")
+    p = [0.01, 0.04, 0.03, 0.9, 0.011]
+    np.testing.assert_allclose(statistics.holm(p), [0.05, 0.09, 0.09, 0.9, 0.05])
+    rng = np.random.default_rng(4)
+    b = rng.exponential(size=500)
+    ratio = statistics.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
+    assert 0.9 < ratio.low < np.log(3) < ratio.high
+    assert ends(statistics.log_ratio(np.zeros(5), np.ones(5))) == (-np.inf, np.inf)
+
+
+def test_over_encoders_holds_both_sources_of_error() -> None:
+    one = Estimate(0.5, 0.4, 0.6, 50)
+    assert statistics.over_encoders([one]) == one
+    same = statistics.over_encoders([one] * 4)  # nothing between encoders: the images' error
+    assert same.value == 0.5 and width(same) == pytest.approx(0.2, rel=0.05)
+    exact = [Estimate(v, v, v, 50) for v in (0.0, 1.0, 5.0)]  # nothing within: Student's
+    student = stats.ttest_1samp([0.0, 1.0, 5.0], 0).confidence_interval()
+    assert ends(statistics.over_encoders(exact)) == pytest.approx(tuple(student))
+    rng = np.random.default_rng(0)
+    many = [Estimate(v, v - 0.196, v + 0.196, 50) for v in rng.normal(0, 0.3, 60)]
+    both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
+    assert width(statistics.over_encoders(many)) == pytest.approx(2 * 1.96 * both, rel=0.06)
+    assert ends(statistics.over_encoders(exact, 0, 5)) == (0, 5)
+    opened = statistics.over_encoders([one, Estimate(0.5, -np.inf, 0.6, 50)])
+    assert opened.low == -np.inf and opened.high < 0.7
+
+
+@pytest.mark.parametrize("between", [0.0, 0.3, 1.0, 10.0])
+def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: float) -> None:
+    """Whichever is larger: the error over images, which the encoders share, or the spread between
+    trainings."""
+    rng, runs = np.random.default_rng(5), 1000
+    shared, own = rng.normal(0, 1, (runs, 1)), rng.normal(0, 1, (runs, 3))
+    covered = 0
+    for values in shared + between * own:
+        e = statistics.over_encoders([Estimate(v, v - 1.96, v + 1.96, 50) for v in values])
+        covered += e.low <= 0 <= e.high
+    assert 0.91 <= covered / runs <= 0.98
+
+
+def test_each_group_against_the_rest_over_encoders() -> None:
+    rng, n = np.random.default_rng(0), 600
+    sizes = rng.choice(["3-9", "10-19", "rare"], n, p=[0.6, 0.37, 0.03])
+    groups = pd.DataFrame({"size": sizes, "side": rng.choice(["left", "right"], n)})
+    flag = (groups["size"] == "10-19").to_numpy()
+    ranks = rng.uniform(size=(3, n)) + 0.3 * flag
+    table = group_differences(ranks, groups, 50, pd.DataFrame({"why": ranks.mean(0)}))
+    assert list(table["group"]) == ["3-9", "10-19", "left", "right"]  # in order, no rare one
+    row = largest(table)
+    u = [
+        stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() for r in ranks
+    ]
+    assert row["group"] == "10-19" and row["effect"].value == pytest.approx(2 * np.mean(u) - 1)
+    total = stats.rankdata(ranks, axis=1).sum(0)
+    assert row["p"] == pytest.approx(stats.mannwhitneyu(total[flag], total[~flag]).pvalue)
+    np.testing.assert_allclose(table["adjusted_p"], statistics.holm(table["p"].tolist()))
+    left, right = table["effect"][2:]  # two groups: what one gains the other loses
+    assert left.value == pytest.approx(-right.value)
+    assert abs(row["left"].value) < 0.1 < row["effect"].value  # explained by what was given
+    assert magnitude(Estimate(-0.3, -0.4, -0.1, 9)) == Estimate(0.3, 0.1, 0.4, 9)
+    assert magnitude(Estimate(0.3, 0.1, 0.4, 9)) == Estimate(0.3, 0.1, 0.4, 9)
+    with pytest.raises(issl.IsslError, match="400"):
+        group_differences(ranks, groups, 400)
+
+
+# --- agreement of encoders
+
+
+def twice(rng: np.random.Generator, truth: np.ndarray, size: float = 1.0) -> np.ndarray:
+    """Two measurements (2, n) of a quantity."""
+    return truth + size * rng.standard_normal((2, len(truth)))
+
+
+def test_agreement_finds_what_the_errors_hide() -> None:
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((2, 4000))
+    y = 0.6 * x + 0.8 * y  # r = 0.6 between the quantities themselves
+    first, second = twice(rng, x), twice(rng, y, 1.5)
+    got = Agreements.of([first, second]).between([0], [[1]])
+    truth = 6 / np.pi * np.arcsin(0.6 / 2)
+    assert stats.spearmanr(first[0], second[1]).statistic < 0.3
+    assert got.low < truth < got.high and got.value == pytest.approx(truth, abs=0.06)
+    exact = Agreements.of([np.stack([x, x]), np.stack([y, y])]).between([0], [[1]])
+    assert exact.value == pytest.approx(stats.spearmanr(x, y).statistic)
+    for pair in ([np.exp(first), second], [second, first], [first[::-1], second[::-1]]):
+        assert Agreements.of(pair).between([0], [[1]]).value == pytest.approx(got.value)
+
+
+def test_an_error_that_two_encoders_share_is_no_agreement() -> None:
+    x, y, *noise = np.random.default_rng(6).standard_normal((4, 4000))
+    seen = [v + np.stack(noise) for v in (x, y)]
+    assert stats.spearmanr(seen[0][0], seen[1][0]).statistic > 0.4
+    got = Agreements.of(seen).between([0], [[1]])
+    assert got.low < 0 < got.high
+
+
+def test_differences_of_agreements_are_paired_and_open_where_nothing_is_reliable() -> None:
+    rng = np.random.default_rng(7)
+    x, y, z = rng.standard_normal((3, 1500))
+    a, b, c = (twice(rng, v, 0.5) for v in (x, x + 0.3 * y, z))
+    found = Agreements.of([a, b, c, np.stack([x, -x])])  # the last contradicts itself
+    want = found.value[0, 1] - found.value[0, 2]
+    got = found.between([0], [[1]], [[2]])
+    assert got.value == pytest.approx(want) and got.low > 0.7
+    same = found.between([0], [[1]], [[1]])
+    assert (same.value, *ends(same)) == pytest.approx((0, 0, 0), abs=1e-12)
+    assert found.between([0], [[1, 2]], [[2]]).value == pytest.approx(want / 2)
+    unreliable = found.between([3], [[0]])
+    assert np.isnan(unreliable.value) and ends(unreliable) == (-np.inf, np.inf)
+    with pytest.raises(issl.IsslError, match=r"\[0\] with \[\[0\]\]"):
+        found.between([0], [[0]])
+    with pytest.raises(issl.IsslError, match=r"\(2, 1499\)"):
+        Agreements.of([a, b[:, 1:]])
+
+
+def test_the_jackknife_is_that_of_the_encoders() -> None:
+    """Where an agreement is the sum of what two encoders bring, θ = μ + 2 ā has the variance 4 s² /
+    k."""
+    bring = np.array([0.1, -0.2, 0.05, 0.15])
+    exact = bring[:, None] + bring[None]
+    found = Agreements(exact, np.broadcast_to(exact, (10, 4, 4)), 100)
+    got = found.between([0, 1, 2, 3], [[0, 1, 2, 3]])
+    half = stats.t.ppf(0.975, 3) * np.sqrt(4 * bring.var(ddof=1) / 4)
+    assert [got.value, got.high - got.value] == pytest.approx([2 * bring.mean(), half])
+    one = found.between([0], [[1]])  # one pair says nothing about other trainings
+    assert one.low == one.value == one.high
+
+
+@pytest.mark.parametrize("own", [0.0, 0.1])
+def test_intervals_of_agreements_cover(own: float) -> None:
+    """Three encoders of a method, six of others and two supervised; encoders, pairs and images all
+    vary."""
+    rng, k, hits = np.random.default_rng(3), 11, 0
+    for _ in range(200):
+        bring, pairs = rng.normal(0, own, k), rng.normal(0, 0.03, (k, k))
+        truth = bring[:, None] + bring[None] + (pairs + pairs.T) / np.sqrt(2)
+        errors = rng.normal(0, 0.02, (200, k, k))
+        errors = (errors + errors.swapaxes(1, 2)) / np.sqrt(2)
+        seen = truth + errors[0]
+        found = Agreements(seen, seen + errors[1:], 1000)
+        got = found.between([0, 1, 2], [[3, 4, 5], [6, 7, 8]], [[9, 10]])
+        hits += got.low <= 0 <= got.high
+    assert hits >= 0.92 * 200  # with two supervised ones rather too wide than too narrow
+
+
+# --- pixels
+
+
+def test_uniform_frames_are_found_where_the_truth_is_known() -> None:
+    images = issl.load("scenes", n=1500)
+    plain = (images.attributes["atypical"] == "").to_numpy()
+    truth = images.attributes["uniform"].to_numpy()[plain]
+    judged = pixel_features(images)[plain]
+    assert statistics.auc(-judged["border_std"].to_numpy(), truth).low > 0.9
+    assert judged["uniform"][~truth].mean() < 0.02
+
+
+def test_pixel_features_by_hand() -> None:
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    pixels[0, :, 2:6, 2:6] = 255  # a black frame around a white square
+    pixels[1] = torch.arange(8) * 30
+    got = pixel_features(issl.Images(pixels, None, pd.DataFrame({"index": [5, 6]}), "two"))
+    assert got["index"].tolist() == [5, 6] and got["uniform"].tolist() == [True, False]
+    assert got["brightness"][0] == pytest.approx(0.25, abs=1e-5) and got["border_std"][0] == 0
+    assert got["contrast"][0] == pytest.approx(np.sqrt(0.25 * 0.75), abs=1e-5)

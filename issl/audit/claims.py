@@ -14,34 +14,40 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from issl import __version__
-from issl.audit.metrics import words
 from issl.audit.stats.statistics import Estimate
-from issl.config import Config
 from issl.data.datasets import without_place
 from issl.devices import device_name
 from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic, installed
 
 State = Literal["holds", "contradicted", "undecided"]
-Learned = dict[
-    str, float
-]  # knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
+# knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
+Learned = dict[str, float]
 UNTESTED = "not tested at this scale"
 SUPERSEDED = "superseded"
 PASSED, FAILED = "check passed", "check failed"  # of the code
 
 
-class Condition(Config):
+class Entry(BaseModel):
+    """A part of claims.yaml: what is misspelt there is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Condition(Entry):
     """One condition: a bound of a metric's interval above or below a threshold.
 
-    where_measured   the metric needs something that not every data set has (pairs judged by
-                     people): where it was not measured, the condition is skipped
-    needs            another condition, such as one of the ceiling: where it does not hold, this one
-                     is never contradicted
-    p_value          the metric is a p-value: one that is too large is no evidence against the claim
+    Attributes:
+        metric: as the notebook records it.
+        bound: what is compared.
+        above: the threshold, or below.
+        below: the threshold, or above.
+        where_measured: where the data have no such metric (pairs judged by people), it is skipped.
+        p_value: the metric is one; if it is too large, that is no evidence against the claim.
+        needs: another condition; where it does not hold, this one is never contradicted.
     """
 
     metric: str
@@ -58,32 +64,34 @@ class Condition(Config):
             raise ValueError("give exactly one of `above` and `below`")
         return self
 
+    @property
+    def threshold(self) -> float:
+        return float(self.below if self.above is None else self.above)  # type: ignore[arg-type]
+
     def state(self, metrics: dict[str, Estimate]) -> State:
-        """contradicted: the whole interval is on the wrong side of the threshold. undecided: it
-        spans it, or what could be seen is too poor (`needs`)."""
-        for metric in (self.metric, *([self.needs.metric] if self.needs else [])):
-            if metric not in metrics:
-                raise IsslError(
-                    f"claim test: metric {metric!r} was not measured; there are {sorted(metrics)}"
-                )
+        """holds; contradicted: the whole interval is on the wrong side; undecided: anything else.
+
+        A number without an interval holds, or is contradicted.
+        """
+        if self.metric not in metrics:
+            raise IsslError(
+                f"claim test: metric {self.metric!r} was not measured; there are {sorted(metrics)}"
+            )
         found = metrics[self.metric]
+        poor = self.needs is not None and self.needs.state(metrics) != "holds"
         value = float(getattr(found, self.bound))
         if self.above is not None:
-            holds, wrong = value > self.above, found.high < self.above
+            holds, wrong = value > self.threshold, found.high < self.threshold
         else:
-            assert self.below is not None
-            holds, wrong = value < self.below, found.low > self.below
-        exact = found.low == found.high == found.value  # no interval: it holds, or it does not
+            holds, wrong = value < self.threshold, found.low > self.threshold
         if holds:
             return "holds"
-        poor = self.needs is not None and self.needs.state(metrics) != "holds"
-        against = wrong or (exact and value == value)
-        return "contradicted" if against and not poor and not self.p_value else "undecided"
+        exact = found.low == found.high == found.value
+        return "contradicted" if (wrong or exact) and not (poor or self.p_value) else "undecided"
 
 
-class Superseded(Config):
-    """Why a claim's test no longer decides: since when, by which claim, the reason, and what it had
-    found."""
+class Superseded(Entry):
+    """Why a claim's test no longer decides: since when, by which claim, and what it had found."""
 
     date: str
     by: str
@@ -91,23 +99,25 @@ class Superseded(Config):
     found: str
 
 
-class Scale(Config):
-    """What a claim's encoders must have learned before its verdict says anything about the method.
+class Scale(Entry):
+    """What a claim's encoders must have learned before its verdict says anything of the method.
 
-    knn               kNN accuracy on test images, by data set: the least of all encoders
-    above_untrained   the same less that of the untrained network
-    encoders          how many of each method, trained from different seeds
+    Attributes:
+        knn: kNN accuracy on test images, by data set: the least of all encoders.
+        above_untrained: the same less that of the untrained network.
+        encoders: how many of each method, trained from different seeds.
     """
 
-    knn: dict[str, float] = Field(default_factory=dict)
-    above_untrained: dict[str, float] = Field(default_factory=dict)
+    knn: dict[str, float] = {}
+    above_untrained: dict[str, float] = {}
     encoders: int = Field(1, ge=1)
 
     def reached(self, dataset: str, learned: Learned) -> bool:
         """Raises IsslError for a data set without a rule."""
         if dataset not in {**self.knn, **self.above_untrained}:
             raise IsslError(
-                f"data set {dataset!r}: claims.yaml has no rule for what its encoders must have learned"
+                f"data set {dataset!r}: claims.yaml has no rule for what its encoders must have "
+                "learned"
             )
         gain = learned["knn"] - learned["untrained"]
         return (
@@ -117,53 +127,57 @@ class Scale(Config):
         )
 
 
-class Claim(Config):
-    """One entry of claims.yaml."""
+class Claim(Entry):
+    """One entry of claims.yaml, whose head says what the fields mean."""
 
     notebook: str
     claim: str
     paper: str | float | None
-    ours: bool = Field(description="true for a claim of this project, not of the paper")
-    use: str | None = Field(
-        None, description="what the score would be good for, if the claim holds"
-    )
+    ours: bool
+    use: str | None = None
     profiles: list[str]
-    scale: Literal["trained", "learning", "none"] = Field(
-        "trained", description="which of the file's scales applies"
-    )
-    check: bool = Field(
-        False, description="of the code rather than of a claim: not counted as reproduced"
-    )
+    scale: Literal["trained", "learning", "none"] = "trained"
+    check: bool = False
     tests: list[Condition] = Field(min_length=1)
     superseded: Superseded | None = None
 
 
-def threshold(name: str, metric: str) -> float:
-    """What a claim's test asks of a metric, for figures; raises IsslError where it asks nothing of
-    it."""
-    for test in claims()[name].tests:
-        bound = test.below if test.above is None else test.above
-        if test.metric == metric and bound is not None:
-            return bound
-    raise IsslError(f"claim {name!r} has no test of {metric!r}")
-
-
 @lru_cache
-def _file() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((PACKAGE / "audit" / "claims.yaml").read_text())
+def _file(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((PACKAGE / "audit" / name).read_text())
     return content
 
 
 @lru_cache
 def claims() -> dict[str, Claim]:
     """All claims by name."""
-    return {name: Claim(**entry) for name, entry in _file().items() if name != "scales"}
+    return {name: Claim(**e) for name, e in _file("claims.yaml").items() if name != "scales"}
 
 
 @lru_cache
 def scales() -> dict[str, Scale]:
     """What encoders must have learned, by the name that a claim's `scale` gives."""
-    return {name: Scale(**entry) for name, entry in _file()["scales"].items()}
+    return {name: Scale(**entry) for name, entry in _file("claims.yaml")["scales"].items()}
+
+
+def all_words() -> dict[str, str]:
+    """What metrics are called, for people (metrics.yaml)."""
+    return _file("metrics.yaml")
+
+
+def words(metric: str) -> str:
+    """What a metric is called. Raises IsslError for one without words."""
+    if metric not in all_words():
+        raise IsslError(f"metric {metric!r} has no words: name it in issl/audit/metrics.yaml")
+    return all_words()[metric]
+
+
+def threshold(name: str, metric: str) -> float:
+    """What a claim's test asks of a metric, for figures. Raises IsslError where it asks nothing."""
+    for test in claims()[name].tests:
+        if test.metric == metric:
+            return test.threshold
+    raise IsslError(f"claim {name!r} has no test of {metric!r}")
 
 
 def judge(
@@ -173,8 +187,18 @@ def judge(
     dataset: str,
     learned: Learned | None = None,
 ) -> dict[str, Any]:
-    """Outcome of the claim's tests, and its verdict at this profile. `learned` as `issl.audit.plan`
-    gives it."""
+    """The claim's tests with their states, the outcome, and the verdict at this profile.
+
+    Args:
+        name: of the claim.
+        metrics: what was measured.
+        profile: at which.
+        dataset: the images that were scored.
+        learned: by the encoders, as `issl.audit.plan` gives it; a claim about encoders needs it.
+
+    Raises:
+        IsslError: for an unknown claim, or a metric that was not measured.
+    """
     if name not in claims():
         raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
     claim = claims()[name]
@@ -205,8 +229,10 @@ def outcome(states: Sequence[State]) -> str:
 
 
 def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned | None) -> str:
-    """The outcome, where the claim's test still decides, the profile is one for this claim, and its
-    encoders have learned enough (`Scale`)."""
+    """The outcome `found`, where the claim's test still decides and the scale allows a verdict.
+
+    The profile must be one of the claim's, and its encoders must have learned enough (`Scale`).
+    """
     claim = claims()[name]
     if claim.superseded:
         return SUPERSEDED
@@ -214,27 +240,27 @@ def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned 
         return UNTESTED
     if claim.check:
         return PASSED if found == "reproduced" else FAILED
-    enough = claim.scale == "none" or (
-        learned is not None and scales()[claim.scale].reached(dataset, learned)
-    )
+    if claim.scale == "none":
+        return found
+    enough = learned is not None and scales()[claim.scale].reached(dataset, learned)
     return found if enough else UNTESTED
 
 
 def provenance(
     profile: str, parameters: dict[str, Any], device: torch.device, artifacts: list[str]
 ) -> dict[str, Any]:
-    """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware,
-    time."""
-    # the machine's cores, not the threads of the notebook that writes this: what each stage used is
-    # in its manifest
+    """Where a number comes from: profile, parameters, artifacts, commit, versions, hardware, time.
+
+    The cores are the machine's, not the threads of the notebook that writes this: each stage's
+    manifest says what it used.
+    """
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    hardware = device_name(device) if device.type == "cuda" else cpu
     return {
         "profile": profile,
         "parameters": parameters,
         "artifacts": artifacts,
         "commit": commit(),
-        "hardware": hardware,
+        "hardware": device_name(device) if device.type == "cuda" else cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -252,33 +278,32 @@ def record(
     learned: Learned | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    """Judge a claim and write FOLDER/claim_NAME.json (claim_NAME.VARIANT.json); returns what was
-    written.
+    """Judge a claim and write FOLDER/claim_NAME.json (or claim_NAME.VARIANT.json).
 
-    variant  for a claim that a notebook tests more than once: the method, say; in the file's name,
-             "_" for spaces
-    source   as `provenance` gives it
-    learned  what the encoders that were scored had learned, as `issl.audit.plan.Plan.learned` gives
-             it
-    about    method, n, seeds and whatever else qualifies it. Of an encoder that was given as a
-             file, neither recipe nor seeds are known: the record names the file instead
+    Args:
+        name: of the claim.
+        metrics: what was measured.
+        source: as `provenance` gives it.
+        folder: where the record goes.
+        variant: for a claim that a notebook tests more than once: the method, say.
+        dataset: the images that were scored.
+        learned: by the encoders that scored them, see `judge`.
+        **about: method, n, seeds and whatever else qualifies it. Of an encoder that was given as a
+            file neither recipe nor seeds are known: the record names the file instead.
+
+    Returns:
+        What was written.
     """
     dataset = without_place(dataset)
     judged = judge(name, metrics, source["profile"], dataset, learned)
     given = source.get("checkpoints", {}).get(about.get("method"))
     if given is not None:
-        about = {k: v for k, v in about.items() if k != "recipe"} | {
-            "seeds": [],
-            "checkpoint": given,
-        }
-    claim = claims()[name]
+        about.pop("recipe", None)
+        about |= {"seeds": [], "checkpoint": given}
     content = {
         "name": name,
         "variant": variant,
-        "notebook": claim.notebook,
-        "claim": claim.claim,
-        "paper": claim.paper,
-        "ours": claim.ours,
+        **claims()[name].model_dump(include={"notebook", "claim", "paper", "ours"}),
         "dataset": dataset,
         "learned": learned,
         **about,
@@ -297,49 +322,28 @@ def format_record(written: dict[str, Any]) -> str:
     variant = f" ({written['variant']})" if written["variant"] else ""
     lines = [f"{written['name']}{variant}: {written['claim']}"]
     for test in written["tests"]:
-        m = written["metrics"][test["metric"]]
-        low, high = (
-            ["−∞", "∞"][k] if m[b] is None else f"{m[b]:.3g}" for k, b in enumerate(("low", "high"))
-        )
-        side, value = ("above", test["above"]) if "above" in test else ("below", test["below"])
+        e = Estimate.of(written["metrics"][test["metric"]])
+        ours = f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]".replace("inf", "∞").replace("-", "−")
+        side = "above" if "above" in test else "below"
+        asked = f"{side} {test[side]:g}"
         bound = "" if test["bound"] == "value" else f"{test['bound']} end "
-        ours = "undefined" if m["value"] is None else f"{m['value']:.3g}"
-        lines.append(
-            f"  {words(test['metric'])} = {ours} [{low}, {high}]; {bound}{side} {value:g}: {test['state']}"
-        )
+        lines.append(f"  {words(test['metric'])} = {ours}; {bound}{asked}: {test['state']}")
     lines.append(f"  outcome {written['outcome']}; verdict at this profile: {written['verdict']}")
     return "\n".join(lines)
 
 
 @lru_cache
 def commit() -> str:
-    """The code's commit, marked where files differ from it; of a wheel, its version; "unknown"
-    elsewhere."""
+    """The code's commit, marked where files differ from it; of a wheel, its version."""
     if installed():
         return f"version {__version__}"
+
+    def git(command: str) -> str:
+        told = ["git", "-C", str(REPOSITORY), *command.split()]
+        return subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "-C", REPOSITORY, "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        status = subprocess.run(
-            [
-                "git",
-                "-C",
-                REPOSITORY,
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "--",
-                "issl",
-                "notebooks",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changed = git("status --porcelain --untracked-files=no -- issl notebooks")
+        return git("rev-parse HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + (" with changes" if status.stdout.strip() else "")
+        return "unknown"  # a copy of the files without their history

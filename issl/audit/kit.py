@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from issl.audit.metrics import all_words
+from issl.audit.claims import all_words
 from issl.data.images import Images
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES

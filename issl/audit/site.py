@@ -27,9 +27,8 @@ from PIL import Image
 
 from issl.audit import verdicts
 from issl.audit.cache import Artifacts
-from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED
+from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words
 from issl.audit.explorer import Explorer
-from issl.audit.metrics import all_words
 from issl.audit.notebooks import hidden, own_paths
 from issl.audit.plan import Plan
 from issl.audit.profiles import all_stages
@@ -83,7 +82,7 @@ def build(
         raise IsslError(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
-    claims = [r | {"bars": bars(r)} for r in verdicts.summary(records)] if records else []
+    claims = [(row, bars(row)) for row in verdicts.summary(records)]
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     uses = verdicts.good_for(verdicts.decided(records))
@@ -105,42 +104,31 @@ def build(
     return index
 
 
-# --- the head, and the intervals of the verdicts
-# -------------------------------------------------------------
+def bars(row: verdicts.Row) -> list[dict[str, Any] | None]:
+    """Where each interval of a row is drawn, in percent of the width, all on one scale.
 
-
-def bars(row: Mapping[str, Any]) -> list[dict[str, Any] | None]:
-    """For each number of a row of `verdicts.summary`, where its interval is drawn, in percent of
-    the width: low, value, high; the threshold `asked`; a text. All share one scale. None for a
-    number that is not finite."""
-    finite = [v for _, *numbers in row["intervals"] for v in numbers if np.isfinite(v)]
-    ends = [*finite, row["asked"]]
+    Returns:
+        low, value, high, the threshold asked, a text and the verdict's kind; None for a number
+        that is not finite.
+    """
+    numbers = [v for e in row.estimates for v in (e.low, e.value, e.high)]
+    ends = [row.asked, *(v for v in numbers if np.isfinite(v))]
     lowest, span = min(ends), (max(ends) - min(ends)) or 1.0
 
     def place(v: float) -> float:
         return round(float(np.clip(4 + 92 * (v - lowest) / span, 0, 100)), 1)
 
     found: list[dict[str, Any] | None] = []
-    for (_, *numbers), text, reached in zip(
-        row["intervals"], row["ours"], row["reached"], strict=True
-    ):
-        if not np.isfinite(numbers[0]):
+    for e, number, reached in zip(row.estimates, row.numbers, row.reached, strict=True):
+        if not np.isfinite(e.value):
             found.append(None)
             continue
-        asked = f"dashed: the test's threshold, {row['asked']:g}"
-        about = {
-            "text": f"{row['measured']}: {text}; {asked}; n = {row['n']}; {reached}",
-            "kind": KINDS[reached],
-        }
-        places = zip(
-            ("value", "low", "high", "asked"), map(place, [*numbers, row["asked"]]), strict=True
-        )
-        found.append(dict(places) | about)
+        asked = f"dashed: the test's threshold, {row.asked:g}"
+        text = f"{row.measured}: {number}; {asked}; n = {row.n:,}; {reached}"
+        places = {"low": e.low, "value": e.value, "high": e.high, "asked": row.asked}
+        drawn = {name: place(v) for name, v in places.items()}
+        found.append(drawn | {"text": text, "kind": KINDS[reached]})
     return found
-
-
-# --- notebooks
-# ---------------------------------------------------------------------------------------------
 
 
 def _card(
@@ -195,7 +183,7 @@ def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
     first = [r for r in own if r["name"] == own[0]["name"]]
     reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in first)]
     more = len({r["name"] for r in own}) - 1
-    claim = verdicts.summary(first)[0]["claim"]
+    claim = verdicts.summary(first)[0].claim
     return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
 
 
@@ -297,10 +285,6 @@ def _with_mathml(source: str) -> str:
     return MATHS.sub(replaced, source)
 
 
-# --- the explorer
-# ------------------------------------------------------------------------------------------
-
-
 def _explorer(plan: Explorer, artifacts: Artifacts, site: Path) -> dict[str, Any]:
     """Write the images and their scores beside the pages; returns what the index says about
     them."""
@@ -371,10 +355,6 @@ def _rows(part: pd.DataFrame) -> list[list[tuple[int, float]]]:
     return [pairs[i : i + k] for i in range(0, len(pairs), k)]
 
 
-# --- provenance
-# --------------------------------------------------------------------------------------------
-
-
 def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     """What the records say about the code, the machine and the time, as pairs of name and value."""
     if not records:
@@ -397,10 +377,6 @@ def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[tuple[str, int
         if (about := artifacts.about(stage)) is not None:
             took.setdefault(stage.name, []).append(about["made_with"]["seconds"])
     return [(name, len(seconds), sum(seconds)) for name, seconds in took.items()]
-
-
-# --- pages
-# -------------------------------------------------------------------------------------------------
 
 
 def _write(path: Path, template: str, **values: Any) -> None:

@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.given import Given
 from issl.audit.settings import Data, Weighing
+from issl.audit.stats.batchnorm_influence import batchnorm_influence
 from issl.audit.stats.evaluate import knn_hits, probe_hits
-from issl.audit.stats.image_statistics import image_statistics
 from issl.audit.stats.neighbour_graph import betweenness, knn_graph, nearest
-from issl.audit.stats.statistics_influence import statistics_influence
+from issl.audit.stats.pixel_features import pixel_features
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
@@ -271,7 +271,7 @@ class Positions(Stage):
 
 class Prune(Positions):
     """Choose a share of the images: those with the highest or the lowest score, or random ones;
-    "flat": one half of twice as many images, those with the flattest frame (`image_statistics`:
+    "flat": one half of twice as many images, those with the flattest frame (`pixel_features`:
     border_std)."""
 
     name: ClassVar[str] = "prune"
@@ -289,7 +289,7 @@ class Prune(Positions):
         if self.which.startswith("random"):
             order = np.random.default_rng(self.seed).permutation(len(scores))
         if self.which.endswith("flat"):
-            frames = image_statistics(self.influence.data.load())["border_std"].to_numpy()
+            frames = pixel_features(self.influence.data.load())["border_std"].to_numpy()
             order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
         return order[-count:] if self.which == "bottom" else order[:count]
 
@@ -600,7 +600,7 @@ class SubsetEffect(OfTraining):
 
 class StatisticsEffect(OfTraining):
     """What training images do to queries through BatchNorm's running statistics alone:
-    pairs.safetensors, as `Cross`. See `issl.audit.stats.statistics_influence`."""
+    pairs.safetensors, as `Cross`. See `issl.audit.stats.batchnorm_influence`."""
 
     name: ClassVar[str] = "statistics_effect"
 
@@ -608,7 +608,7 @@ class StatisticsEffect(OfTraining):
         images, query = self.data.load(), self.query.load()
         measures = stability_measures(as_queries(query), self.perturbation, self.seed, self.draws)
         learner = self.pretrain.learner(artifacts)
-        scores = statistics_influence(
+        scores = batchnorm_influence(
             learner, images, measures, self.batch_size, self.view_seed, self.size(images)
         )
         _write_pairs(folder, scores, images, query)

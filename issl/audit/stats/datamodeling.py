@@ -1,5 +1,4 @@
-"""Does a score predict what training on other images changes? Correlations, and what noise leaves
-of them.
+"""Does a score predict what training on other images changes?
 
 Linear datamodeling score (LDS; Ilyas et al. 2022, arXiv 2202.00622; Park et al. 2023, arXiv
 2303.14186, §2): encoders are trained on random subsets S_1 … S_m; the sum of a query's scores over
@@ -8,11 +7,12 @@ the images in S_k predicts its loss, and
     LDS = mean over queries q of Spearman_k( prediction_q(S_k), measured_q(S_k) )
 
 A training that is repeated under other seeds gives another measurement, so no prediction can reach
-1 (`ceiling`).
+1 (`ceiling`). Intervals are percentiles of a bootstrap of everything that was drawn, at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,51 +20,48 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from issl.audit.stats.statistics import RESAMPLES, Estimate, pearson
+from issl.audit.stats.resampling import RESAMPLES, pearson
+from issl.audit.stats.statistics import Estimate, percentiles
 from issl.errors import IsslError
 
 Table = Float[np.ndarray, "q m"]  # a number for each query and subset
+Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
 
 
 def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
-    """−Σ_{i∈S_k} influence(i → q): the loss of each query after training on each subset, up to
-    level and unit.
+    """−Σ_{i∈S_k} influence(i → q): each query's loss after each training, up to level and unit.
 
-    Positive influence makes a query more stable, so the more of it a subset has, the lower the
-    loss.
+    Positive influence makes a query more stable: the more of it in a subset, the lower the loss.
     """
     return -np.asarray(scores, float) @ np.asarray(kept, float).T
 
 
 def lds(predicted: Table, measured: Table, seed: int = 0) -> Estimate:
-    """The mean over queries of the rank correlation over subsets, in [−1, 1]; a query that does not
-    vary counts 0.
+    """The mean over queries of the rank correlation over subsets, in [−1, 1].
 
-    Percentile interval of a bootstrap that resamples queries and subsets, both at once.
+    A query that does not vary counts 0. The bootstrap resamples queries and subsets.
     """
-    return _two_way([predicted, measured], _rows, seed)
+    return _two_way([predicted, measured], _spearman, seed)
 
 
 def lds_difference(predicted: Table, other: Table, measured: Table, seed: int = 0) -> Estimate:
-    """The LDS of one prediction minus that of another, on the same queries and subsets; interval as
-    in `lds`."""
-    return _two_way([predicted, other, measured], lambda p, o, y: _rows(p, y) - _rows(o, y), seed)
+    """The LDS of one prediction minus that of another, on the same queries and subsets."""
+
+    def statistic(p: Table, o: Table, y: Table) -> np.ndarray:
+        return _spearman(p, y) - _spearman(o, y)
+
+    return _two_way([predicted, other, measured], statistic, seed)
 
 
-def repeatability(measured: Float[np.ndarray, "s q m"], seed: int = 0) -> Estimate:
-    """The same correlation between any two of s repetitions of the measurement, mean over all
-    pairs."""
+def repeatability(measured: Runs, seed: int = 0) -> Estimate:
+    """The same correlation between any two of s ≥ 2 repetitions, mean over all pairs."""
     if measured.ndim != 3 or len(measured) < 2:
         raise IsslError(f"repeatability of shape {measured.shape}: need two or more repetitions")
-    pairs = [(i, j) for i in range(len(measured)) for j in range(i)]
 
-    def statistic(*runs: np.ndarray) -> np.ndarray:
-        return np.mean([_rows(runs[i], runs[j]) for i, j in pairs], axis=0)
+    def statistic(*runs: Table) -> np.ndarray:
+        return np.mean([_spearman(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
 
     return _two_way(list(measured), statistic, seed)
-
-
-Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
 
 
 def lds_over_encoders(
@@ -73,94 +70,67 @@ def lds_over_encoders(
     less: Sequence[tuple[str, str]] = (),
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """The LDS of each prediction by name, mean over encoders, which each have their own predictions
-    and repeated measurements; under "A less B", for each pair in `less`, the difference of two.
+    """The LDS of each prediction, mean over encoders.
 
-    Percentile intervals of a bootstrap at every level at once: encoders, then each one's
-    repetitions, queries and subsets. n counts the encoders.
+    The bootstrap resamples encoders, then each one's repetitions, queries and subsets.
+
+    Args:
+        predicted: of each encoder, its predictions by name.
+        measured: of each encoder, its repeated measurements.
+        less: pairs of names whose difference is wanted, too.
+        seed: of the bootstrap.
+
+    Returns:
+        By name, and under "A less B" for each pair in `less`; n counts the encoders.
     """
     if len(predicted) != len(measured) or not predicted:
         raise IsslError(
-            f"{len(predicted)} tables of predictions for {len(measured)} encoders: need one for each"
+            f"{len(predicted)} tables of predictions for {len(measured)} encoders: need one of each"
         )
     names = list(predicted[0])
-    stacked = [
-        np.stack([np.asarray(tables[name], float) for name in names]) for tables in predicted
-    ]
+    stacked = [np.stack([np.asarray(of[name], float) for name in names]) for of in predicted]
 
     def statistic(e: int, repetitions: Any, queries: Any, subsets: Any) -> np.ndarray:
-        ours, truth = (
-            stacked[e][:, queries][:, :, subsets],
-            measured[e][repetitions].mean(0)[queries][:, subsets],
-        )
-        both = stats.rankdata(ours, axis=-1), stats.rankdata(truth, axis=-1)[None]
-        return np.asarray(pearson(*both, -1)).mean(-1)
+        ours = stacked[e][:, queries][:, :, subsets]
+        truth = measured[e][repetitions].mean(0)[queries][:, subsets]
+        return _spearman(ours, truth[None]).mean(-1)
 
     value, drawn = _every_level(measured, statistic, seed)
     of = {name: (value[k], drawn[:, k]) for k, name in enumerate(names)}
     of |= {f"{a} less {b}": (of[a][0] - of[b][0], of[a][1] - of[b][1]) for a, b in less}
-    return {name: _percentiles(*found, len(measured)) for name, found in of.items()}
+    return {name: percentiles(*found, len(measured)) for name, found in of.items()}
 
 
 def repeatability_over_encoders(measured: Sequence[Runs], seed: int = 0) -> Estimate:
-    """How well two repetitions agree, see `repeatability`; mean over encoders, interval over them,
-    queries, subsets."""
+    """`repeatability`, mean over encoders; the bootstrap is that of `lds_over_encoders`."""
 
     def statistic(e: int, _: Any, queries: Any, subsets: Any) -> np.ndarray:
-        ranks = stats.rankdata(measured[e][:, queries][:, :, subsets], axis=-1)
-        pairs = [(i, j) for i in range(len(ranks)) for j in range(i)]
-        return np.array([np.mean([np.mean(pearson(ranks[i], ranks[j], -1)) for i, j in pairs])])
+        runs = measured[e][:, queries][:, :, subsets]
+        pairs = itertools.combinations(range(len(runs)), 2)
+        return np.array([np.mean([_spearman(runs[i], runs[j]) for i, j in pairs])])
 
     value, drawn = _every_level(measured, statistic, seed)
-    return _percentiles(value[0], drawn[:, 0], len(measured))
-
-
-def _every_level(
-    measured: Sequence[Runs], statistic: Callable[..., np.ndarray], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of a statistic over encoders, and over resampled ones, each on its own resampled
-    runs."""
-    if any(np.ndim(m) != 3 or len(m) < 2 for m in measured):
-        raise IsslError(
-            f"measurements of shape {[np.shape(m) for m in measured]}: need two or more repetitions of each"
-        )
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        some = rng.integers(0, len(measured), len(measured)).tolist()
-        drawn.append(
-            np.mean(
-                [statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in some],
-                axis=0,
-            )
-        )
-    every = slice(None)
-    value = np.mean([statistic(e, every, every, every) for e in range(len(measured))], axis=0)
-    return value, np.stack(drawn)
-
-
-def _percentiles(value: float, drawn: np.ndarray, n: int) -> Estimate:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high), n)
+    return percentiles(value[0], drawn[:, 0], len(measured))
 
 
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
-    """The greatest correlation that a perfect prediction can have with the mean of the repetitions,
-    any two of which correlate by `between`: √(s r / (1 + (s − 1) r)), 0 where r ≤ 0 (Spearman 1910,
-    Brown 1910)."""
+    """The greatest correlation of any prediction with the mean of s repetitions.
 
-    def of(r: float) -> float:
-        r = min(max(r, 0.0), 1.0)
-        return float(np.sqrt(repetitions * r / (1 + (repetitions - 1) * r)))
+    √(s r / (1 + (s − 1) r)), where any two repetitions correlate by r; 0 where r ≤ 0 (Spearman
+    1910, Brown 1910).
+    """
+    r = np.clip([between.value, between.low, between.high], 0, 1)
+    value, low, high = np.sqrt(repetitions * r / (1 + (repetitions - 1) * r)).tolist()
+    return Estimate(value, low, high, between.n)
 
-    return Estimate(of(between.value), of(between.low), of(between.high), between.n)
 
-
-def _rows(a: Table, b: Table) -> Float[np.ndarray, " q"]:
-    """Spearman's ρ of each row; 0 where one of the two does not vary."""
-    return np.asarray(pearson(stats.rankdata(a, axis=1), stats.rankdata(b, axis=1), 1))
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """ρ along the last axis; 0 where one of the two does not vary."""
+    return np.asarray(pearson(stats.rankdata(a, axis=-1), stats.rankdata(b, axis=-1), -1))
 
 
 def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed: int) -> Estimate:
+    """The mean of a statistic of each query, over resampled queries and subsets."""
     tables = [np.asarray(t, float) for t in tables]
     shapes = {t.shape for t in tables}
     if len(shapes) != 1 or len(tables[0].shape) != 2 or tables[0].shape[1] < 3:
@@ -172,4 +142,20 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed
     for k in range(RESAMPLES):
         rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
         found[k] = statistic(*(t[rows][:, columns] for t in tables)).mean()
-    return _percentiles(statistic(*tables).mean(), found, q)
+    return percentiles(statistic(*tables).mean(), found, q)
+
+
+def _every_level(
+    measured: Sequence[Runs], statistic: Callable[..., np.ndarray], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of a statistic over encoders, and over resampled ones, each on resampled runs."""
+    if any(np.ndim(m) != 3 or len(m) < 2 for m in measured):
+        shapes = [np.shape(m) for m in measured]
+        raise IsslError(f"measurements of shape {shapes}: need two or more repetitions of each")
+    rng, drawn, every = np.random.default_rng(seed), [], slice(None)
+    for _ in range(RESAMPLES):
+        some = rng.integers(0, len(measured), len(measured)).tolist()
+        each = [statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in some]
+        drawn.append(np.mean(each, axis=0))
+    whole = [statistic(e, every, every, every) for e in range(len(measured))]
+    return np.mean(whole, axis=0), np.stack(drawn)

@@ -1,5 +1,7 @@
-"""How well the scores of encoders agree once the noise of each score is taken out, with intervals
-over encoders and images."""
+"""How well the scores of encoders agree, the noise of each score taken out.
+
+Intervals are over encoders and images.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,30 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from issl.audit.stats.resampled_correlations import resampled_correlations
-from issl.audit.stats.statistics import RESAMPLES, Estimate, pearson
+from issl.audit.stats.resampling import pearson, resampled_correlations
+from issl.audit.stats.statistics import Estimate
 from issl.errors import IsslError
+
+Groups = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Agreements:
-    """The agreement of k encoders with each other: how well two quantities agree that were each
-    measured twice, with independent errors. Spearman's ρ between them, divided by what the errors
-    allow (Spearman 1904, Am. J. Psychol. 15, 72–101):
+    """The agreement of k encoders with each other, by two measurements of each.
+
+    Spearman's ρ between two encoders, divided by what the errors of the measurements allow
+    (Spearman 1904, Am. J. Psychol. 15, 72–101):
 
         ρ_ij = ½ (ρ(x_i0, x_j1) + ρ(x_i1, x_j0)) / √(ρ(x_i0, x_i1) ρ(x_j0, x_j1))
 
-    1 = the same but for the errors; by chance it can exceed 1. Measurement 0 of two encoders may
-    share its error (both under the same noise), and so may measurement 1: these are never compared.
-    Undefined (NaN) where two measurements of the same do not agree.
+    1: the same but for the errors; by chance it can exceed 1. NaN where two measurements of the
+    same encoder do not agree. Measurement 0 of two encoders may share its error (both under the
+    same noise), and so may measurement 1: these are never compared.
 
-    value      (k, k), symmetric
-    resampled  (r, k, k): the same in resamples of the images; ranks are not taken anew
-    images     how many
+    Attributes:
+        value: (k, k), symmetric.
+        resampled: the same in resamples of the images; ranks are not taken anew.
+        images: how many.
     """
 
     value: Float[np.ndarray, "k k"]
@@ -41,33 +47,22 @@ class Agreements:
     def of(cls, scores: Sequence[np.ndarray], seed: int = 0) -> Agreements:
         """Of k encoders, each with two measurements of the same n ≥ 4 images, (2, n)."""
         measured = [np.asarray(v, float) for v in scores]
-        if any(
-            v.shape != measured[0].shape or v.ndim != 2 or len(v) != 2 or v.shape[1] < 4
-            for v in measured
-        ):
+        shapes = [v.shape for v in measured]
+        if len({*shapes}) != 1 or len(shapes[0]) != 2 or shapes[0][0] != 2 or shapes[0][1] < 4:
             raise IsslError(
-                f"agreement of scores of shapes {[v.shape for v in measured]}: need (2, n) each, two measurements of "
+                f"agreement of scores of shapes {shapes}: need (2, n) each, two measurements of "
                 "the same 4 or more images"
             )
+        k = len(measured)
         ranks = np.concatenate([stats.rankdata(v, axis=1) for v in measured])
-        pairs = list(
-            itertools.product(range(0, len(ranks), 2), range(1, len(ranks), 2))
-        )  # first with second
+        pairs = list(itertools.product(range(0, 2 * k, 2), range(1, 2 * k, 2)))  # 0 with 1
         whole = np.array([[pearson(ranks[i], ranks[j], -1) for i, j in pairs]])
-        drawn = resampled_correlations(ranks, pairs, False, RESAMPLES, seed)
-        (value,), resampled = (
-            _divided(r.reshape(len(r), len(measured), -1)) for r in (whole, drawn)
-        )
+        drawn = resampled_correlations(ranks, pairs, False, seed)
+        (value,), resampled = (_divided(r.reshape(-1, k, k)) for r in (whole, drawn))
         return cls(value, resampled, ranks.shape[1])
 
-    def between(
-        self,
-        own: Sequence[int],
-        others: Sequence[Sequence[int]],
-        less: Sequence[Sequence[int]] = (),
-    ) -> Estimate:
-        """The mean agreement of the encoders `own` with those of a group (none with itself), the
-        mean over the groups `others`, less that over the groups `less`.
+    def between(self, own: Sequence[int], others: Groups, less: Groups = ()) -> Estimate:
+        """The mean agreement of encoders with those of other groups, less that with further ones.
 
             θ ± t_{0.975, df} √(Σ_g V_g + e²),   V_g = (k_g − 1)/k_g Σ_i (θ_(−i) − θ̄_(−·))²
 
@@ -75,61 +70,54 @@ class Agreements:
         of each group of k_g encoders, e the standard error over images, and the degrees of freedom
         are Welch's. A group of one, or one of two that are compared with each other alone, says
         nothing about other trainings and adds nothing.
+
+        Args:
+            own: positions of encoders; none is compared with itself.
+            others: groups of positions; the mean is over groups.
+            less: groups whose mean agreement is subtracted.
+
+        Raises:
+            IsslError: where a group leaves no pair to compare.
         """
-        value = self._mean(self.value[None], own, others, less).item()
-        over_images = float(np.std(self._mean(self.resampled, own, others, less), ddof=1))
+        weights = self._weights(own, others, less)
+        if weights is None:
+            raise IsslError(
+                f"agreement of encoders {own} with {others}, {less}: a group has no pair"
+            )
+        value = _weighted(self.value, weights).item()
+        over_images = float(np.std(_weighted(self.resampled, weights), ddof=1))
         if not np.isfinite(value + over_images):
             return Estimate(value, -np.inf, np.inf, self.images)
         variances, freedom = [over_images**2], [np.inf]
         for group in dict.fromkeys(tuple(g) for g in (own, *others, *less)):
-            without = [self._without(i, own, others, less) for i in group]
-            if len(group) > 1 and all(v is not None for v in without):
-                variances.append((len(group) - 1) * float(np.var(np.array(without, float))))
+            left = [self._weights(own, others, less, without=i) for i in group]
+            without = [_weighted(self.value, w) for w in left if w is not None]
+            if 1 < len(group) == len(without):
+                variances.append((len(group) - 1) * float(np.var(without)))
                 freedom.append(len(group) - 1)
         total = sum(variances)
         shares = sum(v**2 / df for v, df in zip(variances, freedom, strict=True))
         half = float(stats.t.ppf(0.975, total**2 / shares) if shares > 0 else 1.96) * np.sqrt(total)
         return Estimate(value, float(value - half), float(value + half), self.images)
 
-    def _without(
-        self,
-        left_out: int,
-        own: Sequence[int],
-        others: Sequence[Sequence[int]],
-        less: Sequence[Sequence[int]],
-    ) -> float | None:
-        """θ without one encoder; None where nothing is left to compare."""
-        kept = [i for i in own if i != left_out]
-        ours, theirs = (
-            [[i for i in g if i != left_out] for g in groups] for groups in (others, less)
-        )
-        if not all(_pairs(kept, g) for g in (*ours, *theirs)):
-            return None
-        return float(self._mean(self.value[None], kept, ours, theirs).item())
-
-    @staticmethod
-    def _mean(
-        matrix: Float[np.ndarray, "r k k"],
-        own: Sequence[int],
-        others: Sequence[Sequence[int]],
-        less: Sequence[Sequence[int]],
-    ) -> Float[np.ndarray, " r"]:
-        def with_groups(groups: Sequence[Sequence[int]]) -> Float[np.ndarray, " r"]:
-            found = []
+    def _weights(
+        self, own: Sequence[int], others: Groups, less: Groups, without: int | None = None
+    ) -> Float[np.ndarray, "k k"] | None:
+        """What each pair counts in θ; None where a group has no pair, `without` an encoder."""
+        found = np.zeros_like(self.value)
+        for groups, sign in ((others, 1.0), (less, -1.0)):
             for group in groups:
-                if not (pairs := _pairs(own, group)):
-                    raise IsslError(
-                        f"agreement of encoders {list(own)} with {list(group)}: there is no pair of two"
-                    )
-                i, j = np.array(pairs).T
-                found.append(matrix[:, i, j].mean(-1))
-            return np.mean(found, axis=0)
-
-        return with_groups(others) - (with_groups(less) if less else 0.0)
+                pairs = [(i, j) for i in own for j in group if i != j and without not in (i, j)]
+                if not pairs:
+                    return None
+                for pair in pairs:
+                    found[pair] += sign / len(groups) / len(pairs)
+        return found
 
 
-def _pairs(own: Sequence[int], group: Sequence[int]) -> list[tuple[int, int]]:
-    return [(i, j) for i in own for j in group if i != j]
+def _weighted(agreement: np.ndarray, weights: Float[np.ndarray, "k k"]) -> np.ndarray:
+    """Σ_ij w_ij ρ_ij over the last two axes; pairs that do not count may be NaN."""
+    return np.asarray(agreement[..., weights != 0] @ weights[weights != 0])
 
 
 def _divided(crossed: Float[np.ndarray, "r k k"]) -> Float[np.ndarray, "r k k"]:

@@ -1,9 +1,9 @@
-"""What else explains the score? A regression of its ranks on simple statistics of the image and of
-a forward pass.
+"""What else explains the score? A regression of its ranks on features of pixels and of a forward
+pass.
 
-    R² of all statistics together;   unique_j = R²(all) − R²(all but j)
+    R² of all features together;   unique_j = R²(all) − R²(all but j)
 
-Ranks of the score and of each statistic become normal scores (van der Waerden), so no outlier
+Ranks of the score and of each feature become normal scores (van der Waerden), so no outlier
 decides and any monotone relation counts in full. Boosted trees, tested on images that they were not
 fitted to, show how much lines miss.
 """
@@ -21,40 +21,30 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from issl.audit.stats.image_statistics import image_statistics
-from issl.audit.stats.statistics import RESAMPLES, Estimate, mean
+from issl.audit.stats.pixel_features import pixel_features
+from issl.audit.stats.resampling import RESAMPLES
+from issl.audit.stats.statistics import Estimate, mean, percentiles
 from issl.data.image_operations import luma
 from issl.data.images import Images
 from issl.errors import IsslError
 
-JPEG_QUALITY = 90
-PIXELS = (
-    "brightness",
-    "contrast",
-    "edge density",
-    "background flatness",
-    "JPEG size",
-)  # these need no encoder
-FORWARD = (
-    "stability loss",
-    "feature norm",
-    "kNN distance",
-)  # these need a forward pass but no gradient
+PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")
+FORWARD = ("stability loss", "feature norm", "kNN distance")  # a forward pass, but no gradient
 
 
 def pixel_table(images: Images) -> pd.DataFrame:
-    """Columns PIXELS, one row per image: mean and standard deviation of grey (pixels in [0, 1]);
-    mean size of the grey gradient per pixel; minus the deviation of colour in the outer frame;
-    bytes as a JPEG of quality 90."""
-    known = image_statistics(images)
+    """Columns PIXELS, one row per image.
+
+    Mean and standard deviation of grey (pixels in [0, 1]); mean size of the grey gradient per
+    pixel; minus the deviation of colour in the outer frame; bytes as a JPEG of quality 90.
+    """
+    known = pixel_features(images)
     edges, sizes = [], []
     for pixels in images.pixels:
         dy, dx = np.gradient(luma(pixels[None].float() / 255)[0].squeeze().numpy())
         edges.append(np.hypot(dy, dx).mean())
         with io.BytesIO() as file:
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(
-                file, "JPEG", quality=JPEG_QUALITY
-            )
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
             sizes.append(file.tell())
     columns = (known["brightness"], known["contrast"], edges, -known["border_std"], sizes)
     return pd.DataFrame(dict(zip(PIXELS, columns, strict=True)))
@@ -74,51 +64,43 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 
 
 def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, Estimate]:
-    """R² of a linear regression on all columns (`all`), and what each adds to the others (its
-    name), in [0, 1].
+    """R² of a linear regression on all columns (`all`), and what each adds to the others.
 
-    Adjusted for the number of columns; percentile bootstrap over images (normal scores are not
-    recomputed).
+    In [0, 1], adjusted for the number of columns; percentile bootstrap over images (normal scores
+    are not recomputed).
     """
     x, y = normal_scores(by.to_numpy(float)), normal_scores(np.asarray(score, float))
     if len(x) < 10 * (x.shape[1] + 1):
         raise IsslError(
-            f"{len(x)} images for a regression on {x.shape[1]} statistics; take at least ten per statistic"
+            f"{len(x)} images for a regression on {x.shape[1]} features; take at least ten for each"
         )
     rng, n = np.random.default_rng(seed), len(y)
     columns = np.column_stack([np.ones(n), x, y])
     with threadpool_limits(1):  # thousands of small products
         counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(RESAMPLES))
         draws = np.array([_parts(columns.T @ (columns * c[:, None])) for c in counts])
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    values = _parts(columns.T @ columns)
-    return {
-        name: Estimate(float(v), float(a), float(b), n)
-        for name, v, a, b in zip(("all", *by.columns), values, low, high, strict=True)
-    }
+    whole = zip(("all", *by.columns), _parts(columns.T @ columns), draws.T, strict=True)
+    return {name: percentiles(value, drawn, n) for name, value, drawn in whole}
 
 
 def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> Estimate:
-    """R² of boosted trees on held-out folds; percentile bootstrap over images. Below 0: worse than
-    the mean."""
+    """R² of boosted trees on held-out folds (below 0: worse than the mean); bootstrap."""
     y, guess = _held_out(score, by, seed)
 
     def r2(rows: np.ndarray | slice) -> float:
         return float(1 - np.mean((y[rows] - guess[rows]) ** 2) / np.var(y[rows]))
 
     rng, n = np.random.default_rng(seed), len(y)
-    low, high = np.quantile([r2(rng.integers(0, n, n)) for _ in range(RESAMPLES)], [0.025, 0.975])
-    return Estimate(r2(slice(None)), float(low), float(high), n)
+    draws = np.array([r2(rng.integers(0, n, n)) for _ in range(RESAMPLES)])
+    return percentiles(r2(slice(None)), draws, n)
 
 
 def repeatable_beyond(
     scores: Float[np.ndarray, "2 n"], by: Sequence[pd.DataFrame], seed: int = 0
 ) -> Estimate:
-    """The part of the variance of two scores of the same images that the columns leave, and that
-    both share:
+    """The part of the variance of two scores of the same images that the columns leave to both.
 
-        Σ_i r_i r'_i / n / √(var y · var y'),   r, r': what boosted trees leave of each, on held-out
-        folds
+        Σ_i r_i r'_i / n / √(var y · var y'),   r, r': what boosted trees leave, on held-out folds
 
     What a score's own noise leaves unexplained is not shared. Student's interval over images.
     """
@@ -129,8 +111,7 @@ def repeatable_beyond(
 def _held_out(
     score: np.ndarray, by: pd.DataFrame, seed: int, folds: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The score's normal scores, and what boosted trees make of them that were fitted to the other
-    images."""
+    """The score's normal scores, and what boosted trees fitted to the other images make of them."""
     from sklearn.ensemble import HistGradientBoostingRegressor  # slow to import
     from sklearn.model_selection import KFold, cross_val_predict
 
@@ -139,15 +120,13 @@ def _held_out(
         max_iter=100, learning_rate=0.05, max_leaf_nodes=8, random_state=seed
     )
     folded = KFold(folds, shuffle=True, random_state=seed)
-    # thousands of tiny parallel regions: several threads would mostly wait for each other, and slow
-    # down a training # that runs at the same time
+    # thousands of tiny parallel regions: several threads would mostly wait for each other
     with threadpool_limits(1):
         return y, cross_val_predict(trees, by.to_numpy(float), y, cv=folded)
 
 
 def _parts(products: Float[np.ndarray, "m m"]) -> list[float]:
-    """Adjusted R² of all columns, and for each column the loss without it, from the products of the
-    columns 1, x, y."""
+    """Adjusted R² of all columns and the loss without each, from products of the columns 1, x, y."""
     every = range(1, len(products) - 1)
     whole = _r2(products, list(every))
     return [whole, *(whole - _r2(products, [k for k in every if k != j]) for j in every)]

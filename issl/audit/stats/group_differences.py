@@ -1,7 +1,6 @@
-"""Do groups of images score differently? Each group against the rest, under one encoder or several.
+"""Do groups of images score differently? Each against the rest, under one encoder or several.
 
-    effect = P(an image of the group ranks higher) − P(lower)        (rank-biserial, mean over
-    encoders)
+    effect = P(an image of the group ranks higher) − P(lower)     (rank-biserial, mean over encoders)
 
 The p-value is Mann-Whitney's on the images' mean ranks over the encoders, adjusted for the number
 of groups (Holm).
@@ -27,12 +26,18 @@ def group_differences(
 ) -> pd.DataFrame:
     """One row per group with `smallest` images or more, and as many others.
 
-    ranks    of the same n images under e encoders, higher for a higher score
-    groups   an attribute in each column, one row per image
-    given    columns that might explain a difference (brightness, say)
-    Columns: attribute, group, images, effect (an Estimate), p, adjusted_p; with `given`, `left`:
-    the partial rank correlation of score and membership given those columns (an Estimate).
-    Raises IsslError where no group is that large.
+    Args:
+        ranks: of the same n images under e encoders, higher for a higher score.
+        groups: an attribute in each column, one row per image.
+        smallest: the fewest images of a group.
+        given: columns that might explain a difference (brightness, say).
+
+    Returns:
+        Columns attribute, group, images, effect (an Estimate), p, adjusted_p; with `given`, left:
+        the partial rank correlation of score and membership given those columns (an Estimate).
+
+    Raises:
+        IsslError: where no group is that large.
     """
     ranks = stats.rankdata(ranks, axis=1)
     total, rows = ranks.sum(0), []  # sums of half numbers are exact, so ties stay ties
@@ -42,19 +47,18 @@ def group_differences(
             if not smallest <= flag.sum() <= len(flag) - smallest:
                 continue
             row = {"attribute": attribute, "group": group, "images": int(flag.sum())}
-            row["effect"] = statistics.over_encoders(
-                [statistics.rank_biserial(r, flag)[0] for r in ranks]
-            )
+            effects = [statistics.rank_biserial(r, flag)[0] for r in ranks]
+            row["effect"] = statistics.over_encoders(effects)
             row["p"] = statistics.rank_biserial(total, flag)[1]
             if given is not None:
                 parts = [statistics.partial_spearman(r, flag.astype(float), given) for r in ranks]
                 row["left"] = statistics.over_encoders(parts)
             rows.append(row)
     if not rows:
-        largest = {a: int(groups[a].value_counts().iloc[0]) for a in groups}
+        most = {a: int(groups[a].value_counts().iloc[0]) for a in groups}
         raise IsslError(
-            f"no group has {smallest} images or more, with as many others; the largest of each attribute: {largest}. "
-            "Take more images, or set smallest to fewer"
+            f"no group has {smallest} images or more, with as many others; the largest of each "
+            f"attribute: {most}. Take more images, or set smallest to fewer"
         )
     return pd.DataFrame(rows).assign(adjusted_p=statistics.holm([r["p"] for r in rows]))
 
@@ -66,11 +70,9 @@ def largest(table: pd.DataFrame) -> pd.Series:
 
 def magnitude(effect: Estimate) -> Estimate:
     """Its size, whichever way it goes."""
-    return (
-        effect
-        if effect.value >= 0
-        else Estimate(-effect.value, -effect.high, -effect.low, effect.n)
-    )
+    if effect.value >= 0:
+        return effect
+    return Estimate(-effect.value, -effect.high, -effect.low, effect.n)
 
 
 def _in_order(group: str) -> tuple[int, int, str]:

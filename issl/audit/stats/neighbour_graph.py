@@ -14,8 +14,7 @@ from issl.errors import IsslError
 
 
 def nearest(features: Float[Tensor, "n d"], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other images of each by cosine distance: positions (n, k) and distances (n, k)
-    in [0, 2]."""
+    """The k nearest other images of each: positions (n, k), cosine distances (n, k) in [0, 2]."""
     if not 1 <= k < len(features):
         raise IsslError(
             f"k={k} neighbours among {len(features)} images: must lie between 1 and {len(features) - 1}"
@@ -32,8 +31,7 @@ def nearest(features: Float[Tensor, "n d"], k: int) -> tuple[np.ndarray, np.ndar
 
 
 def knn_graph(places: Int[np.ndarray, "n k"]) -> sparse.csr_array:
-    """Undirected graph with an edge where either image is among the other's k nearest, whose
-    positions are given (as by `nearest`); symmetric 0/1 matrix (n, n)."""
+    """Symmetric 0/1 matrix (n, n): an edge where either image is among the other's k `nearest`."""
     n, k = places.shape
     edges = sparse.csr_array(
         (np.ones(n * k), (np.repeat(np.arange(n), k), places.ravel())), shape=(n, n)
@@ -51,23 +49,19 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
 def betweenness(
     graph: sparse.csr_array, sources: int | None = 256, seed: int = 0, at_once: int = 8
 ) -> np.ndarray:
-    """The share of shortest paths between other images that pass through each, (n,), estimated from
-    this many random sources (Brandes & Pich 2007); None: exact, from all.
+    """The share of shortest paths between other images that pass through each, (n,).
 
-        δ_s(v) = Σ_w σ_s(v) / σ_s(w) · (1 + δ_s(w))   over the neighbours w of v that are one step
-        further from s
-                 (Brandes 2001, theorem 6; σ_s: the number of shortest paths from s)
+        δ_s(v) = Σ_w σ_s(v) / σ_s(w) · (1 + δ_s(w))
 
-    Steps go from `at_once` sources together, as products of matrices: a hundred times faster than
-    networkx, which gives the same (tested).
+    over the neighbours w of v that are one step further from s (Brandes 2001, theorem 6; σ_s: the
+    number of shortest paths from s). Estimated from this many random sources (Brandes & Pich 2007);
+    None: exact, from all. Steps go from `at_once` sources together, as products of matrices: a
+    hundred times faster than networkx, which gives the same (tested).
     """
     n = graph.shape[0]
-    every = np.arange(n)
-    chosen = (
-        every
-        if sources is None or sources >= n
-        else np.random.default_rng(seed).choice(n, sources, replace=False)
-    )
+    every = chosen = np.arange(n)
+    if sources is not None and sources < n:
+        chosen = np.random.default_rng(seed).choice(n, sources, replace=False)
     through = np.zeros(n)
     for start in range(0, len(chosen), at_once):
         batch = chosen[start : start + at_once]
@@ -97,9 +91,10 @@ def induced(graph: sparse.csr_array, keep: np.ndarray) -> sparse.csr_array:
 
 
 def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
-    """How much more often edges join images of one class than by chance, given the degrees (Newman
-    2006): Σ_c (edges within c) / m − (degrees of c / 2m)². networkx gives the same (tested), a
-    hundred times slower."""
+    """How much more often edges join images of one class than by chance (Newman 2006).
+
+    Σ_c (edges within c) / m − (degrees of c / 2m)². networkx takes a hundred times as long.
+    """
     (i, j), degree = graph.nonzero(), np.asarray(graph.sum(1)).ravel()
     by_class = np.array([degree[labels == c].sum() for c in np.unique(labels)]) / degree.sum()
     return float(np.mean(labels[i] == labels[j]) - (by_class**2).sum())
@@ -108,8 +103,7 @@ def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
 def spectrum(
     graph: sparse.csr_array, k: int
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
-    """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, in [0, 2], and their
-    eigenvectors.
+    """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, and eigenvectors.
 
     There are as many zeros as connected components; a small value after them is a bottleneck, and
     its vector shows where (von Luxburg 2007, §3). Raises IsslError for k out of range.
@@ -126,14 +120,14 @@ def spectrum(
 
 
 def separability(features: Float[Tensor, "n d"], labels: np.ndarray) -> float:
-    """Mean silhouette of the classes by cosine distance, in [−1, 1]: how much nearer an image is to
-    its own class than to the nearest other one (Rousseeuw 1987, J. Comput. Appl. Math. 20).
+    """Mean silhouette of the classes by cosine distance, in [−1, 1] (Rousseeuw 1987).
 
-        s_i = (b_i − a_i) / max(a_i, b_i),   a_i = 1 − (u_i·S_own − 1) / (n_own − 1),   b_i = min_c
-        1 − u_i·S_c / n_c
+        s_i = (b_i − a_i) / max(a_i, b_i)
+        a_i = 1 − (u_i·S_own − 1) / (n_own − 1),   b_i = min_c 1 − u_i·S_c / n_c
 
     u: unit features, S_c: their sum over class c. The mean distance to a class needs that sum
-    alone, so all images are counted; 0 for one that is alone in its class.
+    alone, so this is linear in n, where scikit-learn's is quadratic (the same, tested). 0 for an
+    image that is alone in its class.
     """
     unit = F.normalize(features.double(), dim=1)
     classes, of = np.unique(labels, return_inverse=True)
@@ -151,11 +145,9 @@ def separability(features: Float[Tensor, "n d"], labels: np.ndarray) -> float:
 def neighbours_kept(
     before: Float[Tensor, "n d"], after: Float[Tensor, "n e"], k: int = 10
 ) -> np.ndarray:
-    """The share of each image's k nearest neighbours under one encoder that remain so under the
-    other, in [0, 1].
+    """The share of each image's k nearest under one encoder that remain so under the other.
 
-    Unlike a distance between the two features, it does not change when an encoder rotates all
-    features together.
+    Unlike a distance between features, it stays when an encoder rotates all of them together.
     """
     a, b = nearest(before, k)[0], nearest(after, k)[0]
     return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
@@ -164,13 +156,13 @@ def neighbours_kept(
 def matched(
     labels: np.ndarray, chosen: np.ndarray, seed: int = 0, by: np.ndarray | None = None
 ) -> np.ndarray:
-    """For each chosen position, a random one of the same class that was not chosen (drawn with
-    replacement); of these, one with the same value of `by` (the number of neighbours, say), or else
-    with the nearest.
+    """For each chosen position, a random one of the same class that was not chosen.
 
-    Raises IsslError if all images of a class were chosen.
+    Drawn with replacement; with `by` (the number of neighbours, say), among those with the same
+    value of it, or else the nearest. Raises IsslError if all images of a class were chosen.
     """
     rng, free = np.random.default_rng(seed), np.setdiff1d(np.arange(len(labels)), chosen)
+    by = np.zeros(len(labels)) if by is None else by
     controls = np.empty(len(chosen), int)
     for label in np.unique(labels[chosen]):
         pool, rows = free[labels[free] == label], np.flatnonzero(labels[chosen] == label)
@@ -178,16 +170,12 @@ def matched(
             raise IsslError(
                 f"matched controls: every image of class {label} was chosen; choose a smaller share"
             )
-        if by is not None:
-            pool = pool[np.argsort(by[pool], kind="stable")]
-            have, want = by[pool], by[chosen[rows]]
-            after = np.minimum(np.searchsorted(have, want), len(have) - 1)
-            before = np.maximum(after - 1, 0)
-            nearest_value = np.where(
-                want - have[before] < have[after] - want, have[before], have[after]
-            )
-            first, last = (np.searchsorted(have, nearest_value, side) for side in ("left", "right"))
-        else:
-            first, last = np.zeros(len(rows), int), np.full(len(rows), len(pool))
+        pool = pool[np.argsort(by[pool], kind="stable")]
+        have, want = by[pool], by[chosen[rows]]
+        after = np.minimum(np.searchsorted(have, want), len(have) - 1)
+        before = np.maximum(after - 1, 0)
+        below = want - have[before] < have[after] - want
+        nearest_value = np.where(below, have[before], have[after])
+        first, last = (np.searchsorted(have, nearest_value, side) for side in ("left", "right"))
         controls[rows] = pool[rng.integers(first, last)]
     return controls

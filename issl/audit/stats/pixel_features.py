@@ -1,5 +1,4 @@
-"""Simple statistics of images: a score may correlate with them for reasons that involve no
-learning."""
+"""Simple features of pixels: a score may follow them for reasons that involve no learning."""
 
 from __future__ import annotations
 
@@ -13,14 +12,17 @@ BORDER = 2  # px: width of the frame by which a background is judged
 UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
 
 
-def image_statistics(images: Images) -> pd.DataFrame:
-    """Per image, pixels in [0, 1]: brightness (mean grey), contrast (standard deviation of grey),
-    pixel_variance (over all pixels and channels), border_std, border_grey, uniform.
+def pixel_features(images: Images) -> pd.DataFrame:
+    """Brightness, contrast and the frame of each image, pixels in [0, 1].
 
-    border_std is the root mean square over channels of the standard deviation of the outer BORDER
-    px; uniform means border_std < UNIFORM_STD. The object rarely fills the frame of an image, so a
-    flat frame suggests a flat background; notebook 03 measures how well this works where the truth
-    is known.
+    The object rarely fills the frame of an image, so a flat frame suggests a flat background;
+    notebook 03 measures how well this works where the truth is known.
+
+    Returns:
+        Columns index, brightness (mean grey), contrast (standard deviation of grey),
+        pixel_variance (over all pixels and channels), border_std (root mean square over channels
+        of the standard deviation in the outer BORDER px), border_grey, uniform (border_std <
+        UNIFORM_STD).
     """
     parts = []
     for pixels in images.pixels.split(2048):
@@ -40,6 +42,5 @@ def image_statistics(images: Images) -> pd.DataFrame:
                 "uniform": border_std < UNIFORM_STD,
             }
         )
-    return pd.DataFrame({k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]}).assign(
-        index=images.index.numpy()
-    )
+    found = pd.DataFrame({k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]})
+    return found.assign(index=images.index.numpy())

@@ -8,28 +8,24 @@ from nets import pictures
 from test_training_influence import brightness_of_features, learner
 from torch import nn
 
-from issl.audit.stats.statistics_influence import (
-    by_statistics,
-    shares_of_images,
-    statistics_influence,
-)
+from issl.audit.stats.batchnorm_influence import batchnorm_influence, by_buffers, shares_of_images
 from issl.training_aware import batches, two_views
 
 
 def test_the_copy_is_the_network_in_eval_mode() -> None:
     backbone = learner("simclr").encoder.backbone.eval()
     x = pictures(5).pixels.double() / 255
-    torch.testing.assert_close(by_statistics(backbone)(x), backbone(x))
+    torch.testing.assert_close(by_buffers(backbone)(x), backbone(x))
 
 
 def test_statistics_of_a_part_of_the_images_change_a_query_by_their_influence() -> None:
     trained, train, query = learner("simclr"), pictures(12), pictures(3, seed=1)
     measure = brightness_of_features(query)
-    found = statistics_influence(trained, train, [measure], batch_size=12)
+    found = batchnorm_influence(trained, train, [measure], batch_size=12)
     assert found.shape == (3, 12)
     own = shares_of_images(trained, train, 12)
     part, step = own[[0, 2, 5]].mean(0) - own.mean(0), 1e-5
-    moved = by_statistics(trained.encoder.backbone)
+    moved = by_buffers(trained.encoder.backbone)
     before = measure(moved).detach()
     statistics = [p for p in moved.parameters() if p.requires_grad]
     nn.utils.vector_to_parameters(

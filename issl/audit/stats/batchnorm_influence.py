@@ -1,13 +1,12 @@
-"""What an image does to a query through BatchNorm's running statistics alone, with no weight
-trained.
+"""What an image does to a query through BatchNorm's buffers alone, with no weight trained.
 
-A training on the images S leaves running statistics near their mean over S. To first order, a
-query's measure m_q then changes with an image's own share s_i (its channels' means, and its mean
-squares about the running mean) by
+A training on the images S leaves running means and variances near their mean over S. To first order, a
+query's measure m_q then changes with an image's own share of them (its channels' means, and its
+mean squares about the running mean) by
 
     I(i → q) = −Σ_l [ ∂m_q/∂μ_l · (μ_li − mean_j μ_lj) + ∂m_q/∂σ²_l · (σ²_li − mean_j σ²_lj) ],
 
-positive: with image i in S, the query's measure is lower. A later layer's statistics also follow an
+positive: with image i in S, the query's measure is lower. A later layer's buffers also follow an
 earlier layer's; that is left out.
 """
 
@@ -26,9 +25,8 @@ from issl.pretraining.learner import Learner
 from issl.training_aware import Measure, batches, measuring_copy, query_gradients, two_views
 
 
-class ByStatistics(nn.Module):
-    """BatchNorm in eval mode, with its running statistics as the only parameters; everything else
-    is held."""
+class ByBuffers(nn.Module):
+    """BatchNorm in eval mode, with its running mean and variance as the only parameters."""
 
     def __init__(self, layer: _BatchNorm):
         super().__init__()
@@ -47,14 +45,13 @@ class ByStatistics(nn.Module):
         return x
 
 
-def by_statistics(backbone: nn.Module) -> nn.Module:
-    """A copy in which BatchNorm's running means and variances may change, layer by layer, and
-    nothing else."""
+def by_buffers(backbone: nn.Module) -> nn.Module:
+    """A copy of the network in which BatchNorm's buffers are the only parameters."""
     copied = copy.deepcopy(backbone).requires_grad_(False)
     for module in list(copied.modules()):
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
-                setattr(module, name, ByStatistics(child))
+                setattr(module, name, ByBuffers(child))
     return copied
 
 
@@ -65,9 +62,11 @@ def shares_of_images(
     seed: int = 0,
     size: tuple[int, int] | None = None,
 ) -> Float[Tensor, "n k"]:
-    """Each image's share in every layer's statistics, mean over its two views, in batches as
-    `training_influence` draws them: means, then mean squares about the running mean, in the order
-    of `by_statistics`' parameters."""
+    """Each image's share in every layer's buffers, mean over its two views.
+
+    Means, then mean squares about the running mean, in the order of `by_buffers`' parameters; in
+    batches as `training_influence` draws them.
+    """
     model = measuring_copy(model)
     layers = [m for m in model.encoder.backbone.modules() if isinstance(m, _BatchNorm)]
     means = [layer.running_mean.clone() for layer in layers if layer.running_mean is not None]
@@ -98,7 +97,7 @@ def _note(seen: dict[int, Tensor], k: int, _: nn.Module, given: tuple[Tensor, ..
     seen[k] = given[0]
 
 
-def statistics_influence(
+def batchnorm_influence(
     learner: Learner,
     train: Images,
     measures: list[Measure],
@@ -108,12 +107,13 @@ def statistics_influence(
 ) -> Float[Tensor, "q n"]:
     """I(i → q) as above, in double precision.
 
-    measures    of the queries, see `issl.training_influence`
-    batch_size, seed, size   of the views, as in `issl.training_influence`
+    Args:
+        learner: the trained encoder and what its method adds.
+        train: the n images.
+        measures: of the q queries, see `issl.training_aware`.
+        batch_size: of the views, as in `issl.training_influence`; likewise seed and size.
     """
-    held = by_statistics(learner.encoder.backbone)
-    found = [
-        torch.cat([g.flatten(1) for g in query_gradients(held, measure)], 1) for measure in measures
-    ]
+    held = by_buffers(learner.encoder.backbone)
+    found = [torch.cat([g.flatten(1) for g in query_gradients(held, m)], 1) for m in measures]
     own = shares_of_images(learner, train, batch_size, seed, size)
     return -(torch.cat(found) @ (own - own.mean(0)).T).double().cpu()

@@ -1,0 +1,262 @@
+"""The rules by which claims are judged, the records, and the tables of verdicts made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import issl
+from issl.audit import claims, verdicts
+from issl.audit.plans import PLANS
+from issl.audit.profiles import profiles
+from issl.audit.stats.statistics import Estimate
+from issl.commands import cli
+
+LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
+SEEDS = "noise_seed_correlation"  # asks for r above 0.924
+
+
+def estimate(value: float, half: float = 0.1) -> Estimate:
+    return Estimate(value, value - half, value + half, 2000)
+
+
+def judged(value: float, profile: str = "overnight", **about: Any) -> tuple[str, str]:
+    about = {"dataset": "cifar10", "learned": LEARNED} | about
+    got = claims.judge(SEEDS, {"pearson": estimate(value, 0.01)}, profile, **about)
+    return got["outcome"], got["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ceiling", "state"),
+    [
+        (0.1, 0.3, 0.6, "holds"),
+        (-0.1, 0.2, 0.6, "undecided"),
+        (-0.3, -0.1, 0.6, "contradicted"),
+        (-0.3, -0.1, 0.2, "undecided"),  # too little could be seen
+        (0.1, 0.3, 0.2, "holds"),
+        (np.nan, np.nan, 0.6, "undecided"),
+    ],
+)
+def test_a_test_is_contradicted_only_where_it_could_have_held(
+    low: float, high: float, ceiling: float, state: str
+) -> None:
+    needs = claims.Condition(metric="ceiling", bound="value", above=0.3)
+    above = claims.Condition(metric="rho", bound="low", above=0.0, needs=needs)
+    rho, top = Estimate((low + high) / 2, low, high, 9), Estimate(ceiling, 0.0, 1.0, 9)
+    assert above.state({"rho": rho, "ceiling": top}) == state
+    below = claims.Condition(metric="rho", bound="high", below=0.0, needs=needs)
+    mirrored = Estimate(-rho.value, -high, -low, 9)
+    assert below.state({"rho": mirrored, "ceiling": top}) == state
+    with pytest.raises(issl.IsslError, match="'ceiling'"):
+        above.state({"rho": rho})
+
+
+def test_numbers_without_an_interval_and_p_values() -> None:
+    exact = claims.Condition(metric="rho", bound="value", above=0.0)
+    assert exact.state({"rho": Estimate(-1.0, -1.0, -1.0, 1)}) == "contradicted"
+    p = claims.Condition(metric="p", bound="value", below=0.05, p_value=True)
+    states = [p.state({"p": Estimate(value, value, value, 1)}) for value in (0.01, 0.3)]
+    assert states == ["holds", "undecided"]
+
+
+def test_outcomes() -> None:
+    assert claims.outcome(["holds", "holds"]) == "reproduced"
+    assert claims.outcome(["undecided", "holds", "contradicted"]) == "partly"
+    assert claims.outcome(["undecided", "contradicted"]) == "contradicted"
+    assert claims.outcome(["undecided", "undecided"]) == "undecided"
+
+
+def test_a_verdict_needs_a_profile_and_encoders_that_have_learned() -> None:
+    assert judged(0.95) == ("reproduced", "reproduced")
+    assert judged(0.92) == ("undecided", "undecided")
+    assert judged(0.5) == ("contradicted", "contradicted")
+    for profile in ("mini", "quick"):
+        assert judged(0.95, profile) == ("reproduced", claims.UNTESTED)
+    assert judged(0.95, "paper-cifar100", dataset="cifar100")[1] == "reproduced"
+    for dataset, changed in (
+        ("cifar10", {"knn": 0.64}),
+        ("cifar10", {"encoders": 2}),
+        ("fairface", {"knn": 0.26}),
+    ):
+        few = judged(0.95, dataset=dataset, learned=LEARNED | changed)
+        assert few == ("reproduced", claims.UNTESTED)
+    assert judged(0.95, dataset="fairface", learned=LEARNED | {"knn": 0.3})[1] == "reproduced"
+    with pytest.raises(issl.IsslError, match="what they learned"):
+        judged(0.95, learned=None)
+    with pytest.raises(issl.IsslError, match="'folder:x'"):
+        judged(0.95, dataset="folder:x")
+
+
+def test_checks_of_the_code_pass_or_fail_at_any_scale() -> None:
+    for value, verdict in ((1e-9, claims.PASSED), (1.0, claims.FAILED)):
+        metrics = {"relative_difference": estimate(value, 0)}
+        assert claims.judge("method_exact", metrics, "quick", "scenes")["verdict"] == verdict
+
+
+def test_what_must_be_measured_is_asked_for() -> None:
+    with pytest.raises(issl.IsslError, match="'nothing'"):
+        claims.judge("nothing", {}, "mini", "cifar10")
+    with pytest.raises(issl.IsslError, match="'pearson'"):
+        claims.judge(SEEDS, {}, "mini", "cifar10", LEARNED)
+
+
+def test_the_files_of_claims_and_words_agree_with_the_notebooks() -> None:
+    asked = set()
+    for name, claim in claims.claims().items():
+        assert claim.notebook in PLANS and set(claim.profiles) <= set(profiles())
+        for test in claim.tests:
+            asked |= {test.metric} | ({test.needs.metric} if test.needs else set())
+            assert claims.threshold(name, test.metric) == test.threshold
+        if claim.superseded:  # by one that decides, about the same
+            by = claims.claims()[claim.superseded.by]
+            assert by.superseded is None and by.claim == claim.claim
+    assert asked <= set(claims.all_words())
+    uses = [c.use for c in claims.claims().values() if c.use]
+    assert len(uses) == len(set(uses))
+    for call in (lambda: claims.words("moon_phase"), lambda: claims.threshold(SEEDS, "moon_phase")):
+        with pytest.raises(issl.IsslError, match="'moon_phase'"):
+            call()
+
+
+# --- records, and what is made of them
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[verdicts.Record]:
+    """Of three claims at overnight: a check, one with two methods, one with two tests."""
+    source = claims.provenance("overnight", {}, torch.device("cpu"), ["influence/1"])
+    about: dict[str, Any] = {"dataset": "cifar10", "learned": LEARNED, "n": 2000, "seeds": [0]}
+    found: list[tuple[str, str, dict[str, Estimate]]] = [
+        (SEEDS, "byol", {"pearson": estimate(0.95)}),
+        (SEEDS, "simclr", {"pearson": estimate(0.8)}),
+        (
+            "low_influence_duplicates",
+            "simclr",
+            {"auc_injected": estimate(0.65, 0.05), "precision": estimate(0.2)},
+        ),
+        ("method_exact", "", {"relative_difference": estimate(1e-9, 0)}),
+    ]
+    for name, variant, metrics in found:
+        claims.record(name, metrics, source, tmp_path, variant, **about)
+    return verdicts.read_records(tmp_path.glob("claim_*.json"))
+
+
+def test_records_say_where_they_come_from_and_stay_in_order(
+    records: list[verdicts.Record], tmp_path: Path
+) -> None:
+    assert [(r["name"], r["variant"]) for r in records] == [
+        ("method_exact", ""),
+        (SEEDS, "simclr"),
+        (SEEDS, "byol"),
+        ("low_influence_duplicates", "simclr"),
+    ]
+    for r in records:
+        assert {"claim", "paper", "dataset", "n", "seeds", "learned", "metrics"} <= set(r)
+        assert {"profile", "commit", "hardware", "torch"} <= set(r["provenance"])
+        assert r["name"] in claims.format_record(r)
+    # pairs judged by people are not in every data set: that test is not asked there
+    assert [t["metric"] for t in records[-1]["tests"]] == ["auc_injected", "precision"]
+    (tmp_path / "mini").mkdir()
+    verdicts.keep(records, tmp_path / "mini")
+    assert verdicts.kept_records(tmp_path) == records
+
+
+def test_bad_records_are_named(records: list[verdicts.Record], tmp_path: Path) -> None:
+    path = tmp_path / "claim_x.json"
+    for text in (json.dumps({**records[0], "name": "moon_is_cheese"}), "{"):
+        path.write_text(text)
+        with pytest.raises(issl.IsslError, match="claim_x"):
+            verdicts.read_records([path])
+
+
+def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]) -> None:
+    check, simclr, byol, duplicates = records
+    lines = verdicts.markdown(records).splitlines()
+    assert len(lines) == 2 + 3 and "(ours)" in lines[2] and "1e-09" in lines[2]
+    assert "SimCLR 0.80 [0.70, 0.90]<br>BYOL 0.95 [0.85, 1.05]" in lines[3] and "0.974" in lines[3]
+    assert "SimCLR ○ contradicted (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
+    assert verdicts.summary(records)[1].failed == ["SimCLR: r above 0.924: it is 0.8"]
+    assert verdicts.failures(check) == "" and "above 0.5: it is 0.2" in verdicts.failures(
+        duplicates
+    )
+    row = verdicts.table(records).loc[1]
+    assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
+    short = verdicts.short_markdown(records).splitlines()
+    assert len(short) == 2 + 2  # a check is no claim
+    assert short[2].endswith("0.95 [0.85, 1.05] BYOL | overnight: ○ SimCLR; ● BYOL |")
+    assert short[3].endswith("| overnight: ◐ partly, in part contradicted |")
+    said = verdicts.sentence([simclr, byol])
+    assert "holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR (0.80 [" in said
+    assert "the check passed (1e-09)" in verdicts.sentence([check])
+    uses = verdicts.good_for(records)
+    assert uses["reproduced"] == ["a ranking that holds under another draw of the noise [BYOL]"]
+    assert uses["contradicted"][0].endswith("[SimCLR]")
+
+
+def test_small_scales_decide_nothing(records: list[verdicts.Record]) -> None:
+    """Where a claim was measured at a larger one, too, a smaller one is left out of the README."""
+    small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
+    assert verdicts.short_markdown([*small, *records]) == verdicts.short_markdown(records)
+    untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
+    assert verdicts.short_markdown(untested).endswith("| ◌ so far ○ SimCLR; ● BYOL |\n")
+    mixed = verdicts.short_markdown([small[1], untested[1]])
+    assert mixed.endswith("| ○ SimCLR; ◌ so far ● BYOL |\n")
+    assert "decides nothing" in verdicts.sentence(untested)
+    assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
+
+
+def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
+    source = claims.provenance("overnight", {}, torch.device("cpu"), [])
+    metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling", "ceiling")}
+    names = ["predicts_leaving_one_out_held", "predicts_leaving_one_out"]
+    about: dict[str, Any] = {"dataset": "cifar10", "learned": LEARNED, "n": 9, "seeds": [0]}
+    for name in names:
+        written = claims.record(name, metrics, source, tmp_path, **about)
+        # kept before its test was superseded: today's rules hold
+        (tmp_path / f"claim_{name}.json").write_text(
+            json.dumps(written | {"verdict": "reproduced"})
+        )
+    found = verdicts.read_records(tmp_path.glob("claim_*.json"))
+    assert [(r["name"], r["verdict"]) for r in found] == list(
+        zip(names, ("reproduced", "superseded"), strict=True)
+    )
+    assert verdicts.decided(found) == found[:1]
+    assert len(verdicts.good_for(found)["reproduced"]) == 1
+    new, old = verdicts.summary(found)
+    assert names[0] in old.claim and "Superseded" not in new.claim
+
+
+def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
+    records: list[verdicts.Record], tmp_path: Path
+) -> None:
+    again = [r for r in records if r["variant"] == "byol"]
+    for folder, kept in (("overnight-jpeg", records), ("overnight", again)):
+        (tmp_path / folder).mkdir()
+        verdicts.keep(kept, tmp_path / folder)
+    found = verdicts.kept_records(tmp_path)
+    short = verdicts.short_markdown(found)
+    row = next(line for line in short.splitlines() if "two noise seeds" in line)
+    assert "r = 0.95 [0.85, 1.05] BYOL; on the JPEG copy: 0.80 [0.70, 0.90] SimCLR |" in row
+    assert row.endswith("| overnight: ● reproduced; on the JPEG copy: ○ contradicted |")
+    data = {r.data for r in verdicts.summary(found) if r.measured == "r"}
+    assert data == {"cifar10", "cifar10 (the JPEG copy)"}
+    drawn = tmp_path / "overnight-jpeg"  # drawn images are no copy
+    verdicts.keep([records[0] | {"dataset": "scenes"}], drawn)
+    assert not verdicts.read_records([drawn / verdicts.KEPT])[0]["copied"]
+
+
+def test_the_pages_show_the_records_that_are_kept(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page, text in verdicts.pages(repository).items():
+        assert page.read_text() == text, f"{page}: run `issl verdicts --readme`"
+    kept = verdicts.kept_records(repository / "figures")
+    assert kept and cli.main(["verdicts"]) == 0
+    assert capsys.readouterr().out == verdicts.markdown(kept)
+    with pytest.raises(issl.IsslError, match="markers"):
+        verdicts.in_page("# nothing", "new")
