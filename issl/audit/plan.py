@@ -259,12 +259,13 @@ class Plan(Config):
         Args:
             name: of the claim, in claims.yaml.
             metrics: what its tests ask for, and whatever else was measured.
-            method: whose encoders were asked; "" for a claim about none.
+            method: whose encoders were asked; "" for a claim about none, or another word for what
+                was asked ("linear encoder").
             **about: other facts for the record; `variant` tells records of one claim apart, by
                 default by the method.
         """
         known: dict[str, Any] = {"dataset": self.dataset, "n": len(self.training_set)}
-        known |= self.about_encoders(method) if method else {}
+        known |= self.about_encoders(method) if method in recipes.NAMES else {"method": method}
         known |= {"variant": method, **about}
         written = record(name, metrics, self.source(self.store), self.results, **known)
         print(format_record(written))
