@@ -3,7 +3,6 @@ are."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from itertools import product
@@ -21,7 +20,7 @@ import issl
 from issl.audit import claims, profiles, run, verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
-from issl.audit.plans_own import Channel, Kind
+from issl.audit.plans_own import ALL, Channel, Kind
 from issl.audit.profiles import ProfileOptions
 from issl.audit.stages import Evaluate, Stability, Top
 from issl.audit.stats import baselines, explained_variance, statistics
@@ -69,10 +68,7 @@ TINY: dict[str, Any] = {
         "queries": 6,
         "continued_epochs": 1,
         "draws": 2,
-        "ranks": [2],
-        "dampings": [],
         "kinds": ["exact"],
-        "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
     "13_explained": {"rank": 4, "encoders": 2},
@@ -487,58 +483,45 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     assert record(out, "convex_theory")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("10_validation")
-    artifacts, n = p.artifacts(), len(p.data().load())
-    names = {"BatchNorm held": "_held", "as trained": ""}
-    for kind, (channel, suffix) in itertools.product(p.kinds_of_retraining, names.items()):
-
-        def after(s: int, k: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
-            return log_losses(
-                p.query_losses(**p.measured(p.on_subset(kind, s, k), kind, channel)), artifacts
-            )
-
-        def shift(i: int, kind: Kind = kind, channel: Channel = channel) -> np.ndarray:
-            """Of every image's log loss, without image number `i`, mean over seeds."""
-            pairs = [(p.without_one(kind, s, i), p.trained_on_all(kind, s)) for s in range(2)]
-            both = [
-                [log_losses(p.all_losses(e, kind, channel), artifacts) for e in pair]
-                for pair in pairs
-            ]
-            return np.mean([without - full for without, full in both], axis=0)
-
-        measured = np.stack([np.stack([after(s, k) for k in range(4)], 1) for s in range(2)])
-        measured = (measured - measured.mean(1, keepdims=True)).mean(0)
-        losses = np.exp(log_losses(p.query_losses(pretrain=p.pretrain()), artifacts))
-        scores = p.cross().read(artifacts).numpy() / losses[:, None]
+    n, tables = len(p.training_set), p.tables()
+    after, own = (tables[name].stages for name in ("after subsets", "own losses"))
+    before = np.exp(log_losses(p.query_losses(pretrain=p.pretrain()), p.store))
+    influence = p.each("scores")[p.method, 0]["influence"].to_numpy()
+    places = [at for (at,) in p.each("picked").values()]
+    assert places[0] == influence.argmax()  # the image at the head of the score
+    for kind in p.kinds_of_retraining:
+        runs = [
+            np.stack([log_losses(after[kind, "BatchNorm held", s, k], p.store) for k in range(4)])
+            for s in range(2)
+        ]
+        measured = np.mean([run - run.mean(1, keepdims=True) for run in runs], 0).T
         predicted = np.zeros_like(measured)
-        for k in range(4):
-            gone = p.draw(k).read(artifacts)
+        for k, gone in p.each("left out").items():
             assert len(gone) == n // 2
+            scores = p.each("on queries")["LoGra, rank 4"].numpy() / before[:, None]
             predicted[:, k] = -np.delete(scores, gone, 1).sum(1)
         predicted -= predicted.mean(0)
         want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
-        got = record(out, f"predicts_subsets{suffix}.{kind}")["metrics"]
+        got = record(out, f"predicts_subsets_held.{kind}")["metrics"]
         assert got["lds"]["value"] == pytest.approx(want) and 0 <= got["ceiling"]["value"] <= 1
-        # single images, left out; the first is the image at the head of the score
-        influence = p.scores().read(artifacts)["influence"].to_numpy()
-        places = [p.pick(i).read(artifacts)[0] for i in range(4)]
-        assert places[0] == influence.argmax()
-        shifts = [shift(i) for i in range(4)]
-        changes = [d[k] - np.delete(d, k).mean() for d, k in zip(shifts, places, strict=True)]
-        got = record(out, f"predicts_leaving_one_out{suffix}.{kind}")["metrics"]
+        changes = []
+        for i, at in enumerate(places):
+            full, without = (
+                np.mean([log_losses(own[kind, s, k], p.store) for s in range(2)], axis=0)
+                for k in (ALL, i)
+            )
+            rise = without - full
+            changes.append(rise[at] - np.delete(rise, at).mean())
+        got = record(out, f"predicts_leaving_one_out_held.{kind}")["metrics"]
         assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
-        assert got["spearman"]["value"] == pytest.approx(
-            rank_correlation(influence[places], np.array(changes))
-        )
-    own = record(out, "moves_own_features.continued")["metrics"]
-    assert {"spearman", "less_stability_loss", "less_gradient_norm", "ceiling"} <= own.keys()
+        want = rank_correlation(influence[places], np.array(changes))
+        assert got["spearman"]["value"] == pytest.approx(want)
+    found = record(out, "moves_own_features.continued")["metrics"]
+    assert {"spearman", "less_stability_loss", "less_gradient_norm", "ceiling"} <= found.keys()
     # with no weight trained, queries' losses move all the same
-    first = p.pretrain()
-    statistics_alone = p.measured(p.on_subset("continued", 0, 0), "continued", "BatchNorm alone")
-    assert statistics_alone["pretrain"] == first
-    moved = log_losses(p.query_losses(**statistics_alone), artifacts) - log_losses(
-        p.query_losses(pretrain=first), artifacts
-    )
-    assert np.abs(moved).max() > 1e-3
+    alone = after["continued", "BatchNorm alone", 0, 0]
+    assert alone.pretrain == p.pretrain()
+    assert np.abs(log_losses(alone, p.store) - np.log(before)).max() > 1e-3
 
 
 def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:

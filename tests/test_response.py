@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 import issl
@@ -58,6 +59,42 @@ def test_where_seeds_do_not_agree_nothing_can_be_predicted() -> None:
     cap = datamodeling.ceiling(Estimate(-0.1, -0.2, 0.04, 9), 4)
     assert cap.value == cap.low == 0 and cap.high == pytest.approx(np.sqrt(0.16 / 1.12))
     assert datamodeling.ceiling(Estimate(1.0, 1.0, 1.0, 9), 4).value == 1
+
+
+def test_one_image_left_out_is_measured_against_the_others() -> None:
+    rng = np.random.default_rng(4)
+    before, factor = rng.uniform(0.1, 1, 9), np.full(9, 1.1)
+    factor[3] = 2.2  # all losses drift, one rises on top of that
+    assert datamodeling.own_rise(before, before * factor, 3) == pytest.approx(np.log(2))
+    angle = np.full(9, 0.01)
+    angle[3] = 0.1
+    at_first = np.stack([np.ones(9), np.zeros(9)], 1)
+    turned = np.stack([np.cos(angle), np.sin(angle)], 1)
+    got = datamodeling.own_move(torch.from_numpy(at_first), torch.from_numpy(turned), 3)
+    assert got == pytest.approx(np.log((1 - np.cos(0.1)) / (1 - np.cos(0.01))))
+
+
+def test_rankings_compare_the_first_score_with_its_rivals() -> None:
+    rng = np.random.default_rng(6)
+    truth = rng.normal(size=200)
+    measured = truth + rng.normal(size=(3, 200))
+    scores = {"ours": truth, "noise": rng.normal(size=200)}
+    got = datamodeling.rankings(scores, measured)
+    want = stats.spearmanr(truth, measured.mean(0)).statistic
+    assert got["spearman"].value == pytest.approx(want) and got["less_noise"].low > 0
+    assert got["spearman"].value == pytest.approx(got["ceiling"].value, abs=0.05)
+
+
+def test_a_tidy_table_of_trainings_becomes_runs_in_the_order_of_its_queries() -> None:
+    runs = RNG.uniform(0.1, 1, size=(2, 3, 4))  # seeds, queries, subsets
+    rows = [(s, k, runs[s, q, k]) for s in range(2) for k in range(4) for q in range(3)]
+    table = pd.DataFrame(rows, columns=["seed", "subset", "stability_loss"])
+    want = np.log(runs) - np.log(runs).mean(1, keepdims=True)
+    np.testing.assert_allclose(datamodeling.retrained_losses(table), want)
+    assert datamodeling.kept([[0, 2], [1]], 3).tolist() == [
+        [False, True, False],
+        [True, False, True],
+    ]
 
 
 def test_what_statistics_explain_is_least_squares() -> None:

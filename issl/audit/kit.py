@@ -231,3 +231,9 @@ def curves(
         axes.plot(part[x], part["value"], color=paint, marker=mark, ms=3, label=name(str(group)))
         axes.fill_between(part[x], part["low"], part["high"], color=paint, alpha=0.15, lw=0)
     axes.set(xlabel=x, ylabel=label)
+
+
+# ways to retrain, and to measure a retrained encoder (`issl.audit.plans_own.Channel`): the one that
+# decides is black
+COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
+COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}

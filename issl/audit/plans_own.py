@@ -13,7 +13,7 @@ from torch import nn
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
-from issl.audit.plan import Epochs, Plan, Scored, learned_by
+from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -35,6 +35,8 @@ from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
 from issl.pretraining.encoder import Normalize
 
+SIMILARITY = "cosine similarity"  # of features, in the place of cross-influence
+ALL = -1  # in the place of an image that is left out: trained on all
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
@@ -183,18 +185,13 @@ class Validation(Retrained):
 
     notebook: ClassVar[str] = "10_validation"
 
-    images: int = Field(
-        6, ge=4
-    )  # left out one at a time, spread evenly over the ranks of the score
+    images: int = Field(6, ge=4)  # left out one at a time, evenly over the ranks of the score
     subsets: int = Field(12, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
-    ranks: tuple[int, ...] = (4, 64)  # of LoGra, beside `rank`
-    dampings: tuple[float, ...] = (0.001, 10.0)  # beside `damping`
     kinds: tuple[str, ...] = ("logra-pca", "ekfac", "diagonal", "exact")  # other curvatures
-    points: int = Field(200, ge=20)
-    side: int = Field(8, ge=2)
-    outputs: int = Field(16, ge=1)
-    anchor: float = Field(0.01, gt=0)
+
+    ranks: ClassVar[tuple[int, ...]] = (4, 64)  # of LoGra, beside `rank`
+    dampings: ClassVar[tuple[float, ...]] = (0.001, 10.0)  # beside `damping`
 
     def curvatures(self) -> dict[str, Curvature]:
         """The curvatures by name; the first is the paper's."""
@@ -207,68 +204,44 @@ class Validation(Retrained):
         found |= {f"λ = {d:g} × mean": replace(usual, damping=d) for d in self.dampings}
         return found | {"none (identity)": Identity()}
 
-    def scores(self) -> Influence:
-        """Scores under the first encoder."""
-        return self.influence(self.pretrain(), draws=self.draws)
-
-    def pick(self, i: int) -> Pick:
-        """Image number `i` of those left out one at a time, by its place in the ranking: 0 the
-        highest."""
-        return Pick(influence=self.scores(), quantile=i / (self.images - 1))
-
-    def draw(self, k: int) -> Draw:
-        """The images that subset number `k` leaves out."""
-        return Draw(data=self.scored(), share=1 - self.share, seed=k)
-
-    def trained_on_all(self, kind: Kind, seed: int) -> Pretrain:
-        return self.retrained(kind, seed)
-
-    def without_one(self, kind: Kind, seed: int, i: int) -> Pretrain:
+    def without_one(self, kind: Kind, seed: int, pick: Pick) -> Pretrain:
         """A training without one image: its place in its batch stays empty, so the other batches
         are the same."""
-        return self.retrained(kind, seed, self.pick(i), gaps=True)
+        return self.retrained(kind, seed, pick, gaps=True)
 
-    def on_subset(self, kind: Kind, seed: int, k: int) -> Pretrain:
-        return self.retrained(kind, seed, self.draw(k))
-
-    def all_losses(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Stability:
-        return self.losses(self.scored(), **self.measured(encoder, kind, channel))
-
-    def all_features(self, encoder: Pretrain, kind: Kind, channel: Channel) -> Embed:
-        return Embed(**self.measured(encoder, kind, channel), data=self.scored())
-
-    def stages(self) -> list[Stage]:
-        first = self.pretrain()
-        found: list[Stage] = [
-            first,
-            self.scores(),
-            self.nearness(),
-            *self.learned_stages([first]),
-            self.query_losses(pretrain=first),
-        ]
-        found += [self.cross(c) for c in self.curvatures().values()]
-        found += [
-            *(self.pick(i) for i in range(self.images)),
-            *(self.draw(k) for k in range(self.subsets)),
-        ]
+    def tables(self) -> dict[str, Cells]:
+        encoders = self.encoders_of((self.method,))
+        first, scores = (self.method, 0), self.influence(self.pretrain(), draws=self.draws)
+        last = self.images - 1
+        picks = {i: Pick(influence=scores, quantile=i / last) for i in range(self.images)}
+        draws = {
+            k: Draw(data=self.scored(), share=1 - self.share, seed=k) for k in range(self.subsets)
+        }
+        on_queries: dict[Labels, Pairs] = {
+            (k,): self.cross(c) for k, c in self.curvatures().items()
+        }
+        subsets: dict[Labels, Stage] = {}
+        alone: dict[Labels, dict[str, Any]] = {}
         for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
-            trained = [
-                self.trained_on_all(kind, s),
-                *(self.without_one(kind, s, i) for i in range(self.images)),
-            ]
-            for channel in self.channels(kind):
-                for e in trained:
-                    found += [
-                        self.all_losses(e, kind, channel),
-                        self.all_features(e, kind, channel),
-                    ]
-                for k in range(self.subsets):
-                    found.append(
-                        self.query_losses(
-                            **self.measured(self.on_subset(kind, s, k), kind, channel)
-                        )
-                    )
-        return found
+            for channel, (k, draw) in product(self.channels(kind), draws.items()):
+                how = self.measured(self.retrained(kind, s, draw), kind, channel)
+                subsets[kind, channel, s, k] = self.query_losses(**how)
+            trained = {i: self.without_one(kind, s, pick) for i, pick in picks.items()}
+            for i, encoder in {ALL: self.retrained(kind, s), **trained}.items():
+                alone[kind, s, i] = self.measured(encoder, kind, "BatchNorm held")
+        data, each = self.scored(), "kind seed without"
+        features: dict[Labels, Stage] = {k: Embed(**how, data=data) for k, how in alone.items()}
+        return {
+            "scores": Cells(BY, {first: scores}),
+            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in encoders.items()}),
+            "on queries": Cells("score", on_queries | {(SIMILARITY,): self.nearness()}),
+            "query losses": Cells(BY, {first: self.query_losses(pretrain=self.pretrain())}),
+            "picked": Cells("without", {(i,): pick for i, pick in picks.items()}),
+            "left out": Cells("subset", {(k,): draw for k, draw in draws.items()}),
+            "after subsets": Cells("kind channel seed subset", subsets),
+            "own losses": Cells(each, {k: self.losses(data, **how) for k, how in alone.items()}),
+            "own features": Cells(each, features),
+        }
 
 
 Task = Literal["classes", "style"]

@@ -13,15 +13,25 @@ A training that is repeated under other seeds gives another measurement, so no p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from scipy import stats
+from torch import Tensor
 
 from issl.audit.stats.resampling import RESAMPLES, pearson
-from issl.audit.stats.statistics import Estimate, percentiles
+from issl.audit.stats.statistics import (
+    Estimate,
+    agreement,
+    correlation,
+    correlation_difference,
+    mean,
+    percentiles,
+)
 from issl.errors import IsslError
 
 Table = Float[np.ndarray, "q m"]  # a number for each query and subset
@@ -159,3 +169,77 @@ def _every_level(
         drawn.append(np.mean(each, axis=0))
     whole = [statistic(e, every, every, every) for e in range(len(measured))]
     return np.mean(whole, axis=0), np.stack(drawn)
+
+
+def log_loss(losses: Any) -> np.ndarray:
+    """Logarithms of stability losses; a view that changes nothing, which has none, counts 1e-8."""
+    return np.log(np.maximum(np.asarray(losses, float), 1e-8))
+
+
+def centred(values: Float[np.ndarray, "*s q m"]) -> Float[np.ndarray, "*s q m"]:
+    """Less the mean over queries: a whole training can be more or less stable than another, which
+    is no image's doing."""
+    return values - values.mean(-2, keepdims=True)
+
+
+def retrained_losses(table: pd.DataFrame) -> Runs:
+    """The queries' log stability losses after each training, centred.
+
+    Args:
+        table: seed, subset, stability_loss, a row for each query, in the same order after each
+            training.
+    """
+    runs = [
+        np.stack([log_loss(one["stability_loss"]) for _, one in run.groupby("subset")], 1)
+        for _, run in table.groupby("seed")
+    ]
+    return centred(np.stack(runs))
+
+
+def kept(left_out: Iterable[Sequence[int]], n: int) -> Bool[np.ndarray, "m n"]:
+    """Which of n images are in each subset, by the positions of those that it leaves out."""
+    return np.stack([~np.isin(np.arange(n), places) for places in left_out])
+
+
+def own_rise(before: Any, after: Any, at: int) -> float:
+    """By how much the log loss of image `at` rises, more than that of the other images on average:
+    a whole run can drift.
+
+    Args:
+        before: stability losses of all images after training on all of them.
+        after: the same without image `at`.
+        at: its position.
+    """
+    rise = log_loss(after) - log_loss(before)
+    return float(rise[at] - np.delete(rise, at).mean())
+
+
+def own_move(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"], at: int) -> float:
+    """How far the features of image `at` move, in parts of the median image's: the logarithm of the
+    ratio of cosine distances; arguments as in `own_rise`."""
+    moved = 1 - torch.cosine_similarity(before, after).numpy()
+    return float(np.log(max(moved[at], 1e-12) / max(np.median(moved), 1e-12)))
+
+
+def rankings(
+    scores: Mapping[str, np.ndarray], measured: Float[np.ndarray, "s n"]
+) -> dict[str, Estimate]:
+    """How scores of images rank what was measured of them under several seeds.
+
+    Args:
+        scores: by name, ours first, then its rivals.
+        measured: a row for each seed.
+
+    Returns:
+        "spearman", our correlation with the mean over seeds; for each rival "spearman_RIVAL", its
+        own, and "less_RIVAL", ours less that; "seeds_agree" and the "ceiling" that it sets;
+        "mean_change" of all images.
+    """
+    (ours, *rivals), truth = scores, measured.mean(0)
+    agree = agreement(measured, "spearman")
+    found = {"ceiling": ceiling(agree, len(measured)), "seeds_agree": agree}
+    found |= {"mean_change": mean(truth), "spearman": correlation(scores[ours], truth, "spearman")}
+    for name in rivals:
+        found[f"spearman_{name}"] = correlation(scores[name], truth, "spearman")
+        found[f"less_{name}"] = correlation_difference(scores[ours], scores[name], truth)
+    return found

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from issl.errors import IsslError
@@ -63,3 +65,40 @@ def fit_without(weight: Weight, delta: Changes, anchor: float, rows: Sequence[in
     toward = torch.linalg.solve(curvature(delta, anchor), d.T).T  # D_S A⁻¹
     inner = len(delta) * torch.eye(len(d), dtype=d.dtype) - toward @ d.T
     return weight + weight @ d.T @ torch.linalg.solve(inner, toward)
+
+
+def retrained(start: Weight, delta: Changes, anchor: float, rows: Sequence[int]) -> Weight:
+    """W*₋S without the closed form: the minimum of J from W₀, without these images, by conjugate
+    gradients on what automatic differentiation says of J."""
+    kept = delta[[i for i in range(len(delta)) if i not in set(rows)]]
+
+    def objective(w: Tensor) -> Tensor:
+        own = (kept @ w.view_as(start).T).square().sum() / 2 / len(delta)
+        return own + anchor / 2 * (w.view_as(start) - start).square().sum()
+
+    at = start.flatten().requires_grad_()
+    (slope,) = torch.autograd.grad(objective(at), at, create_graph=True)
+
+    def hessian_times(p: np.ndarray) -> np.ndarray:
+        along = torch.from_numpy(p).flatten()
+        return torch.autograd.grad(slope @ along, at, retain_graph=True)[0].numpy()
+
+    hessian = LinearOperator((len(at), len(at)), dtype=float, matvec=hessian_times)
+    step, failed = cg(hessian, -slope.detach().numpy(), rtol=1e-13, maxiter=2000)
+    if failed:
+        raise IsslError(f"conjugate gradients without {len(rows)} images: no minimum found")
+    return start + torch.from_numpy(step).view_as(start)
+
+
+def cross_influences(weight: Weight, delta: Changes, anchor: float) -> dict[str, Tensor]:
+    """Influence of every image on every other (n, n) under three curvatures: the true Hessian; the
+    empirical Fisher with a damping of 0.1 × its mean, which a deep encoder must make do with; and
+    none."""
+    gradients = torch.einsum("nk,nd->nkd", delta @ weight.T, delta).flatten(1)
+    fisher = gradients.T @ gradients / len(delta)
+    damped = fisher + 0.1 * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=fisher.dtype)
+    return {
+        "the true Hessian": cross_influence(weight, delta, delta, anchor),
+        "empirical Fisher": gradients @ torch.linalg.solve(damped, gradients.T),
+        "none (identity)": gradients @ gradients.T,
+    }
