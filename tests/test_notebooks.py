@@ -188,35 +188,29 @@ def test_00_at_full_rank_logra_is_exact(out: Path) -> None:
 
 def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> None:
     p = plan("01_seed_correlation")
-    artifacts = p.artifacts()
+    scores = {labels: one["influence"] for labels, one in p.each("scores").items()}
 
-    encoders = p.scored_encoders("byol")
+    def r(a: tuple[int, int], b: tuple[int, int], method: str = "byol", kind: Any = "pearson"):
+        return scores[method, *a].corr(scores[method, *b], method=kind)
 
-    def influence(train: int, noise: int) -> pd.Series:
-        return p.scores(encoders[train], noise).read(artifacts)["influence"]
-
-    def r(a: tuple[int, int], b: tuple[int, int], kind: str = "pearson") -> float:
-        return float(influence(*a).corr(influence(*b), method=kind))  # type: ignore[arg-type]
-
-    # of the noise, the mean over two encoders; of the training, each encoder under a noise of its
-    # own
+    # of the noise, the mean over two encoders; of the training, each encoder under its own noise
     wanted = {"noise": [((0, 0), (0, 1)), ((1, 0), (1, 1))], "training": [((0, 0), (1, 1))]}
-    for reading, pairs in wanted.items():
-        got = record(out, f"{reading}_seed_correlation.byol")
-        for kind in ("pearson", "spearman"):
-            want = np.mean([r(*pair, kind=kind) for pair in pairs])
-            assert (
-                got["metrics"][kind]["value"] == pytest.approx(want) and want < 0.999
-            )  # another seed, another score
+    for (reading, pairs), kind in product(wanted.items(), ("pearson", "spearman")):
+        got, want = (
+            record(out, f"{reading}_seed_correlation.byol"),
+            [r(*p, kind=kind) for p in pairs],
+        )
+        assert got["metrics"][kind]["value"] == pytest.approx(np.mean(want))
+        assert np.mean(want) < 0.999  # another seed, another score
         assert got["learned"]["encoders"] == 2 and 0 <= got["learned"]["knn"] <= 1
     table = numbers(out, "01_seed_correlation").set_index(["seed", "method", "metric"])["value"]
     assert table["training, same noise", "byol", "pearson"] == pytest.approx(r((0, 0), (1, 0)))
-    fresh = [p.scores(p.untrained(encoders[0]), k).read(artifacts)["influence"] for k in (0, 1)]
-    assert table["untrained", "byol", "pearson"] == pytest.approx(fresh[0].corr(fresh[1]))
-    draws = numbers(out, "01_seed_correlation_draws").set_index(["seed", "method", "draws"])[
-        "value"
-    ]
-    four = [p.averaged_scores(encoders[k], k, 4).read(artifacts)["influence"] for k in (0, 1)]
+    fresh = r((0, 0), (0, 1), "untrained")
+    assert table["untrained", "untrained", "pearson"] == pytest.approx(fresh)
+    labels = ["seed", "method", "draws"]
+    draws = numbers(out, "01_seed_correlation_draws").set_index(labels)["value"]
+    averaged = p.each("averaged")
+    four = [averaged["byol", 4, k, k]["influence"] for k in (0, 1)]
     assert draws["training", "byol", 4] == pytest.approx(four[0].corr(four[1]))
 
 

@@ -252,7 +252,7 @@ def test_keys_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = Pretrain(data=DATA, width=4, epochs=2)
     found = {
         "overnight, SimCLR 0": first.key,
-        "its scores": plan.scores(first).key,
+        "its scores": plan.influence(first).key,
         "its accuracy": plan.evaluation(first).key,
         "untrained": plan.untrained(first).key,
         "BYOL 2": plan.pretrain("byol", 2).key,

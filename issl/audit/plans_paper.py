@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
-from issl.audit.plan import BY, UNTRAINED, Cells, Plan, Scored
+from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -33,7 +33,11 @@ class MethodLesson(Plan):
 
 
 class SeedCorrelation(Scored):
-    """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?"""
+    """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?
+
+    noise_seeds   how many noises every encoder is scored under
+    draws         of the noise, averaged; of the first `averaged` images alone
+    """
 
     notebook: ClassVar[str] = "01_seed_correlation"
     takes_checkpoints: ClassVar[bool] = True
@@ -41,10 +45,8 @@ class SeedCorrelation(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     encoders: int = Field(2, ge=1)
     noise_seeds: int = Field(2, ge=2)
-    draws: tuple[int, ...] = Field(
-        (1, 4), min_length=1
-    )  # of the noise, averaged; on some of the images alone:
-    averaged: int = Field(128, ge=16)  # the first ones
+    draws: tuple[int, ...] = Field((1, 4), min_length=1)
+    averaged: int = Field(128, ge=16)
 
     @model_validator(mode="after")
     def _two_trainings_to_compare(self) -> SeedCorrelation:
@@ -52,33 +54,28 @@ class SeedCorrelation(Scored):
             raise ValueError(f"encoders = {self.encoders}: two trainings or more are compared")
         return self
 
-    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
-        """Scores of all images with one draw of noise number `noise`."""
-        return self.influence(encoder, self.noise_seed + noise)
-
-    def averaged_scores(self, encoder: Pretrain | Given, noise: int, draws: int) -> Influence:
-        """Scores of the first `averaged` images, with so many draws."""
-        data = self.data().model_copy(update={"first": self.averaged})
-        return self.influence(encoder, self.noise_seed + noise, data=data, draws=draws)
-
-    def noises(self, number: int) -> list[int]:
-        """Encoder number `number` is scored under every noise, and under one of its own."""
-        return sorted({*range(self.noise_seeds), number})
-
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = []
-        for method in self.methods:
-            encoders = self.scored_encoders(method)
-            found += self.learned_stages(encoders)
-            found += [self.scores(self.untrained(encoders[0]), k) for k in range(self.noise_seeds)]
-            for number, encoder in enumerate(encoders):
-                found += [encoder, *(self.scores(encoder, k) for k in self.noises(number))]
-                found += [
-                    self.averaged_scores(encoder, k, draws)
-                    for draws in self.draws
-                    for k in (0, number or 1)
-                ]
-        return found
+    def tables(self) -> dict[str, Cells]:
+        known = self.encoders_of(self.methods)
+        first = self.data().model_copy(update={"first": self.averaged})
+        scores: dict[Labels, Stage] = {
+            (method, k, noise): self.influence(encoder, self.noise_seed + noise)
+            for (method, k), encoder in known.items()
+            for noise in sorted({*range(self.noise_seeds), int(k)})  # one noise is its own
+        }
+        averaged: dict[Labels, Stage] = {
+            (method, draws, k, noise): self.influence(
+                encoder, self.noise_seed + noise, data=first, draws=draws
+            )
+            for (method, k), encoder in known.items()
+            if method != UNTRAINED
+            for draws in self.draws
+            for noise in (0, int(k) or 1)
+        }
+        return {
+            "scores": Cells(f"{BY} noise", scores),
+            "averaged": Cells("method draws encoder noise", averaged),
+            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in known.items()}),
+        }
 
 
 AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
