@@ -237,3 +237,26 @@ def curves(
 # decides is black
 COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
 COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
+
+
+def name_rows(axes: Axes, images: Images, names: Sequence[str]) -> None:
+    """A name at the left of each row of a gallery."""
+    step = images.pixels.shape[-1] + 3
+    for k, row in enumerate(names):
+        place = (-4, (k + 0.5) * step)
+        axes.text(*place, literal(row), ha="right", va="center", fontsize=7.5)
+
+
+def dots(
+    axes: Axes, table: pd.DataFrame, x: str, rows: str, label: str, middle: str = "median"
+) -> None:
+    """Every value of the column `x`, in a line for each of `rows` (coloured where it is a method),
+    with a bar at the `middle`, median or mean."""
+    lines = list(dict.fromkeys(table[rows]))
+    for y, line in enumerate(lines[::-1]):
+        values = table.loc[table[rows] == line, x]
+        paint = COLOURS.get(line, GREY)
+        axes.scatter(values, np.full(len(values), y), color=paint, s=10, alpha=0.5, lw=0)
+        axes.vlines(values.agg(middle), y - 0.3, y + 0.3, color="black", lw=1.4)
+    axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
+    axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))

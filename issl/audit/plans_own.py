@@ -12,7 +12,6 @@ from torch import nn
 
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
-from issl.audit.given import Given
 from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
@@ -360,16 +359,16 @@ class Explained(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def scores(self, encoder: Pretrain | Given, noise: int = 0) -> Influence:
-        """Scores under one of two noises."""
-        return self.influence(encoder, self.noise_seed + noise)
-
-    def stages(self) -> list[Stage]:
-        each = self.with_untrained(self.methods)
-        again = (
-            stage for e in each for stage in (self.scores(e, 1), self.nearest(e, self.neighbours))
-        )
-        return [*self.of_each(self.methods), *again]
+    def tables(self) -> dict[str, Cells]:
+        known = self.encoders_of(self.methods)
+        scores: dict[Labels, Stage] = {
+            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            for labels, encoder in known.items()
+            for noise in range(2)
+        }
+        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
+        others = self.scored_and_evaluated(known)
+        return {**others, "scores": Cells(f"{BY} noise", scores), "nearest": Cells(BY, nearest)}
 
 
 class Bridges(Scored):

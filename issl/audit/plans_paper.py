@@ -228,9 +228,10 @@ class Duplicates(Scored):
     methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
-    def stages(self) -> list[Stage]:
-        nearest = (self.nearest(e, self.neighbours) for e in self.with_untrained(self.methods))
-        return [*self.of_each(self.methods), *nearest]
+    def tables(self) -> dict[str, Cells]:
+        known = self.encoders_of(self.methods)
+        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
+        return {**self.scored_and_evaluated(known), "nearest": Cells(BY, nearest)}
 
 
 GROUPS: dict[

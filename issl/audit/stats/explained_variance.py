@@ -108,6 +108,15 @@ def repeatable_beyond(
     return mean((y - guess) * (again - other) / np.sqrt(np.var(y) * np.var(again)))
 
 
+def share_of(part: Estimate, whole: Estimate) -> Estimate:
+    """A part of the variance over the whole that it could be. The interval is the part's; of the
+    whole, which is known far better, the careful end is taken. Undefined where the whole may be
+    nothing."""
+    if whole.low <= 0:
+        return Estimate(np.nan, -np.inf, np.inf, part.n)
+    return Estimate(part.value / whole.value, part.low / whole.high, part.high / whole.low, part.n)
+
+
 def _held_out(
     score: np.ndarray, by: pd.DataFrame, seed: int, folds: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
