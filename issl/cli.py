@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from issl import __version__
+from issl.engine import in_short
 from issl.errors import IsslError, OutOfTime
-from issl.files import why_no_room
 
 COMMANDS = {  # each has a module in issl.commands, with `add_arguments` and `main`
     "influence": "score your own images under your own encoder",
@@ -98,22 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"issl: error: {said}", file=sys.stderr)
         return 2
-
-
-def in_short(error: Exception) -> str | None:
-    """What a full disk or memory is to the reader, in one line; None for any other error, which is
-    shown whole."""
-    if (why := why_no_room(error)) is not None:
-        name = getattr(error, "filename", None) or "a file"
-        return f"{name} cannot be written: {why}; make room and run it again"
-    from issl.devices import is_out_of_memory
-
-    if is_out_of_memory(error):
-        return (
-            "the memory does not suffice; end other programs, or use fewer images, a smaller width "
-            "or batch size"
-        )
-    return None
 
 
 def _download(options: argparse.Namespace) -> int:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import issl
+from issl import cli
 from issl.audit import claims, verdicts
 from issl.audit.plans import PLANS
 from issl.audit.profiles import profiles
 from issl.audit.stats.statistics import Estimate
-from issl.commands import cli
 
 LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
 SEEDS = "noise_seed_correlation"  # asks for r above 0.924

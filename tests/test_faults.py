@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_depen
 from issl.audit.plans import PLANS
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
+from issl.engine import Ended, Engine, Task
 from issl.files import PART, atomic, remove_leftovers, scratch_folder
 from issl.pretraining import loop
 from issl.pretraining.recipes import recipe

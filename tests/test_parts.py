@@ -89,7 +89,7 @@ def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "0 of 0 missing parts made" in capsys.readouterr().out
     for more, message in [
         ([out, "--rank", "3"], "of another encoder, images or setting"),
-        ([out, "--store", "x"], "drop --store"),
+        ([out, "--store", "x"], "which keep no gradients"),
         (["x.csv", "--jobs", "2"], "--out x.csv is one file"),
     ]:
         assert cli.main([*given, *more]) == 2

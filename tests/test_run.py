@@ -17,7 +17,8 @@ from issl.audit.cache import Artifacts, Stage
 from issl.audit.notebooks import fingerprint, is_current, note_made
 from issl.audit.plan import Plan
 from issl.audit.plans import PLANS
-from issl.audit.profiles import ProfileOptions, notebooks_folder
+from issl.audit.profiles import ProfileOptions, all_stages, notebooks_folder
+from issl.engine import Engine
 from issl.errors import IsslError
 
 FEW = {
@@ -88,7 +89,7 @@ def test_the_output_folder_may_have_any_name(name: str, books, tmp_path: Path, c
     assert "1 of 1 notebooks ended well" in capsys.readouterr().out
     results = tmp_path / name / "results/tiny"
     copy = nbformat.read(results / "09_linear_theory.ipynb", as_version=4)
-    assert copy.cells[-1].outputs[0].text == "0\n"
+    assert copy.cells[-1].outputs[0].text == "96\n"  # the profile's n
     (page,) = (results / "report").glob("09*.html")
     assert page.stat().st_size > 1000 and sorted(
         p.name for p in tmp_path.iterdir() if p.is_dir()
@@ -239,13 +240,13 @@ def test_what_is_missing_is_made_in_order_and_only_where_something_needs_it(
     for k, stage in enumerate(found):
         assert all(need in found[:k] for need in stage.needs().values())
 
-    class There:
+    class There(Artifacts):
         """All that the plan reads, and nothing that only those need."""
 
         def has(self, stage: Stage) -> bool:
             return stage in plan.stages()
 
-    assert list(run.missing(plan.stages(), There())) == []
+    assert list(run.missing(plan.stages(), There(tmp_path))) == []
 
 
 def test_stages_side_by_side_here_and_then_the_notebooks_only_read(

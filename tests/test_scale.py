@@ -15,6 +15,7 @@ from torchvision.models import resnet
 
 import issl
 from issl import LoGra, cli, self_influence
+from issl.commands.pictures import SIDE
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 from issl.pretraining.other_encoders import SOLO_CIFAR, Triple, open_encoder, resnet_from
 
@@ -192,7 +193,7 @@ def test_scores_of_ones_own_images(
     assert cli.main([*arguments, str(out)]) == 0
     assert "10 images" in capsys.readouterr().out
     with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.width > 1000
+        assert picture.width >= 10 * SIDE
     table = pd.read_parquet(out)
     want = self_influence(
         issl.load_encoder(encoder), issl.load(f"folder:{photos}"), curvature=LoGra(2)
@@ -225,7 +226,7 @@ def test_scores_of_ones_own_images(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "scores.txt"], "ends in .parquet or .csv"),
+        (["--out", "scores.txt"], "ends in .csv or .parquet"),
         (["--out", "/proc/x/scores.csv"], "cannot be made"),
         (["--encoder", "nowhere"], "encoder 'nowhere' is not a file"),
         (["--data", "folder:/nowhere"], "image folder '/nowhere' does not exist"),
@@ -248,8 +249,8 @@ def test_bad_commands(
 
 
 def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Kept while scoring, or fitted; then used for other images."""
-    encoder, kept = ours(tmp_path / "e.safetensors"), tmp_path / "c.safetensors"
+    """Fitted on images, and used for these and for others."""
+    encoder = ours(tmp_path / "e.safetensors")
     common = ["--data", f"folder:{photos}", "--encoder", encoder]
 
     def scored(name: str, *more: str) -> pd.DataFrame:
@@ -258,26 +259,23 @@ def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
         )
         return pd.read_parquet(tmp_path / f"{name}.parquet")
 
-    whole = scored("whole", "--rank", "2", "--save-curvature", str(kept))
-    pd.testing.assert_frame_equal(scored("later", "--curvature-from", str(kept)), whole, rtol=1e-9)
+    def fitted(name: str) -> str:
+        path = str(tmp_path / f"{name}.safetensors")
+        assert cli.main(["fit", *common, "--rank", "2", "--out", path]) == 0
+        return path
+
+    whole, kept = scored("whole", "--rank", "2"), fitted("all")
+    pd.testing.assert_frame_equal(scored("later", "--curvature-from", kept), whole, rtol=1e-6)
     common[1] = f"folder:{photos / 'a'}"
-    fitted = str(tmp_path / "a.safetensors")
-    assert cli.main(["fit", *common, "--rank", "2", "--out", fitted]) == 0
+    part = fitted("a")
     assert "curvature of 5 images of folder:a, 20 layers" in capsys.readouterr().out
     common[1] = f"folder:{photos / 'b'}"
-    few = scored("few", "--curvature-from", fitted)
+    few = scored("few", "--curvature-from", part)
     assert len(few) == 5 and (few["influence"] > 0).all()
     for more, message in [
-        (["--curvature-from", str(kept), "--rank", "3"], "--rank 3: the file of --curvature-from"),
-        (
-            ["--curvature-from", str(kept), "--size", "64"],
-            "the curvature is of images of (32, 32) px",
-        ),
+        (["--curvature-from", kept, "--rank", "3"], "--rank 3: the file of --curvature-from"),
+        (["--curvature-from", kept, "--size", "64"], "the curvature is of images of (32, 32) px"),
         (["--curvature-from", "nothing.safetensors"], "does not exist"),
-        (
-            ["--save-curvature", "c.pt"],
-            "--save-curvature c.pt: give a file name that ends in .safetensors",
-        ),
     ]:
         assert cli.main(["influence", *common, "--out", str(tmp_path / "x.csv"), *more]) == 2
         assert message in capsys.readouterr().err

@@ -43,8 +43,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="scores, .csv or .parquet, beside it a picture, .png; or a folder, filled in parts",
+        help="scores, .csv or .parquet, beside it a picture, .png; or, for a large set, a folder "
+        "that is filled in parts and continues after a kill",
     )
+    engine.add_arguments(command)
     add(
         "--curvature-from",
         type=Path,
@@ -58,21 +60,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="where gradients stay (auto)",
     )
     add("--store", type=Path, metavar="DIR", help="where mapped gradients stay meanwhile")
-    engine.add_arguments(command)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
-    if out.suffix == "":
+    if out.suffix in ("", ".parquet") and find_spec("pyarrow") is None:
+        raise IsslError(f"--out {out}: parquet needs pyarrow; pip install pyarrow, or write .csv")
+    if not out.suffix:
         return _in_parts(options)
     if engine.asked_for(options) is not None:
         raise IsslError(
             f"--jobs, --cluster and --scheduler fill a folder in parts; --out {out} is one file"
         )
     writable(out, (".csv", ".parquet"))
-    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise IsslError(f"--out {out}: parquet needs pyarrow; pip install pyarrow, or write .csv")
     device, began = pick_device(options.device), time.monotonic()
     opened = encoder_asked_for(options)
     what = measurement(options, opened)
@@ -106,7 +107,10 @@ def main(options: argparse.Namespace) -> int:
 def _in_parts(options: argparse.Namespace) -> int:
     """Fill a folder with scores, in parts; 1 if some could not be made."""
     if options.store is not None:
-        raise IsslError(f"--out {options.out} is a folder, which keeps no gradients: drop --store")
+        raise IsslError(
+            f"--store {options.store}: --out {options.out} is filled in parts, which keep no "
+            "gradients; drop it"
+        )
     began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
     given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
     load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))
@@ -128,9 +132,11 @@ def _in_parts(options: argparse.Namespace) -> int:
 @lru_cache(maxsize=1)
 def _scoring(given: tuple[tuple[str, Any], ...]) -> Scoring:
     """What these options ask for; opened once in each process."""
-    options = argparse.Namespace(**dict(given))
-    opened, device = encoder_asked_for(options), pick_device(options.device)
+    options, device = argparse.Namespace(**dict(given)), pick_device(dict(given)["device"])
+    opened = encoder_asked_for(options)
     what, images = measurement(options, opened), load_images(options, opened)
+    if options.skip_broken:
+        images = with_features(opened.encoder, images, what, device)
     computing = computing_of(options, device)
     return Scoring(opened.encoder, images, what, computing, options.curvature_from)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from issl.data.images import Images
+from issl.data.images import Images, own_names
 from issl.data.lazy_pixels import LazyPixels
 from issl.engine import Task
 from issl.errors import IsslError
@@ -160,7 +160,8 @@ def _score(load: Callable[[], Scoring], curvature: Path, rows: range, path: Path
     )
     images = scoring.images.subset(rows)
     table = fitted.score(images, computing=scoring.computing)
-    joined = table.merge(images.attributes, on="index", how="left", validate="one_to_one")
+    beside = own_names(images.attributes, [str(name) for name in table if name != "index"])
+    joined = table.merge(beside, on="index", how="left", validate="one_to_one")
     joined.attrs = table.attrs
     with atomic(path) as part:
         joined.to_parquet(part, index=False)
