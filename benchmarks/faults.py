@@ -39,6 +39,7 @@ from issl.audit import profiles, run
 from issl.audit.cache import Artifacts, in_dependency_order
 from issl.audit.profiles import ProfileOptions
 from issl.config import Config
+from issl.engine import Engine
 from issl.files import PART
 
 PROFILE = {
@@ -81,7 +82,7 @@ def work(folder: Path, whole: bool) -> None:
     os.dup2(log.fileno(), 2)
     options = ProfileOptions("tiny", only=NOTEBOOK, out=folder, from_scratch=True)
     if whole:
-        sys.exit(run.run(options, jobs=2))
+        sys.exit(run.run(options, engine=Engine(2)))
     artifacts = Artifacts(
         folder / "artifacts", checkpoint_seconds=CHECKPOINT_SECONDS, released=None
     )

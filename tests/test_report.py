@@ -183,21 +183,6 @@ def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     assert "which failed" in index and "BYOL: r above 0.924: it is" in index
 
 
-def test_the_first_look_comes_first_and_the_head_says_what_was_decided(site: Path) -> None:
-    index = (site / "index.html").read_text()
-    assert index.index('id="start"') < index.index('id="look"') < index.index('id="verdicts"')
-    assert (
-        "3,000 photos of CIFAR-10 (found as a layout)" in index
-        and "Ships &lt;above&gt; frogs. Mostly." in index
-    )
-    assert (site / "report/first_look.png").is_file()
-    assert "Decided, by tests that were stated beforehand: 1 reproduced, 1 contradicted." in index
-    assert (
-        '<a href="report/01_seed_correlation.html">01_seed_correlation</a>: Measured as r, the claim holds'
-        in index
-    )
-
-
 def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
     """On one scale, with the test's threshold: where the number is above it, so is the dot."""
     records = read_records(sorted(site.glob("claim_*.json")))
