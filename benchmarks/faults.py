@@ -37,8 +37,8 @@ from pydantic import Field
 
 from issl.audit import profiles, run
 from issl.audit.cache import Artifacts, in_dependency_order
+from issl.audit.config import Config
 from issl.audit.profiles import ProfileOptions
-from issl.config import Config
 from issl.engine import Engine
 from issl.files import PART
 

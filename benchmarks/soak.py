@@ -32,7 +32,7 @@ from torch import nn
 import issl
 from issl import cli
 from issl.audit.cache import Artifacts, Stage
-from issl.config import Config
+from issl.audit.config import Config
 from issl.files import PART, atomic
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 

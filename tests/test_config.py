@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, model_validator
 
 import issl
-from issl.config import Config
+from issl.audit.config import Config
 
 
 class Noise(Config):

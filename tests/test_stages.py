@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 import issl
 from issl.audit import stages
 from issl.audit.cache import Artifacts, Stage, damaged, release
+from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
 from issl.audit.plans_paper import SeedCorrelation
 from issl.audit.profiles import read_profile
@@ -38,7 +39,6 @@ from issl.audit.stages import (
 )
 from issl.audit.stats import neighbour_graph
 from issl.audit.stats.pixel_features import pixel_features
-from issl.config import Config, as_plain
 from issl.data import scenes
 from issl.influence.curvature import EKFAC, Curvature, LoGra
 from issl.influence.losses import CrossEntropy

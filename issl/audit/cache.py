@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from filelock import FileLock, Timeout
 
-from issl.config import Config
+from issl.audit.config import Config
 from issl.data.identity import digest
 from issl.devices import device_name
 from issl.errors import IsslError, OutOfTime

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from issl.audit.cache import Artifacts, Stage
-from issl.config import Config, differing
+from issl.audit.config import Config, differing
 from issl.errors import IsslError
 from issl.files import atomic, file_digest
 from issl.pretraining.other_encoders import Opened, open_encoder

@@ -102,12 +102,11 @@ def execute(source: Path, target: Path, plan: Plan) -> None:
 
     failed = None
     try:
-        fields = plan.model_dump(mode="json", exclude_unset=True)
         with atomic(target) as part:
             try:
                 papermill.execute_notebook(
                     *(_unformatted(path) for path in (source, part)),
-                    parameters=fields | {"parameters": fields},
+                    parameters=plan.model_dump(mode="json", exclude_unset=True),
                     progress_bar=False,
                     start_timeout=300,
                     # the kernel's folder; papermill's `cwd` would move this whole process

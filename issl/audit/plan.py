@@ -18,11 +18,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned, format_record, provenance, record
+from issl.audit.config import Config
 from issl.audit.given import CheckpointFile, Given
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
 from issl.audit.stats.statistics import Estimate, proportion
-from issl.config import Config
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
 
+from issl.audit.config import Config, as_plain
 from issl.audit.data.injection import inject
-from issl.config import Config, as_plain
 from issl.data import datasets, scenes
 from issl.data.identity import SetIdentity
 from issl.data.images import Images
