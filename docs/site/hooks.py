@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 PAGES = {  # files outside docs/ that are pages of the site
     "README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "benchmarks.md", "released/README.md": "released.md",
-    "issl/data/labels/README.md": "labels.md",
+    "issl/audit/data/labels/README.md": "labels.md",
 }  # fmt: skip
 COPIED = (
     "LICENSE",
