@@ -347,7 +347,7 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
     assert (
         pruning.scores("simclr").pretrain.epochs == 1
     )  # the scored encoder's own length, not the judges'
-    assert {e.epochs for e in pruning.judging("simclr")} == {2}
+    assert {pruning.judge("simclr", s).epochs for s in pruning.judges} == {2}
     first = [
         (r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")
     ]

@@ -3,6 +3,7 @@ they share."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -350,10 +351,6 @@ class Pruning(Scored):
             else run.model_copy(update={"epochs": self.judges_epochs, "snapshots": None})
         )
 
-    def judging(self, method: recipes.Method) -> list[Pretrain]:
-        """The encoders of these seeds, trained on all images."""
-        return [self.judge(method, seed) for seed in self.judges]
-
     def scores(self, method: recipes.Method) -> Influence:
         """Scores under the encoder of the first seed."""
         return self.influence(self.pretrain(method))
@@ -372,17 +369,18 @@ class Pruning(Scored):
         """Accuracy of an encoder trained from scratch without this share of the images."""
         return self.evaluation(self.judge(method, seed, self.removal(method, which, share, seed)))
 
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = []
-        for method in self.methods:
-            found += [self.scores(method), *self.learned_stages(self.judging(method))]
-            for seed in self.judges:
-                found += [
-                    self.pruned(method, which, share, seed)
-                    for share in self.shares
-                    for which in self.arms
-                ]
-        return found
+    def tables(self) -> dict[str, Cells]:
+        each = list(product(self.methods, self.judges))
+        kept: dict[Labels, Stage] = {(m, s): self.all_kept(m, s) for m, s in each}
+        fresh = self.evaluation(self.untrained(self.judge(*each[0])))
+        runs: dict[Labels, Stage] = {(m, "none", 0.0, s): kept[m, s] for m, s in each}
+        for which, share, (m, s) in product(self.arms, self.shares, each):
+            runs[m, which, share, s] = self.pruned(m, which, share, s)
+        return {
+            "scores": Cells("method", {(m,): self.scores(m) for m in self.methods}),
+            "accuracy": Cells(BY, {**kept, (UNTRAINED, 0): fresh}),
+            "runs": Cells("method removed share seed", runs),
+        }
 
 
 class Outliers(Scored):
