@@ -365,50 +365,27 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
 
 def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: Path, plan) -> None:
     p = plan("07_outliers")
-    artifacts, images = p.artifacts(), p.new_images().load()
-    kind = images.attributes["atypical"].to_numpy()
-    assert (kind != "").sum() >= 12 and p.new_images().inject.duplicates == 0
-    for e in p.scored_encoders("byol"):
-        stage = p.new_scores(e)
-        assert (stage.data, stage.others) == (
-            p.data(),
-            p.new_images(),
-        ) and stage.others.split == "test"
+    new = p.new_images()
+    kind = new.load().attributes["atypical"].to_numpy()
+    assert (kind != "").sum() >= 12 and new.inject.duplicates == 0 and new.split == "test"
+    for stage in p.tables()["scores"].stages.values():
+        assert (stage.data, stage.others) == (p.data(), new)
     no_static = (kind != "") & ~np.isin(kind, ["corrupted", "static"])
     rest = no_static | (kind == "")
-    each = [
-        p.new_scores(e).read(artifacts)["influence"].to_numpy() for e in p.scored_encoders("byol")
-    ]
-    want = np.mean([statistics.auc(s[rest], no_static[rest]).value for s in each])
+
+    def auc(score: pd.DataFrame) -> float:
+        return statistics.auc(score["influence"].to_numpy()[rest], no_static[rest]).value
+
+    scores = p.each("scores")
+    want = np.mean([auc(score) for (method, _), score in scores.items() if method == "byol"])
     got = record(out, "high_influence_ambiguous.byol")
     assert got["metrics"]["auc_without_static"]["value"] == pytest.approx(want)
-    assert [t["metric"] for t in got["tests"]] == [
-        "auc_without_static"
-    ]  # nobody judged drawn scenes
-    table = numbers(out, "07_outliers").set_index(["method", "detector", "truth"])["value"]
-    assert table["byol", "influence", "without static"] == pytest.approx(want)
-    before = p.new_scores(p.untrained(p.pretrain("simclr"))).read(artifacts)["influence"].to_numpy()
-    control = statistics.auc(before[rest], no_static[rest]).value
+    assert [t["metric"] for t in got["tests"]] == ["auc_without_static"]  # nobody judged scenes
+    table = numbers(out, "07_outliers").set_index(["method", "detector", "metric"])["value"]
+    assert table["byol", "influence", "auc_without_static"] == pytest.approx(want)
+    control = auc(scores["untrained", 0])
     assert got["metrics"]["untrained_auc_without_static"]["value"] == pytest.approx(control)
-    assert table["untrained", "influence", "without static"] == pytest.approx(control)
-
-
-def test_07_the_old_test_is_asked_of_the_images_that_were_trained_on(out: Path, plan) -> None:
-    p = plan("07_outliers")
-    artifacts, strange = p.artifacts(), (p.data().load().attributes["atypical"] != "").to_numpy()
-    scores = [p.influence(e).read(artifacts) for e in p.scored_encoders("byol")]
-    aucs = [
-        [statistics.auc(s[c].to_numpy(), strange).value for s in scores]
-        for c in ("influence", "stability_loss")
-    ]
-    got = record(out, "high_influence_atypical.byol")
-    assert (
-        got["metrics"]["auc"]["value"] == pytest.approx(np.mean(aucs[0]))
-        and got["asked_of"] == "training images"
-    )
-    assert got["metrics"]["auc_less_loss"]["value"] == pytest.approx(
-        np.mean(aucs[0]) - np.mean(aucs[1])
-    )
+    assert table["untrained", "influence", "auc_without_static"] == pytest.approx(control)
 
 
 def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:

@@ -14,7 +14,7 @@ from issl.audit.claims import Learned
 from issl.audit.given import Given
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored
 from issl.audit.settings import Data, Injection
-from issl.audit.stages import Choice, Embed, Evaluate, Influence, Pretrain, Prune, Stability, Thin
+from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -405,31 +405,25 @@ class Outliers(Scored):
             update={"inject": Injection(atypical=self.made_strange)}
         )
 
-    def new_scores(self, encoder: Pretrain | Given) -> Influence:
-        """Their scores under the curvature of the training images."""
-        return self.influence(encoder, others=self.new_images())
-
-    def new_features(self, encoder: Pretrain | Given) -> Embed:
-        return self.features(encoder, self.new_images())
-
-    def new_losses(self, encoder: Pretrain | Given) -> Stability:
-        """Their stability losses, over several draws."""
-        return Stability(
-            pretrain=encoder,
-            data=self.new_images(),
-            perturbation=self.noise,
-            seed=self.noise_seed,
-            draws=self.loss_draws,
-        )
-
-    def stages(self) -> list[Stage]:
-        each = self.with_untrained(self.methods)
-        asked = (
-            stage
-            for e in each
-            for stage in (self.new_scores(e), self.new_features(e), self.new_losses(e))
-        )
-        return [*self.of_each(self.methods), *asked]
+    def tables(self) -> dict[str, Cells]:
+        known, new = self.encoders_of(self.methods), self.new_images()
+        losses: dict[Labels, Stage] = {
+            k: Stability(
+                pretrain=e,
+                data=new,
+                perturbation=self.noise,
+                seed=self.noise_seed,
+                draws=self.loss_draws,
+            )
+            for k, e in known.items()
+        }
+        return {
+            # under the curvature of the training images
+            "scores": Cells(BY, {k: self.influence(e, others=new) for k, e in known.items()}),
+            "features": Cells(BY, {k: self.features(e, new) for k, e in known.items()}),
+            "losses": Cells(BY, losses),
+            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in known.items()}),
+        }
 
 
 By = Literal["ssl", "supervised", "random"]

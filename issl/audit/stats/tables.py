@@ -12,7 +12,13 @@ from issl.audit.stats.statistics import Estimate, over_encoders
 
 Numbers = Mapping[str, Estimate]  # by metric
 # what a number can be at all, by the first word of its name: an interval ends there
-RANGES = {"auc": (0.0, 1.0), "enrichment": (0.0,), "share": (0.0, 1.0), "precision": (0.0, 1.0)}
+RANGES = {
+    "auc": (0.0, 1.0),
+    "enrichment": (0.0,),
+    "share": (0.0, 1.0),
+    "precision": (0.0, 1.0),
+    "spearman": (-1.0, 1.0),
+}
 
 
 def pooled(each: Sequence[Numbers]) -> dict[str, Estimate]:
