@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 import traceback
 from collections import deque
@@ -179,6 +180,9 @@ class Engine:
         except ImportError as error:
             raise IsslError(f"--cluster: {error}; pip install issl[cluster]") from error
         kind = getattr(dask_jobqueue, CLUSTERS[self.cluster])
+        submit = kind.job_cls.submit_command.split()[0]
+        if shutil.which(submit) is None:  # Dask would wait for jobs that nobody has submitted
+            raise IsslError(f"--cluster {self.cluster}: no {submit} here; run it where jobs start")
         given: dict[str, Any] = {"cores": 1, "memory": "4GB", "processes": 1}
         given |= {key: int(v) if v.isdigit() else v for key, v in self.options}
         directives = [value for key, value in self.options if key == "directive"]
