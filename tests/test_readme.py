@@ -46,7 +46,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", EVERYTHING, re.DOTALL)
 
 
-LINES = [line.split("#")[0].strip() for line in "\n".join(blocks("bash")).splitlines()]
+JOINED = re.sub(r"\\\n\s*", "", "\n".join(blocks("bash")))  # a command may go on in the next line
+LINES = [line.split("#")[0].strip() for line in JOINED.splitlines()]
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
     "run": "--only 01",
     "compute": "--only 00",
@@ -157,7 +158,7 @@ def test_the_command_does_what_it_says(
         with pytest.raises(IsslError, match="no route to host"):
             issl.data.published.download(options.name, options.data_root)
         return
-    if "slurm" in given:  # with a Slurm: elsewhere
+    if "slurm" in given or "--scheduler" in given:  # which are not here
         monkeypatch.setenv("PATH", str(tmp_path))
         assert cli.main([*given, "--out", str(desk)]) == 2
         return
@@ -251,7 +252,7 @@ def in_checkout(checkout: Path, command: str) -> str:
 
 def test_adding_a_notebook(checkout: Path) -> None:
     changed(checkout, "plans_own.py")
-    (code,) = (c for c in blocks("python") if "Brightness(" in c)
+    (code,) = (c for c in blocks("python") if "Brightness.of(" in c)
     assert len(code.splitlines()) <= 20
     notebook = nbformat.read(checkout / "notebooks/13_explained.ipynb", as_version=4)
     text = next(c for c in notebook.cells if c.cell_type == "markdown")

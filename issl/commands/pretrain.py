@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, help="default: 256")
     add("--seed", type=int, default=0, help="of weights, order and views (0)")
     add("--split", default="train", help="train (default) or test")
-    add("--n", type=int, metavar="N", help="how many images (default: all)")
+    add("--images", "--n", dest="n", type=int, metavar="N", help="how many images (default: all)")
     size = "side of the images (folders and fairface; default: 32)"
     add("--size", type=int, metavar="PX", help=size)
     root = "folder of the data sets (default: $ISSL_DATA)"
