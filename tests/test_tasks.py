@@ -191,7 +191,14 @@ def test_where_no_task_can_run(settings: dict) -> None:
         Engine(**settings)
 
 
-def test_an_option_that_the_cluster_does_not_know() -> None:
+def test_a_cluster_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(IsslError, match="--cluster slurm: no sbatch here"):
+        list(Engine(1, "slurm").run({"a": Task(fail)}))
+
+
+def test_an_option_that_the_cluster_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with pytest.raises(IsslError, match=r"--cluster slurm: .*colour"):
         list(Engine(1, "slurm", [("colour", "red")]).run({"a": Task(fail)}))
 
