@@ -161,6 +161,7 @@ def _finish(
     values = table[["value", "low", "high"]].astype(float).to_numpy()
     if not np.isfinite(values).all():
         known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
+        known = known or [0.0]  # nothing that could be drawn
         room = 0.1 * np.ptp(known) or 0.1
         axes.set_xlim(min(known) - room, max(known) + room)
 
