@@ -93,7 +93,8 @@ def main() -> None:
     print("| by | average precision | AUC |\n|---|---|---|")
     for name, found in detectors.items():
         print(
-            f"| {name} | {statistics.average_precision(found, member)} | {statistics.auc(found, member)} |"
+            f"| {name} | {statistics.average_precision(found, member)} | "
+            f"{statistics.auc(found, member)} |"
         )
 
 

@@ -201,7 +201,8 @@ def measure(faults: Faults, place: Path) -> int:
             ]
             changed, left = changed + len(different), left + len(entry["leftovers"])
             print(
-                f"  run {runs} ended: {len(different)} changed {different[:3]}, {entry['leftovers'][:3]}",
+                f"  run {runs} ended: {len(different)} changed {different[:3]}, "
+                f"{entry['leftovers'][:3]}",
                 flush=True,
             )
         else:
@@ -210,8 +211,10 @@ def measure(faults: Faults, place: Path) -> int:
                 f"  kill {kills} of the {entry['killed']} after {entry['kept']} stages", flush=True
             )
     print(
-        f"{kills} times SIG{faults.signal} in {time.monotonic() - began:.0f} s: {runs} runs came to their end, things "
-        f"changed {changed} of {runs * len(want)}, finished stages lost {lost}, files left over {left}"
+        f"{kills} times SIG{faults.signal} in {time.monotonic() - began:.0f} s: {runs} runs came "
+        "to their end, things "
+        f"changed {changed} of {runs * len(want)}, finished stages lost {lost}, files left over "
+        f"{left}"
     )
     return int(bool(changed or lost or left))
 

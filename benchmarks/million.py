@@ -67,7 +67,8 @@ def main() -> None:
             net(torch.rand(256, 3, 32, 32))  # BatchNorm has seen images
         save_encoder(encoder, net, {})
     print(
-        f"drawn in {time.monotonic() - began:.0f} s: {sum(p.stat().st_size for p in photos.iterdir()) / 1e9:.2f} GB"
+        f"drawn in {time.monotonic() - began:.0f} s: "
+        f"{sum(p.stat().st_size for p in photos.iterdir()) / 1e9:.2f} GB"
     )
     began = time.monotonic()
     command = [

@@ -51,7 +51,8 @@ TABLES = {
     "narrow": TIMINGS,
     "agreement": (
         "Agreement on a trained encoder",
-        "SimCLR, ResNet-18 width {width}, trained by the {profile} profile; {images} images of {data}.",
+        "SimCLR, ResNet-18 width {width}, trained by the {profile} profile; {images} images of "
+        "{data}.",
         {"scores": "{a}", "and": "{b}", ">Spearman": "{spearman:.4f}"},
     ),
     "memory": (
@@ -67,14 +68,16 @@ TABLES = {
     ),
     "pretraining": (
         "SimCLR pretraining, ResNet-18 width {width}, batches of {batch_size} images",
-        "One step on {data}: two views of each image, forward, backward, update; {steps} steps each, "
+        "One step on {data}: two views of each image, forward, backward, update; {steps} steps "
+        "each, "
         "in turns on one thread. The ratio is that of median steps.",
         {"loop": "{loop}", ">views/s": "{views_per_second:.0f}", ">× plain": "{ratio:.2f}"},
     ),
     "training": (
         "Training-aware influence on {queries} queries",
         "The ratio is to one forward and backward pass over the same two views of the same images. "
-        "An image's marginal effect leaves it out of its batch, so the ratio is the batch size, and "
+        "An image's marginal effect leaves it out of its batch, so the ratio is the batch size, "
+        "and "
         "the time grows with n.",
         {
             "effect": "{share}",

@@ -167,7 +167,8 @@ def main() -> int:
         ):
             grows, holds, seconds = slope(work, count)
             print(
-                f"{what:10} {count:6} calls, {seconds * 1e3:7.1f} ms each: {grows:8.1f} bytes a call, {holds:.0f} MB"
+                f"{what:10} {count:6} calls, {seconds * 1e3:7.1f} ms each: {grows:8.1f} bytes a "
+                f"call, {holds:.0f} MB"
             )
             sys.stdout.flush()
         marks = (

@@ -78,7 +78,8 @@ def main() -> None:
     fitted.score(images, computing=computing)
     cpu, wall = time.process_time() - began, time.monotonic() - wall
     print(
-        f"{len(images)} images at {options.size} px: peak {peak_mb():.0f} MB (imports {imports:.0f} MB)"
+        f"{len(images)} images at {options.size} px: peak {peak_mb():.0f} MB (imports "
+        f"{imports:.0f} MB)"
     )
     print(f"found and checked in {loaded:.1f} CPU s")
     print(

@@ -1,4 +1,5 @@
-"""The command line, `issl COMMAND`: influence, fit, explain, pretrain, download, and the audit's."""
+"""The command line, `issl COMMAND`: influence, fit, explain, pretrain, download, and the
+audit's."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from issl import __version__
 from issl.engine import in_short
-from issl.errors import IsslError, OutOfTime
+from issl.errors import IsslError
 
 COMMANDS = {  # each has a module in issl.commands, with `add_arguments` and `main`
     "influence": "score your own images under your own encoder",
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 2 for bad input, with one line on stderr, 3 for a spent time budget.
+        The exit code: 2 for bad input, with one line on stderr.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     # libgomp reads this when torch is imported, here and in the processes that start from here:
@@ -84,9 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 keep_freed_memory()
             return int(options.run(options))
-    except OutOfTime as late:
-        print(f"issl: {late}", file=sys.stderr)
-        return 3
     except IsslError as error:
         print(f"issl: error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,8 @@ def generator(seed: int, index: int) -> np.random.Generator:
     """The stream of example `index` under `seed`; both must be ≥ 0."""
     if seed < 0 or index < 0:
         raise IsslError(
-            f"seed {seed}, index {index}: both must be ≥ 0, because they are the key of the random stream"
+            f"seed {seed}, index {index}: both must be ≥ 0, because they are the key of the random "
+            "stream"
         )
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 

@@ -73,7 +73,8 @@ DATA = {"name": "cifar10"}
         (
             {"data": 3, "epochs": "many"},
             "Run: data = 3: Input should be a valid dictionary or instance of Data; "
-            "epochs = 'many': Input should be a valid integer, unable to parse string as an integer",
+            "epochs = 'many': Input should be a valid integer, unable to parse string as an "
+            "integer",
         ),
         (
             {"data": DATA, "epochs": "9" * 200 + "x"},

@@ -101,7 +101,10 @@ def machine(
     monkeypatch.setattr(devices, "NODES", tmp_path / "dev")
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     if driver is not None:
-        text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
+        text = (
+            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  "
+            "Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
+        )
         (tmp_path / "version").write_text(text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)

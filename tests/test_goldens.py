@@ -1,4 +1,5 @@
-"""Numbers that a rebuild must not move: the engine's on a released encoder, and the quick profile's.
+"""Numbers that a rebuild must not move: the engine's on a released encoder, and the quick
+profile's.
 
 `python tests/test_goldens.py` writes the engine's again; `… quick FOLDER` those of a quick run that
 was made with `--out FOLDER`. The quick profile is compared where ISSL_QUICK names such a folder, as
@@ -67,7 +68,8 @@ def engine() -> dict[str, list[float]]:
 
 
 def quick(out: Path) -> dict[str, Any]:
-    """Every number of the quick profile's records and figure tables; of a long table its moments."""
+    """Every number of the quick profile's records and figure tables; of a long table its
+    moments."""
     found: dict[str, Any] = {}
     for path in sorted((out / "results/quick").glob("claim_*.json")):
         record = json.loads(path.read_text())

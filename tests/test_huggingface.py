@@ -204,7 +204,8 @@ def test_images_alone_of_every_type(of: str, nested: bool, tmp_path: Path) -> No
 
 
 def test_an_index_of_pandas(tmp_path: Path) -> None:
-    """`df.set_index("label").to_parquet`; and rows that were filtered keep an index of their own."""
+    """`df.set_index("label").to_parquet`; and rows that were filtered keep an index of their
+    own."""
     frame = pd.DataFrame({"image": FOUR, "label": TEXTS, "n": range(4)})
     frame.set_index("label").to_parquet(tmp_path / "a.parquet")
     images = issl.load(f"hf:{tmp_path / 'a.parquet'}", size=16)

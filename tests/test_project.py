@@ -71,7 +71,8 @@ for arguments in (["--help"], ["--version"], ["run", "--nonsense"], ["compute"],
     except SystemExit:
         pass
 assert "torch" not in sys.modules and dict(os.environ) == before
-assert set(issl.__all__) == {name for names in issl._MODULES.values() for name in names.split()} <= set(dir(issl))
+named = {name for names in issl._MODULES.values() for name in names.split()}
+assert set(issl.__all__) == named <= set(dir(issl))
 names = {}
 exec("from issl import *", names)
 assert all(names[name] is getattr(issl, name) for name in issl.__all__)

@@ -50,16 +50,11 @@ JOINED = re.sub(r"\\\n\s*", "", "\n".join(blocks("bash")))  # a command may go o
 LINES = [line.split("#")[0].strip() for line in JOINED.splitlines()]
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
     "run": "--only 01",
-    "compute": "--only 00",
     "pretrain": "--epochs 1 --width 1 --images 12 --batch-size 4 --recipe short",
     "influence": "--images 8 --rank 2",
     "fit": "--images 8 --rank 2",
 }
-LEAVES = {
-    "run": "figures/{profile}/01_seed_correlation.png",
-    "compute": "artifacts/pretrain",
-    "explain": "explain.png",
-}
+LEAVES = {"run": "figures/{profile}/01_seed_correlation.png", "explain": "explain.png"}
 
 
 def issl_(command: str) -> None:
@@ -146,8 +141,6 @@ def test_the_command_does_what_it_says(
     if words[:2] == ["jupyter", "lab"]:
         assert all((REPOSITORY / path).is_file() for path in words[2:])
         return
-    if words[0] == "torchrun":
-        words = words[words.index("-m") + 1 :]
     given = ["run", *words[1:]] if words[0] == "./run_all.sh" else words[1:]
     command = given[0]
     assert words[0].split("/")[-1] in ("issl", "run_all.sh"), f"who runs {line}?"
@@ -169,7 +162,7 @@ def test_the_command_does_what_it_says(
         left.unlink()  # another command's
     if command == "influence":
         given += weights_for(options.encoder, tmp_path)
-    if command in ("run", "compute"):
+    if command == "run":
         given += ["--out", str(desk)]
     assert cli.main(given) == 0
     assert left.exists(), left

@@ -1,4 +1,5 @@
-"""Arguments in docstrings, written in aligned columns (`name   what it is`), as lists on the site."""
+"""Arguments in docstrings, written in aligned columns (`name   what it is`), as lists on the
+site."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class Arguments(griffe.Extension):
 
 
 def as_lists(text: str) -> str:
-    """The text with each aligned row as an item; lines below it, indented, belong to it. Formulas stay in place."""
+    """The text with each aligned row as an item; lines below it, indented, belong to it. Formulas
+    stay in place."""
     lines: list[str] = []
     item = False  # is the line above part of an item?
     for line in text.splitlines():

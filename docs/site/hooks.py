@@ -1,7 +1,8 @@
-"""The site from the same files as the repository: pages that lie outside docs/, pictures, links and formulas.
+"""The site from the same files as the repository: pages that lie outside docs/, pictures, links and
+formulas.
 
-mkdocs calls the functions named on_…. Links are written as they work in the repository; here each is led to the page
-that the file has become. Formulas become MathML, which browsers draw themselves.
+mkdocs calls the functions named on_…. Links are written as they work in the repository; here each
+is led to the page that the file has become. Formulas become MathML, which browsers draw themselves.
 """
 
 from __future__ import annotations

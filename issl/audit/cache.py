@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from issl.audit.config import Config
 from issl.data.identity import digest
 from issl.devices import device_name
-from issl.errors import IsslError, OutOfTime
+from issl.errors import IsslError
 from issl.files import atomic, file_digest, provided, remove_leftovers
 
 MANIFEST = "manifest.json"
@@ -94,8 +94,6 @@ class Artifacts:
 
     released           the folder of artifacts that come with the repository: read, never written;
                        None: not even read
-    deadline           by time.monotonic(): no stage is begun after it, and a training stops before
-                       it
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -103,7 +101,6 @@ class Artifacts:
     device: torch.device = torch.device("cpu")
     progress: bool = False
     checkpoint_seconds: float = 20.0
-    deadline: float | None = None
     released: Path | None = field(default_factory=lambda: provided("released"))
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
@@ -144,8 +141,6 @@ class Artifacts:
         with _locked(final.with_name(final.name + ".lock"), stage.label):
             if self._sound(final):  # another process has made it while we waited
                 return False
-            if self.deadline is not None and time.monotonic() >= self.deadline:
-                raise OutOfTime(f"{stage.label} was not begun")
             _make_folder(work)
             for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
                 remove_leftovers(folder)  # they would become part of the artifact
@@ -184,7 +179,8 @@ class Artifacts:
         path = folder / entry["files"][name]["path"] if name in entry["files"] else None
         if path is None or not path.is_file():
             raise IsslError(
-                f"{name} of {stage.label} is not among the released files in {folder}: get it from the repository, or "
+                f"{name} of {stage.label} is not among the released files in {folder}: get it from "
+                "the repository, or "
                 "make it with --from-scratch"
             )
         return path
@@ -214,7 +210,8 @@ class Artifacts:
         for path, sha256 in paths.items():
             if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256:
                 raise IsslError(
-                    f"released artifact {path} is damaged (its checksum differs); get it again (git checkout -- {path})"
+                    f"released artifact {path} is damaged (its checksum differs); get it again "
+                    f"(git checkout -- {path})"
                 )
         return entry
 

@@ -98,7 +98,8 @@ def as_plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise IsslError(
-        f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or dataclasses"
+        f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or "
+        "dataclasses"
     )
 
 

@@ -1,4 +1,5 @@
-"""Panels of the notebooks that do not draw over the kit (`issl.audit.kit`) yet; it goes with them."""
+"""Panels of the notebooks that do not draw over the kit (`issl.audit.kit`) yet; it goes with
+them."""
 
 from __future__ import annotations
 
@@ -8,14 +9,11 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from issl.audit.kit import COLOURS, literal, save, style
 from issl.audit.stats.statistics import Estimate
-from issl.data.images import Images
 from issl.pretraining.recipes import NAMES
 
-PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = "colorblind"
 __all__ = ["COLOURS", "literal", "save", "style"]
 
@@ -108,32 +106,3 @@ def _finish(
         known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
         room = 0.1 * np.ptp(known) or 0.1
         axes.set_xlim(min(known) - room, max(known) + room)
-
-
-def gallery(
-    axes: Axes, images: Images, title: str, columns: int = 8, frames: Sequence[bool] | None = None
-) -> None:
-    """All images in reading order; those with a true entry in `frames` get a border."""
-    axes.set_title(title, loc="left")
-    rows = -(-len(images) // columns)
-    side, gap = images.pixels.shape[-1], 3
-    canvas = np.full((rows * (side + gap), columns * (side + gap), 3), 255, np.uint8)
-    for k, pixels in enumerate(images.tensor().numpy()):
-        y, x = divmod(k, columns)
-        y, x = y * (side + gap), x * (side + gap)
-        canvas[y : y + side, x : x + side] = pixels.transpose(1, 2, 0)
-        if frames is not None and frames[k]:
-            colour = sns.color_palette(PALETTE)[1]
-            axes.add_patch(
-                Rectangle(
-                    (x - 1.5, y - 1.5),
-                    side + 2,
-                    side + 2,
-                    fill=False,
-                    clip_on=False,
-                    lw=1.3,
-                    ec=colour,
-                )
-            )
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_axis_off()

@@ -49,7 +49,8 @@ class CheckpointFile(Config):
         """Of the file's bytes. Raises IsslError where there is no file."""
         if not self.file.is_file():
             raise IsslError(
-                f"checkpoint {str(self.file)!r} is not a file; check the path in --checkpoint METHOD=FILE"
+                f"checkpoint {str(self.file)!r} is not a file; check the path in --checkpoint "
+                "METHOD=FILE"
             )
         state = self.file.stat()
         return _digest(self.file, state.st_mtime_ns, state.st_size)
@@ -112,7 +113,8 @@ class Given(Stage):
         trust to be one."""
         if output != "features":
             raise IsslError(
-                f"checkpoint {self.checkpoint.file.name}: only its backbone is read, not its {output}"
+                f"checkpoint {self.checkpoint.file.name}: only its backbone is read, not its "
+                f"{output}"
             )
         artifacts.get(self)
         return self.checkpoint.open().encoder

@@ -185,24 +185,6 @@ def gallery(
     axes.set_axis_off()
 
 
-def by_rank(axes: Axes, table: pd.DataFrame, label: str, colour: str = "method") -> None:
-    """A share (value, low, high, in percent) in each part of a ranking (rank, in percent)."""
-    for group, part in table.groupby(colour, sort=False):
-        spread = [part["value"] - part["low"], part["high"] - part["value"]]
-        paint, shown = COLOURS.get(str(group), GREY), literal(name(str(group)))
-        axes.errorbar(
-            part["rank"],
-            part["value"],
-            yerr=spread,
-            fmt="o",
-            ms=3,
-            lw=0.8,
-            color=paint,
-            label=shown,
-        )
-    axes.set(ylabel=label, ylim=(0, None), xlabel="rank by influence (%),\nhighest first")
-
-
 def scatter(
     axes: Axes,
     x: np.ndarray,

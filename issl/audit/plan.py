@@ -7,7 +7,7 @@ and `stages` lists them all, so `issl run` can compute everything before any not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,13 @@ class Cells:
 
     columns: str
     stages: Mapping[Labels, Stage]
+
+
+def under(
+    encoders: Mapping[Labels, Pretrain | Given], stage: Callable[[Pretrain | Given], Stage]
+) -> Cells:
+    """A stage under each encoder."""
+    return Cells(BY, {labels: stage(encoder) for labels, encoder in encoders.items()})
 
 
 class Plan(Config):
@@ -120,7 +127,8 @@ class Plan(Config):
         asked = [m for m in methods if m in given]
         if not asked:
             raise ValueError(
-                f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about {', '.join(methods)}"
+                f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about "
+                f"{', '.join(methods)}"
             )
         return {**fields, "methods": asked}
 
@@ -130,11 +138,13 @@ class Plan(Config):
             return self
         if not self.takes_checkpoints:
             raise ValueError(
-                f"{self.notebook} trains encoders itself; leave it out of --only, or give no checkpoints"
+                f"{self.notebook} trains encoders itself; leave it out of --only, or give no "
+                "checkpoints"
             )
         if "supervised" in self.checkpoints:
             raise ValueError(
-                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised one is not asked about"
+                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised one is not "
+                "asked about"
             )
         return self
 
@@ -155,7 +165,8 @@ class Plan(Config):
             return self.epochs
         if method not in self.epochs:
             raise IsslError(
-                f"{self.notebook}: epochs has no entry for {method}; it has {', '.join(self.epochs)}"
+                f"{self.notebook}: epochs has no entry for {method}; it has "
+                f"{', '.join(self.epochs)}"
             )
         return self.epochs[method]
 
@@ -215,7 +226,12 @@ class Plan(Config):
 
     def stages(self) -> list[Stage]:
         """Every stage that the notebook reads."""
-        return [stage for cells in self.tables().values() for stage in cells.stages.values()]
+        return [stage for cells in self.cells.values() for stage in cells.stages.values()]
+
+    @cached_property
+    def cells(self) -> dict[str, Cells]:
+        """`tables`, made once: a notebook reads from them many times."""
+        return self.tables()
 
     @cached_property
     def store(self) -> Artifacts:
@@ -229,12 +245,12 @@ class Plan(Config):
 
     def each(self, name: str) -> dict[Any, Any]:
         """What each stage of a table holds, by its labels; by the label where there is only one."""
-        stages = self.tables()[name].stages
+        stages = self.cells[name].stages
         return {k[0] if len(k) == 1 else k: s.read(self.store) for k, s in stages.items()}
 
     def read(self, name: str) -> pd.DataFrame:
         """The stages of a table as one tidy table: the labels' columns, then the stages' own."""
-        cells = self.tables()[name]
+        cells = self.cells[name]
         labels = cells.columns.split()
         found = [
             stage.read(self.store).assign(**dict(zip(labels, key, strict=True)))
@@ -274,7 +290,7 @@ class Plan(Config):
     def about_encoders(self, method: str) -> dict[str, Any]:
         """What a record says of a method's encoders."""
         known: dict[str, Any] = {"method": method, "recipe": self.recipe, "seeds": [self.seed]}
-        return known | ({"learned": self.scale(method)} if "accuracy" in self.tables() else {})
+        return known | ({"learned": self.scale(method)} if "accuracy" in self.cells else {})
 
     def save(self, figure: Figure, table: pd.DataFrame, name: str = "") -> None:
         """Write a figure with its numbers as NOTEBOOK or NOTEBOOK_name, and show it."""
@@ -382,9 +398,9 @@ class Scored(Plan):
     def scored_and_evaluated(self, encoders: Mapping[Labels, Pretrain | Given]) -> dict[str, Cells]:
         """The tables of most notebooks: scores, features and accuracy under each encoder."""
         return {
-            "scores": Cells(BY, {k: self.influence(e) for k, e in encoders.items()}),
-            "features": Cells(BY, {k: self.features(e) for k, e in encoders.items()}),
-            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in encoders.items()}),
+            "scores": under(encoders, self.influence),
+            "features": under(encoders, self.features),
+            "accuracy": under(encoders, self.evaluation),
         }
 
     def learned_table(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from torch import nn
 
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
-from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by
+from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by, under
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -188,6 +188,7 @@ class Validation(Retrained):
     subsets: int = Field(12, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
     kinds: tuple[str, ...] = ("logra-pca", "ekfac", "diagonal", "exact")  # other curvatures
+    points: int = Field(200, ge=20)  # images of the linear encoder
 
     ranks: ClassVar[tuple[int, ...]] = (4, 64)  # of LoGra, beside `rank`
     dampings: ClassVar[tuple[float, ...]] = (0.001, 10.0)  # beside `damping`
@@ -232,7 +233,7 @@ class Validation(Retrained):
         features: dict[Labels, Stage] = {k: Embed(**how, data=data) for k, how in alone.items()}
         return {
             "scores": Cells(BY, {first: scores}),
-            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in encoders.items()}),
+            "accuracy": under(encoders, self.evaluation),
             "on queries": Cells("score", on_queries | {(SIMILARITY,): self.nearness()}),
             "query losses": Cells(BY, {first: self.query_losses(pretrain=self.pretrain())}),
             "picked": Cells("without", {(i,): pick for i, pick in picks.items()}),

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
-from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored
+from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored, under
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -75,7 +75,7 @@ class SeedCorrelation(Scored):
         return {
             "scores": Cells(f"{BY} noise", scores),
             "averaged": Cells("method draws encoder noise", averaged),
-            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in known.items()}),
+            "accuracy": under(known, self.evaluation),
         }
 
 
@@ -195,20 +195,15 @@ class BackgroundBias(Scored):
 
     def tables(self) -> dict[str, Cells]:
         known, scenes = self.encoders_of(self.methods), self.on_scenes()
-        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
-        between = {k: self.betweenness(e, self.neighbours) for k, e in known.items()}
         drawn = scenes.encoders_of(self.methods[:1])
-        swapped = {
-            k: self.influence(e, data=self.swapped_scenes())
-            for k, e in drawn.items()
-            if k[0] != UNTRAINED
-        }
+        trained = {k: e for k, e in drawn.items() if k[0] != UNTRAINED}
+        swapped = under(trained, lambda e: self.influence(e, data=self.swapped_scenes()))
         return {
             **self.scored_and_evaluated(known),
-            "nearest": Cells(BY, nearest),
-            "betweenness": Cells(BY, between),
-            "swapped": Cells(BY, swapped),
-            "accuracy on scenes": Cells(BY, {k: scenes.evaluation(e) for k, e in drawn.items()}),
+            "nearest": under(known, lambda e: self.nearest(e, self.neighbours)),
+            "betweenness": under(known, lambda e: self.betweenness(e, self.neighbours)),
+            "swapped": swapped,
+            "accuracy on scenes": under(drawn, scenes.evaluation),
         }
 
     def swapped_scenes(self) -> Data:
@@ -231,8 +226,8 @@ class Duplicates(Scored):
 
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
-        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
-        return {**self.scored_and_evaluated(known), "nearest": Cells(BY, nearest)}
+        nearest = under(known, lambda e: self.nearest(e, self.neighbours))
+        return {**self.scored_and_evaluated(known), "nearest": nearest}
 
 
 GROUPS: dict[
@@ -407,22 +402,13 @@ class Outliers(Scored):
 
     def tables(self) -> dict[str, Cells]:
         known, new = self.encoders_of(self.methods), self.new_images()
-        losses: dict[Labels, Stage] = {
-            k: Stability(
-                pretrain=e,
-                data=new,
-                perturbation=self.noise,
-                seed=self.noise_seed,
-                draws=self.loss_draws,
-            )
-            for k, e in known.items()
-        }
+        noise = {"perturbation": self.noise, "seed": self.noise_seed, "draws": self.loss_draws}
         return {
             # under the curvature of the training images
-            "scores": Cells(BY, {k: self.influence(e, others=new) for k, e in known.items()}),
-            "features": Cells(BY, {k: self.features(e, new) for k, e in known.items()}),
-            "losses": Cells(BY, losses),
-            "accuracy": Cells(BY, {k: self.evaluation(e) for k, e in known.items()}),
+            "scores": under(known, lambda e: self.influence(e, others=new)),
+            "features": under(known, lambda e: self.features(e, new)),
+            "losses": under(known, lambda e: Stability(pretrain=e, data=new, **noise)),
+            "accuracy": under(known, self.evaluation),
         }
 
 

@@ -197,7 +197,8 @@ def _file(profile: str) -> dict[str, Any]:
     unknown = set(content) - set(allowed)
     if unknown:
         raise IsslError(
-            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are {', '.join(allowed)}"
+            f"{paths[profile].name}: unknown entry {sorted(unknown)[0]!r}; allowed are "
+            f"{', '.join(allowed)}"
         )
     return content
 
@@ -237,7 +238,8 @@ def check(plans: dict[str, Plan], out: Path) -> None:
                 raise IsslError(f"notebook {plan.notebook}: {error}") from error
             if data.n is not None and available is not None and data.n > available:
                 raise IsslError(
-                    f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has {available} here; "
+                    f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has "
+                    f"{available} here; "
                     "lower n in the profile"
                 )
 

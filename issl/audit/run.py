@@ -74,7 +74,8 @@ def run(
     count = len({ended.name for ended in failed} & set(books))
     made = len(stages) - len({ended.name for ended in failed} & set(stages))
     print(
-        f"{len(books) - count} of {len(books)} notebooks ended well, {made} of {len(stages)} missing "
+        f"{len(books) - count} of {len(books)} notebooks ended well, {made} of {len(stages)} "
+        "missing "
         f"stages made, in {time.monotonic() - began:.0f} s: {artifacts.root}"
     )
     if notebooks:
@@ -171,7 +172,8 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
-    """Write the site of what this profile has produced so far; where it is, or why there is none."""
+    """Write the site of what this profile has produced so far; where it is, or why there is
+    none."""
     from issl.audit.site import build  # slow to import
 
     plans = replace(options, only=None).plans()

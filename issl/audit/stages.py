@@ -81,7 +81,8 @@ class Pretrain(Stage):
             )
         if kept is not None and list(kept) != sorted(set(kept) & set(range(1, self.epochs))):
             raise ValueError(
-                f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before the end"
+                f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before "
+                "the end"
             )
         return self
 
@@ -380,7 +381,8 @@ class Measured(Stage):
             raise ValueError("give `statistics` or `estimated`, not both")
         if self.estimated is not None and isinstance(self.pretrain, Given):
             raise ValueError(
-                "`estimated` takes the views of the training, and a given encoder does not say which"
+                "`estimated` takes the views of the training, and a given encoder does not say "
+                "which"
             )
         return self
 

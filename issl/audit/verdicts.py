@@ -261,7 +261,8 @@ def failures(record: Record) -> str:
 
 
 def sentence(records: Sequence[Record]) -> str:
-    """What one claim's records say: with which methods it holds, by which numbers, at what scale."""
+    """What one claim's records say: with which methods it holds, by which numbers, at what
+    scale."""
     reached = {r["verdict"] for r in records}
     check = reached <= {PASSED, FAILED}
     phrases = {"reproduced": "passed", "contradicted": "failed"} if check else PHRASES

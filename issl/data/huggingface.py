@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -166,7 +167,8 @@ def _open(name: str, split: str) -> Rows:
                 builder.config.fragment_scan_options = ParquetFragmentScanOptions(
                     use_buffered_stream=True, pre_buffer=False
                 )
-            builder.download_and_prepare()
+            with _freeing():
+                builder.download_and_prepare()
             found, linked = builder.as_dataset(), builder.name == "imagefolder"
         if isinstance(found, datasets.Dataset):
             found = {"train": found}
@@ -184,6 +186,19 @@ def _open(name: str, split: str) -> Rows:
     if not len(rows):
         raise IsslError(f"{name}: it holds no rows")
     return Rows(rows, column, f"{PREFIX}{path.name}", linked)
+
+
+@contextmanager
+def _freeing() -> Iterator[None]:
+    """Arrow gives back what it frees: its own pool keeps half of a file in memory."""
+    import pyarrow
+
+    before = pyarrow.default_memory_pool()
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    try:
+        yield
+    finally:
+        pyarrow.set_memory_pool(before)
 
 
 def _image_column(name: str, rows: Any, kind: type) -> str:

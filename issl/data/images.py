@@ -66,7 +66,8 @@ class Images:
         twice = self.attributes["index"][self.attributes["index"].duplicated()]
         if len(twice):
             raise IsslError(
-                f"images {self.name!r}: index {twice.iloc[0]} occurs twice; each image needs its own"
+                f"images {self.name!r}: index {twice.iloc[0]} occurs twice; each image needs its "
+                "own"
             )
 
     def __len__(self) -> int:
@@ -126,7 +127,8 @@ class Images:
 
 
 def own_names(attributes: pd.DataFrame, ours: Iterable[str]) -> pd.DataFrame:
-    """The attributes with `own_` before the names that are among `ours`, which stand beside them."""
+    """The attributes with `own_` before the names that are among `ours`, which stand beside
+    them."""
     names: dict[str, str] = {}
     for column in set(ours) & set(attributes.columns):
         names[column] = f"own_{column}"

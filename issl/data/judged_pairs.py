@@ -73,7 +73,8 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
         wanted = total if n is None else n
         if not len(judged) <= wanted <= total:
             raise IsslError(
-                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as many"
+                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as "
+                "many"
             )
         others = np.setdiff1d(np.arange(total), judged)
         drawn = np.random.default_rng(seed).choice(others, wanted - len(judged), replace=False)

@@ -97,7 +97,8 @@ class DatasetItems:
         found = _pixels(_item(self.dataset, i, self.name), self.size, what)
         if found.shape[1:] != self.shape:
             raise IsslError(
-                f"{what} is {found.shape[1:]} px, the first {self.shape}; resize them in the transform"
+                f"{what} is {found.shape[1:]} px, the first {self.shape}; resize them in the "
+                "transform"
             )
         return found
 
@@ -135,7 +136,8 @@ def _pixels(item: Any, size: int | None, what: str) -> UInt8[np.ndarray, "3 h w"
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
         values = image.double()  # torch knows no least value of some kinds of numbers
         raise IsslError(
-            f"{what} is {image.dtype} from {float(values.min()):g} to {float(values.max()):g}; need "
+            f"{what} is {image.dtype} from {float(values.min()):g} to {float(values.max()):g}; "
+            "need "
             "uint8, or floats in [0, 1] (normalisation is part of the encoder)"
         )
     return (255 * image).round().byte().numpy()

@@ -72,7 +72,8 @@ class Fitted:
     def cross(
         self, train: Images | Tensor, query: Images | Tensor, *, computing: Computing = Computing()
     ) -> Float[Tensor, "q n"]:
-        """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` has it."""
+        """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` has
+        it."""
         with full_precision():
             rows, queries = self._pass(train, computing), not_empty(query, "query images")
             check_sizes(rows.images, queries)

@@ -1,4 +1,5 @@
-"""What is kept of a layer's gradient Σ_t d_t a_tᵀ (its sketch), and the bases it is projected on."""
+"""What is kept of a layer's gradient Σ_t d_t a_tᵀ (its sketch), and the bases it is projected
+on."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def eigenrows(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def leading_rows(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "k d"]:
-    """The min(k, d) leading eigenvectors as rows (Lanczos, by scipy, where they are few of many)."""
+    """The min(k, d) leading eigenvectors as rows (Lanczos, by scipy, where they are few of
+    many)."""
     d = len(moment)
     k = min(k, d)
     if 8 * k > d or d < 256:

@@ -200,8 +200,8 @@ class Scorer:
         return x, shaken.to(x.dtype)
 
     def rows(self, images: Images, positions: slice, bf16: bool = False) -> dict[str, Tensor]:
-        """ "loss" (b,), mean over the draws, and for each layer "layer.NAME", the sketched gradients
-        (b, draws, r), of the images at these positions."""
+        """ "loss" (b,), mean over the draws, and for each layer "layer.NAME", the sketched
+        gradients (b, draws, r), of the images at these positions."""
         loss, index = self._loss(images, positions), images.index[positions]
         losses, draws = [], []
         for perturb in self.what.perturbs():

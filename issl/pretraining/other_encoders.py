@@ -136,7 +136,8 @@ def open_encoder(
         return (_torchvision if kind == "torchvision" else _timm)(name, weights, mean, std, part)
     if weights is not None:
         raise IsslError(
-            f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file {spec!r}"
+            f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file "
+            f"{spec!r}"
         )
     path = Path(spec)
     if not path.is_file():

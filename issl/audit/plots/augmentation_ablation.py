@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.plans_paper import AUGMENTATIONS, AugmentationAblation
 from issl.audit.stats.statistics import Estimate
 from issl.data.images import Images
@@ -31,11 +31,11 @@ LABELS = {"noise": "Gaussian noise", "chain": "full SSL chain", "centred": "Gaus
 
 def gallery(plan: AugmentationAblation, images: Images, views: dict[str, Tensor]) -> Figure:
     """A few images, and their views in [0, 1] under each perturbation."""
-    figure, axes = plt.subplots(1, 1 + len(views), figsize=(figures.PAGE, 2.1))
-    figures.gallery(axes[0], images, "image", columns=2)
+    figure, axes = plt.subplots(1, 1 + len(views), figsize=(kit.PAGE, 2.1))
+    kit.gallery(axes[0], images, "image", columns=2)
     for ax, (name, view) in zip(axes[1:], views.items(), strict=True):
         seen = Images((view.clamp(0, 1) * 255).round().byte(), None, images.attributes, images.name)
-        figures.gallery(
+        kit.gallery(
             ax, seen, f"noise σ={plan.std:g}" if name == plan.usual else _kind(name), columns=2
         )
     return figure
@@ -56,7 +56,7 @@ def comparison(
     rival  the best augmentation: perturbation, r, inside_grid, margin_usual, margin_matched
     """
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(figures.PAGE, 2.9), width_ratios=[1.05, 1.3, 0.9]
+        1, 3, figsize=(kit.PAGE, 2.9), width_ratios=[1.05, 1.3, 0.9]
     )
     r = table[(table["method"] == plan.methods[0]) & (table["metric"] == "pearson")]
     first = r[r["draws"] == plan.draws[0]]
@@ -100,9 +100,11 @@ def comparison(
         f"Gaussian noise r = {by_name[plan.usual].value:.2f}; "
         f"best augmentation ({_kind(rival['perturbation'])}) r = {rival['r']:.2f}; "
         f"margin {rival['margin_usual']}, {matched}\n"
-        f"({images.name}, {len(images):,} images scored, {NAMES[plan.methods[0]]}, {plan.profile} profile; "
+        f"({images.name}, {len(images):,} images scored, {NAMES[plan.methods[0]]}, {plan.profile} "
+        "profile; "
         "bars: 95% intervals;\n"
-        "colours as in a, grey: noise of mean 0, drawn a little to the right; line and band: the paper)",
+        "colours as in a, grey: noise of mean 0, drawn a little to the right; line and band: the "
+        "paper)",
         fontsize=8.5,
     )
     return figure
@@ -115,7 +117,7 @@ def each_method(plan: AugmentationAblation, images: Images, first: pd.DataFrame)
     """
     by_method = {method: _by_name(first[first["method"] == method]) for method in plan.methods}
     order = _best_first(plan, first[first["method"] == plan.methods[0]])
-    figure, ax = plt.subplots(figsize=(figures.PAGE * 0.62, 0.7 + 0.22 * len(order)))
+    figure, ax = plt.subplots(figsize=(kit.PAGE * 0.62, 0.7 + 0.22 * len(order)))
     rows: dict[str, Sequence[Estimate]] = {
         method: [of[name] for name in order] for method, of in by_method.items()
     }
@@ -124,9 +126,11 @@ def each_method(plan: AugmentationAblation, images: Images, first: pd.DataFrame)
     ax.axvline(PAPER, color="black", lw=0.9)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set_title(
-        f"Gaussian noise: r = {', '.join(f'{of[plan.usual].value:.2f}' for of in by_method.values())}; "
+        "Gaussian noise: r = "
+        f"{', '.join(f'{of[plan.usual].value:.2f}' for of in by_method.values())}; "
         f"line: the paper's {PAPER}\n"
-        f"({images.name}, {len(images):,} images scored, {plan.profile} profile; bars: 95% intervals)",
+        f"({images.name}, {len(images):,} images scored, {plan.profile} profile; bars: 95% "
+        "intervals)",
         loc="left",
     )
     return figure

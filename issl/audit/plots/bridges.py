@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.claims import threshold
 from issl.audit.plans_own import Bridges
 from issl.audit.stats.statistics import Estimate
@@ -43,7 +43,7 @@ def bridges(
     doses    share, seed, background, value, low, high, n; slope: of value by share, any uniform
              background
     """
-    figure = plt.figure(figsize=(figures.PAGE, 5.2))
+    figure = plt.figure(figsize=(kit.PAGE, 5.2))
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1])  # its type says one
     above, below = halves
     places, modular, silhouette = above.subplots(1, 3, width_ratios=[1.1, 1, 1])
@@ -147,7 +147,9 @@ def _headline(plan: Bridges, removed: pd.DataFrame) -> str:
     doses = f"; e: {plan.drawn:,} scenes" if plan.trained_doses else ""
     found = ", ".join(f"{metric} {value:+.3f}" for metric, value in gain.items()).replace("-", "−")
     return (
-        f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of each class\n"
-        f"({plan.set_name}, n = {plan.n:,}{doses}; bars: 95%; dotted: what would matter; ×: untrained; "
+        f"{NAMES[first]}, without the {share:.0%} of highest influence: {found} against as many of "
+        "each class\n"
+        f"({plan.set_name}, n = {plan.n:,}{doses}; bars: 95%; dotted: what would matter; ×: "
+        "untrained; "
         f"{plan.profile} profile)"
     )

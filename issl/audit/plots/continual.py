@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.plans_own import Channel, Continual, Task
 from issl.audit.plots import channels
 from issl.audit.stats import statistics
@@ -47,7 +47,7 @@ def forgetting(
     found          task, channel, score, metric, value, low, high, n
     labels, sizes  of a task: what differs, and how many images the first one has
     """
-    size = (figures.PAGE, 2.2 * len(plan.tasks) + 0.6)
+    size = (kit.PAGE, 2.2 * len(plan.tasks) + 0.6)
     figure, axes = plt.subplots(
         len(plan.tasks), 4, figsize=size, squeeze=False, width_ratios=[1, 1, 1, 1.25]
     )
@@ -142,5 +142,6 @@ def _headline(plan: Continual, found: pd.DataFrame, sizes: Mapping[Task, int]) -
     )
     return (
         f"Influence after the first task against what the second makes forgotten: {rho}\n"
-        f"({NAMES[plan.method]}, n = {n}, {plan.seeds} {trainings}; bars: 95% intervals; {plan.profile} profile)"
+        f"({NAMES[plan.method]}, n = {n}, {plan.seeds} {trainings}; bars: 95% intervals; "
+        f"{plan.profile} profile)"
     )

@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.plans_paper import Fairness
 from issl.audit.stats.group_differences import largest
 from issl.audit.stats.statistics import Estimate
@@ -39,7 +39,7 @@ def group_effects(
     """
     tests = {(r["scored"], r["attribute"], r["group"]): r for r in table.to_dict("records")}
     keys = list(dict.fromkeys((attribute, group) for _, attribute, group in tests))
-    size = (figures.PAGE, 1.7 + 0.22 * len(keys))
+    size = (kit.PAGE, 1.7 + 0.22 * len(keys))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=[1, 1.1])
     overall = [tests["all methods", *key] for key in keys]
     names = [
@@ -76,7 +76,8 @@ def group_effects(
         encoders += " a method"
     figure.suptitle(
         f"The group that differs most, {most['group']} ({most['attribute']}), ranks "
-        f"{'higher' if e.value > 0 else 'lower'} by a {word} effect: {e}; untrained: {same.value:.2f}\n"
+        f"{'higher' if e.value > 0 else 'lower'} by a {word} effect: {e}; untrained: "
+        f"{same.value:.2f}\n"
         f"({plan.set_name}, n = {plan.n:,}, {encoders}, "
         f"{plan.profile} profile; bars: 95% intervals; between the dotted lines: negligible)",
         fontsize=8.5,
@@ -112,7 +113,7 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
     rises    method, seed, rise: one row per image of the group and per seed
     table    method, who, estimate: one row per part of the group
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(figures.PAGE, 2.4), width_ratios=[1.25, 1])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(kit.PAGE, 2.4), width_ratios=[1.25, 1])
     rows = table.to_dict("records")
     lines = [(f"{r['who']}, {NAMES[r['method']]}", r["estimate"]) for r in rows]
     colours = [figures.COLOURS[r["method"]] for r in rows]
@@ -144,9 +145,11 @@ def thinning(plan: Fairness, members: int, rises: pd.DataFrame, table: pd.DataFr
         else f"95% intervals over {plan.seeds} seeds"
     )
     figure.suptitle(
-        f"With the group {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its mean rank changes by "
+        f"With the group {plan.groups()[1]} cut to {plan.keep:.0%} of its training images, its "
+        "mean rank changes by "
         + ", ".join(f"{change} ({name})" for change, (name, _) in zip(known, whole, strict=True))
-        + f"\n({plan.set_name}, {members:,} of {plan.n:,} images are of the group, {plan.profile} profile; {over})",
+        + f"\n({plan.set_name}, {members:,} of {plan.n:,} images are of the group, "
+        f"{plan.profile} profile; {over})",
         fontsize=8.5,
     )
     return figure

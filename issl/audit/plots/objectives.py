@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.plans_own import Objectives
 from issl.pretraining.recipes import NAMES
 
@@ -36,7 +36,7 @@ def seen(
                correlations (d, d)
     moves      changes of the cosines between the first views (rows) and the second views (columns)
     """
-    figure, axes = plt.subplots(2, len(matrices), figsize=(figures.PAGE, 4.6))
+    figure, axes = plt.subplots(2, len(matrices), figsize=(kit.PAGE, 4.6))
     largest = max(float(m.abs().max()) for m in moves.values())
     for (above, below), (name, matrix) in zip(axes.T, matrices.items(), strict=True):
         what, unit = SEES[name]
@@ -63,8 +63,10 @@ def seen(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     figure.suptitle(
-        "Above: what each objective looks at. Below: what one step does to the cosines (red: closer)\n"
-        f"({plan.set_name}, {plan.batch} images, the same projections for all three; grey: not looked at)",
+        "Above: what each objective looks at. Below: what one step does to the cosines (red: "
+        "closer)\n"
+        f"({plan.set_name}, {plan.batch} images, the same projections for all three; grey: not "
+        "looked at)",
         fontsize=8.5,
     )
     return figure
@@ -81,7 +83,7 @@ def gradients(
     own      method, when, cosine ("with stability" or "between batches"), value, low, high
     """
     names = [SHORT[m] for m in (*plan.methods, "stability")]
-    figure = plt.figure(figsize=(figures.PAGE, 2.9))
+    figure = plt.figure(figsize=(kit.PAGE, 2.9))
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[2.3, 1])[0]
     for k, (ax, (when, table)) in enumerate(
         zip(left.subplots(1, len(tables)), tables.items(), strict=True)
@@ -122,8 +124,10 @@ def gradients(
     ax.set_title("each at its own weights", loc="left")
     ax.legend(frameon=False, fontsize=6.5)
     figure.suptitle(
-        "Cosines between gradients of the weights, along a SimCLR training (diagonal: two batches of one loss)\n"
-        f"({plan.set_name}, batches of {plan.gradient_batch}, mean of {plan.gradient_draws}; shaded: their range)",
+        "Cosines between gradients of the weights, along a SimCLR training (diagonal: two batches "
+        "of one loss)\n"
+        f"({plan.set_name}, batches of {plan.gradient_batch}, mean of {plan.gradient_draws}; "
+        "shaded: their range)",
         fontsize=8.5,
     )
     return figure
@@ -135,7 +139,7 @@ def curves(plan: Objectives, table: pd.DataFrame, descended: Mapping[str, pd.Ser
     table       method, epoch, and the columns that are drawn
     descended   the objective by epoch, of each method
     """
-    figure, axes = plt.subplots(1, 4, figsize=(figures.PAGE, 2.5))
+    figure, axes = plt.subplots(1, 4, figsize=(kit.PAGE, 2.5))
     panels = {
         "stability loss": "b  stability loss",
         "noise, relative": "c  noise ÷ other image",
@@ -161,7 +165,8 @@ def curves(plan: Objectives, table: pd.DataFrame, descended: Mapping[str, pd.Ser
     text = ", ".join(f"{NAMES[str(name)]} {times:.2f}" for name, times in ends.items())
     figure.suptitle(
         f"Stability loss at the end, in parts of that before training: {text}\n"
-        f"({plan.set_name}, {plan.asked_data().first} test images, width {plan.width}, one training each; 1 − cos)",
+        f"({plan.set_name}, {plan.asked_data().first} test images, width {plan.width}, one "
+        "training each; 1 − cos)",
         fontsize=8.5,
     )
     return figure

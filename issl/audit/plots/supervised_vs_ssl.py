@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.claims import threshold
 from issl.audit.plans_paper import SupervisedVsSSL
 from issl.audit.stats.statistics import Estimate
@@ -46,7 +46,7 @@ def agreement(
               were measured, and `supervised, by cross-entropy`
     scores    (n,) by model, for the galleries
     """
-    figure = plt.figure(figsize=(figures.PAGE, 4.4))
+    figure = plt.figure(figsize=(kit.PAGE, 4.4))
     counts = threshold("supervised_differs_more_than_seeds", "seeds_less_supervised")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     left, right = above.subplots(1, 2, width_ratios=[1.5, 1])
@@ -68,10 +68,13 @@ def agreement(
     _highest(below, images, scores)
     first = measured[plan.methods[0]]
     figure.suptitle(
-        f"{NAMES[plan.methods[0]]} agrees with another training of itself by ρ = {first['another training']}, with a "
+        f"{NAMES[plan.methods[0]]} agrees with another training of itself by ρ = "
+        f"{first['another training']}, with a "
         f"supervised model by {first['supervised']}\n"
-        f"(with the model's cross-entropy: {first['supervised, by cross-entropy']}; {plan.set_name}, n = {plan.n:,}, "
-        f"{plan.encoders} encoders a method, {plan.supervised} supervised, {plan.profile} profile; 95% intervals)",
+        f"(with the model's cross-entropy: {first['supervised, by cross-entropy']}; "
+        f"{plan.set_name}, n = {plan.n:,}, "
+        f"{plan.encoders} encoders a method, {plan.supervised} supervised, {plan.profile} "
+        "profile; 95% intervals)",
         fontsize=8.5,
     )
     return figure
@@ -82,7 +85,7 @@ def _highest(figure: SubFigure, images: Images, scores: Mapping[str, np.ndarray]
     columns = 24 // len(scores)
     for ax, (name, score) in zip(figure.subplots(1, len(scores)), scores.items(), strict=True):
         rows = np.argsort(-score, kind="stable")[: 3 * columns]
-        figures.gallery(ax, images.subset(rows), f"highest influence:\n{name}", columns)
+        kit.gallery(ax, images.subset(rows), f"highest influence:\n{name}", columns)
 
 
 def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure:
@@ -100,14 +103,15 @@ def pruning_response(plan: SupervisedVsSSL, differences: pd.DataFrame) -> Figure
         (r["trained"], r["removed"]): Estimate.of(r).scaled(100)
         for r in differences.to_dict("records")
     }
-    figure, axes = plt.subplots(1, 2, figsize=(figures.PAGE, 1.9), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(kit.PAGE, 1.9), sharey=True)
     for ax, model in zip(axes, plan.trained, strict=True):
         lines = [(name, points[model, removed]) for removed, name in names.items()]
         figures.forest(ax, lines, "probe accuracy less that with all images (points)", 0.0)
         ax.set_title(f"{NAMES[model]} trained without", loc="left")
     value = {(model == "supervised", removed): e.value for (model, removed), e in points.items()}
     figure.suptitle(
-        f"Without the top {plan.share:.0%} by SSL influence: {first} {value[False, 'top by ssl']:+.1f}, "
+        f"Without the top {plan.share:.0%} by SSL influence: {first} "
+        f"{value[False, 'top by ssl']:+.1f}, "
         f"supervised {value[True, 'top by ssl']:+.1f} points; "
         f"at random {value[False, 'random']:+.1f}, {value[True, 'random']:+.1f}\n"
         f"({plan.set_name}, n = {plan.n:,}, {plan.seeds} seeds, {plan.profile} profile; "

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from issl.audit import figures
+from issl.audit import figures, kit
 from issl.audit.plans_own import Channel, Kind, Taught
 from issl.audit.plots import channels
 from issl.audit.stats.statistics import Estimate
@@ -53,13 +53,13 @@ def lists(
     """
     rows = min(plan.shown, len(queries))
     widths = [1.0] + [float(plan.top)] * len(first)
-    size = (figures.PAGE, 0.3 + figures.PAGE / (sum(widths) + 1) * rows)
+    size = (kit.PAGE, 0.3 + kit.PAGE / (sum(widths) + 1) * rows)
     figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths)
-    figures.gallery(axes[0], queries.subset(range(rows)), "query", columns=1)
+    kit.gallery(axes[0], queries.subset(range(rows)), "query", columns=1)
     for ax, (name, rank) in zip(axes[1:], first.items(), strict=True):
         pixels = images.pixels[rank[:rows, : plan.top].ravel()]  # an image may be on several lists
         chosen = Images(pixels, None, pd.DataFrame({"index": range(len(pixels))}), images.name)
-        figures.gallery(ax, chosen, TITLES[name], columns=plan.top)
+        kit.gallery(ax, chosen, TITLES[name], columns=plan.top)
     return figure
 
 
@@ -82,7 +82,7 @@ def retraining(
     overlap    the share common to the lists of influence and of the nearest; n: how many training
                images there are
     """
-    figure, axes = plt.subplots(2, 3, figsize=(figures.PAGE, 4.6), width_ratios=[1, 1, 1.15])
+    figure, axes = plt.subplots(2, 3, figsize=(kit.PAGE, 4.6), width_ratios=[1, 1, 1.15])
     for panels, letters, (what, (title, unit)) in zip(
         axes, ("abc", "def"), ROWS.items(), strict=True
     ):
@@ -136,9 +136,12 @@ def _headline(plan: Taught, results: Results, overlap: float, n: int) -> str:
         for name in ("change_less_nearest", "rise_less_anothers")
     )
     return (
-        f"Change of a query without its {plan.k} most influential images: {changes} times that without its nearest\n"
-        f"Its loss without its training-aware list: {rises} times that without another query’s (“another’s”)\n"
-        f"({plan.set_name}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} profile; bars: 95%; "
+        f"Change of a query without its {plan.k} most influential images: {changes} times that "
+        "without its nearest\n"
+        f"Its loss without its training-aware list: {rises} times that without another query’s "
+        "(“another’s”)\n"
+        f"({plan.set_name}, n = {n}, {plan.asked} queries, {plan.seeds} seeds, {plan.profile} "
+        "profile; bars: 95%; "
         f"{overlap:.0%} of the images of highest influence are among the nearest)"
     )
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from issl.audit import figures
+from issl.audit import kit
 from issl.audit.plans_own import Channel, TrainingAware
 from issl.audit.plots import channels
 from issl.audit.stats.statistics import Estimate
@@ -22,7 +22,7 @@ def ladder(plan: TrainingAware, table: pd.DataFrame, n: int) -> Figure:
     n       how many images are scored
     """
     names = [name for name in table["predictor"].unique() if name != "ceiling"]
-    size = (figures.PAGE, 0.75 + 0.36 * len(names))
+    size = (kit.PAGE, 0.75 + 0.36 * len(names))
     figure, axes = plt.subplots(
         1, len(plan.methods), figsize=size, sharey=True, sharex=True, squeeze=False
     )
@@ -60,8 +60,10 @@ def _headline(plan: TrainingAware, table: pd.DataFrame, n: int) -> str:
         )
         found.append(f"{NAMES[method]} {ours:.2f} against {paper:.2f}")
     return (
-        f"What a training does to a query: marginal effect against the paper's score: {', '.join(found)}\n"
+        "What a training does to a query: marginal effect against the paper's score: "
+        f"{', '.join(found)}\n"
         f"({plan.set_name}, {n} images scored, encoders of width {plan.width} trained on {plan.n}; "
-        f"{plan.encoders} an objective, {plan.subsets} subsets, {plan.seeds} seeds, {plan.queries} queries; "
+        f"{plan.encoders} an objective, {plan.subsets} subsets, {plan.seeds} seeds, {plan.queries} "
+        "queries; "
         f"{plan.profile} profile)"
     ).replace("-", "−")

@@ -1,8 +1,8 @@
 """What an image does to a query through BatchNorm's buffers alone, with no weight trained.
 
-A training on the images S leaves running means and variances near their mean over S. To first order, a
-query's measure m_q then changes with an image's own share of them (its channels' means, and its
-mean squares about the running mean) by
+A training on the images S leaves running means and variances near their mean over S. To first
+order, a query's measure m_q then changes with an image's own share of them (its channels' means,
+and its mean squares about the running mean) by
 
     I(i → q) = −Σ_l [ ∂m_q/∂μ_l · (μ_li − mean_j μ_lj) + ∂m_q/∂σ²_l · (σ²_li − mean_j σ²_lj) ],
 

@@ -145,7 +145,8 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed
     shapes = {t.shape for t in tables}
     if len(shapes) != 1 or len(tables[0].shape) != 2 or tables[0].shape[1] < 3:
         raise IsslError(
-            f"tables of shape {sorted(shapes)}: need one shape (queries, subsets), 3 or more subsets"
+            f"tables of shape {sorted(shapes)}: need one shape (queries, subsets), 3 or more "
+            "subsets"
         )
     (q, m), rng = tables[0].shape, np.random.default_rng(seed)
     found = np.empty(RESAMPLES)

@@ -135,7 +135,8 @@ def _held_out(
 
 
 def _parts(products: Float[np.ndarray, "m m"]) -> list[float]:
-    """Adjusted R² of all columns and the loss without each, from products of the columns 1, x, y."""
+    """Adjusted R² of all columns and the loss without each, from products of the columns 1, x,
+    y."""
     every = range(1, len(products) - 1)
     whole = _r2(products, list(every))
     return [whole, *(whole - _r2(products, [k for k in every if k != j]) for j in every)]

@@ -1,6 +1,7 @@
 """Do groups of images score differently? Each against the rest, under one encoder or several.
 
-    effect = P(an image of the group ranks higher) − P(lower)     (rank-biserial, mean over encoders)
+    effect = P(an image of the group ranks higher) − P(lower)     (rank-biserial, mean over
+    encoders)
 
 The p-value is Mann-Whitney's on the images' mean ranks over the encoders, adjusted for the number
 of groups (Holm).

@@ -17,7 +17,8 @@ def nearest(features: Float[Tensor, "n d"], k: int) -> tuple[np.ndarray, np.ndar
     """The k nearest other images of each: positions (n, k), cosine distances (n, k) in [0, 2]."""
     if not 1 <= k < len(features):
         raise IsslError(
-            f"k={k} neighbours among {len(features)} images: must lie between 1 and {len(features) - 1}"
+            f"k={k} neighbours among {len(features)} images: must lie between 1 and "
+            f"{len(features) - 1}"
         )
     unit, places, distances = F.normalize(features, dim=1), [], []
     for start in range(0, len(unit), 1024):

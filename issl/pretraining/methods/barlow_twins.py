@@ -32,8 +32,8 @@ class BarlowTwins(LearningMethod):
 def redundancy(
     za: Rows, zb: Rows, off_diagonal: float, scale: float = 1.0, weights: Weights | None = None
 ) -> Loss:
-    """Σ_i (1 − C_ii)² + λ Σ_{i≠j} C_ij², C = z̄_aᵀ z̄_b / b, z̄ standardised over the batch (eq. 1);
-    times `scale`."""
+    """Σ_i (1 − C_ii)² + λ Σ_{i≠j} C_ij², C = z̄_aᵀ z̄_b / b, z̄ standardised over the batch (eq.
+    1); times `scale`."""
     za, zb = ((z - mean(z, weights)) * (variance(z, weights) + 1e-5).rsqrt() for z in (za, zb))
     correlations = products(za, zb, weights) / total(za, weights)
     identity = torch.eye(za.shape[1], device=za.device, dtype=za.dtype)
