@@ -100,11 +100,8 @@ class Pretrain(Stage):
             if self.snapshots is not None and done == self.epochs:
                 save_learner(folder / "encoder.safetensors", learner, about)
             elif done in (self.snapshots or ()):
-                save_learner(
-                    folder / f"encoder-{done:04d}.safetensors",
-                    learner,
-                    about | {"epochs_done": done},
-                )
+                path = folder / f"encoder-{done:04d}.safetensors"
+                save_learner(path, learner, about | {"epochs_done": done})
 
         encoder, history = pretrain(
             images,
@@ -157,12 +154,8 @@ class Pretrain(Stage):
             raise IsslError(
                 f"after={after}: {self.label} keeps its states after {self.snapshots} epochs"
             )
-        name = (
-            "encoder.safetensors"
-            if after in (None, self.epochs)
-            else f"encoder-{after:04d}.safetensors"
-        )
-        return artifacts.file(self, name)
+        epoch = "" if after in (None, self.epochs) else f"-{after:04d}"
+        return artifacts.file(self, f"encoder{epoch}.safetensors")
 
     def history(self, artifacts: Artifacts) -> pd.DataFrame:
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
@@ -180,6 +173,25 @@ class Pretrain(Stage):
         if self.without is not None:
             keep[self.without.read(artifacts)] = False
         return keep
+
+
+class Table(Stage):
+    """A stage whose artifact is a table in one file; the subclasses say which."""
+
+    file: ClassVar[str]
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        """The table."""
+        raise NotImplementedError
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        table = self.compute(artifacts)
+        with atomic(folder / self.file) as part:
+            table.to_parquet(part, index=False)
+
+    def read(self, artifacts: Artifacts) -> Any:
+        """The table, as the class describes it."""
+        return pd.read_parquet(artifacts.file(self, self.file))
 
 
 def _kind_of_encoder(value: object) -> str:
@@ -201,13 +213,15 @@ def _computing(artifacts: Artifacts) -> Computing:
     return Computing(device=artifacts.device, batch_size=batch_size, progress=artifacts.progress)
 
 
-class Influence(Stage):
-    """Score images under an encoder: influence.parquet, settings.json (with the damping per layer).
+class Influence(Table):
+    """Score images under an encoder: influence.parquet (a row per image, see
+    `issl.self_influence`), settings.json (with the damping per layer).
 
     others   these images are scored instead, under the curvature of `data`
     """
 
     name: ClassVar[str] = "influence"
+    file: ClassVar[str] = "influence.parquet"
 
     pretrain: AnyEncoder
     data: Data
@@ -215,9 +229,8 @@ class Influence(Stage):
     curvature: Weighing = LoGra()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
-    loss: Literal["stability", "cross_entropy"] = (
-        "stability"  # cross_entropy: of a supervised encoder's class scores
-    )
+    # cross_entropy: of a supervised encoder's class scores
+    loss: Literal["stability", "cross_entropy"] = "stability"
     others: Data | None = None
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
@@ -226,30 +239,25 @@ class Influence(Stage):
             raise IsslError(
                 f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes"
             )
-        encoder, images = (
-            self.pretrain.encoder(artifacts, "projector" if supervised else "features"),
-            self.data.load(),
-        )
+        encoder = self.pretrain.encoder(artifacts, "projector" if supervised else "features")
+        images, computing = self.data.load(), _computing(artifacts)
         what: dict[str, Any] = {
             "perturbation": self.perturbation,
             "curvature": self.curvature,
             "seed": self.seed,
             "draws": self.draws,
             "loss": CrossEntropy() if supervised else stability_loss,
+            "computing": computing,
         }
         if self.others is None:
-            scores = self_influence(encoder, images, **what, computing=_computing(artifacts))
+            scores = self_influence(encoder, images, **what)
         else:
-            fitted = fit(encoder, images, **what, computing=_computing(artifacts))
-            scores = fitted.score(self.others.load(), computing=_computing(artifacts))
+            fitted = fit(encoder, images, **what)
+            scores = fitted.score(self.others.load(), computing=computing)
         with atomic(folder / "settings.json") as part:
             part.write_text(json.dumps(scores.attrs, indent=1))
-        with atomic(folder / "influence.parquet") as part:
+        with atomic(folder / self.file) as part:
             scores.to_parquet(part, index=False)
-
-    def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """The table of scores, one row per image, see `issl.self_influence`."""
-        return pd.read_parquet(artifacts.file(self, "influence.parquet"))
 
 
 class Positions(Stage):
@@ -402,42 +410,39 @@ class Embed(Measured):
     name: ClassVar[str] = "embed"
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = self.encoder(artifacts), self.data.load()
+        images = self.data.load()
+        features = embed(self.encoder(artifacts), images, artifacts.device)
         with atomic(folder / "features.safetensors") as part:
-            save_file(
-                {"features": embed(encoder, images, artifacts.device), "index": images.index}, part
-            )
+            save_file({"features": features, "index": images.index}, part)
 
     def read(self, artifacts: Artifacts) -> Tensor:
         """Features (n, d)."""
-        return read_safetensors(artifacts.file(self, "features.safetensors"), "features")[1][
-            "features"
-        ]
+        path = artifacts.file(self, "features.safetensors")
+        return read_safetensors(path, "features")[1]["features"]
 
 
-class Stability(Measured):
+class Stability(Measured, Table):
     """Stability losses of images, mean over draws, without gradients: losses.parquet (index,
     stability_loss)."""
 
     name: ClassVar[str] = "stability"
+    file: ClassVar[str] = "losses.parquet"
 
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images = self.encoder(artifacts), self.data.load()
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.data.load()
         losses = stability_losses(
-            encoder, images, self.perturbation, self.seed, self.draws, artifacts.device
+            self.encoder(artifacts),
+            images,
+            self.perturbation,
+            self.seed,
+            self.draws,
+            artifacts.device,
         )
-        with atomic(folder / "losses.parquet") as part:
-            pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses}).to_parquet(
-                part, index=False
-            )
-
-    def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """index and stability_loss, one row per image."""
-        return pd.read_parquet(artifacts.file(self, "losses.parquet"))
+        return pd.DataFrame({"index": images.index.numpy(), "stability_loss": losses})
 
 
 class Pairs(Stage):
@@ -471,11 +476,8 @@ class Cross(Pairs):
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder, images, query = (
-            self.pretrain.encoder(artifacts),
-            self.data.load(),
-            self.query.load(),
-        )
+        encoder = self.pretrain.encoder(artifacts)
+        images, query = self.data.load(), self.query.load()
         computing = _computing(artifacts)
         if not isinstance(self.curvature, LoGra | RandomProjection):
             # whole gradients: as many numbers an image as weights. Twice the passes, instead of
@@ -650,37 +652,34 @@ class Neighbours(Stage):
         return kept["places"].numpy(), kept["distances"].numpy()
 
 
-class Betweenness(Stage):
+class Betweenness(Table):
     """The share of shortest paths through each image in the graph of nearest neighbours:
-    betweenness.parquet (index, betweenness)."""
+    betweenness.parquet (index, betweenness), read as betweenness (n,)."""
 
     name: ClassVar[str] = "betweenness"
+    file: ClassVar[str] = "betweenness.parquet"
 
     neighbours: Neighbours
     sources: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         graph = knn_graph(self.neighbours.read(artifacts)[0])
         index = self.neighbours.features.data.load().index.numpy()
-        with atomic(folder / "betweenness.parquet") as part:
-            pd.DataFrame(
-                {"index": index, "betweenness": betweenness(graph, self.sources, self.seed)}
-            ).to_parquet(part, index=False)
+        found = betweenness(graph, self.sources, self.seed)
+        return pd.DataFrame({"index": index, "betweenness": found})
 
     def read(self, artifacts: Artifacts) -> np.ndarray:
-        """(n,), see `issl.audit.stats.neighbour_graph.betweenness`."""
-        return pd.read_parquet(artifacts.file(self, "betweenness.parquet"))[
-            "betweenness"
-        ].to_numpy()
+        return super().read(artifacts)["betweenness"].to_numpy()
 
 
-class Lists(Stage):
+class Lists(Table):
     """For each image of a set, the k others nearest in feature space and the k others of the
     highest influence on it: lists.parquet (kind nearest or taught, position, rank, other: its
     position, value)."""
 
     name: ClassVar[str] = "lists"
+    file: ClassVar[str] = "lists.parquet"
 
     features: Embed
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
@@ -688,7 +687,7 @@ class Lists(Stage):
     seed: int = Field(0, ge=0)
     k: int = Field(6, ge=1)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         encoder, images = self.features.pretrain.encoder(artifacts), self.features.data.load()
         n, k = len(images), min(self.k, len(images) - 1)
         places, distances = nearest(self.features.read(artifacts), k)
@@ -696,7 +695,7 @@ class Lists(Stage):
             encoder,
             images,
             images,
-            k + 1,
+            k + 1,  # the first may be the image itself
             self.perturbation,
             self.curvature,
             self.seed,
@@ -704,36 +703,26 @@ class Lists(Stage):
         )
         best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
         position = pd.Series(np.arange(n), index=images.index.numpy())
-        ranks = np.tile(np.arange(1, k + 1), n)
         parts = {
             "nearest": (np.repeat(np.arange(n), k), places.ravel(), 1 - distances.ravel()),
             "taught": (position[best["query"]], position[best["index"]], best["influence"]),
         }
-        tables = [
-            pd.DataFrame(
-                {
-                    "kind": kind,
-                    "position": np.asarray(p),
-                    "rank": ranks,
-                    "other": np.asarray(o),
-                    "value": np.asarray(v),
-                }
+        tables = []
+        for kind, columns in parts.items():
+            of_kind = dict(
+                zip(("position", "other", "value"), map(np.asarray, columns), strict=True)
             )
-            for kind, (p, o, v) in parts.items()
-        ]
-        with atomic(folder / "lists.parquet") as path:
-            pd.concat(tables).to_parquet(path, index=False)
-
-    def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """kind, position, rank, other, value."""
-        return pd.read_parquet(artifacts.file(self, "lists.parquet"))
+            rank = np.tile(np.arange(1, k + 1), n)
+            tables.append(pd.DataFrame({"kind": kind, "rank": rank, **of_kind}))
+        return pd.concat(tables)[["kind", "position", "rank", "other", "value"]]
 
 
-class Evaluate(Stage):
+class Evaluate(Table):
     """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?),
     probe.json (its C)."""
 
     name: ClassVar[str] = "evaluate"
+    file: ClassVar[str] = "hits.parquet"
 
     train: Embed
     test: Embed
@@ -748,37 +737,14 @@ class Evaluate(Stage):
         knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
-        with atomic(folder / "hits.parquet") as part:
-            pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe}).to_parquet(
-                part, index=False
-            )
-
-    def read(self, artifacts: Artifacts) -> pd.DataFrame:
-        """index, knn, probe: is the class of each test image found?"""
-        return pd.read_parquet(artifacts.file(self, "hits.parquet"))
+        with atomic(folder / self.file) as part:
+            found = {"index": images.index.numpy(), "knn": knn, "probe": probe}
+            pd.DataFrame(found).to_parquet(part, index=False)
 
 
 Choice = Prune | Thin | Pick | Draw | Top
 
 # Pretrain names Prune, which names Influence, which names Pretrain
-for _stage in (
-    Pretrain,
-    Influence,
-    Prune,
-    Thin,
-    Pick,
-    Draw,
-    Top,
-    Embed,
-    Stability,
-    Cross,
-    TrainingEffect,
-    SubsetEffect,
-    StatisticsEffect,
-    Nearness,
-    Neighbours,
-    Betweenness,
-    Lists,
-    Evaluate,
-):
-    _stage.model_rebuild()
+for _stage in [kind for kind in globals().values() if isinstance(kind, type)]:
+    if issubclass(_stage, Stage):
+        _stage.model_rebuild()
