@@ -73,22 +73,6 @@ TABLES = {
         "in turns on one thread. The ratio is that of median steps.",
         {"loop": "{loop}", ">views/s": "{views_per_second:.0f}", ">× plain": "{ratio:.2f}"},
     ),
-    "training": (
-        "Training-aware influence on {queries} queries",
-        "The ratio is to one forward and backward pass over the same two views of the same images. "
-        "An image's marginal effect leaves it out of its batch, so the ratio is the batch size, "
-        "and "
-        "the time grows with n.",
-        {
-            "effect": "{share}",
-            "data": "{data}",
-            ">width": "{width}",
-            ">batch": "{batch_size}",
-            ">images": "{images}",
-            ">seconds": "{seconds:.1f}",
-            ">× plain": "{ratio:.1f}",
-        },
-    ),
 }
 EPOCHS = (
     "Pretraining at width 64 (bf16, NHWC, batches of 256), an epoch of CIFAR-10",

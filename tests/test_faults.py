@@ -1,8 +1,6 @@
 """What goes wrong around a run: full disks, killed processes, signals, damaged artifacts, clocks
 that jump. Each time it is said in one line, nothing that was finished is lost, and the numbers are
 those of an undisturbed run.
-
-The same at random moments and on a large scale: benchmarks/faults.py.
 """
 
 from __future__ import annotations
@@ -510,7 +508,6 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_a_run_killed_at_random_moments_gives_the_same_numbers(
     tmp_path: Path, undisturbed: Any
 ) -> None:
-    """A sample of what benchmarks/faults.py does."""
     moments, kills = np.random.default_rng(0).uniform(0.1, 1.5, 6), 0
     for moment in moments:
         process = forked.context.Process(target=made, args=(tmp_path,))
