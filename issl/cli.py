@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +25,8 @@ COMMANDS = {  # each has a module in issl.commands, with `add_arguments` and `ma
     "explain": "show which training images taught an encoder about an image",
     "pretrain": "train an encoder on your own images",
 }
-AUDIT = ("run", "verdicts", "doctor")  # of issl.audit.commands, at least
+AUDIT = ("run", "verdicts", "doctor")  # of issl.audit.commands
+EXTRA = ("pydantic", "papermill")  # of issl[audit]: where they are, the rest is
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,13 +54,11 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         "--data-root", type=Path, metavar="DIR", help="folder to write to (default: $ISSL_DATA)"
     )
     download.set_defaults(run=_download)
-    try:
-        audit = import_module("issl.audit.commands")
-    except ImportError:
+    if all(find_spec(package) for package in EXTRA):
+        import_module("issl.audit.commands").add(commands)
+    else:
         for name in AUDIT:
             commands.add_parser(name, help="needs: pip install 'issl[audit]'", add_help=False)
-    else:
-        audit.add(commands)
     return top
 
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
+from issl import cli
 from issl.audit.notebooks import library_files
 
 REPOSITORY = Path(__file__).parent.parent
@@ -121,3 +124,12 @@ def test_the_fingerprint_of_the_code_goes_down_into_the_packages() -> None:
     """A notebook that was run by other code is not current."""
     names = {str(p.relative_to(REPOSITORY / "issl")) for p in library_files()}
     assert {"audit/claims.yaml", "influence/scores.py", "audit/claims.py"} <= names
+
+
+def test_without_the_extra_the_audits_commands_say_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for command in cli.AUDIT:
+        assert cli.main([command]) == 2
+        assert "pip install 'issl[audit]'" in capsys.readouterr().err
