@@ -237,17 +237,15 @@ def test_02_compares_with_the_best_augmentation(out: Path) -> None:
         numbers(out, "02_augmentation_ablation"),
         record(out, "gaussian_most_stable.simclr"),
     )
-    first = table[(table["draws"] == 1) & (table["metric"] == "pearson")].set_index("perturbation")[
-        "value"
-    ]
+    pearson = table[(table["metric"] == "pearson") & (table["method"] == "simclr")]
+    first, averaged = (
+        pearson[pearson["draws"] == draws].set_index("perturbation")["value"] for draws in (1, 4)
+    )
     others = first[~first.index.str.startswith("noise")]
     assert got["rival"] == others.idxmax()
     margin = got["metrics"]["margin_usual"]["value"]
     assert margin == pytest.approx(first["noise 0.2"] - others.max())
-    assert set(table["draws"]) == {1, 4}
-    averaged = table[(table["draws"] == 4) & (table["metric"] == "pearson")].set_index(
-        "perturbation"
-    )["value"]
+    assert set(table["draws"]) == {1, 4} and set(table["method"]) == {"simclr", "untrained"}
     of_draws = record(out, "sixteen_draws.simclr")["metrics"]
     assert of_draws["pearson_noise_averaged"]["value"] == pytest.approx(averaged["noise 0.2"])
     assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(

@@ -290,13 +290,13 @@ def test_each_group_against_the_rest_over_encoders() -> None:
     u = [
         stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() for r in ranks
     ]
-    assert row["group"] == "10-19" and row["effect"].value == pytest.approx(2 * np.mean(u) - 1)
+    assert row["group"] == "10-19" and row["value"] == pytest.approx(2 * np.mean(u) - 1)
     total = stats.rankdata(ranks, axis=1).sum(0)
     assert row["p"] == pytest.approx(stats.mannwhitneyu(total[flag], total[~flag]).pvalue)
     np.testing.assert_allclose(table["adjusted_p"], statistics.holm(table["p"].tolist()))
-    left, right = table["effect"][2:]  # two groups: what one gains the other loses
-    assert left.value == pytest.approx(-right.value)
-    assert abs(row["left"].value) < 0.1 < row["effect"].value  # explained by what was given
+    left, right = table["value"][2:]  # two groups: what one gains the other loses
+    assert left == pytest.approx(-right)
+    assert abs(row["left"]) < 0.1 < row["value"]  # explained by what was given
     assert magnitude(Estimate(-0.3, -0.4, -0.1, 9)) == Estimate(0.3, 0.1, 0.4, 9)
     assert magnitude(Estimate(0.3, 0.1, 0.4, 9)) == Estimate(0.3, 0.1, 0.4, 9)
     with pytest.raises(issl.IsslError, match="400"):

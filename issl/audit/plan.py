@@ -63,10 +63,12 @@ class Cells:
 
 
 def under(
-    encoders: Mapping[Labels, Pretrain | Given], stage: Callable[[Pretrain | Given], Stage]
+    encoders: Mapping[Labels, Pretrain | Given],
+    stage: Callable[[Pretrain | Given], Stage],
+    columns: str = BY,
 ) -> Cells:
     """A stage under each encoder."""
-    return Cells(BY, {labels: stage(encoder) for labels, encoder in encoders.items()})
+    return Cells(columns, {labels: stage(encoder) for labels, encoder in encoders.items()})
 
 
 class Plan(Config):
@@ -262,7 +264,7 @@ class Plan(Config):
     def scale(self, method: str, name: str = "accuracy") -> Learned:
         """What the encoders of a method had learned, by a table of evaluations: claims ask for it
         (`issl.audit.claims.Scale`)."""
-        knn = self.read(name).groupby(BY.split())["knn"].mean()
+        knn = self.read(name).groupby(self.cells[name].columns.split())["knn"].mean()
         of_method, fresh = knn[method], float(knn[UNTRAINED].iloc[0])
         return {"knn": float(of_method.min()), "untrained": fresh, "encoders": len(of_method)}
 

@@ -9,7 +9,6 @@ of groups (Holm).
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy import stats
@@ -34,8 +33,8 @@ def group_differences(
         given: columns that might explain a difference (brightness, say).
 
     Returns:
-        Columns attribute, group, images, effect (an Estimate), p, adjusted_p; with `given`, left:
-        the partial rank correlation of score and membership given those columns (an Estimate).
+        Columns attribute, group, images, the effect as value, low, high and n, p, adjusted_p; with
+        `given`, left: the partial rank correlation of score and membership given those columns.
 
     Raises:
         IsslError: where no group is that large.
@@ -49,11 +48,11 @@ def group_differences(
                 continue
             row = {"attribute": attribute, "group": group, "images": int(flag.sum())}
             effects = [statistics.rank_biserial(r, flag)[0] for r in ranks]
-            row["effect"] = statistics.over_encoders(effects)
+            row |= statistics.over_encoders(effects).as_dict()
             row["p"] = statistics.rank_biserial(total, flag)[1]
             if given is not None:
                 parts = [statistics.partial_spearman(r, flag.astype(float), given) for r in ranks]
-                row["left"] = statistics.over_encoders(parts)
+                row["left"] = statistics.over_encoders(parts).value
             rows.append(row)
     if not rows:
         most = {a: int(groups[a].value_counts().iloc[0]) for a in groups}
@@ -66,7 +65,7 @@ def group_differences(
 
 def largest(table: pd.DataFrame) -> pd.Series:
     """The row of the largest effect, up or down."""
-    return table.iloc[int(np.argmax([abs(e.value) for e in table["effect"]]))]
+    return table.loc[table["value"].abs().idxmax()]
 
 
 def magnitude(effect: Estimate) -> Estimate:
