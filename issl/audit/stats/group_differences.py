@@ -9,6 +9,9 @@ of groups (Holm).
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy import stats
@@ -65,7 +68,37 @@ def group_differences(
 
 def largest(table: pd.DataFrame) -> pd.Series:
     """The row of the largest effect, up or down."""
-    return table.loc[table["value"].abs().idxmax()]
+    return table.iloc[int(np.argmax(table["value"].abs()))]
+
+
+def most_different(
+    table: pd.DataFrame, untrained: pd.DataFrame
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The group that differs most, for a record.
+
+    Args:
+        table: as `group_differences` gives it.
+        untrained: the same of the network before training.
+
+    Returns:
+        Its p and its effect, with the same group's before training; and which group it is.
+    """
+    most, differ = largest(table), table[table["adjusted_p"] < 0.05]
+    effect, p = Estimate.of(most.to_dict()), float(most["adjusted_p"])
+    same = untrained[
+        (untrained["attribute"] == most["attribute"]) & (untrained["group"] == most["group"])
+    ]
+    metrics = {
+        "its_adjusted_p": Estimate(p, p, p, len(table)),
+        "largest_effect": magnitude(effect),
+        "signed_effect": effect,
+        "untrained": Estimate.of(same.iloc[0].to_dict()),
+    }
+    return metrics, {
+        "largest_group": f"{most['attribute']}: {most['group']}",
+        "groups_that_differ": list(differ["attribute"] + ": " + differ["group"]),
+        "tests_corrected_for": len(table),
+    }
 
 
 def magnitude(effect: Estimate) -> Estimate:
