@@ -21,8 +21,9 @@ from issl.audit import claims, profiles, run, verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
 from issl.audit.plans_own import ALL, Channel, Kind
+from issl.audit.plans_paper import EQUAL
 from issl.audit.profiles import ProfileOptions
-from issl.audit.stages import Evaluate, Stability, Top
+from issl.audit.stages import Stability, Top
 from issl.audit.stats import baselines, explained_variance, statistics
 from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.audit.stats.pixel_features import pixel_features
@@ -138,6 +139,9 @@ def plan(out: Path) -> Callable[[str], Any]:
     return of
 
 
+COMPARED = "08_supervised_vs_ssl"
+
+
 def record(out: Path, name: str) -> Record:
     return json.loads((out / f"results/tiny/claim_{name.replace(' ', '_')}.json").read_text())
 
@@ -237,17 +241,15 @@ def test_02_compares_with_the_best_augmentation(out: Path) -> None:
         numbers(out, "02_augmentation_ablation"),
         record(out, "gaussian_most_stable.simclr"),
     )
-    first = table[(table["draws"] == 1) & (table["metric"] == "pearson")].set_index("perturbation")[
-        "value"
-    ]
+    pearson = table[(table["metric"] == "pearson") & (table["method"] == "simclr")]
+    first, averaged = (
+        pearson[pearson["draws"] == draws].set_index("perturbation")["value"] for draws in (1, 4)
+    )
     others = first[~first.index.str.startswith("noise")]
     assert got["rival"] == others.idxmax()
     margin = got["metrics"]["margin_usual"]["value"]
     assert margin == pytest.approx(first["noise 0.2"] - others.max())
-    assert set(table["draws"]) == {1, 4}
-    averaged = table[(table["draws"] == 4) & (table["metric"] == "pearson")].set_index(
-        "perturbation"
-    )["value"]
+    assert set(table["draws"]) == {1, 4} and set(table["method"]) == {"simclr", "untrained"}
     of_draws = record(out, "sixteen_draws.simclr")["metrics"]
     assert of_draws["pearson_noise_averaged"]["value"] == pytest.approx(averaged["noise 0.2"])
     assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(
@@ -322,10 +324,10 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
 
 def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, plan) -> None:
     p = plan("05_fairness")
-    artifacts, images = p.artifacts(), p.data().load()
-    groups = images.attributes[list(p.groups()[0])].astype(str)
-    encoders = [*p.scored_encoders("simclr"), p.untrained(p.pretrain("simclr"))]
-    ranks = [p.influence(e).read(artifacts)["influence"].rank().to_numpy() for e in encoders]
+    groups = p.training_set.attributes[list(p.groups()[0])].astype(str)
+    scores = p.each("scores")
+    assert list(scores) == [("simclr", 0), ("simclr", 1), ("untrained", 0)]
+    ranks = [one["influence"].rank().to_numpy() for one in scores.values()]
     got = record(out, "group_differences_of_one.simclr")
     attribute, group = got["largest_group"].split(": ")
     member = (groups[attribute] == group).to_numpy()
@@ -348,37 +350,34 @@ def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, p
     assert not list(out.glob("results/**/claim_group_differences_of_one.all*"))
     assert record(out, "group_differences.simclr")["seeds"] == [0]  # as it was
     assert record(out, "thinned_group_rises.simclr")["learned"]["encoders"] == p.seeds
+    after, member = p.each("scores without"), (groups["group"] == "cool").to_numpy()
+    thinned, at_random = (
+        after["simclr", 0, which]["influence"].rank()[member] for which in ("group", "random")
+    )
+    rise = (thinned.mean() - at_random.mean()) / len(groups)
+    metrics = record(out, "thinned_group_rises.simclr")["metrics"]
+    assert metrics["rank_difference"]["value"] == pytest.approx(rise)
 
 
 def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
     pruning, compared = plan("06_pruning"), plan("08_supervised_vs_ssl")
-
-    def runs(name: str) -> Any:
-        table = numbers(out, name)
-        return table[table["table"] == "runs"].itertuples()
-
-    def without(p: Any, method: str, removed: str, *share: float, seed: float) -> Evaluate:
-        if removed == "none":
-            return p.all_kept(method, int(seed))
-        return p.pruned(method, removed.removeprefix("top by "), *share, int(seed))
-
-    assert (
-        pruning.scores("simclr").pretrain.epochs == 1
-    )  # the scored encoder's own length, not the judges'
+    # the scored encoder's own length, not the judges'
+    assert pruning.scores("simclr").pretrain.epochs == 1
     assert {pruning.judge("simclr", s).epochs for s in pruning.judges} == {2}
-    first = [
-        (r, without(pruning, r.method, r.removed, r.share, seed=r.seed)) for r in runs("06_pruning")
-    ]
-    second = [
-        (r, without(compared, r.trained, r.removed, seed=r.seed))
-        for r in runs("08_supervised_vs_ssl_pruning")
-    ]
-    assert (len(first), len(second)) == (2 * 6, 2 * 4 * 2)
-    for r, stage in first + second:
-        hits = stage.read(pruning.artifacts())
-        assert r.probe == pytest.approx(hits["probe"].mean()) and r.knn == pytest.approx(
-            hits["knn"].mean()
-        )
+    whole, by_ssl, by_label, drawn = (
+        compared.cells["runs"].stages["simclr", removed, 1].train.pretrain.without
+        for removed in ("none", "top by ssl", "top by supervised", "random")
+    )
+    assert whole is None and (by_ssl.which, by_label.which, drawn.which) == ("top", "top", "random")
+    assert (by_ssl.influence.loss, by_label.influence.loss) == ("stability", "cross_entropy")
+    for p, figure, count in ((pruning, "06_pruning", 12), (compared, f"{COMPARED}_pruning", 16)):
+        labels = p.cells["runs"].columns.split()
+        table = numbers(out, figure)
+        runs = table[table["table"] == "runs"].set_index(labels)
+        assert len(runs) == count
+        for at, hits in p.each("runs").items():
+            for column in ("probe", "knn"):
+                assert runs.loc[at, column] == pytest.approx(hits[column].mean())
 
 
 def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: Path, plan) -> None:
@@ -407,41 +406,41 @@ def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: P
 
 
 def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:
-    p = plan("08_supervised_vs_ssl")
-    artifacts = p.artifacts()
+    p = plan(COMPARED)
+    scores = {labels: one["influence"] for labels, one in p.each("scores").items()}
 
     def rho(x: pd.Series, y: pd.Series) -> float:
         return float(x.corr(y, method="spearman"))
 
-    def agreement(e: Any, f: Any, std: float | None = None) -> float:
-        both = ((e, None), (f, std))
-        (a, b), (c, d) = (
-            [p.scores(g, k, s).read(artifacts)["influence"] for k in range(2)] for g, s in both
-        )
+    def agreement(e: tuple[str, int], f: tuple[str, int]) -> float:
+        (a, b), (c, d) = ([scores[*g, k] for k in range(2)] for g in (e, f))
         return (rho(a, d) + rho(b, c)) / 2 / np.sqrt(rho(a, b) * rho(c, d))
 
-    first, second = p.scored_encoders("simclr")
-    supervised = p.supervised_encoders()
+    first, second = (("simclr", k) for k in range(2))
     seeds = agreement(first, second)
-    across = np.mean([agreement(e, s) for e in (first, second) for s in supervised])
+    across, control = (
+        np.mean([agreement(e, (who, k)) for e in (first, second) for k in range(2)])
+        for who in ("supervised", EQUAL)
+    )
     got = record(out, "supervised_differs_more_than_seeds.simclr")["metrics"]
-    assert got["seeds"]["value"] == pytest.approx(seeds) and got["supervised"][
-        "value"
-    ] == pytest.approx(across)
+    assert got["seeds"]["value"] == pytest.approx(seeds)
+    assert got["supervised"]["value"] == pytest.approx(across)
     assert got["seeds_less_supervised"]["value"] == pytest.approx(seeds - across)
-    control = np.mean([agreement(e, s, 0.1) for e in (first, second) for s in supervised])
     assert got["supervised_at_equal_strength"]["value"] == pytest.approx(control) != across
     assert got["seeds_less_supervised_at_equal_strength"]["value"] == pytest.approx(seeds - control)
-    own_loss = [p.cross_entropy_scores(s).read(artifacts)["influence"] for s in supervised]
-    plain = [
-        rho(p.scores(e).read(artifacts)["influence"], ce)
-        for e in (first, second)
-        for ce in own_loss
+    weak = p.cells["scores"].stages[EQUAL, 1, 1]
+    assert weak.perturbation.std == 0.1 and weak.pretrain.method == "supervised"
+    own_loss = [one["influence"] for one in p.each("by cross-entropy").values()]
+    plain = np.mean([rho(scores[*e, 0], ce) for e in (first, second) for ce in own_loss])
+    assert got["spearman_cross_entropy"]["value"] == pytest.approx(plain)
+    old = record(out, "supervised_differs.simclr")
+    assert old["metrics"]["spearman"]["value"] == pytest.approx(plain)
+    knn = [
+        h["knn"].mean()
+        for (who, _), h in p.each("accuracy").items()
+        if who in ("simclr", "supervised")
     ]
-    assert got["spearman_cross_entropy"]["value"] == pytest.approx(np.mean(plain))
-    assert record(out, "supervised_differs.simclr")["metrics"]["spearman"][
-        "value"
-    ] == pytest.approx(np.mean(plain))
+    assert old["learned"]["knn"] == pytest.approx(min(knn)) and old["learned"]["encoders"] == 2
 
 
 def test_09_closed_form(out: Path) -> None:
@@ -507,9 +506,8 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
 
 def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:
     p = plan("12_continual")
-    artifacts = p.artifacts()
+    scores, features, stages = p.each("scores"), p.each("features"), p.cells["features"].stages
     for task in p.tasks:
-        scores = p.old_scores(task, p.encoder(task, 0)).read(artifacts)["influence"]
         old, new = (d.load() for d in p.sets(task))
         key = "label_name" if task == "classes" else "uniform"
         assert not set(old.attributes[key]) & set(new.attributes[key])
@@ -517,13 +515,10 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
             ("predicts_forgetting_held", "BatchNorm held"),
             ("predicts_forgetting", "as trained"),
         ):
-            stages = [
-                p.old_features(task, 0, way, leg, channel)
-                for way, leg in (("first", 0), ("second", 1), ("more", 1))
-            ]
+            ways = [(task, 0, *way, channel) for way in (("first", 0), ("second", 1), ("more", 1))]
             held = p.encoder(task, 0) if channel == "BatchNorm held" else None
-            assert [s.statistics for s in stages] == [None, held, held]
-            first, second, more = (nearest(s.read(artifacts), 5)[0] for s in stages)
+            assert [stages[at].statistics for at in ways] == [None, held, held]
+            first, second, more = (nearest(features[at], 5)[0] for at in ways)
             lost = [
                 [len(set(a) - set(b)) / 5 for a, b in zip(first, way, strict=True)]
                 for way in (second, more)
@@ -531,10 +526,10 @@ def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan
             excess = np.round(np.subtract(*lost), 9)
             got = record(out, f"{claim}.{task}")
             assert got["metrics"]["mean_forgotten"]["value"] == pytest.approx(excess.mean())
-            want = scores.corr(pd.Series(excess), method="spearman")
-            assert got["metrics"]["spearman"]["value"] == pytest.approx(want) and got["n"] == len(
-                scores
-            )
+            influence = scores[task, 0, "first", 0]["influence"]
+            want = influence.corr(pd.Series(excess), method="spearman")
+            assert got["metrics"]["spearman"]["value"] == pytest.approx(want)
+            assert got["n"] == len(influence)
 
 
 def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:

@@ -111,6 +111,26 @@ def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
         np.testing.assert_allclose(statistics.matching_weights([10.0, 0.1, 1.0], target), weights)
 
 
+def test_a_margin_at_equal_strength_is_open_beyond_the_grid() -> None:
+    grid = np.stack([np.stack([A, B]), np.stack([A, B + A])])
+    other = np.stack([A, RNG.standard_normal(400)])
+    inside, beyond = (
+        statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, strength)
+        for strength in (1.0, 1.1)
+    )
+    second = statistics.correlation_margin(grid[1:], np.ones(1), other)
+    assert inside == second and beyond.value == pytest.approx(second.value)
+    assert ends(beyond) == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted"), [(0.0, (0.5, 0.4, 0.7)), (0.6, (0.1, 0.0, 0.2)), (1.0, (0.5, 0.3, 0.6))]
+)
+def test_a_distance_is_nothing_within_the_interval(number: float, wanted: tuple) -> None:
+    got = statistics.distance(Estimate(0.5, 0.4, 0.7, 9), number)
+    assert (got.value, *ends(got)) == pytest.approx(wanted) and got.n == 9
+
+
 def test_partial_correlation_removes_a_common_cause() -> None:
     rng = np.random.default_rng(2)
     cause = rng.normal(size=3000)
@@ -290,13 +310,13 @@ def test_each_group_against_the_rest_over_encoders() -> None:
     u = [
         stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() for r in ranks
     ]
-    assert row["group"] == "10-19" and row["effect"].value == pytest.approx(2 * np.mean(u) - 1)
+    assert row["group"] == "10-19" and row["value"] == pytest.approx(2 * np.mean(u) - 1)
     total = stats.rankdata(ranks, axis=1).sum(0)
     assert row["p"] == pytest.approx(stats.mannwhitneyu(total[flag], total[~flag]).pvalue)
     np.testing.assert_allclose(table["adjusted_p"], statistics.holm(table["p"].tolist()))
-    left, right = table["effect"][2:]  # two groups: what one gains the other loses
-    assert left.value == pytest.approx(-right.value)
-    assert abs(row["left"].value) < 0.1 < row["effect"].value  # explained by what was given
+    left, right = table["value"][2:]  # two groups: what one gains the other loses
+    assert left == pytest.approx(-right)
+    assert abs(row["left"]) < 0.1 < row["value"]  # explained by what was given
     assert magnitude(Estimate(-0.3, -0.4, -0.1, 9)) == Estimate(0.3, 0.1, 0.4, 9)
     assert magnitude(Estimate(0.3, 0.1, 0.4, 9)) == Estimate(0.3, 0.1, 0.4, 9)
     with pytest.raises(issl.IsslError, match="400"):

@@ -63,10 +63,12 @@ class Cells:
 
 
 def under(
-    encoders: Mapping[Labels, Pretrain | Given], stage: Callable[[Pretrain | Given], Stage]
+    encoders: Mapping[Labels, Pretrain | Given],
+    stage: Callable[[Pretrain | Given], Stage],
+    columns: str = BY,
 ) -> Cells:
     """A stage under each encoder."""
-    return Cells(BY, {labels: stage(encoder) for labels, encoder in encoders.items()})
+    return Cells(columns, {labels: stage(encoder) for labels, encoder in encoders.items()})
 
 
 class Plan(Config):
@@ -260,9 +262,9 @@ class Plan(Config):
         return table[[*labels, *(c for c in table if c not in labels)]]
 
     def scale(self, method: str, name: str = "accuracy") -> Learned:
-        """What the encoders of a method had learned, by a table of evaluations: claims ask for it
-        (`issl.audit.claims.Scale`)."""
-        knn = self.read(name).groupby(BY.split())["knn"].mean()
+        """What the encoders of a method had learned, by a table of evaluations whose first label is
+        the method: claims ask for it (`issl.audit.claims.Scale`)."""
+        knn = self.read(name).groupby(self.cells[name].columns.split())["knn"].mean()
         of_method, fresh = knn[method], float(knn[UNTRAINED].iloc[0])
         return {"knn": float(of_method.min()), "untrained": fresh, "encoders": len(of_method)}
 

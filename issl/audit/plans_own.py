@@ -12,7 +12,7 @@ from torch import nn
 
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
-from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by, under
+from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, learned_by, under
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -298,57 +298,41 @@ class Continual(Scored):
             }
         )
 
-    def old_scores(self, task: Task, encoder: Pretrain) -> Influence:
-        """Scores of the first task's images."""
-        return self.influence(encoder, data=self.sets(task)[0])
-
-    def old_features(
-        self,
-        task: Task,
-        seed: int,
-        way: Way = "first",
-        leg: int = 0,
-        channel: Channel = "as trained",
-    ) -> Embed:
-        """Features of the first task's images; "BatchNorm held": its statistics are those after the
-        first task."""
-        held = way != "first" and channel == "BatchNorm held"
-        return Embed(
-            pretrain=self.encoder(task, seed, way, leg),
-            data=self.sets(task)[0],
-            statistics=self.encoder(task, seed) if held else None,
-        )
-
     def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
         """Accuracy of an encoder on the first or the second task."""
         at = 0 if on == "old" else 1
         return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
 
-    def _learned(self, task: Task) -> list[Evaluate]:
-        encoders = [self.encoder(task, s) for s in range(self.seeds)]
-        return [self.accuracy(task, e, "old") for e in (*encoders, self.untrained(encoders[0]))]
-
-    def task_learned(self, task: Task, artifacts: Artifacts) -> Learned:
-        """As `learned`, of the encoders after the first task, on that task."""
-        return learned_by(self._learned(task), artifacts)
-
-    def path(self, way: Way) -> list[tuple[Way, int]]:
-        """The encoders along one way, from the first task on."""
-        return [("first", 0), *((way, leg) for leg in range(1, self.legs + 1))]
-
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = []
+    def tables(self) -> dict[str, Cells]:
+        ways: tuple[Way, ...] = ("second", "more")
+        path: list[tuple[Way, int]] = [("first", 0), *product(ways, range(1, self.legs + 1))]
+        scores: dict[Labels, Stage] = {}
+        features: dict[Labels, Stage] = {}
+        hits: dict[Labels, Stage] = {}
+        learned: dict[str, Cells] = {}
+        for task, s, (way, leg) in product(self.tasks, range(self.seeds), path):
+            encoder, after_first = self.encoder(task, s, way, leg), self.encoder(task, s)
+            at, old = (task, s, way, leg), self.sets(task)[0]
+            scores[at] = self.influence(encoder, data=old)
+            for channel in self.channels:
+                held = after_first if leg and channel == "BatchNorm held" else None
+                features[*at, channel] = Embed(pretrain=encoder, data=old, statistics=held)
+            hits[*at, "old"] = self.accuracy(task, encoder, "old")
+            hits[*at, "new"] = self.accuracy(task, encoder, "new")
         for task in self.tasks:
-            found += self._learned(task)
-            for s in range(self.seeds):
-                for way, leg in dict.fromkeys([*self.path("second"), *self.path("more")]):
-                    e = self.encoder(task, s, way, leg)
-                    found += [e, self.old_scores(task, e)]
-                    found += [
-                        self.old_features(task, s, way, leg, channel) for channel in self.channels
-                    ]
-                    found += [self.accuracy(task, e, "old"), self.accuracy(task, e, "new")]
-        return found
+            fresh = self.untrained(self.encoder(task, 0))
+            firsts: dict[Labels, Stage] = {
+                (self.method, s): hits[task, s, "first", 0, "old"] for s in range(self.seeds)
+            }
+            firsts[UNTRAINED, 0] = self.accuracy(task, fresh, "old")
+            learned[f"accuracy on {task}"] = Cells(BY, firsts)
+        columns = "task seed way leg"
+        return {
+            "scores": Cells(columns, scores),
+            "features": Cells(f"{columns} channel", features),
+            "hits": Cells(f"{columns} on", hits),
+            **learned,
+        }
 
 
 class Explained(Scored):

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from issl.audit.cache import Artifacts, Stage
+from issl.audit.cache import Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored, under
@@ -122,56 +122,34 @@ class AugmentationAblation(Scored):
                 found[f"{kind} {strength:g}"] = Augmentation(kind, usual * strength)
         return found
 
+    @property
     def at_full(self) -> list[str]:
         """The augmentations at strength 1."""
         return [f"{kind} 1" for kind in AUGMENTATIONS]
 
-    def draws_of(self, name: str) -> tuple[int, ...]:
-        """Several numbers of draws for the paper's noise and for the augmentations at strength 1:
-        the ends of `draws`, for the noise, the crop and the chain all; one for the others."""
+    def draws_of(self, name: str, method: str) -> tuple[int, ...]:
+        """The numbers of draws that are averaged: for the paper's noise, the crop and the chain
+        all; for the other augmentations at strength 1 the first and the last; else the first. Of
+        the untrained network, single draws of the noise and of these augmentations."""
+        if method == UNTRAINED:
+            return self.draws[:1] if name in (self.usual, *self.at_full) else ()
         if name in (self.usual, "crop 1", "chain 1"):
             return self.draws
-        return (
-            tuple(dict.fromkeys((self.draws[0], self.draws[-1])))
-            if name in self.at_full()
-            else self.draws[:1]
-        )
+        return (self.draws[0], self.draws[-1]) if name in self.at_full else self.draws[:1]
 
-    def scores(self, encoder: Pretrain | Given, name: str, draws: int, seed: int) -> Influence:
-        """Scores of the first `scored` images under a perturbation, averaged over draws; seed 0 or
-        1."""
-        return self.influence(
-            encoder,
-            self.noise_seed + seed,
-            data=self.scored_data(),
-            perturbation=self.perturbations()[name],
-            draws=draws,
-        )
-
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = []
-        for method in self.methods:
-            encoders = self.scored_encoders(method)
-            found += [*encoders, *self.learned_stages(encoders)]
-            fresh = self.untrained(encoders[0])
-            found += [
-                self.scores(fresh, name, self.draws[0], s)
-                for name in self.controls()
-                for s in range(2)
-            ]
-            found += [
-                self.scores(encoder, name, draws, seed)
-                for encoder in encoders
-                for name in self.perturbations()
-                for draws in self.draws_of(name)
-                for seed in range(2)
-            ]
-        return found
-
-    def controls(self) -> list[str]:
-        """The perturbations that an untrained network is scored under: the paper's, and the
-        augmentations."""
-        return [self.usual, *self.at_full()]
+    def tables(self) -> dict[str, Cells]:
+        known, first = self.encoders_of(self.methods), self.scored_data()
+        scores: dict[Labels, Stage] = {
+            (method, k, name, draws, seed): self.influence(
+                encoder, self.noise_seed + seed, data=first, perturbation=how, draws=draws
+            )
+            for (name, how), ((method, k), encoder) in product(
+                self.perturbations().items(), known.items()
+            )
+            for draws, seed in product(self.draws_of(name, str(method)), range(2))
+        }
+        labels = f"{BY} perturbation draws seed"
+        return {"scores": Cells(labels, scores), "accuracy": under(known, self.evaluation)}
 
 
 class BackgroundBias(Scored):
@@ -275,38 +253,21 @@ class Fairness(Scored):
             seed=seed,
         )
 
-    def thinned_encoder(
-        self, method: recipes.Method, seed: int, at_random: bool = False
-    ) -> Pretrain:
-        return self.training(method, self.seed + seed, self.removal(seed, at_random))
-
-    def thinned_scores(
-        self, method: recipes.Method, seed: int, at_random: bool = False
-    ) -> Influence:
-        """Scores of all images after a training without those of `removal`."""
-        return self.influence(self.thinned_encoder(method, seed, at_random))
-
-    def thinned_encoders(self, method: recipes.Method) -> list[Pretrain]:
-        """All that are trained again, with and without the group."""
-        return [
-            self.thinned_encoder(method, seed, r)
-            for seed in range(self.seeds)
-            for r in (False, True)
-        ]
-
-    def learned_without(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
-        """What these had learned, the least of both kinds; `encoders`: pairs of them, from
-        different seeds."""
-        return {**self.learned(artifacts, self.thinned_encoders(method)), "encoders": self.seeds}
-
-    def stages(self) -> list[Stage]:
-        each = self.with_untrained(self.methods)
-        found: list[Stage] = [*map(self.influence, each), *map(self.evaluation, each)]
-        found += map(self.removal, range(self.seeds))
-        for method in self.methods:
-            thinned = self.thinned_encoders(method)
-            found += [*map(self.influence, thinned), *self.learned_stages(thinned)]
-        return found
+    def tables(self) -> dict[str, Cells]:
+        known, seeds = self.encoders_of(self.methods), range(self.seeds)
+        without: dict[Labels, Pretrain | Given] = {
+            (m, s, what): self.training(m, self.seed + s, self.removal(s, what == "random"))
+            for m, s, what in product(self.methods, seeds, ("group", "random"))
+        }
+        fresh = {(UNTRAINED, 0, "none"): known[UNTRAINED, 0]}
+        labels = "method seed removed"
+        return {
+            "scores": under(known, self.influence),
+            "accuracy": under(known, self.evaluation),
+            "left out": Cells("seed", {(s,): self.removal(s) for s in seeds}),
+            "scores without": under(without, self.influence, labels),
+            "accuracy without": under(without | fresh, self.evaluation, labels),
+        }
 
 
 Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
@@ -412,7 +373,8 @@ class Outliers(Scored):
         }
 
 
-By = Literal["ssl", "supervised", "random"]
+REMOVED = ("top by ssl", "top by supervised", "random")  # what models are retrained without
+EQUAL = "supervised, equal strength"  # supervised models under the weaker noise
 
 
 class SupervisedVsSSL(Scored):
@@ -446,72 +408,56 @@ class SupervisedVsSSL(Scored):
         """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def supervised_encoders(self) -> list[Pretrain]:
+    def supervised_encoders(self) -> dict[Labels, Pretrain | Given]:
         """The supervised models that are scored."""
-        return [self.training("supervised", self.seed + k) for k in range(self.supervised)]
+        return {
+            ("supervised", k): self.training("supervised", self.seed + k)
+            for k in range(self.supervised)
+        }
 
-    def learned_with_supervised(self, artifacts: Artifacts, method: recipes.Method) -> Learned:
-        """What the encoders of a method and the supervised models had learned: the least kNN
-        accuracy of all."""
-        learned = self.learned(artifacts, self.scored_encoders(method))
-        classifiers = [
-            self.evaluation(e).read(artifacts)["knn"].mean() for e in self.supervised_encoders()
-        ]
-        return {**learned, "knn": min(learned["knn"], *map(float, classifiers))}
-
-    def scores(
-        self, encoder: Pretrain | Given, noise: int = 0, std: float | None = None
-    ) -> Influence:
-        """Scores by the stability loss, under one of two noises, of the usual strength or
-        another."""
-        strength = self.std if std is None else std
-        return self.influence(
-            encoder, self.noise_seed + noise, perturbation=GaussianNoise(self.mean, strength)
-        )
-
-    def cross_entropy_scores(self, encoder: Pretrain | None = None) -> Influence:
-        """Scores by a supervised model's own loss, by default the first's."""
-        encoder = encoder or self.supervised_encoders()[0]
+    def cross_entropy_scores(self, encoder: Pretrain | Given) -> Influence:
+        """Scores by a supervised model's own loss."""
         return self.influence(encoder, perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
 
-    def removal(self, by: By, seed: int) -> Prune:
+    def removal(self, removed: str, seed: int) -> Prune:
         """The top of one of the two scores, or as many images at random."""
         ssl = self.influence(self.pretrain(self.methods[0]))
-        if by == "random":
+        if removed == "random":
             return Prune(influence=ssl, which="random", share=self.share, seed=seed)
-        return Prune(
-            influence=ssl if by == "ssl" else self.cross_entropy_scores(),
-            which="top",
-            share=self.share,
-        )
+        by_label = self.cross_entropy_scores(self.training("supervised"))
+        by = ssl if removed == "top by ssl" else by_label
+        return Prune(influence=by, which="top", share=self.share)
 
-    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
-        return self.evaluation(self.pretrain(method, seed))
-
-    def pruned(self, method: recipes.Method, by: By, seed: int) -> Evaluate:
-        return self.evaluation(self.training(method, seed, self.removal(by, seed)))
-
-    def stages(self) -> list[Stage]:
-        classifiers = self.supervised_encoders()
-        *encoders, fresh = self.with_untrained(self.methods)
-        each = (*encoders, fresh, *classifiers)
-        found: list[Stage] = [
-            *map(self.cross_entropy_scores, classifiers),
-            *map(self.evaluation, classifiers),
-        ]
-        found += [stage for e in each for stage in (e, self.scores(e, 0), self.scores(e, 1))]
+    def tables(self) -> dict[str, Cells]:
+        known, classifiers = self.encoders_of(self.methods), self.supervised_encoders()
+        scores: dict[Labels, Stage] = {
+            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            for labels, encoder in {**known, **classifiers}.items()
+            for noise in range(2)
+        }
         if self.equal_std is not None:
-            found += [
-                self.scores(e, noise, self.equal_std) for e in classifiers for noise in range(2)
-            ]
-        found += self.learned_stages(encoders)
-        for method in self.trained:
-            for seed in self.judges:
-                found += [
-                    self.all_kept(method, seed),
-                    *(self.pruned(method, by, seed) for by in get_args(By)),
-                ]
-        return found
+            weak = GaussianNoise(self.mean, self.equal_std)
+            for (_, k), encoder in classifiers.items():
+                for noise in range(2):
+                    seed = self.noise_seed + noise
+                    scores[EQUAL, k, noise] = self.influence(encoder, seed, perturbation=weak)
+        runs: dict[Labels, Stage] = {
+            (m, removed, s): self.evaluation(
+                self.training(m, s, None if removed == "none" else self.removal(removed, s))
+            )
+            for m, removed, s in product(self.trained, ("none", *REMOVED), self.judges)
+        }
+        return {
+            "scores": Cells(f"{BY} noise", scores),
+            "by cross-entropy": under(classifiers, self.cross_entropy_scores),
+            "accuracy": under({**known, **classifiers}, self.evaluation),
+            "runs": Cells("trained removed seed", runs),
+        }
+
+    def scale(self, method: str, name: str = "accuracy") -> Learned:
+        """Of the encoders of a method; the least accuracy is that of the supervised models, too."""
+        own, supervised = super().scale(method, name), super().scale("supervised", name)
+        return {**own, "knn": min(own["knn"], supervised["knn"])}
 
 
 class LinearTheory(Plan):

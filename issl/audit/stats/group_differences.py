@@ -9,6 +9,8 @@ of groups (Holm).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -34,8 +36,8 @@ def group_differences(
         given: columns that might explain a difference (brightness, say).
 
     Returns:
-        Columns attribute, group, images, effect (an Estimate), p, adjusted_p; with `given`, left:
-        the partial rank correlation of score and membership given those columns (an Estimate).
+        Columns attribute, group, images, the effect as value, low, high and n, p, adjusted_p; with
+        `given`, left: the partial rank correlation of score and membership given those columns.
 
     Raises:
         IsslError: where no group is that large.
@@ -49,11 +51,11 @@ def group_differences(
                 continue
             row = {"attribute": attribute, "group": group, "images": int(flag.sum())}
             effects = [statistics.rank_biserial(r, flag)[0] for r in ranks]
-            row["effect"] = statistics.over_encoders(effects)
+            row |= statistics.over_encoders(effects).as_dict()
             row["p"] = statistics.rank_biserial(total, flag)[1]
             if given is not None:
                 parts = [statistics.partial_spearman(r, flag.astype(float), given) for r in ranks]
-                row["left"] = statistics.over_encoders(parts)
+                row["left"] = statistics.over_encoders(parts).value
             rows.append(row)
     if not rows:
         most = {a: int(groups[a].value_counts().iloc[0]) for a in groups}
@@ -66,7 +68,37 @@ def group_differences(
 
 def largest(table: pd.DataFrame) -> pd.Series:
     """The row of the largest effect, up or down."""
-    return table.iloc[int(np.argmax([abs(e.value) for e in table["effect"]]))]
+    return table.iloc[int(np.argmax(table["value"].abs()))]
+
+
+def most_different(
+    table: pd.DataFrame, untrained: pd.DataFrame
+) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The group that differs most, for a record.
+
+    Args:
+        table: as `group_differences` gives it.
+        untrained: the same of the network before training.
+
+    Returns:
+        Its p and its effect, with the same group's before training; and which group it is.
+    """
+    most, differ = largest(table), table[table["adjusted_p"] < 0.05]
+    effect, p = Estimate.of(most.to_dict()), float(most["adjusted_p"])
+    same = untrained[
+        (untrained["attribute"] == most["attribute"]) & (untrained["group"] == most["group"])
+    ]
+    metrics = {
+        "its_adjusted_p": Estimate(p, p, p, len(table)),
+        "largest_effect": magnitude(effect),
+        "signed_effect": effect,
+        "untrained": Estimate.of(same.iloc[0].to_dict()),
+    }
+    return metrics, {
+        "largest_group": f"{most['attribute']}: {most['group']}",
+        "groups_that_differ": list(differ["attribute"] + ": " + differ["group"]),
+        "tests_corrected_for": len(table),
+    }
 
 
 def magnitude(effect: Estimate) -> Estimate:

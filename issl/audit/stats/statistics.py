@@ -316,6 +316,21 @@ def correlation_margin(
     return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1], seed)
 
 
+def margin_at_equal_strength(
+    grid: Float[np.ndarray, "g 2 n"],
+    strengths: Sequence[float],
+    other: Float[np.ndarray, "2 n"],
+    strength: float,
+) -> Estimate:
+    """As `correlation_margin`, with the grid interpolated to the strength of the other setting.
+
+    Beyond the ends of the grid the nearest end is no match, so the interval is open.
+    """
+    found = correlation_margin(grid, matching_weights(strengths, strength), other)
+    inside = min(strengths) <= strength <= max(strengths)
+    return found if inside else Estimate(found.value, -np.inf, np.inf, found.n)
+
+
 def mean(values: np.ndarray) -> Estimate:
     """The mean with Student's interval; infinite for a single value, a point for equal ones."""
     values = np.asarray(values, float)
@@ -335,6 +350,13 @@ def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
         return np.log(x.mean(axis) / y.mean(axis))
 
     return _bootstrap((a, b), statistic, seed)
+
+
+def distance(estimate: Estimate, number: float) -> Estimate:
+    """How far an estimate is from a number, either way."""
+    ends = abs(estimate.low - number), abs(estimate.high - number)
+    low = 0.0 if estimate.low <= number <= estimate.high else min(ends)
+    return Estimate(abs(estimate.value - number), low, max(ends), estimate.n)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

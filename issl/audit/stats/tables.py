@@ -17,6 +17,7 @@ RANGES = {
     "enrichment": (0.0,),
     "share": (0.0, 1.0),
     "precision": (0.0, 1.0),
+    "pearson": (-1.0, 1.0),
     "spearman": (-1.0, 1.0),
 }
 
