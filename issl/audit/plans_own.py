@@ -32,7 +32,9 @@ from issl.audit.stages import (
 )
 from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
+from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize
+from issl.pretraining.learner import Learner
 
 SIMILARITY = "cosine similarity"  # of features, in the place of cross-influence
 ALL = -1  # in the place of an image that is left out: trained on all
@@ -637,9 +639,9 @@ class Derivation(Plan):
 
 
 class Objectives(Scored):
-    """18_objectives: what the three SSL objectives see, and whether following them makes features
-    stable.
+    """18_objectives: what the SSL objectives see, and whether following them makes features stable.
 
+    methods          side by side; the first one's weights are those at which all are compared
     batch            images whose projections are looked at: the first ones
     gradient_batch   images in the batches whose gradients are compared, of which there are
                      `gradient_draws`
@@ -648,6 +650,7 @@ class Objectives(Scored):
 
     notebook: ClassVar[str] = "18_objectives"
 
+    methods: tuple[recipes.Method, ...] = recipes.SSL
     n: int = Field(256, ge=32)
     width: int = Field(4, ge=1)
     epochs: Epochs | dict[recipes.Method, Epochs] = 12
@@ -658,8 +661,6 @@ class Objectives(Scored):
     asked: int = Field(100, ge=8)
     draws: int = Field(2, ge=1)
 
-    methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
-    followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
     measured_seed: ClassVar[int] = MEASURED
 
     def asked_data(self) -> Data:
@@ -671,8 +672,27 @@ class Objectives(Scored):
         run = self.training(method)
         return (*(run.snapshots or ()), run.epochs)
 
-    def stages(self) -> list[Stage]:
-        return [self.training(method) for method in self.followed]
+    def moments(self, method: recipes.Method) -> dict[str, int]:
+        """The numbers of epochs after which gradients are compared, in words."""
+        kept = self.states(method)
+        return {"before": 0, "half way": kept[len(kept) // 2 - 1], "at the end": kept[-1]}
+
+    def tables(self) -> dict[str, Cells]:
+        followed = (*self.methods, "supervised")
+        return {"trainings": Cells("method", {(m,): self.training(m) for m in followed})}
+
+    def learner(self, method: recipes.Method, done: int) -> Learner:
+        """What a method trains, after so many epochs. BatchNorm's statistics are estimated on these
+        images at every state: running averages of a few steps would still hold what they began
+        with, and the states could not be compared."""
+        stage, images = self.training(method), self.training_set
+        if done:
+            found = stage.learner(self.store, done)
+        else:
+            classes = int(images.require_labels().max()) + 1 if method == "supervised" else None
+            found = Learner(stage.recipe, self.width, classes, stage.seed)
+        estimate_statistics(found.encoder.backbone, images, stage.recipe.view_a)
+        return found
 
 
 OWN: tuple[type[Plan], ...] = (
