@@ -567,9 +567,7 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
 
 
 def removed_rows(table: pd.DataFrame, method: str, which: str) -> pd.Series:
-    rows = table[
-        (table["table"] == "removed") & (table["method"] == method) & (table["removed"] == which)
-    ]
+    rows = table[(table["method"] == method) & (table["removed"] == which)]
     return rows.set_index("metric")["value"]
 
 
@@ -578,11 +576,7 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
 ) -> None:
     p = plan("14_bridges")
     table = numbers(out, "14_bridges")
-    removed = table[
-        (table["table"] == "removed")
-        & (table["removed"] == "betweenness")
-        & (table["metric"] == "modularity")
-    ]
+    removed = table[(table["removed"] == "betweenness") & (table["metric"] == "modularity")]
     assert (removed["low"] < removed["value"]).all() and (removed["value"] < removed["high"]).all()
     # against removals of as many of each class, the classes' own counts are the same
     p_images, score = (
@@ -603,12 +597,10 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
     plain = (
         (images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")
     ).to_numpy()
-    scores = np.log(p.dose_scores(0.5, 0).read(p.artifacts())["influence"].to_numpy())
+    scores = np.log(p.each("doses")[0.5, 0]["influence"].to_numpy())
     uniform = images.attributes["uniform"].to_numpy(bool)
-    dose = table[(table["table"] == "dose") & (table["background"] == "uniform")].set_index(
-        "share.1" if "share.1" in table else "share"
-    )
-    assert dose.loc[0.5, "value"] == pytest.approx(
+    dose = numbers(out, "14_bridges_doses").set_index(["background", "share"])
+    assert dose.loc[("uniform", 0.5), "value"] == pytest.approx(
         scores[uniform & plain].mean() - scores[~uniform & plain].mean()
     )
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.claims import Learned
-from issl.audit.plan import BY, Cells, Epochs, Labels, Plan, Scored, learned_by, under
+from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, learned_by, under
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -408,37 +408,31 @@ class Bridges(Scored):
             update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
-    def dose_scores(self, share: float, seed: int) -> Influence:
-        return self.influence(self.dose_encoder(share, seed), data=self.dose(share))
-
-    def stages(self) -> list[Stage]:
-        tests = [
-            self.features(e, self.data("test"))
-            for method in self.methods
-            for e in self.scored_encoders(method)
-        ]
-        doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
-        drawn = [self.dose_scores(*at) for at in doses]
-        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
-        return [*self.of_each(self.methods), *between, *tests, *drawn, *self._doses_learned()]
-
-    def _doses_learned(self) -> list[Evaluate]:
-        """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the
-        usual backgrounds."""
-        encoders = [
-            self.dose_encoder(share, seed)
-            for share in self.trained_doses
-            for seed in range(self.dose_seeds)
-        ]
-        if not encoders:
-            return []
+    def tables(self) -> dict[str, Cells]:
+        known, k = self.encoders_of(self.methods), self.neighbours
+        trained = {labels: e for labels, e in known.items() if labels[0] != UNTRAINED}
+        doses = list(product(self.trained_doses, range(self.dose_seeds)))
+        drawn = [self.dose_encoder(*dose) for dose in doses]
+        by_dose: dict[Labels, Stage] = {
+            dose: self.influence(e, data=e.data) for dose, e in zip(doses, drawn, strict=True)
+        }
+        # on scenes of the usual backgrounds
         test = Data(name="scenes", split="test", n=self.n_test)
-        return [self.evaluation(e, e.data, test) for e in (*encoders, self.untrained(encoders[0]))]
-
-    def doses_learned(self, artifacts: Artifacts) -> Learned:
-        """As `learned`, of the encoders of all doses: one for each number of uniform backgrounds
-        and seed."""
-        return learned_by(self._doses_learned(), artifacts)
+        on_scenes: dict[Labels, Stage] = {
+            (self.methods[0], number): self.evaluation(e, e.data, test)
+            for number, e in enumerate(drawn)
+        }
+        if drawn:
+            fresh = self.untrained(drawn[0])
+            on_scenes[UNTRAINED, 0] = self.evaluation(fresh, fresh.data, test)
+        return {
+            **self.scored_and_evaluated(known),
+            "nearest": under(known, lambda e: self.nearest(e, k)),
+            "betweenness": under(known, lambda e: self.betweenness(e, k)),
+            "test features": under(trained, lambda e: self.features(e, self.data("test"))),
+            "doses": Cells("share seed", by_dose),
+            "accuracy on scenes": Cells(BY, on_scenes),
+        }
 
 
 class Taught(Retrained):
