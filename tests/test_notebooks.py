@@ -22,7 +22,7 @@ from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
 from issl.audit.plans_own import ALL, Channel, Kind
 from issl.audit.profiles import ProfileOptions
-from issl.audit.stages import Evaluate, Stability, Top
+from issl.audit.stages import Evaluate, Stability
 from issl.audit.stats import baselines, explained_variance, statistics
 from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.audit.stats.pixel_features import pixel_features
@@ -607,69 +607,45 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
 
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     p = plan("15_taught")
-    artifacts = p.artifacts()
-    for which, stage in p.scores().items():
-        scores = stage.read(artifacts)
-        for q in range(2):
-            assert p.listed(which, q).read(artifacts) == sorted(
-                scores[q].topk(p.k).indices.tolist()
-            )
+    removals, features = p.each("removals"), p.each("features")
+    losses = {k: np.log(t["stability_loss"].to_numpy()) for k, t in p.each("losses").items()}
+    lists = list(p.each("scores").items())
+    for (which, scores), q in product(lists, range(2)):
+        assert removals[which, q] == sorted(scores[q].topk(p.k).indices.tolist())
     assert p.training_effect().batch_size == p.retrained("continued", 0).batch_size
 
-    def moved(kind: Kind, channel: Channel, s: int, removal: Top, q: int) -> float:
-        encoders = (p.retrained(kind, s, removal), p.retrained(kind, s))
-        a, b = (
-            p.query_features(**p.measured(e, kind, channel)).read(artifacts)[q].double()
-            for e in encoders
-        )
+    def moved(kind: Kind, channel: Channel, s: int, which: str, q: int) -> float:
+        """How far a query's features are from those of the training on all images."""
+        ways = ((kind, channel, s, which, q), (kind, channel, s, "none", ALL))
+        a, b = (features[way][q].double() for way in ways)
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
 
-    def rise(kind: Kind, s: int, removal: Top, q: int) -> float:
+    def rise(kind: Kind, s: int, which: str, made_for: int, q: int) -> float:
         """Of a query's log loss, BatchNorm held, less the mean over queries."""
-        without, full = (
-            np.log(
-                p.query_losses(**p.measured(e, kind, "BatchNorm held")).read(artifacts)[
-                    "stability_loss"
-                ]
-            )
-            for e in (p.retrained(kind, s, removal), p.retrained(kind, s))
-        )
-        return float((without - full)[q] - (without - full).mean())
+        held = (kind, "BatchNorm held", s)
+        change = losses[*held, which, made_for] - losses[*held, "none", ALL]
+        return float(change[q] - change.mean())
 
-    for kind, (claim, channel) in product(
-        p.kinds_of_retraining,
-        (
-            ("taught_more_than_nearest_held", "BatchNorm held"),
-            ("taught_more_than_nearest", "as trained"),
-        ),
-    ):
-        by_list = [
-            np.mean(
-                [moved(kind, channel, s, p.listed(which, q), q) for s in range(2) for q in range(2)]
-            )
+    claims_of = {
+        "taught_more_than_nearest_held": "BatchNorm held",
+        "taught_more_than_nearest": "as trained",
+    }
+    each = list(product(range(2), range(2)))  # seeds and queries
+    for kind, (claim, channel) in product(p.kinds_of_retraining, claims_of.items()):
+        ours, nearest_ = (
+            np.mean([moved(kind, channel, s, which, q) for s, q in each])
             for which in ("influence", "nearest")
-        ]
-        want = by_list[0] - by_list[1]
+        )
         got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]
-        assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
-    for kind, (which, prefix) in product(
-        p.kinds_of_retraining,
-        (("training-aware", ""), ("influence", "influence_"), ("nearest", "nearest_")),
-    ):
+        assert got == pytest.approx(ours - nearest_, rel=1e-3, abs=1e-3)
+    prefixes = {"training-aware": "", "influence": "influence_", "nearest": "nearest_"}
+    for kind, (which, prefix) in product(p.kinds_of_retraining, prefixes.items()):
         own, anothers = (
-            np.mean(
-                [
-                    rise(kind, s, p.listed(which, (q + other) % 2), q)
-                    for s in range(2)
-                    for q in range(2)
-                ]
-            )
-            for other in (0, 1)
+            np.mean([rise(kind, s, which, (q + other) % 2, q) for s, q in each]) for other in (0, 1)
         )
         got = record(out, f"training_aware_list_is_the_querys.{kind}")["metrics"]
-        assert got[f"{prefix}rise_less_anothers"]["value"] == pytest.approx(
-            own - anothers, rel=1e-3, abs=1e-4
-        )
+        wanted = pytest.approx(own - anothers, rel=1e-3, abs=1e-4)
+        assert got[f"{prefix}rise_less_anothers"]["value"] == wanted
     table = numbers(out, "15_taught")
     measured = table[table["metric"] == "single"].groupby("kind")["channel"].unique()
     assert {kind: set(found) for kind, found in measured.items()} == {

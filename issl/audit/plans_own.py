@@ -466,45 +466,35 @@ class Taught(Retrained):
             "nearest": self.nearness(),
         }
 
-    def listed(self, which: str, query: int) -> Top:
-        """The images that lead such a list for a query."""
-        return Top(scores=self.scores()[which], query=query, k=self.k)
-
-    def random(self, number: int) -> Draw:
-        """As many random images."""
-        return Draw(data=self.scored(), share=self.share, seed=number)
-
-    def removals(self) -> dict[tuple[str, int], Draw | Top]:
-        """The images that are removed, by the list's name and the query that it is for (or its
-        number)."""
-        lists = {
-            (which, query): self.listed(which, query)
-            for which in self.scores()
+    def removals(self) -> dict[Labels, Draw | Top]:
+        """The images that are removed, by the list's name and the query that it is for; or as many
+        random ones, by a number."""
+        found: dict[Labels, Draw | Top] = {
+            (which, query): Top(scores=scores, query=query, k=self.k)
+            for which, scores in self.scores().items()
             for query in range(self.asked)
         }
-        return {
-            **lists,
-            **{("random", number): self.random(number) for number in range(self.drawn)},
-        }
-
-    def query_features(self, **measured: Any) -> Embed:
-        return Embed(**measured, data=self.query_data())
-
-    def stages(self) -> list[Stage]:
-        removals = list(self.removals().values())
-        found: list[Stage] = [
-            self.pretrain(),
-            *self.learned_stages([self.pretrain()]),
-            *self.scores().values(),
-            *removals,
-        ]
-        for kind, s, removal in product(
-            self.kinds_of_retraining, range(self.seeds), (None, *removals)
-        ):
-            for channel in self.channels(kind):
-                how = self.measured(self.retrained(kind, s, removal), kind, channel)
-                found += [self.query_losses(**how), self.query_features(**how)]
+        for number in range(self.drawn):
+            found["random", number] = Draw(data=self.scored(), share=self.share, seed=number)
         return found
+
+    def tables(self) -> dict[str, Cells]:
+        removals = self.removals()
+        losses: dict[Labels, Stage] = {}
+        features: dict[Labels, Stage] = {}
+        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
+            for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
+                how = self.measured(self.retrained(kind, s, removals.get(key)), kind, channel)
+                losses[kind, channel, s, *key] = self.query_losses(**how)
+                features[kind, channel, s, *key] = Embed(**how, data=self.query_data())
+        each = "kind channel seed removed number"
+        return {
+            "accuracy": under(self.encoders_of((self.method,)), self.evaluation),
+            "scores": Cells("score", {(name,): stage for name, stage in self.scores().items()}),
+            "removals": Cells("removed number", removals),
+            "losses": Cells(each, losses),
+            "features": Cells(each, features),
+        }
 
 
 class TrainingAware(Retrained):
