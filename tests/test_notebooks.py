@@ -655,41 +655,27 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
 
 def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     p = plan("16_training_aware")
-    artifacts, table = p.artifacts(), numbers(out, "16_training_aware")
-    n = len(p.scored().load())
+    table, tables, effects = numbers(out, "16_training_aware"), p.tables(), p.each("effects")
+    after = {k: log_losses(s, p.store) for k, s in tables["after subsets"].stages.items()}
+    left_out = p.each("left out")
     for method in p.methods:
-        first = p.first(method, 0)
-        kept = np.ones((p.subsets, n), bool)
-        for k in range(p.subsets):
-            kept[k, p.draw(k).read(artifacts)] = False
-        losses = np.exp(log_losses(p.query_losses(pretrain=first), artifacts))
-        predicted = -(
-            p.training_effect(first).read(artifacts).numpy() / losses[:, None]
-        ) @ kept.T.astype(float)
+        before = np.exp(log_losses(tables["query losses"].stages[method, 0], p.store))
+        scores = effects[method, 0, "marginal effect"].numpy() / before[:, None]
+        gone = left_out.values()
+        predicted = np.stack([-np.delete(scores, k, 1).sum(1) for k in gone], 1)
+        predicted -= predicted.mean(0)
         runs = [
-            np.stack(
-                [
-                    log_losses(p.subset_losses(first, s, k, "BatchNorm held"), artifacts)
-                    for k in range(p.subsets)
-                ],
-                1,
-            )
+            np.stack([after[method, 0, "BatchNorm held", s, k] for k in left_out], 1)
             for s in range(p.seeds)
         ]
         measured = np.mean([run - run.mean(0) for run in runs], 0)
-        predicted -= predicted.mean(0)
         want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
         got = record(out, f"training_aware_predicts.{method}")["metrics"]
         assert got["lds"]["value"] == pytest.approx(want)
         assert got["lds_less_paper"]["value"] == pytest.approx(want - got["lds_paper"]["value"])
-    shown = table[table["method"].isin(p.methods)]
-    assert set(shown["channel"]) == set(p.channels("continued"))
-    assert {
-        *p.effects(p.first("simclr", 0)),
-        "similarity of pixels",
-        "gradient of the subset",
-        "ceiling",
-    } == set(shown["predictor"])
+    assert set(table["channel"]) == set(p.channels("continued"))
+    more = {"similarity of pixels", "gradient of the subset", "ceiling"}
+    assert set(table["predictor"]) == {name for *_, name in effects} | more
 
 
 def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(

@@ -15,7 +15,7 @@ from issl.audit.stats.statistics import Estimate
 from issl.pretraining.recipes import NAMES
 
 PALETTE = "colorblind"
-__all__ = ["COLOURS", "literal", "save", "style"]
+__all__ = ["COLOURS", "save", "style"]
 
 
 def forest(
@@ -35,11 +35,6 @@ def forest(
     each = [colours] * len(rows) if isinstance(colours, tuple | str) else colours
     _intervals(axes, np.arange(len(rows))[::-1], estimates, each, 1.3, 16)
     _finish(axes, names, estimates, label, nothing)
-
-
-def asked(axes: Axes, at: float) -> None:
-    """A dotted line at what a claim's test asks for (`issl.audit.claims.threshold`)."""
-    axes.axvline(at, color="black", lw=0.9, ls=":", zorder=0.5)
 
 
 def forests(

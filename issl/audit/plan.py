@@ -504,15 +504,6 @@ class Scored(Plan):
         (`issl.audit.claims.Scale`)."""
         return learned_by(self.learned_stages(encoders), artifacts)
 
-    def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
-        """For each method its encoders, with the scores and the features of this notebook's images,
-        and what they learned; the same of the network before training."""
-        each = self.with_untrained(methods)
-        return [
-            *(stage for e in each for stage in (e, self.influence(e), self.features(e))),
-            *map(self.evaluation, each),
-        ]
-
 
 def learned_by(evaluations: list[Evaluate], artifacts: Artifacts) -> Learned:
     """What encoders had learned, by evaluations of each; the last one is of the untrained

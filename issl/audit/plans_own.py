@@ -516,17 +516,6 @@ class TrainingAware(Retrained):
     share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
     view_draws: int = Field(1, ge=1)  # draws of batch mates and views
 
-    def first(self, method: recipes.Method, encoder: int) -> Pretrain:
-        """The encoder that is scored."""
-        return self.training(method, self.seed + encoder)
-
-    def draw(self, k: int) -> Draw:
-        """The images that subset number `k` leaves out."""
-        return Draw(data=self.scored(), share=1 - self.share, seed=k)
-
-    def on_subset(self, first: Pretrain, seed: int, k: int) -> Pretrain:
-        return self.retrained("continued", seed, self.draw(k), first=first)
-
     def all_along(self, first: Pretrain) -> Pretrain:
         """A continued training on all candidates, of which states along the way are kept."""
         run = self.retrained("continued", self.seeds, first=first)
@@ -552,35 +541,33 @@ class TrainingAware(Retrained):
             "BatchNorm's statistics": StatisticsEffect(**self.of_training(first)),
         }
 
-    def bound(self, first: Pretrain) -> SubsetEffect:
-        """The gradient of each subset itself: the most that a first-order score can know."""
-        left_out = tuple(self.draw(k) for k in range(self.subsets))
-        return SubsetEffect(
-            **self.of_training(first), left_out=left_out, view_draws=2 * self.view_draws
-        )
-
-    def firsts(self) -> list[tuple[recipes.Method, int]]:
-        return list(product(self.methods, range(self.encoders)))
-
-    def subset_losses(self, first: Pretrain, seed: int, k: int, channel: Channel) -> Stability:
-        return self.query_losses(
-            **self.measured(self.on_subset(first, seed, k), "continued", channel)
-        )
-
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = [
-            e for m in self.methods for e in self.learned_stages(self.scored_encoders(m))
-        ]
-        found += [self.draw(k) for k in range(self.subsets)]
-        for method, e in self.firsts():
-            first = self.first(method, e)
-            found += [self.query_losses(pretrain=first), self.bound(first)]
-            found += self.effects(first).values()
-            for channel, s, k in product(
-                self.channels("continued"), range(self.seeds), range(self.subsets)
-            ):
-                found.append(self.subset_losses(first, s, k, channel))
-        return found
+    def tables(self) -> dict[str, Cells]:
+        data, views = self.scored(), 2 * self.view_draws
+        draws = [Draw(data=data, share=1 - self.share, seed=k) for k in range(self.subsets)]
+        before: dict[Labels, Stage] = {}
+        effects: dict[Labels, Stage] = {}
+        of_subsets: dict[Labels, Stage] = {}
+        after: dict[Labels, Stage] = {}
+        for m, e in product(self.methods, range(self.encoders)):
+            first = self.training(m, self.seed + e)
+            before[m, e] = self.query_losses(pretrain=first)
+            effects |= {(m, e, name): stage for name, stage in self.effects(first).items()}
+            # the gradient of each subset itself: the most that a first-order score can know
+            fields = {**self.of_training(first), "view_draws": views}
+            of_subsets[m, e] = SubsetEffect(**fields, left_out=tuple(draws))
+            for s, (k, draw) in product(range(self.seeds), enumerate(draws)):
+                encoder = self.retrained("continued", s, draw, first=first)
+                for channel in self.channels("continued"):
+                    how = self.measured(encoder, "continued", channel)
+                    after[m, e, channel, s, k] = self.query_losses(**how)
+        return {
+            "accuracy": under(self.encoders_of(self.methods), self.evaluation),
+            "left out": Cells("subset", {(k,): draw for k, draw in enumerate(draws)}),
+            "query losses": Cells(BY, before),
+            "effects": Cells(f"{BY} predictor", effects),
+            "effects of subsets": Cells(BY, of_subsets),
+            "after subsets": Cells(f"{BY} channel seed subset", after),
+        }
 
 
 class Derivation(Plan):
