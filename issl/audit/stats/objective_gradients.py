@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, softmax
 
 from issl.data.images import Images
+from issl.errors import IsslError
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
 from issl.pretraining.learner import Learner
@@ -116,12 +117,22 @@ def vicreg(z: Projections, recipe: Recipe) -> ByHand:
     return ByHand((sees[0] + sees[1]) / 2, apart + torch.cat(pulls))
 
 
-BY_HAND: dict[str, Callable[[Projections, Recipe], ByHand]] = {
+_FORMULAS: dict[str, Callable[[Projections, Recipe], ByHand]] = {
     "simclr": simclr,
     "byol": byol,
     "barlow_twins": barlow_twins,
     "vicreg": vicreg,
 }
+
+
+def by_hand(z: Projections, recipe: Recipe) -> ByHand:
+    """What the formulas say of the objective of a recipe; raises IsslError where there is none."""
+    if recipe.method not in _FORMULAS:
+        raise IsslError(
+            f"method {recipe.method!r}: its gradient is not written down here; choose among "
+            f"{', '.join(_FORMULAS)}, or add it to issl.audit.stats.objective_gradients"
+        )
+    return _FORMULAS[recipe.method](z, recipe)
 
 
 def _through_unit(g: Projections, z: Projections) -> Projections:
