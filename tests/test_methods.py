@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import issl
+from issl.audit.stats import objective_gradients
 from issl.devices import computes_bf16
 from issl.pretraining.encoder import load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner, spread
@@ -85,6 +86,20 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) ->
         model(x).square().mean().backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("method", [*SSL, "vicreg"])
+def test_gradients_by_hand_are_those_of_the_losses(method: str) -> None:
+    """Standard deviations lie on both sides of VICReg's hinge."""
+    z = torch.cat(rows(12, 5)).double() * torch.tensor([0.2, 0.5, 1.0, 2.0, 3.0])
+    short = recipe(method, "short")
+    found = objective_gradients.by_hand(z, short).gradient
+    torch.testing.assert_close(found, objective_gradients.gradient(z, short), rtol=1e-6, atol=1e-8)
+
+
+def test_a_method_without_a_gradient_by_hand_is_named() -> None:
+    with pytest.raises(issl.IsslError, match="choose among simclr, byol"):
+        objective_gradients.by_hand(torch.cat(rows()), recipe("supervised", "short"))
 
 
 def test_lars_is_lightlys() -> None:

@@ -204,7 +204,7 @@ def judge(
     claim = claims()[name]
     if learned is None and claim.scale != "none":
         raise IsslError(
-            f"claim {name!r} is about encoders: say what they learned (learned=plan.learned(...))"
+            f"claim {name!r} is about encoders: say what they learned (learned=plan.scale(method))"
         )
     tests = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
     states = [test.state(metrics) for test in tests]

@@ -421,12 +421,6 @@ class Scored(Plan):
         or those given."""
         return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
 
-    def with_untrained(self, methods: Iterable[recipes.Method]) -> list[Pretrain | Given]:
-        """The encoders that are scored, method by method, and last their network before any
-        training."""
-        encoders = [e for method in methods for e in self.scored_encoders(method)]
-        return [*encoders, self.untrained(encoders[0])]
-
     def about_encoders(self, method: str) -> dict[str, Any]:
         seeds = [self.seed + k for k in range(self.encoders)]
         noises = {"noise_seeds": [self.noise_seed]}
@@ -494,30 +488,3 @@ class Scored(Plan):
         if isinstance(encoder, Given):
             return self.training().model_copy(update={"width": encoder.width, **changes})
         return (encoder or self.training()).model_copy(update={**changes, "without": None})
-
-    def learned_stages(self, encoders: Iterable[Pretrain | Given]) -> list[Evaluate]:
-        """What `learned` reads."""
-        encoders = list(encoders)
-        return [self.evaluation(e) for e in (*encoders, *map(self.untrained, encoders[:1]))]
-
-    def learned(self, artifacts: Artifacts, encoders: Iterable[Pretrain | Given]) -> Learned:
-        """What these encoders, of one method, had learned: the least kNN accuracy of them, that of
-        the first one's network before training, and how many they are. Claims ask for it
-        (`issl.audit.claims.Scale`)."""
-        return learned_by(self.learned_stages(encoders), artifacts)
-
-    def of_each(self, methods: tuple[recipes.Method, ...]) -> list[Stage]:
-        """For each method its encoders, with the scores and the features of this notebook's images,
-        and what they learned; the same of the network before training."""
-        each = self.with_untrained(methods)
-        return [
-            *(stage for e in each for stage in (e, self.influence(e), self.features(e))),
-            *map(self.evaluation, each),
-        ]
-
-
-def learned_by(evaluations: list[Evaluate], artifacts: Artifacts) -> Learned:
-    """What encoders had learned, by evaluations of each; the last one is of the untrained
-    network."""
-    *trained, fresh = (float(e.read(artifacts)["knn"].mean()) for e in evaluations)
-    return {"knn": min(trained), "untrained": fresh, "encoders": len(trained)}

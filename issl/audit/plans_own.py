@@ -10,16 +10,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from issl.audit.cache import Artifacts, Stage
-from issl.audit.claims import Learned
-from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, learned_by, under
+from issl.audit.cache import Stage
+from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, under
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
     Draw,
     Embed,
     Evaluate,
-    Influence,
     Nearness,
     Pairs,
     Pick,
@@ -32,7 +30,9 @@ from issl.audit.stages import (
 )
 from issl.influence.curvature import Curvature, Identity
 from issl.pretraining import recipes
+from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize
+from issl.pretraining.learner import Learner
 
 SIMILARITY = "cosine similarity"  # of features, in the place of cross-influence
 ALL = -1  # in the place of an image that is left out: trained on all
@@ -390,37 +390,31 @@ class Bridges(Scored):
             update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
-    def dose_scores(self, share: float, seed: int) -> Influence:
-        return self.influence(self.dose_encoder(share, seed), data=self.dose(share))
-
-    def stages(self) -> list[Stage]:
-        tests = [
-            self.features(e, self.data("test"))
-            for method in self.methods
-            for e in self.scored_encoders(method)
-        ]
-        doses = [(dose, seed) for dose in self.trained_doses for seed in range(self.dose_seeds)]
-        drawn = [self.dose_scores(*at) for at in doses]
-        between = (self.betweenness(e, self.neighbours) for e in self.with_untrained(self.methods))
-        return [*self.of_each(self.methods), *between, *tests, *drawn, *self._doses_learned()]
-
-    def _doses_learned(self) -> list[Evaluate]:
-        """kNN of the encoders trained on scenes, and of their network untrained, on scenes of the
-        usual backgrounds."""
-        encoders = [
-            self.dose_encoder(share, seed)
-            for share in self.trained_doses
-            for seed in range(self.dose_seeds)
-        ]
-        if not encoders:
-            return []
+    def tables(self) -> dict[str, Cells]:
+        known, k = self.encoders_of(self.methods), self.neighbours
+        trained = {labels: e for labels, e in known.items() if labels[0] != UNTRAINED}
+        doses = list(product(self.trained_doses, range(self.dose_seeds)))
+        drawn = [self.dose_encoder(*dose) for dose in doses]
+        by_dose: dict[Labels, Stage] = {
+            dose: self.influence(e, data=e.data) for dose, e in zip(doses, drawn, strict=True)
+        }
+        # on scenes of the usual backgrounds
         test = Data(name="scenes", split="test", n=self.n_test)
-        return [self.evaluation(e, e.data, test) for e in (*encoders, self.untrained(encoders[0]))]
-
-    def doses_learned(self, artifacts: Artifacts) -> Learned:
-        """As `learned`, of the encoders of all doses: one for each number of uniform backgrounds
-        and seed."""
-        return learned_by(self._doses_learned(), artifacts)
+        on_scenes: dict[Labels, Stage] = {
+            (self.methods[0], number): self.evaluation(e, e.data, test)
+            for number, e in enumerate(drawn)
+        }
+        if drawn:
+            fresh = self.untrained(drawn[0])
+            on_scenes[UNTRAINED, 0] = self.evaluation(fresh, fresh.data, test)
+        return {
+            **self.scored_and_evaluated(known),
+            "nearest": under(known, lambda e: self.nearest(e, k)),
+            "betweenness": under(known, lambda e: self.betweenness(e, k)),
+            "test features": under(trained, lambda e: self.features(e, self.data("test"))),
+            "doses": Cells("share seed", by_dose),
+            "accuracy on scenes": Cells(BY, on_scenes),
+        }
 
 
 class Taught(Retrained):
@@ -454,45 +448,35 @@ class Taught(Retrained):
             "nearest": self.nearness(),
         }
 
-    def listed(self, which: str, query: int) -> Top:
-        """The images that lead such a list for a query."""
-        return Top(scores=self.scores()[which], query=query, k=self.k)
-
-    def random(self, number: int) -> Draw:
-        """As many random images."""
-        return Draw(data=self.scored(), share=self.share, seed=number)
-
-    def removals(self) -> dict[tuple[str, int], Draw | Top]:
-        """The images that are removed, by the list's name and the query that it is for (or its
-        number)."""
-        lists = {
-            (which, query): self.listed(which, query)
-            for which in self.scores()
+    def removals(self) -> dict[Labels, Draw | Top]:
+        """The images that are removed, by the list's name and the query that it is for; or as many
+        random ones, by a number."""
+        found: dict[Labels, Draw | Top] = {
+            (which, query): Top(scores=scores, query=query, k=self.k)
+            for which, scores in self.scores().items()
             for query in range(self.asked)
         }
-        return {
-            **lists,
-            **{("random", number): self.random(number) for number in range(self.drawn)},
-        }
-
-    def query_features(self, **measured: Any) -> Embed:
-        return Embed(**measured, data=self.query_data())
-
-    def stages(self) -> list[Stage]:
-        removals = list(self.removals().values())
-        found: list[Stage] = [
-            self.pretrain(),
-            *self.learned_stages([self.pretrain()]),
-            *self.scores().values(),
-            *removals,
-        ]
-        for kind, s, removal in product(
-            self.kinds_of_retraining, range(self.seeds), (None, *removals)
-        ):
-            for channel in self.channels(kind):
-                how = self.measured(self.retrained(kind, s, removal), kind, channel)
-                found += [self.query_losses(**how), self.query_features(**how)]
+        for number in range(self.drawn):
+            found["random", number] = Draw(data=self.scored(), share=self.share, seed=number)
         return found
+
+    def tables(self) -> dict[str, Cells]:
+        removals = self.removals()
+        losses: dict[Labels, Stage] = {}
+        features: dict[Labels, Stage] = {}
+        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
+            for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
+                how = self.measured(self.retrained(kind, s, removals.get(key)), kind, channel)
+                losses[kind, channel, s, *key] = self.query_losses(**how)
+                features[kind, channel, s, *key] = Embed(**how, data=self.query_data())
+        each = "kind channel seed removed number"
+        return {
+            "accuracy": under(self.encoders_of((self.method,)), self.evaluation),
+            "scores": Cells("score", {(name,): stage for name, stage in self.scores().items()}),
+            "removals": Cells("removed number", removals),
+            "losses": Cells(each, losses),
+            "features": Cells(each, features),
+        }
 
 
 class TrainingAware(Retrained):
@@ -513,17 +497,6 @@ class TrainingAware(Retrained):
     subsets: int = Field(8, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
     view_draws: int = Field(1, ge=1)  # draws of batch mates and views
-
-    def first(self, method: recipes.Method, encoder: int) -> Pretrain:
-        """The encoder that is scored."""
-        return self.training(method, self.seed + encoder)
-
-    def draw(self, k: int) -> Draw:
-        """The images that subset number `k` leaves out."""
-        return Draw(data=self.scored(), share=1 - self.share, seed=k)
-
-    def on_subset(self, first: Pretrain, seed: int, k: int) -> Pretrain:
-        return self.retrained("continued", seed, self.draw(k), first=first)
 
     def all_along(self, first: Pretrain) -> Pretrain:
         """A continued training on all candidates, of which states along the way are kept."""
@@ -550,35 +523,33 @@ class TrainingAware(Retrained):
             "BatchNorm's statistics": StatisticsEffect(**self.of_training(first)),
         }
 
-    def bound(self, first: Pretrain) -> SubsetEffect:
-        """The gradient of each subset itself: the most that a first-order score can know."""
-        left_out = tuple(self.draw(k) for k in range(self.subsets))
-        return SubsetEffect(
-            **self.of_training(first), left_out=left_out, view_draws=2 * self.view_draws
-        )
-
-    def firsts(self) -> list[tuple[recipes.Method, int]]:
-        return list(product(self.methods, range(self.encoders)))
-
-    def subset_losses(self, first: Pretrain, seed: int, k: int, channel: Channel) -> Stability:
-        return self.query_losses(
-            **self.measured(self.on_subset(first, seed, k), "continued", channel)
-        )
-
-    def stages(self) -> list[Stage]:
-        found: list[Stage] = [
-            e for m in self.methods for e in self.learned_stages(self.scored_encoders(m))
-        ]
-        found += [self.draw(k) for k in range(self.subsets)]
-        for method, e in self.firsts():
-            first = self.first(method, e)
-            found += [self.query_losses(pretrain=first), self.bound(first)]
-            found += self.effects(first).values()
-            for channel, s, k in product(
-                self.channels("continued"), range(self.seeds), range(self.subsets)
-            ):
-                found.append(self.subset_losses(first, s, k, channel))
-        return found
+    def tables(self) -> dict[str, Cells]:
+        data, views = self.scored(), 2 * self.view_draws
+        draws = [Draw(data=data, share=1 - self.share, seed=k) for k in range(self.subsets)]
+        before: dict[Labels, Stage] = {}
+        effects: dict[Labels, Stage] = {}
+        of_subsets: dict[Labels, Stage] = {}
+        after: dict[Labels, Stage] = {}
+        for m, e in product(self.methods, range(self.encoders)):
+            first = self.training(m, self.seed + e)
+            before[m, e] = self.query_losses(pretrain=first)
+            effects |= {(m, e, name): stage for name, stage in self.effects(first).items()}
+            # the gradient of each subset itself: the most that a first-order score can know
+            fields = {**self.of_training(first), "view_draws": views}
+            of_subsets[m, e] = SubsetEffect(**fields, left_out=tuple(draws))
+            for s, (k, draw) in product(range(self.seeds), enumerate(draws)):
+                encoder = self.retrained("continued", s, draw, first=first)
+                for channel in self.channels("continued"):
+                    how = self.measured(encoder, "continued", channel)
+                    after[m, e, channel, s, k] = self.query_losses(**how)
+        return {
+            "accuracy": under(self.encoders_of(self.methods), self.evaluation),
+            "left out": Cells("subset", {(k,): draw for k, draw in enumerate(draws)}),
+            "query losses": Cells(BY, before),
+            "effects": Cells(f"{BY} predictor", effects),
+            "effects of subsets": Cells(BY, of_subsets),
+            "after subsets": Cells(f"{BY} channel seed subset", after),
+        }
 
 
 class Derivation(Plan):
@@ -621,9 +592,9 @@ class Derivation(Plan):
 
 
 class Objectives(Scored):
-    """18_objectives: what the three SSL objectives see, and whether following them makes features
-    stable.
+    """18_objectives: what the SSL objectives see, and whether following them makes features stable.
 
+    methods          side by side; the first one's weights are those at which all are compared
     batch            images whose projections are looked at: the first ones
     gradient_batch   images in the batches whose gradients are compared, of which there are
                      `gradient_draws`
@@ -632,6 +603,7 @@ class Objectives(Scored):
 
     notebook: ClassVar[str] = "18_objectives"
 
+    methods: tuple[recipes.Method, ...] = recipes.SSL
     n: int = Field(256, ge=32)
     width: int = Field(4, ge=1)
     epochs: Epochs | dict[recipes.Method, Epochs] = 12
@@ -642,8 +614,6 @@ class Objectives(Scored):
     asked: int = Field(100, ge=8)
     draws: int = Field(2, ge=1)
 
-    methods: ClassVar[tuple[recipes.Method, ...]] = recipes.SSL  # side by side, so always all three
-    followed: ClassVar[tuple[recipes.Method, ...]] = (*recipes.SSL, "supervised")
     measured_seed: ClassVar[int] = MEASURED
 
     def asked_data(self) -> Data:
@@ -655,8 +625,27 @@ class Objectives(Scored):
         run = self.training(method)
         return (*(run.snapshots or ()), run.epochs)
 
-    def stages(self) -> list[Stage]:
-        return [self.training(method) for method in self.followed]
+    def moments(self, method: recipes.Method) -> dict[str, int]:
+        """The numbers of epochs after which gradients are compared, in words."""
+        kept = self.states(method)
+        return {"before": 0, "half way": kept[len(kept) // 2 - 1], "at the end": kept[-1]}
+
+    def tables(self) -> dict[str, Cells]:
+        followed = (*self.methods, "supervised")
+        return {"trainings": Cells("method", {(m,): self.training(m) for m in followed})}
+
+    def learner(self, method: recipes.Method, done: int) -> Learner:
+        """What a method trains, after so many epochs. BatchNorm's statistics are estimated on these
+        images at every state: running averages of a few steps would still hold what they began
+        with, and the states could not be compared."""
+        stage, images = self.training(method), self.training_set
+        if done:
+            found = stage.learner(self.store, done)
+        else:
+            classes = int(images.require_labels().max()) + 1 if method == "supervised" else None
+            found = Learner(stage.recipe, self.width, classes, stage.seed)
+        estimate_statistics(found.encoder.backbone, images, stage.recipe.view_a)
+        return found
 
 
 OWN: tuple[type[Plan], ...] = (

@@ -222,6 +222,27 @@ def own_move(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"], at: int)
     return float(np.log(max(moved[at], 1e-12) / max(np.median(moved), 1e-12)))
 
 
+def query_changes(
+    before: Float[Tensor, "q d"], after: Float[Tensor, "q d"], losses: Any, losses_after: Any
+) -> pd.DataFrame:
+    """What a training without some images changed of queries, against the training on all.
+
+    Args:
+        before: features after training on all images.
+        after: features after training without some.
+        losses: stability losses after training on all images.
+        losses_after: those after training without some.
+
+    Returns:
+        moved, the log cosine distance of a query's features; and rise of its log loss, less the
+        mean over queries.
+    """
+    a, b = (torch.nn.functional.normalize(f.double(), dim=1) for f in (after, before))
+    moved = (1 - (a * b).sum(1)).clamp(min=1e-12).log().numpy()
+    now, then = (log_loss(values) for values in (losses_after, losses))
+    return pd.DataFrame({"moved": moved, "rise": (now - now.mean()) - (then - then.mean())})
+
+
 def rankings(
     scores: Mapping[str, np.ndarray], measured: Float[np.ndarray, "s n"]
 ) -> dict[str, Estimate]:

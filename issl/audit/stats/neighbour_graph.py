@@ -120,6 +120,20 @@ def spectrum(
     return np.maximum(2 - values[order], 0.0), vectors[:, order]
 
 
+def bottlenecks(
+    graph: sparse.csr_array, k: int = 10
+) -> tuple[Float[np.ndarray, " e"], Float[np.ndarray, " n"]]:
+    """The eigenvalues after 0 among the k smallest of `spectrum`, and each image's part in the
+    first three bottlenecks: how far its neighbours lie from it, on average, in the coordinates of
+    their eigenvectors. (In a graph of many pieces, the first three vectors of all.)"""
+    values, vectors = spectrum(graph, k)
+    pieces = int((values < 1e-8).sum())
+    place = vectors[:, pieces : pieces + 3] if pieces <= k - 3 else vectors[:, :3]
+    i, j = graph.nonzero()
+    distances = np.linalg.norm(place[i] - place[j], axis=1)
+    return values[pieces:], np.bincount(i, distances, graph.shape[0]) / np.bincount(i)
+
+
 def separability(features: Float[Tensor, "n d"], labels: np.ndarray) -> float:
     """Mean silhouette of the classes by cosine distance, in [−1, 1] (Rousseeuw 1987).
 

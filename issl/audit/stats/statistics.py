@@ -343,6 +343,20 @@ def mean(values: np.ndarray) -> Estimate:
     return Estimate(centre, float(interval.low), float(interval.high), n)
 
 
+def mean_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
+    """The mean of some values less that of others, with Welch's interval; two or more of each."""
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    difference = float(np.mean(a) - np.mean(b))
+    return Estimate(difference, float(interval.low), float(interval.high), len(a) + len(b))
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> Estimate:
+    """Of the least squares line through three or more points, with Student's interval."""
+    line = stats.linregress(x, y)
+    half = float(stats.t.ppf(0.975, len(x) - 2) * line.stderr)
+    return Estimate(float(line.slope), line.slope - half, line.slope + half, len(x))
+
+
 def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
     """log(mean a / mean b) of paired values ≥ 0 (0: no difference); bootstrap over pairs."""
 

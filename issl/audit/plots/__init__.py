@@ -1,1 +1,0 @@
-"""The notebooks' own figures, one module per notebook: tables in, figure out."""
