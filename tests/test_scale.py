@@ -129,7 +129,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (write("list.pt", [1, 2]), None, "not a state dict"),
         (write("empty.pt", {"epoch": 3}), None, "holds no state dict; its entries are epoch"),
         (write("mlp.pt", nn.Linear(2, 2).state_dict()), None, "no ResNet among its keys"),
-        (write("two.pt", two), None, "several ResNets"),
+        (write("two.pt", two), None, "several encoders"),
         (
             write("cut.pt", {k: v for k, v in net.items() if "bn2" not in k}),
             None,
