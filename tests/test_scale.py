@@ -121,7 +121,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (tmp_path / "text.pt").write_text("hello")
     net = thin().state_dict()
-    two = {f"{p}.{k}": v for p in ("a", "b") for k, v in net.items()}
+    two = {f"{p}.{k}": v + (p == "b") for p in ("a", "b") for k, v in net.items()}
     cases = [
         ("nowhere.pt", None, "is not a file; give one, or torchvision:NAME"),
         (str(tmp_path / "text.pt"), None, "is no checkpoint; give"),

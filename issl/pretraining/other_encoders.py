@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict
@@ -314,7 +315,7 @@ def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
     def fits(key: str, value: Tensor) -> bool:
         return key in expected and expected[key].shape == value.shape
 
-    found = encoders_in(state, ({}, places), fits, len(expected) / 2)
+    found = encoders_in(state, ({}, places), fits, (len(expected) + 1) // 2)
     if not found:
         raise IsslError(
             f"{what}: fewer than half of the model's weights are among its keys, of the same shape "
@@ -327,7 +328,7 @@ def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
 
 
 def encoders_in(
-    state: State, layouts: Sequence[Layout], known: Callable[[str, Tensor], bool], least: float
+    state: State, layouts: Sequence[Layout], known: Callable[[str, Tensor], bool], least: int
 ) -> dict[str, State]:
     """The encoders in a state dict.
 
@@ -463,24 +464,29 @@ def read_tensors(path: Path) -> State:
 def _content(path: Path) -> Any:
     """What torch.save wrote, if it is tensors, numbers, text, and the options of a command line."""
     try:
-        if zipfile.is_zipfile(path):  # torch.save does not compress
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins == b"PK":  # torch.save does not compress
             with zipfile.ZipFile(path) as archive:
                 declared = sum(member.file_size for member in archive.infolist()) / 1e6
             if declared > (held := path.stat().st_size / 1e6):
                 raise ValueError(
-                    f"declares {declared:,.1f} MB of content in a file of {held:,.1f} MB"
+                    f"declares {declared:.1f} MB of content in a file of {held:.1f} MB"
                 )
+        elif begins[:1] != b"\x80":
+            raise ValueError("neither a zip archive nor a pickle")
         # many keep their options beside the weights; a Namespace only holds values
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's reader stumbles over
-        if asks := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise IsslError(
-                f"{path} holds more than tensors (it asks for {asks[1]}), and reading that could "
-                "run code. If you trust its source, save its weights alone: torch.save(torch.load("
-                "FILE, weights_only=False)['state_dict'], 'weights.pt') (or the entry that holds "
-                "them)"
-            ) from error
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # what it asks for, by torch's message
+        asks = f" (it asks for {named[1]})" if named else ""
+        raise IsslError(
+            f"{path} holds more than tensors{asks}, and reading that could run code. If you trust "
+            "its source, save its weights alone: torch.save(torch.load(FILE, weights_only=False)"
+            "['state_dict'], 'weights.pt') (or the entry that holds them)"
+        ) from error
+    except Exception as error:  # of a damaged file, whatever torch's reader stumbles over
         raise IsslError(
             f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote "
             f"({shorten(str(error), 200) or type(error).__name__}); if it was one, get it from its "
