@@ -137,7 +137,7 @@ def test_an_untrained_network_is_calibrated_and_can_be_scored(artifacts: Artifac
         Influence(pretrain=raw, data=DATA).read(artifacts)
     assert Influence(pretrain=ready, data=DATA).read(artifacts)["influence"].median() > 0
     with pytest.raises(issl.IsslError, match="cannot be calibrated"):
-        Pretrain(data=DATA, recipe=FIRST.recipe, epochs=1, **SIZES, calibrated=True)
+        Pretrain(data=DATA, recipe=FIRST.recipe, epochs=1, snapshots=(), calibrated=True)
 
 
 def test_one_untrained_network_serves_all_methods() -> None:

@@ -80,13 +80,10 @@ def resnet18(width: int = 64) -> nn.Sequential:
             f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)"
         )
     stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-    stages: list[nn.Module] = []
-    inside = width
-    for stage in range(4):
-        outside, stride = width * 2**stage, 1 if stage == 0 else 2
-        stages.append(
-            nn.Sequential(BasicBlock(inside, outside, stride), BasicBlock(outside, outside))
-        )
+    stages, inside = [], width
+    for outside, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        first, second = BasicBlock(inside, outside, stride), BasicBlock(outside, outside)
+        stages.append(nn.Sequential(first, second))
         inside = outside
     return nn.Sequential(Normalize(), *stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -102,9 +99,8 @@ class Head:
     norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "out", "layers"):
-            if not is_whole(getattr(self, name), 1):
-                raise IsslError(f"Head({name}={getattr(self, name)!r}): must be 1 or more")
+        if not all(is_whole(number, 1) for number in (self.hidden, self.out, self.layers)):
+            raise IsslError(f"{self}: hidden, out and layers must be 1 or more")
 
     def build(self, inside: int) -> nn.Sequential:
         """The network, from `inside` values to `out`."""
@@ -165,11 +161,10 @@ def save_encoder(
             stay as they are.
     """
     header = {"width": encoder.width, "head": asdict(encoder.head), **about}
-    tensors = {**encoder.state_dict(), **(beside or {})}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    if half:
-        matrices = {k for k, v in tensors.items() if v.is_floating_point() and v.ndim > 1}
-        tensors = {k: v.half() if k in matrices else v for k, v in tensors.items()}
+    tensors = encoder.state_dict() | (beside or {})
+    for name, value in tensors.items():
+        kept = value.half() if half and value.is_floating_point() and value.ndim > 1 else value
+        tensors[name] = kept.detach().cpu().contiguous()
     with atomic(path) as part:
         save_file(tensors, part, {"issl": json.dumps(header)})
 
@@ -207,13 +202,12 @@ def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     width, head = header.get("width"), header.get("head")
     try:
-        layers = Head(**header["head"]).layers
-        if layers > len(state):
-            raise IsslError(f"{layers} layers")
-        with torch.device("meta"):  # nothing of the promised size is allocated
-            promised = Encoder(header["width"], Head(**header["head"]))
+        promised = Head(**header["head"])
+        if promised.layers > len(state):
+            raise IsslError(f"{promised.layers} layers")
         own = {k: v for k, v in state.items() if k.startswith(OWN)}
-        promised.load_state_dict(own, assign=True)
+        with torch.device("meta"):  # nothing of the promised size is allocated
+            Encoder(header["width"], promised).load_state_dict(own, assign=True)
     except (KeyError, TypeError, RuntimeError, IsslError) as error:
         raise IsslError(
             f"encoder {path}: its tensors are not those of its header, width {width!r} and head "

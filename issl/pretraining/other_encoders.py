@@ -196,9 +196,9 @@ def resnet_from(state: State, what: str, part: str | None = None) -> Opened:
     classifier = state.get(f"{solo[1] or ''}classifier.weight") if solo else None
     width, _, side, _ = own["conv1.weight"].shape
     large = side == 7
-    padding = 3 if large else 1 if classifier is None else 2
+    stride, padding = (2, 3) if large else (1, 1 if classifier is None else 2)
     layers = {
-        "conv1": nn.Conv2d(3, width, side, 2 if large else 1, padding, bias=False),
+        "conv1": nn.Conv2d(3, width, side, stride, padding, bias=False),
         "bn1": nn.BatchNorm2d(width),
         "relu": nn.ReLU(inplace=True),
         "maxpool": nn.MaxPool2d(3, 2, 1) if large else nn.Identity(),
@@ -218,23 +218,19 @@ def _stage(own: State, stage: int) -> nn.Sequential:
     from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import
 
     blocks: list[nn.Module] = []
-    while (key := f"layer{stage}.{len(blocks)}.conv1.weight") in own:
-        place = key.removesuffix("conv1.weight")
-        inner, inside, _, _ = own[key].shape
-        bottleneck = f"{place}conv3.weight" in own
-        outside = len(own[f"{place}conv{3 if bottleneck else 2}.weight"])
+    while f"{(place := f'layer{stage}.{len(blocks)}.')}conv1.weight" in own:
+        inner, inside, _, _ = own[f"{place}conv1.weight"].shape
+        block, last = (Bottleneck, 3) if f"{place}conv3.weight" in own else (BasicBlock, 2)
+        outside = len(own[f"{place}conv{last}.weight"])
         stride = 2 if stage > 1 and not blocks else 1
         down = None
         if f"{place}downsample.0.weight" in own:
             shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False)
             down = nn.Sequential(shortcut, nn.BatchNorm2d(outside))
-        if bottleneck:
-            # a wide ResNet's inner width differs from a quarter of its output
-            quarter = outside // Bottleneck.expansion
-            base = 64 * inner * Bottleneck.expansion // outside
-            blocks.append(Bottleneck(inside, quarter, stride, down, base_width=base))
-        else:
-            blocks.append(BasicBlock(inside, outside, stride, down))
+        planes = outside // block.expansion
+        # of a wide ResNet the inner width is another one
+        base = 64 if block is BasicBlock else 64 * inner * block.expansion // outside
+        blocks.append(block(inside, planes, stride, down, base_width=base))
     return nn.Sequential(*blocks)
 
 
@@ -330,17 +326,11 @@ def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
 def encoders_in(
     state: State, layouts: Sequence[Layout], known: Callable[[str, Tensor], bool], least: int
 ) -> dict[str, State]:
-    """The encoders in a state dict.
+    """The encoders in a file: prefix → what lies under it, but not under the longer prefix of
+    another encoder, and at no place that is none of the encoder's layers.
 
-    Args:
-        state: Of a whole file.
-        layouts: How an encoder's layers may be called.
-        known: Whether a tensor of this name is one that makes an encoder.
-        least: How many of them do.
-
-    Returns:
-        Prefix → what lies under it, but not under the longer prefix of another encoder; without
-        what lies at another place than the encoder's layers.
+    An encoder is where at least so many tensors are `known` by their usual name; `layouts` says how
+    its layers may be called.
     """
     best: dict[str, tuple[int, Layout]] = {}
     for layout in layouts:
