@@ -7,7 +7,6 @@ is measured with the statistics held: copied from another encoder, or estimated 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from issl.data.views import VIEW_UNIFORMS, View
 from issl.errors import IsslError
 from issl.keyed_random import uniform
 
-STATISTICS = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 ESTIMATED = 1 << 33  # the seed of the views for estimates: no training draws these
 
 
@@ -84,7 +83,7 @@ def _weighted(layer: _BatchNorm, weights: Tensor, x: Tensor) -> Tensor:
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give `target` the running statistics of `source`, a network of the same build; returns it."""
     theirs, own = (
-        {name: value for name, value in net.state_dict().items() if STATISTICS.search(name)}
+        {name: value for name, value in net.state_dict().items() if name.endswith(STATISTICS)}
         for net in (source, target)
     )
     if theirs.keys() != own.keys():

@@ -371,9 +371,9 @@ def chosen(found: dict[str, State], part: str | None, what: str) -> str:
             left = rest
     first = left[0]
     for prefix in left[1:]:
-        one, other = found[first], found[prefix]
+        a, b = found[first], found[prefix]
         # one module may be a part of another: backbone and model.backbone
-        if one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one):
+        if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
             raise IsslError(
                 f"{what}: several encoders among its keys ({_listed(left)}); choose one with "
                 f"part={(first or prefix).rstrip('.')!r}"
