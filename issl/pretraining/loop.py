@@ -41,6 +41,7 @@ COLLAPSED = 0.02
 LARGEST_SEED = 1 << 40  # see `_generator`
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of compilation pays off
 VERSIONS = 128  # of a function that torch compiles, in one process
+SIMCLR = published("simclr")
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history
 AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
 
@@ -131,7 +132,7 @@ def epoch_batches(
 
 def pretrain(
     images: Images,
-    recipe: Recipe | None = None,
+    recipe: Recipe = SIMCLR,
     *,
     width: int = 64,
     epochs: int = 200,
@@ -174,7 +175,6 @@ def pretrain(
             that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
             another run.
     """
-    recipe = published("simclr") if recipe is None else recipe
     n, device = len(images), torch.device(execution.device)
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
     _check(n, keep, epochs, batch_size, seed)

@@ -272,8 +272,9 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, str, Scale, in
 
     if name not in models.list_models(module=models):
         raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
-    drawn = name not in ("googlenet", "inception_v3") or pretrained  # theirs would take a minute
-    options = {} if drawn else {"init_weights": False}
+    # to draw weights that are replaced takes these two long
+    slow = name in ("googlenet", "inception_v3") and not pretrained
+    options = {"init_weights": False} if slow else {}
     model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # heads that are called in training alone
         if hasattr(model, auxiliary):
