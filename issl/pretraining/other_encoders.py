@@ -353,8 +353,10 @@ def encoders_in(
 
 def _usual(name: str, layout: Layout) -> str:
     """A tensor's usual name; empty for one at no place of the layout."""
+    if not layout:
+        return name
     place, dot, rest = name.partition(".")
-    return name if not layout else layout[place] + dot + rest if place in layout else ""
+    return layout[place] + dot + rest if place in layout else ""
 
 
 def chosen(found: dict[str, State], part: str | None, what: str) -> str:
@@ -412,9 +414,8 @@ def load(model: nn.Module, found: dict[str, State], prefix: str, what: str) -> s
     others = [p for p in found if p != prefix]
     note = f", keys {prefix}…" if prefix else ""
     note += f" (not {_listed(others)}; part= takes another)" if others else ""
-    return note + (
-        f", left out: {', '.join(sorted({k.split('.')[0] for k in heads}))}" * bool(heads)
-    )
+    left_out = ", ".join(sorted({k.split(".")[0] for k in heads}))
+    return note + (f", left out: {left_out}" if heads else "")
 
 
 # --- the tensors of a file
