@@ -35,7 +35,8 @@ import issl
 from issl.data.views import VIEW_UNIFORMS
 from issl.devices import keep_freed_memory
 from issl.pretraining.learner import Learner
-from issl.pretraining.methods.simclr import nt_xent
+from issl.pretraining.methods import METHODS
+from issl.pretraining.methods.base import Batch
 from issl.pretraining.optimizer import groups
 from issl.pretraining.recipes import recipe
 
@@ -72,7 +73,8 @@ def plain(images: issl.Images, width: int, batch_size: int, steps: int) -> Calla
         learner, optimizer = new(width)
         for x, u in batches(images, batch_size, steps, turn):
             both = torch.cat([HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1])])
-            update(nt_xent(*learner.encoder(both).chunk(2), HOW.temperature), optimizer)
+            loss = METHODS["simclr"].loss((learner.encoder(both),), Batch(HOW))
+            update(loss, optimizer)
 
     return program
 

@@ -12,13 +12,12 @@ from issl.devices import Batches, full_precision
 from issl.influence.losses import stability_loss
 from issl.influence.perturbation import Perturb, Perturbation, keyed_draws
 
+CPU = torch.device("cpu")
+
 
 @torch.no_grad()
-def embed(
-    encoder: nn.Module, images: Images, device: torch.device | None = None
-) -> Float[Tensor, "n d"]:
+def embed(encoder: nn.Module, images: Images, device: torch.device = CPU) -> Float[Tensor, "n d"]:
     """Features of all images, on the CPU; the encoder is moved to `device`."""
-    device = torch.device("cpu") if device is None else device
     encoder, batch = encoder.to(device), 128 if device.type == "cpu" else 1024
 
     def features(part: slice) -> Tensor:
@@ -35,12 +34,11 @@ def stability_losses(
     perturbation: Perturbation | Perturb,
     seed: int = 0,
     draws: int = 1,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> np.ndarray:
     """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], mean over the draws. Needs only a
     forward pass, no gradient. Draw k of seed s is that of seed s + k·2³², as in
     `issl.self_influence`."""
-    device = torch.device("cpu") if device is None else device
     encoder, batch = encoder.to(device), 128 if device.type == "cpu" else 1024
     perturbs = keyed_draws(perturbation, seed, draws)
     index = images.index

@@ -4,6 +4,7 @@ for skip."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +27,16 @@ from issl.influence import reference
 from issl.influence.layers import scored_layers
 from issl.pretraining.other_encoders import open_encoder
 
-VIT = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 12,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 0,
-}
+VIT = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=0)  # noqa: C408
+SWIN = dict(img_size=16, patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(2, 2), num_classes=0)  # noqa: C408
+MODERN = dict(init_values=0.1, reg_tokens=2, mlp_layer=timm.layers.SwiGLUPacked)  # noqa: C408
+TABLES = [
+    f"layers.{k}.blocks.{b}.attn.relative_position_bias_table" for k in (0, 1) for b in (0, 1)
+]
 SMALL = {  # how it is made, and what cannot be scored
     "ViT": (lambda: VisionTransformer(**VIT), ["cls_token", "pos_embed"]),
     "DINOv2": (  # LayerScale, register tokens, SwiGLU, fused attention
-        lambda: VisionTransformer(
-            **VIT,
-            init_values=1e-1,
-            reg_tokens=2,
-            mlp_layer=timm.layers.SwiGLUPacked,
-            no_embed_class=True,
-        ),
+        lambda: VisionTransformer(**VIT, **MODERN, no_embed_class=True),
         ["cls_token", "reg_token", "pos_embed"],
     ),
     "ViT of averages": (
@@ -51,24 +44,10 @@ SMALL = {  # how it is made, and what cannot be scored
         ["pos_embed"],
     ),
     "ConvNeXt": (lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 6, 6, 8), num_classes=0), []),
-    "Swin": (  # tables of relative positions
-        lambda: SwinTransformer(
-            img_size=16,
-            patch_size=2,
-            embed_dim=8,
-            depths=(2, 2),
-            num_heads=(2, 2),
-            window_size=4,
-            num_classes=0,
-        ),
-        [
-            f"layers.{k}.blocks.{b}.attn.relative_position_bias_table"
-            for k in (0, 1)
-            for b in (0, 1)
-        ],
-    ),
+    "Swin": (lambda: SwinTransformer(**SWIN, window_size=4), TABLES),  # of relative positions
     "ResNet-50": (lambda: headless(ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)), []),
 }
+SIDE = {"ConvNeXt": 32, "ResNet-50": 32}  # of the images; of others 16
 
 
 def headless(net: ResNet) -> ResNet:
@@ -78,19 +57,12 @@ def headless(net: ResNet) -> ResNet:
 
 def build(name: str) -> nn.Module:
     """In double precision; BatchNorm has seen images."""
-    with torch.random.fork_rng():
+    side = SIDE.get(name, 16)
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         net = SMALL[name][0]().double().train()
-        with torch.no_grad():
-            net(
-                torch.rand(8, 3, 16, 16, dtype=torch.float64)
-                if name not in ("ConvNeXt", "ResNet-50")
-                else WIDE
-            )
+        net(torch.rand(8, 3, side, side, dtype=torch.float64))
     return net.eval()
-
-
-WIDE = torch.rand(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -101,7 +73,7 @@ def test_scored_as_autograd_says_or_named(name: str) -> None:
             scored_layers(net)
         (listed,) = re.findall(r"--skip ([\w.,]+)", str(error.value))
         assert sorted(listed.split(",")) == sorted(skip)
-    images = pictures(6, side=32 if name in ("ConvNeXt", "ResNet-50") else 16)
+    images = pictures(6, side=SIDE.get(name, 16))
     losses, gradients = reference.gradients(net, images, GaussianNoise().keyed(0))
     gradients = {layer: gradients[layer] for layer in scored_layers(net, skip)}
     assert len(gradients) >= 8
@@ -111,9 +83,8 @@ def test_scored_as_autograd_says_or_named(name: str) -> None:
     np.testing.assert_allclose(plain["grad_norm"], norm, rtol=1e-7)
     if name != "ResNet-50":  # its widest layer has two million weights: no dense reference
         exact = issl.self_influence(net, images, curvature=Exact(), skip=skip)
-        np.testing.assert_allclose(
-            exact["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6
-        )
+        want = reference.self_influence(gradients, 0.1)
+        np.testing.assert_allclose(exact["influence"], want, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -126,47 +97,42 @@ def test_scored_as_autograd_says_or_named(name: str) -> None:
         ("torchvision:resnet50", ""),
     ],
 )
-def test_at_full_size_by_name(name: str, skip: str, tmp_path) -> None:
-    kind, _, model = name.partition(":")
-    torch.manual_seed(0)
-    if kind == "timm":
-        net = timm.create_model(model, pretrained=False)
-    else:
-        net = get_model(model, weights=None).train()
-        with torch.no_grad():
-            net(torch.rand(4, 3, 64, 64))
-    torch.save(net.state_dict(), tmp_path / "w.pt")
+def test_at_full_size_by_name(name: str, skip: str, tmp_path: Path) -> None:
+    torch.save(theirs(name).state_dict(), tmp_path / "w.pt")
     opened = open_encoder(name, str(tmp_path / "w.pt"))
-    skipped = opened.own_names(skip.split(","))
-    scores = issl.fit(
-        opened.encoder, pictures(4, side=opened.size), curvature=LoGra(4), skip=skipped
-    ).score(pictures(2, seed=1, side=opened.size))
+    train, query = pictures(4, side=opened.size), pictures(2, seed=1, side=opened.size)
+    how = {"curvature": LoGra(4), "skip": opened.own_names(skip.split(","))}
+    scores = issl.fit(opened.encoder, train, **how).score(query)
     assert np.isfinite(scores["influence"]).all() and (scores["influence"] > 0).all()
 
 
 # --- weights of these models in files, wherever they lie
-# ---------------------------------------------------
+
+HALF = (0.5, 0.5, 0.5)
 
 
-def theirs(spec: str, seed: int = 0, **options: object) -> nn.Module:
+def theirs(spec: str, seed: int = 0) -> nn.Module:
     """The whole model, with random weights and statistics."""
     kind, _, name = spec.partition(":")
+    quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = (
-            timm.create_model(name) if kind == "timm" else get_model(name, weights=None, **options)
-        )
+        net = timm.create_model(name) if kind == "timm" else get_model(name, weights=None, **quick)
     return trained(net)
 
 
 def without_head(net: nn.Module) -> nn.Module:
     if hasattr(net, "reset_classifier"):  # timm's
         net.reset_classifier(0)
-        return net.eval()
-    head = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, last = head.rpartition(".")
-    setattr(net.get_submodule(parent), last, nn.Identity())
-    return net
+    else:
+        net.set_submodule(
+            [k for k, m in net.named_modules() if isinstance(m, nn.Linear)][-1], nn.Identity()
+        )
+    return net.eval()
+
+
+def pre(prefix: str, state: dict) -> dict:
+    return {prefix + name: value for name, value in state.items()}
 
 
 def by_place(net: nn.Module) -> dict:
@@ -174,180 +140,110 @@ def by_place(net: nn.Module) -> dict:
     return nn.ModuleDict({"backbone": nn.Sequential(*list(net.children())[:-1])}).state_dict()
 
 
-def old_dense(state: dict) -> dict:
-    """The names in torchvision's own files of DenseNets."""
-    return {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", k): v for k, v in state.items()
+def old_names(net: nn.Module) -> dict:
+    """The names in torchvision's own files of DenseNets and ViTs."""
+    dense = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", k): v
+        for k, v in net.state_dict().items()
     }
-
-
-def old_vit(state: dict) -> dict:
-    """The names in torchvision's own files of ViTs."""
     return {
         k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v
-        for k, v in state.items()
+        for k, v in dense.items()
     }
 
 
-WAYS = {  # model, what is in the file, what is said
-    "DataParallel": (
-        "torchvision:resnet18",
-        lambda n: pre("module.", n.state_dict()),
-        "without fc, keys module.…",
-    ),
-    "by place": ("torchvision:resnet18", by_place, "without fc, keys backbone.…"),
-    "an attribute of the compiled": (
+def mae(net: nn.Module) -> dict:
+    parts = ("decoder_embed", "decoder_blocks.0.norm1", "decoder_norm", "mask_token")
+    return {"model": net.state_dict() | {f"{part}.weight": torch.ones(3) for part in parts}}
+
+
+def with_buffers(net: nn.Module) -> dict:
+    """Old versions saved tables of positions, too."""
+    return net.state_dict() | {k: v for k, v in net.named_buffers() if "relative_position" in k}
+
+
+plain = nn.Module.state_dict
+WAYS = [  # model, what is in the file, what is said
+    ("torchvision:resnet18", lambda n: pre("module.", plain(n)), "without fc, keys module.…"),
+    ("torchvision:resnet18", by_place, "without fc, keys backbone.…"),
+    (
         "torchvision:mobilenet_v3_small",
-        lambda n: {"model": pre("_orig_mod.net.encoder.", n.state_dict())},
+        lambda n: {"model": pre("_orig_mod.net.encoder.", plain(n))},
         "without classifier.3, keys model.net.encoder.…",
     ),
-    "old DenseNet": (
-        "torchvision:densenet121",
-        lambda n: old_dense(n.state_dict()),
-        "without classifier",
-    ),
-    "old ViT": ("torchvision:vit_b_32", lambda n: old_vit(n.state_dict()), "without heads.head"),
-    "a version asked for": (
-        "torchvision:mnasnet0_5",
-        lambda n: n.state_dict(),
-        "without classifier.1",
-    ),
-    "auxiliary heads": (
-        "torchvision:googlenet",
-        lambda n: n.state_dict(),
-        "without fc, left out: aux1, aux2; pixels",
-    ),
-    "timm's own": (
-        "timm:mobilenetv3_small_050",
-        lambda n: n.state_dict(),
-        "without head, left out: classifier",
-    ),
-    "head in a head": (
-        "timm:convnext_atto",
-        lambda n: n.state_dict(),
-        "without head, left out: head",
-    ),
-    "two heads": (
-        "timm:levit_128s",
-        lambda n: {"model": n.state_dict()},
-        "keys model.…, left out: head, head_dist",
-    ),
-    "MAE": (
-        "timm:vit_tiny_patch16_224",
-        lambda n: {
-            "model": n.state_dict()
-            | {
-                f"{k}.weight": torch.ones(3)
-                for k in ("decoder_embed", "decoder_blocks.0.norm1", "decoder_norm")
-            }
-            | {"mask_token": torch.ones(1, 1, 3)}
-        },
-        "keys model.…, left out: decoder_blocks, decoder_embed, decoder_norm, head, mask_token",
-    ),
-    "buffers of old versions": (
-        "timm:swin_tiny_patch4_window7_224",
-        lambda n: (
-            n.state_dict() | {k: v for k, v in n.named_buffers() if "relative_position_index" in k}
-        ),
-        "without head, left out: head",
-    ),
-}
+    ("torchvision:densenet121", old_names, "without classifier"),
+    ("torchvision:vit_b_32", old_names, "without heads.head"),
+    ("torchvision:mnasnet0_5", plain, "without classifier.1"),  # asks for a version
+    ("timm:mobilenetv3_small_050", plain, "without head, left out: classifier"),
+    ("timm:convnext_atto", plain, "left out: head"),
+    ("timm:levit_128s", lambda n: {"model": plain(n)}, "keys model.…, left out: head, head_dist"),
+    ("timm:vit_tiny_patch16_224", mae, "decoder_embed, decoder_norm, head, mask_token"),
+    ("timm:swin_tiny_patch4_window7_224", with_buffers, "without head, left out: head"),
+]
 
 
-def pre(prefix: str, state: dict) -> dict:
-    return {prefix + name: value for name, value in state.items()}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_of_named_models_in_files(way: str, tmp_path: Path) -> None:
-    spec, content, said = WAYS[way]
-    net = theirs(spec, **({"init_weights": False} if "googlenet" in spec else {}))
+@pytest.mark.parametrize(("spec", "content", "said"), WAYS)
+def test_weights_of_named_models_in_files(
+    spec: str, content: Callable[[nn.Module], dict], said: str, tmp_path: Path
+) -> None:
+    net = theirs(spec)
     torch.save(content(net), tmp_path / "w.pth")
     opened = open_encoder(spec, str(tmp_path / "w.pth"))
     assert said in opened.about
-    if "googlenet" in spec:
-        net.transform_input = True
-    config = (
-        resolve_model_data_config(net)
-        if spec.startswith("timm")
-        else {"mean": IMAGENET[0], "std": IMAGENET[1]}
-    )
-    same_features(opened.encoder, without_head(net), 224, (config["mean"], config["std"]))
+    config = resolve_model_data_config(net) if spec.startswith("timm") else {}
+    scale = config.get("mean", IMAGENET[0]), config.get("std", IMAGENET[1])
+    same_features(opened.encoder, without_head(net), 224, scale)
 
 
 def test_which_of_two_named_models(tmp_path: Path) -> None:
     spec, file = "timm:vit_tiny_patch16_224", str(tmp_path / "w.pth")
-    student, teacher = theirs(spec), theirs(spec, 1)
-    half = (0.5, 0.5, 0.5)
-    states = [pre("module.backbone.", student.state_dict()), pre("backbone.", teacher.state_dict())]
-    torch.save(
-        {"student": states[0], "teacher": states[1] | {"dino_head.mlp.0.weight": torch.ones(3)}},
-        file,
-    )
-    student, teacher = without_head(student), without_head(teacher)
+    nets = theirs(spec), theirs(spec, 1)
+    one, other = (pre("backbone.", net.state_dict()) for net in nets)
+    student, teacher = map(without_head, nets)
+    torch.save({"student": one, "teacher": other | {"dino_head.mlp.0.weight": torch.ones(3)}}, file)
     opened = open_encoder(spec, file)
-    same_features(opened.encoder, teacher, 224, (half, half))
-    assert (
-        "keys teacher.backbone.… (not student.module.backbone; part= takes another)" in opened.about
-    )
-    same_features(open_encoder(spec, file, part="student").encoder, student, 224, (half, half))
-    torch.save(
-        {"student": states[0], "teacher": theirs("timm:vit_small_patch32_224").state_dict()}, file
-    )  # distilled
-    opened = open_encoder(spec, file)
-    same_features(opened.encoder, student, 224, (half, half))
-    torch.save({"one": states[0], "two": states[1]}, file)
-    with pytest.raises(
-        issl.IsslError,
-        match=r"several copies of vit_tiny.*choose one with part='one.module.backbone'",
-    ):
+    same_features(opened.encoder, teacher, 224, (HALF, HALF))
+    assert "keys teacher.backbone.… (not student.backbone; part= takes another)" in opened.about
+    same_features(open_encoder(spec, file, part="student").encoder, student, 224, (HALF, HALF))
+    large = theirs("timm:vit_small_patch32_224").state_dict()
+    torch.save({"student": one, "teacher": large}, file)  # distilled
+    same_features(open_encoder(spec, file).encoder, student, 224, (HALF, HALF))
+    torch.save({"one": one, "two": other}, file)
+    with pytest.raises(issl.IsslError, match=r"several encoders.*part='one.backbone'"):
         open_encoder(spec, file)
 
 
 def test_named_models_that_do_not_fit(tmp_path: Path) -> None:
     state, file = theirs("timm:vit_tiny_patch16_224").state_dict(), str(tmp_path / "w.pth")
-    registers = state | {"reg_token": torch.ones(1, 4, 192)}
-    for content, message in [
-        (registers, r"do not fit \(left over: reg_token\)"),
-        (
-            {k: v for k, v in state.items() if "blocks.3.attn" not in k},
-            "missing: blocks.3.attn.qkv.weight, .*",
-        ),
-        (
-            theirs("timm:vit_small_patch32_224").state_dict(),
-            r"shape: cls_token \(1, 1, 384\) for \(1, 1, 192\)",
-        ),
-        (state | {"blocks.12.norm1.bias": torch.ones(192)}, "left over: blocks.12.norm1.bias"),
-        (
-            theirs("torchvision:resnet18").state_dict(),
-            "fewer than half of the model's weights are among its keys",
-        ),
+    for content, named in [
+        (state | {"reg_token": torch.ones(1, 4, 192)}, "do not fit .*reg_token"),
+        ({k: v for k, v in state.items() if "blocks.3.attn" not in k}, "blocks.3.attn.qkv.weight"),
+        (theirs("timm:vit_small_patch32_224").state_dict(), "fewer than half .*cls_token"),
+        (theirs("torchvision:resnet18").state_dict(), "fewer than half .*conv1.weight"),
     ]:
         torch.save({"teacher": pre("backbone.", content)}, file)
-        with pytest.raises(issl.IsslError, match=message):
+        with pytest.raises(issl.IsslError, match=named):
             open_encoder("timm:vit_tiny_patch16_224", file)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_pixels_are_normalised_again_unless_the_user_says_how(name: str, tmp_path: Path) -> None:
-    net = theirs(f"torchvision:{name}", init_weights=False)
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    spec, side, half = f"torchvision:{name}", 96, (0.5, 0.5, 0.5)
+    spec, file = f"torchvision:{name}", str(tmp_path / "w.pth")
+    net = theirs(spec)
+    torch.save(net.state_dict(), file)
     net = without_head(net)
-    opened = open_encoder(spec, str(tmp_path / "w.pth"))
-    assert opened.encoder[1].transform_input and "transform_input" in opened.about
-    same_features(opened.encoder, net, side, (half, half))  # what the two normalisations come to
-    for scale in (IMAGENET, (half, half)):
-        opened = open_encoder(spec, str(tmp_path / "w.pth"), *scale)
+    opened = open_encoder(spec, file)
+    assert opened.encoder[1].transform_input and "again by transform_input" in opened.about
+    same_features(opened.encoder, net, 96, (HALF, HALF))  # what the two normalisations come to
+    for scale in (IMAGENET, (HALF, HALF)):
+        opened = open_encoder(spec, file, *scale)
         assert "no transform_input" in opened.about
-        same_features(opened.encoder, net, side, scale)
+        same_features(opened.encoder, net, 96, scale)
 
 
-def test_pixels_as_the_pretrained_weights_take_them(tmp_path: Path) -> None:
+def test_pixels_as_the_pretrained_weights_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchvision.models.get_model", lambda *_, **__: model)
-        encoder = open_encoder("torchvision:efficientnet_v2_l").encoder
-    torch.testing.assert_close(
-        encoder[0](torch.full((1, 3, 1, 1), 0.75)), torch.full((1, 3, 1, 1), 0.5)
-    )
+    monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: model)
+    normalized = open_encoder("torchvision:efficientnet_v2_l").encoder[0]
+    pixels = torch.full((1, 3, 1, 1), 0.75)
+    torch.testing.assert_close(normalized(pixels), torch.full_like(pixels, 0.5))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.cli import main
 from issl.influence.curvature import LoGra
+from issl.pretraining.encoder import Encoder, save_encoder
 from issl.pretraining.other_encoders import open_encoder
 
 DATA = Data(name="scenes", n=24)
@@ -55,12 +55,9 @@ def full_width() -> nn.Module:
 def solo(net: nn.Module, classes: int = 10) -> dict:
     """As solo-learn saves it: `backbone`, beside its momentum copy, a projector and the online
     classifier."""
-    keys = {f"backbone.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
-    keys |= {
-        f"momentum_backbone.{k}": v + 1
-        for k, v in net.state_dict().items()
-        if not k.startswith("fc.")
-    }
+    state = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    keys = {f"backbone.{k}": v for k, v in state.items()}
+    keys |= {f"momentum_backbone.{k}": v + 1 for k, v in state.items()}
     keys |= {
         "projector.0.weight": torch.ones(8, 512),
         "classifier.weight": torch.ones(classes, 512),
@@ -115,144 +112,66 @@ def test_encoders_at_full_width_are_scored(
 
 
 def test_solo_learns_pixels_are_those_of_its_cifar(checkpoint: Path, tmp_path: Path) -> None:
-    net = small(thin(), 2)
-    for classes, mean in ((10, 0.4914), (100, 0.5071), (7, 0.485)):
-        torch.save(solo(net, classes), tmp_path / "a.ckpt")
-        assert open_encoder(str(tmp_path / "a.ckpt")).encoder[0].mean.flatten()[0] == pytest.approx(
-            mean
-        )
-    assert open_encoder(str(checkpoint), mean=(0.1, 0.2, 0.3)).encoder[0].mean.flatten()[
-        0
-    ] == pytest.approx(0.1)
+    net, file = small(thin(), 2), str(tmp_path / "a.ckpt")
+    for classes, mean, given in (
+        (10, 0.4914, None),
+        (100, 0.5071, None),
+        (7, 0.485, None),
+        (10, 0.1, (0.1, 0.2, 0.3)),
+    ):
+        torch.save(solo(net, classes), file)
+        found = open_encoder(file, mean=given).encoder[0].mean
+        assert float(found.flatten()[0]) == pytest.approx(mean)
 
 
 # --- other projects' files: what is in them, and which of two encoders is taken
-# ------------------------------
-
-State = dict[str, torch.Tensor]
-
-
-def under(prefix: str, state: State) -> State:
-    return {prefix + name: value for name, value in state.items()}
-
-
-def head(name: str, *more: str) -> State:
-    return {f"{n}.weight": torch.ones(4, 4) for n in (name, *more)}
-
 
 ARGS = argparse.Namespace(arch="resnet18", lr=0.03)  # many keep their options in the file
-# a is taken and b is not; the name of each, for part=
-FILES: dict[str, tuple[Callable[[State, State], dict], str, str]] = {
+# where the encoder lies that is taken, where another one does, and what else is there
+FILES: dict[str, tuple[str, str | None, list[str]]] = {
     "MoCo": (
-        lambda a, b: {
-            "arch": "resnet18",
-            "state_dict": {
-                **under("module.encoder_q.", a | head("fc.0", "fc.2")),
-                **under("module.encoder_k.", b),
-                "module.queue": torch.ones(4, 8),
-                "module.queue_ptr": torch.zeros(1),
-            },
-            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
-        },
-        "encoder_q",
-        "module.encoder_k",
+        "state_dict/module.encoder_q.",
+        "state_dict/module.encoder_k.",
+        ["state_dict/module.encoder_q.fc.0", "state_dict/module.queue"],
     ),
     "MoCo v3": (
-        lambda a, b: {
-            "state_dict": under("module.base_encoder.", a | head("head.0"))
-            | under("module.momentum_encoder.", b)
-            | head("module.predictor.0")
-        },
-        "base_encoder",
-        "momentum_encoder",
+        "state_dict/module.base_encoder.",
+        "state_dict/module.momentum_encoder.",
+        ["state_dict/module.base_encoder.head.0", "state_dict/module.predictor.0"],
     ),
-    "BYOL": (
-        lambda a, b: {
-            "online_network_state_dict": under("encoder.", a),
-            "target_network_state_dict": under("encoder.", b),
-        },
-        "online_network_state_dict",
-        "target_network_state_dict",
-    ),
-    "BYOL of two names": (
-        lambda a, b: (
-            under("net.", a) | under("online_encoder.net.", a) | under("target_encoder.net.", b)
-        ),
-        "online_encoder",
-        "target_encoder",
-    ),
+    "BYOL": ("online_network_state_dict/encoder.", "target_network_state_dict/encoder.", []),
     "DINO": (
-        lambda a, b: {
-            "student": under("module.backbone.", b) | head("module.head.last_layer"),
-            "teacher": under("backbone.", a) | head("head.last_layer"),
-            "epoch": 9,
-            "args": ARGS,
-            "dino_loss": {"center": torch.zeros(1, 4)},
-        },
-        "teacher",
-        "student",
+        "teacher/backbone.",
+        "student/module.backbone.",
+        ["student/module.head.last_layer", "teacher/head.last_layer", "dino_loss/center"],
     ),
-    "lightly's DINO": (
-        lambda a, b: {"state_dict": under("student_backbone.", b) | under("teacher_backbone.", a)},
-        "teacher_backbone",
-        "student_backbone",
+    "lightly's DINO": ("state_dict/teacher_backbone.", "state_dict/student_backbone.", []),
+    "solo-learn": (
+        "state_dict/backbone.",
+        "state_dict/momentum_backbone.",
+        ["state_dict/classifier"],
     ),
-    "solo-learn on ImageNet": (
-        lambda a, b: {
-            "state_dict": under("momentum_backbone.", b)
-            | under("backbone.", a)
-            | head("classifier")
-        },
-        "backbone",
-        "momentum_backbone",
-    ),
-    "timm": (
-        lambda a, b: {"state_dict": a | head("fc"), "state_dict_ema": b | head("fc"), "args": ARGS},
-        "state_dict",
-        "state_dict_ema",
-    ),
-    "an average inside": (lambda a, b: a | under("ema_model.module.", b), "", "ema_model"),
+    "timm": ("state_dict/", "state_dict_ema/", ["state_dict/fc", "state_dict_ema/fc"]),
+    "an average inside": ("", "ema_model.module.", []),
     "VISSL": (
-        lambda a, b: {
-            "classy_state_dict": {
-                "base_model": {
-                    "model": {"trunk": under("_feature_blocks.", a), "heads": head("0.clf.0")}
-                }
-            },
-            "loss": {"m": torch.ones(2)},
-        },
-        "trunk",
-        "",
+        "classy_state_dict/base_model/model/trunk/_feature_blocks.",
+        None,
+        ["classy_state_dict/base_model/model/heads/0.clf.0", "loss/m"],
     ),
-    "Barlow Twins": (
-        lambda a, b: {
-            "epoch": 3,
-            "model": under("module.backbone.", a) | head("module.projector.0", "module.bn"),
-        },
-        "backbone",
-        "",
-    ),
-    "SwAV": (
-        lambda a, b: under("module.", a | head("projection_head.0", "prototypes")),
-        "module",
-        "",
-    ),
-    "SimSiam": (
-        lambda a, b: {"state_dict": under("module.encoder.", a | head("fc.0"))},
-        "module.encoder",
-        "",
-    ),
-    "compiled inside": (
-        lambda a, b: {
-            "net": {
-                "_orig_mod.model." + k.replace("layer2.", "layer2._orig_mod."): v
-                for k, v in a.items()
-            }
-        },
-        "net",
-        "",
-    ),
+    "Barlow Twins": ("model/module.backbone.", None, ["model/module.projector.0"]),
+    "SwAV": ("module.", None, ["module.projection_head.0", "module.prototypes", "module.fc"]),
+    "SimSiam": ("state_dict/module.encoder.", None, ["state_dict/module.encoder.fc.0"]),
 }
+
+
+def place(content: dict, where: str, state: dict) -> dict:
+    """Put tensors under a prefix; a part that ends in / is the name of a dictionary."""
+    *parts, prefix = where.split("/")
+    inner = content
+    for part in parts:
+        inner = inner.setdefault(part, {})
+    inner |= {prefix + name: value for name, value in state.items()}
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -270,91 +189,78 @@ def two() -> tuple[nn.Module, nn.Module]:
 def test_files_of_other_projects(
     layout: str, two: tuple[nn.Module, nn.Module], tmp_path: Path
 ) -> None:
-    content, taken, other = FILES[layout]
+    taken, other, heads = FILES[layout]
+    content: dict = {"epoch": 9, "args": ARGS, "optimizer": {"state": {0: {"m": torch.ones(3)}}}}
+    for where, net in ((taken, two[0]), (other, two[1])):
+        if where is not None:
+            place(content, where, net.state_dict())
+    for name in heads:
+        place(content, name + ".", {"weight": torch.ones(4, 4)})
     file = str(tmp_path / "theirs.pth")
-    torch.save(content(*(net.state_dict() for net in two)), file)
-    opened = open_encoder(file)
-    same_features(opened.encoder, two[0], 64)
-    same_features(open_encoder(file, part=taken or None).encoder, two[0], 64)
-    if other:
-        assert "(not " in opened.about and other in opened.about
-        same_features(open_encoder(file, part=other).encoder, two[1], 64)
+    torch.save(content, file)
+    own, beside = (None if where is None else where.replace("/", ".") for where in (taken, other))
+    for opened in (open_encoder(file), open_encoder(file, part=own or None)):
+        same_features(opened.encoder, two[0], 64)
+        assert own in opened.about and (
+            beside is None or f"not {beside.strip('.')}" in opened.about
+        )
+    if beside is not None:
+        same_features(open_encoder(file, part=beside).encoder, two[1], 64)
     else:
         assert "not" not in opened.about
 
 
-def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(
-    two, tmp_path: Path
-) -> None:
-    state, file = two[0].state_dict(), tmp_path / "w.pth"
-    torch.save(under("module.", state | head("projection_head.0", "prototypes", "fc")), file)
-    assert (
-        open_encoder(str(file)).about
-        == "ResNet, keys module.…, left out: fc, projection_head, prototypes"
-    )
-    for content, message in [
-        (state | head("layer1.0.se.fc1"), r"do not fit \(left over: layer1.0.se.fc1.weight\)"),
-        (state | head("stem"), "left over: stem.weight"),
-        (
-            {k: v for k, v in state.items() if ".bn1." not in k},
-            r"missing: layer1.0.bn1.weight, .* and \d+ more",
-        ),
-        (
-            state | {"layer4.0.bn2.bias": torch.ones(3)},
-            r"of another shape: layer4.0.bn2.bias \(3,\) for \(512,\)",
-        ),
-    ]:
-        torch.save({"model": under("net.", content)}, file)
-        with pytest.raises(issl.IsslError, match=message):
-            open_encoder(str(file))
-
-
-def test_two_encoders_are_never_chosen_between_in_silence(
-    two, checkpoint: Path, tmp_path: Path
-) -> None:
-    states, file = [net.state_dict() for net in two], tmp_path / "w.pth"
-    torch.save({"left": states[0], "right": states[1]}, file)
-    with pytest.raises(
-        issl.IsslError, match=r"several ResNets .*\(left, right\); choose one with part='left'"
-    ):
-        open_encoder(str(file))
-    for part, net in zip(("left", "right"), two, strict=True):
-        same_features(open_encoder(str(file), part=part).encoder, net, 64)
-    with pytest.raises(
-        issl.IsslError, match=r"part='top' names none of its encoders; they are left, right"
-    ):
-        open_encoder(str(file), part="top")
-    issl.pretraining.encoder.save_encoder(
-        tmp_path / "o.safetensors", issl.pretraining.encoder.Encoder(1), {}
-    )
-    with pytest.raises(issl.IsslError, match="part='x': leave it out"):
-        open_encoder(str(tmp_path / "o.safetensors"), part="x")
-    with pytest.raises(issl.IsslError, match="part='x': goes with a file of weights"):
-        open_encoder("torchvision:resnet18", part="x")
-
-
-def test_solo_learns_momentum_encoder_has_its_stem_too(tmp_path: Path) -> None:
-    net, other = (trained(small(thin(), 2)) for _ in range(2))
-    net.fc = other.fc = nn.Identity()
-    with torch.no_grad():
-        other.conv1.weight.mul_(-1)
-    state = (
-        under("backbone.", net.state_dict())
-        | under("momentum_backbone.", other.state_dict())
-        | head("classifier")
-    )
-    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
-    for part, encoder in (("backbone", net), ("momentum_backbone", other)):
-        same_features(
-            open_encoder(str(tmp_path / "w.ckpt"), part=part).encoder, encoder, 32, IMAGENET
-        )
-
-
-def test_files_that_hold_themselves_or_options(two, tmp_path: Path) -> None:
-    content: dict = {"state_dict": two[0].state_dict(), "args": ARGS}
+def test_one_module_under_two_names_in_a_file_that_holds_itself(two, tmp_path: Path) -> None:
+    state = {k.replace("layer2.", "layer2._orig_mod."): v for k, v in two[0].state_dict().items()}
+    content = place({"args": ARGS}, "net/_orig_mod.model.", state)
+    place(content, "net/online.model.", state)
+    place(content, "net/target.model.", two[1].state_dict())
     content["again"] = content
     torch.save(content, tmp_path / "w.pth")
     same_features(open_encoder(str(tmp_path / "w.pth")).encoder, two[0], 64)
+
+
+def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(two, tmp_path) -> None:
+    state, file = two[0].state_dict(), str(tmp_path / "w.pth")
+    heads = {f"{name}.weight": torch.ones(4) for name in ("projection_head.0", "prototypes", "fc")}
+    torch.save(place({}, "module.", state | heads), file)
+    assert "left out: fc, projection_head, prototypes" in open_encoder(file).about
+    for content, named in [
+        (state | {"layer1.0.se.fc1.weight": torch.ones(4)}, "layer1.0.se.fc1.weight"),
+        ({k: v for k, v in state.items() if ".bn1." not in k}, "layer1.0.bn1.weight"),
+        (state | {"layer4.0.bn2.bias": torch.ones(3)}, r"layer4.0.bn2.bias.*\[3\].*\[512\]"),
+    ]:
+        torch.save(place({}, "model/net.", content), file)
+        with pytest.raises(issl.IsslError, match=f"do not fit .*{named}"):
+            open_encoder(file)
+
+
+def test_two_encoders_are_never_chosen_between_in_silence(two, tmp_path: Path) -> None:
+    file, own = str(tmp_path / "w.pth"), tmp_path / "o.safetensors"
+    torch.save({"left": two[0].state_dict(), "right": two[1].state_dict()}, file)
+    save_encoder(own, Encoder(1), {})
+    for spec, part, named in [
+        (file, None, r"\(left, right\); choose one with part='left'"),
+        (file, "top", "part='top' .*left, right"),
+        (str(own), "x", "part='x': leave it out"),
+        ("torchvision:resnet18", "x", "part='x': goes with a file of weights"),
+    ]:
+        with pytest.raises(issl.IsslError, match=named):
+            open_encoder(spec, part=part)
+    for part, net in zip(("left", "right"), two, strict=True):
+        same_features(open_encoder(file, part=part).encoder, net, 64)
+
+
+def test_solo_learns_momentum_encoder_has_its_stem_too(tmp_path: Path) -> None:
+    net = trained(small(thin(), 2))
+    net.fc = nn.Identity()
+    torch.save(solo(net, 7), tmp_path / "w.ckpt")
+    same_features(open_encoder(str(tmp_path / "w.ckpt")).encoder, net, 32, IMAGENET)
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.add_(1)
+    momentum = open_encoder(str(tmp_path / "w.ckpt"), part="momentum_backbone")
+    same_features(momentum.encoder, net, 32, IMAGENET)
 
 
 def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (tmp_path / "text.pt").write_text("hello")
     net = thin().state_dict()
-    two = {f"{p}.{k}": v for p in ("a", "b") for k, v in net.items()}
+    two = {f"{p}.{k}": v + (p == "b") for p in ("a", "b") for k, v in net.items()}
     cases = [
         ("nowhere.pt", None, "is not a file; give one, or torchvision:NAME"),
         (str(tmp_path / "text.pt"), None, "is no checkpoint; give"),
@@ -129,7 +129,7 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (write("list.pt", [1, 2]), None, "not a state dict"),
         (write("empty.pt", {"epoch": 3}), None, "holds no state dict; its entries are epoch"),
         (write("mlp.pt", nn.Linear(2, 2).state_dict()), None, "no ResNet among its keys"),
-        (write("two.pt", two), None, "several ResNets"),
+        (write("two.pt", two), None, "several encoders"),
         (
             write("cut.pt", {k: v for k, v in net.items() if "bn2" not in k}),
             None,

@@ -51,21 +51,15 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float) -> No
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_an_image_of_weight_zero_is_not_there(method: str) -> None:
+def test_ones_are_no_weights_and_an_image_of_weight_zero_is_not_there(method: str) -> None:
     made = learner(method)
-    without = parts(copy.deepcopy(made), batch(method, OFF.bool()), None)
-    same(parts(made, batch(method), OFF), without, 1e-9)
-    # whatever it shows
-    other = batch(method)
-    other[0][2] = 0.9
-    same(parts(learner(method), other, OFF), without, 1e-9)
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_ones_are_no_weights(method: str) -> None:
-    made = learner(method)
+    ones, other = torch.ones(B, dtype=torch.float64), batch(method)
     plain = parts(copy.deepcopy(made), batch(method), None)
-    same(parts(made, batch(method), torch.ones(B, dtype=torch.float64)), plain, 1e-9)
+    same(parts(copy.deepcopy(made), batch(method), ones), plain, 1e-9)
+    without = parts(copy.deepcopy(made), batch(method, OFF.bool()), None)
+    same(parts(copy.deepcopy(made), batch(method), OFF), without, 1e-9)
+    other[0][2] = 0.9  # whatever it shows
+    same(parts(made, other, OFF), without, 1e-9)
     assert all("forward" not in vars(module) for module in made.modules())
 
 

@@ -22,6 +22,7 @@ from issl.data.views import VIEW_UNIFORMS, View
 from issl.errors import IsslError
 from issl.keyed_random import uniform
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 ESTIMATED = 1 << 33  # the seed of the views for estimates: no training draws these
 
 
@@ -43,7 +44,7 @@ def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> I
     if weights is None:
         yield
         return
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     for layer in layers:
         layer.forward = partial(_weighted, layer, weights)  # type: ignore[method-assign]
     try:
@@ -79,16 +80,16 @@ def _weighted(layer: _BatchNorm, weights: Tensor, x: Tensor) -> Tensor:
     return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)
 
 
-@torch.no_grad()
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give `target` the running statistics of `source`, a network of the same build; returns it."""
-    theirs, own = (dict(_layers(net)) for net in (source, target))
+    theirs, own = (
+        {name: value for name, value in net.state_dict().items() if name.endswith(STATISTICS)}
+        for net in (source, target)
+    )
     if theirs.keys() != own.keys():
         differing = ", ".join(sorted(theirs.keys() ^ own.keys())[:4])
         raise IsslError(f"statistics: the encoders differ in their BatchNorm layers ({differing})")
-    for name, layer in own.items():
-        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-            getattr(layer, buffer).copy_(getattr(theirs[name], buffer))
+    target.load_state_dict(theirs, strict=False)
     return target
 
 
@@ -110,7 +111,3 @@ def estimate_statistics(
 
     update_bn(views(), backbone)
     return backbone.eval()
-
-
-def _layers(net: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    return ((name, m) for name, m in net.named_modules() if isinstance(m, _BatchNorm))

@@ -46,14 +46,13 @@ class Checkpoint:
         decides the run."""
         if self.path is None:
             return
-        tensors = {f"model.{k}": v.contiguous() for k, v in learner.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in learner.state_dict().items()}
         for name, p in learner.named_parameters():
-            if p.requires_grad and "momentum_buffer" in optimizer.state[p]:
-                tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"].contiguous()
+            if p in optimizer.state:
+                tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"]
+        header = {"identity": json.dumps(identity), "history": json.dumps(history)}
         with atomic(self.path) as part:
-            save_file(
-                tensors, part, {"identity": json.dumps(identity), "history": json.dumps(history)}
-            )
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, header)
 
     def resume(
         self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]

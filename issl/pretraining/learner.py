@@ -4,6 +4,7 @@ files."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,12 +51,11 @@ class Learner(nn.Module):
         """
         super().__init__()
         self.recipe, self.method = recipe, method_named(recipe.method)
-        features = 8 * width
-        out = max(2, round(recipe.out * features))
+        hidden, out = (max(2, round(share * 8 * width)) for share in (recipe.hidden, recipe.out))
         if self.method.labelled:
             assert classes is not None  # the caller has the labels
             out = classes
-        head = Head(max(2, round(recipe.hidden * features)), out, recipe.layers, recipe.norm)
+        head = Head(hidden, out, recipe.layers, recipe.norm)
         self.encoder = new_encoder(width, head, seed)
         first = start.encoder if isinstance(start, Learner) else start
         if first is not None:
@@ -136,23 +136,24 @@ def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
     """
     header, tensors = read_encoder(path)
     settings = header.get("recipe") or header.get("config", {}).get("recipe")
-    if settings is None and recipe is None:
+    recipe = recipe if settings is None else from_plain(settings)
+    if recipe is None:
         raise IsslError(
             f"{path} does not say how it was trained: give the recipe, such as recipe('simclr')"
         )
-    how = recipe if settings is None else from_plain(settings)
-    assert how is not None  # one of the two is there
-    classes = Head(**header["head"]).out if method_named(how.method).labelled else None
-    learner = Learner(how, header["width"], classes, seed=0)
+    learner = Learner(recipe, header["width"], header["head"]["out"], seed=0)
     state = {f"encoder.{k}" if k.startswith(OWN) else k: v for k, v in tensors.items()}
-    missing = sorted({name.split(".")[0] for name in learner.state_dict().keys() - state.keys()})
-    if missing:
+    if missing := _parts(learner.state_dict().keys() - state.keys()):
         raise IsslError(
-            f"{path} holds no {how.method} learner: {' and '.join(missing)} are not in it; a "
-            "Pretrain stage with `snapshots` saves whole learners"
+            f"{path} holds no {recipe.method} learner: {missing} are not in it; a Pretrain stage "
+            "with `snapshots` saves whole learners"
         )
     learner.load_state_dict(state)
     return learner
+
+
+def _parts(names: Iterable[str]) -> str:
+    return " and ".join(sorted({name.split(".")[0] for name in names}))
 
 
 def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = None) -> Learner:
@@ -174,10 +175,9 @@ def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = 
             "an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')"
         )
     learner = Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
-    if lacking := sorted({name.split(".")[0] for name in learner.beside()}):
+    if lacking := _parts(learner.beside()):
         raise IsslError(
-            f"a {recipe.method} Encoder lacks its {' and '.join(lacking)}: give the Learner, or "
-            "the file of one"
+            f"a {recipe.method} Encoder lacks its {lacking}: give the Learner, or the file of one"
         )
     return learner
 

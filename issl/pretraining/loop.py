@@ -41,6 +41,7 @@ COLLAPSED = 0.02
 LARGEST_SEED = 1 << 40  # see `_generator`
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of compilation pays off
 VERSIONS = 128  # of a function that torch compiles, in one process
+SIMCLR = published("simclr")
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history
 AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
 
@@ -70,30 +71,19 @@ class Execution:
         if self.compiled == "off" or (self.compiled == "auto" and not pays):
             return functions
         if (lacking := lacking_for_compilation()) is None:
-            return [_compiled(f) for f in functions]
+            from torch._dynamo import config  # slow to import
+
+            # torch counts the versions of a function over all networks of a process (widths, batch
+            # and view sizes, recipes), and after eight runs it eagerly, without a word
+            config.recompile_limit = max(config.recompile_limit, VERSIONS)
+            return [torch.compile(f, dynamic=False) for f in functions]
         if self.compiled == "on":
             raise IsslError(
                 f"compiled='on': torch.compile needs {lacking}; install it, or choose auto or off"
             )
-        print(
-            f"training without torch.compile, which needs {lacking}: slower, the same otherwise",
-            file=sys.stderr,
-        )
+        said = f"training without torch.compile, which needs {lacking}: slower, the same otherwise"
+        print(said, file=sys.stderr)
         return functions
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for a process that trains many networks: torch counts the versions of a
-    function over all of them (widths, batch and view sizes, recipes), and after eight runs it
-    eagerly, without a word."""
-    compiled = torch.compile(function, dynamic=False)
-    from torch._dynamo import config  # slow to import
-
-    def call(*arguments: Any) -> Any:
-        with config.patch(recompile_limit=VERSIONS):
-            return compiled(*arguments)
-
-    return call
 
 
 def lacking_for_compilation() -> str | None:
@@ -142,7 +132,7 @@ def epoch_batches(
 
 def pretrain(
     images: Images,
-    recipe: Recipe | None = None,
+    recipe: Recipe = SIMCLR,
     *,
     width: int = 64,
     epochs: int = 200,
@@ -185,7 +175,6 @@ def pretrain(
             that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
             another run.
     """
-    recipe = published("simclr") if recipe is None else recipe
     n, device = len(images), torch.device(execution.device)
     keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
     _check(n, keep, epochs, batch_size, seed)
@@ -215,16 +204,15 @@ def pretrain(
     view_a, view_b, call = execution.maybe_compiled(
         epochs * kept, recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
     )
-    bar = tqdm(
+    saved_at = time.monotonic()
+    with tqdm(
         total=epochs * steps * batch_size,
         initial=len(history) * steps * batch_size,
         unit="img",
         unit_scale=True,
         desc=f"pretrain {recipe.method} seed {seed}",
         disable=not execution.progress,
-    )
-    saved_at = time.monotonic()
-    with bar:
+    ) as bar:
         for epoch in range(len(history), epochs):
             began = time.monotonic()
             uniforms = epoch_uniforms(n, seed, epoch).to(device)
@@ -237,10 +225,8 @@ def pretrain(
                 x, u = pixels[rows].float().div_(255), uniforms[rows]
                 size = half if step < recipe.small * epochs * steps else None
                 xa = view_a(x, u[:, 0], size)
-                if labels is None:
-                    loss, features = call(xa, view_b(x, u[:, 1], size), None, execution.precision)
-                else:
-                    loss, features = call(xa, None, labels[rows], execution.precision)
+                xb, y = (view_b(x, u[:, 1], size), None) if labels is None else (None, labels[rows])
+                loss, features = call(xa, xb, y, execution.precision)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -54,9 +54,9 @@ class LARS(Optimizer):
                 decays = torch._foreach_mul(params, list((decay * moves).unbind()))
                 steps = list(torch._foreach_add(steps, decays))
                 torch._foreach_mul_(steps, list(torch.where(moves, ratio, 1).unbind()))
-            if not all("momentum_buffer" in self.state[p] for p in params):
-                for p in params:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, steps)

@@ -1,57 +1,67 @@
-"""Encoders of other projects: torchvision and timm models, and checkpoints in several key layouts.
+"""Encoders of other projects: models of torchvision and timm, and checkpoints in many layouts.
 
 Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in
-eval mode, as `issl.self_influence` needs it. Files are read without executing anything in them. In
-a file an encoder is found by the names of its weights, under any prefix; of several, one is taken
-by a written rule or by the user, and `about` says so.
+eval mode, as `issl.self_influence` needs it. In a file an encoder is found by the names of its
+weights, under any prefix; of several, one is taken by a written rule or by the user, and `about`
+says so. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import re
-from collections.abc import Callable, Sequence
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.files import read_safetensors
-from issl.pretraining.checkpoint_files import (
-    Names,
-    State,
-    chosen,
-    copies_of,
-    fits,
-    load,
-    of_part,
-    read_tensors,
-    said_of,
-    under,
-    usual_names,
-)
 from issl.pretraining.encoder import PIXEL_MEAN, PIXEL_STD, Normalize, load_encoder, read_header
 
+State = dict[str, Tensor]
+Layout = dict[str, str]  # the layer at each place; empty: the names in the file are the layers'
 Triple = tuple[float, float, float]
+Scale = tuple[Triple, Triple]  # mean and std of the pixels
 
 # `nn.Sequential(*list(resnet.children())[:-1])`, the usual backbone in lightly, names layers by
 # their place; lightly's ResNetGenerator has no ReLU and no max-pooling among the children
-_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-TORCHVISIONS: Names = dict(zip("014567", _PARTS, strict=True))
-GENERATORS: Names = dict(zip("012345", _PARTS, strict=True))
-# mean and std of the pixels, by the classes of solo-learn's online classifier, where the stem is
-# that for CIFAR (its solo/data/pretrain_dataloader.py)
-SOLO_CIFAR: dict[int, tuple[Triple, Triple]] = {
+_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+RESNETS: tuple[Layout, ...] = (
+    {},
+    dict(zip("014567", _LAYERS, strict=True)),
+    dict(zip("012345", _LAYERS, strict=True)),
+)
+OF_A_RESNET = [f"{name}.weight" for name in ("conv1", *(f"layer{k}.0.conv1" for k in (1, 2, 3)))]
+# by the classes of solo-learn's online classifier, where the stem is that for CIFAR (its
+# solo/data/pretrain_dataloader.py)
+SOLO_CIFAR: dict[int, Scale] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-# these take pixels normalised by ImageNet's statistics, and normalise them again by 0.5 and 0.5
-# where `transform_input`: so their pretrained weights were trained
-INCEPTIONS = ("googlenet", "inception_v3")
-AUXILIARY = {"aux1", "aux2", "AuxLogits"}  # their heads that are called in training alone
+# of two kinds of encoders the first is taken, if there is one
+PREFERRED = (
+    ("teacher", "student"),  # DINO, iBOT, DINOv2: their authors evaluate the teacher
+    # the trained one before the one that follows it: MoCo, BYOL, solo-learn, lightly, timm
+    ("", r"momentum|teacher|target|(^|[._])(ema|key)([._]|$)|_k\."),
+)
+# first words of names that are no part of an encoder: heads, and what only a loss needs. BEiT, MAE
+# and DINOv2 have a mask token, SwAV has prototypes, MoCo a queue
+HEADS = re.compile(
+    "heads?|fc|linear|classif(ier|ication)?|(aux)?logits|aux|proj(ector|ection)?|predict(or|ion)|"
+    "prototypes?|neck|mlp|decoder|mask|queue|center|loss|criterion"
+)
+# what torch wraps a module in, at any depth; and the names in torchvision's own files of DenseNets
+WRAPPERS = r"(^|(?<=\.))((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+DENSE = r"(denselayer\d+\.(norm|conv))\.([12])\."
 
 
 @dataclass(frozen=True)
@@ -61,14 +71,13 @@ class Opened:
     encoder: nn.Module
     size: int
     about: str
-    prefix: str = ""  # before the names of the model's own layers, which follow the normalisation
 
     def own_names(self, names: Sequence[str]) -> list[str]:
-        """The encoder's names of these layers or parameters; the model's own are accepted, empty
-        ones dropped."""
+        """The encoder's names of these layers or parameters; those of the model inside, which
+        follows the normalisation, are accepted, and empty ones dropped."""
         layers, weights = self.encoder.named_modules(), self.encoder.named_parameters()
         known = {name for name, _ in (*layers, *weights)}
-        return [name if name in known else self.prefix + name for name in names if name]
+        return [f"1.{n}" if n not in known and f"1.{n}" in known else n for n in names if n]
 
 
 def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
@@ -125,31 +134,35 @@ def open_encoder(
     """
     for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         if values is not None and not all(least < v < math.inf for v in values):
-            above = ", above 0" if what == "std" else ""
-            raise IsslError(f"{what}={values}: need finite numbers{above}, one a channel")
+            raise IsslError(f"{what}={values}: need finite numbers (std: above 0), one a channel")
     kind, _, name = spec.partition(":")
     if kind in ("torchvision", "timm"):
-        if part is not None and weights is None:
-            raise IsslError(
-                f"part={part!r}: goes with a file of weights; the pretrained {spec} is one encoder"
-            )
-        return (_torchvision if kind == "torchvision" else _timm)(name, weights, mean, std, part)
-    if weights is not None:
+        opened = _model(kind, name, weights, part, once=mean is not None or std is not None)
+    elif weights is not None:
         raise IsslError(
             f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file "
             f"{spec!r}"
         )
-    path = Path(spec)
+    else:
+        opened = _file(Path(spec), part)
+    for what, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            channels = torch.tensor(values)[:, None, None]
+            opened.encoder.get_submodule("0").register_buffer(what, channels)
+    return opened
+
+
+def _file(path: Path, part: str | None) -> Opened:
     if not path.is_file():
         raise IsslError(
-            f"encoder {spec!r} is not a file; give one, or torchvision:NAME such as "
+            f"encoder {str(path)!r} is not a file; give one, or torchvision:NAME such as "
             "torchvision:resnet50, or timm:NAME"
         )
     header = None
     if path.suffix == ".safetensors":
         header = read_header(read_safetensors(path, "encoder")[0], path)
     if header is None:
-        return resnet_from(read_tensors(path), str(path), mean, std, part)
+        return resnet_from(read_tensors(path), str(path), part)
     if part is not None:
         raise IsslError(
             f"part={part!r}: leave it out; {path} is this library's own file, of one encoder"
@@ -163,138 +176,120 @@ def open_encoder(
 # --- ResNets from their weights alone
 
 
-def resnet_from(
-    state: State,
-    what: str,
-    mean: Triple | None = None,
-    std: Triple | None = None,
-    part: str | None = None,
-) -> Opened:
+def resnet_from(state: State, what: str, part: str | None = None) -> Opened:
     """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
-    Pixels are by default normalised as solo-learn does it on CIFAR where the layout is its own,
-    else by ImageNet's statistics; the other arguments are those of `open_encoder`.
+    Pixels are normalised as solo-learn does it on CIFAR where the layout is its own, else by
+    ImageNet's statistics; `part` is as in `open_encoder`.
     """
-    state = usual_names(state)
-    found = _resnets(state)
+    found = encoders_in(state, RESNETS, lambda name, _: name in OF_A_RESNET, len(OF_A_RESNET))
     if not found:
         raise IsslError(
             f"{what}: no ResNet among its keys ({', '.join(list(state)[:6])}); known are the "
             "layouts of torchvision, solo-learn and lightly. Other architectures go by name: "
             "torchvision:NAME or timm:NAME, with these weights"
         )
-    prefix = chosen(of_part(found, part, what), what, "ResNets")
-    own = {re.sub(r"\.shortcut\.", ".downsample.", k): v for k, v in found[prefix].items()}
-    outer = "state_dict." if prefix.startswith("state_dict.") else ""
-    inner = prefix.removeprefix(outer)
-    classifier = state.get(f"{outer}classifier.weight")
-    solo = inner.removeprefix("momentum_") in ("backbone.", "encoder.") and classifier is not None
+    prefix = chosen(found, part, what)
+    own = {k.replace(".shortcut.", ".downsample."): v for k, v in found[prefix].items()}
+    solo = re.fullmatch(r"(state_dict\.)?(momentum_)?(backbone|encoder)\.", prefix)
+    classifier = state.get(f"{solo[1] or ''}classifier.weight") if solo else None
     width, _, side, _ = own["conv1.weight"].shape
     large = side == 7
-    padding = 3 if large else 2 if solo else 1
-    net = nn.Sequential()
-    net.add_module("conv1", nn.Conv2d(3, width, side, 2 if large else 1, padding, bias=False))
-    net.add_module("bn1", nn.BatchNorm2d(width))
-    net.add_module("relu", nn.ReLU(inplace=True))
-    if large:
-        net.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
-    for stage in range(1, 5):
-        net.add_module(f"layer{stage}", _stage(own, stage))
-    net.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
-    net.add_module("flatten", nn.Flatten())
-    heads = load(net, own, what)
-    layout = "solo-learn" if solo else f"keys {prefix}…" if inner else "plain keys"
-    classes = len(classifier) if solo and classifier is not None and not large else 0
-    usual_mean, usual_std = SOLO_CIFAR.get(classes, (PIXEL_MEAN, PIXEL_STD))
-    encoder = nn.Sequential(Normalize(mean or usual_mean, std or usual_std), net).eval()
-    about = f"ResNet, {layout}{said_of(found, prefix, heads)}"
-    return Opened(encoder, 224 if large else 32, about, "1.")
-
-
-def _resnets(state: State) -> dict[str, State]:
-    """Every ResNet in a state dict: prefix → its weights under torchvision's names."""
-    found: dict[str, Names] = {}
-    layouts = (("layer1", "conv1", None), ("4", "0", TORCHVISIONS), ("2", "0", GENERATORS))
-    for key in state:
-        for first, stem, places in layouts:
-            prefix = key.removesuffix(f"{first}.0.conv1.weight")
-            if (
-                prefix == key
-                or prefix[-1:] not in ("", ".")
-                or f"{prefix}{stem}.weight" not in state
-            ):
-                continue
-            if places is TORCHVISIONS and f"{prefix}2.0.conv1.weight" in state:
-                continue  # place 2 would be the ReLU, so it is the other layout
-            found[prefix] = places
-    return under(state, found)
+    stride, padding = (2, 3) if large else (1, 1 if classifier is None else 2)
+    layers = {
+        "conv1": nn.Conv2d(3, width, side, stride, padding, bias=False),
+        "bn1": nn.BatchNorm2d(width),
+        "relu": nn.ReLU(inplace=True),
+        "maxpool": nn.MaxPool2d(3, 2, 1) if large else nn.Identity(),
+        **{f"layer{stage}": _stage(own, stage) for stage in range(1, 5)},
+        "avgpool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+    }
+    net = nn.Sequential(OrderedDict(layers))
+    note = load(net, found | {prefix: own}, prefix, what)
+    classes = 0 if classifier is None or large else len(classifier)
+    scale = SOLO_CIFAR.get(classes, (PIXEL_MEAN, PIXEL_STD))
+    about = f"ResNet{'' if classifier is None else ' of solo-learn'}{note}"
+    return Opened(nn.Sequential(Normalize(*scale), net).eval(), 224 if large else 32, about)
 
 
 def _stage(own: State, stage: int) -> nn.Sequential:
     from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import
 
     blocks: list[nn.Module] = []
-    while (key := f"layer{stage}.{len(blocks)}.conv1.weight") in own:
-        place = key.removesuffix("conv1.weight")
-        inner, inside, _, _ = own[key].shape
-        bottleneck = f"{place}conv3.weight" in own
-        outside = len(own[f"{place}conv{3 if bottleneck else 2}.weight"])
+    while f"{(place := f'layer{stage}.{len(blocks)}.')}conv1.weight" in own:
+        inner, inside, _, _ = own[f"{place}conv1.weight"].shape
+        block, last = (Bottleneck, 3) if f"{place}conv3.weight" in own else (BasicBlock, 2)
+        outside = len(own[f"{place}conv{last}.weight"])
         stride = 2 if stage > 1 and not blocks else 1
         down = None
         if f"{place}downsample.0.weight" in own:
             shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False)
             down = nn.Sequential(shortcut, nn.BatchNorm2d(outside))
-        if bottleneck:
-            # a wide ResNet's inner width differs from a quarter of its output
-            quarter = outside // Bottleneck.expansion
-            base = 64 * inner * Bottleneck.expansion // outside
-            blocks.append(Bottleneck(inside, quarter, stride, down, base_width=base))
-        else:
-            blocks.append(BasicBlock(inside, outside, stride, down))
+        planes = outside // block.expansion
+        # of a wide ResNet the inner width is another one
+        base = 64 if block is BasicBlock else 64 * inner * block.expansion // outside
+        blocks.append(block(inside, planes, stride, down, base_width=base))
     return nn.Sequential(*blocks)
 
 
 # --- models by name
 
 
-def _torchvision(
-    name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None
-) -> Opened:
-    import torchvision  # slow to import
-
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
-    options: dict[str, bool] = {}
+def _model(kind: str, name: str, weights: str | None, part: str | None, once: bool) -> Opened:
+    """A model without its head. `once`: the pixels are normalised by the statistics that the user
+    gave, and not again."""
+    if weights is None and part is not None:
+        raise IsslError(
+            f"part={part!r}: goes with a file of weights; the pretrained {kind}:{name} is one "
+            "encoder"
+        )
+    if weights is not None and not Path(weights).is_file():
+        raise IsslError(f"weights {weights!r} do not exist")
+    try:
+        make = _torchvision if kind == "torchvision" else _timm
+        model, head, scale, size = make(name, weights is None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise IsslError(
+            f"model {name}: its pretrained weights could not be downloaded "
+            f"({str(error).splitlines()[0]}); give a file with --weights FILE"
+        ) from error
     note = ""
-    if name in INCEPTIONS and weights is not None:
-        again = mean is None and std is None
-        options = {"transform_input": again, "init_weights": False}
-        note = "; pixels as for its pretrained weights (transform_input)"
-        note = note if again else "; no transform_input"
-    pretrained = "DEFAULT" if weights is None else None
-    model = _built(lambda: torchvision.models.get_model(name, weights=pretrained, **options), name)
-    for auxiliary in AUXILIARY & dict(model.named_children()).keys():
-        setattr(model, auxiliary, None)
+    if weights is not None:
+        note = _load_file(model, weights, name, part)
+        if hasattr(model, "transform_input"):
+            # torchvision's Inceptions take pixels normalised by ImageNet's statistics, and
+            # normalise them again by 0.5 and 0.5: so their pretrained weights were trained
+            model.transform_input = not once  # type: ignore[assignment]
+            note += f"; {'no' if once else 'pixels normalised again by'} transform_input"
+    about = f"{kind} {name} without {head}{note}"
+    return Opened(nn.Sequential(Normalize(*scale), model).eval(), size, about)
+
+
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, str, Scale, int]:
+    from torchvision import models  # slow to import
+
+    if name not in models.list_models(module=models):
+        raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
+    # to draw weights that are replaced takes these two long
+    slow = name in ("googlenet", "inception_v3") and not pretrained
+    options = {"init_weights": False} if slow else {}
+    model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # heads that are called in training alone
+        if hasattr(model, auxiliary):
+            setattr(model, auxiliary, None)
     linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise IsslError(
             f"torchvision:{name} has no Linear head to remove, so its features are not known"
         )
-    head = linear[-1]
-    parent, _, last = head.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.Identity())
-    if weights is not None:
-        note = _load_file(model, weights, name, part, head) + note
-    usual = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    normalize = Normalize(mean or tuple(usual.mean), std or tuple(usual.std))
-    about = f"torchvision {name} without {head}{note}"
-    return Opened(nn.Sequential(normalize, model).eval(), 224, about, "1.")
+    model.set_submodule(linear[-1], nn.Identity())
+    usual = models.get_model_weights(name).DEFAULT.transforms()
+    return model, linear[-1], (tuple(usual.mean), tuple(usual.std)), 224
 
 
-def _timm(
-    name: str, weights: str | None, mean: Triple | None, std: Triple | None, part: str | None
-) -> Opened:
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, str, Scale, int]:
     try:
         import timm
         from timm.data.config import resolve_model_data_config
@@ -302,44 +297,190 @@ def _timm(
         raise IsslError(f"timm:{name} needs the package timm: pip install timm") from error
     if not timm.is_model(name):
         raise IsslError(f"timm has no model {name!r}; see timm.list_models()")
-    model = _built(lambda: timm.create_model(name, pretrained=weights is None, num_classes=0), name)
-    note = "" if weights is None else _load_file(model, weights, name, part)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     config = resolve_model_data_config(model)
-    normalize = Normalize(mean or tuple(config["mean"]), std or tuple(config["std"]))
-    about = f"timm {name} without head{note}"
-    return Opened(nn.Sequential(normalize, model).eval(), config["input_size"][-1], about, "1.")
+    scale = tuple(config["mean"]), tuple(config["std"])
+    return model, "head", scale, config["input_size"][-1]
 
 
-def _built(build: Callable[[], Any], name: str) -> nn.Module:
-    try:
-        model: nn.Module = build()
-    except (OSError, RuntimeError, ValueError) as error:
+def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
+    """Load a model's weights, wherever they lie in a file and whether its parts are called by their
+    names or places; returns what to say of it."""
+    what, state, expected = f"{path} for {name}", read_tensors(Path(path)), model.state_dict()
+    places = {str(k): child for k, (child, _) in enumerate(model.named_children())}
+
+    def fits(key: str, value: Tensor) -> bool:
+        return key in expected and expected[key].shape == value.shape
+
+    found = encoders_in(state, ({}, places), fits, (len(expected) + 1) // 2)
+    if not found:
         raise IsslError(
-            f"model {name}: its pretrained weights could not be downloaded "
-            f"({str(error).splitlines()[0]}); give a file with --weights FILE"
-        ) from error
-    return model
-
-
-def _load_file(model: nn.Module, path: str, name: str, part: str | None, head: str = "") -> str:
-    """Load a model's weights, wherever they lie in a file; returns what to say of the choice and of
-    what was left out. `head`: the name of the model's head, which was taken off."""
-    if not Path(path).is_file():
-        raise IsslError(f"weights {path!r} do not exist")
-    what = f"{path} for {name}"
-    state = usual_names(read_tensors(Path(path)))
-    copies = copies_of(state, model)
-    if not copies:
-        raise IsslError(
-            f"{what}: fewer than half of the model's weights are among its keys "
+            f"{what}: fewer than half of the model's weights are among its keys, of the same shape "
             f"({', '.join(list(state)[:6])}); give weights of this model, or the name of theirs"
         )
-    if head:
-        for own in copies.values():
-            for key in [k for k in own if k.startswith(f"{head}.")]:
-                del own[key]
-    asked = of_part(copies, part, what)
-    fitting = {prefix: own for prefix, own in asked.items() if fits(model, own)}
-    prefix = chosen(fitting or asked, what, f"copies of {name}")
-    heads = load(model, copies[prefix], what)
-    return (f", keys {prefix}…" if prefix else "") + said_of(copies, prefix, heads)
+    return load(model, found, chosen(found, part, what), what)
+
+
+# --- one encoder of several
+
+
+def encoders_in(
+    state: State, layouts: Sequence[Layout], known: Callable[[str, Tensor], bool], least: int
+) -> dict[str, State]:
+    """The encoders in a file: prefix → what lies under it, but not under the longer prefix of
+    another encoder, and at no place that is none of the encoder's layers.
+
+    An encoder is where at least so many tensors are `known` by their usual name; `layouts` says how
+    its layers may be called.
+    """
+    best: dict[str, tuple[int, Layout]] = {}
+    for layout in layouts:
+        hits: Counter[str] = Counter()
+        for key, value in state.items():
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+                hits[key[:start]] += known(_usual(key[start:], layout), value)
+        for prefix, n in hits.items():
+            if n >= least and n > best.get(prefix, (0,))[0]:
+                best[prefix] = n, layout
+    found: dict[str, State] = {}
+    for prefix, (_, layout) in best.items():
+        inner = tuple(p for p in best if p != prefix and p.startswith(prefix))
+        keys = [k for k in state if k.startswith(prefix) and not k.startswith(inner)]
+        named = {_usual(k.removeprefix(prefix), layout): state[k] for k in keys}
+        found[prefix] = {name: value for name, value in named.items() if name}
+    return found
+
+
+def _usual(name: str, layout: Layout) -> str:
+    """A tensor's usual name; empty for one at no place of the layout."""
+    if not layout:
+        return name
+    place, dot, rest = name.partition(".")
+    return layout[place] + dot + rest if place in layout else ""
+
+
+def chosen(found: dict[str, State], part: str | None, what: str) -> str:
+    """The prefix of the encoder to take. IsslError where the user's choice is not there, and where
+    nothing decides between several."""
+    word = "." if part is None else f".{part.strip('.')}."
+    left = [prefix for prefix in found if word in f".{prefix}"]
+    if not left:
+        raise IsslError(
+            f"{what}: part={part!r} names none of its encoders; they are {_listed(found)}"
+        )
+    for taken, other in PREFERRED:
+        rest = [prefix for prefix in left if not re.search(other, prefix, re.I)]
+        if rest and any(re.search(taken, prefix, re.I) for prefix in left):
+            left = rest
+    first = left[0]
+    for prefix in left[1:]:
+        a, b = found[first], found[prefix]
+        # one module may be a part of another: backbone and model.backbone
+        if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
+            raise IsslError(
+                f"{what}: several encoders among its keys ({_listed(left)}); choose one with "
+                f"part={(first or prefix).rstrip('.')!r}"
+            )
+    return first
+
+
+def _listed(prefixes: Iterable[str]) -> str:
+    return ", ".join(prefix.rstrip(".") or "the one of plain keys" for prefix in prefixes)
+
+
+def _is_head(name: str) -> bool:
+    first = name.split(".")[0]
+    return first != "fc_norm" and any(map(HEADS.fullmatch, re.split(r"[_\d]+", first.lower())))
+
+
+def load(model: nn.Module, found: dict[str, State], prefix: str, what: str) -> str:
+    """Load the encoder of this prefix; returns what to say of it: its prefix, the encoders that
+    were not taken, and the heads that were left out. IsslError where anything else is over or
+    missing."""
+    state, expected = found[prefix], model.state_dict()
+    unsaved = {k: v for k, v in model.named_buffers() if k not in expected}
+    heads = {k for k in state if k not in expected and k not in unsaved and _is_head(k)}
+    # constants that are not saved were, in old versions
+    old = {k for k in state.keys() & unsaved if torch.equal(state[k], unsaved[k].to(state[k]))}
+    weights = OrderedDict((k, v) for k, v in state.items() if k not in heads | old)
+    # modules without a version look for the names of older ones, too; MNASNet refuses to be one
+    weights._metadata = {"": expected._metadata[""]}  # type: ignore[attr-defined]
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        reasons = str(error).split("\n\t")
+        said = "; ".join(shorten(reason, 160) for reason in reasons[1:5] or reasons)
+        raise IsslError(f"{what}: the weights do not fit ({said})") from error
+    others = [p for p in found if p != prefix]
+    note = f", keys {prefix}…" if prefix else ""
+    note += f" (not {_listed(others)}; part= takes another)" if others else ""
+    left_out = ", ".join(sorted({k.split(".")[0] for k in heads}))
+    return note + (f", left out: {left_out}" if heads else "")
+
+
+# --- the tensors of a file
+
+
+def read_tensors(path: Path) -> State:
+    """All tensors of a .safetensors file, or of what PyTorch, Lightning, solo-learn or lightly
+    write, without the names of torch's wrappers; names of dictionaries around them come first, as
+    in `state_dict.conv1.weight`."""
+    safe = path.suffix == ".safetensors"
+    content = read_safetensors(path, "weights")[1] if safe else _content(path)
+    if not isinstance(content, dict):
+        raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
+    state: State = {}
+    seen, left = set(), [("", content)]
+    for prefix, part in left:  # which grows; one may hold itself
+        for name, value in part.items() if id(part) not in seen else ():
+            if isinstance(name, str) and isinstance(value, Tensor):
+                state[prefix + name] = value
+            elif isinstance(name, str) and isinstance(value, dict):
+                left.append((f"{prefix}{name}.", value))
+        seen.add(id(part))
+    if not state:
+        entries = ", ".join(map(str, list(content)[:8]))
+        raise IsslError(f"{path} holds no state dict; its entries are {entries}")
+    for name, value in state.items():
+        # strides may say of one number that it is a thousand million
+        declared = value.numel() * value.itemsize
+        if value.layout == torch.strided and declared > value.untyped_storage().nbytes():
+            raise IsslError(
+                f"{path}: {name} declares shape {tuple(value.shape)} but holds less; get the file "
+                "again"
+            )
+    renamed = {re.sub(DENSE, r"\1\3.", re.sub(WRAPPERS, "", k)): v for k, v in state.items()}
+    return renamed if len(renamed) == len(state) else state
+
+
+def _content(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors, numbers, text, and the options of a command line."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins == b"PK":  # torch.save does not compress
+            with zipfile.ZipFile(path) as archive:
+                declared = sum(member.file_size for member in archive.infolist()) / 1e6
+            if declared > (held := path.stat().st_size / 1e6):
+                raise ValueError(
+                    f"declares {declared:.1f} MB of content in a file of {held:.1f} MB"
+                )
+        elif begins[:1] != b"\x80":
+            raise ValueError("neither a zip archive nor a pickle")
+        # many keep their options beside the weights; a Namespace only holds values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # what it asks for, by torch's message
+        asks = f" (it asks for {named[1]})" if named else ""
+        raise IsslError(
+            f"{path} holds more than tensors{asks}, and reading that could run code. If you trust "
+            "its source, save its weights alone: torch.save(torch.load(FILE, weights_only=False)"
+            "['state_dict'], 'weights.pt') (or the entry that holds them)"
+        ) from error
+    except Exception as error:  # of a damaged file, whatever torch's reader stumbles over
+        raise IsslError(
+            f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote "
+            f"({shorten(str(error), 200) or type(error).__name__}); if it was one, get it from its "
+            "source again"
+        ) from error

@@ -92,12 +92,36 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss needs to know of its batch: the recipe, and of each image the label (for a method
-    that is `labelled`) and the weight (None: the plain mean over the batch)."""
+    """What a loss needs to know of its batch, and the means over its images.
+
+    Attributes:
+        recipe: The method's constants.
+        labels: Of the images, for a method that is `labelled`.
+        weights: Of the images; None: all the same, by the usual formulas.
+    """
 
     recipe: Recipe
     labels: Int64[Tensor, " b"] | None = None
     weights: Weights | None = None
+
+    def mean(self, rows: Float[Tensor, "b *d"]) -> Float[Tensor, "*d"]:
+        """Σ_i w_i r_i / Σ_i w_i."""
+        if self.weights is None:
+            return rows.mean(0)
+        return torch.tensordot(self.weights.to(rows.dtype), rows, 1) / self.weights.sum()
+
+    def variance(self, rows: Rows, correction: int = 0) -> Float[Tensor, " p"]:
+        """The weighted variance; `correction=1` divides by Σw − 1."""
+        if self.weights is None:
+            return rows.var(0, correction=correction)
+        squares = self.mean((rows - self.mean(rows)).square())
+        return squares * (self.weights.sum() / (self.weights.sum() - correction))
+
+    def products(self, a: Rows, b: Rows, correction: int = 0) -> Float[Tensor, "p p"]:
+        """Σ_i w_i a_i b_iᵀ / (Σ_i w_i − correction)."""
+        if self.weights is None:
+            return a.T @ b / (len(a) - correction)
+        return (a * self.weights[:, None].to(a.dtype)).T @ b / (self.weights.sum() - correction)
 
 
 class LearningMethod:
@@ -125,34 +149,9 @@ class LearningMethod:
         return (z,)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        """The loss of a batch from what `outputs` gave, in fp32 or wider: rows of the first views,
+        """The loss of a batch, from what `outputs` gave in fp32 or wider: rows of the first views,
         then those of the second."""
         raise NotImplementedError
 
     def follow(self, learner: Any, done: float) -> None:
         """What is done after each step, when the part `done` of the run is over."""
-
-
-def mean(rows: Float[Tensor, "b *d"], weights: Weights | None) -> Float[Tensor, "*d"]:
-    """The weighted mean over the batch."""
-    if weights is None:
-        return rows.mean(0)
-    return torch.tensordot(weights.to(rows.dtype), rows, 1) / weights.sum()
-
-
-def variance(rows: Rows, weights: Weights | None, correction: int = 0) -> Float[Tensor, " p"]:
-    """The weighted variance over the batch; `correction=1` divides by Σw − 1."""
-    if weights is None:
-        return rows.var(0, correction=correction)
-    squares = mean((rows - mean(rows, weights)).square(), weights)
-    return squares * (weights.sum() / (weights.sum() - correction))
-
-
-def products(a: Rows, b: Rows, weights: Weights | None) -> Float[Tensor, "p p"]:
-    """Σ_i w_i a_i b_iᵀ."""
-    return a.T @ b if weights is None else (a * weights[:, None].to(a.dtype)).T @ b
-
-
-def total(rows: Tensor, weights: Weights | None) -> Float[Tensor, ""] | int:
-    """How many images the batch has: the sum of the weights."""
-    return len(rows) if weights is None else weights.sum()

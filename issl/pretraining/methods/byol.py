@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows, Weights, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs
 
 
 class BYOL(LearningMethod):
@@ -30,8 +30,14 @@ class BYOL(LearningMethod):
         return learner.predictor(z), learner.target(views)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+        """‖p̄ − t̄‖² of unit vectors, in both directions (eq. 2). The target has weights of its own,
+        which are not trained, so it needs no stop of the gradient; through the batch statistics of
+        its BatchNorm, it too is a function of the images' weights."""
         (pa, pb), (ta, tb) = (rows.chunk(2) for rows in outputs)
-        return distance(pa, tb, batch.weights) + distance(pb, ta, batch.weights)
+        there, back = (
+            batch.mean(2 - 2 * F.cosine_similarity(p, t, dim=1)) for p, t in ((pa, tb), (pb, ta))
+        )
+        return there + back
 
     def follow(self, learner: Any, done: float) -> None:
         """target ← τ · target + (1 − τ) · encoder, with τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2
@@ -39,10 +45,3 @@ class BYOL(LearningMethod):
         tau = 1 - (1 - learner.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
         now = [p.detach() for p in learner.encoder.parameters()]
         torch._foreach_lerp_(list(learner.target.parameters()), now, 1 - tau)
-
-
-def distance(predicted: Rows, target: Rows, weights: Weights | None = None) -> Loss:
-    """‖p̄ − t̄‖² of unit vectors, mean over the batch (eq. 2). The target has weights of its own,
-    which are not trained, so it needs no stop of the gradient; through the batch statistics of
-    its BatchNorm, it too is a function of the images' weights."""
-    return mean(2 - 2 * F.cosine_similarity(predicted, target, dim=1), weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows, Weights, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs
 
 
 class SimCLR(LearningMethod):
@@ -14,21 +14,16 @@ class SimCLR(LearningMethod):
     name, label = "simclr", "SimCLR"
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        za, zb = outputs[0].chunk(2)
-        return nt_xent(za, zb, batch.recipe.temperature, batch.weights)
-
-
-def nt_xent(za: Rows, zb: Rows, temperature: float, weights: Weights | None = None) -> Loss:
-    """−log exp(s(z_i, z_j)/τ) / Σ_{k≠i} w_k exp(s(z_i, z_k)/τ), s the cosine, j the other view of
-    i, weighted mean over all 2b views (arXiv 2002.05709, eq. 1, where all weights are 1)."""
-    z = F.normalize(torch.cat([za, zb]), dim=1)
-    logits = z @ z.T / temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    other = torch.arange(len(z), device=z.device).roll(len(za))
-    if weights is None:
-        return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other)
-    w = torch.cat([weights, weights]).to(z.dtype)
-    # no logarithm of a weight, which may be 0; cosines are at most 1, so nothing overflows
-    terms = (w * ((logits - 1 / temperature).exp())).masked_fill(itself, 0).sum(1)
-    positive = logits.gather(1, other[:, None]).squeeze(1)
-    return mean(terms.log() + 1 / temperature - positive, w)
+        """−log exp(s(z_i, z_j)/τ) / Σ_{k≠i} w_k exp(s(z_i, z_k)/τ), s the cosine, j the other view
+        of i, weighted mean over all 2b views (arXiv 2002.05709, eq. 1, where all weights are 1)."""
+        z, temperature = F.normalize(outputs[0], dim=1), batch.recipe.temperature
+        logits = z @ z.T / temperature
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        other = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+        if batch.weights is None:
+            return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other)
+        w = batch.weights.to(z.dtype).repeat(2)
+        # no logarithm of a weight, which may be 0; cosines are at most 1, so nothing overflows
+        terms = (w * ((logits - 1 / temperature).exp())).masked_fill(itself, 0).sum(1)
+        positive = logits.gather(1, other[:, None]).squeeze(1)
+        return w @ (terms.log() + 1 / temperature - positive) / w.sum()

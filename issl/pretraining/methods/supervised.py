@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, mean
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs
 
 
 class Supervised(LearningMethod):
@@ -17,4 +17,4 @@ class Supervised(LearningMethod):
         assert batch.labels is not None  # the caller has them
         if batch.weights is None:
             return F.cross_entropy(outputs[0], batch.labels)
-        return mean(F.cross_entropy(outputs[0], batch.labels, reduction="none"), batch.weights)
+        return batch.mean(F.cross_entropy(outputs[0], batch.labels, reduction="none"))

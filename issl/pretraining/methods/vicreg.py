@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from issl.pretraining.methods.base import (
-    Batch,
-    LearningMethod,
-    Loss,
-    Outputs,
-    Rows,
-    Weights,
-    mean,
-    products,
-    total,
-    variance,
-)
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Rows
 
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # the terms' factors (§4.2)
 
@@ -26,15 +15,15 @@ class VICReg(LearningMethod):
     name, label = "vicreg", "VICReg"
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        (za, zb), weights = outputs[0].chunk(2), batch.weights
-        apart = mean((za - zb).square().mean(1), weights)
-        hinges = [F.relu(1 - (variance(z, weights, 1) + 1e-4).sqrt()).mean() for z in (za, zb)]
-        shared = covariance(za, weights) + covariance(zb, weights)
-        return INVARIANCE * apart + VARIANCE * (hinges[0] + hinges[1]) / 2 + COVARIANCE * shared
+        """The three terms; the covariance's is Σ_{i≠j} Cov_ij² / d of each view (eq. 4)."""
+        za, zb = outputs[0].chunk(2)
+        apart = batch.mean((za - zb).square().mean(1))
+        hinges = [F.relu(1 - (batch.variance(z, 1) + 1e-4).sqrt()).mean() for z in (za, zb)]
 
+        def shared(z: Rows) -> Loss:
+            centred = z - batch.mean(z)
+            squares = batch.products(centred, centred, 1).square()
+            return (squares.sum() - squares.diagonal().sum()) / z.shape[1]
 
-def covariance(z: Rows, weights: Weights | None) -> Loss:
-    """Σ_{i≠j} Cov_ij² / d (eq. 4)."""
-    centred = z - mean(z, weights)
-    squares = (products(centred, centred, weights) / (total(z, weights) - 1)).square()
-    return (squares.sum() - squares.diagonal().sum()) / z.shape[1]
+        covariance = shared(za) + shared(zb)
+        return INVARIANCE * apart + VARIANCE * (hinges[0] + hinges[1]) / 2 + COVARIANCE * covariance
