@@ -12,7 +12,6 @@ encoder whose gradients cannot be followed is an error, and never a wrong number
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,35 +21,20 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from issl.devices import without_onednn
 from issl.influence.layers import Layer, weight_shape
 
-CONVOLUTION = [
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-]  # F.conv2d's, after input, weight and bias
+CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's, after its bias
 # what a weight is asked for without being used
-_ATTRIBUTES = [
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "is_cuda",
-    "requires_grad",
-    "layout",
-    "is_leaf",
-    "is_quantized",
-]
-_METHODS = ["size", "dim", "numel", "stride", "is_floating_point", "element_size"]
-ASKED = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
-ASKED |= {getattr(Tensor, name) for name in _METHODS}
+ATTRIBUTES = "dtype device shape ndim is_cuda requires_grad layout is_leaf is_quantized".split()
+METHODS = "size dim numel stride is_floating_point element_size".split()
+ASKED = {getattr(Tensor, name).__get__ for name in ATTRIBUTES}
+ASKED |= {getattr(Tensor, name) for name in METHODS}
 # what torch's composed functions ask before they do their own work
 INSIDE: dict[str, Any] = {
     f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
@@ -77,14 +61,14 @@ class Following(TorchFunctionMode):
 
     products   by the id of a scored weight, what to do with a product with it, or with what was
                made of it (LoRA adds to it, a cast copies it)
-    used       by the id of a scored weight, the other functions that used it, by name
+    used       by the id of a scored weight, the first other function that used it, by name
     """
 
     def __init__(self, products: Mapping[int, OnProduct]):
         super().__init__()
         self.products, self.used = dict(products), dict.fromkeys(products, "")
-        # what was made of scored weights: kept, so that their ids stay theirs
-        self.made: list[tuple[Tensor, int]] = []
+        # what was made of scored weights, and of which: kept, so that their ids stay theirs
+        self.made: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(
         self,
@@ -103,17 +87,17 @@ class Following(TorchFunctionMode):
         names = ("input", "weight", "bias", *CONVOLUTION)
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
         if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
-            x, rest = named.pop("input"), named
-            settings = {k: v for k, v in rest.items() if k in CONVOLUTION}
+            x = named.pop("input")
+            settings = {k: v for k, v in named.items() if k in CONVOLUTION}
             how = None if func is F.linear else Convolution(**settings)
-            return self.products[found[0]](x, how, lambda given: func(given, **rest))
-        made = func(*args, **kwargs)
-        origin = next((key for tensor, key in self.made if id(tensor) == found[0]), found[0])
+            return self.products[found[0]](x, how, lambda given: func(given, **named))
+        result = func(*args, **kwargs)
+        origin = self.made[found[0]][1] if found[0] in self.made else found[0]
         self.used[origin] = self.used[origin] or getattr(func, "__name__", str(func))
-        if isinstance(made, Tensor):
-            self.products[id(made)] = self.products[found[0]]
-            self.made.append((made, origin))
-        return made
+        if isinstance(result, Tensor):
+            self.products[id(result)] = self.products[origin]
+            self.made[id(result)] = result, origin
+        return result
 
 
 def _ids(values: Sequence[Any]) -> Iterator[int]:
@@ -128,11 +112,9 @@ def _ids(values: Sequence[Any]) -> Iterator[int]:
 def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
     """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
     would not be seen."""
-    following = Following(products)
+    following, plain = Following(products), lambda function, _, *args: function(*args)
     with (
-        mock.patch.object(
-            checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)
-        ),
+        mock.patch.object(checkpoint.CheckpointFunction, "apply", plain),
         mock.patch.object(checkpoint, "_checkpoint_hook", lambda *_, **__: nullcontext()),
         following,
     ):
@@ -142,34 +124,31 @@ def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
 # --- what a weight's input and output gradient are, row by row ---
 
 
+def count_rows(how: Convolution | None, x: Tensor) -> int:
+    """A row is what the first dimension of a convolution's input counts, or all but the last of a
+    matrix's."""
+    return x[..., 0].numel() if how is None else len(x)
+
+
 def read_inputs(
     weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None
 ) -> Float[Tensor, "r g k t"]:
-    """P a_t for every row, group and position t; the patches themselves if P is None. A row is what
-    the first dimension of a convolution's input counts, or all but the last of a matrix's."""
+    """P a_t for every row, group and position t; the patches themselves if P is None."""
     if how is None:
         rows = x.reshape(-1, x.shape[-1])
         return (rows if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
-    g, inside = how.groups, weight.shape[1:]
-    if p is None:
-        padding = how.padding
-        if isinstance(padding, str):  # F.unfold takes numbers alone
-            total = [
-                d * (k - 1) if padding == "same" else 0
-                for d, k in zip(_pair(how.dilation), inside[1:], strict=True)
-            ]
+    g, inside, padding = how.groups, weight.shape[1:], how.padding
+    if p is not None:
+        kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
+        patches = F.conv2d(x, kernel, None, how.stride, padding, how.dilation, g)
+        return patches.flatten(2).unflatten(1, (g, len(p)))
+    if isinstance(padding, str):  # F.unfold takes numbers alone
+        if padding == "same":
+            total = (torch.tensor(how.dilation) * (torch.tensor(inside[1:]) - 1)).tolist()
             x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-            padding = 0
-        patches = F.unfold(x, tuple(inside[1:]), how.dilation, padding, how.stride)
-        return patches.unflatten(1, (g, inside.numel()))
-    kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
-    patches = F.conv2d(x, kernel, None, how.stride, how.padding, how.dilation, g)
-    return patches.flatten(2).unflatten(1, (g, len(p)))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
-    return first, second
+        padding = 0
+    patches = F.unfold(x, tuple(inside[1:]), how.dilation, padding, how.stride)
+    return patches.unflatten(1, (g, inside.numel()))
 
 
 def read_outputs(how: Convolution | None, d: Tensor) -> Float[Tensor, "r g o t"]:
@@ -190,6 +169,8 @@ def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float
 
 
 # --- one look at an encoder, before it is believed ---
+
+IMAGES, IMAGE = 3, 1  # how many are looked at, and which one's features are followed back
 
 
 @dataclass(frozen=True)
@@ -212,12 +193,11 @@ class _Trial:
     """Gathers, of one layer, what `examine` compares."""
 
     def __init__(self, layer: Layer):
-        self.layer = layer
+        self.layer, self.problem = layer, ""
         self.total = layer.weight.new_zeros(weight_shape(layer))  # Σ_t d_t a_tᵀ
         self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
-        self.calls: list[tuple[Tensor, int, tuple[int, ...]]] = []  # input, its version, its shape
-        self.rows: dict[int, Bool[Tensor, " r"]] = {}  # of each call, those that the image reaches
-        self.problem = ""
+        self.calls: list[tuple[Convolution | None, Tensor, int]] = []  # the input, its version
+        self.reached: dict[int, Tensor] = {}  # of each call, the rows that the image reaches
 
     def on_product(
         self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
@@ -226,50 +206,46 @@ class _Trial:
             self.problem = "is used under no_grad"
             return multiply(x)
         kept, call = x.clone(), len(self.calls)
-        self.calls.append((x, x._version, tuple(x.shape) if how is None else (len(x),)))
+        self.calls.append((how, x, x._version))
         output = multiply(kept)
 
-        def on_gradient(gradient: Tensor) -> None:
-            with torch.no_grad():
-                rows, d = kept.detach(), gradient
-                if how is None:
-                    rows, d = (v.reshape(-1, v.shape[-1]) for v in (rows, d))
-                self.rows[call] = reached = d.flatten(1).any(1)
-                a = read_inputs(self.layer.weight, how, rows[reached], None)
-                d = read_outputs(how, d[reached])
-                # (g, o or k, all positions)
-                left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))
-                self.total += (left @ right.mT).flatten(0, 1)
-                self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
+        @torch.no_grad()
+        def on_gradient(d: Tensor) -> None:
+            a = kept
+            if how is None:
+                a, d = (v.reshape(-1, v.shape[-1]) for v in (a, d))
+            self.reached[call] = reached = d.flatten(1).any(1).nonzero().flatten()
+            a = read_inputs(self.layer.weight, how, a[reached], None)
+            d = read_outputs(how, d[reached])
+            # (g, o or k, all positions)
+            left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))
+            self.total += (left @ right.mT).flatten(0, 1)
+            self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
 
         output.register_hook(on_gradient)
         return output
 
-    def uses(self, n: int, image: int) -> Uses:
+    def uses(self) -> Uses:
         """How rows belong to images, where only those of one image had a gradient; notes a problem
         where they do not belong."""
         orders = []
-        for call, (_, _, shape) in enumerate(self.calls):
-            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            rows = self.rows.get(call, torch.zeros(count, dtype=torch.bool))
-            reached = rows.nonzero().flatten().cpu()
-            if count % n:
-                self.problem = f"sees {count} rows for {n} images"
+        for call, (how, x, _) in enumerate(self.calls):
+            count, reached = count_rows(how, x), self.reached.get(call, torch.zeros(0))
+            if count % IMAGES:
+                self.problem = f"sees {count} rows for {IMAGES} images"
                 break
-            fits = {
-                False: bool((reached // (count // n) == image).all()),
-                True: bool((reached % n == image).all()),
-            }
-            first = len(shape) > 2 and shape[0] != n and shape[1] == n  # tokens first, by its shape
-            if not any(fits.values()):
+            in_order = bool((reached // (count // IMAGES) == IMAGE).all())
+            token_major = bool((reached % IMAGES == IMAGE).all())
+            if not in_order and not token_major:
                 self.problem = "has rows that are not those of one image"
                 break
-            orders.append(first if fits[first] else not first)
-        return Uses(tuple(orders), any(x._version != version for x, version, _ in self.calls))
+            tokens_first = how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
+            orders.append(token_major and (tokens_first or not in_order))
+        return Uses(tuple(orders), any(x._version != version for _, x, version in self.calls))
 
 
 def examine(
-    model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], Tensor]
+    layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
 ) -> tuple[dict[str, Uses], dict[str, str]]:
     """How each layer is used, and why its weight cannot be scored where it cannot.
 
@@ -277,9 +253,8 @@ def examine(
     of their products must be the gradient that autograd finds.
 
     Args:
-        model: The encoder.
-        layers: Its layers that are to be scored.
-        run: Gives the features (n, d) of n ≥ 3 images.
+        layers: Those that are to be scored.
+        run: Runs their encoder on three images, and gives the features.
 
     Returns:
         The uses of each layer, and the problem of each that cannot be scored.
@@ -293,10 +268,9 @@ def examine(
             weight.requires_grad_(True)
         with torch.enable_grad(), followed(products) as following:
             features = run()
-        n, image = len(features), 1
         fixed = torch.Generator().manual_seed(0)
         direction = torch.randn(features.shape[1], generator=fixed).to(features)
-        wanted = (features[image] * direction).sum()
+        wanted = (features[IMAGE] * direction).sum()
         found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:
             with without_onednn():
@@ -304,7 +278,7 @@ def examine(
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
-    uses = {name: trial.uses(n, image) for name, trial in trials.items()}
+    uses = {name: trial.uses() for name, trial in trials.items()}
     for trial, gradient in zip(trials.values(), found, strict=True):
         truth = torch.zeros_like(trial.total) if gradient is None else gradient.flatten(1)
         off, by = float((trial.total - truth).norm()), following.used[id(trial.layer.weight)]
