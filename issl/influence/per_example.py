@@ -304,8 +304,11 @@ class _Tap:
         return self.total.flatten(1)
 
 
+@dataclass
 class _MomentTap(_Tap):
     """Sums the layer's second moments instead of its examples' gradients."""
+
+    moments: Moments = field(init=False)
 
     def __post_init__(self) -> None:
         zeros = partial(self.layer.weight.new_zeros, dtype=torch.float64)
