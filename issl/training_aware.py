@@ -38,8 +38,8 @@ from issl.influence.curvature import Curvature, Identity
 from issl.influence.layers import Layer
 from issl.influence.losses import stability_loss
 from issl.influence.passes import Computing
-from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
 from issl.influence.per_example import Sketch
+from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
 from issl.influence.scorer import as_images
 from issl.keyed_random import uniform
 from issl.pretraining.encoder import Encoder

@@ -133,10 +133,11 @@ def count_rows(how: Convolution | None, x: Tensor) -> int:
 def read_inputs(
     weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None
 ) -> Float[Tensor, "r g k t"]:
-    """P a_t for every row, group and position t; the patches themselves if P is None."""
+    """P a_t for every row, group and position t; the patches themselves if P is None. It shares no
+    memory with x, which may be changed in place later."""
     if how is None:
         rows = x.reshape(-1, x.shape[-1])
-        return (rows if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
+        return (rows.clone() if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
     g, inside, padding = how.groups, weight.shape[1:], how.padding
     if p is not None:
         kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
@@ -171,22 +172,7 @@ def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float
 # --- one look at an encoder, before it is believed ---
 
 IMAGES, IMAGE = 3, 1  # how many are looked at, and which one's features are followed back
-
-
-@dataclass(frozen=True)
-class Uses:
-    """How a layer's rows belong to images, for each of its calls, as `examine` found it.
-
-    token_major   see `by_image`
-    copied        its input is changed in place later, so it must be copied
-    """
-
-    token_major: tuple[bool, ...] = ()
-    copied: bool = False
-
-    def order(self, call: int) -> bool:
-        """`token_major` of call number `call`; one that was not examined is as the last."""
-        return bool(self.token_major) and self.token_major[min(call, len(self.token_major) - 1)]
+Orders = Sequence[bool]  # of each call of a layer: are its rows token-major? see `by_image`
 
 
 class _Trial:
@@ -196,7 +182,7 @@ class _Trial:
         self.layer, self.problem = layer, ""
         self.total = layer.weight.new_zeros(weight_shape(layer))  # Σ_t d_t a_tᵀ
         self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
-        self.calls: list[tuple[Convolution | None, Tensor, int]] = []  # the input, its version
+        self.calls: list[tuple[int, bool]] = []  # how many rows; are tokens first, by its shape?
         self.reached: dict[int, Tensor] = {}  # of each call, the rows that the image reaches
 
     def on_product(
@@ -206,7 +192,8 @@ class _Trial:
             self.problem = "is used under no_grad"
             return multiply(x)
         kept, call = x.clone(), len(self.calls)
-        self.calls.append((how, x, x._version))
+        tokens_first = how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
+        self.calls.append((count_rows(how, x), tokens_first))
         output = multiply(kept)
 
         @torch.no_grad()
@@ -225,12 +212,12 @@ class _Trial:
         output.register_hook(on_gradient)
         return output
 
-    def uses(self) -> Uses:
+    def orders(self) -> Orders:
         """How rows belong to images, where only those of one image had a gradient; notes a problem
         where they do not belong."""
-        orders = []
-        for call, (how, x, _) in enumerate(self.calls):
-            count, reached = count_rows(how, x), self.reached.get(call, torch.zeros(0))
+        orders: list[bool] = []
+        for call, (count, tokens_first) in enumerate(self.calls):
+            reached = self.reached.get(call, torch.zeros(0))
             if count % IMAGES:
                 self.problem = f"sees {count} rows for {IMAGES} images"
                 break
@@ -239,14 +226,13 @@ class _Trial:
             if not in_order and not token_major:
                 self.problem = "has rows that are not those of one image"
                 break
-            tokens_first = how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
             orders.append(token_major and (tokens_first or not in_order))
-        return Uses(tuple(orders), any(x._version != version for _, x, version in self.calls))
+        return orders
 
 
 def examine(
     layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
-) -> tuple[dict[str, Uses], dict[str, str]]:
+) -> tuple[dict[str, Orders], dict[str, str]]:
     """How each layer is used, and why its weight cannot be scored where it cannot.
 
     One image's features are followed back. In each layer only its rows may be reached, and the sum
@@ -257,7 +243,7 @@ def examine(
         run: Runs their encoder on three images, and gives the features.
 
     Returns:
-        The uses of each layer, and the problem of each that cannot be scored.
+        The order of rows in each layer, and the problem of each that cannot be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
@@ -278,7 +264,7 @@ def examine(
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
-    uses = {name: trial.uses() for name, trial in trials.items()}
+    orders = {name: trial.orders() for name, trial in trials.items()}
     for trial, gradient in zip(trials.values(), found, strict=True):
         truth = torch.zeros_like(trial.total) if gradient is None else gradient.flatten(1)
         off, by = float((trial.total - truth).norm()), following.used[id(trial.layer.weight)]
@@ -288,4 +274,4 @@ def examine(
             trial.problem = (
                 f"is also used by {by}" if by else "has another gradient than that of its products"
             )
-    return uses, {name: trial.problem for name, trial in trials.items() if trial.problem}
+    return orders, {name: trial.problem for name, trial in trials.items() if trial.problem}

@@ -54,7 +54,6 @@ from issl.keyed_random import uniform
 
 VERSION = 3
 HEADER = "issl_curvature"  # the entry in the file's metadata
-COMPUTES = "computes"  # see `Scorer.computes`: equal up to rounding
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Fitted:
     def add(self, other: Fitted) -> Fitted:
         """The same with H over the images of both, which must be different ones under the same
         settings. (Sets that overlap are not noticed.)"""
-        if different := first_difference(self.settings, other.settings):
+        if different := first_difference(other.settings, self.settings):
             raise IsslError(
                 f"curvatures cannot be added: {different}; fit both with the same encoder, "
                 "settings and size"
@@ -218,39 +217,21 @@ def fit(
             (Identity, RandomProjection), and where its sums do not fit into memory.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    return fit_measurement(encoder, images, what, computing)
-
-
-def fit_measurement(
-    encoder: nn.Module,
-    images: Images | Tensor,
-    what: Measurement,
-    computing: Computing = Computing(),
-) -> Fitted:
-    """`fit` of a `Measurement`."""
-    if what.curvature.accumulator() is None:
+    if curvature.accumulator() is None:
         raise IsslError(
-            f"curvature {what.curvature} sums nothing over images, so there is nothing to keep; "
+            f"curvature {curvature} sums nothing over images, so there is nothing to keep; "
             "call self_influence on the images that you want to score"
         )
     with full_precision():
         rows = prepare(encoder, images, what, once(computing))
-        sums, scorer, size = summed(rows), rows.scorer, rows.images.pixels.shape[2:]
-        computes = scorer.computes(size)
-    bases: dict[str, Tensor] = {}
-    if what.curvature.moment_images(rows.images.index[:1]) is not None:
-        for name, s in scorer.sketches.items():
-            if s.p_in is not None and s.p_out is not None:
-                bases |= {f"{name}.in": s.p_in.cpu(), f"{name}.out": s.p_out.cpu()}
-    settings: dict[str, Any] = {
-        "encoder": encoder_digest(encoder),
-        COMPUTES: computes,
-        "layers": scorer.widths,
-        "size": [int(side) for side in size],
-        **settings_of(what),
-        "marks": {} if bases else marks(scorer.sketches),
-    }
-    return Fitted(scorer, settings, (part_of(rows.images),), sums, bases)
+        bases: dict[str, Tensor] = {}
+        if curvature.moment_images(rows.images.index[:1]) is not None:
+            for name, s in rows.scorer.sketches.items():
+                if s.p_in is not None and s.p_out is not None:
+                    bases |= {f"{name}.in": s.p_in.cpu(), f"{name}.out": s.p_out.cpu()}
+        size = [int(side) for side in rows.images.pixels.shape[2:]]
+        settings = settings_of(rows.scorer, encoder_digest(encoder), size, bases)
+        return Fitted(rows.scorer, settings, (part_of(rows.images),), summed(rows), bases)
 
 
 def load_fitted(
@@ -278,7 +259,7 @@ def load_fitted(
             settings.
     """
     header, tensors = read_file(Path(path))
-    settings = header["settings"]
+    settings, bases = header["settings"], tensors["basis"]
     if (here := encoder_digest(encoder)) != settings["encoder"]:
         raise IsslError(
             f"curvature file {path} belongs to another encoder (sha256 of its weights "
@@ -286,11 +267,11 @@ def load_fitted(
             "fitted on, or fit again"
         )
     given = {"perturbation": perturbation, "curvature": curvature, "loss": loss}
-    chosen: dict[str, Any] = {name: build(path, name, v, settings) for name, v in given.items()}
-    same = {name: settings[name] for name in ("seed", "draws", "skip", "untrained")}
+    what: dict[str, Any] = {name: settings[name] for name in ("seed", "draws", "skip", "untrained")}
+    what |= {name: build(path, name, settings, own) for name, own in given.items()}
     some = as_images((255 * uniform(2, torch.arange(2), (3, *settings["size"]))).byte())
-    scorer = open_scorer(encoder, Measurement(**chosen, **same), some, device)
-    if bases := tensors["basis"]:
+    scorer = open_scorer(encoder, Measurement(**what), some, device)
+    if bases:
         sketches = {}
         for name, layer in scorer.layers.items():
             p_in, p_out = (bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out"))
@@ -298,20 +279,12 @@ def load_fitted(
         scorer = replace(scorer, sketches=sketches)
     else:
         scorer = scorer.sketched(some)
-    now = {COMPUTES: scorer.computes(settings["size"]), "layers": scorer.widths}
-    if different := first_difference({name: settings[name] for name in now}, now):
+    now = settings_of(scorer, here, settings["size"], bases)
+    if different := first_difference(now, settings):
         raise IsslError(
-            f"curvature file {path} does not fit this encoder: {different}; is it another forward, "
-            "or a function of the same name? Give what it was fitted with, or fit again"
+            f"curvature file {path} does not fit: {different}; is it another forward, or a "
+            "function of the same name? Give what it was fitted with, or fit again"
         )
-    found = marks(scorer.sketches)
-    for name, value in settings["marks"].items():
-        if abs(value - found[name]) > 1e-4:
-            raise IsslError(
-                f"curvature file {path}: the projections of layer {name} that follow from its seed "
-                f"are others here (their sum is {found[name]:.6f}, not {value:.6f}); fit again "
-                "with this version of torch"
-            )
     sums = tensors["vector"] | {name: unpack(v) for name, v in tensors["triangle"].items()}
     return Fitted(scorer, settings, tuple(header["parts"]), sums, bases)
 
@@ -356,9 +329,15 @@ BUILDS: dict[str, Any] = {c.__name__: c for c in KNOWN}
 BUILDS[describe(stability_loss)] = lambda: stability_loss
 
 
-def settings_of(what: Measurement) -> dict[str, Any]:
-    """What is measured, as JSON values."""
+def settings_of(
+    scorer: Scorer, encoder: str, size: Sequence[int], bases: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All that the sums under this scorer depend on, of images of that size (h, w)."""
+    what, marks = scorer.what, {}
+    for name, s in {} if bases else scorer.sketches.items():
+        marks[name] = sum(float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None)
     return {
+        "encoder": encoder,
         "curvature": as_setting(what.curvature),
         "perturbation": as_setting(what.perturbation),
         "loss": as_setting(what.loss),
@@ -366,6 +345,10 @@ def settings_of(what: Measurement) -> dict[str, Any]:
         "draws": what.draws,
         "skip": list(what.skip),
         "untrained": what.untrained,
+        "size": size,
+        "layers": scorer.widths,
+        "computes": scorer.computes(size),
+        "marks": marks,  # one number for each layer's projections that follow from a seed
     }
 
 
@@ -376,15 +359,11 @@ def as_setting(value: object) -> dict[str, Any]:
     return {"kind": describe(value), "fields": {}}
 
 
-def build(path: str | Path, name: str, given: Any, settings: Mapping[str, Any]) -> Any:
-    """What was given, if the file has the same, or else what the file says."""
-    if given is not None:
-        if different := first_difference({name: settings[name]}, {name: as_setting(given)}):
-            raise IsslError(
-                f"curvature file {path}: {different}; leave it out, or fit again with it"
-            )
-        return given
+def build(path: str | Path, name: str, settings: Mapping[str, Any], given: Any) -> Any:
+    """What was given, or else what the file says."""
     kind = settings[name]["kind"]
+    if given is not None:
+        return given
     if kind not in BUILDS:
         raise IsslError(
             f"curvature file {path} was fitted with {name} {kind}, which this library cannot "
@@ -395,12 +374,17 @@ def build(path: str | Path, name: str, given: Any, settings: Mapping[str, Any]) 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """The first setting that is not the same, in words."""
-    for key in [*ours, *(k for k in theirs if k not in ours)]:
-        if key != COMPUTES and ours.get(key) != theirs.get(key):
-            one, other = (json.dumps(side.get(key))[:120] for side in (ours, theirs))
-            return f"{key} is {one} in one and {other} in the other"
-    if not np.allclose(ours.get(COMPUTES, ()), theirs.get(COMPUTES, ()), rtol=1e-3, atol=1e-6):
-        return "the encoder, the perturbation or the loss makes other numbers of the same images"
+    for key, one in ours.items():
+        other = theirs[key]
+        if key == "computes":
+            if not np.allclose(one, other, rtol=1e-3, atol=1e-6):
+                return "the encoder, the perturbation or the loss makes other numbers of the images"
+        elif key == "marks":
+            if not np.allclose([*one.values()], [*other.values()], rtol=0, atol=1e-4):
+                return "projections that follow from the seed are others in this version of torch"
+        elif one != other:
+            texts = (json.dumps(value)[:120] for value in (other, one))
+            return f"{key} is {' in one and '.join(texts)} in the other"
     return None
 
 
@@ -418,14 +402,6 @@ def part_of(data: Images) -> dict[str, Any]:
     """A set of images, as it is named in a file."""
     index = hashlib.sha256(data.index.numpy().tobytes()).hexdigest()[:16]
     return {"images": data.name, "n": len(data), "index": index}
-
-
-def marks(sketches: Mapping[str, Sketch]) -> dict[str, float]:
-    """One number for each layer's projections, by which others are noticed."""
-    return {
-        name: sum((float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None), 0.0)
-        for name, s in sketches.items()
-    }
 
 
 # --- the file ---

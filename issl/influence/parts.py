@@ -25,7 +25,7 @@ from issl.data.lazy_pixels import LazyPixels
 from issl.engine import Task
 from issl.errors import IsslError
 from issl.files import atomic, file_digest, remove_leftovers
-from issl.influence.kept import Fitted, encoder_digest, fit_measurement, load_fitted, settings_of
+from issl.influence.kept import Fitted, as_setting, encoder_digest, fit, load_fitted
 from issl.influence.passes import Computing
 from issl.influence.scorer import Measurement
 
@@ -57,8 +57,9 @@ class Scoring:
     def identity(self) -> str:
         """A hash of all that decides the numbers: weights, pixels, indices, settings."""
         kept = None if self.kept is None else file_digest(self.kept)
-        settings = [settings_of(self.what), kept, self.computing.precision]
-        found = hashlib.sha256(repr([*settings, encoder_digest(self.encoder)]).encode())
+        settings = {name: as_setting(value) for name, value in vars(self.what).items()}
+        others = kept, self.computing.precision, encoder_digest(self.encoder)
+        found = hashlib.sha256(repr([settings, *others]).encode())
         pixels = self.images.pixels
         if isinstance(pixels, LazyPixels):
             found.update(pixels.identity().encode())
@@ -140,8 +141,8 @@ def _missing(folder: Path, count: int, size: int, suffix: str) -> list[tuple[Pat
 
 def _fit(load: Callable[[], Scoring], rows: range, path: Path) -> None:
     scoring = load()
-    images = scoring.images.subset(rows)
-    fit_measurement(scoring.encoder, images, scoring.what, scoring.computing).save(path)
+    images, computing = scoring.images.subset(rows), scoring.computing
+    fit(scoring.encoder, images, **vars(scoring.what), computing=computing).save(path)
 
 
 def _add(load: Callable[[], Scoring], folder: Path, whole: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from issl.errors import IsslError
 from issl.influence.following import (
     Convolution,
-    Uses,
+    Orders,
     by_image,
     count_rows,
     followed,
@@ -89,14 +89,14 @@ class Followed:
         model: From `issl.influence.frozen_encoder.frozen`.
         layers: That are scored, by name.
         layout: Of the pixels that it is given.
-        uses: What `issl.influence.following.examine` found of each layer; of one that is missing, a
-            row is an image.
+        orders: Of each layer's rows, from `issl.influence.following.examine`; those of a layer that
+            is missing are image by image.
     """
 
     model: nn.Module
     layers: Mapping[str, Layer]
     layout: torch.memory_format = torch.channels_last
-    uses: Mapping[str, Uses] = field(default_factory=dict)
+    orders: Mapping[str, Orders] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The features, whatever the encoder makes of them."""
@@ -129,7 +129,7 @@ def per_example(
             cannot be followed.
     """
     taps = {
-        name: _Tap(name, layer, encoder.uses.get(name, Uses()), len(x), sketches[name])
+        name: _Tap(name, layer, encoder.orders.get(name, ()), len(x), sketches[name])
         for name, layer in encoder.layers.items()
     }
     losses = _backward(encoder, taps, x, perturbed, index, loss, bf16)
@@ -146,7 +146,7 @@ def second_moments(
     """Each layer's second moments over a batch; arguments as in `per_example`. Groups share the
     inputs' moment."""
     taps = {
-        name: _MomentTap(name, layer, encoder.uses.get(name, Uses()), len(x))
+        name: _MomentTap(name, layer, encoder.orders.get(name, ()), len(x))
         for name, layer in encoder.layers.items()
     }
     _backward(encoder, taps, x, perturbed, index, loss, bf16=False)
@@ -222,7 +222,7 @@ class _Tap:
 
     name: str
     layer: Layer
-    uses: Uses
+    orders: Orders
     examples: int
     sketch: Sketch = Sketch()
     calls: int = 0
@@ -238,29 +238,23 @@ class _Tap:
                 f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
                 f"have as many. Leave the layer out with skip=['{self.name}']"
             )
-        regroup = partial(by_image, n=views, token_major=self.uses.order(self.calls))
+        # a call that was not examined is as the last
+        token_major = bool(self.orders) and self.orders[min(self.calls, len(self.orders) - 1)]
+        regroup = partial(by_image, n=views, token_major=token_major)
         self.calls += 1
-        output, kept = multiply(x), x.detach()
-        if self.uses.copied:
-            kept = kept.clone()
-        first = self.projects_first(how, output)
-        p_in = self.sketch.p_in if first else None
-        inputs = regroup(read_inputs(self.layer.weight, how, kept, p_in))
+        output = multiply(x)
+        early, late = self.sketch.p_in, None
+        if not self.projects_first(how, output):
+            early, late = late, early
+        inputs = regroup(read_inputs(self.layer.weight, how, x.detach(), early))
         if not output.requires_grad:
             # no earlier layer needs a gradient, so the backward pass may end here; the clone is for
             # later in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
-        version = kept._version
 
         @torch.no_grad()
         def on_gradient(gradient: Tensor) -> None:
-            if kept._version != version:
-                raise IsslError(
-                    f"encoder: the input of layer {self.name} is changed in place for some images "
-                    f"alone; leave the layer out with skip=['{self.name}']"
-                )
-            left = None if first else self.sketch.p_in
-            self.on_gradient(inputs, left, regroup(read_outputs(how, gradient)))
+            self.on_gradient(inputs, late, regroup(read_outputs(how, gradient)))
 
         output.register_hook(on_gradient)
         return output

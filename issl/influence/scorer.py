@@ -140,16 +140,7 @@ class Scorer:
         """The images at these positions, in [0, 1], and their perturbed views, checked."""
         x = images.pixels[positions].to(self.device).to(self.dtype) / 255
         index = images.index[positions]
-        try:
-            shaken = perturb(x.clone(), index)  # one that works in place must not change the image
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise  # the batch will be halved
-            raise IsslError(
-                f"perturbation {describe(self.what.perturbation)} fails ({type(error).__name__}: "
-                f"{error}); it is called with pixels (b, 3, h, w) in [0, 1] and the images' index "
-                "(b,)"
-            ) from error
+        shaken = perturb(x.clone(), index)  # one that works in place must not change the image
         same = isinstance(shaken, Tensor) and shaken.shape == x.shape
         if not same or not shaken.is_floating_point():
             got = [shaken.dtype, *shaken.shape] if isinstance(shaken, Tensor) else type(shaken)
@@ -240,12 +231,12 @@ def open_scorer(
     followed, others = _running(encoder, what, place, x)
     try:
         _check_independent(followed, x)
-        uses, problems = examine(followed.layers, lambda: followed(x))
+        orders, problems = examine(followed.layers, lambda: followed(x))
     except (RuntimeError, MemoryError) as error:
         raise _fails(x, error) from error
     if problems := others | problems:
         raise unscored(problems, followed.layers)
-    return Scorer(replace(followed, uses=uses), what, place, {})
+    return Scorer(replace(followed, orders=orders), what, place, {})
 
 
 @torch.no_grad()

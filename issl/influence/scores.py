@@ -84,20 +84,9 @@ def self_influence(
         IsslError: For an encoder that cannot be scored, bad images or settings, NaN.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    return score_measurement(encoder, images, what, computing, sweep)
-
-
-def score_measurement(
-    encoder: nn.Module,
-    images: Images | Tensor,
-    what: Measurement,
-    computing: Computing = Computing(),
-    sweep: Sequence[float] = (),
-) -> pd.DataFrame:
-    """`self_influence` of a `Measurement`."""
     check_sweep(sweep)
     with full_precision():
-        rows = prepare(encoder, images, what, computing, norms_only=what.draws == 1)
+        rows = prepare(encoder, images, what, computing, norms_only=draws == 1)
         return score(rows, rows.accumulate(gram=True), sweep)
 
 
@@ -250,7 +239,7 @@ def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
     own = what.loss is stability_loss
     rounding = 32 * torch.finfo(scorer.dtype).eps if own else 0.0
     if (word := says_nothing(values[0], losses, rounding)) is not None:
-        warnings.warn(word, stacklevel=4)
+        warnings.warn(word, stacklevel=3)
     columns = {
         "index": rows.images.index.numpy(),
         "influence": values[0],
@@ -333,26 +322,17 @@ def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.
         losses: Likewise.
         rounding: Losses up to this are rounding errors.
     """
-    if not losses.any():
-        return (
-            "every influence is 0: the perturbation does not move the features; use a stronger one"
-        )
-    if losses.max() <= rounding:
-        return (
-            f"every stability loss is below {rounding:.1g}, which is rounding: the perturbation "
-            "hardly moves the features (do they differ between images at all?), so the ranking is "
-            "noise"
-        )
     low, high = influence.min(), influence.max()
-    if high == 0:
+    if (largest := np.abs(losses).max()) <= rounding:
         return (
-            "every influence is 0: no gradient is left, or the damping is too large; check "
-            "`damping` and `skip`"
+            f"no loss is above {largest:.1g}, which is rounding: the perturbation hardly moves the "
+            "features (do they differ between images at all?), so the ranking is noise; use a "
+            "stronger one"
         )
-    if len(influence) > 1 and high - low <= EQUAL * high:
+    if high == 0 or (len(influence) > 1 and high - low <= EQUAL * high):
         return (
-            f"every influence is {high:.6g}: there are fewer images than directions, so that a "
-            "curvature with so little damping sets all alike; score more images, raise the damping "
-            "or lower the rank"
+            f"every influence is {high:.6g}: no gradient is left (see `skip`), or there are fewer "
+            "images than directions, which a curvature with so little damping sets all alike; "
+            "score more images, raise the damping or lower the rank"
         )
     return None
