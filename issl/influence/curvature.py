@@ -20,6 +20,7 @@ from its defaults.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +37,9 @@ from issl.errors import IsslError, is_whole, number_or_nan
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.per_example import Moments, Sketch
 
-# of projections: a generator takes 64 bits, of which a layer's place in the encoder needs some
-LARGEST_SEED = 1 << 40
+# settings that are whole numbers, from and to; of a seed, a generator takes 64 bits, of which a
+# layer's place in the encoder needs some
+WHOLE: dict[str, tuple[int, int | None]] = {"rank": (1, None), "fit": (1, None), "seed": (0, 2**40)}
 
 
 # --- sums over rows, and the damped inverse that is made from them ---
@@ -147,12 +149,28 @@ class DiagonalSum:
 # --- curvatures ---
 
 
-@runtime_checkable
-class Curvature(Protocol):
+class Curvature(ABC):
     """What a curvature decides; all but `accumulator` has a default."""
 
     damping: float  # λ as a fraction of the mean diagonal of H, > 0
 
+    def __post_init__(self) -> None:
+        """IsslError for settings out of range, of those that a dataclass has."""
+        kind, own = type(self).__name__, vars(self)
+        if not 0 < number_or_nan(damping := own.get("damping", 1.0)) < math.inf:
+            raise IsslError(
+                f"{kind}(damping={damping!r}): must be a finite number > 0, a fraction of the "
+                "curvature's mean diagonal"
+            )
+        for name, (least, most) in WHOLE.items():
+            value = own.get(name, least)
+            if not is_whole(value, least, most) and (name, value) != ("fit", None):
+                raise IsslError(
+                    f"{kind}({name}={value!r}): must be a whole number, {least} or more"
+                    + ("" if most is None else " and at most 2⁴⁰")
+                )
+
+    @abstractmethod
     def accumulator(self, gram: bool = False) -> Accumulator | None:
         """An empty sum for one layer's rows; None for no curvature.
 
@@ -160,7 +178,6 @@ class Curvature(Protocol):
             gram: There will be fewer rows than columns, and nothing but products with these rows
                 is asked for.
         """
-        ...
 
     def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
         """What is kept of each image's gradient in this layer: by default the whole.
@@ -209,9 +226,6 @@ class RandomProjection(Curvature):
     seed: int = 0
     damping = 0.0
 
-    def __post_init__(self) -> None:
-        _check(self, rank=1, seed=0)
-
     def accumulator(self, gram: bool = False) -> None:
         return None
 
@@ -233,9 +247,6 @@ class Exact(Curvature):
 
     damping: float = 0.1
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def accumulator(self, gram: bool = False) -> DenseSum:
         return DenseSum(gram)
 
@@ -249,9 +260,6 @@ class Diagonal(Curvature):
     """
 
     damping: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     def accumulator(self, gram: bool = False) -> DiagonalSum:
         return DiagonalSum()
@@ -270,9 +278,6 @@ class EKFAC(Curvature):
 
     damping: float = 0.1
     fit: int | None = None
-
-    def __post_init__(self) -> None:
-        _check(self, fit=1)
 
     def accumulator(self, gram: bool = False) -> DiagonalSum:
         return DiagonalSum()
@@ -308,7 +313,7 @@ class LoGra(Curvature):
     fit: int | None = 512
 
     def __post_init__(self) -> None:
-        _check(self, rank=1, seed=0, fit=1)
+        super().__post_init__()
         if self.projection not in ("random", "pca"):
             raise IsslError(f"LoGra(projection={self.projection!r}): choose 'random' or 'pca'")
 
@@ -354,24 +359,6 @@ def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int =
     if kind not in KINDS:
         raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
     return KINDS[kind](rank, damping, seed)
-
-
-def _check(curvature: Curvature, **least: int) -> None:
-    """IsslError for settings out of range; `least` are those that are whole numbers."""
-    kind, damping = type(curvature).__name__, vars(curvature).get("damping", 1.0)
-    if not 0 < number_or_nan(damping) < math.inf:
-        raise IsslError(
-            f"{kind}(damping={damping!r}): must be a finite number > 0, a fraction of the "
-            "curvature's mean diagonal"
-        )
-    for name, smallest in least.items():
-        value: object = getattr(curvature, name)
-        largest = LARGEST_SEED if name == "seed" else None
-        if not is_whole(value, smallest, largest) and (name, value) != ("fit", None):
-            raise IsslError(
-                f"{kind}({name}={value!r}): must be a whole number, {smallest} or more"
-                + ("" if largest is None else " and at most 2⁴⁰")
-            )
 
 
 # --- the bases that gradients are projected on, and the images that they are made from ---

@@ -172,78 +172,77 @@ def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float
 # --- one look at an encoder, before it is believed ---
 
 IMAGES, IMAGE = 3, 1  # how many are looked at, and which one's features are followed back
-Orders = Sequence[bool]  # of each call of a layer: are its rows token-major? see `by_image`
 
 
 class _Trial:
     """Gathers, of one layer, what `examine` compares."""
 
     def __init__(self, layer: Layer):
-        self.layer, self.problem = layer, ""
-        self.total = layer.weight.new_zeros(weight_shape(layer))  # Σ_t d_t a_tᵀ
+        self.layer, self.problem, self.called, self.tokens_first = layer, "", False, False
+        # Σ_t d_t a_tᵀ of the image, by whether rows are token-major
+        self.totals = {
+            major: layer.weight.new_zeros(weight_shape(layer)) for major in (False, True)
+        }
         self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
-        self.calls: list[tuple[int, bool]] = []  # how many rows; are tokens first, by its shape?
-        self.reached: dict[int, Tensor] = {}  # of each call, the rows that the image reaches
 
     def on_product(
         self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        self.called = True
         if not torch.is_grad_enabled():
             self.problem = "is used under no_grad"
+        elif (count := count_rows(how, x)) % IMAGES:
+            self.problem = f"sees {count} rows for {IMAGES} images"
+        if self.problem:
             return multiply(x)
-        kept, call = x.clone(), len(self.calls)
-        tokens_first = how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
-        self.calls.append((count_rows(how, x), tokens_first))
-        output = multiply(kept)
+        self.tokens_first |= how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
+        output = multiply(kept := x.clone())
 
         @torch.no_grad()
-        def on_gradient(d: Tensor) -> None:
-            a = kept
-            if how is None:
-                a, d = (v.reshape(-1, v.shape[-1]) for v in (a, d))
-            self.reached[call] = reached = d.flatten(1).any(1).nonzero().flatten()
-            a = read_inputs(self.layer.weight, how, a[reached], None)
-            d = read_outputs(how, d[reached])
-            # (g, o or k, all positions)
-            left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))
-            self.total += (left @ right.mT).flatten(0, 1)
+        def on_gradient(gradient: Tensor) -> None:
+            d, a = read_outputs(how, gradient), read_inputs(self.layer.weight, how, kept, None)
             self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
+            for major in self.totals:
+                left, right = (by_image(v, IMAGES, major)[IMAGE] for v in (d, a))
+                self.totals[major] += (left @ right.mT).flatten(0, 1)
 
         output.register_hook(on_gradient)
         return output
 
-    def orders(self) -> Orders:
-        """How rows belong to images, where only those of one image had a gradient; notes a problem
-        where they do not belong."""
-        orders: list[bool] = []
-        for call, (count, tokens_first) in enumerate(self.calls):
-            reached = self.reached.get(call, torch.zeros(0))
-            if count % IMAGES:
-                self.problem = f"sees {count} rows for {IMAGES} images"
-                break
-            in_order = bool((reached // (count // IMAGES) == IMAGE).all())
-            token_major = bool((reached % IMAGES == IMAGE).all())
-            if not in_order and not token_major:
-                self.problem = "has rows that are not those of one image"
-                break
-            orders.append(token_major and (tokens_first or not in_order))
-        return orders
+    def compare(self, gradient: Tensor | None, used_by: str) -> bool:
+        """Whether rows are token-major, by autograd's gradient; notes a problem where it is that of
+        the image's rows in neither order."""
+        truth = torch.zeros_like(self.totals[True]) if gradient is None else gradient.flatten(1)
+        most = 1e-3 * float(truth.norm()) + 1e-5 * self.size
+        fits = {major: float((t - truth).norm()) <= most for major, t in self.totals.items()}
+        if self.problem:
+            return False
+        if not self.called:
+            self.problem = f"is used by {used_by} alone" if used_by else "is never used (a head?)"
+        elif not any(fits.values()):
+            self.problem = (
+                f"is also used by {used_by}"
+                if used_by
+                else "has another gradient than the sum over its rows for one image"
+            )
+        return self.tokens_first if fits[self.tokens_first] else fits[True]
 
 
 def examine(
     layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
-) -> tuple[dict[str, Orders], dict[str, str]]:
+) -> tuple[set[str], dict[str, str]]:
     """How each layer is used, and why its weight cannot be scored where it cannot.
 
-    One image's features are followed back. In each layer only its rows may be reached, and the sum
-    of their products must be the gradient that autograd finds.
+    One image's features are followed back. In each layer the sum over its rows of their products
+    must be the gradient that autograd finds.
 
     Args:
         layers: Those that are to be scored.
         run: Runs their encoder on three images, and gives the features.
 
     Returns:
-        The order of rows in each layer, and the problem of each that cannot be scored.
+        The layers whose rows are token-major, see `by_image`, and the problem of each that cannot
+        be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
@@ -264,14 +263,9 @@ def examine(
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
-    orders = {name: trial.orders() for name, trial in trials.items()}
-    for trial, gradient in zip(trials.values(), found, strict=True):
-        truth = torch.zeros_like(trial.total) if gradient is None else gradient.flatten(1)
-        off, by = float((trial.total - truth).norm()), following.used[id(trial.layer.weight)]
-        if not trial.problem and not trial.calls:
-            trial.problem = f"is used by {by} alone" if by else "is never used (a head?)"
-        if not trial.problem and off > 1e-3 * float(truth.norm()) + 1e-5 * trial.size:
-            trial.problem = (
-                f"is also used by {by}" if by else "has another gradient than that of its products"
-            )
-    return orders, {name: trial.problem for name, trial in trials.items() if trial.problem}
+    token_major = {
+        name
+        for (name, trial), gradient in zip(trials.items(), found, strict=True)
+        if trial.compare(gradient, following.used[id(trial.layer.weight)])
+    }
+    return token_major, {name: trial.problem for name, trial in trials.items() if trial.problem}

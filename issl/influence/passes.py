@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,13 +169,8 @@ def _remove(folder: Path, lock: int) -> None:
 
 def _read_rows(path: Path, name: str) -> Tensor:
     """One tensor of a chunk, without reading the others."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return cast(Tensor, file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise IsslError(
-            f"stored gradients {path} are damaged ({error}); delete this file and run again"
-        ) from error
+    with safe_open(path, framework="pt") as file:
+        return cast(Tensor, file.get_tensor(name))
 
 
 # --- how much fits into memory ---

@@ -19,7 +19,7 @@ their rows. Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from issl.errors import IsslError
 from issl.influence.following import (
     Convolution,
-    Orders,
     by_image,
     count_rows,
     followed,
@@ -89,14 +88,14 @@ class Followed:
         model: From `issl.influence.frozen_encoder.frozen`.
         layers: That are scored, by name.
         layout: Of the pixels that it is given.
-        orders: Of each layer's rows, from `issl.influence.following.examine`; those of a layer that
-            is missing are image by image.
+        token_major: Layers whose rows are not image by image, from
+            `issl.influence.following.examine`.
     """
 
     model: nn.Module
     layers: Mapping[str, Layer]
     layout: torch.memory_format = torch.channels_last
-    orders: Mapping[str, Orders] = field(default_factory=dict)
+    token_major: Set[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The features, whatever the encoder makes of them."""
@@ -129,7 +128,7 @@ def per_example(
             cannot be followed.
     """
     taps = {
-        name: _Tap(name, layer, encoder.orders.get(name, ()), len(x), sketches[name])
+        name: _Tap(name, layer, name in encoder.token_major, len(x), sketches[name])
         for name, layer in encoder.layers.items()
     }
     losses = _backward(encoder, taps, x, perturbed, index, loss, bf16)
@@ -146,7 +145,7 @@ def second_moments(
     """Each layer's second moments over a batch; arguments as in `per_example`. Groups share the
     inputs' moment."""
     taps = {
-        name: _MomentTap(name, layer, encoder.orders.get(name, ()), len(x))
+        name: _MomentTap(name, layer, name in encoder.token_major, len(x))
         for name, layer in encoder.layers.items()
     }
     _backward(encoder, taps, x, perturbed, index, loss, bf16=False)
@@ -222,7 +221,7 @@ class _Tap:
 
     name: str
     layer: Layer
-    orders: Orders
+    token_major: bool
     examples: int
     sketch: Sketch = Sketch()
     calls: int = 0
@@ -238,9 +237,7 @@ class _Tap:
                 f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
                 f"have as many. Leave the layer out with skip=['{self.name}']"
             )
-        # a call that was not examined is as the last
-        token_major = bool(self.orders) and self.orders[min(self.calls, len(self.orders) - 1)]
-        regroup = partial(by_image, n=views, token_major=token_major)
+        regroup = partial(by_image, n=views, token_major=self.token_major)
         self.calls += 1
         output = multiply(x)
         early, late = self.sketch.p_in, None

@@ -231,12 +231,12 @@ def open_scorer(
     followed, others = _running(encoder, what, place, x)
     try:
         _check_independent(followed, x)
-        orders, problems = examine(followed.layers, lambda: followed(x))
+        token_major, problems = examine(followed.layers, lambda: followed(x))
     except (RuntimeError, MemoryError) as error:
         raise _fails(x, error) from error
     if problems := others | problems:
         raise unscored(problems, followed.layers)
-    return Scorer(replace(followed, orders=orders), what, place, {})
+    return Scorer(replace(followed, token_major=token_major), what, place, {})
 
 
 @torch.no_grad()
