@@ -325,7 +325,6 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         {"precision": "fp8"},
         {"memory": "disk"},
         {"memory": "ram", "store": "/tmp/x"},
-        {"device": "abacus"},
     ):
         with pytest.raises(issl.IsslError, match=f"{list(arguments)[-1]}="):
             Computing(**arguments)

@@ -331,7 +331,7 @@ def test_an_image_without_features_is_named() -> None:
     ).eval()
     images = nets.pictures(8)
     images.pixels[5] = 0  # the plain view of it has no features
-    with pytest.raises(issl.IsslError, match=r"all-zero feature vector for image index 5"):
+    with pytest.raises(issl.IsslError, match=r"all-zero, .* for image index 5"):
         issl.self_influence(encoder, images)
     what = Measurement(issl.GaussianNoise(), issl.LoGra(4))
     kept = with_features(encoder, images, what)
@@ -364,7 +364,7 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
     other.k = 4.0
     issl.fit(first, images).save(tmp_path / "kept.safetensors")
     assert issl.load_fitted(tmp_path / "kept.safetensors", copy.deepcopy(first)).n == 6
-    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
+    with pytest.raises(issl.IsslError, match="other numbers of the images"):
         issl.load_fitted(tmp_path / "kept.safetensors", other)
 
     def shake(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -376,7 +376,7 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
     assert (
         issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.05)).n == 6
     )
-    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
+    with pytest.raises(issl.IsslError, match="other numbers of the images"):
         issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.6))
 
 

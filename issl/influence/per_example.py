@@ -248,12 +248,9 @@ class _Tap:
             # no earlier layer needs a gradient, so the backward pass may end here; the clone is for
             # later in-place operations, which must not change a leaf
             output = output.detach().requires_grad_().clone()
-
-        @torch.no_grad()
-        def on_gradient(gradient: Tensor) -> None:
-            self.on_gradient(inputs, late, regroup(read_outputs(how, gradient)))
-
-        output.register_hook(on_gradient)
+        output.register_hook(
+            lambda gradient: self.add(inputs, late, regroup(read_outputs(how, gradient)))
+        )
         return output
 
     def projects_first(self, how: Convolution | None, output: Tensor) -> bool:
@@ -265,7 +262,8 @@ class _Tap:
         first = positions * k_in * (groups * d_in + c_out)
         return first <= positions * d_in * (c_out + forming) + k_out * d_in * (c_out + k_in)
 
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+    @torch.no_grad()
+    def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
         """The views' inputs (2b, g, k, t) and output gradients (2b, g, o, t).
 
         p_in    the projection that still has to be applied to the inputs, if any
@@ -306,7 +304,8 @@ class _MomentTap(_Tap):
         outputs, inputs = (zeros(d, d) for d in weight_shape(self.layer))
         self.moments = Moments(inputs, outputs)
 
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+    @torch.no_grad()
+    def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
         outputs = outputs.flatten(1, 2)
         a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
         self.moments += Moments((a @ a.T).double(), (d @ d.T).double())
