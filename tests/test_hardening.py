@@ -271,7 +271,7 @@ COMMANDS = {  # what must be named
     "fly": "'fly'",
     PRETRAIN + "--n 0": "n=0",
     PRETRAIN + "--width 0": "width=0",
-    PRETRAIN + "--epochs -1": "--epochs",
+    PRETRAIN + "--epochs -1": "epochs=-1",
     PRETRAIN + "--batch-size 64": "batch_size=64",
     PRETRAIN + "--seed -1": "seed=-1",
     PRETRAIN + "--device tpu": "device 'tpu'",

@@ -69,7 +69,7 @@ def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
     add("--skip", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--untrained", action="store_true", default=None, help="score an encoder as initialised")
     size = "images at once (64), or auto: what fits into memory"
-    add("--batch-size", type=_batch, default=64, metavar="B", help=size)
+    add("--batch-size", type=number_or_auto, default=64, metavar="B", help=size)
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the forward pass (fp32)")
 
 
@@ -146,7 +146,6 @@ def write_broken(out: Path, images: Images) -> str:
     return f"; {len(images.broken)} images were left out: {path}"
 
 
-def _batch(text: str) -> int | Literal["auto"]:
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: need a whole number, 1 or more, or auto")
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """A number of images; argparse names this function where it is none."""
     return "auto" if text == "auto" else int(text)
