@@ -30,8 +30,7 @@ GOOD = png(PIXELS)
 PICTURE = Image.fromarray(PIXELS.transpose(1, 2, 0))
 
 
-# --- images
-# ------------------------------------------------------------------------------------------------
+# --- images ---
 
 
 def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -42,23 +41,15 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """One of a PNG's parts."""
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+    length, check = (struct.pack(">I", v) for v in (len(content), zlib.crc32(kind + content)))
+    return length + kind + content + check
 
 
 def declaring(width: int, height: int) -> bytes:
     """A PNG of a hundred bytes that says that it is so large."""
     size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + size
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
+    parts = size, chunk(b"IDAT", zlib.compress(b"\0" * 100)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def with_text_of(length: int) -> bytes:
@@ -76,8 +67,7 @@ def folder(parent: Path, **files: bytes) -> str:
     return f"folder:{place}"
 
 
-# --- archives and tables
-# -----------------------------------------------------------------------------------
+# --- archives and tables ---
 
 
 def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
@@ -119,8 +109,7 @@ def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) ->
     return f"hf:{parent}"
 
 
-# --- checkpoints
-# -------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 class Evil:
@@ -155,13 +144,9 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
 
 def repeated(path: Path) -> Path:
     """A checkpoint with one number that declares to be ten thousand million."""
-    one = torch.zeros(1)
+    many = torch.zeros(1).expand(10**9, 3, 3, 3)
     torch.save(
-        {
-            "conv1.weight": one.expand(10**9, 3, 3, 3),
-            "layer1.0.conv1.weight": one.expand(10**9, 10, 3, 3),
-        },
-        path,
+        {"conv1.weight": many, "layer1.0.conv1.weight": many[:, :1].expand(-1, 10, 3, 3)}, path
     )
     return path
 

@@ -33,8 +33,7 @@ from issl.audit.stats.statistics import Estimate
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
 
-# --- code in data
-# ------------------------------------------------------------------------------------------
+# --- code in data ---
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
@@ -78,8 +77,7 @@ def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# --- bombs
-# -------------------------------------------------------------------------------------------------
+# --- bombs ---
 
 
 def test_a_zip_bomb_is_refused_by_its_declared_size(
@@ -111,8 +109,7 @@ def test_names_that_lead_out_of_an_archive_are_only_names(tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- names
-# -------------------------------------------------------------------------------------------------
+# --- names ---
 
 SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 FORMULA = r"$\frac{1}{$_$"
