@@ -180,9 +180,7 @@ class _Trial:
     def __init__(self, layer: Layer):
         self.layer, self.problem, self.called, self.tokens_first = layer, "", False, False
         # Σ_t d_t a_tᵀ of the image, by whether rows are token-major
-        self.totals = {
-            major: layer.weight.new_zeros(weight_shape(layer)) for major in (False, True)
-        }
+        self.totals = [layer.weight.new_zeros(weight_shape(layer)) for _ in (False, True)]
         self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
 
     def on_product(
@@ -196,8 +194,8 @@ class _Trial:
         if self.problem:
             return multiply(x)
         self.tokens_first |= how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
-        output = multiply(kept := x.clone())
-
+        kept = x.clone()
+        output = multiply(kept)
         output.register_hook(lambda gradient: self.add(how, kept.detach(), gradient))
         return output
 
@@ -205,27 +203,22 @@ class _Trial:
     def add(self, how: Convolution | None, x: Tensor, gradient: Tensor) -> None:
         a, d = read_inputs(self.layer.weight, how, x, None), read_outputs(how, gradient)
         self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
-        for major in self.totals:
+        for major in (False, True):
             left, right = (by_image(v, IMAGES, major)[IMAGE] for v in (d, a))
             self.totals[major] += (left @ right.mT).flatten(0, 1)
 
     def compare(self, gradient: Tensor | None, used_by: str) -> bool:
         """Whether rows are token-major, by autograd's gradient; notes a problem where it is that of
         the image's rows in neither order."""
-        truth = torch.zeros_like(self.totals[True]) if gradient is None else gradient.flatten(1)
+        truth = torch.zeros_like(self.totals[0]) if gradient is None else gradient.flatten(1)
         most = 1e-3 * float(truth.norm()) + 1e-5 * self.size
         # features that are NaN have no gradient to compare
-        fits = {major: not float((t - truth).norm()) > most for major, t in self.totals.items()}
-        if self.problem:
-            return False
+        fits = [not float((total - truth).norm()) > most for total in self.totals]
         if not self.called:
             self.problem = f"is used by {used_by} alone" if used_by else "is never used (a head?)"
-        elif not any(fits.values()):
-            self.problem = (
-                f"is also used by {used_by}"
-                if used_by
-                else "has another gradient than the sum over its rows for one image"
-            )
+        elif not self.problem and not any(fits):
+            alone = "has another gradient than the sum over its rows for one image"
+            self.problem = f"is also used by {used_by}" if used_by else alone
         return self.tokens_first if fits[self.tokens_first] else fits[True]
 
 
@@ -236,10 +229,6 @@ def examine(
 
     One image's features are followed back. In each layer the sum over its rows of their products
     must be the gradient that autograd finds.
-
-    Args:
-        layers: Those that are to be scored.
-        run: Runs their encoder on three images, and gives the features.
 
     Returns:
         The layers whose rows are token-major, see `by_image`, and the problem of each that cannot

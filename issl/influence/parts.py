@@ -75,13 +75,8 @@ def score_in_parts(
     fit_part: int = FIT_PART,
     score_part: int = SCORE_PART,
 ) -> dict[str, Task]:
-    """The tasks that fill a folder with scores, those alone whose files are not there.
-
-    Args:
-        folder: of all files.
-        load: what is scored; each process calls it for each of its parts, so it should remember.
-        fit_part: images in each part of the fit.
-        score_part: images in each part of the scores.
+    """The tasks that fill a folder with scores, those alone whose files are not there. Each process
+    calls `load` for each of its parts, so it should remember.
 
     Raises:
         IsslError: if the folder holds something else, or the curvature makes its bases from images

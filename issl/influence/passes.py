@@ -90,12 +90,7 @@ class Pass:
     """The rows of some images under a scorer, chunk by chunk, as often as they are asked for.
 
     Iterating gives, for each chunk, its positions and its rows by name. What is kept lives as long
-    as this object.
-
-    Args:
-        scorer: With its sketches.
-        images: At least one.
-        computing: How; `batch_size` and `memory` are decided here where they are "auto".
+    as this object. A batch size and a memory that are "auto" are decided as it is made.
     """
 
     def __init__(self, scorer: Scorer, images: Images, computing: Computing):
@@ -124,12 +119,8 @@ class Pass:
                 yield chunk, read
 
     def accumulate(self, gram: bool = False) -> dict[str, Accumulator | None]:
-        """What each layer's curvature is made from, over these images.
-
-        Args:
-            gram: Nothing but products with these rows will be asked for, so the sum may be kept in
-                the cheaper of two forms.
-        """
+        """What each layer's curvature is made from, over these images; for `gram` see
+        `Curvature.accumulator`."""
         curvature, n = self.scorer.what.curvature, len(self.images)
         sums = {
             name: curvature.accumulator(gram and width > n)
@@ -185,12 +176,7 @@ def choose_memory(need: int) -> Memory:
 
 
 def choose_batch_size(work: Callable[[int], object], device: torch.device) -> int:
-    """The batch size for this work, a power of two.
-
-    Args:
-        work: A function of the number of images that does what will be done for each batch.
-        device: Where it does it.
-    """
+    """The batch size, a power of two, for work that is a function of the number of images."""
     few = 2
     each = max(1, peak_bytes(lambda: work(few), device) // few)
     fits = int(SHARE * free_memory(device) / each)

@@ -107,22 +107,17 @@ class Scorer:
 
     def sketched(self, images: Images, norms_only: bool = False) -> Scorer:
         """The same, with what is kept of each gradient; some curvatures need a pass over some of
-        the images for that.
-
-        Args:
-            images: Those that the curvature is the mean over.
-            norms_only: Gradients of two images will never be multiplied, so where there is no
-                curvature their norms are enough.
-        """
+        the training images for that. Where gradients of two images will never be multiplied
+        (`norms_only`), and there is no curvature, their norms are enough."""
         curvature = self.what.curvature
-        only = norms_only and curvature.accumulator() is None
+        norms_only = norms_only and curvature.accumulator() is None
         moments = self._moments(images, curvature.moment_images(images.index))
-        sketches = {
-            name: curvature.sketch(layer, k, moments.get(name))
-            for k, (name, layer) in enumerate(self.layers.items())
-        }
-        norms = {name: Sketch(norm=True) for name, s in sketches.items() if only and s == Sketch()}
-        return replace(self, sketches=sketches | norms)
+        sketches = {}
+        for k, (name, layer) in enumerate(self.layers.items()):
+            sketch = curvature.sketch(layer, k, moments.get(name))
+            whole = sketch.p_in is None and sketch.p_out is None
+            sketches[name] = Sketch(norm=True) if whole and norms_only else sketch
+        return replace(self, sketches=sketches)
 
     def _moments(self, images: Images, positions: Tensor | None) -> dict[str, Moments]:
         """Each layer's second moments over these images; of none there are none."""
@@ -203,12 +198,6 @@ def open_scorer(
     encoder: nn.Module, what: Measurement, images: Images, device: str | torch.device | None = None
 ) -> Scorer:
     """The frozen encoder, after every check, and a look at how it treats the first three images.
-
-    Args:
-        encoder: As in `issl.self_influence`.
-        what: What is measured.
-        images: Some of those that are scored, at least one.
-        device: Where to compute; default: where the encoder is.
 
     Raises:
         IsslError: For an encoder that cannot be scored: see `find_layers`; one that fails, mixes

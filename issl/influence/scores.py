@@ -315,13 +315,8 @@ def _blocks(
 
 
 def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.0) -> str | None:
-    """Why these scores rank no image before another, in words; None where they do.
-
-    Args:
-        influence: Of each image.
-        losses: Likewise.
-        rounding: Losses up to this are rounding errors.
-    """
+    """Why these scores rank no image before another, in words; None where they do. Losses up to
+    `rounding` are rounding errors."""
     low, high = influence.min(), influence.max()
     if (largest := np.abs(losses).max()) <= rounding:
         return (
