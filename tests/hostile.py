@@ -80,33 +80,10 @@ def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> 
     return f"hf:{path}"
 
 
-def tar_declaring(parent: Path, name: str, size: int) -> str:
-    """An archive of a kilobyte with a member that says that it is so large."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    (parent / "set.tar").write_bytes(info.tobuf() + GOOD.ljust(1024, b"\0"))
-    return f"hf:{parent / 'set.tar'}"
-
-
-def sparse_image(parent: Path, size: int) -> str:
-    """A folder with a PNG that really is so large, of zeros that take no room on the disk."""
-    data = folder(parent, a__png=GOOD)
-    with (parent / "images" / "b.png").open("wb") as file:
-        file.write(GOOD[:60])
-        file.truncate(size)
-    return data
-
-
 def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
     return f"hf:{parent / 'set.parquet'}"
-
-
-def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) -> str:
-    for name, columns in (("a", first), ("b", second)):
-        pq.write_table(pa.table(columns), parent / f"{name}.parquet")
-    return f"hf:{parent}"
 
 
 # --- checkpoints ---

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, make, pictures
+from nets import make, pictures
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -50,14 +50,11 @@ def test_fit_then_score_is_self_influence(curvature, options: dict, tmp_path: Pa
     assert found == pytest.approx(want.attrs["damping"], rel=1e-12) and opened.n == 90
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_bit_for_bit_where_the_sums_are_the_same(name: str) -> None:
+def test_bit_for_bit_where_the_sums_are_the_same() -> None:
     """More images than numbers kept in any layer: no Gram form, so not a bit differs."""
-    net, images = make(name, torch.float32), pictures(40)
-    same(
-        issl.fit(net, images, curvature=LoGra(4)).score(images),
-        issl.self_influence(net, images, curvature=LoGra(4)),
-    )
+    net, images = make("reused", torch.float32), pictures(40)
+    want = issl.self_influence(net, images, curvature=LoGra(4))
+    same(issl.fit(net, images, curvature=LoGra(4)).score(images), want)
 
 
 def test_cross_and_top_are_those_of_the_whole(tmp_path: Path) -> None:

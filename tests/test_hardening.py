@@ -23,7 +23,6 @@ from hostile import folder as images_in
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 import issl
 from issl import cli
@@ -75,11 +74,6 @@ class Counting(Gives):
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
         return self.inner(x) * (1 + 0.1 * self.calls)
-
-
-class Checkpointed(Gives):
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 class Tied(nn.Module):
@@ -169,9 +163,9 @@ def with_lora() -> nn.Module:
     return model.eval()
 
 
-def with_lora_layer() -> nn.Module:
+def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
     model = net()
-    model[4] = LowLinear(model[4])
+    model[4] = change(model[4])
     return model.eval()
 
 
@@ -195,18 +189,6 @@ class InDouble:
 def in_inference_mode() -> Any:
     with torch.inference_mode():
         return score()
-
-
-def with_weight_norm() -> nn.Module:
-    model = net()
-    parametrizations.weight_norm(model[0])
-    return model
-
-
-def quantised() -> nn.Module:
-    model = net()
-    model[4] = torch.ao.nn.quantized.dynamic.Linear(4, 5)
-    return model.eval()
 
 
 def with_hook(hook: Callable[..., Any]) -> nn.Module:
@@ -319,7 +301,10 @@ BAD: dict[str, tuple[Case, str]] = {
     "stateful": (lambda _: score(Counting()), "other features alone than in a batch"),
     "mixing": (lambda _: score(Gives(lambda f: f + f.mean(0))), "other features alone"),
     "traced": (lambda _: score(torch.jit.trace(net(), IMAGES.pixels[:1] / 255)), "torch.jit"),
-    "quantised": (lambda _: score(quantised()), "4 is a Linear"),
+    "quantised": (
+        lambda _: score(with_last(lambda _: torch.ao.nn.quantized.dynamic.Linear(4, 5))),
+        "4 is a Linear",
+    ),
     "one channel": (
         lambda _: score(pooled(nn.Conv2d(1, 4, 3))),
         r"pixels of shape \(3, 3, 32, 32\)",
@@ -400,14 +385,13 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
     "frozen": lambda: score(net().requires_grad_(False)),
     "compiled": lambda: score(torch.compile(net(), backend="eager")),
     "DataParallel": lambda: score(nn.DataParallel(net()).eval()),
-    "checkpointed": lambda: score(Checkpointed(lambda f: f)),
     "under no_grad": torch.no_grad()(score),
     "one at a time": lambda: score(computing=issl.Computing(batch_size=1)),
-    "weight_norm": lambda: score(with_weight_norm().eval()),
+    "weight_norm": lambda: score(with_last(parametrizations.weight_norm)),
     "the older weight_norm": lambda: score(with_older_weight_norm()),
     "spectral_norm": lambda: score(with_spectral_norm()),
     "LoRA as a parametrisation": lambda: score(with_lora()),
-    "LoRA as a layer": lambda: score(with_lora_layer(), skip=["4.low"]),
+    "LoRA as a layer": lambda: score(with_last(LowLinear), skip=["4.low"]),
     "a hook that keeps what it sees": lambda: score(Keeps(lambda f: f)),
     "seeds of numpy": lambda: score(seed=np.int64(0), draws=np.int64(1)),
     "noise in double precision": lambda: score(None, IMAGES, InDouble()),
