@@ -150,6 +150,17 @@ def test_another_process_scores_the_same(tmp_path: Path) -> None:
     same(pd.read_parquet(tmp_path / "s.parquet"), fitted.score(pictures(9, seed=4)))
 
 
+def test_an_encoder_that_is_no_copy_may_not_change() -> None:
+    net = make("stride")
+    net.forward = lambda x: nn.Sequential.forward(net, x)  # so it is scored as it is
+    fitted = issl.fit(net, pictures(20))
+    assert (fitted.score(pictures(4))["influence"] > 0).all()
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(issl.IsslError, match="other features than when it was fitted"):
+        fitted.score(pictures(4))
+
+
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     """Half a matrix for each layer, no projection that follows from a seed, settings to be read by
     anyone."""

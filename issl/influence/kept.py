@@ -190,6 +190,12 @@ class Fitted:
                 f"device={str(asked)!r}: the encoder is on {self.scorer.device}; name the device "
                 "in load_fitted"
             )
+        # an encoder with a replaced forward or hooks is no copy; the last two numbers are losses
+        now, then = self.scorer.computes([height, width])[:-2], self.settings["computes"][:-2]
+        if not np.allclose(now, then, rtol=1e-3, atol=1e-6):
+            raise IsslError(
+                "encoder gives other features than when it was fitted; put it back, or fit again"
+            )
         return Pass(self.scorer, data, once(computing))
 
 
