@@ -143,8 +143,8 @@ def wide(n: int) -> dict[str, Any]:
 
 def shares(task: Task) -> dict[str, float]:
     """Shares of the time of LoGra rank 16 outside the forward and backward passes."""
-    spent = {"read_inputs": 0.0, "_Tap.on_gradient": 0.0}
-    places = {"read_inputs": per_example, "_Tap.on_gradient": per_example._Tap}
+    spent = {"read_inputs": 0.0, "_Tap.add": 0.0}
+    places = {"read_inputs": per_example, "_Tap.add": per_example._Tap}
     kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
 
     def counted(name: str) -> Any:
@@ -167,7 +167,7 @@ def shares(task: Task) -> dict[str, float]:
             setattr(place, name.split(".")[-1], kept[name])
     return {
         "P_in a": spent["read_inputs"] / whole,
-        "P_out Σ d aᵀ": spent["_Tap.on_gradient"] / whole,
+        "P_out Σ d aᵀ": spent["_Tap.add"] / whole,
     }
 
 

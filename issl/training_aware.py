@@ -38,8 +38,8 @@ from issl.influence.curvature import Curvature, Identity
 from issl.influence.layers import Layer
 from issl.influence.losses import stability_loss
 from issl.influence.passes import Computing
+from issl.influence.per_example import Sketch
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
-from issl.influence.projections import Projected
 from issl.influence.scorer import as_images
 from issl.keyed_random import uniform
 from issl.pretraining.encoder import Encoder
@@ -212,13 +212,12 @@ class GradientSketch:
         layers = [m for m in backbone.modules() if isinstance(m, Layer)]
         found = {id(layer.weight): curvature.sketch(layer, k) for k, layer in enumerate(layers)}
         self.curvature = curvature
-        self.sketches = [found.get(id(w), Projected()) for w in backbone.parameters()]
+        self.sketches = [found.get(id(w), Sketch()) for w in backbone.parameters()]
 
     def parts(self, gradients: Gradients) -> list[Float[Tensor, "b _"]]:
         """Of gradients (b, …) of each weight, what is kept of each."""
         rows = []
         for gradient, sketch in zip(gradients, self.sketches, strict=True):
-            assert isinstance(sketch, Projected)  # norms are asked for by name
             g = gradient.flatten(2) if gradient.ndim > 2 else gradient.unsqueeze(-1)
             g = g if sketch.p_out is None else sketch.p_out.to(g) @ g
             g = g if sketch.p_in is None else g @ sketch.p_in.to(g).T

@@ -30,8 +30,7 @@ GOOD = png(PIXELS)
 PICTURE = Image.fromarray(PIXELS.transpose(1, 2, 0))
 
 
-# --- images
-# ------------------------------------------------------------------------------------------------
+# --- images ---
 
 
 def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -42,23 +41,15 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """One of a PNG's parts."""
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+    length, check = (struct.pack(">I", v) for v in (len(content), zlib.crc32(kind + content)))
+    return length + kind + content + check
 
 
 def declaring(width: int, height: int) -> bytes:
     """A PNG of a hundred bytes that says that it is so large."""
     size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + size
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
+    parts = size, chunk(b"IDAT", zlib.compress(b"\0" * 100)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def with_text_of(length: int) -> bytes:
@@ -76,8 +67,7 @@ def folder(parent: Path, **files: bytes) -> str:
     return f"folder:{place}"
 
 
-# --- archives and tables
-# -----------------------------------------------------------------------------------
+# --- archives and tables ---
 
 
 def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
@@ -90,37 +80,13 @@ def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> 
     return f"hf:{path}"
 
 
-def tar_declaring(parent: Path, name: str, size: int) -> str:
-    """An archive of a kilobyte with a member that says that it is so large."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    (parent / "set.tar").write_bytes(info.tobuf() + GOOD.ljust(1024, b"\0"))
-    return f"hf:{parent / 'set.tar'}"
-
-
-def sparse_image(parent: Path, size: int) -> str:
-    """A folder with a PNG that really is so large, of zeros that take no room on the disk."""
-    data = folder(parent, a__png=GOOD)
-    with (parent / "images" / "b.png").open("wb") as file:
-        file.write(GOOD[:60])
-        file.truncate(size)
-    return data
-
-
 def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
     return f"hf:{parent / 'set.parquet'}"
 
 
-def two_parquets(parent: Path, first: dict[str, Any], second: dict[str, Any]) -> str:
-    for name, columns in (("a", first), ("b", second)):
-        pq.write_table(pa.table(columns), parent / f"{name}.parquet")
-    return f"hf:{parent}"
-
-
-# --- checkpoints
-# -------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 class Evil:
@@ -155,13 +121,9 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
 
 def repeated(path: Path) -> Path:
     """A checkpoint with one number that declares to be ten thousand million."""
-    one = torch.zeros(1)
+    many = torch.zeros(1).expand(10**9, 3, 3, 3)
     torch.save(
-        {
-            "conv1.weight": one.expand(10**9, 3, 3, 3),
-            "layer1.0.conv1.weight": one.expand(10**9, 10, 3, 3),
-        },
-        path,
+        {"conv1.weight": many, "layer1.0.conv1.weight": many[:, :1].expand(-1, 10, 3, 3)}, path
     )
     return path
 

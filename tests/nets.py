@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,8 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.norm, self.mlp, self.out = (
-            nn.Conv2d(3, 6, 4, 4),
-            nn.LayerNorm(6),
-            nn.Linear(6, 6),
-            nn.Linear(6, 5),
-        )
+        self.patch, self.norm = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6)
+        self.mlp, self.out = nn.Linear(6, 6), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.patch(x).flatten(2).mT
@@ -58,57 +56,43 @@ class Residual(nn.Module):
         return self.out(F.relu(self.norm(y) + (y if self.two_users else x)).mean((2, 3)))
 
 
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "stride": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(5, 6, (3, 2), (1, 2), (0, 1)), nn.Tanh()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)),
+    ),
+    "dilated": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ),
+    "grouped": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.ReLU()),
+        *(nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+    ),
+    "batchnorm": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 6)),
+    ),
+    "residual": Residual,
+    "two users": lambda: Residual(two_users=True),
+    "reused": Reused,
+    "tokens": Tokens,
+}
+NETS = tuple(BUILDS)
+
+
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A network by name: random weights, BatchNorm statistics taken from images, eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        net: nn.Module = {
-            "stride": lambda: nn.Sequential(
-                nn.Conv2d(3, 5, 3, 2, 1),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(5, 6, (3, 2), (1, 2), (0, 1)),
-                nn.Tanh(),
-                nn.AdaptiveAvgPool2d(2),
-                nn.Flatten(),
-                nn.Linear(24, 5),
-            ),
-            "dilated": lambda: nn.Sequential(
-                nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"),
-                nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-            ),
-            "grouped": lambda: nn.Sequential(
-                nn.Conv2d(3, 8, 3, 2, 1),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(8, 12, 3, 1, 1, groups=4),
-                nn.ReLU(),
-                nn.Conv2d(12, 12, 3, 2, 1, groups=12),
-                nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(12, 4),
-            ),
-            "batchnorm": lambda: nn.Sequential(
-                nn.Conv2d(3, 6, 3, 1, 1, bias=False),
-                nn.BatchNorm2d(6),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(6, 8, 3, 2, 1, bias=False),
-                nn.BatchNorm2d(8),
-                nn.ReLU(inplace=True),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(8, 8),
-                nn.ReLU(inplace=True),
-                nn.Linear(8, 6),
-            ),
-            "residual": Residual,
-            "two users": lambda: Residual(two_users=True),
-            "reused": Reused,
-            "tokens": Tokens,
-        }[name]()
+        net: nn.Module = BUILDS[name]()
         net = net.to(dtype).train()
         with torch.no_grad():
             for _ in range(30):
@@ -116,11 +100,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return net.eval()
 
 
-NETS = ("stride", "dilated", "grouped", "batchnorm", "residual", "two users", "reused", "tokens")
-
-
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:
-    pixels = torch.randint(
-        0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    fixed = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=fixed)
     return Images(pixels, None, pd.DataFrame({"index": range(n)}), "random pictures")

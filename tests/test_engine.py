@@ -27,11 +27,9 @@ from issl import (
     top_influences,
 )
 from issl.influence import reference
-from issl.influence.accumulators import Whitening
-from issl.influence.curvature import Curvature
+from issl.influence.curvature import Curvature, Whitening, leading_rows
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
-from issl.influence.projections import leading_rows
 
 
 def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Tensor]]:
@@ -327,7 +325,6 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         {"precision": "fp8"},
         {"memory": "disk"},
         {"memory": "ram", "store": "/tmp/x"},
-        {"device": "abacus"},
     ):
         with pytest.raises(issl.IsslError, match=f"{list(arguments)[-1]}="):
             Computing(**arguments)

@@ -73,11 +73,8 @@ class Crops(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         crops = x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        return (
-            self.f(F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3)))
-            .unflatten(0, (len(x), 4))
-            .mean(1)
-        )
+        pooled = F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3))
+        return self.f(pooled).unflatten(0, (len(x), 4)).mean(1)
 
 
 class PadsItself(nn.Conv2d):
@@ -113,9 +110,8 @@ class ByFunction(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         t = F.relu(self.f1(self.tokens(x)))
-        return self.f2(
-            t + F.linear(F.linear(t, self.f2.weight), self.f1.weight, bias=self.f1.bias)
-        ).mean(1)
+        again = F.linear(F.linear(t, self.f2.weight), self.f1.weight, bias=self.f1.bias)
+        return self.f2(t + again).mean(1)
 
 
 class InPlace(Base):
@@ -202,10 +198,8 @@ class Hooked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.kept = (
-            nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)),
-            {},
-        )
+        parts = nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)
+        self.net, self.kept = nn.Sequential(*parts), {}
         self.net[2].register_forward_hook(lambda _, __, output: self.kept.__setitem__("x", output))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -317,12 +311,9 @@ def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> 
     assert all(f"{name} (" in said for name in faulty) and "6 of 8" in said
     skip = eval(said.split("skip=")[1].split("]")[0] + "]")
     assert sorted(skip) == sorted(faulty)
-    found = issl.self_influence(
-        encoder, nets.pictures(6), curvature=issl.Identity(), skip=skip, untrained=True
-    )
-    np.testing.assert_allclose(
-        found["influence"], brute(encoder, nets.pictures(6), skip)[1], rtol=1e-5
-    )
+    images, how = nets.pictures(6), {"skip": skip, "untrained": True}
+    found = issl.self_influence(encoder, images, curvature=issl.Identity(), **how)["influence"]
+    np.testing.assert_allclose(found, brute(encoder, images, skip)[1], rtol=1e-5)
 
 
 def test_an_image_without_features_is_named() -> None:
@@ -331,13 +322,12 @@ def test_an_image_without_features_is_named() -> None:
     ).eval()
     images = nets.pictures(8)
     images.pixels[5] = 0  # the plain view of it has no features
-    with pytest.raises(issl.IsslError, match=r"all-zero feature vector for image index 5"):
+    with pytest.raises(issl.IsslError, match=r"all-zero, .* for image index 5"):
         issl.self_influence(encoder, images)
     what = Measurement(issl.GaussianNoise(), issl.LoGra(4))
     kept = with_features(encoder, images, what)
-    assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7] and [name for name, _ in kept.broken] == [
-        "5"
-    ]
+    assert kept.index.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert [name for name, _ in kept.broken] == ["5"]
     issl.self_influence(encoder, kept)
 
 
@@ -364,7 +354,7 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
     other.k = 4.0
     issl.fit(first, images).save(tmp_path / "kept.safetensors")
     assert issl.load_fitted(tmp_path / "kept.safetensors", copy.deepcopy(first)).n == 6
-    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
+    with pytest.raises(issl.IsslError, match="other numbers of the images"):
         issl.load_fitted(tmp_path / "kept.safetensors", other)
 
     def shake(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -372,12 +362,11 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
             x + strength * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
         )
 
-    issl.fit(first, images, shake(0.05)).save(tmp_path / "function.safetensors")
-    assert (
-        issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.05)).n == 6
-    )
-    with pytest.raises(issl.IsslError, match="other numbers of the same images"):
-        issl.load_fitted(tmp_path / "function.safetensors", first, perturbation=shake(0.6))
+    path = tmp_path / "function.safetensors"
+    issl.fit(first, images, shake(0.05)).save(path)
+    assert issl.load_fitted(path, first, perturbation=shake(0.05)).n == 6
+    with pytest.raises(issl.IsslError, match="other numbers of the images"):
+        issl.load_fitted(path, first, perturbation=shake(0.6))
 
 
 def test_what_is_kept_on_disk_is_never_taken_for_another_calls(tmp_path) -> None:

@@ -23,7 +23,6 @@ from hostile import folder as images_in
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 import issl
 from issl import cli
@@ -34,16 +33,13 @@ IMAGES = issl.load("scenes", n=6)
 Case = Callable[[Path], Any]
 
 
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    parts = (
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 5),
-    )
-    return nn.Sequential(*parts).eval()
+def pooled(*parts: nn.Module) -> nn.Module:
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return pooled(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).append(nn.Linear(4, 5)).eval()
 
 
 class Gives(nn.Module):
@@ -56,6 +52,12 @@ class Gives(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.change(self.inner(x))
+
+
+class Headed(Gives):
+    def __init__(self) -> None:
+        super().__init__(lambda f: f)
+        self.head = nn.Linear(5, 2).eval()
 
 
 class WithoutGradient(Gives):
@@ -72,11 +74,6 @@ class Counting(Gives):
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
         return self.inner(x) * (1 + 0.1 * self.calls)
-
-
-class Checkpointed(Gives):
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 class Tied(nn.Module):
@@ -98,31 +95,15 @@ def spoiled(value: float) -> nn.Module:
 
 
 def fresh_norm() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    ).eval()
+    return pooled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
 def over_the_batch() -> nn.Module:
-    parts = (
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4, track_running_stats=False),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    return nn.Sequential(*parts).eval()
-
-
-def transposed() -> nn.Module:
-    return nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return pooled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
 
 
 def score(encoder: Any = None, images: Any = IMAGES, *arguments: Any, **more: Any) -> Any:
     return issl.self_influence(net() if encoder is None else encoder, images, *arguments, **more)
-
-
-def noise_in_place(x: Tensor, index: Tensor) -> Tensor:
-    return x.add_(0.1 * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0]))
 
 
 def the_same_noise(x: Tensor, index: Tensor) -> Tensor:
@@ -159,10 +140,8 @@ class Low(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.a, self.b = (
-            nn.Parameter(torch.randn(2, weight.shape[1])),
-            nn.Parameter(torch.zeros(len(weight), 2)),
-        )
+        self.a = nn.Parameter(torch.randn(2, weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(len(weight), 2))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.b @ self.a
@@ -184,9 +163,9 @@ def with_lora() -> nn.Module:
     return model.eval()
 
 
-def with_lora_layer() -> nn.Module:
+def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
     model = net()
-    model[4] = LowLinear(model[4])
+    model[4] = change(model[4])
     return model.eval()
 
 
@@ -210,22 +189,6 @@ class InDouble:
 def in_inference_mode() -> Any:
     with torch.inference_mode():
         return score()
-
-
-def with_weight_norm() -> nn.Module:
-    model = net()
-    parametrizations.weight_norm(model[0])
-    return model
-
-
-def quantised() -> nn.Module:
-    model = net()
-    model[4] = torch.ao.nn.quantized.dynamic.Linear(4, 5)
-    return model.eval()
-
-
-def for_one_channel() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
 def with_hook(hook: Callable[..., Any]) -> nn.Module:
@@ -290,7 +253,7 @@ COMMANDS = {  # what must be named
     "fly": "'fly'",
     PRETRAIN + "--n 0": "n=0",
     PRETRAIN + "--width 0": "width=0",
-    PRETRAIN + "--epochs -1": "--epochs",
+    PRETRAIN + "--epochs -1": "epochs=-1",
     PRETRAIN + "--batch-size 64": "batch_size=64",
     PRETRAIN + "--seed -1": "seed=-1",
     PRETRAIN + "--device tpu": "device 'tpu'",
@@ -298,6 +261,8 @@ COMMANDS = {  # what must be named
     PRETRAIN + "--out /proc/x.safetensors": "--out /proc/x",
     PRETRAIN + "--data folder:OUT/none": "out/none",
     INFLUENCE + "--out OUT.txt": r"out\.txt",
+    INFLUENCE + "--encoder nowhere": "encoder 'nowhere' is not a file",
+    INFLUENCE + "--skip head": "no module or parameter of that name",
     INFLUENCE + "--rank x": "--rank",
     INFLUENCE + "--damping inf": "damping=inf",
     INFLUENCE + "--noise-std nan": "std=nan",
@@ -327,22 +292,34 @@ BAD: dict[str, tuple[Case, str]] = {
     "over the batch": (lambda _: score(over_the_batch()), "1 normalises by the batch"),
     "no layer": (lambda _: score(nn.Flatten().eval()), "no Linear or Conv2d layer"),
     "a shared weight": (lambda _: score(Tied()), "a and b share one weight"),
-    "transposed": (lambda _: score(transposed()), "0.weight .is a weight of ConvTranspose2d"),
+    "transposed": (
+        lambda _: score(pooled(nn.ConvTranspose2d(3, 4, 3))),
+        "0.weight .is a weight of ConvTranspose2d",
+    ),
     "no gradient": (lambda _: score(WithoutGradient(lambda f: f)), "encoder cuts its features"),
     "detached": (lambda _: score(Gives(lambda f: f.detach())), "encoder cuts its features"),
     "stateful": (lambda _: score(Counting()), "other features alone than in a batch"),
     "mixing": (lambda _: score(Gives(lambda f: f + f.mean(0))), "other features alone"),
     "traced": (lambda _: score(torch.jit.trace(net(), IMAGES.pixels[:1] / 255)), "torch.jit"),
-    "quantised": (lambda _: score(quantised()), "4 is a Linear"),
-    "one channel": (lambda _: score(for_one_channel()), r"pixels of shape \(3, 3, 32, 32\)"),
+    "quantised": (
+        lambda _: score(with_last(lambda _: torch.ao.nn.quantized.dynamic.Linear(4, 5))),
+        "4 is a Linear",
+    ),
+    "one channel": (
+        lambda _: score(pooled(nn.Conv2d(1, 4, 3))),
+        r"pixels of shape \(3, 3, 32, 32\)",
+    ),
     "a hook left over": (lambda _: score(with_hook(fails)), "encoder fails .*I was left over"),
     "gives a tuple": (lambda _: score(Gives(lambda f: (f, f))), "encoder gives tuple"),
     "gives a number": (lambda _: score(Gives(lambda f: f.mean())), r"encoder gives \(\)"),
-    "gives NaN": (lambda _: score(Gives(lambda f: f / 0)), "encoder gives NaN"),
+    "gives maps": (lambda _: score(nn.Conv2d(3, 4, 3).eval()), "features of shape"),
+    "gives NaN": (lambda _: score(Gives(lambda f: f / 0)), "NaN or infinite features for image"),
+    "gives zeros": (lambda _: score(Gives(lambda f: f * 0)), "all-zero, .* for image index 0, 1"),
+    "a head that is not used": (lambda _: score(Headed()), r"1 of 3 .* head \(is never used.*skip"),
     # the images
     "no image": (lambda _: score(images=IMAGES.subset([])), "images 'scenes'"),
     "floats": (lambda _: score(images=torch.rand(4, 3, 32, 32)), "pixels are torch.float32"),
-    "one image": (lambda _: score(images=torch.zeros(3, 32, 32).byte()), r"got \(3, 32, 32\)"),
+    "one image": (lambda _: score(images=torch.zeros(3, 32, 32).byte()), r"\(3, 32, 32\); need"),
     "a list": (lambda _: score(images=[1, 2]), "got list"),
     "no size": (lambda _: score(images=torch.zeros(4, 3, 0, 0).byte()), "holds no pixels"),
     "query of none": (lambda _: cross(IMAGES.subset([])), "query images 'scenes'"),
@@ -351,7 +328,6 @@ BAD: dict[str, tuple[Case, str]] = {
     "another shape": (lambda _: score(None, IMAGES, lambda x, i: x[:, :, :16]), "perturbation"),
     "NaN pixels": (lambda _: score(None, IMAGES, lambda x, i: x / 0 * 0), "image index"),
     "bytes": (lambda _: score(None, IMAGES, lambda x, i: x.byte()), "perturbation gives"),
-    "it fails": (lambda _: score(None, IMAGES, lambda x, i: 1 / 0), "ZeroDivisionError"),
     "another kind": (lambda _: issl.Augmentation("rotate"), "'rotate'"),
     "a loss's name": (lambda _: score(loss="cos"), "loss='cos'"),
     "no loss": (lambda _: score(loss=lambda a, b: torch.zeros(len(a))), "loss does not depend"),
@@ -371,6 +347,7 @@ BAD: dict[str, tuple[Case, str]] = {
     "batch 1.5": (lambda _: computing(batch_size=1.5), "batch_size=1.5"),
     "another machine's": (lambda _: computing(device="mps"), "device='mps'"),
     "meta": (lambda _: computing(device="meta"), "device='meta'"),
+    "an abacus": (lambda _: computing(device="abacus"), "device='abacus'"),
     "a store nowhere": (lambda _: computing(store="/proc/none/x"), "/proc/none/x"),
     "a store that is a file": (lambda f: computing(store=ours(f)), "cannot be written"),
     # files
@@ -378,9 +355,7 @@ BAD: dict[str, tuple[Case, str]] = {
     "an image cut off": (lambda f: two(f, GOOD[:60]), "b.png .*truncated"),
     "an image of 3,600 million pixels": (lambda f: two(f, declaring(60_000, 60_000)), "b.png"),
     "an image with a text of 30 MB": (lambda f: two(f, with_text_of(30_000_000)), "b.png"),
-    "a checkpoint that is not there": (lambda f: open_encoder(str(f / "no.pt")), "no.pt"),
-    "a list in it": (lambda f: open_encoder(saved(f / "a.pt", [1, 2])), "a.pt .*list"),
-    "a module in it": (lambda f: open_encoder(saved(f / "a.pt", net())), "a.pt"),
+    "a module in a checkpoint": (lambda f: open_encoder(saved(f / "a.pt", net())), "a.pt"),
     "another width in it": (lambda f: open_encoder(str(ours(f, of_width(2)))), "width 2"),
     "pixels of no spread": (lambda f: open_encoder(str(ours(f)), std=(0.0, 1.0, 1.0)), "std="),
     **{f"issl {c}": (lambda f, c=c: command(f, *c.split()), said) for c, said in COMMANDS.items()},
@@ -406,30 +381,27 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
         score(computing=issl.Computing(device="cuda"))
 
 
-UNUSUAL: list[tuple[str, Callable[[], Any]]] = [
-    ("frozen", lambda: score(net().requires_grad_(False))),
-    ("compiled", lambda: score(torch.compile(net(), backend="eager"))),
-    ("DataParallel", lambda: score(nn.DataParallel(net()).eval())),
-    ("checkpointed", lambda: score(Checkpointed(lambda f: f))),
-    ("under no_grad", torch.no_grad()(score)),
-    ("one at a time", lambda: score(computing=issl.Computing(batch_size=1))),
-    ("weight_norm", lambda: score(with_weight_norm().eval())),
-    ("the older weight_norm", lambda: score(with_older_weight_norm())),
-    ("spectral_norm", lambda: score(with_spectral_norm())),
-    ("LoRA as a parametrisation", lambda: score(with_lora())),
-    ("LoRA as a layer", lambda: score(with_lora_layer(), skip=["4.low"])),
-    ("a hook that keeps what it sees", lambda: score(Keeps(lambda f: f))),
-    ("seeds of numpy", lambda: score(seed=np.int64(0), draws=np.int64(1))),
-    ("noise in double precision", lambda: score(None, IMAGES, InDouble())),
-]
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "frozen": lambda: score(net().requires_grad_(False)),
+    "compiled": lambda: score(torch.compile(net(), backend="eager")),
+    "DataParallel": lambda: score(nn.DataParallel(net()).eval()),
+    "under no_grad": torch.no_grad()(score),
+    "one at a time": lambda: score(computing=issl.Computing(batch_size=1)),
+    "weight_norm": lambda: score(with_last(parametrizations.weight_norm)),
+    "the older weight_norm": lambda: score(with_older_weight_norm()),
+    "spectral_norm": lambda: score(with_spectral_norm()),
+    "LoRA as a parametrisation": lambda: score(with_lora()),
+    "LoRA as a layer": lambda: score(with_last(LowLinear), skip=["4.low"]),
+    "a hook that keeps what it sees": lambda: score(Keeps(lambda f: f)),
+    "seeds of numpy": lambda: score(seed=np.int64(0), draws=np.int64(1)),
+    "noise in double precision": lambda: score(None, IMAGES, InDouble()),
+}
 
 
-@pytest.mark.parametrize("case", [row[1] for row in UNUSUAL], ids=[row[0] for row in UNUSUAL])
-def test_unusual_encoders_and_callers_get_the_same_scores(
-    case: Callable[[], Any], monkeypatch: Any
-) -> None:
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_encoders_and_callers_get_the_same_scores(name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    np.testing.assert_allclose(case()["influence"], score()["influence"], rtol=1e-4)
+    np.testing.assert_allclose(UNUSUAL[name]()["influence"], score()["influence"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -440,88 +412,58 @@ def test_other_precisions_rank_alike(dtype: torch.dtype) -> None:
 
 def test_a_perturbation_that_works_in_place_changes_no_image() -> None:
     before = IMAGES.pixels.clone()
-    here, there = (
-        score(None, IMAGES, how)["influence"] for how in (noise_in_place, the_same_noise)
-    )
+    here = score(None, IMAGES, lambda x, index: x.copy_(the_same_noise(x, index)))["influence"]
+    there = score(None, IMAGES, the_same_noise)["influence"]
     assert (here > 0).all() and torch.equal(IMAGES.pixels, before)
     np.testing.assert_allclose(here, there, rtol=1e-6)
 
 
 def test_scores_that_say_nothing_are_said() -> None:
-    with pytest.warns(
-        UserWarning, match="every influence is 0: the perturbation does not move the features"
-    ):
+    with pytest.warns(UserWarning, match="no loss is above 0, .* hardly moves the features"):
         score(None, IMAGES, issl.GaussianNoise(0.0, 0.0))
 
 
 def test_fewer_images_than_directions_and_no_damping_is_said() -> None:
-    with pytest.warns(
-        UserWarning, match="every influence is 12: there are fewer images than dir.*raise the damp"
-    ):
+    with pytest.warns(UserWarning, match="every influence is 12: .* fewer images.*raise the damp"):
         score(curvature=issl.LoGra(damping=1e-30))
 
 
 def test_an_encoder_as_initialised_is_a_control_where_it_is_asked_for(tmp_path: Path) -> None:
-    found = score(fresh_norm(), untrained=True)
-    assert (
-        found.attrs["untrained"]
-        and (found["influence"] > 0).all()
-        and not score().attrs["untrained"]
-    )
-    issl.fit(fresh_norm(), IMAGES, untrained=True).save(tmp_path / "c.safetensors")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder = fresh_norm()
-        issl.fit(encoder, IMAGES, untrained=True).save(tmp_path / "c.safetensors")
+    encoder = fresh_norm()
+    found = score(encoder, untrained=True)
+    assert found.attrs["untrained"] and (found["influence"] > 0).all()
+    assert not score().attrs["untrained"]
+    issl.fit(encoder, IMAGES, untrained=True).save(tmp_path / "c.safetensors")
     later = issl.load_fitted(tmp_path / "c.safetensors", encoder).score(IMAGES)
-    pd.testing.assert_frame_equal(later, score(encoder, untrained=True), rtol=1e-6)
+    pd.testing.assert_frame_equal(later, found, rtol=1e-6)
     assert later.attrs["untrained"]
 
 
-GREY = PIXELS[0]
-STRANGE_IMAGES: list[tuple[str, bytes, np.ndarray]] = [
-    ("grey", encoded(Image.fromarray(GREY), "PNG"), np.stack([GREY] * 3)),
-    (
-        "grey of 16 bits",
-        encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"),
-        np.stack([GREY] * 3),
-    ),
-    (
-        "black and white",
-        encoded(Image.fromarray(GREY > 100), "PNG"),
-        np.stack([(GREY > 100) * np.uint8(255)] * 3),
-    ),
-    ("with transparency", encoded(PICTURE.convert("RGBA"), "PNG"), PIXELS),
-    ("CMYK", encoded(PICTURE.convert("CMYK"), "TIFF"), PIXELS),
-    (
-        "animated: the first",
-        encoded(PICTURE, "WEBP", lossless=True, save_all=True, append_images=[PICTURE.rotate(90)]),
-        PIXELS,
-    ),
-    ("of one pixel", encoded(Image.new("RGB", (1, 1), (8, 8, 8)), "PNG"), np.full((3, 16, 16), 8)),
-    ("long", encoded(Image.new("RGB", (1, 900), (9, 9, 9)), "PNG"), np.full((3, 16, 16), 9)),
-]
-
-
-@pytest.mark.parametrize(
-    ("content", "want"), [row[1:] for row in STRANGE_IMAGES], ids=[row[0] for row in STRANGE_IMAGES]
+GREY, WHITE = PIXELS[0], (PIXELS[0] > 100) * np.uint8(255)
+GREY16, PAIR = (
+    GREY.astype(np.uint16) * 257,
+    {"save_all": True, "append_images": [PICTURE.rotate(90)]},
 )
-def test_strange_images_are_read_as_they_look(
-    content: bytes, want: np.ndarray, tmp_path: Path
-) -> None:
+STRANGE_IMAGES: dict[str, tuple[bytes, np.ndarray]] = {
+    "grey": (encoded(Image.fromarray(GREY), "PNG"), np.stack([GREY] * 3)),
+    "grey of 16 bits": (encoded(Image.fromarray(GREY16), "PNG"), np.stack([GREY] * 3)),
+    "black and white": (encoded(Image.fromarray(GREY > 100), "PNG"), np.stack([WHITE] * 3)),
+    "with transparency": (encoded(PICTURE.convert("RGBA"), "PNG"), PIXELS),
+    "CMYK": (encoded(PICTURE.convert("CMYK"), "TIFF"), PIXELS),
+    "animated: the first": (encoded(PICTURE, "WEBP", lossless=True, **PAIR), PIXELS),
+    "of one pixel": (encoded(Image.new("RGB", (1, 1), (8, 8, 8)), "PNG"), np.full((3, 16, 16), 8)),
+    "long": (encoded(Image.new("RGB", (1, 900), (9, 9, 9)), "PNG"), np.full((3, 16, 16), 9)),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE_IMAGES)
+def test_strange_images_are_read_as_they_look(name: str, tmp_path: Path) -> None:
+    content, want = STRANGE_IMAGES[name]
     np.testing.assert_array_equal(load(images_in(tmp_path, a__png=content))[0], want)
 
 
 def test_odd_names_are_only_names(tmp_path: Path) -> None:
-    names = [
-        "a b.png",
-        "q'\"uote.png",
-        "<script>.png",
-        "ünï😀.png",
-        "-rf.png",
-        "; rm.png",
-        "new\nline.png",
-        "{0}%s.png",
-    ]
+    names = ["a b", "q'\"uote", "<script>", "ünï😀", "-rf", "; rm", "new\nline", "{0}%s"]
+    names = [f"{name}.png" for name in names]
     images = issl.load(images_in(tmp_path, **dict.fromkeys(names, GOOD)), size=16)
     assert sorted(images.attributes["path"]) == sorted(names) and len(images.tensor()) == len(names)

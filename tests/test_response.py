@@ -148,47 +148,36 @@ def test_what_statistics_leave_counts_only_where_a_second_noise_finds_it() -> No
     known, hidden = rng.normal(size=(2, 3000))
     table = pd.DataFrame({"known": known})
     noise = rng.normal(size=(2, 3000))
-    without = explained_variance.repeatable_beyond(
-        known + noise, [table, table]
-    )  # half of it unexplained, and noise
+    # half of it unexplained, and noise
+    without = explained_variance.repeatable_beyond(known + noise, [table, table])
     assert without.low < 0 < without.high and abs(without.value) < 0.05
-    with_hidden = explained_variance.repeatable_beyond(
-        known + hidden + noise, [table, table]
-    )  # a third of it
+    # a third of it
+    with_hidden = explained_variance.repeatable_beyond(known + hidden + noise, [table, table])
     assert with_hidden.value == pytest.approx(1 / 3, abs=0.05) and with_hidden.low > 0.25
 
 
 def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(
     monkeypatch,
 ) -> None:
-    monkeypatch.setattr(
-        datamodeling, "RESAMPLES", 200
-    )  # enough for an interval that is twice as wide
+    # enough for an interval that is twice as wide
+    monkeypatch.setattr(datamodeling, "RESAMPLES", 200)
     predicted, measured = encoders_of((1.0, 1.0, 1.0))
     each = [datamodeling.lds(p, m.mean(0)).value for p, m in zip(predicted, measured, strict=True)]
     tables = [{"ours": p, "nothing": np.zeros_like(p)} for p in predicted]
-    found = datamodeling.lds_over_encoders(
-        tables, measured, [("ours", "nothing"), ("ours", "ours")]
-    )
+    pairs = [("ours", "nothing"), ("ours", "ours")]
+    found = datamodeling.lds_over_encoders(tables, measured, pairs)
     alike = found["ours"]
-    assert (
-        alike.value == pytest.approx(np.mean(each))
-        and alike.low < alike.value < alike.high
-        and alike.n == 3
-    )
-    assert (
-        found["ours less nothing"] == alike and found["nothing"].value == found["nothing"].high == 0
-    )
+    assert alike.value == pytest.approx(np.mean(each)) and alike.n == 3
+    assert alike.low < alike.value < alike.high and found["ours less nothing"] == alike
+    assert found["nothing"].value == found["nothing"].high == 0
     assert found["ours less ours"].low == found["ours less ours"].high == 0
     other, runs = encoders_of((2.0, 0.0, -2.0))
     differing = datamodeling.lds_over_encoders([{"x": p} for p in other], runs)["x"]
-    assert differing.high - differing.low > 2 * (
-        alike.high - alike.low
-    )  # images alone would not say so
+    # images alone would not say so
+    assert differing.high - differing.low > 2 * (alike.high - alike.low)
     agree = datamodeling.repeatability_over_encoders(measured)
-    assert agree.value == pytest.approx(
-        np.mean([datamodeling.repeatability(m).value for m in measured])
-    )
+    want = np.mean([datamodeling.repeatability(m).value for m in measured])
+    assert agree.value == pytest.approx(want)
     with pytest.raises(issl.IsslError, match="2 tables of predictions for 3 encoders"):
         datamodeling.lds_over_encoders(tables[:2], measured)
     with pytest.raises(issl.IsslError, match="two or more repetitions"):

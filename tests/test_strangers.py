@@ -33,25 +33,18 @@ from issl.audit.stats.statistics import Estimate
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
 
-# --- code in data
-# ------------------------------------------------------------------------------------------
+# --- code in data ---
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 def test_a_checkpoint_that_would_run_a_command_does_not(how: str, tmp_path: Path) -> None:
-    path, mark = (
-        malicious(tmp_path / "weights.pt", tmp_path / "was here", how),
-        tmp_path / "was here",
-    )
-    with pytest.raises(
-        issl.IsslError, match=r"holds more than tensors( \(it asks for \S*system\))?, and reading"
-    ):
+    mark = tmp_path / "was here"
+    path = malicious(tmp_path / "weights.pt", mark, how)
+    said = r"holds more than tensors( \(it asks for \S*system\))?, and reading"
+    with pytest.raises(issl.IsslError, match=said):
         open_encoder(str(path))
-    assert (
-        cli.main(["run", "--only", "03", "--checkpoint", f"simclr={path}", "--out", str(tmp_path)])
-        == 2
-    )
-    assert not mark.exists()
+    given = ["run", "--only", "03", "--checkpoint", f"simclr={path}", "--out", str(tmp_path)]
+    assert cli.main(given) == 2 and not mark.exists()
 
 
 def test_the_malicious_file_is_one(tmp_path: Path) -> None:
@@ -67,9 +60,7 @@ def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
     batches.mkdir()
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]:
         (batches / name).write_bytes(pickle.dumps(Evil(mark)))
-    with pytest.raises(
-        issl.IsslError, match=r"a checksum differs or a file is missing.; download it again"
-    ):
+    with pytest.raises(issl.IsslError, match=r"differs or a file is missing.; download it again"):
         issl.load("cifar10", root=tmp_path)
     (tmp_path / "cifar10h").mkdir()
     np.save(tmp_path / human_choices.FILE, np.array([Evil(mark)], dtype=object), allow_pickle=True)
@@ -78,27 +69,20 @@ def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# --- bombs
-# -------------------------------------------------------------------------------------------------
+# --- bombs ---
 
 
-def test_a_zip_bomb_is_refused_by_its_declared_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, monkeypatch: Any) -> None:
     path = zip_bomb(tmp_path / "bomb.pt", 300 * 2**20)
     assert path.stat().st_size < 2**20
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
-    with pytest.raises(
-        issl.IsslError, match=r"declares 314.6 MB of content in a file of 0.3 MB.*get it from"
-    ):
+    with pytest.raises(issl.IsslError, match=r"declares 314.6 MB of content in a file of 0.3 MB"):
         open_encoder(str(path))
 
 
 def test_a_number_that_is_said_to_be_many_is_refused(tmp_path: Path) -> None:
     path = repeated(tmp_path / "many.pt")
-    with pytest.raises(
-        issl.IsslError, match=r"conv1.weight declares shape \(1000000000, 3, 3, 3\) but holds less"
-    ):
+    with pytest.raises(issl.IsslError, match=r"declares shape \(1000000000, .* but holds less"):
         open_encoder(str(path))
 
 
@@ -111,8 +95,7 @@ def test_names_that_lead_out_of_an_archive_are_only_names(tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- names
-# -------------------------------------------------------------------------------------------------
+# --- names ---
 
 SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 FORMULA = r"$\frac{1}{$_$"
@@ -130,23 +113,14 @@ def test_explain_and_influence_take_names_as_text(
                 0, 256, (32, 32, 3), dtype=np.uint8
             )
             Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{kind}\n{k}.png")
-    encoder, shared = (
-        str(ours(tmp_path)),
-        ["--data", f"folder:{tmp_path / 'photos'}", "--size", "32"],
-    )
-    names = [
-        p.relative_to(tmp_path / "photos").as_posix() for p in (tmp_path / "photos").rglob("*.png")
-    ]
-    out = str(tmp_path / FORMULA)
-    told = ["--encoder", encoder, *shared, "--rank", "2"]
+    photos, out = tmp_path / "photos", str(tmp_path / FORMULA)
+    names = [p.relative_to(photos).as_posix() for p in photos.rglob("*.png")]
+    told = ["--encoder", str(ours(tmp_path)), "--data", f"folder:{photos}", "--size", "32"]
+    told += ["--rank", "2"]
     assert cli.main(["influence", *told, "--out", f"{out}.csv"]) == 0
     assert sorted(pd.read_csv(f"{out}.csv")["path"]) == sorted(names)
-    assert (
-        cli.main(
-            ["explain", f"train:{names[0]}", *told, "--any-data", "--k", "2", "--out", f"{out}.png"]
-        )
-        == 0
-    )
+    told += ["--any-data", "--k", "2", "--out", f"{out}.png"]
+    assert cli.main(["explain", f"train:{names[0]}", *told]) == 0
     assert FORMULA in capsys.readouterr().out and Path(f"{out}.png").stat().st_size > 5000
 
 
@@ -245,15 +219,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str
     }
     plans = {"00_method": PLANS["00_method"](**common)}
     source = plan.source(plan.artifacts())
-    record(
-        "method_exact",
-        {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)},
-        source,
-        results,
-        dataset=data,
-        n=4,
-        seeds=[0],
-    )
+    metrics = {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)}
+    record("method_exact", metrics, source, results, dataset=data, n=4, seeds=[0])
     nbformat.write(attack(listener[0]), results / "00_method.ipynb")
     plt.imsave(figures / "00_method.png", np.zeros((20, 30)))
     artifacts = Artifacts(out / "artifacts")

@@ -7,37 +7,25 @@ import argparse
 import time
 from pathlib import Path
 
-from issl.commands.options import (
-    add_scoring_arguments,
-    computing_of,
-    load_images,
-    measurement,
-    write_broken,
-)
-from issl.devices import pick_device
+from issl.commands.options import add_scoring_arguments, scoring_of, write_broken
 from issl.files import writable
-from issl.influence.kept import fit_measurement
-from issl.influence.scorer import with_features
-from issl.pretraining.other_encoders import encoder_asked_for
+from issl.influence.kept import fit
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `issl fit`."""
     add_scoring_arguments(command)
-    command.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="the curvature, .safetensors"
-    )
+    help_ = "the curvature, .safetensors"
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help=help_)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
     writable(options.out, (".safetensors",))
-    device, began = pick_device(options.device), time.monotonic()
-    opened = encoder_asked_for(options)
-    what, images = measurement(options, opened), load_images(options, opened)
-    if options.skip_broken:
-        images = with_features(opened.encoder, images, what, device)
-    fitted = fit_measurement(opened.encoder, images, what, computing_of(options, device))
+    began = time.monotonic()
+    opened, asked = scoring_of(options)
+    images = asked.images
+    fitted = fit(opened.encoder, images, **vars(asked.what), computing=asked.computing)
     fitted.save(options.out)
     print(
         f"{options.out}: curvature of {fitted.n} images of {images.name}, "

@@ -5,33 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from issl import engine
 from issl.commands import pictures
-from issl.commands.options import (
-    add_scoring_arguments,
-    computing_of,
-    load_images,
-    measurement,
-    write_broken,
-)
-from issl.data.images import Images, own_names
-from issl.devices import pick_device
+from issl.commands.options import add_scoring_arguments, scoring_of, write_broken
 from issl.errors import IsslError
 from issl.files import atomic, writable
-from issl.influence.kept import load_fitted
 from issl.influence.layers import find_layers
-from issl.influence.parts import Scoring, score_in_parts
-from issl.influence.scorer import with_features
-from issl.influence.scores import score_measurement
-from issl.pretraining.other_encoders import encoder_asked_for
+from issl.influence.parts import Scoring, score_in_parts, with_attributes
+from issl.influence.scores import self_influence
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -47,18 +33,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "that is filled in parts and continues after a kill",
     )
     engine.add_arguments(command)
-    add(
-        "--curvature-from",
-        type=Path,
-        metavar="FILE",
-        help="score under a curvature that `issl fit` kept, with its settings",
-    )
-    add(
-        "--memory",
-        default="auto",
-        choices=["auto", "ram", "mapped", "recomputed"],
-        help="where gradients stay (auto)",
-    )
+    kept = "score under a curvature that `issl fit` kept, with its settings"
+    add("--curvature-from", type=Path, metavar="FILE", help=kept)
+    memories = ["auto", "ram", "mapped", "recomputed"]
+    add("--memory", default="auto", choices=memories, help="where gradients stay (auto)")
     add("--store", type=Path, metavar="DIR", help="where mapped gradients stay meanwhile")
 
 
@@ -74,26 +52,28 @@ def main(options: argparse.Namespace) -> int:
             f"--jobs, --cluster and --scheduler fill a folder in parts; --out {out} is one file"
         )
     writable(out, (".csv", ".parquet"))
-    device, began = pick_device(options.device), time.monotonic()
-    opened = encoder_asked_for(options)
-    what = measurement(options, opened)
+    began = time.monotonic()
+    opened, asked = scoring_of(options)
+    images, what, computing = asked.images, asked.what, asked.computing
     layers, _ = find_layers(opened.encoder, what.skip, what.untrained)
-    images = load_images(options, opened)
     print(
         f"{len(images)} images of {images.name} at {images.pixels.shape[-1]} px, {opened.about}, "
-        f"{len(layers)} layers, {what.curvature}, {device}",
+        f"{len(layers)} layers, {what.curvature}, {computing.device}",
         flush=True,
     )
-    if options.skip_broken:
-        images = with_features(opened.encoder, images, what, device)
-    computing = computing_of(options, device)
-    computing = replace(computing, memory=options.memory, store=options.store)
-    if options.curvature_from is not None:
-        fitted = load_fitted(options.curvature_from, opened.encoder, device=device)
-        scores = fitted.score(images, computing=computing)
+    if asked.kept is not None:
+        scores = asked.fitted(asked.kept).score(images, computing=computing)
     else:
-        scores = score_measurement(opened.encoder, images, what, computing)
-    write_scores(out, scores, images)
+        scores = self_influence(opened.encoder, images, **vars(what), computing=computing)
+    table = with_attributes(scores, images)
+    with atomic(out) as part:
+        if out.suffix == ".parquet":
+            table.to_parquet(part, index=False)
+        else:
+            table.to_csv(part, index=False)
+    if out.suffix == ".csv":  # the settings, which a parquet has in its metadata
+        with atomic(out.with_suffix(".json")) as part:
+            part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
     about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
     pictures.contact_sheet(out.with_suffix(".png"), scores, images, about)
     print(
@@ -114,8 +94,7 @@ def _in_parts(options: argparse.Namespace) -> int:
     began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
     given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
     load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))
-    images = load().images
-    tasks = score_in_parts(options.out, load)
+    images, tasks = load().images, score_in_parts(options.out, load)
     print(f"{len(images)} images of {images.name}, {load().what.curvature}", flush=True)
     failed = 0
     for done, ended in enumerate(where.run(tasks), 1):
@@ -132,26 +111,4 @@ def _in_parts(options: argparse.Namespace) -> int:
 @lru_cache(maxsize=1)
 def _scoring(given: tuple[tuple[str, Any], ...]) -> Scoring:
     """What these options ask for; opened once in each process."""
-    options, device = argparse.Namespace(**dict(given)), pick_device(dict(given)["device"])
-    opened = encoder_asked_for(options)
-    what, images = measurement(options, opened), load_images(options, opened)
-    if options.skip_broken:
-        images = with_features(opened.encoder, images, what, device)
-    computing = computing_of(options, device)
-    return Scoring(opened.encoder, images, what, computing, options.curvature_from)
-
-
-def write_scores(out: Path, scores: pd.DataFrame, images: Images) -> None:
-    """The scores with what is known about each image; the settings in the parquet's metadata, or
-    in a .json beside a CSV."""
-    beside = own_names(images.attributes, [str(name) for name in scores if name != "index"])
-    table = scores.merge(beside, on="index", how="left", validate="one_to_one")
-    table.attrs = scores.attrs
-    with atomic(out) as part:
-        if out.suffix == ".parquet":
-            table.to_parquet(part, index=False)
-        else:
-            table.to_csv(part, index=False)
-    if out.suffix == ".csv":
-        with atomic(out.with_suffix(".json")) as part:
-            part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+    return scoring_of(argparse.Namespace(**dict(given)))[1]

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from issl.data import datasets
 from issl.data.images import Images
+from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.files import atomic
 from issl.influence.curvature import KINDS, named_curvature
 from issl.influence.kept import load_fitted
+from issl.influence.layers import find_layers
 from issl.influence.losses import stability_loss
+from issl.influence.parts import Scoring
 from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
-from issl.influence.scorer import Measurement
-from issl.pretraining.other_encoders import Opened, add_encoder_arguments
+from issl.influence.scorer import Measurement, with_features
+from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
 
 MEASURED: dict[str, Any] = {  # the options of a measurement, with what they are if not given
     "curvature": "logra",
@@ -66,24 +68,50 @@ def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
     add("--draws", type=int, help="perturbations per image, gradients averaged (1)")
     add("--skip", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--untrained", action="store_true", default=None, help="score an encoder as initialised")
-    add(
-        "--batch-size",
-        type=_batch,
-        default=64,
-        metavar="B",
-        help="images at once (64), or auto: what fits into memory",
-    )
+    size = "images at once (64), or auto: what fits into memory"
+    add("--batch-size", type=number_or_auto, default=64, metavar="B", help=size)
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the forward pass (fp32)")
 
 
-def measurement(options: argparse.Namespace, opened: Opened) -> Measurement:
+def scoring_of(options: argparse.Namespace) -> tuple[Opened, Scoring]:
+    """What these options ask for, after every check that needs no image."""
+    device, opened = pick_device(options.device), encoder_asked_for(options)
+    kept: Path | None = getattr(options, "curvature_from", None)
+    what = measurement(options, opened, kept)
+    find_layers(opened.encoder, what.skip, what.untrained)
+    size = options.size
+    if size is None and datasets.is_resized(options.data):
+        size = opened.size
+    images = datasets.load(
+        options.data,
+        options.split,
+        options.n,
+        options.data_root,
+        size=size,
+        skip_broken=options.skip_broken,
+        workers=options.workers,
+    )
+    if options.skip_broken:
+        images = with_features(opened.encoder, images, what, device)
+    computing = Computing(
+        device=device,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        memory=getattr(options, "memory", "auto"),
+        store=getattr(options, "store", None),
+        progress=sys.stderr.isatty(),
+    )
+    return opened, Scoring(opened.encoder, images, what, computing, kept)
+
+
+def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) -> Measurement:
     """What these options ask to be measured: by themselves, or by a curvature file.
 
     Raises:
         IsslError: For an option that the curvature file decides.
     """
     given = {name: vars(options)[name] for name in MEASURED if vars(options)[name] is not None}
-    if (kept := getattr(options, "curvature_from", None)) is not None:
+    if kept is not None:
         for name, value in given.items():
             raise IsslError(
                 f"--{name.replace('_', '-')} {value}: the file of --curvature-from {kept} decides "
@@ -107,32 +135,6 @@ def measurement(options: argparse.Namespace, opened: Opened) -> Measurement:
     )
 
 
-def load_images(options: argparse.Namespace, opened: Opened) -> Images:
-    """The images that these options name, at the encoder's size where they can be resized."""
-    size = options.size
-    if size is None and datasets.is_resized(options.data):
-        size = opened.size
-    return datasets.load(
-        options.data,
-        options.split,
-        options.n,
-        options.data_root,
-        size=size,
-        skip_broken=options.skip_broken,
-        workers=options.workers,
-    )
-
-
-def computing_of(options: argparse.Namespace, device: torch.device) -> Computing:
-    """How these options ask to compute."""
-    return Computing(
-        device=device,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        progress=sys.stderr.isatty(),
-    )
-
-
 def write_broken(out: Path, images: Images) -> str:
     """The table of the images that were left out, OUT.broken.csv, if there are any; says so for the
     last line."""
@@ -144,7 +146,6 @@ def write_broken(out: Path, images: Images) -> str:
     return f"; {len(images.broken)} images were left out: {path}"
 
 
-def _batch(text: str) -> int | Literal["auto"]:
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: need a whole number, 1 or more, or auto")
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """A number of images; argparse names this function where it is none."""
     return "auto" if text == "auto" else int(text)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from issl.commands.arguments import whole
 from issl.data import datasets
 from issl.devices import pick_device
 from issl.files import atomic, writable
@@ -30,7 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     variants = get_args(Variant)
     add("--recipe", default="published", choices=variants, help="default: published")
     add("--width", type=int, default=64, help="of ResNet-18's first stage (64)")
-    add("--epochs", type=whole(0), default=200, help="default: 200")
+    add("--epochs", type=int, default=200, help="default: 200")
     add("--batch-size", type=int, default=256, help="default: 256")
     add("--seed", type=int, default=0, help="of weights, order and views (0)")
     add("--split", default="train", help="train (default) or test")

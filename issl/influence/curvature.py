@@ -20,39 +20,157 @@ from its defaults.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+import scipy.sparse.linalg
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from issl import keyed_random
 from issl.errors import IsslError, is_whole, number_or_nan
-from issl.influence.accumulators import Accumulator, DenseSum, DiagonalSum
 from issl.influence.layers import Layer, weight_shape
-from issl.influence.projections import (
-    Moments,
-    Norm,
-    Projected,
-    Sketch,
-    eigenrows,
-    leading_rows,
-    orthonormal_rows,
-)
+from issl.influence.per_example import Moments, Sketch
 
-# of projections: a generator takes 64 bits, of which a layer's place in the encoder needs some
-LARGEST_SEED = 1 << 40
+# settings that are whole numbers, from and to; of a seed, a generator takes 64 bits, of which a
+# layer's place in the encoder needs some
+WHOLE: dict[str, tuple[int, int | None]] = {"rank": (1, None), "fit": (1, None), "seed": (0, 2**40)}
+
+
+# --- sums over rows, and the damped inverse that is made from them ---
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A layer's inverse curvature as a map.
+
+    g_iᵀ (H + λ)⁻¹ g_j = whiten(g_i) · whiten(g_j), where g_j is a training image's row.
+    """
+
+    damping: float  # λ
+    whiten: Callable[[Float[Tensor, "b r"]], Float[Tensor, "b m"]]
+
+
+NOTHING = Whitening(0.0, lambda g: torch.zeros_like(g).double())  # no gradient: no score
+NO_CURVATURE = Whitening(0.0, lambda g: g.double())
 
 
 @runtime_checkable
-class Curvature(Protocol):
+class Accumulator(Protocol):
+    """A sum over rows, from which a layer's inverse curvature is made.
+
+    To be kept in a file, it must follow from `total`, (r,) or (r, r), and `count` alone.
+    """
+
+    total: Tensor | None
+    count: int
+
+    def add(self, g: Float[Tensor, "b r"]) -> None:
+        """Add some rows."""
+        ...
+
+    def whitening(self, damping: float) -> Whitening:
+        """The damped inverse, once all rows were added."""
+        ...
+
+
+class DenseSum:
+    """H = mean g gᵀ.
+
+    Args:
+        gram: Keep the rows themselves, and invert by their Gram matrix. This is cheaper where there
+            are fewer rows than columns. What is whitened must then be multiplied by these rows.
+    """
+
+    def __init__(self, gram: bool = False):
+        self.total: Tensor | None = None
+        self.count, self.gram = 0, gram
+        self.rows: list[Tensor] = []
+
+    def add(self, g: Float[Tensor, "b r"]) -> None:
+        g = g.double()
+        self.count += len(g)
+        if self.gram:
+            self.rows.append(g)
+        else:
+            self.total = g.T @ g if self.total is None else self.total.addmm_(g.T, g)
+
+    def whitening(self, damping: float) -> Whitening:
+        if self.gram:
+            return self._by_gram(torch.cat(self.rows), damping)
+        assert self.total is not None  # rows were added
+        h = self.total / self.count
+        lam = damping * float(h.diagonal().mean())
+        if lam == 0:
+            return NOTHING
+        h.diagonal().add_(lam)
+        factor, solve = torch.linalg.cholesky(h), torch.linalg.solve_triangular
+        return Whitening(lam, lambda g: solve(factor, g.double().T, upper=False).T)
+
+    def _by_gram(self, g: Tensor, damping: float) -> Whitening:
+        """With K = GGᵀ = UΣUᵀ the right singular vectors are V = GᵀUΣ^-½, and H = V (Σ/n) Vᵀ. A
+        row's part outside V's span is orthogonal to every training image's, so it is dropped."""
+        k = g @ g.T
+        lam = damping * float(k.diagonal().mean()) / g.shape[1]
+        sigma, u = torch.linalg.eigh(k)
+        kept = sigma > sigma[-1] * 1e-14
+        if lam == 0 or not bool(kept.any()):
+            return NOTHING
+        sigma, u = sigma[kept], u[:, kept]
+        to_v = g.T @ (u * (sigma * (sigma / self.count + lam)).rsqrt())
+        return Whitening(lam, lambda rows: rows.double() @ to_v)
+
+
+class DiagonalSum:
+    """D = mean g²."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, g: Float[Tensor, "b r"]) -> None:
+        squares = g.double().square().sum(0)
+        self.count += len(g)
+        self.total = squares if self.total is None else self.total + squares
+
+    def whitening(self, damping: float) -> Whitening:
+        assert self.total is not None  # rows were added
+        d = self.total / self.count
+        lam = damping * float(d.mean())
+        scale = (d + lam).rsqrt()
+        return NOTHING if lam == 0 else Whitening(lam, lambda g: g.double() * scale)
+
+
+# --- curvatures ---
+
+
+class Curvature(ABC):
     """What a curvature decides; all but `accumulator` has a default."""
 
     damping: float  # λ as a fraction of the mean diagonal of H, > 0
 
+    def __post_init__(self) -> None:
+        """IsslError for settings out of range, of those that a dataclass has."""
+        kind, own = type(self).__name__, vars(self)
+        if not 0 < number_or_nan(damping := own.get("damping", 1.0)) < math.inf:
+            raise IsslError(
+                f"{kind}(damping={damping!r}): must be a finite number > 0, a fraction of the "
+                "curvature's mean diagonal"
+            )
+        for name, (least, most) in WHOLE.items():
+            value = own.get(name, least)
+            if not is_whole(value, least, most) and (name, value) != ("fit", None):
+                raise IsslError(
+                    f"{kind}({name}={value!r}): must be a whole number, {least} or more"
+                    + ("" if most is None else " and at most 2⁴⁰")
+                )
+
+    @abstractmethod
     def accumulator(self, gram: bool = False) -> Accumulator | None:
         """An empty sum for one layer's rows; None for no curvature.
 
@@ -60,11 +178,8 @@ class Curvature(Protocol):
             gram: There will be fewer rows than columns, and nothing but products with these rows
                 is asked for.
         """
-        ...
 
-    def sketch(
-        self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False
-    ) -> Sketch:
+    def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
         """What is kept of each image's gradient in this layer: by default the whole.
 
         Args:
@@ -72,9 +187,8 @@ class Curvature(Protocol):
             position: Of the layer among those that are scored. With a seed it fixes a random
                 projection.
             moments: Of the images chosen by `moment_images`.
-            norms_only: Gradients of two images will never be multiplied.
         """
-        return Projected()
+        return Sketch()
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
         """Positions of the images whose second moments `sketch` needs, at the cost of a pass over
@@ -97,11 +211,6 @@ class Identity(Curvature):
     def accumulator(self, gram: bool = False) -> None:
         return None
 
-    def sketch(
-        self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False
-    ) -> Sketch:
-        return Norm() if norms_only else Projected()
-
 
 @dataclass(frozen=True)
 class RandomProjection(Curvature):
@@ -117,19 +226,13 @@ class RandomProjection(Curvature):
     seed: int = 0
     damping = 0.0
 
-    def __post_init__(self) -> None:
-        _check_whole(self, "rank", 1)
-        _check_whole(self, "seed", 0, LARGEST_SEED)
-
     def accumulator(self, gram: bool = False) -> None:
         return None
 
-    def sketch(
-        self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False
-    ) -> Sketch:
-        p_in, p_out = _random_sides(layer, self.rank, self.seed, position)
+    def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
+        p_in, p_out = random_rows(layer, self.rank, self.seed, position)
         a, b = ((p.shape[1] / p.shape[0]) ** 0.5 for p in (p_in, p_out))
-        return Projected((a * p_in).to(layer.weight), (b * p_out).to(layer.weight))
+        return Sketch((a * p_in).to(layer.weight), (b * p_out).to(layer.weight))
 
 
 @dataclass(frozen=True)
@@ -144,9 +247,6 @@ class Exact(Curvature):
 
     damping: float = 0.1
 
-    def __post_init__(self) -> None:
-        _check_damping(self)
-
     def accumulator(self, gram: bool = False) -> DenseSum:
         return DenseSum(gram)
 
@@ -160,9 +260,6 @@ class Diagonal(Curvature):
     """
 
     damping: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_damping(self)
 
     def accumulator(self, gram: bool = False) -> DiagonalSum:
         return DiagonalSum()
@@ -182,20 +279,13 @@ class EKFAC(Curvature):
     damping: float = 0.1
     fit: int | None = None
 
-    def __post_init__(self) -> None:
-        _check_damping(self)
-        if self.fit is not None:
-            _check_whole(self, "fit", 1)
-
     def accumulator(self, gram: bool = False) -> DiagonalSum:
         return DiagonalSum()
 
-    def sketch(
-        self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False
-    ) -> Sketch:
+    def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
         assert moments is not None
         p_in, p_out = eigenrows(moments.inputs), eigenrows(moments.outputs)
-        return Projected(p_in.to(layer.weight), p_out.to(layer.weight))
+        return Sketch(p_in.to(layer.weight), p_out.to(layer.weight))
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
         return draw_images(index, self.fit, 0)
@@ -223,26 +313,20 @@ class LoGra(Curvature):
     fit: int | None = 512
 
     def __post_init__(self) -> None:
-        _check_damping(self)
-        _check_whole(self, "rank", 1)
-        _check_whole(self, "seed", 0, LARGEST_SEED)
-        if self.fit is not None:
-            _check_whole(self, "fit", 1)
+        super().__post_init__()
         if self.projection not in ("random", "pca"):
             raise IsslError(f"LoGra(projection={self.projection!r}): choose 'random' or 'pca'")
 
     def accumulator(self, gram: bool = False) -> DenseSum:
         return DenseSum(gram)
 
-    def sketch(
-        self, layer: Layer, position: int, moments: Moments | None = None, norms_only: bool = False
-    ) -> Sketch:
+    def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
         if self.projection == "pca":
             assert moments is not None
             p_in, p_out = (leading_rows(m, self.rank) for m in (moments.inputs, moments.outputs))
         else:
-            p_in, p_out = _random_sides(layer, self.rank, self.seed, position)
-        return Projected(p_in.to(layer.weight), p_out.to(layer.weight))
+            p_in, p_out = random_rows(layer, self.rank, self.seed, position)
+        return Sketch(p_in.to(layer.weight), p_out.to(layer.weight))
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
         return draw_images(index, self.fit, self.seed) if self.projection == "pca" else None
@@ -250,10 +334,9 @@ class LoGra(Curvature):
     def norm_scale(self, layer: Layer) -> float | None:
         """E‖P_out M P_inᵀ‖² = ‖M‖² · k_out k_in / (c_out d_in) for random P, so this factor makes
         the norm unbiased; None for PCA, which keeps more than its share."""
-        whole = kept = 1
-        for d in weight_shape(layer):
-            whole, kept = whole * d, kept * min(self.rank, d)
-        return None if self.projection == "pca" and kept != whole else whole / kept
+        sides = weight_shape(layer)
+        scale = math.prod(sides) / math.prod(min(self.rank, d) for d in sides)
+        return None if self.projection == "pca" and scale != 1 else scale
 
 
 KINDS: dict[str, Callable[[int, float, int], Curvature]] = {  # from rank, damping and seed
@@ -278,6 +361,9 @@ def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int =
     return KINDS[kind](rank, damping, seed)
 
 
+# --- the bases that gradients are projected on, and the images that they are made from ---
+
+
 def draw_images(index: Int64[Tensor, " n"], count: int | None, seed: int) -> Int64[Tensor, " m"]:
     """Positions of `count` images (None: all) in the order of their index: those whose index draws
     the smallest numbers under `seed`, so neither the order of the images nor the batch size
@@ -289,25 +375,33 @@ def draw_images(index: Int64[Tensor, " n"], count: int | None, seed: int) -> Int
     return order[drawn.argsort(stable=True)[:count].sort()[0]]
 
 
-def _random_sides(layer: Layer, rank: int, seed: int, position: int) -> tuple[Tensor, Tensor]:
+def random_rows(layer: Layer, rank: int, seed: int, position: int) -> tuple[Tensor, Tensor]:
     """P_in and P_out: `rank` orthonormal rows, or as many as there are dimensions."""
     c_out, d_in = weight_shape(layer)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
     return orthonormal_rows(rank, d_in, generator), orthonormal_rows(rank, c_out, generator)
 
 
-def _check_damping(curvature: Curvature) -> None:
-    if not 0 < number_or_nan(curvature.damping) < math.inf:
-        raise IsslError(
-            f"{type(curvature).__name__}(damping={curvature.damping!r}): must be a finite number "
-            "> 0, a fraction of the curvature's mean diagonal"
-        )
+def orthonormal_rows(rank: int, dim: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
+    """min(rank, dim) orthonormal rows, uniformly random (QR of a Gaussian matrix, signs fixed by
+    R)."""
+    gaussian = torch.randn(dim, min(rank, dim), generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).T.contiguous()
 
 
-def _check_whole(curvature: Curvature, name: str, least: int, most: int | None = None) -> None:
-    value: object = getattr(curvature, name)
-    if not is_whole(value, least, most):
-        raise IsslError(
-            f"{type(curvature).__name__}({name}={value!r}): must be a whole number, {least} or more"
-            + ("" if most is None else " and at most 2⁴⁰")
-        )
+def eigenrows(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The eigenvectors as rows, those of the largest eigenvalues last."""
+    return torch.linalg.eigh(moment).eigenvectors.T.contiguous()
+
+
+def leading_rows(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "k d"]:
+    """The min(k, d) leading eigenvectors as rows (Lanczos, by scipy, where they are few of
+    many)."""
+    d = len(moment)
+    k = min(k, d)
+    if 8 * k > d or d < 256:
+        return eigenrows(moment)[-k:]
+    start = np.ones(d) / math.sqrt(d)  # fixed, so that the same moments give the same rows
+    vectors = scipy.sparse.linalg.eigsh(moment.cpu().numpy(), k, v0=start)[1]
+    return torch.from_numpy(np.ascontiguousarray(vectors.T))

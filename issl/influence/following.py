@@ -12,7 +12,6 @@ encoder whose gradients cannot be followed is an error, and never a wrong number
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,35 +21,20 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from issl.devices import without_onednn
 from issl.influence.layers import Layer, weight_shape
 
-CONVOLUTION = [
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-]  # F.conv2d's, after input, weight and bias
+CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's, after its bias
 # what a weight is asked for without being used
-_ATTRIBUTES = [
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "is_cuda",
-    "requires_grad",
-    "layout",
-    "is_leaf",
-    "is_quantized",
-]
-_METHODS = ["size", "dim", "numel", "stride", "is_floating_point", "element_size"]
-ASKED = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
-ASKED |= {getattr(Tensor, name) for name in _METHODS}
+ATTRIBUTES = "dtype device shape ndim is_cuda requires_grad layout is_leaf is_quantized".split()
+METHODS = "size dim numel stride is_floating_point element_size".split()
+ASKED = {getattr(Tensor, name).__get__ for name in ATTRIBUTES}
+ASKED |= {getattr(Tensor, name) for name in METHODS}
 # what torch's composed functions ask before they do their own work
 INSIDE: dict[str, Any] = {
     f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
@@ -77,14 +61,14 @@ class Following(TorchFunctionMode):
 
     products   by the id of a scored weight, what to do with a product with it, or with what was
                made of it (LoRA adds to it, a cast copies it)
-    used       by the id of a scored weight, the other functions that used it, by name
+    used       by the id of a scored weight, the first other function that used it, by name
     """
 
     def __init__(self, products: Mapping[int, OnProduct]):
         super().__init__()
         self.products, self.used = dict(products), dict.fromkeys(products, "")
-        # what was made of scored weights: kept, so that their ids stay theirs
-        self.made: list[tuple[Tensor, int]] = []
+        # what was made of scored weights, and of which: kept, so that their ids stay theirs
+        self.made: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(
         self,
@@ -103,17 +87,17 @@ class Following(TorchFunctionMode):
         names = ("input", "weight", "bias", *CONVOLUTION)
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
         if func in (F.linear, F.conv2d) and found == [id(named["weight"])]:
-            x, rest = named.pop("input"), named
-            settings = {k: v for k, v in rest.items() if k in CONVOLUTION}
+            x = named.pop("input")
+            settings = {k: v for k, v in named.items() if k in CONVOLUTION}
             how = None if func is F.linear else Convolution(**settings)
-            return self.products[found[0]](x, how, lambda given: func(given, **rest))
-        made = func(*args, **kwargs)
-        origin = next((key for tensor, key in self.made if id(tensor) == found[0]), found[0])
+            return self.products[found[0]](x, how, lambda given: func(given, **named))
+        result = func(*args, **kwargs)
+        origin = self.made[found[0]][1] if found[0] in self.made else found[0]
         self.used[origin] = self.used[origin] or getattr(func, "__name__", str(func))
-        if isinstance(made, Tensor):
-            self.products[id(made)] = self.products[found[0]]
-            self.made.append((made, origin))
-        return made
+        if isinstance(result, Tensor):
+            self.products[id(result)] = self.products[origin]
+            self.made[id(result)] = result, origin
+        return result
 
 
 def _ids(values: Sequence[Any]) -> Iterator[int]:
@@ -128,11 +112,9 @@ def _ids(values: Sequence[Any]) -> Iterator[int]:
 def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
     """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
     would not be seen."""
-    following = Following(products)
+    following, plain = Following(products), lambda function, _, *args: function(*args)
     with (
-        mock.patch.object(
-            checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)
-        ),
+        mock.patch.object(checkpoint.CheckpointFunction, "apply", plain),
         mock.patch.object(checkpoint, "_checkpoint_hook", lambda *_, **__: nullcontext()),
         following,
     ):
@@ -142,34 +124,32 @@ def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
 # --- what a weight's input and output gradient are, row by row ---
 
 
+def count_rows(how: Convolution | None, x: Tensor) -> int:
+    """A row is what the first dimension of a convolution's input counts, or all but the last of a
+    matrix's."""
+    return x[..., 0].numel() if how is None else len(x)
+
+
 def read_inputs(
     weight: Tensor, how: Convolution | None, x: Tensor, p: Tensor | None
 ) -> Float[Tensor, "r g k t"]:
-    """P a_t for every row, group and position t; the patches themselves if P is None. A row is what
-    the first dimension of a convolution's input counts, or all but the last of a matrix's."""
+    """P a_t for every row, group and position t; the patches themselves if P is None. It shares no
+    memory with x, which may be changed in place later."""
     if how is None:
         rows = x.reshape(-1, x.shape[-1])
-        return (rows if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
-    g, inside = how.groups, weight.shape[1:]
-    if p is None:
-        padding = how.padding
-        if isinstance(padding, str):  # F.unfold takes numbers alone
-            total = [
-                d * (k - 1) if padding == "same" else 0
-                for d, k in zip(_pair(how.dilation), inside[1:], strict=True)
-            ]
+        return (rows.clone() if p is None else rows @ p.T.to(x.dtype))[:, None, :, None]
+    g, inside, padding = how.groups, weight.shape[1:], how.padding
+    if p is not None:
+        kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
+        patches = F.conv2d(x, kernel, None, how.stride, padding, how.dilation, g)
+        return patches.flatten(2).unflatten(1, (g, len(p)))
+    if isinstance(padding, str):  # F.unfold takes numbers alone
+        if padding == "same":
+            total = (torch.tensor(how.dilation) * (torch.tensor(inside[1:]) - 1)).tolist()
             x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-            padding = 0
-        patches = F.unfold(x, tuple(inside[1:]), how.dilation, padding, how.stride)
-        return patches.unflatten(1, (g, inside.numel()))
-    kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
-    patches = F.conv2d(x, kernel, None, how.stride, how.padding, how.dilation, g)
-    return patches.flatten(2).unflatten(1, (g, len(p)))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
-    return first, second
+        padding = 0
+    patches = F.unfold(x, tuple(inside[1:]), how.dilation, padding, how.stride)
+    return patches.unflatten(1, (g, inside.numel()))
 
 
 def read_outputs(how: Convolution | None, d: Tensor) -> Float[Tensor, "r g o t"]:
@@ -191,98 +171,68 @@ def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float
 
 # --- one look at an encoder, before it is believed ---
 
-
-@dataclass(frozen=True)
-class Uses:
-    """How a layer's rows belong to images, for each of its calls, as `examine` found it.
-
-    token_major   see `by_image`
-    copied        its input is changed in place later, so it must be copied
-    """
-
-    token_major: tuple[bool, ...] = ()
-    copied: bool = False
-
-    def order(self, call: int) -> bool:
-        """`token_major` of call number `call`; one that was not examined is as the last."""
-        return bool(self.token_major) and self.token_major[min(call, len(self.token_major) - 1)]
+IMAGES, IMAGE = 3, 1  # how many are looked at, and which one's features are followed back
 
 
 class _Trial:
     """Gathers, of one layer, what `examine` compares."""
 
     def __init__(self, layer: Layer):
-        self.layer = layer
-        self.total = layer.weight.new_zeros(weight_shape(layer))  # Σ_t d_t a_tᵀ
+        self.layer, self.problem, self.called, self.tokens_first = layer, "", False, False
+        # Σ_t d_t a_tᵀ of the image, by whether rows are token-major
+        self.totals = [layer.weight.new_zeros(weight_shape(layer)) for _ in (False, True)]
         self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
-        self.calls: list[tuple[Tensor, int, tuple[int, ...]]] = []  # input, its version, its shape
-        self.rows: dict[int, Bool[Tensor, " r"]] = {}  # of each call, those that the image reaches
-        self.problem = ""
 
     def on_product(
         self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        self.called = True
         if not torch.is_grad_enabled():
             self.problem = "is used under no_grad"
+        elif (count := count_rows(how, x)) % IMAGES:
+            self.problem = f"sees {count} rows for {IMAGES} images"
+        if self.problem:
             return multiply(x)
-        kept, call = x.clone(), len(self.calls)
-        self.calls.append((x, x._version, tuple(x.shape) if how is None else (len(x),)))
+        self.tokens_first |= how is None and x.ndim > 2 and x.shape[1] == IMAGES != len(x)
+        kept = x.clone()
         output = multiply(kept)
-
-        def on_gradient(gradient: Tensor) -> None:
-            with torch.no_grad():
-                rows, d = kept.detach(), gradient
-                if how is None:
-                    rows, d = (v.reshape(-1, v.shape[-1]) for v in (rows, d))
-                self.rows[call] = reached = d.flatten(1).any(1)
-                a = read_inputs(self.layer.weight, how, rows[reached], None)
-                d = read_outputs(how, d[reached])
-                # (g, o or k, all positions)
-                left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (d, a))
-                self.total += (left @ right.mT).flatten(0, 1)
-                self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
-
-        output.register_hook(on_gradient)
+        output.register_hook(lambda gradient: self.add(how, kept.detach(), gradient))
         return output
 
-    def uses(self, n: int, image: int) -> Uses:
-        """How rows belong to images, where only those of one image had a gradient; notes a problem
-        where they do not belong."""
-        orders = []
-        for call, (_, _, shape) in enumerate(self.calls):
-            count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
-            rows = self.rows.get(call, torch.zeros(count, dtype=torch.bool))
-            reached = rows.nonzero().flatten().cpu()
-            if count % n:
-                self.problem = f"sees {count} rows for {n} images"
-                break
-            fits = {
-                False: bool((reached // (count // n) == image).all()),
-                True: bool((reached % n == image).all()),
-            }
-            first = len(shape) > 2 and shape[0] != n and shape[1] == n  # tokens first, by its shape
-            if not any(fits.values()):
-                self.problem = "has rows that are not those of one image"
-                break
-            orders.append(first if fits[first] else not first)
-        return Uses(tuple(orders), any(x._version != version for x, version, _ in self.calls))
+    @torch.no_grad()
+    def add(self, how: Convolution | None, x: Tensor, gradient: Tensor) -> None:
+        a, d = read_inputs(self.layer.weight, how, x, None), read_outputs(how, gradient)
+        self.size += float((d.norm(dim=2) * a.norm(dim=2)).sum())
+        for major in (False, True):
+            left, right = (by_image(v, IMAGES, major)[IMAGE] for v in (d, a))
+            self.totals[major] += (left @ right.mT).flatten(0, 1)
+
+    def compare(self, gradient: Tensor | None, used_by: str) -> bool:
+        """Whether rows are token-major, by autograd's gradient; notes a problem where it is that of
+        the image's rows in neither order."""
+        truth = torch.zeros_like(self.totals[0]) if gradient is None else gradient.flatten(1)
+        most = 1e-3 * float(truth.norm()) + 1e-5 * self.size
+        # features that are NaN have no gradient to compare
+        fits = [not float((total - truth).norm()) > most for total in self.totals]
+        if not self.called:
+            self.problem = f"is used by {used_by} alone" if used_by else "is never used (a head?)"
+        elif not self.problem and not any(fits):
+            alone = "has another gradient than the sum over its rows for one image"
+            self.problem = f"is also used by {used_by}" if used_by else alone
+        return self.tokens_first if fits[self.tokens_first] else fits[True]
 
 
 def examine(
-    model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], Tensor]
-) -> tuple[dict[str, Uses], dict[str, str]]:
+    layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
+) -> tuple[set[str], dict[str, str]]:
     """How each layer is used, and why its weight cannot be scored where it cannot.
 
-    One image's features are followed back. In each layer only its rows may be reached, and the sum
-    of their products must be the gradient that autograd finds.
-
-    Args:
-        model: The encoder.
-        layers: Its layers that are to be scored.
-        run: Gives the features (n, d) of n ≥ 3 images.
+    One image's features are followed back. In each layer the sum over its rows of their products
+    must be the gradient that autograd finds.
 
     Returns:
-        The uses of each layer, and the problem of each that cannot be scored.
+        The layers whose rows are token-major, see `by_image`, and the problem of each that cannot
+        be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
@@ -293,10 +243,9 @@ def examine(
             weight.requires_grad_(True)
         with torch.enable_grad(), followed(products) as following:
             features = run()
-        n, image = len(features), 1
         fixed = torch.Generator().manual_seed(0)
         direction = torch.randn(features.shape[1], generator=fixed).to(features)
-        wanted = (features[image] * direction).sum()
+        wanted = (features[IMAGE] * direction).sum()
         found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:
             with without_onednn():
@@ -304,14 +253,9 @@ def examine(
     finally:
         for weight, before in zip(weights, asked, strict=True):
             weight.requires_grad_(before)
-    uses = {name: trial.uses(n, image) for name, trial in trials.items()}
-    for trial, gradient in zip(trials.values(), found, strict=True):
-        truth = torch.zeros_like(trial.total) if gradient is None else gradient.flatten(1)
-        off, by = float((trial.total - truth).norm()), following.used[id(trial.layer.weight)]
-        if not trial.problem and not trial.calls:
-            trial.problem = f"is used by {by} alone" if by else "is never used (a head?)"
-        if not trial.problem and off > 1e-3 * float(truth.norm()) + 1e-5 * trial.size:
-            trial.problem = (
-                f"is also used by {by}" if by else "has another gradient than that of its products"
-            )
-    return uses, {name: trial.problem for name, trial in trials.items() if trial.problem}
+    token_major = {
+        name
+        for (name, trial), gradient in zip(trials.items(), found, strict=True)
+        if trial.compare(gradient, following.used[id(trial.layer.weight)])
+    }
+    return token_major, {name: trial.problem for name, trial in trials.items() if trial.problem}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
 
     Raises IsslError for an encoder that cannot be copied.
     """
-    if _has_functions(encoder):
+    if any(map(_has_functions, encoder.modules())):
         first = next(encoder.parameters())
         if first.device.type != device.type:
             raise IsslError(
@@ -37,14 +37,9 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
         return encoder
     # torch does not copy what was computed with a gradient: the older weight_norm, features that a
     # module kept
-    kept = (
-        v
-        for m in encoder.modules()
-        for v in vars(m).values()
-        if isinstance(v, Tensor) and not v.is_leaf
-    )
+    held = [v for m in encoder.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     try:
-        model = copy.deepcopy(encoder, {id(v): v.detach().clone() for v in kept})
+        model = copy.deepcopy(encoder, {id(v): v.detach().clone() for v in held if not v.is_leaf})
     except Exception as error:
         raise IsslError(f"encoder {type(encoder).__name__} cannot be copied ({error})") from error
     for m in list(model.modules()):
@@ -53,9 +48,8 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
             for name in list(m.parametrizations):
                 parametrize.remove_parametrizations(m, name, leave_parametrized=True)
         for key, hook in list(m._forward_pre_hooks.items()):
-            if _computes_a_weight(hook):
-                hook.remove(m)  # type: ignore[attr-defined]
-                del m._forward_pre_hooks[key]
+            hook.remove(m)  # type: ignore[attr-defined]  # torch's own, see `_has_functions`
+            del m._forward_pre_hooks[key]
     model = model.to(device).to(memory_format=layout).requires_grad_(False)
     for m in model.modules():
         # `check_encoder` asked for running statistics, and for eval mode
@@ -79,37 +73,26 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _has_functions(encoder: nn.Module) -> bool:
-    """Does a module have a method that was replaced, a function that holds a module, or hooks not
-    of torch's own?"""
-
-    def own(m: nn.Module, name: str, value: object) -> bool:
-        held = [
-            cell.cell_contents
-            for cell in getattr(value, "__closure__", None) or ()
-            if _filled(cell)
-        ]
-        replaced = isinstance(value, types.FunctionType) and hasattr(type(m), name)
-        return name == "forward" or replaced or any(isinstance(v, nn.Module) for v in held)
-
+def _has_functions(m: nn.Module) -> bool:
+    """Does it have a method that was replaced, a function that holds a module, or hooks other than
+    torch's older weight_norm, spectral_norm and pruning?"""
+    hooks = m._forward_pre_hooks.values()
+    if m._forward_hooks or any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks):
+        return True
     return any(
-        m._forward_hooks
-        or not all(map(_computes_a_weight, m._forward_pre_hooks.values()))
-        or any(own(m, name, value) for name, value in vars(m).items())
-        for m in encoder.modules()
+        name == "forward"
+        or (isinstance(value, types.FunctionType) and hasattr(type(m), name))
+        or _holds_a_module(value)
+        for name, value in vars(m).items()
     )
 
 
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that was deleted
-        return False
-
-
-def _computes_a_weight(hook: object) -> bool:
-    """Is it one of torch's older weight_norm, spectral_norm and pruning?"""
-    return type(hook).__module__.startswith("torch.nn.utils.")
+def _holds_a_module(function: object) -> bool:
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # a name that was deleted
+            if isinstance(cell.cell_contents, nn.Module):
+                return True
+    return False
 
 
 def _affine(

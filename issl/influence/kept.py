@@ -5,55 +5,82 @@
 On the fitted images themselves this is `issl.self_influence`. H may be fitted on a part of the
 images; of each layer it needs several times as many images as numbers are kept there before the
 ranking settles.
+
+The file holds, by layer and in double precision, Σ_i g_i g_iᵀ, of which the lower triangle is
+written (LoGra, Exact), or Σ_i g_i² (EKFAC, Diagonal), with the settings that they belong to. H is
+the sum divided by the number of images, so the sums of two sets add up to those of both. Random
+projections follow from a seed and are not written; bases made from images (PCA, EKFAC) are. It is a
+safetensors file: nothing in it is executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import free_memory, full_precision
 from issl.errors import IsslError
-from issl.influence.accumulators import DenseSum
-from issl.influence.curvature import EKFAC, Curvature, Diagonal, Exact, LoGra
-from issl.influence.curvature_file import (
-    COMPUTES,
-    KeptCurvature,
-    as_setting,
-    encoder_digest,
-    first_difference,
-    read_curvature,
-)
+from issl.files import atomic, read_safetensors
+from issl.influence.curvature import EKFAC, Curvature, DenseSum, Diagonal, Exact, LoGra
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.passes import Computing, Pass
+from issl.influence.per_example import Sketch
 from issl.influence.perturbation import Augmentation, GaussianNoise, Perturb, Perturbation, describe
-from issl.influence.projections import Projected, Sketch
-from issl.influence.scorer import Measurement, Scorer, as_images, not_empty, open_scorer
-from issl.influence.scores import Sums, check_sizes, every_score, highest_scores, prepare, score
+from issl.influence.scorer import Measurement, Scorer, as_images, open_scorer
+from issl.influence.scores import (
+    Sums,
+    check_sweep,
+    every_score,
+    highest_scores,
+    prepare,
+    score,
+    train_and_queries,
+)
 from issl.keyed_random import uniform
+
+VERSION = 3
+HEADER = "issl_curvature"  # the entry in the file's metadata
 
 
 @dataclass(frozen=True)
 class Fitted:
     """An encoder with the curvature of the images it was fitted on; made by `issl.fit` and
-    `issl.load_fitted`."""
+    `issl.load_fitted`.
+
+    Attributes:
+        scorer: The encoder, and what is measured of it.
+        settings: All that the sums depend on, as JSON values: encoder (digest), computes, layers
+            (name → numbers kept), size (h, w), curvature, perturbation, seed, draws, loss, skip,
+            untrained, marks.
+        parts: The sets of images that were added: name, n, digest of their indices.
+        sums: By layer, float64: (r, r) or (r,).
+        bases: "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), where made from images.
+    """
 
     scorer: Scorer
-    kept: KeptCurvature
+    settings: Mapping[str, Any]
+    parts: tuple[Mapping[str, Any], ...]
+    sums: Mapping[str, Tensor]
+    bases: Mapping[str, Tensor]
 
     @property
     def n(self) -> int:
         """How many images H is the mean of."""
-        return self.kept.n
+        return sum(part["n"] for part in self.parts)
 
     def score(
         self,
@@ -66,18 +93,18 @@ class Fitted:
 
         An image's noise depends on its index, so give new images the indices that they are to keep.
         """
+        check_sweep(sweep)
         with full_precision():
-            return score(self._pass(images, computing), self._sums(), sweep)
+            return score(self._pass(images, computing), self._curvature(), sweep)
 
     def cross(
         self, train: Images | Tensor, query: Images | Tensor, *, computing: Computing = Computing()
     ) -> Float[Tensor, "q n"]:
         """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` has
         it."""
+        images, queries = train_and_queries(train, query)
         with full_precision():
-            rows, queries = self._pass(train, computing), not_empty(query, "query images")
-            check_sizes(rows.images, queries)
-            return every_score(rows, self._sums(), queries)
+            return every_score(self._pass(images, computing), self._curvature(), queries)
 
     def top(
         self,
@@ -89,32 +116,61 @@ class Fitted:
     ) -> pd.DataFrame:
         """The k images of `train` of the highest influence on each query, as `issl.top_influences`
         has them."""
+        images, queries = train_and_queries(train, query, k)
         with full_precision():
-            rows, queries = self._pass(train, computing), not_empty(query, "query images")
-            check_sizes(rows.images, queries)
-            return highest_scores(rows, self._sums(), queries, k)
+            return highest_scores(self._pass(images, computing), self._curvature(), queries, k)
 
     def extend(self, images: Images | Tensor, *, computing: Computing = Computing()) -> Fitted:
         """The same with H over these images, too. Raises IsslError for images that it was fitted on
         before."""
+        rows = self._pass(images, computing)
+        self._check_new([part_of(rows.images)])  # before the pass
         with full_precision():
-            rows = self._pass(images, computing)
-            self.kept.check_new([_part_of(rows.images)])  # before the pass
-            return self.add(_fitted(rows, self.kept.settings["encoder"]))
+            return self.add(replace(self, parts=(part_of(rows.images),), sums=summed(rows)))
 
     def add(self, other: Fitted) -> Fitted:
         """The same with H over the images of both, which must be different ones under the same
-        settings."""
-        return replace(self, kept=self.kept.add(other.kept))
+        settings. (Sets that overlap are not noticed.)"""
+        if different := first_difference(other.settings, self.settings):
+            raise IsslError(
+                f"curvatures cannot be added: {different}; fit both with the same encoder, "
+                "settings and size"
+            )
+        self._check_new(other.parts)
+        for name in self.bases:
+            if not torch.equal(self.bases[name], other.bases[name]):
+                raise IsslError(
+                    f"curvatures cannot be added: they project onto different bases ({name}), each "
+                    "made from its own images; fit the second with `fitted.extend(images)`, or use "
+                    "random projections (logra)"
+                )
+        sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
+        return replace(self, parts=(*self.parts, *other.parts), sums=sums)
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors file for `issl.load_fitted`, in one step. It holds sums over images,
         and no image."""
-        self.kept.save(path)
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise IsslError(f"curvature file {path}: give a name that ends in .safetensors")
+        header = {"version": VERSION, "settings": self.settings, "parts": self.parts}
+        tensors = {f"basis.{name}": value.cpu().contiguous() for name, value in self.bases.items()}
+        for name, value in self.sums.items():
+            tensors[f"{'vector' if value.ndim == 1 else 'triangle'}.{name}"] = pack(value)
+        with atomic(path) as part:
+            save_file(tensors, part, {HEADER: json.dumps(header)})
 
-    def _sums(self) -> Sums:
+    def _check_new(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        for part in parts:
+            if part in self.parts:
+                raise IsslError(
+                    f"curvature: the same {part['n']} images of {part['images']} were added before "
+                    "and would count twice; add each set once"
+                )
+
+    def _curvature(self) -> Sums:
         sums = {}
-        for name, total in self.kept.sums.items():
+        for name, total in self.sums.items():
             sums[name] = found = self.scorer.what.curvature.accumulator()
             assert found is not None  # `fit` refused it
             found.total, found.count = total.to(self.scorer.device), self.n
@@ -122,7 +178,7 @@ class Fitted:
 
     def _pass(self, images: Images | Tensor, computing: Computing) -> Pass:
         """A single pass over the images."""
-        data, (height, width) = not_empty(images), self.kept.settings["size"]
+        data, (height, width) = as_images(images), self.settings["size"]
         if tuple(data.pixels.shape[2:]) != (height, width):
             raise IsslError(
                 f"images {data.name!r} are {tuple(data.pixels.shape[2:])} px, the curvature is of "
@@ -134,7 +190,13 @@ class Fitted:
                 f"device={str(asked)!r}: the encoder is on {self.scorer.device}; name the device "
                 "in load_fitted"
             )
-        return Pass(self.scorer.examined(data), data, _once(computing))
+        # an encoder with a replaced forward or hooks is no copy; the last two numbers are losses
+        now, then = self.scorer.computes([height, width])[:-2], self.settings["computes"][:-2]
+        if not np.allclose(now, then, rtol=1e-3, atol=1e-6):
+            raise IsslError(
+                "encoder gives other features than when it was fitted; put it back, or fit again"
+            )
+        return Pass(self.scorer, data, once(computing))
 
 
 def fit(
@@ -161,25 +223,21 @@ def fit(
             (Identity, RandomProjection), and where its sums do not fit into memory.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    return fit_measurement(encoder, images, what, computing)
-
-
-def fit_measurement(
-    encoder: nn.Module,
-    images: Images | Tensor,
-    what: Measurement,
-    computing: Computing = Computing(),
-) -> Fitted:
-    """`fit` of a `Measurement`."""
-    if what.curvature.accumulator() is None:
+    if curvature.accumulator() is None:
         raise IsslError(
-            f"curvature {what.curvature} sums nothing over images, so there is nothing to keep; "
+            f"curvature {curvature} sums nothing over images, so there is nothing to keep; "
             "call self_influence on the images that you want to score"
         )
     with full_precision():
-        rows = prepare(encoder, images, what, _once(computing))
-        _check_memory(rows.scorer)
-        return _fitted(rows, encoder_digest(encoder))
+        rows = prepare(encoder, images, what, once(computing))
+        bases: dict[str, Tensor] = {}
+        if curvature.moment_images(rows.images.index[:1]) is not None:
+            for name, s in rows.scorer.sketches.items():
+                if s.p_in is not None and s.p_out is not None:
+                    bases |= {f"{name}.in": s.p_in.cpu(), f"{name}.out": s.p_out.cpu()}
+        size = [int(side) for side in rows.images.pixels.shape[2:]]
+        settings = settings_of(rows.scorer, encoder_digest(encoder), size, bases)
+        return Fitted(rows.scorer, settings, (part_of(rows.images),), summed(rows), bases)
 
 
 def load_fitted(
@@ -206,8 +264,8 @@ def load_fitted(
         IsslError: For a missing, damaged or foreign file, another version, another encoder, other
             settings.
     """
-    kept = read_curvature(path)
-    settings = kept.settings
+    header, tensors = read_file(Path(path))
+    settings, bases = header["settings"], tensors["basis"]
     if (here := encoder_digest(encoder)) != settings["encoder"]:
         raise IsslError(
             f"curvature file {path} belongs to another encoder (sha256 of its weights "
@@ -215,76 +273,30 @@ def load_fitted(
             "fitted on, or fit again"
         )
     given = {"perturbation": perturbation, "curvature": curvature, "loss": loss}
-    chosen: dict[str, Any] = {name: _chosen(path, name, v, settings) for name, v in given.items()}
-    same = {name: settings[name] for name in ("seed", "draws", "skip", "untrained")}
+    what: dict[str, Any] = {name: settings[name] for name in ("seed", "draws", "skip", "untrained")}
+    what |= {name: build(path, name, settings, own) for name, own in given.items()}
     some = as_images((255 * uniform(2, torch.arange(2), (3, *settings["size"]))).byte())
-    scorer = open_scorer(encoder, Measurement(**chosen, **same), device).examined(some)
-    if kept.bases:
-        sketches: dict[str, Sketch] = {}
+    scorer = open_scorer(encoder, Measurement(**what), some, device)
+    if bases:
+        sketches = {}
         for name, layer in scorer.layers.items():
-            p_in, p_out = (kept.bases[f"{name}.{s}"].to(layer.weight) for s in ("in", "out"))
-            sketches[name] = Projected(p_in, p_out)
+            p_in, p_out = (bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out"))
+            sketches[name] = Sketch(p_in, p_out)
         scorer = replace(scorer, sketches=sketches)
     else:
         scorer = scorer.sketched(some)
-    now = {COMPUTES: scorer.computes(settings["size"]), "layers": scorer.widths}
-    if different := first_difference({name: settings[name] for name in now}, now):
+    now = settings_of(scorer, here, settings["size"], bases)
+    if different := first_difference(now, settings):
         raise IsslError(
-            f"curvature file {path} does not fit this encoder: {different}; is it another forward, "
-            "or a function of the same name? Give what it was fitted with, or fit again"
+            f"curvature file {path} does not fit: {different}; is it another forward, or a "
+            "function of the same name? Give what it was fitted with, or fit again"
         )
-    found = _marks(scorer.sketches)
-    for name, value in settings["marks"].items():
-        if abs(value - found[name]) > 1e-4:
-            raise IsslError(
-                f"curvature file {path}: the projections of layer {name} that follow from its seed "
-                f"are others here (their sum is {found[name]:.6f}, not {value:.6f}); fit again "
-                "with this version of torch"
-            )
-    return Fitted(scorer, kept)
+    sums = tensors["vector"] | {name: unpack(v) for name, v in tensors["triangle"].items()}
+    return Fitted(scorer, settings, tuple(header["parts"]), sums, bases)
 
 
-def _fitted(rows: Pass, digest: str) -> Fitted:
-    """Make the pass, and put its sums together with all that they depend on."""
-    scorer, what, data = rows.scorer, rows.scorer.what, rows.images
-    widths, totals = scorer.widths, {}
-    for name, found in rows.accumulate().items():
-        total, r = None if found is None else found.total, widths[name]
-        if total is None or tuple(total.shape) not in ((r,), (r, r)):
-            raise IsslError(
-                f"curvature {what.curvature} cannot be kept: its accumulator must have a `total` "
-                f"of shape ({r},) or ({r}, {r}) once all images are added"
-            )
-        totals[name] = total.cpu()
-    from_images = what.curvature.moment_images(torch.zeros(1, dtype=torch.int64)) is not None
-    bases: dict[str, Tensor] = {}
-    for name, s in scorer.sketches.items():
-        if from_images and isinstance(s, Projected) and s.p_in is not None and s.p_out is not None:
-            bases |= {f"{name}.in": s.p_in.cpu(), f"{name}.out": s.p_out.cpu()}
-    size = [int(side) for side in data.pixels.shape[2:]]
-    settings: dict[str, Any] = {
-        "encoder": digest,
-        COMPUTES: scorer.computes(size),
-        "layers": widths,
-        "size": size,
-        "curvature": as_setting(what.curvature),
-        "perturbation": as_setting(what.perturbation),
-        "loss": as_setting(what.loss),
-        "seed": what.seed,
-        "draws": what.draws,
-        "skip": list(what.skip),
-        "untrained": what.untrained,
-        "marks": {} if bases else _marks(scorer.sketches),
-    }
-    return Fitted(scorer, KeptCurvature(settings, (_part_of(data),), totals, bases))
-
-
-def _part_of(data: Images) -> dict[str, Any]:
-    index = hashlib.sha256(data.index.numpy().tobytes()).hexdigest()[:16]
-    return {"images": data.name, "n": len(data), "index": index}
-
-
-def _once(computing: Computing) -> Computing:
+def once(computing: Computing) -> Computing:
+    """For a pass whose rows are needed once. Raises IsslError where they are to be stored."""
     if computing.store is not None:
         raise IsslError(
             f"store={str(computing.store)!r}: with a curvature that is kept, each image is needed "
@@ -293,35 +305,71 @@ def _once(computing: Computing) -> Computing:
     return replace(computing, memory="recomputed")
 
 
-def _check_memory(scorer: Scorer) -> None:
-    """Dense sums of whole gradients can be far too large; say so before the pass."""
-    if not isinstance(scorer.what.curvature.accumulator(), DenseSum):
-        return
-    need, free = sum(8 * w * w for w in scorer.widths.values()), free_memory(scorer.device)
-    if need > free:
+def summed(rows: Pass) -> dict[str, Tensor]:
+    """Make the pass: each layer's sum.
+
+    Raises IsslError where the sums do not fit into memory, or cannot be kept."""
+    scorer, curvature, widths = rows.scorer, rows.scorer.what.curvature, rows.scorer.widths
+    need, free = sum(8 * r * r for r in widths.values()), free_memory(scorer.device)
+    if isinstance(curvature.accumulator(), DenseSum) and need > free:
         raise IsslError(
-            f"curvature {scorer.what.curvature}: its sums take {need / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; keep fewer numbers, with LoGra of a lower rank, or use "
-            "EKFAC or Diagonal"
+            f"curvature {curvature}: its sums take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free; keep fewer numbers, with LoGra of a lower rank, or use EKFAC or Diagonal"
         )
+    totals = {}
+    for name, found in rows.accumulate().items():
+        total, r = None if found is None else found.total, widths[name]
+        if total is None or tuple(total.shape) not in ((r,), (r, r)):
+            raise IsslError(
+                f"curvature {curvature} cannot be kept: its accumulator must have a `total` of "
+                f"shape ({r},) or ({r}, {r}) once all images are added"
+            )
+        totals[name] = total.cpu()
+    return totals
 
 
-# --- settings as JSON values and back ---
+# --- what the sums belong to: settings as JSON values, and back ---
 
 KNOWN = (GaussianNoise, Augmentation, LoGra, EKFAC, Diagonal, Exact, CrossEntropy)
 BUILDS: dict[str, Any] = {c.__name__: c for c in KNOWN}
 BUILDS[describe(stability_loss)] = lambda: stability_loss
 
 
-def _chosen(path: str | Path, name: str, given: Any, settings: Mapping[str, Any]) -> Any:
-    """What was given, if the file has the same, or else what the file says."""
-    if given is not None:
-        if different := first_difference({name: settings[name]}, {name: as_setting(given)}):
-            raise IsslError(
-                f"curvature file {path}: {different}; leave it out, or fit again with it"
-            )
-        return given
+def settings_of(
+    scorer: Scorer, encoder: str, size: Sequence[int], bases: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All that the sums under this scorer depend on, of images of that size (h, w)."""
+    what, marks = scorer.what, {}
+    for name, s in {} if bases else scorer.sketches.items():
+        marks[name] = sum(float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None)
+    return {
+        "encoder": encoder,
+        "curvature": as_setting(what.curvature),
+        "perturbation": as_setting(what.perturbation),
+        "loss": as_setting(what.loss),
+        "seed": what.seed,
+        "draws": what.draws,
+        "skip": list(what.skip),
+        "untrained": what.untrained,
+        "size": size,
+        "layers": scorer.widths,
+        "computes": scorer.computes(size),
+        "marks": marks,  # one number for each layer's projections that follow from a seed
+    }
+
+
+def as_setting(value: object) -> dict[str, Any]:
+    """A frozen dataclass as its name and fields; a function by its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, "fields": dataclasses.asdict(value)}
+    return {"kind": describe(value), "fields": {}}
+
+
+def build(path: str | Path, name: str, settings: Mapping[str, Any], given: Any) -> Any:
+    """What was given, or else what the file says."""
     kind = settings[name]["kind"]
+    if given is not None:
+        return given
     if kind not in BUILDS:
         raise IsslError(
             f"curvature file {path} was fitted with {name} {kind}, which this library cannot "
@@ -330,10 +378,79 @@ def _chosen(path: str | Path, name: str, given: Any, settings: Mapping[str, Any]
     return BUILDS[kind](**settings[name]["fields"])
 
 
-def _marks(sketches: Mapping[str, Sketch]) -> dict[str, float]:
-    """One number for each layer's projections, by which others are noticed."""
-    return {
-        name: sum((float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None), 0.0)
-        for name, s in sketches.items()
-        if isinstance(s, Projected)
-    }
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first setting that is not the same, in words."""
+    for key, one in ours.items():
+        other = theirs[key]
+        if key == "computes":
+            if not np.allclose(one, other, rtol=1e-3, atol=1e-6):
+                return "the encoder, the perturbation or the loss makes other numbers of the images"
+        elif key == "marks":
+            if not np.allclose([*one.values()], [*other.values()], rtol=0, atol=1e-4):
+                return "projections that follow from the seed are others in this version of torch"
+        elif one != other:
+            texts = (json.dumps(value)[:120] for value in (other, one))
+            return f"{key} is {' in one and '.join(texts)} in the other"
+    return None
+
+
+def encoder_digest(encoder: nn.Module) -> str:
+    """sha256 of the encoder's parameters and buffers with their names, types and shapes, in hex."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def part_of(data: Images) -> dict[str, Any]:
+    """A set of images, as it is named in a file."""
+    index = hashlib.sha256(data.index.numpy().tobytes()).hexdigest()[:16]
+    return {"images": data.name, "n": len(data), "index": index}
+
+
+# --- the file ---
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The header of a curvature file, and its tensors by kind and layer.
+
+    Raises IsslError if there is none, and for a damaged file or one of another version."""
+    if not path.is_file():
+        raise IsslError(
+            f"curvature file {str(path)!r} does not exist; make one with issl.fit(…).save, or "
+            "`issl fit`"
+        )
+    metadata, tensors = read_safetensors(path, "curvature file")
+    header: dict[str, Any] = json.loads(metadata.get(HEADER, "{}"))
+    if "version" not in header:
+        raise IsslError(
+            f"{path} is no curvature file: its header has no entry {HEADER}; give what Fitted.save "
+            "wrote"
+        )
+    if header["version"] != VERSION:
+        raise IsslError(
+            f"curvature file {path} has version {header['version']}, this library reads {VERSION}; "
+            "fit it again, or use the library that wrote it"
+        )
+    kinds: dict[str, dict[str, Tensor]] = {"vector": {}, "triangle": {}, "basis": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        kinds[kind][name] = value
+    return header, kinds
+
+
+def pack(total: Float[Tensor, "..."]) -> Float[Tensor, " m"]:
+    """The lower triangle of a symmetric (r, r) matrix, row by row; a vector as it is."""
+    if total.ndim == 1:
+        return total.cpu().contiguous()
+    return total.cpu()[torch.ones(total.shape, dtype=torch.bool).tril()]
+
+
+def unpack(values: Float[Tensor, " m"]) -> Float[Tensor, "r r"]:
+    """The symmetric matrix with this lower triangle; m = r (r + 1) / 2."""
+    width = (math.isqrt(8 * len(values) + 1) - 1) // 2
+    total = values.new_zeros(width, width)
+    total[torch.ones(width, width, dtype=torch.bool).tril()] = values
+    return total + total.tril(-1).T

@@ -12,12 +12,8 @@ from issl.errors import IsslError
 
 Layer = nn.Linear | nn.Conv2d
 COMPILED = ("torch.ao.nn", "torch.nn.quantized")  # packages of quantised layers
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
+BatchNorm = nn.modules.batchnorm._BatchNorm
+NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def weight_shape(layer: Layer) -> tuple[int, int]:
@@ -42,9 +38,8 @@ def find_layers(
         The Linear and Conv2d layers by name, and by name the other weights, with what they are.
 
     Raises:
-        IsslError: For an encoder that cannot be scored: not a module, train mode, weights that are
-            not there (device meta) or not finite, normalisation by batch statistics or never
-            trained.
+        IsslError: For an encoder that cannot be scored (see `check_encoder`), and for layers that
+            share one weight.
     """
     check_encoder(encoder, untrained)
     if isinstance(skip, str) or not isinstance(skip, Sequence):
@@ -77,10 +72,8 @@ def find_layers(
                 others[full] = f"is a weight of {type(m).__name__}"
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        first = owners.setdefault(
-            id(layer if parametrize.is_parametrized(layer, "weight") else layer.weight), name
-        )
-        if first != name:
+        computed = parametrize.is_parametrized(layer, "weight")
+        if (first := owners.setdefault(id(layer if computed else layer.weight), name)) != name:
             raise IsslError(
                 f"encoder: {first} and {name} share one weight; call one module twice instead, or "
                 f"skip both: skip={[first, name]}"
@@ -104,9 +97,8 @@ def scored_layers(
 def _as_linear(weight: Tensor) -> nn.Linear:
     """A layer that has this very weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = (
-        weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-    )
+    own = isinstance(weight, nn.Parameter)
+    layer.weight = weight if own else nn.Parameter(weight, requires_grad=False)
     return layer
 
 
@@ -140,9 +132,8 @@ def check_encoder(encoder: object, untrained: bool = False) -> None:
         raise IsslError(f"encoder is in train mode ({_some(training)}); call encoder.eval() first")
     for name, value in [*encoder.named_parameters(), *encoder.named_buffers()]:
         if value.is_meta or nn.parameter.is_lazy(value):
-            why = "device meta" if value.is_meta else "a lazy layer"
             raise IsslError(
-                f"encoder: {name} has no values ({why}); load its weights, then score it"
+                f"encoder: {name} has no values (device meta, or a lazy layer); load its weights"
             )
         if value.is_complex():
             raise IsslError(f"encoder: {name} is {value.dtype}; only real weights can be scored")
@@ -151,7 +142,7 @@ def check_encoder(encoder: object, untrained: bool = False) -> None:
                 f"encoder: {name} holds NaN or infinite values; load an intact checkpoint"
             )
     for name, m in encoder.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, BatchNorm):
             if m.running_mean is None or m.running_var is None:
                 raise IsslError(
                     f"encoder: {name} normalises by the batch (track_running_stats=False), so "

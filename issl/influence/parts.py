@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 
+import pandas as pd
 from torch import nn
 
 from issl.data.images import Images, own_names
 from issl.data.lazy_pixels import LazyPixels
 from issl.engine import Task
 from issl.errors import IsslError
-from issl.files import atomic, remove_leftovers
-from issl.influence.curvature_file import KeptCurvature, as_setting, encoder_digest, read_curvature
-from issl.influence.kept import fit_measurement, load_fitted
+from issl.files import atomic, file_digest, remove_leftovers
+from issl.influence.kept import Fitted, as_setting, encoder_digest, fit, load_fitted
 from issl.influence.passes import Computing
 from issl.influence.scorer import Measurement
 
@@ -42,6 +42,32 @@ class Scoring:
     computing: Computing = Computing()
     kept: Path | None = None
 
+    def fitted(self, path: Path) -> Fitted:
+        """The curvature in this file."""
+        what = self.what
+        return load_fitted(
+            path,
+            self.encoder,
+            perturbation=what.perturbation,
+            curvature=what.curvature,
+            loss=what.loss,
+            device=self.computing.device,
+        )
+
+    def identity(self) -> str:
+        """A hash of all that decides the numbers: weights, pixels, indices, settings."""
+        kept = None if self.kept is None else file_digest(self.kept)
+        settings = {name: as_setting(value) for name, value in vars(self.what).items()}
+        others = kept, self.computing.precision, encoder_digest(self.encoder)
+        found = hashlib.sha256(repr([settings, *others]).encode())
+        pixels = self.images.pixels
+        if isinstance(pixels, LazyPixels):
+            found.update(pixels.identity().encode())
+        else:
+            found.update(pixels.contiguous().numpy().data)
+        found.update(self.images.index.numpy().data)
+        return found.hexdigest()
+
 
 def score_in_parts(
     folder: Path,
@@ -49,83 +75,55 @@ def score_in_parts(
     fit_part: int = FIT_PART,
     score_part: int = SCORE_PART,
 ) -> dict[str, Task]:
-    """The tasks that fill a folder with scores, those alone whose files are not there.
-
-    Args:
-        folder: of all files.
-        load: what is scored; each process calls it for each of its parts, so it should remember.
-        fit_part: images in each part of the fit.
-        score_part: images in each part of the scores.
+    """The tasks that fill a folder with scores, those alone whose files are not there. Each process
+    calls `load` for each of its parts, so it should remember.
 
     Raises:
         IsslError: if the folder holds something else, or the curvature makes its bases from images
             (PCA, EKFAC): each part would have its own.
     """
     scoring = load()
-    images, what = scoring.images, scoring.what
+    images, curvature = scoring.images, scoring.what.curvature
     several = scoring.kept is None and len(images) > fit_part
-    if several and what.curvature.moment_images(images.index[:1]) is not None:
+    if several and curvature.moment_images(images.index[:1]) is not None:
         raise IsslError(
-            f"curvature {what.curvature} makes its bases from images, each part other ones; use "
-            "logra, or fit in one piece with `issl fit` and give --curvature-from"
+            f"curvature {curvature} makes its bases from images, each part other ones; use logra, "
+            "or fit in one piece with `issl fit` and give --curvature-from"
         )
-    _claim(folder, _identity(scoring, fit_part, score_part))
+    _claim(folder, f"{scoring.identity()}-{fit_part}-{score_part}")
     whole = folder / "curvature.safetensors"
-    fits = _missing(folder / "fit", len(images), fit_part, "safetensors")
-    scores = _missing(folder / "scores", len(images), score_part, "parquet")
-    tasks, before = {}, []
+    tasks: dict[str, Task] = {}
+    before = []
     if scoring.kept is None and not whole.exists():
-        tasks = {path.stem: Task(partial(_fit, load, rows, path)) for path, rows in fits}
-        tasks = {f"fit/{name}": task for name, task in tasks.items()}
-        tasks["curvature"] = Task(partial(_add, folder / "fit", whole), list(tasks))
+        for path, rows in _missing(folder / "fit", len(images), fit_part, "safetensors"):
+            tasks[f"fit/{path.stem}"] = Task(partial(_fit, load, rows, path))
+        tasks["curvature"] = Task(partial(_add, load, folder / "fit", whole), list(tasks))
         before = ["curvature"]
-    curvature = scoring.kept or whole
-    for path, rows in scores:
-        tasks[f"scores/{path.stem}"] = Task(partial(_score, load, curvature, rows, path), before)
+    for path, rows in _missing(folder / "scores", len(images), score_part, "parquet"):
+        work = partial(_score, load, scoring.kept or whole, rows, path)
+        tasks[f"scores/{path.stem}"] = Task(work, before)
     return tasks
 
 
-def _identity(scoring: Scoring, *grid: int) -> str:
-    """A hash of all that decides the numbers: weights, pixels, indices, settings."""
-    what, pixels = scoring.what, scoring.images.pixels
-    settings = [
-        as_setting(what.perturbation),
-        repr(what.curvature),
-        what.seed,
-        what.draws,
-        as_setting(what.loss),
-        list(what.skip),
-        None if scoring.kept is None else read_curvature(scoring.kept).parts,
-        scoring.computing.precision,
-        *grid,
-        encoder_digest(scoring.encoder),
-    ]
-    found = hashlib.sha256(repr(settings).encode())
-    if isinstance(pixels, LazyPixels):
-        found.update(pixels.identity().encode())
-    else:
-        found.update(pixels.contiguous().numpy().data)
-    found.update(scoring.images.index.numpy().data)
-    return found.hexdigest()
+def with_attributes(scores: pd.DataFrame, images: Images) -> pd.DataFrame:
+    """The scores, with what is known about each image."""
+    beside = own_names(images.attributes, [str(name) for name in scores if name != "index"])
+    table = scores.merge(beside, on="index", how="left", validate="one_to_one")
+    table.attrs = scores.attrs
+    return table
 
 
 def _claim(folder: Path, identity: str) -> None:
     """A folder that is filled bit by bit belongs to one computation."""
     mark = folder / "identity.json"
     remove_leftovers(folder)
-    if mark.exists() and json.loads(mark.read_text())["identity"] != identity:
+    if not mark.exists():
+        with atomic(mark) as part:
+            part.write_text(json.dumps({"identity": identity}))
+    elif json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(
             f"{folder} holds scores of another encoder, images or setting; use another folder"
         )
-    if not mark.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise IsslError(
-                f"folder {folder} cannot be written ({error}); choose another"
-            ) from error
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
 
 
 def _missing(folder: Path, count: int, size: int, suffix: str) -> list[tuple[Path, range]]:
@@ -138,30 +136,18 @@ def _missing(folder: Path, count: int, size: int, suffix: str) -> list[tuple[Pat
 
 def _fit(load: Callable[[], Scoring], rows: range, path: Path) -> None:
     scoring = load()
-    images = scoring.images.subset(rows)
-    fit_measurement(scoring.encoder, images, scoring.what, scoring.computing).save(path)
+    images, computing = scoring.images.subset(rows), scoring.computing
+    fit(scoring.encoder, images, **vars(scoring.what), computing=computing).save(path)
 
 
-def _add(folder: Path, whole: Path) -> None:
-    parts = map(read_curvature, sorted(folder.glob("[0-9]*.safetensors")))
-    reduce(KeptCurvature.add, parts).save(whole)
+def _add(load: Callable[[], Scoring], folder: Path, whole: Path) -> None:
+    parts = map(load().fitted, sorted(folder.glob("[0-9]*.safetensors")))
+    reduce(Fitted.add, parts).save(whole)
 
 
 def _score(load: Callable[[], Scoring], curvature: Path, rows: range, path: Path) -> None:
     scoring = load()
-    what = scoring.what
-    fitted = load_fitted(
-        curvature,
-        scoring.encoder,
-        perturbation=what.perturbation,
-        curvature=what.curvature,
-        loss=what.loss,
-        device=scoring.computing.device,
-    )
     images = scoring.images.subset(rows)
-    table = fitted.score(images, computing=scoring.computing)
-    beside = own_names(images.attributes, [str(name) for name in table if name != "index"])
-    joined = table.merge(beside, on="index", how="left", validate="one_to_one")
-    joined.attrs = table.attrs
+    table = scoring.fitted(curvature).score(images, computing=scoring.computing)
     with atomic(path) as part:
-        joined.to_parquet(part, index=False)
+        with_attributes(table, images).to_parquet(part, index=False)

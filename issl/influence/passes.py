@@ -14,14 +14,14 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,10 +32,11 @@ from issl.data.images import Images
 from issl.devices import Batches, free_memory
 from issl.errors import IsslError, is_whole
 from issl.files import atomic, scratch_folder
-from issl.influence.accumulators import NO_CURVATURE, Accumulator, Whitening
+from issl.influence.curvature import Accumulator
 from issl.influence.scorer import Scorer
 
 Memory = Literal["auto", "ram", "mapped", "recomputed"]
+Read = Callable[[str], Tensor]  # "loss" or "layer.NAME" to the rows of a chunk, on the CPU
 CHUNK = 512  # the most images whose rows are kept, and saved, together;
 CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
 MOST = {"cpu": 64, "cuda": 512}  # images at once: more are not faster
@@ -83,26 +84,13 @@ class Computing:
                 f"store={str(self.store)!r} keeps gradients in files, memory={self.memory!r} does "
                 "not; drop one of them"
             )
-        try:
-            device = torch.device(self.device or "cpu")
-        except RuntimeError as error:
-            raise IsslError(
-                f"device={self.device!r}: torch knows no such device; try cpu or cuda"
-            ) from error
-        if device.type == "meta":
-            raise IsslError("device='meta' holds no values; try cpu or cuda")
 
 
 class Pass:
     """The rows of some images under a scorer, chunk by chunk, as often as they are asked for.
 
-    Iterating gives, for each chunk, its positions and a function from a name ("loss", "layer.NAME")
-    to the rows on the CPU. What is kept lives as long as this object.
-
-    Args:
-        scorer: With its sketches.
-        images: At least one.
-        computing: How; `batch_size` and `memory` are decided here where they are "auto".
+    Iterating gives, for each chunk, its positions and its rows by name. What is kept lives as long
+    as this object. A batch size and a memory that are "auto" are decided as it is made.
     """
 
     def __init__(self, scorer: Scorer, images: Images, computing: Computing):
@@ -116,34 +104,23 @@ class Pass:
         if size == "auto":
             size = choose_batch_size(lambda m: self._compute(slice(0, min(m, n))), scorer.device)
         self.computing = replace(computing, memory=memory, batch_size=size)
-        self._in_batches = Batches(size)
-        self._kept: dict[int, Callable[[str], Tensor]] = {}
-        self._folder: Path | None = None
+        self._in_batches, self._kept, self._folder = Batches(size), dict[int, Read](), Path()
         if memory == "mapped":
             self._folder, lock = scratch_folder("issl-rows-", computing.store)
             weakref.finalize(self, _remove, self._folder, lock)
 
-    def __iter__(self) -> Iterator[tuple[slice, Callable[[str], Tensor]]]:
-        missing = [chunk for k, chunk in enumerate(self.chunks) if k not in self._kept]
-        total = sum(chunk.stop - chunk.start for chunk in missing)
-        shown = self.computing.progress and bool(missing)
+    def __iter__(self) -> Iterator[tuple[slice, Read]]:
+        total = len(self.images) if len(self._kept) < len(self.chunks) else 0
+        shown = self.computing.progress and total > 0
         with tqdm(total=total, unit="img", desc="influence", disable=not shown) as bar:
             for k, chunk in enumerate(self.chunks):
-                if k in self._kept:
-                    yield chunk, self._kept[k]
-                    continue
-                parts = list(self._in_batches(chunk, self._compute))
-                rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                read = self._kept.get(k) or self._rows(k, chunk)
                 bar.update(chunk.stop - chunk.start)
-                yield chunk, self._keep(k, rows)
+                yield chunk, read
 
     def accumulate(self, gram: bool = False) -> dict[str, Accumulator | None]:
-        """What each layer's curvature is made from, over these images.
-
-        Args:
-            gram: Nothing but products with these rows will be asked for, so the sum may be kept in
-                the cheaper of two forms.
-        """
+        """What each layer's curvature is made from, over these images; for `gram` see
+        `Curvature.accumulator`."""
         curvature, n = self.scorer.what.curvature, len(self.images)
         sums = {
             name: curvature.accumulator(gram and width > n)
@@ -161,9 +138,12 @@ class Pass:
         rows = self.scorer.rows(self.images, batch, self.computing.precision == "bf16")
         return {name: value.cpu() for name, value in rows.items()}
 
-    def _keep(self, k: int, rows: dict[str, Tensor]) -> Callable[[str], Tensor]:
-        read: Callable[[str], Tensor] = rows.__getitem__
-        if self._folder is not None:
+    def _rows(self, k: int, chunk: slice) -> Read:
+        """Compute a chunk, and keep it as it was asked."""
+        parts = list(self._in_batches(chunk, self._compute))
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        read: Read = rows.__getitem__
+        if self.computing.memory == "mapped":
             path = self._folder / f"{k:06}.safetensors"
             with atomic(path) as part:
                 save_file(rows, part)
@@ -173,14 +153,6 @@ class Pass:
         return read
 
 
-def whitenings(sums: Mapping[str, Accumulator | None], damping: float) -> dict[str, Whitening]:
-    """Each layer's inverse curvature at this damping."""
-    return {
-        name: NO_CURVATURE if total is None else total.whitening(damping)
-        for name, total in sums.items()
-    }
-
-
 def _remove(folder: Path, lock: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
@@ -188,13 +160,8 @@ def _remove(folder: Path, lock: int) -> None:
 
 def _read_rows(path: Path, name: str) -> Tensor:
     """One tensor of a chunk, without reading the others."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return cast(Tensor, file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise IsslError(
-            f"stored gradients {path} are damaged ({error}); delete this file and run again"
-        ) from error
+    with safe_open(path, framework="pt") as file:
+        return cast(Tensor, file.get_tensor(name))
 
 
 # --- how much fits into memory ---
@@ -209,12 +176,7 @@ def choose_memory(need: int) -> Memory:
 
 
 def choose_batch_size(work: Callable[[int], object], device: torch.device) -> int:
-    """The batch size for this work, a power of two.
-
-    Args:
-        work: A function of the number of images that does what will be done for each batch.
-        device: Where it does it.
-    """
+    """The batch size, a power of two, for work that is a function of the number of images."""
     few = 2
     each = max(1, peak_bytes(lambda: work(few), device) // few)
     fits = int(SHARE * free_memory(device) / each)
@@ -247,16 +209,12 @@ class _Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage())
+            if isinstance(value, Tensor) and (own := value.untyped_storage()) not in self._known:
+                self._known.add(own)
+                weakref.finalize(own, self._count, -own.nbytes())
+                self._count(own.nbytes())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._known:
-            self._known.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, storage.nbytes())
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
+    def _count(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)

@@ -6,8 +6,8 @@ d_t the gradient of the loss with respect to the output at position t. Then the 
 gradient is Σ_t d_t a_tᵀ (both views are positions of the same image), and what is kept of it, its
 *sketch*, is
 
-    Projected   Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}   (P = None stands for the identity)
-    Norm        ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper
+    Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}, where P = None stands for the identity, or
+    ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper.
 
 A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so
 patches are never formed. P_out is applied once per image, after the sum; so is P_in where it has so
@@ -18,19 +18,20 @@ their rows. Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.influence.following import (
     Convolution,
-    Uses,
     by_image,
+    count_rows,
     followed,
     read_inputs,
     read_outputs,
@@ -38,7 +39,6 @@ from issl.influence.following import (
 from issl.influence.frozen_encoder import without_weight_gradients
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
-from issl.influence.projections import Moments, Norm, Projected, Sketch, kept_width, no_moments
 
 # what it costs to form, write and read one number of a convolution's patches, in multiplications:
 # about 45 on a core of a CPU with AVX-512, more on a GPU, whose memory is slower beside its
@@ -46,142 +46,38 @@ from issl.influence.projections import Moments, Norm, Projected, Sketch, kept_wi
 PATCHES = 40
 
 
-@dataclass
-class _Tap:
-    """Gathers the sketch of one layer over all its calls in one forward and backward."""
+@dataclass(frozen=True)
+class Sketch:
+    """What is kept of each image's gradient Σ d aᵀ in a layer: P_out (Σ d aᵀ) P_inᵀ, flattened,
+    where None stands for the identity; or only its norm, one number."""
 
-    name: str
-    layer: Layer
-    sketch: Sketch
-    uses: Uses
-    examples: int = 0
-    calls: int = 0
-    total: Tensor | None = None
-    pair: tuple[Tensor, Tensor] | None = None  # of inputs and output gradients, for the norm
+    p_in: Float[Tensor, "k_in d_in"] | None = None
+    p_out: Float[Tensor, "k_out c_out"] | None = None
+    norm: bool = False
 
-    def on_product(
-        self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        views, rows = 2 * self.examples, len(x) if how is not None else x[..., 0].numel()
-        if rows % views:
-            raise IsslError(
-                f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
-                f"have as many. Leave the layer out with skip=['{self.name}']"
-            )
-        regroup = partial(by_image, n=views, token_major=self.uses.order(self.calls))
-        self.calls += 1
-        output, kept = multiply(x), x.detach()
-        if self.uses.copied:
-            kept = kept.clone()
-        projects_first = isinstance(self.sketch, Projected) and _projects_first(
-            self.layer, how, output, self.sketch, views
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """(k_out, k_in): the rows of P_out and P_in."""
+        c_out, d_in = weight_shape(layer)
+        return (
+            c_out if self.p_out is None else len(self.p_out),
+            d_in if self.p_in is None else len(self.p_in),
         )
-        p_in = self.sketch.p_in if isinstance(self.sketch, Projected) else None
-        inputs = regroup(
-            read_inputs(self.layer.weight, how, kept, p_in if projects_first else None)
-        )
-        if not output.requires_grad:
-            # no earlier layer needs a gradient, so the backward pass may end here; the clone is for
-            # later in-place operations, which must not change a leaf
-            output = output.detach().requires_grad_().clone()
-        left = None if projects_first else p_in
-        version = kept._version
 
-        def on_gradient(gradient: Tensor) -> None:
-            if kept._version != version:
-                raise IsslError(
-                    f"encoder: the input of layer {self.name} is changed in place for some images "
-                    f"alone; leave the layer out with skip=['{self.name}']"
-                )
-            self.on_gradient(inputs, left, regroup(read_outputs(how, gradient)))
-
-        output.register_hook(on_gradient)
-        return output
-
-    @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
-        """The views' inputs (2b, g, k, t) and output gradients (2b, g, o, t).
-
-        p_in    the projection that still has to be applied to the inputs, if any
-        """
-        # under autocast both are bf16, but sums over positions must not be
-        outputs, inputs = outputs.to(self.layer.weight.dtype), inputs.to(self.layer.weight.dtype)
-        if isinstance(self.sketch, Norm) and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
-            self.pair = inputs, outputs
-            return
-        both = (outputs @ inputs.mT).flatten(1, 2)  # Σ_t d_t (P_in a_t)ᵀ
-        sums = both.unflatten(0, (2, self.examples)).sum(0)
-        if isinstance(self.sketch, Projected) and self.sketch.p_out is not None:
-            sums = self.sketch.p_out @ sums
-        if p_in is not None:
-            sums = sums @ p_in.T
-        self.total = sums if self.total is None else self.total + sums
-
-    def check_called(self) -> None:
-        if self.calls == 0:
-            raise IsslError(
-                f"encoder: layer {self.name} was called for some images and not for others; leave "
-                f"it out with skip=['{self.name}']"
-            )
-
-    @torch.no_grad()
-    def result(self, like: Tensor) -> Float[Tensor, "b r"]:
-        """The finished sketch of each example."""
-        self.check_called()
-        if isinstance(self.sketch, Norm):
-            if self.pair is not None:
-                return _gram_norm(*self.pair, self.examples)[:, None]
-            if self.total is None:
-                return like.new_zeros(self.examples, 1)
-            return self.total.square().sum((1, 2)).sqrt()[:, None]
-        if self.total is None:  # called, but the loss does not depend on it
-            return like.new_zeros(self.examples, kept_width(self.layer, self.sketch))
-        return self.total.flatten(1)
+    def width(self, layer: Layer) -> int:
+        """How many numbers are kept of each image."""
+        return 1 if self.norm else math.prod(self.sides(layer))
 
 
-@dataclass
-class _MomentTap(_Tap):
-    """Sums the layer's second moments instead of its examples' gradients."""
+@dataclass(frozen=True)
+class Moments:
+    """A layer's second moments Σ a aᵀ and Σ d dᵀ, in double precision, summed over positions (of
+    both views) and images."""
 
-    sums: Moments | None = None
+    inputs: Float[Tensor, "d_in d_in"]
+    outputs: Float[Tensor, "c_out c_out"]
 
-    @torch.no_grad()
-    def on_gradient(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
-        outputs = outputs.flatten(1, 2)
-        a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
-        aa, dd = (a @ a.T).double(), (d @ d.T).double()
-        self.sums = (self.sums or no_moments(self.layer)) + Moments(aa, dd)
-
-    def moments(self) -> Moments:
-        self.check_called()
-        return self.sums or no_moments(self.layer)
-
-
-def _projects_first(
-    layer: Layer, how: Convolution | None, output: Tensor, sketch: Projected, views: int
-) -> bool:
-    """Whether it costs less, in multiplications per view, to project the inputs before the sum over
-    positions."""
-    if sketch.p_in is None:
-        return True  # there is nothing to project
-    (c_out, d_in), k_in = weight_shape(layer), len(sketch.p_in)
-    k_out = c_out if sketch.p_out is None else len(sketch.p_out)
-    groups = 1 if how is None else how.groups
-    positions = output.numel() // (views * c_out)
-    forming = 0 if how is None else PATCHES * groups
-    first = positions * k_in * (groups * d_in + c_out)
-    return first <= positions * d_in * (c_out + forming) + k_out * d_in * (c_out + k_in)
-
-
-def _gram_is_cheaper(inputs: Tensor, outputs: Tensor) -> bool:
-    positions, d_in, c_out = 2 * inputs.shape[-1], inputs.shape[-2], outputs.shape[-2]
-    return positions * (d_in + c_out) < d_in * c_out
-
-
-def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, " b"]:
-    """(Σ_{t,t'} (d_t·d_t')(a_t·a_t'))^½, the positions of both views of an example side by side."""
-    a, d = (torch.cat(v.split(examples), dim=-1) for v in (inputs, outputs))
-    return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3)).clamp(min=0).sqrt()
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.inputs + other.inputs, self.outputs + other.outputs)
 
 
 @dataclass(frozen=True)
@@ -192,14 +88,14 @@ class Followed:
         model: From `issl.influence.frozen_encoder.frozen`.
         layers: That are scored, by name.
         layout: Of the pixels that it is given.
-        uses: What `issl.influence.following.examine` found of each layer; of one that is missing, a
-            row is an image.
+        token_major: Layers whose rows are not image by image, from
+            `issl.influence.following.examine`.
     """
 
     model: nn.Module
     layers: Mapping[str, Layer]
     layout: torch.memory_format = torch.channels_last
-    uses: Mapping[str, Uses] = field(default_factory=dict)
+    token_major: Set[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The features, whatever the encoder makes of them."""
@@ -232,7 +128,7 @@ def per_example(
             cannot be followed.
     """
     taps = {
-        name: _Tap(name, layer, sketches[name], _uses(encoder, name), len(x))
+        name: _Tap(name, layer, name in encoder.token_major, len(x), sketches[name])
         for name, layer in encoder.layers.items()
     }
     losses = _backward(encoder, taps, x, perturbed, index, loss, bf16)
@@ -246,18 +142,14 @@ def second_moments(
     index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
 ) -> dict[str, Moments]:
-    """Each layer's second moments over a batch, in double precision; arguments as in `per_example`.
-    Groups share the inputs' moment."""
+    """Each layer's second moments over a batch; arguments as in `per_example`. Groups share the
+    inputs' moment."""
     taps = {
-        name: _MomentTap(name, layer, Projected(), _uses(encoder, name), len(x))
+        name: _MomentTap(name, layer, name in encoder.token_major, len(x))
         for name, layer in encoder.layers.items()
     }
     _backward(encoder, taps, x, perturbed, index, loss, bf16=False)
-    return {name: tap.moments() for name, tap in taps.items()}
-
-
-def _uses(encoder: Followed, name: str) -> Uses:
-    return encoder.uses.get(name, Uses())
+    return {name: tap.moments for name, tap in taps.items()}
 
 
 def _backward(
@@ -275,7 +167,13 @@ def _backward(
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
         with autocast, followed(products):
             features = encoder(torch.cat([x, perturbed]))
-        check_features(features, 2 * b, index)
+        check_shape(features, 2 * b)
+        good = usable(features).view(2, b).all(0)
+        if not bool(good.all()):
+            raise IsslError(
+                f"encoder gives all-zero, NaN or infinite features for {named(index, ~good)}: its "
+                "cosine is undefined; leave such images out (--skip-broken does)"
+            )
         features = features.to(x.dtype)
         losses = loss(features[:b], features[b:])
         if not isinstance(losses, Tensor) or losses.shape != (b,):
@@ -286,44 +184,139 @@ def _backward(
                 "loss does not depend on the encoder's features; remove detach or no_grad from it"
             )
         losses.sum().backward()
+    for tap in taps.values():
+        if tap.calls == 0:
+            raise IsslError(
+                f"encoder: layer {tap.name} was called for some images and not for others; leave "
+                f"it out with skip=['{tap.name}']"
+            )
     return losses.detach()
 
 
-def check_shape(features: object, rows: int) -> Tensor:
-    """An encoder's output must be (rows, d)."""
+def check_shape(features: object, rows: int) -> None:
+    """IsslError unless an encoder's output is (rows, d)."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(
             f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)"
         )
-    return features
 
 
-def check_features(features: object, rows: int, index: Int64[Tensor, " b"] | None = None) -> None:
-    """An encoder's output must be (rows, d), finite, and not zero: the cosine of a zero vector is
-    undefined.
+def usable(features: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
+    """Which are finite and not zero: the cosine of a zero vector is undefined."""
+    return torch.isfinite(features).all(1) & features.any(1)
 
-    index   of the images, whose views the rows are: it names those that have no features
-    """
-    features = check_shape(features, rows)
-    finite, nonzero = torch.isfinite(features).all(1), features.any(1)
-    if bool((finite & nonzero).all()):
-        return  # the usual case: a GPU is waited for once
 
-    def named(bad: Tensor) -> str:
-        if index is None:
-            return f"{int(bad.sum())} of {rows} views"
-        which = index[bad.cpu().view(-1, len(index)).any(0)].unique().tolist()
-        if len(which) == 1:
-            return f"image index {which[0]}"
-        return f"{len(which)} images, index {which[:5]}"
+def named(index: Int64[Tensor, " b"], bad: Bool[Tensor, " b"]) -> str:
+    """The images that are bad, for an error."""
+    return f"image index {', '.join(map(str, index[bad.cpu()][:5].tolist()))}"
 
-    if not bool(finite.all()):
-        raise IsslError(
-            f"encoder gives NaN or infinite features for {named(~finite)}; check its weights and "
-            "input"
+
+# --- what gathers a layer's sketches ---
+
+
+@dataclass
+class _Tap:
+    """Gathers the sketch of one layer over all its calls in one forward and backward."""
+
+    name: str
+    layer: Layer
+    token_major: bool
+    examples: int
+    sketch: Sketch = Sketch()
+    calls: int = 0
+    total: Tensor | None = None
+    pair: tuple[Tensor, Tensor] | None = None  # of inputs and output gradients, for the norm
+
+    def on_product(
+        self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        views, rows = 2 * self.examples, count_rows(how, x)
+        if rows % views:
+            raise IsslError(
+                f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
+                f"have as many. Leave the layer out with skip=['{self.name}']"
+            )
+        regroup = partial(by_image, n=views, token_major=self.token_major)
+        self.calls += 1
+        output = multiply(x)
+        early, late = self.sketch.p_in, None
+        if not self.projects_first(how, output):
+            early, late = late, early
+        inputs = regroup(read_inputs(self.layer.weight, how, x.detach(), early))
+        if not output.requires_grad:
+            # no earlier layer needs a gradient, so the backward pass may end here; the clone is for
+            # later in-place operations, which must not change a leaf
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(
+            lambda gradient: self.add(inputs, late, regroup(read_outputs(how, gradient)))
         )
-    raise IsslError(
-        f"encoder gives an all-zero feature vector for {named(~nonzero)}: its cosine is undefined; "
-        "leave such images out (--skip-broken does)"
-    )
+        return output
+
+    def projects_first(self, how: Convolution | None, output: Tensor) -> bool:
+        """Whether it costs less, in multiplications per view, to project the inputs before the sum
+        over positions."""
+        (c_out, d_in), (k_out, k_in) = weight_shape(self.layer), self.sketch.sides(self.layer)
+        groups, forming = (1, 0) if how is None else (how.groups, PATCHES * how.groups)
+        positions = output.numel() // (2 * self.examples * c_out)
+        first = positions * k_in * (groups * d_in + c_out)
+        return first <= positions * d_in * (c_out + forming) + k_out * d_in * (c_out + k_in)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+        """The views' inputs (2b, g, k, t) and output gradients (2b, g, o, t).
+
+        p_in    the projection that still has to be applied to the inputs, if any
+        """
+        # under autocast both are bf16, but sums over positions must not be
+        outputs, inputs = outputs.to(self.layer.weight.dtype), inputs.to(self.layer.weight.dtype)
+        if self.sketch.norm and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
+            self.pair = inputs, outputs
+            return
+        both = (outputs @ inputs.mT).flatten(1, 2)  # Σ_t d_t (P_in a_t)ᵀ
+        sums = both.unflatten(0, (2, self.examples)).sum(0)
+        if self.sketch.p_out is not None:
+            sums = self.sketch.p_out @ sums
+        if p_in is not None:
+            sums = sums @ p_in.T
+        self.total = sums if self.total is None else self.total + sums
+
+    @torch.no_grad()
+    def result(self, like: Tensor) -> Float[Tensor, "b r"]:
+        """The finished sketch of each example."""
+        if self.pair is not None:
+            return _gram_norm(*self.pair, self.examples)[:, None]
+        if self.total is None:  # the loss does not depend on it
+            return like.new_zeros(self.examples, self.sketch.width(self.layer))
+        if self.sketch.norm:
+            return self.total.square().sum((1, 2)).sqrt()[:, None]
+        return self.total.flatten(1)
+
+
+@dataclass
+class _MomentTap(_Tap):
+    """Sums the layer's second moments instead of its examples' gradients."""
+
+    moments: Moments = field(init=False)
+
+    def __post_init__(self) -> None:
+        zeros = partial(self.layer.weight.new_zeros, dtype=torch.float64)
+        outputs, inputs = (zeros(d, d) for d in weight_shape(self.layer))
+        self.moments = Moments(inputs, outputs)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
+        outputs = outputs.flatten(1, 2)
+        a, d = inputs.permute(2, 0, 1, 3).flatten(1), outputs.transpose(0, 1).flatten(1)
+        self.moments += Moments((a @ a.T).double(), (d @ d.T).double())
+
+
+def _gram_is_cheaper(inputs: Tensor, outputs: Tensor) -> bool:
+    positions, d_in, c_out = 2 * inputs.shape[-1], inputs.shape[-2], outputs.shape[-2]
+    return positions * (d_in + c_out) < d_in * c_out
+
+
+def _gram_norm(inputs: Tensor, outputs: Tensor, examples: int) -> Float[Tensor, " b"]:
+    """(Σ_{t,t'} (d_t·d_t')(a_t·a_t'))^½, the positions of both views of an example side by side."""
+    a, d = (torch.cat(v.split(examples), dim=-1) for v in (inputs, outputs))
+    return ((a.mT @ a) * (d.mT @ d)).sum((1, 2, 3)).clamp(min=0).sqrt()

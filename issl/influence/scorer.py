@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from issl.data.images import Images
@@ -20,13 +19,15 @@ from issl.influence.layers import Layer, find_layers, unscored
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.per_example import (
     Followed,
-    check_features,
+    Moments,
+    Sketch,
     check_shape,
+    named,
     per_example,
     second_moments,
+    usable,
 )
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
-from issl.influence.projections import Moments, Sketch, kept_width, no_moments
 from issl.keyed_random import uniform
 
 LARGEST_SEED = 1 << 62  # a key of 64 bits, of which queries set one of their own
@@ -66,6 +67,7 @@ class Measurement:
                 f"GaussianNoise(), and a seed below 2³² (got {describe(self.perturbation)}, seed "
                 f"{self.seed})"
             )
+        self.perturbs()  # is it one?
 
     def perturbs(self) -> list[Perturb]:
         """One for each draw."""
@@ -80,14 +82,12 @@ class Scorer:
         encoder: The copy, with the layers that are scored.
         what: What is measured.
         device: Where it computes.
-        others: The weights that cannot be scored, with what they are.
         sketches: What is kept of each image's gradient, by layer, once `sketched`.
     """
 
     encoder: Followed
     what: Measurement
     device: torch.device
-    others: Mapping[str, str]
     sketches: Mapping[str, Sketch]
 
     @property
@@ -103,100 +103,51 @@ class Scorer:
     @property
     def widths(self) -> dict[str, int]:
         """How many numbers are kept of each image's gradient, by layer."""
-        return {name: kept_width(layer, self.sketches[name]) for name, layer in self.layers.items()}
-
-    def examined(self, images: Images) -> Scorer:
-        """The same, after a look at how the encoder treats the first three images.
-
-        Raises:
-            IsslError: For an encoder that mixes the images of a batch, and for weights that cannot
-                be scored.
-        """
-        positions = torch.arange(min(3, len(images)))
-        some = self.pixels(images, positions)
-        x = torch.cat([some, *(some[:1].flip(-1 - k) for k in range(3 - len(some)))])
-        encoder, together = self.running(x)
-        check_features(
-            check_shape(together, len(x))[: len(some)], len(some), images.index[positions]
-        )
-        try:
-            _check_independent(encoder, x, together)
-            uses, problems = examine(encoder.model, encoder.layers, lambda: encoder(x))
-        except (RuntimeError, MemoryError) as error:
-            raise _fails(x, error) from error
-        problems = dict(self.others) | problems
-        if problems:
-            raise unscored(problems, encoder.layers)
-        return replace(self, encoder=replace(encoder, uses=uses))
+        return {name: self.sketches[name].width(layer) for name, layer in self.layers.items()}
 
     def sketched(self, images: Images, norms_only: bool = False) -> Scorer:
         """The same, with what is kept of each gradient; some curvatures need a pass over some of
-        the images for that."""
+        the training images for that. Where gradients of two images will never be multiplied
+        (`norms_only`), and there is no curvature, their norms are enough."""
         curvature = self.what.curvature
-        positions = curvature.moment_images(images.index)
-        moments: Mapping[str, Moments | None] = dict.fromkeys(self.layers)
-        if positions is not None:
-            moments = self._moments(images, positions)
-        sketches = {
-            name: curvature.sketch(layer, k, moments[name], norms_only)
-            for k, (name, layer) in enumerate(self.layers.items())
-        }
+        norms_only = norms_only and curvature.accumulator() is None
+        moments = self._moments(images, curvature.moment_images(images.index))
+        sketches = {}
+        for k, (name, layer) in enumerate(self.layers.items()):
+            sketch = curvature.sketch(layer, k, moments.get(name))
+            whole = sketch.p_in is None and sketch.p_out is None
+            sketches[name] = Sketch(norm=True) if whole and norms_only else sketch
         return replace(self, sketches=sketches)
 
-    def _moments(self, images: Images, positions: Tensor) -> dict[str, Moments]:
-        """Each layer's second moments over these images."""
-        sums = {name: no_moments(layer) for name, layer in self.layers.items()}
-        perturb = self.what.perturbs()[0]
-        for batch in positions.split(MOMENT_BATCH):
-            x, shaken = self.views(images, batch, perturb)
+    def _moments(self, images: Images, positions: Tensor | None) -> dict[str, Moments]:
+        """Each layer's second moments over these images; of none there are none."""
+        sums: dict[str, Moments] = {}
+        for batch in () if positions is None else positions.split(MOMENT_BATCH):
+            x, shaken = self.views(images, batch, self.what.perturbs()[0])
             loss = self._loss(images, batch)
             found = second_moments(self.encoder, x, shaken, images.index[batch], loss)
-            sums = {name: sums[name] + found[name] for name in sums}
+            sums = {name: sums[name] + m if sums else m for name, m in found.items()}
         return sums
-
-    def running(self, x: Tensor) -> tuple[Followed, Tensor]:
-        """The encoder in a layout of pixels that it can read, and the features of these.
-
-        Raises:
-            IsslError: If there is none.
-        """
-        encoder = self.encoder
-        try:
-            try:
-                return encoder, _run(encoder, x)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                # a .view of features asks for the plain layout
-                model = frozen(encoder.model, self.device, torch.contiguous_format)
-                layers, _ = find_layers(model, self.what.skip, self.what.untrained)
-                plain = Followed(model, layers, torch.contiguous_format)
-                return plain, _run(plain, x)
-        except IsslError:
-            raise
-        except Exception as error:
-            raise _fails(x, error) from error
-
-    def pixels(self, images: Images, positions: slice | Tensor) -> Tensor:
-        """In [0, 1], on the device, in the encoder's precision."""
-        return images.pixels[positions].to(self.device).to(self.dtype) / 255
 
     def views(
         self, images: Images, positions: slice | Tensor, perturb: Perturb
     ) -> tuple[Tensor, Tensor]:
-        """The images at these positions, and their perturbed views, checked."""
-        x, index = self.pixels(images, positions), images.index[positions]
-        try:
-            shaken = perturb(x.clone(), index)  # one that works in place must not change the image
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise  # the batch will be halved
+        """The images at these positions, in [0, 1], and their perturbed views, checked."""
+        x = images.pixels[positions].to(self.device).to(self.dtype) / 255
+        index = images.index[positions]
+        shaken = perturb(x.clone(), index)  # one that works in place must not change the image
+        same = isinstance(shaken, Tensor) and shaken.shape == x.shape
+        if not same or not shaken.is_floating_point():
+            got = [shaken.dtype, *shaken.shape] if isinstance(shaken, Tensor) else type(shaken)
             raise IsslError(
-                f"perturbation {describe(self.what.perturbation)} fails ({type(error).__name__}: "
-                f"{error}); it is called with pixels (b, 3, h, w) in [0, 1] and the images' index "
-                "(b,)"
-            ) from error
-        _check_view(shaken, x, index)
+                f"perturbation gives {got} for pixels {tuple(x.shape)}; it must keep the shape, "
+                "and return floats"
+            )
+        finite = torch.isfinite(shaken).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise IsslError(
+                f"perturbation gives NaN or infinite pixels for {named(index, ~finite)}"
+            )
         return x, shaken.to(x.dtype)
 
     def rows(self, images: Images, positions: slice, bf16: bool = False) -> dict[str, Tensor]:
@@ -207,13 +158,16 @@ class Scorer:
         for perturb in self.what.perturbs():
             x, shaken = self.views(images, positions, perturb)
             ell, kept = per_example(self.encoder, self.sketches, x, shaken, index, loss, bf16)
-            _check_finite({"loss": ell, **kept}, index)
             losses.append(ell)
             draws.append(kept)
-        gradients = {
-            f"layer.{name}": torch.stack([kept[name] for kept in draws], 1) for name in self.layers
-        }
-        return {"loss": torch.stack(losses).mean(0), **gradients}
+        rows = {f"layer.{name}": torch.stack([kept[name] for kept in draws], 1) for name in kept}
+        rows["loss"] = torch.stack(losses).mean(0)
+        # one question a batch: each answer is a wait for the GPU
+        if not bool(torch.stack([torch.isfinite(value).all() for value in rows.values()]).all()):
+            for name, value in rows.items():
+                if bool((bad := ~torch.isfinite(value.reshape(len(index), -1)).all(1)).any()):
+                    raise IsslError(f"{name} is not finite for {named(index, bad)}")
+        return rows
 
     @torch.no_grad()
     def computes(self, size: Sequence[int]) -> list[float]:
@@ -237,32 +191,41 @@ class Scorer:
         return loss
 
 
-def open_scorer(
-    encoder: nn.Module, what: Measurement, device: str | torch.device | None = None
-) -> Scorer:
-    """The frozen encoder, after every check that needs no image.
+# --- an encoder is opened, and looked at ---
 
-    Args:
-        encoder: As in `issl.self_influence`.
-        what: What is measured.
-        device: Where to compute; default: where the encoder is.
+
+def open_scorer(
+    encoder: nn.Module, what: Measurement, images: Images, device: str | torch.device | None = None
+) -> Scorer:
+    """The frozen encoder, after every check, and a look at how it treats the first three images.
+
+    Raises:
+        IsslError: For an encoder that cannot be scored: see `find_layers`; one that fails, mixes
+            the images of a batch, or has weights whose gradients cannot be followed.
     """
     if torch.is_inference_mode_enabled():
         raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
-    what.perturbs()  # is it one?
     find_layers(encoder, what.skip, what.untrained)  # before any work
-    place = next(encoder.parameters()).device if device is None else torch.device(device)
-    if place.type == "cuda":
-        pick_device("cuda")  # says why there is none
+    first = next(encoder.parameters())
     try:
-        torch.empty(1, device=place)
+        place = first.device if device is None else torch.device(device)
+        if place.type == "cuda":
+            pick_device("cuda")  # says why there is none
+        torch.zeros(1, device=place).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise IsslError(
-            f"device={str(place)!r} cannot be used here ({str(error).split('. ')[0]}); try cpu"
-        ) from error
-    model = frozen(encoder, place, torch.channels_last)
-    layers, others = find_layers(model, what.skip, what.untrained)
-    return Scorer(Followed(model, layers, torch.channels_last), what, place, others, {})
+        said = str(error).split(". ")[0]
+        raise IsslError(f"device={str(device)!r} cannot be used here ({said}); try cpu") from error
+    some = images.pixels[: min(3, len(images))].to(place).to(first.dtype) / 255
+    x = torch.cat([some, *(some[:1].flip(-1 - k) for k in range(3 - len(some)))])
+    followed, others = _running(encoder, what, place, x)
+    try:
+        _check_independent(followed, x)
+        token_major, problems = examine(followed.layers, lambda: followed(x))
+    except (RuntimeError, MemoryError) as error:
+        raise _fails(x, error) from error
+    if problems := others | problems:
+        raise unscored(problems, followed.layers)
+    return Scorer(replace(followed, token_major=token_major), what, place, {})
 
 
 @torch.no_grad()
@@ -271,14 +234,12 @@ def with_features(
 ) -> Images:
     """The images of which every view has features that are finite and not zero, by a forward pass;
     the others are named in `broken`."""
-    scorer = open_scorer(encoder, what, device)
-    run, _ = scorer.running(scorer.pixels(images, slice(0, 1)))
+    scorer = open_scorer(encoder, what, images, device)
     good = torch.ones(len(images), dtype=torch.bool)
     for positions in torch.arange(len(images)).split(MOMENT_BATCH):
         for perturb in what.perturbs():
             for view in scorer.views(images, positions, perturb):
-                features = run(view)
-                good[positions] &= (torch.isfinite(features).all(1) & features.any(1)).cpu()
+                good[positions] &= usable(scorer.encoder(view)).cpu()
     if good.all():
         return images
     names = images.attributes["path" if "path" in images.attributes else "index"].astype(str)
@@ -287,64 +248,30 @@ def with_features(
     return replace(images.subset(good), broken=(*images.broken, *broken))
 
 
-def as_images(images: Images | Tensor) -> Images:
-    """A bare tensor as `Images`, indexed 0 … n−1."""
-    if isinstance(images, Images):
-        return images
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise IsslError(f"images: got {shape}, need issl.Images or a tensor (n, 3, H, W)")
-    if images.dtype != torch.uint8:
-        raise IsslError(
-            f"images: pixels are {images.dtype}; give uint8, 0 to 255 (for floats: "
-            "(255 * x).round().byte())"
-        )
-    if images.is_meta or 0 in images.shape[1:]:
-        raise IsslError(
-            f"images: {tuple(images.shape)} on {images.device} holds no pixels; give images with "
-            "values"
-        )
-    return Images(images.cpu(), None, pd.DataFrame({"index": range(len(images))}), "tensor")
+def _running(
+    encoder: nn.Module, what: Measurement, device: torch.device, x: Tensor
+) -> tuple[Followed, dict[str, str]]:
+    """A frozen copy, in a layout of pixels that it can read, and its weights that cannot be scored.
 
+    Raises IsslError if there is none."""
 
-def not_empty(images: Images | Tensor, what: str = "images") -> Images:
-    """`as_images`, with at least one image; `what` they are, for the error."""
-    data = as_images(images)
-    if len(data) == 0:
-        raise IsslError(f"{what} {data.name!r}: the set is empty")
-    return data
+    @torch.no_grad()
+    def copied(layout: torch.memory_format) -> tuple[Followed, dict[str, str]]:
+        model = frozen(encoder, device, layout)
+        layers, others = find_layers(model, what.skip, what.untrained)
+        followed = Followed(model, layers, layout)
+        check_shape(followed(x), len(x))
+        return followed, others
 
-
-def _check_finite(values: dict[str, Tensor], index: Int64[Tensor, " b"]) -> None:
-    if bool(torch.stack([torch.isfinite(value).all() for value in values.values()]).all()):
-        return  # one question a batch: each answer is a wait for the GPU
-    for name, value in values.items():
-        good = torch.isfinite(value.reshape(len(value), -1)).all(1).cpu()
-        if not bool(good.all()):
-            raise IsslError(f"{name} is not finite for image index {index[~good][:5].tolist()}")
-
-
-def _check_view(shaken: Tensor, x: Tensor, index: Int64[Tensor, " b"]) -> None:
-    if not isinstance(shaken, Tensor) or shaken.shape != x.shape:
-        shape = tuple(shaken.shape) if isinstance(shaken, Tensor) else type(shaken).__name__
-        raise IsslError(
-            f"perturbation gives {shape} for pixels {tuple(x.shape)}; it must keep the shape"
-        )
-    if not shaken.is_floating_point():
-        raise IsslError(
-            f"perturbation gives {shaken.dtype} for pixels in [0, 1]; return floats in that range"
-        )
-    finite = torch.isfinite(shaken).flatten(1).all(1).cpu()
-    if not bool(finite.all()):
-        raise IsslError(
-            f"perturbation gives NaN or infinite pixels for image index "
-            f"{index[~finite][:5].tolist()}"
-        )
-
-
-@torch.no_grad()
-def _run(encoder: Followed, x: Tensor) -> Tensor:
-    return encoder(x)
+    try:
+        try:
+            return copied(torch.channels_last)
+        except RuntimeError:  # a .view of features asks for the plain layout
+            return copied(torch.contiguous_format)
+    except IsslError:
+        raise
+    except Exception as error:
+        raise _fails(x, error) from error
 
 
 def _fails(x: Tensor, error: Exception) -> Exception:
@@ -358,19 +285,33 @@ def _fails(x: Tensor, error: Exception) -> Exception:
     )
 
 
-def _check_independent(encoder: Followed, x: Tensor, together: Tensor) -> None:
+def _check_independent(encoder: Followed, x: Tensor) -> None:
     """The loss must be per image: its features may not depend on its neighbours in the batch."""
     with torch.enable_grad():
-        alone = encoder(x[:1].clone().requires_grad_())
-    check_features(alone, 1)
+        together, alone = encoder(x)[:1], encoder(x[:1].clone().requires_grad_())
     if not alone.requires_grad:
         raise IsslError(
             "encoder cuts its features off from their gradient; remove no_grad or detach in its "
             "forward"
         )
-    scale = float(alone.detach().abs().max())
-    if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * scale):
+    near = {"rtol": 1e-2, "atol": 1e-3 * float(alone.detach().abs().max())}
+    if not torch.allclose(together, alone, equal_nan=True, **near):
         raise IsslError(
             "encoder gives an image other features alone than in a batch, so its loss is not per "
             "example; remove what mixes the batch"
         )
+
+
+def as_images(images: Images | Tensor, what: str = "images") -> Images:
+    """At least one image; a bare tensor as `Images`, indexed 0 … n−1. `what` they are, for the
+    error."""
+    if isinstance(images, Tensor):
+        index = pd.DataFrame({"index": range(len(images))})
+        images = Images(images.cpu(), None, index, "tensor")
+    if not isinstance(images, Images):
+        raise IsslError(
+            f"{what}: got {type(images).__name__}, need issl.Images or a tensor (n, 3, H, W)"
+        )
+    if 0 in images.pixels.shape:
+        raise IsslError(f"{what} {images.name!r}: the set is empty, or holds no pixels")
+    return images

@@ -12,7 +12,7 @@ few slow lines: `issl.influence.reference`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from issl.data.images import Images
 from issl.devices import full_precision
 from issl.errors import IsslError, is_whole, number_or_nan
-from issl.influence.accumulators import Accumulator
-from issl.influence.curvature import Curvature, LoGra
+from issl.influence.curvature import NO_CURVATURE, Accumulator, Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.passes import Computing, Pass, whitenings
+from issl.influence.passes import Computing, Pass, Read
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, describe
-from issl.influence.scorer import Measurement, not_empty, open_scorer
+from issl.influence.scorer import Measurement, as_images, open_scorer
 
 EQUAL = 1e-6  # the relative spread below which scores are called equal
 QUERIES = 1 << 40  # more than any index of a training image
@@ -85,24 +84,9 @@ def self_influence(
         IsslError: For an encoder that cannot be scored, bad images or settings, NaN.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    return score_measurement(encoder, images, what, computing, sweep)
-
-
-def score_measurement(
-    encoder: nn.Module,
-    images: Images | Tensor,
-    what: Measurement,
-    computing: Computing = Computing(),
-    sweep: Sequence[float] = (),
-) -> pd.DataFrame:
-    """`self_influence` of a `Measurement`."""
-    if not isinstance(sweep, Sequence | np.ndarray):
-        raise IsslError(f"sweep={sweep!r}: give a list of dampings, such as [0.01, 1.0]")
-    for value in sweep:
-        if not 0 < number_or_nan(value) < np.inf:
-            raise IsslError(f"sweep: damping {value!r} must be a finite number > 0")
+    check_sweep(sweep)
     with full_precision():
-        rows = prepare(encoder, images, what, computing, norms_only=what.draws == 1)
+        rows = prepare(encoder, images, what, computing, norms_only=draws == 1)
         return score(rows, rows.accumulate(gram=True), sweep)
 
 
@@ -137,10 +121,9 @@ def cross_influence(
         IsslError: As `issl.self_influence` does, and for images of different sizes.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    queries = not_empty(query, "query images")
+    images, queries = train_and_queries(train, query)
     with full_precision():
-        rows = prepare(encoder, train, what, computing)
-        check_sizes(rows.images, queries)  # before the pass
+        rows = prepare(encoder, images, what, computing)
         return every_score(rows, rows.accumulate(gram=True), queries)
 
 
@@ -174,11 +157,9 @@ def top_influences(
         IsslError: As `issl.cross_influence` does.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
-    queries = not_empty(query, "query images")
-    _check_k(k)
+    images, queries = train_and_queries(train, query, k)
     with full_precision():
-        rows = prepare(encoder, train, what, computing)
-        check_sizes(rows.images, queries)  # before the pass
+        rows = prepare(encoder, images, what, computing)
         return highest_scores(rows, rows.accumulate(gram=True), queries, k)
 
 
@@ -199,26 +180,50 @@ def prepare(
     computing: Computing,
     norms_only: bool = False,
 ) -> Pass:
-    """The pass over the training images, after every check.
-
-    Args:
-        encoder: As in `self_influence`.
-        images: Likewise.
-        what: What is measured.
-        computing: How.
-        norms_only: Gradients of two images will never be multiplied.
-    """
-    data = not_empty(images)
-    scorer = open_scorer(encoder, what, computing.device).examined(data)
+    """The pass over the training images, after every check; see `Scorer.sketched` for
+    `norms_only`."""
+    data = as_images(images)
+    scorer = open_scorer(encoder, what, data, computing.device)
     return Pass(scorer.sketched(data, norms_only), data, computing)
+
+
+def train_and_queries(
+    train: Images | Tensor, query: Images | Tensor, k: int = 1
+) -> tuple[Images, Images]:
+    """Both as images; IsslError unless they have one size and k is a number of them."""
+    images, queries = as_images(train), as_images(query, "query images")
+    sizes = [tuple(some.pixels.shape[2:]) for some in (queries, images)]
+    if sizes[0] != sizes[1]:
+        raise IsslError(
+            f"query images are {sizes[0]} px, the training images {sizes[1]}; load both at one size"
+        )
+    if not is_whole(k, 1):
+        raise IsslError(f"k={k!r}: must be a whole number, 1 or more")
+    return images, queries
+
+
+def check_sweep(sweep: Sequence[float]) -> None:
+    """IsslError unless these are dampings."""
+    if not isinstance(sweep, Sequence | np.ndarray):
+        raise IsslError(f"sweep={sweep!r}: give a list of dampings, such as [0.01, 1.0]")
+    for value in sweep:
+        if not 0 < number_or_nan(value) < np.inf:
+            raise IsslError(f"sweep: damping {value!r} must be a finite number > 0")
+
+
+def whitenings(sums: Sums, damping: float) -> dict[str, Whitening]:
+    """Each layer's inverse curvature at this damping."""
+    return {
+        name: NO_CURVATURE if total is None else total.whitening(damping)
+        for name, total in sums.items()
+    }
 
 
 def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
     """The table of `self_influence`: each image of the pass under the curvature of these sums."""
-    what, scorer, n = rows.scorer.what, rows.scorer, len(rows.images)
+    scorer, what, n = rows.scorer, rows.scorer.what, len(rows.images)
     inverses = [whitenings(sums, damping) for damping in (what.curvature.damping, *sweep)]
-    losses, squares = np.zeros(n), np.zeros(n)
-    values, shares = np.zeros((len(inverses), n)), np.zeros((n, what.draws))
+    losses, squares, shares = np.zeros(n), np.zeros(n), np.zeros((len(inverses), n, what.draws))
     for positions, read in rows:
         losses[positions] = read("loss").double()
         for name, layer in scorer.layers.items():
@@ -229,14 +234,12 @@ def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
             for k, inverse in enumerate(inverses):
                 w = inverse[name].whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
                 # each draw's share in ‖w̄‖², whose mean over draws is ‖w̄‖²
-                share = (w * w.mean(1, keepdim=True)).sum(2)
-                values[k, positions] += share.mean(1).cpu().numpy()
-                if k == 0:
-                    shares[positions] += share.cpu().numpy()
+                shares[k, positions] += (w * w.mean(1, keepdim=True)).sum(2).cpu().numpy()
+    values = shares.mean(2)
     own = what.loss is stability_loss
     rounding = 32 * torch.finfo(scorer.dtype).eps if own else 0.0
     if (word := says_nothing(values[0], losses, rounding)) is not None:
-        warnings.warn(word, stacklevel=4)
+        warnings.warn(word, stacklevel=3)
     columns = {
         "index": rows.images.index.numpy(),
         "influence": values[0],
@@ -246,7 +249,7 @@ def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
     if what.draws > 1:
         # ‖w̄‖² is quadratic in the mean, so its error is twice that of the linear share (delta
         # method)
-        columns["standard_error"] = 2 * shares.std(1, ddof=1) / np.sqrt(what.draws)
+        columns["standard_error"] = 2 * shares[0].std(1, ddof=1) / np.sqrt(what.draws)
     columns |= {f"influence@{value:g}": values[k + 1] for k, value in enumerate(sweep)}
     table = pd.DataFrame(columns)
     table.attrs = {
@@ -275,7 +278,6 @@ def every_score(rows: Pass, sums: Sums, queries: Images) -> Float[Tensor, "q n"]
 
 def highest_scores(rows: Pass, sums: Sums, queries: Images, k: int) -> pd.DataFrame:
     """The table of `top_influences` under the curvature of these sums."""
-    _check_k(k)
     values = torch.empty(len(queries), 0, dtype=torch.float64)
     places = torch.empty(len(queries), 0, dtype=torch.int64)
     for positions, block in _blocks(rows, sums, queries):
@@ -294,20 +296,6 @@ def highest_scores(rows: Pass, sums: Sums, queries: Images, k: int) -> pd.DataFr
     )
 
 
-def check_sizes(train: Images, queries: Images) -> None:
-    """IsslError unless both have the same height and width."""
-    if queries.pixels.shape[2:] != train.pixels.shape[2:]:
-        raise IsslError(
-            f"query images are {tuple(queries.pixels.shape[2:])} px, the training images "
-            f"{tuple(train.pixels.shape[2:])}; load both at one size"
-        )
-
-
-def _check_k(k: int) -> None:
-    if not is_whole(k, 1):
-        raise IsslError(f"k={k!r}: must be a whole number, 1 or more")
-
-
 def _blocks(
     rows: Pass, sums: Sums, queries: Images
 ) -> Iterator[tuple[slice, Float[Tensor, "q b"]]]:
@@ -315,7 +303,7 @@ def _blocks(
     scorer = rows.scorer
     inverse = whitenings(sums, scorer.what.curvature.damping)
 
-    def whitened(read: Callable[[str], Tensor]) -> Float[Tensor, "b m"]:
+    def whitened(read: Read) -> Float[Tensor, "b m"]:
         """All layers' whitened rows side by side, so that one product sums over layers."""
         means = {n: read(f"layer.{n}").to(scorer.device).double().mean(1) for n in inverse}
         return torch.cat([w.whiten(means[name]) for name, w in inverse.items()], 1)
@@ -327,33 +315,19 @@ def _blocks(
 
 
 def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.0) -> str | None:
-    """Why these scores rank no image before another, in words; None where they do.
-
-    Args:
-        influence: Of each image.
-        losses: Likewise.
-        rounding: Losses up to this are rounding errors.
-    """
-    if not losses.any():
-        return (
-            "every influence is 0: the perturbation does not move the features; use a stronger one"
-        )
-    if losses.max() <= rounding:
-        return (
-            f"every stability loss is below {rounding:.1g}, which is rounding: the perturbation "
-            "hardly moves the features (do they differ between images at all?), so the ranking is "
-            "noise"
-        )
+    """Why these scores rank no image before another, in words; None where they do. Losses up to
+    `rounding` are rounding errors."""
     low, high = influence.min(), influence.max()
-    if high == 0:
+    if (largest := np.abs(losses).max()) <= rounding:
         return (
-            "every influence is 0: no gradient is left, or the damping is too large; check "
-            "`damping` and `skip`"
+            f"no loss is above {largest:.1g}, which is rounding: the perturbation hardly moves the "
+            "features (do they differ between images at all?), so the ranking is noise; use a "
+            "stronger one"
         )
-    if len(influence) > 1 and high - low <= EQUAL * high:
+    if high == 0 or (len(influence) > 1 and high - low <= EQUAL * high):
         return (
-            f"every influence is {high:.6g}: there are fewer images than directions, so that a "
-            "curvature with so little damping sets all alike; score more images, raise the damping "
-            "or lower the rank"
+            f"every influence is {high:.6g}: no gradient is left (see `skip`), or there are fewer "
+            "images than directions, which a curvature with so little damping sets all alike; "
+            "score more images, raise the damping or lower the rank"
         )
     return None
