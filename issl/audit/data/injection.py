@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from issl import keyed_random
-from issl.data import image_operations, scenes
+from issl.data import scenes
 from issl.data.images import Images
+from issl.data.views import hue
 from issl.errors import IsslError
 
 DuplicateKind = Literal["exact", "shifted", "recoloured", "recompressed"]
@@ -99,7 +100,7 @@ def _recoloured(x: Tensor, generator: np.random.Generator) -> Tensor:
     pixels = x[None].float() / 255
     factor = torch.tensor([float(generator.choice([0.8, 1.2]))])
     turn = torch.tensor([float(generator.choice([-0.05, 0.05]))])
-    turned = image_operations.hue(image_operations.brightness(pixels, factor), turn)
+    turned = hue((pixels * factor).clamp(0, 1), turn)
     return (255 * turned[0]).round().clamp(0, 255).byte()
 
 
