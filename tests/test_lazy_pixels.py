@@ -18,8 +18,7 @@ from torchvision.transforms import v2
 
 import issl
 from issl import Computing, LoGra, cli, keyed_random
-from issl.data.folder import path_index
-from issl.data.lazy_pixels import LazyPixels
+from issl.data.images import LazyPixels
 
 N, SIDE = 23, 24
 

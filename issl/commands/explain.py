@@ -19,7 +19,7 @@ from PIL import Image
 from issl.commands import pictures
 from issl.commands.options import add_image_arguments
 from issl.data import datasets
-from issl.data.decoding import decode, in_words, read_all
+from issl.data.decoding import decode
 from issl.data.images import Images, own_names
 from issl.devices import pick_device
 from issl.errors import IsslError

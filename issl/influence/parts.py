@@ -19,8 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from issl.data.images import Images, own_names
-from issl.data.lazy_pixels import LazyPixels
+from issl.data.images import Images, LazyPixels, own_names
 from issl.engine import Task
 from issl.errors import IsslError
 from issl.files import atomic, remove_leftovers
