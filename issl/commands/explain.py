@@ -205,7 +205,7 @@ def read_query(
         paths = images.attributes.get("path")
         if paths is not None and paths[own].iloc[0] != member[1]:
             what += f" ({paths[own].iloc[0]})"
-        return images.subset(own), what, own
+        return images.subset(own).in_memory(), what, own
     if member:
         same, place = side if datasets.is_resized(data) else None, int(member[2])
         test = datasets.load(data, "test", None, options.data_root, size=same)
