@@ -105,11 +105,6 @@ def test_every_container_gives_the_same_images(write, photos: Path, tmp_path: Pa
     some = issl.load(name, n=7, size=SIZE, seed=3)
     assert len(some) == 7 and torch.equal(some.tensor(), want.tensor()[some.index])
     assert some.name == f"hf:{Path(name).name}"
-    # bit for bit the scores of images in memory
-    streamed, held = (
-        issl.self_influence(net(), x, curvature=LoGra(3)) for x in (got, got.in_memory())
-    )
-    pd.testing.assert_frame_equal(streamed, held, check_exact=True)
 
 
 def test_an_identity_is_that_of_the_content(photos: Path, tmp_path: Path) -> None:
@@ -295,12 +290,6 @@ def test_a_place_that_is_not_there(place: str) -> None:
         issl.load(f"hf:{place}")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
-def test_former_prefixes_say_what_to_write(kind: str) -> None:
-    with pytest.raises(issl.IsslError, match=f"'{kind}:a.{kind}': write hf:a.{kind}"):
-        issl.load(f"{kind}:a.{kind}", size=16)
-
-
 def alone(code: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     """What a Python process of its own prints, with a home of its own."""
     home = tmp_path / "home"
@@ -360,10 +349,10 @@ PEAK = """if True:
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
-    """Anonymous memory, which the system cannot drop; 64,000 photos have 640 MB."""
+    """Anonymous memory, which the system cannot drop; 32,000 photos have 320 MB."""
     rng, peaks = np.random.default_rng(0), []
     one = [png(rng.integers(0, 256, (3, 58, 58), dtype=np.uint8)) for _ in range(100)]
-    for n in (2_000, 64_000):
+    for n in (2_000, 32_000):
         part = pa.table({"image": one, "label": [k % 10 for k in range(100)]})
         (tmp_path / str(n)).mkdir()
         file = tmp_path / str(n) / "set.parquet"

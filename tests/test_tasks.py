@@ -69,24 +69,6 @@ def test_a_failure_blocks_what_needs_it_and_nothing_else(tmp_path: Path) -> None
     assert {end.error for end in ended} == {"", "the cat sat on the tensor"}
 
 
-def test_so_does_one_that_kills_its_process_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On two processes, which share the cores and the GPUs."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setitem(engine.SETTINGS, "distributed.scheduler.allowed-failures", 1)
-    tasks = some(tmp_path / "log") | {"share": Task(one_thread_and_gpu)}
-    tasks |= {"killer": Task(die), "after": Task(fail, ["killer"])}
-    ended = {end.name: end for end in Engine(2).run(tasks)}
-    assert set(ended) == set(tasks)
-    assert "the process that made killer was killed" in ended["killer"].error
-    assert {name for name, end in ended.items() if end.blocked} == {"late", "later", "after"}
-    well = {name for name, end in ended.items() if not end.error}
-    assert well == {"a", "b", "c", "share"}
-    done = (tmp_path / "log").read_text().split()  # what a dead worker had done may be done again
-    assert list(dict.fromkeys(done)) == ["a", "b", "c"]
-
-
 def trained(stage: Pretrain, root: Path, kill: bool) -> None:
     """Train; the first time, end by SIGKILL as soon as there is a checkpoint."""
     artifacts = Artifacts(root, checkpoint_seconds=0.0, released=None)
@@ -104,16 +86,29 @@ def trained(stage: Pretrain, root: Path, kill: bool) -> None:
     artifacts.get(stage)
 
 
-def test_a_worker_killed_in_a_training_costs_the_time_since_the_checkpoint(tmp_path: Path) -> None:
-    """Another process goes on, and the encoder is that of an undisturbed training, bit for bit."""
-    plan = PLANS["00_method"](n=32, width=1, epochs=30, batch_size=16)
-    stage = plan.pretrain()
+def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, which share the cores and the GPUs: a task that kills its process each time fails and
+    blocks what needs it; of a training, another process goes on from the checkpoint, and the
+    encoder is that of an undisturbed one, bit for bit."""
+    monkeypatch.setitem(engine.SETTINGS, "distributed.scheduler.allowed-failures", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    stage = PLANS["00_method"](n=32, width=1, epochs=30, batch_size=16).pretrain()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    tasks = {
+    tasks = some(tmp_path / "log") | {
+        "share": Task(one_thread_and_gpu),
+        "killer": Task(die, ["whole", "killed"]),  # the last: what waits there would go with it
+        "after": Task(fail, ["killer"]),
         "whole": Task(partial(trained, stage, whole, False)),
         "killed": Task(partial(trained, stage, killed, True)),
     }
-    assert [end.error for end in Engine(2).run(tasks)] == ["", ""]
+    ended = {end.name: end for end in Engine(2).run(tasks)}
+    assert set(ended) == set(tasks)
+    assert "the process that made killer was killed" in ended["killer"].error
+    assert {name for name, end in ended.items() if end.blocked} == {"late", "later", "after"}
+    well = {name for name, end in ended.items() if not end.error}
+    assert well == {"a", "b", "c", "share", "whole", "killed"}
+    done = (tmp_path / "log").read_text().split()  # what a dead worker had done may be done again
+    assert list(dict.fromkeys(done)) == ["a", "b", "c"]
     assert len((killed / "resumed").read_text().split()) == 1
     a, b = (
         json.loads((Artifacts(root).folder(stage) / "manifest.json").read_text())["files"]
@@ -195,7 +190,7 @@ class Gathered(SimpleNamespace):
 
 def test_a_worker_that_dies_while_its_result_is_gathered() -> None:
     """Dask does it again; where that fails too, it is the task's error, or the scheduler's."""
-    lost = Gathered(status="finished", error=KilledWorker("a-1", None, 3, []))
+    lost = Gathered(status="finished", error=KilledWorker("a-1", None, 3))
     assert "the process that made a was killed" in engine._ended("a", lost, "tcp://x:1").error
     wrong = Gathered(status="error", error=ValueError("no such thing"))
     assert engine._ended("a", wrong, "tcp://x:1").error == "ValueError: no such thing"

@@ -325,7 +325,9 @@ def _open(name: str, split: str, found: list[Path]) -> Content:
                 f"data set {name!r} under {found[0].parent}: {error} (a checksum differs or a file "
                 "is missing); download it again"
             ) from error
-        return Content(np.asarray(whole.targets), pd.DataFrame(index=range(len(whole))), whole.data)
+        return Content(
+            np.asarray(whole.targets), pd.DataFrame(index=range(len(whole))), list(whole.data)
+        )
     table = pd.concat([_read_parquet(path) for path in found], ignore_index=True)
     missing = {source.image, source.label} - set(table.columns)
     if missing:
