@@ -17,7 +17,6 @@ from PIL import Image, ImageFile
 
 import issl
 from issl.data import datasets, published, scenes
-from issl.data.scenes import ScenesConfig
 
 # --- scenes ---
 
@@ -32,10 +31,10 @@ def test_scenes_are_deterministic_and_nested() -> None:
 
 def test_scenes_keep_their_shares() -> None:
     shares = {"exact_duplicates": 0.05, "near_duplicates": 0.05, "atypical": 0.1}
-    a = scenes.draw(3000, config=ScenesConfig(uniform=0.5, minority=0.1, **shares)).attributes
+    a = scenes.draw(3000, uniform=0.5, **shares).attributes
     plain = a[a["atypical"] == ""]
     assert plain["uniform"].mean() == pytest.approx(0.5, abs=0.04)
-    assert (plain["group"] == "cool").mean() == pytest.approx(0.1, abs=0.03)
+    assert (plain["group"] == "cool").mean() == pytest.approx(0.2, abs=0.03)
     for kind in ("exact", "near"):
         assert (a["duplicate_kind"] == kind).mean() == pytest.approx(0.05, abs=0.015)
     assert (a["atypical"] != "").mean() == pytest.approx(0.1, abs=0.02)
@@ -43,8 +42,7 @@ def test_scenes_keep_their_shares() -> None:
 
 
 def test_duplicates_are_what_they_say() -> None:
-    config = ScenesConfig(exact_duplicates=0.05, near_duplicates=0.05)
-    images = scenes.draw(1500, config=config)
+    images = scenes.draw(1500, exact_duplicates=0.05, near_duplicates=0.05)
     a = images.attributes
     copies = a[a["duplicate_of"] >= 0]
     assert (copies["duplicate_of"] < copies["index"]).all()
@@ -56,7 +54,7 @@ def test_duplicates_are_what_they_say() -> None:
 
 
 def test_another_background_changes_the_background_alone() -> None:
-    a, b = (scenes.draw(200, config=ScenesConfig(background=k)) for k in ("white", "texture"))
+    a, b = (scenes.draw(200, background=k) for k in ("white", "texture"))
     plain = (a.attributes["duplicate_of"] < 0) & (a.attributes["atypical"] == "")
     plain = torch.from_numpy(plain.to_numpy().copy())[:, None, None]
     assert torch.equal(a.masks, b.masks)
@@ -68,11 +66,14 @@ def test_another_background_changes_the_background_alone() -> None:
 
 
 def test_scenes_bad_input() -> None:
-    for arguments, message in [({"split": "val"}, "split 'val'"), ({"n": 0}, "n=0")]:
+    for arguments, message in [
+        ({"split": "val"}, "split 'val'"),
+        ({"n": 0}, "n=0"),
+        ({"exact_duplicates": 0.6, "near_duplicates": 0.6}, "do not add up to more"),
+        ({"uniform": 1.1}, r"uniform=1\.1"),
+    ]:
         with pytest.raises(issl.IsslError, match=message):
             scenes.draw(**arguments)
-    with pytest.raises(issl.IsslError, match="more than 1"):
-        ScenesConfig(exact_duplicates=0.6, near_duplicates=0.6)
 
 
 # --- Images ---

@@ -135,7 +135,7 @@ def _strange(
         tiles = x.unfold(1, q, q).unfold(2, q, q).flatten(1, 2)[:, order]
         return tiles.unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     # one seed per image: the same scene in any set and at any position
-    seed, config = int(generator.integers(2**31)), scenes.ScenesConfig(atypical=0.0)
-    drawn = scenes.draw(1, seed=seed, config=config).tensor().float()
+    seed = int(generator.integers(2**31))
+    drawn = scenes.draw(1, seed=seed, atypical=0.0).tensor().float()
     grown = F.interpolate(drawn, x.shape[1:], mode="bilinear", antialias=True)
     return grown[0].round().clamp(0, 255).byte()
