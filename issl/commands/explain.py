@@ -118,11 +118,6 @@ def by_training(
 ) -> np.ndarray:
     """Training-aware influence of each image on the query, on views of the size that the training
     ended on."""
-    if not options.encoder.endswith(".safetensors"):
-        raise IsslError(
-            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file "
-            "that `issl pretrain` or a notebook wrote"
-        )
     learner = load_learner(options.encoder)
     height, width = images.pixels.shape[2:]
     return training_influence(
@@ -135,9 +130,6 @@ def by_training(
         size=(height // 2, width // 2) if learner.recipe.small == 1 else None,
         computing=Computing(device=device, progress=sys.stderr.isatty()),
     )[0].numpy()
-
-
-# --- which training images, which query ---
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
@@ -159,7 +151,7 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
     remedy = "or add --any-data to ask about images that it has not seen"
     if name not in (datasets.without_place(options.data), options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
-    if options.n is not None and options.n != count:
+    if options.n not in (None, count):
         raise IsslError(
             f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}"
         )
@@ -171,15 +163,13 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
             f"{encoder} images of {name} that a notebook altered ({', '.join(altered)}): add "
             "--any-data to ask about the set as it is"
         )
-    which = datasets.identity(options.data, known["split"], options.data_root)
-    if which.digest != known.get("identity"):
+    place = options.data, known["split"]
+    if datasets.identity(*place, options.data_root).digest != known.get("identity"):
         raise IsslError(
             f"{encoder} other images of {name} than those here (their content differs): point "
             f"--data-root to the right ones, {remedy}"
         )
-    images = datasets.load(
-        options.data, known["split"], count, options.data_root, known["seed"], known["size"]
-    )
+    images = datasets.load(*place, count, options.data_root, known["seed"], known["size"])
     some = config.get("without") or config.get("left_out")
     return images, " (it was trained on a part of them)" if some else " it was trained on"
 
@@ -254,9 +244,6 @@ def _one(pixels: torch.Tensor, index: int) -> Images:
     return Images(pixels[None], None, pd.DataFrame({"index": [index]}), "query")
 
 
-# --- the answer ---
-
-
 def lists(
     images: Images,
     influence: np.ndarray,
@@ -282,15 +269,12 @@ def lists(
         what is known about the image.
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
-    k = min(k, int((~own).sum()))
     scores = {"influence": influence, "similarity": similarity}
     scores |= {} if trained is None else {"training_influence": trained}
-    ranks = {
-        f"{name}_rank": pd.Series(np.where(own, np.nan, -values))
-        .rank(method="first")
-        .astype("Int64")
-        for name, values in scores.items()
-    }
+    ranks = {}
+    for name, values in scores.items():
+        falling = pd.Series(np.where(own, np.nan, -values))
+        ranks[f"{name}_rank"] = falling.rank(method="first").astype("Int64")
     known = own_names(images.attributes, [*scores, *ranks, "position", "list", "rank"])
     known = known.assign(**scores, **ranks, position=np.arange(len(images)))
     others = known[~own]
@@ -299,10 +283,12 @@ def lists(
         "opposed": others.nlargest(k, "influence_rank"),
         "nearest": others.nsmallest(k, "similarity_rank"),
     }
-    parts |= {} if trained is None else {"trained": others.nsmallest(k, "training_influence_rank")}
-    parts["itself"] = known[own]
+    if trained is not None:
+        parts["trained"] = others.nsmallest(k, "training_influence_rank")
+    if own.any():
+        parts["itself"] = known[own]
     table = pd.concat(
-        [p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)]
+        [part.assign(list=name, rank=range(1, len(part) + 1)) for name, part in parts.items()]
     )
     front = ["list", "rank", "index", *scores, *ranks]
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
@@ -336,9 +322,7 @@ def draw(
 
 def in_common(table: pd.DataFrame) -> str:
     """How many images the lists of influence and of nearness share."""
-    taught, nearest = (
-        set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest")
-    )
+    taught, nearest = (set(table["index"][table["list"] == k]) for k in ("taught", "nearest"))
     return (
         f"{len(taught & nearest)} of the {len(taught)} most influential are among the "
         f"{len(nearest)} nearest"
@@ -347,12 +331,10 @@ def in_common(table: pd.DataFrame) -> str:
 
 def _summary(table: pd.DataFrame) -> str:
     """The members of each list, by name."""
-    lines = []
-    for name, part in table[table["list"] != "itself"].groupby("list", sort=False):
-        each = part["index"].astype(str)
-        if "path" in part:  # of files, the index is the hash of this
-            each = part["path"].astype(str)
-        elif "label_name" in part:
-            each = each + " (" + part["label_name"].astype(str) + ")"
-        lines.append(f"{LISTS[str(name)]}: {', '.join(each)}")
-    return "\n".join(lines)
+    names = table["index"].astype(str)
+    if "path" in table:  # of files, the index is the hash of this
+        names = table["path"].astype(str)
+    elif "label_name" in table:
+        names = names + " (" + table["label_name"].astype(str) + ")"
+    each = names.groupby(table["list"], sort=False)
+    return "\n".join(f"{LISTS[str(k)]}: {', '.join(v)}" for k, v in each if k in LISTS)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from issl.errors import IsslError
 from issl.files import PACKAGE, atomic
 
 VERSION = 1  # of what is remembered
@@ -114,29 +115,23 @@ def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> Se
     """
     stats = [(path, path.stat()) for path in files]
     key = tuple((str(path.absolute()), s.st_size, s.st_mtime_ns) for path, s in stats)
-    if key not in _known:
-        kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
-        _known[key] = _kept(kept) or _made(kept, identify, files[0])
-    return _known[key]
+    if key in _known:
+        return _known[key]
+    kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
+    try:
+        content = json.loads(kept.read_text())
+        order = content.pop("order")
+        found = SetIdentity(**content, order=None if order is None else tuple(order))
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        found = identify()
+        try:
+            with atomic(kept) as part:
+                part.write_text(json.dumps(asdict(found)))
+        except (IsslError, OSError) as error:  # the identity itself is right
+            said = f"which images {files[0]} holds cannot be remembered: {error}"
+            print(said, file=sys.stderr, flush=True)
+    _known[key] = found
+    return found
 
 
 _known: dict[tuple[tuple[str, int, int], ...], SetIdentity] = {}  # in this process
-
-
-def _kept(path: Path) -> SetIdentity | None:
-    try:
-        content = json.loads(path.read_text())
-        order = content.pop("order")
-        return SetIdentity(**content, order=None if order is None else tuple(order))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is made again
-        return None
-
-
-def _made(path: Path, identify: Callable[[], SetIdentity], of: Path) -> SetIdentity:
-    found = identify()
-    try:
-        with atomic(path) as part:
-            part.write_text(json.dumps(asdict(found)))
-    except Exception as error:  # noqa: BLE001 (it is said; the identity itself is right)
-        print(f"which images {of} holds cannot be remembered: {error}", file=sys.stderr, flush=True)
-    return found

@@ -141,21 +141,6 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class Content:
-    """A whole set, not decoded.
-
-    Attributes:
-        labels: The class of each image.
-        columns: What else the files say of each image.
-        encoded: The images: as files, or as torchvision's arrays, uint8 (h, w, 3).
-    """
-
-    labels: np.ndarray
-    columns: pd.DataFrame
-    encoded: Sequence[bytes | np.ndarray]
-
-
 def data_root(root: str | Path | None = None) -> Path | None:
     """The folder of the data sets: the argument, else $ISSL_DATA, else None."""
     value = root or os.environ.get(ENVIRONMENT)
@@ -171,7 +156,7 @@ def read(
     files here; its index is that in the order which any copy gives).
     """
     which, whole = identity(name, split, root), _open(name, split, _located(name, split, root))
-    rows = choose(len(whole.labels))
+    rows = choose(len(whole[1]))
     there = rows if which.order is None else np.array(which.order)[rows]
     images = _images(name, whole, there, size or SOURCES[name].size)
     images.attributes["index"] = rows
@@ -237,19 +222,19 @@ def download(name: str, root: str | Path | None = None) -> Path:
 
 
 def _identify(name: str, split: str, found: list[Path]) -> SetIdentity:
-    source, whole = SOURCES[name], _open(name, split, found)
+    source, (table, encoded) = SOURCES[name], _open(name, split, found)
     known = source.known[split][1]
-    encoded = [image for image in whole.encoded if isinstance(image, bytes)]
     if source.lossy:
-        columns = whole.columns.sort_index(axis=1).to_csv(index=False)
+        columns = table.sort_index(axis=1).to_csv(index=False)
         content = [digest(data).encode() for data in encoded]
         here = digest(b"".join([*content, columns.encode()]))
         other = SetIdentity(here, name, f"not the photos that our results rest on ({known.about})")
         return known if here == known.digest else other
-    images = _images(name, whole, np.arange(len(whole.labels)), source.size)
-    sizes = [Image.open(io.BytesIO(data)).size for data in encoded]
+    images = _images(name, (table, encoded), np.arange(len(encoded)), source.size)
+    sizes = [Image.open(io.BytesIO(data)).size for data in encoded if isinstance(data, bytes)]
     resized = len(sizes) - sizes.count((source.size, source.size))
-    records, order = as_records(whole.labels, images.tensor().numpy()), None
+    labels, order = images.require_labels().numpy(), None
+    records = as_records(labels, images.tensor().numpy())
     if source.unordered:
         hashes = np.array([hashlib.sha256(record.tobytes()).digest() for record in records])
         rows = np.argsort(hashes, kind="stable")
@@ -315,7 +300,9 @@ def _how_to_get(name: str, base: Path) -> str:
     )
 
 
-def _open(name: str, split: str, found: list[Path]) -> Content:
+def _open(name: str, split: str, found: list[Path]) -> tuple[pd.DataFrame, list[Any]]:
+    """What the files say of each image, with its class as a number; and the images, encoded, or as
+    torchvision's arrays, uint8 (h, w, 3)."""
     source = SOURCES[name]
     if found[0].is_dir():
         try:
@@ -325,9 +312,7 @@ def _open(name: str, split: str, found: list[Path]) -> Content:
                 f"data set {name!r} under {found[0].parent}: {error} (a checksum differs or a file "
                 "is missing); download it again"
             ) from error
-        return Content(
-            np.asarray(whole.targets), pd.DataFrame(index=range(len(whole))), list(whole.data)
-        )
+        return pd.DataFrame({source.label: whole.targets}), list(whole.data)
     table = pd.concat([_read_parquet(path) for path in found], ignore_index=True)
     missing = {source.image, source.label} - set(table.columns)
     if missing:
@@ -335,7 +320,7 @@ def _open(name: str, split: str, found: list[Path]) -> Content:
             f"{found[0]}: no column {sorted(missing)}; it has {', '.join(map(str, table))}"
         )
     encoded = [cell["bytes"] for cell in table.pop(source.image)]
-    return Content(table[source.label].to_numpy(), table, encoded)
+    return table, encoded
 
 
 def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -349,21 +334,23 @@ def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
         ) from error
 
 
-def _images(name: str, whole: Content, rows: np.ndarray, size: int) -> Images:
-    """These rows of a set; `index` is the row."""
-    source, labels = SOURCES[name], whole.labels[rows].astype(np.int64)
-    attributes = pd.DataFrame({"index": rows})
-    for column, values in whole.columns.iloc[rows].items():
+def _images(
+    name: str, whole: tuple[pd.DataFrame, list[Any]], rows: np.ndarray, size: int
+) -> Images:
+    """These rows of a set, as `_open` gives it; `index` is the row."""
+    source, table = SOURCES[name], whole[0].iloc[rows]
+    labels, attributes = table[source.label].to_numpy(np.int64), pd.DataFrame({"index": rows})
+    for column, values in table.items():
         names = source.names.get(str(column))
         attributes[column] = values.to_numpy() if names is None else np.array(names)[values]
     attributes["label_name"] = np.array(source.names[source.label])[labels]
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
     for k, row in enumerate(rows):
-        image = whole.encoded[row]
-        if isinstance(image, bytes):
-            pixels[k] = decode(image, size, f"image {row} of {name}")
-        else:
-            pixels[k] = image.transpose(2, 0, 1)
+        image = whole[1][row]
+        what = f"image {row} of {name}"
+        pixels[k] = (
+            decode(image, size, what) if isinstance(image, bytes) else image.transpose(2, 0, 1)
+        )
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels), attributes, name)
 
 
