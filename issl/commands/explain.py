@@ -302,17 +302,17 @@ def draw(
     others = table[table["list"] != "itself"]
     greatest = float(others["influence"].abs().max()) or 1.0
     rows = [pictures.Row(query[0], [(query[1].pixels[0].numpy(), "")])]
-    for name, members in others.groupby("list", sort=False):
+    for list_, members in others.groupby("list", sort=False):
         shown = []
         for member in members.to_dict("records"):
-            label = member.get("label_name", member.get("path", member["index"]))
+            names = member.get("label_name"), member.get("path"), member["index"]
+            name = pictures.short(next(name for name in names if pd.notna(name)))
             text = (
-                f"{pictures.short(label)}\n{member['influence'] / greatest:+.2f} "
-                f"(#{member['influence_rank']})\ncos {member['similarity']:.2f} "
-                f"(#{member['similarity_rank']})"
+                f"{name}\n{member['influence'] / greatest:+.2f} (#{member['influence_rank']})\n"
+                f"cos {member['similarity']:.2f} (#{member['similarity_rank']})"
             )
             shown.append((images.pixels[member["position"]].numpy(), text))
-        rows.append(pictures.Row(LISTS[str(name)], shown))
+        rows.append(pictures.Row(LISTS[str(list_)], shown))
     legend = (
         "±: influence / the greatest (negative: a step that makes that image more stable makes "
         "this one less so)\ncos: similarity of features; #: rank of all"
@@ -331,10 +331,9 @@ def in_common(table: pd.DataFrame) -> str:
 
 def _summary(table: pd.DataFrame) -> str:
     """The members of each list, by name."""
-    names = table["index"].astype(str)
-    if "path" in table:  # of files, the index is the hash of this
-        names = table["path"].astype(str)
-    elif "label_name" in table:
-        names = names + " (" + table["label_name"].astype(str) + ")"
-    each = names.groupby(table["list"], sort=False)
-    return "\n".join(f"{LISTS[str(k)]}: {', '.join(v)}" for k, v in each if k in LISTS)
+    members: dict[str, list[str]] = {name: [] for name in table["list"] if name in LISTS}
+    for one in table[table["list"].isin(members)].to_dict("records"):
+        label = one.get("label_name")
+        name = f"{one['index']}" if pd.isna(label) else f"{one['index']} ({label})"
+        members[one["list"]].append(one.get("path", name))  # of files, the index is its hash
+    return "\n".join(f"{LISTS[name]}: {', '.join(names)}" for name, names in members.items())
