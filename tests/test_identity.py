@@ -127,7 +127,7 @@ def test_the_same_keys_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         for root in (None, tmp_path / "missing")
     )
     assert none == missing and len(set(none)) > 500
-    with pytest.raises(issl.IsslError, match="is read from disk: name its folder"):
+    with pytest.raises(issl.IsslError, match="is read from disk, and no folder is named"):
         Data(name="cifar10").load()
 
 

@@ -274,17 +274,13 @@ def _located(name: str, split: str, root: str | Path | None) -> list[Path]:
     base = data_root(root)
     if found := _found(name, split, base):
         return found
-    if base is None:
-        raise IsslError(
-            f"data set {name!r} is read from disk: name its folder with --data-root DIR (root=…) "
-            f"or {ENVIRONMENT}=DIR. {_how_to_get(name, Path('DIR'))}"
-        )
-    if not base.is_dir():
-        raise IsslError(
-            f"data root {str(base)!r} is not a folder; check --data-root or {ENVIRONMENT}"
-        )
+    where = "no folder is named"
+    if base is not None:
+        is_ = "does not hold it" if base.is_dir() else "is not a folder"
+        where = f"data root {str(base)!r} {is_}"
     raise IsslError(
-        f"data set {name!r} ({split}) is not under {str(base)!r}. {_how_to_get(name, base)}"
+        f"data set {name!r} ({split}) is read from disk, and {where}: name its folder with "
+        f"--data-root DIR (root=…) or {ENVIRONMENT}=DIR. {_how_to_get(name, base or Path('DIR'))}"
     )
 
 

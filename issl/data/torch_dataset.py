@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 
 from issl.data.decoding import decode
 from issl.data.images import Images, LazyPixels
@@ -171,8 +171,6 @@ def _listed(dataset: Any) -> tuple[list[Any], Sequence[str]]:
     if isinstance(dataset, Subset):
         values, names = _listed(dataset.dataset)
         return [values[i] for i in dataset.indices] if values else [], names
-    if isinstance(dataset, TensorDataset):
-        return [plain(value) for value in dataset.tensors[1]], ()
     columns = getattr(dataset, "column_names", None) or ()
     column = next((key for key in LABELS if key in columns), None)
     if column is not None:
