@@ -301,7 +301,7 @@ def draw(
     its influence (in parts of the greatest) and similarity."""
     others = table[table["list"] != "itself"]
     greatest = float(others["influence"].abs().max()) or 1.0
-    rows = [pictures.Row(query[0], [(query[1].pixels[0].numpy(), "")])]
+    rows = [(query[0], [(query[1].pixels[0].numpy(), "")])]
     for list_, members in others.groupby("list", sort=False):
         shown = []
         for member in members.to_dict("records"):
@@ -312,7 +312,7 @@ def draw(
                 f"cos {member['similarity']:.2f} (#{member['similarity_rank']})"
             )
             shown.append((images.pixels[member["position"]].numpy(), text))
-        rows.append(pictures.Row(LISTS[str(list_)], shown))
+        rows.append((LISTS[str(list_)], shown))
     legend = (
         "±: influence / the greatest (negative: a step that makes that image more stable makes "
         "this one less so)\ncos: similarity of features; #: rank of all"

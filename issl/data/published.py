@@ -66,33 +66,20 @@ FACES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set is under the data root, and what its columns mean.
+    """Where a set is under the data root, and what its columns mean."""
 
-    Attributes:
-        folder: Of the parquet files, under the root.
-        image: Column of encoded images.
-        label: Column of class numbers.
-        repository: On the Hugging Face hub.
-        known: For each split, the beginning of its files' names, and what `identity` gives for the
-            images on which this project's results rest.
-        names: Of the codes in a column.
-        size: Side of the images in px.
-        lossy: Photos whose pixels may depend on the decoder; they are known by their files' bytes.
-        unordered: Copies have their rows in different orders; here they stand in that of their
-            hashes.
-        torchvision: The set's class there, and the folder of its files.
-    """
-
-    folder: str
-    image: str
-    label: str
-    repository: str
+    folder: str  # of the parquet files, under the root
+    image: str  # column of encoded images
+    label: str  # column of class numbers
+    repository: str  # on the Hugging Face hub
+    # of each split: the beginning of its files' names, and what `identity` gives for the images on
+    # which this project's results rest
     known: Mapping[str, tuple[str, SetIdentity]]
-    names: Mapping[str, Sequence[str]]
-    size: int = 32
-    lossy: bool = False
-    unordered: bool = False
-    torchvision: tuple[str, str] | None = None
+    names: Mapping[str, Sequence[str]]  # of the codes in a column
+    size: int = 32  # side of the images in px
+    lossy: bool = False  # pixels may depend on the decoder: it is known by its files' bytes
+    unordered: bool = False  # copies have their rows in different orders; here: in their hashes'
+    torchvision: tuple[str, str] | None = None  # the set's class there, and its files' folder
 
 
 SOURCES = {
