@@ -41,13 +41,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def table(photos: Path) -> pa.Table:
     paths = sorted(photos.rglob("*.jpg"))
-    features = hf.Features(
-        {
-            "image": hf.Image(),
-            "label": hf.ClassLabel(names=["a", "b", "c"]),
-            "note": hf.Value("string"),
-        }
-    )
+    kinds = {"label": hf.ClassLabel(names=["a", "b", "c"]), "note": hf.Value("string")}
+    features = hf.Features({"image": hf.Image(), **kinds})
     rows = {
         "image": [{"bytes": path.read_bytes(), "path": None} for path in paths],
         "label": ["abc".index(path.parent.name) for path in paths],
@@ -134,11 +129,9 @@ def test_every_kind_of_image_as_from_a_folder(tmp_path: Path) -> None:
     """EXIF, 16 bits, CMYK, palettes, ..."""
     folder = images_of_every_kind(tmp_path / "images")
     paths = sorted(folder.iterdir())
-    pq.write_table(
-        pa.table({"image": [path.read_bytes() for path in paths]}), tmp_path / "a.parquet"
-    )
+    name = written(tmp_path, {"image": [path.read_bytes() for path in paths]})
     want = issl.load(f"folder:{folder}", size=20).tensor()
-    assert torch.equal(issl.load(f"hf:{tmp_path / 'a.parquet'}", size=20).tensor(), want)
+    assert torch.equal(issl.load(name, size=20).tensor(), want)
 
 
 def written(tmp_path: Path, columns: dict) -> str:
@@ -278,9 +271,8 @@ def test_bad_tables(columns: dict, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar"])
 def test_damaged_files(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"a.{suffix}").write_bytes(FOUR[0] * 9)
-    with pytest.raises(
-        issl.IsslError, match=rf"a.{suffix}: Hugging Face's datasets cannot read it"
-    ):
+    said = rf"a.{suffix}: Hugging Face's datasets cannot read it"
+    with pytest.raises(issl.IsslError, match=said):
         issl.load(f"hf:{tmp_path}/a.{suffix}")
 
 
