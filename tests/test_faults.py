@@ -137,17 +137,6 @@ def test_a_full_disk_at_every_write(
     assert points >= 8 and found == undisturbed
 
 
-def with_files_of(limit: int, words: list[str]) -> tuple[int, str]:
-    """Run a command where no file may be larger; its exit code and what it says."""
-    said = io.StringIO()
-    # a module compiled here first would be cut short, and break every later run
-    sys.dont_write_bytecode = True
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        code = cli.main(words)
-    return code, said.getvalue()
-
-
 SCENES = ["--data", "scenes", "--n", "16"]
 PRETRAIN = ["pretrain", *SCENES, "--batch-size", "8", "--width", "1"]
 SCORED = [*SCENES, "--encoder", "ENCODER", "--rank", "2"]
@@ -160,21 +149,35 @@ LIMITED = {
 }
 
 
-@pytest.mark.parametrize("what", LIMITED)
-def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(what: str, tmp_path: Path) -> None:
+def under_their_limits(folder: Path) -> dict[str, tuple[int, str, list[Path]]]:
+    """Run commands where no file may be larger than so many bytes: their exit codes, what they say,
+    and what they leave."""
+    # a module compiled here first would be cut short, and break every later run
+    sys.dont_write_bytecode, found, encoder = True, {}, str(ours(folder))
+    for what, (told, limit) in LIMITED.items():
+        out, said = folder / what / "out", io.StringIO()
+        words = [word.replace("OUT", str(out)).replace("ENCODER", encoder) for word in told]
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            code = cli.main(words)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        left = [*left_over(out.parent), *out.parent.glob(f"out{Path(words[-1]).suffix}")]
+        found[what] = code, said.getvalue(), left
+    return found
+
+
+def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """By the system itself: through safetensors, pyarrow and Pillow."""
-    words, limit = LIMITED[what]
-    encoder = str(ours(tmp_path))
-    words = [w.replace("OUT", str(tmp_path / "out")).replace("ENCODER", encoder) for w in words]
     queue = forked.context.Queue()
-    told = queue, with_files_of, limit, words
+    told = queue, under_their_limits, tmp_path
     process = forked.context.Process(target=forked.report, args=told)
     process.start()
-    code, said = queue.get(timeout=300)
+    found = queue.get(timeout=300)
     process.join()
-    assert code == 2 and said.count("\n") == 1, said
-    assert "cannot be written: files may not become so large here; make room" in said
-    assert left_over(tmp_path) == [] and not list(tmp_path.glob(f"out{Path(words[-1]).suffix}"))
+    assert set(found) == set(LIMITED), found
+    for what, (code, said, left) in found.items():
+        assert (code, said.count("\n"), left) == (2, 1, []), (what, said)
+        assert "cannot be written: files may not become so large here; make room" in said, what
 
 
 def test_a_place_that_may_not_be_written_is_said(
