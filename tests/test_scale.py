@@ -227,7 +227,7 @@ def test_scores_of_ones_own_images(
     ("arguments", "message"),
     [
         (["--out", "scores.txt"], "ends in .csv or .parquet"),
-        (["--out", "/proc/x/scores.csv"], "cannot be made"),
+        (["--out", "/proc/x/scores.csv"], "cannot be written"),
         (["--encoder", "nowhere"], "encoder 'nowhere' is not a file"),
         (["--data", "folder:/nowhere"], "image folder '/nowhere' does not exist"),
         (["--damping", "0"], "damping"),
