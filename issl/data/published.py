@@ -322,10 +322,8 @@ def _images(
 ) -> Images:
     """These rows of a set, as `_open` gives it; `index` is the row."""
     source, table = SOURCES[name], whole[0].iloc[rows]
-    labels, attributes = (
-        table[source.label].to_numpy(np.int64, copy=True),
-        pd.DataFrame({"index": rows}),
-    )
+    labels = table[source.label].to_numpy(np.int64, copy=True)
+    attributes = pd.DataFrame({"index": rows})
     for column, values in table.items():
         names = source.names.get(str(column))
         attributes[column] = values.to_numpy() if names is None else np.array(names)[values]
