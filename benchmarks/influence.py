@@ -165,10 +165,7 @@ def shares(task: Task) -> dict[str, float]:
     finally:
         for name, place in places.items():
             setattr(place, name.split(".")[-1], kept[name])
-    return {
-        "P_in a": spent["read_inputs"] / whole,
-        "P_out Σ d aᵀ": spent["_Tap.add"] / whole,
-    }
+    return {"P_in a": spent["read_inputs"] / whole, "P_out Σ d aᵀ": spent["_Tap.add"] / whole}
 
 
 def narrow(n: int) -> dict[str, Any]:

@@ -200,13 +200,14 @@ def _cgroup_rooms() -> Iterator[int]:
     for line in _text(OWN_CGROUP).splitlines():
         _, kind, path = line.split(":", 2)
         own[kind] = path.strip("/")
-    for kind, root, limit, usage in (
-        ("", CGROUPS, "memory.max", "memory.current"),
-        ("memory", CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    for kind, limit, usage in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        for folder in [root / own.get(kind, ""), *(root / own.get(kind, "")).parents]:
+        inside = Path(own.get(kind, ""))
+        for folder in [CGROUPS / kind / path for path in (inside, *inside.parents)]:
             most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if folder.is_relative_to(root) and most.isdigit() and used.isdigit():
+            if most.isdigit() and used.isdigit():
                 statistics = _text(folder / "memory.stat")
                 cached = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
                 spare = 0 if cached is None else int(cached[1])  # given back when it is needed

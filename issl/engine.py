@@ -12,11 +12,13 @@ import shutil
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any
 
+from issl.commands.arguments import whole
 from issl.errors import IsslError
 from issl.files import why_no_room
 
@@ -72,15 +74,12 @@ class Engine:
 
     Attributes:
         jobs: how many at once. One, or none given: in this process, without Dask; with `cluster`,
-            one job there; with `scheduler`, as many as it has workers.
+            one job there; with `scheduler`, as many as it has workers. Here they share the GPUs.
         cluster: slurm, pbs, lsf or sge: each of up to `jobs` workers is a job there.
         options: (key, value) for the cluster: arguments of dask-jobqueue's class, such as queue and
             walltime; `directive` (repeatable) is one more line for the batch system, `lifetime` how
             long a worker accepts work, below the walltime.
         scheduler: the address of a Dask that is there already, such as tcp://host:8786.
-
-    Raises:
-        IsslError: for values that make no sense.
     """
 
     jobs: int | None = None
@@ -88,23 +87,8 @@ class Engine:
     options: Sequence[tuple[str, str]] = ()
     scheduler: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.jobs is not None and self.jobs < 1:
-            raise IsslError(f"--jobs {self.jobs}: need 1 or more")
-        if self.cluster is not None and self.cluster not in CLUSTERS:
-            raise IsslError(f"--cluster {self.cluster!r}: choose {', '.join(CLUSTERS)}")
-        if self.cluster is not None and self.scheduler is not None:
-            raise IsslError("--cluster starts a scheduler of its own: leave out --scheduler")
-        if self.options and self.cluster is None:
-            raise IsslError("--cluster-option goes with --cluster")
-
-    @property
-    def here(self) -> bool:
-        """Do tasks run on this machine?"""
-        return self.cluster is None and self.scheduler is None
-
     def run(self, tasks: Mapping[str, Task]) -> Iterator[Ended]:
-        """Run the tasks, each after those it needs, which come before it.
+        """Run the tasks, each after those it needs.
 
         Yields:
             How each ended, as soon as it has.
@@ -112,144 +96,133 @@ class Engine:
         Raises:
             IsslError: if there is no scheduler, or it went away. What was made stays.
         """
-        if tasks and self.here and self.jobs in (None, 1):
-            graph = _Graph(tasks)
-            yield from graph.blocked(tasks)
-            while graph.ready:
-                name = graph.ready.popleft()
-                yield from graph.end(_do(name, tasks[name].work))
-        elif tasks:
-            yield from self._by_dask(tasks)
+        graph = TopologicalSorter({name: task.needs for name, task in tasks.items()})
+        graph.prepare()
+        ready, errors, begun = deque[str](), dict[str, str](), 0
+        with ExitStack() as stack:
+            here = self.cluster is None and self.scheduler is None and self.jobs in (None, 1)
+            place = _Here() if here or not tasks else _Workers(self, stack)
+            while graph.is_active():
+                ends = []
+                for name in graph.get_ready():
+                    failed = [errors[need] for need in tasks[name].needs if need in errors]
+                    if failed:
+                        ends.append(Ended(name, error=failed[0], blocked=True))
+                    else:
+                        ready.append(name)
+                # more than its workers can begin is not sent to Dask: a task that kills its worker
+                # would take what waits there with it
+                while ready and begun < place.at_once and not ends:
+                    name = ready.popleft()
+                    place.begin(name, tasks[name].work)
+                    begun += 1
+                if not ends:
+                    ends = place.ended()
+                    begun -= len(ends)
+                for end in ends:
+                    if end.error:
+                        errors[end.name] = end.error
+                    yield end
+                    graph.done(end.name)
 
-    def _by_dask(self, tasks: Mapping[str, Task]) -> Iterator[Ended]:
+
+class _Here:
+    """This process, which does a task when it is begun."""
+
+    at_once = 1
+
+    def begin(self, name: str, work: Callable[[], object]) -> None:
+        self._ended = [_do(name, work)]
+
+    def ended(self) -> list[Ended]:
+        return self._ended
+
+
+class _Workers:
+    """Those of a Dask scheduler, which are there until the stack is closed."""
+
+    def __init__(self, engine: Engine, stack: ExitStack):
         try:
             import dask
             from distributed import Client, as_completed
         except ImportError as error:
+            raise IsslError(f"--jobs, --cluster, --scheduler: {error}; pip install it") from error
+        stack.enter_context(dask.config.set(SETTINGS))
+        self._at, self._threads = engine.scheduler, None
+        if engine.cluster is not None:
+            self._at = stack.enter_context(_jobs(engine))
+        elif engine.scheduler is None:
+            self._at = stack.enter_context(_processes(engine.jobs or 1))
+            self._threads = max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
+        try:
+            self._client = stack.enter_context(Client(self._at, timeout=CONNECT))
+        except (OSError, ValueError) as error:
             raise IsslError(
-                f"--jobs, --cluster, --scheduler: {error}; pip install distributed"
+                f"--scheduler {self._at}: no Dask scheduler answers ({error})"
             ) from error
-        threads = max(1, (os.cpu_count() or 1) // (self.jobs or 1)) if self.here else None
-        with ExitStack() as stack:
-            stack.enter_context(dask.config.set(SETTINGS))
-            at = self.scheduler or stack.enter_context(self._cluster())
-            try:
-                client = stack.enter_context(Client(at, timeout=CONNECT))
-            except (OSError, ValueError) as error:
-                raise IsslError(f"--scheduler {at}: no Dask scheduler answers ({error})") from error
-            workers = client.scheduler_info(n_workers=-1)["workers"].values()
-            on_gpus = any("GPU" in worker["resources"] for worker in workers)
-            resources = {"GPU": 1} if on_gpus else None
-            # more than its workers can begin is not sent to Dask: a task that kills its worker
-            # would take what waits there with it
-            at_once = self.jobs or max(1, len(workers))
-            names: dict[str, str] = {}
-            graph, queue = _Graph(tasks), as_completed()
-            yield from graph.blocked(tasks)
-            while graph.ready or names:
-                while graph.ready and len(names) < at_once:
-                    name = graph.ready.popleft()
-                    key = f"{name}-{os.getpid()}-{time.time_ns()}"
-                    work = (_do, name, tasks[name].work, threads)
-                    queue.add(client.submit(*work, key=key, resources=resources))
-                    names[key] = name
-                ends = []
-                for future in queue.next_batch():
-                    ends.append(_ended(names.pop(future.key), future, at))
-                    future.release()  # else Dask would do it again if its worker dies later
-                for end in ends:
-                    yield from graph.end(end)
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        on_gpus = any("GPU" in worker["resources"] for worker in workers)
+        self._resources = {"GPU": 1} if on_gpus else None
+        self.at_once = engine.jobs or max(1, len(workers))
+        self._queue, self._names = as_completed(), dict[str, str]()
 
-    def _cluster(self) -> Any:
-        """Workers that this process starts."""
-        if self.cluster is None:
-            from distributed import Nanny, Scheduler, SpecCluster
+    def begin(self, name: str, work: Callable[[], object]) -> None:
+        key = f"{name}-{os.getpid()}-{time.time_ns()}"
+        self._names[key] = name
+        task = (_do, name, work, self._threads)
+        self._queue.add(self._client.submit(*task, key=key, resources=self._resources))
 
-            share = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus()] or [{}]
-            options = {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL"}
-            workers = {
-                k: {"cls": Nanny, "options": {**options, "env": share[k % len(share)]}}
-                for k in range(self.jobs or 1)
-            }
-            local = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}
-            return SpecCluster(
-                workers, {"cls": Scheduler, "options": local}, silence_logs="CRITICAL"
-            )
-        try:
-            import dask_jobqueue
-        except ImportError as error:
-            raise IsslError(f"--cluster: {error}; pip install issl[cluster]") from error
-        kind = getattr(dask_jobqueue, CLUSTERS[self.cluster])
-        submit = kind.job_cls.submit_command.split()[0]
-        if shutil.which(submit) is None:  # Dask would wait for jobs that nobody has submitted
-            raise IsslError(f"--cluster {self.cluster}: no {submit} here; run it where jobs start")
-        given: dict[str, Any] = {"cores": 1, "memory": "4GB", "processes": 1}
-        given |= {key: int(v) if v.isdigit() else v for key, v in self.options}
-        directives = [value for key, value in self.options if key == "directive"]
-        extra = ["--memory-limit", "0"]
-        if (lifetime := given.pop("lifetime", None)) is not None:
-            extra += ["--lifetime", str(lifetime), "--lifetime-stagger", "1m"]
-        given.pop("directive", None)
-        try:
-            cluster = kind(
-                **given,
-                job_extra_directives=directives,
-                worker_extra_args=extra,
-                job_script_prologue=["export DASK_DISTRIBUTED__WORKER__DAEMON=False"],
-            )
-            cluster.adapt(minimum_jobs=0, maximum_jobs=self.jobs or 1)
-        except (TypeError, ValueError, OSError, RuntimeError) as error:
-            raise IsslError(f"--cluster {self.cluster}: {error}") from error
-        return cluster
+    def ended(self) -> list[Ended]:
+        ends = []
+        for future in self._queue.next_batch():
+            ends.append(_ended(self._names.pop(future.key), future, self._at))
+            future.release()  # else Dask would do it again if its worker dies later
+        return ends
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of a command whose tasks may run elsewhere."""
-    add = command.add_argument
-    add("--jobs", type=int, metavar="N", help="how many at once, here or on the cluster")
-    add("--cluster", help=f"start the workers as jobs: {', '.join(CLUSTERS)}")
-    add(
-        "--cluster-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for the jobs, such as queue=gpu, walltime=8:00:00, directive=--gpus-per-node=1",
-    )
-    add("--scheduler", metavar="ADDRESS", help="a Dask that is there, such as tcp://HOST:8786")
+def _processes(jobs: int) -> Any:
+    """So many workers on this machine, which share its GPUs evenly."""
+    import torch
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+    workers = {}
+    for k in range(jobs):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
+        options = {"nthreads": 1, "memory_limit": 0, "silence_logs": "CRITICAL", "env": env}
+        workers[k] = {"cls": Nanny, "options": options}
+    local = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}
+    return SpecCluster(workers, {"cls": Scheduler, "options": local}, silence_logs="CRITICAL")
 
 
-def asked_for(options: argparse.Namespace) -> Engine | None:
-    """The engine of these options; None where they leave the choice to the command."""
-    pair = pairs(options.cluster_option, "--cluster-option", "KEY=VALUE, such as queue=gpu")
-    if options.jobs is None and options.cluster is None and options.scheduler is None and not pair:
-        return None
-    return Engine(options.jobs, options.cluster, pair, options.scheduler)
-
-
-def pairs(given: Sequence[str], option: str, example: str) -> list[tuple[str, str]]:
-    """Options that are written KEY=VALUE, split."""
-    found = [text.partition("=") for text in given]
-    for text, (key, equals, value) in zip(given, found, strict=True):
-        if not (key and equals and value):
-            raise IsslError(f"{option} {text}: write {example}")
-    return [(key, value) for key, _, value in found]
-
-
-def in_short(error: BaseException) -> str | None:
-    """An error in a line for the reader: bad input, a full disk, full memory. None for others."""
-    if isinstance(error, IsslError):
-        return str(error)
-    if (why := why_no_room(error)) is not None:
-        name = getattr(error, "filename", None) or "a file"
-        return f"{name} cannot be written: {why}; make room and run it again"
-    from issl.devices import is_out_of_memory  # imports torch
-
-    if is_out_of_memory(error):
-        return (
-            "the memory does not suffice; end other programs, or use fewer images, a smaller width "
-            "or batch size"
+def _jobs(engine: Engine) -> Any:
+    """Workers that are jobs of a batch system, as many as there is work for."""
+    name = f"--cluster {engine.cluster}"
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise IsslError(f"{name}: {error}; pip install issl[cluster]") from error
+    kind = getattr(dask_jobqueue, CLUSTERS[str(engine.cluster)])
+    submit = kind.job_cls.submit_command.split()[0]
+    if shutil.which(submit) is None:  # Dask would wait for jobs that nobody has submitted
+        raise IsslError(f"{name}: no {submit} here; run it where jobs start")
+    given: dict[str, Any] = {"cores": 1, "memory": "4GB", "processes": 1}
+    given |= {key: int(v) if v.isdigit() else v for key, v in engine.options if key != "directive"}
+    extra = ["--memory-limit", "0"]
+    if (lifetime := given.pop("lifetime", None)) is not None:
+        extra += ["--lifetime", str(lifetime), "--lifetime-stagger", "1m"]
+    try:
+        cluster = kind(
+            **given,
+            job_extra_directives=[value for key, value in engine.options if key == "directive"],
+            worker_extra_args=extra,
+            job_script_prologue=["export DASK_DISTRIBUTED__WORKER__DAEMON=False"],
         )
-    return None
+        cluster.adapt(minimum_jobs=0, maximum_jobs=engine.jobs or 1)
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise IsslError(f"{name}: {error}") from error
+    return cluster
 
 
 def _do(name: str, work: Callable[[], object], threads: int | None = None) -> Ended:
@@ -269,55 +242,71 @@ def _do(name: str, work: Callable[[], object], threads: int | None = None) -> En
     return Ended(name, time.monotonic() - began, error)
 
 
-class _Graph:
-    """Which tasks can begin; which never will, because one that they need failed."""
-
-    def __init__(self, tasks: Mapping[str, Task]):
-        self.tasks, self.ready = tasks, deque[str]()
-        self._ended: dict[str, Ended] = {}
-        self._followers: dict[str, list[str]] = {name: [] for name in tasks}
-        for name, task in tasks.items():
-            for need in set(task.needs):
-                self._followers[need].append(name)
-
-    def end(self, ended: Ended) -> Iterator[Ended]:
-        """Note how a task ended; yields it, and those that it blocks."""
-        self._ended[ended.name] = ended
-        yield ended
-        yield from self.blocked(self._followers[ended.name])
-
-    def blocked(self, candidates: Iterable[str]) -> Iterator[Ended]:
-        """Of tasks whose needs may all have ended: yields the blocked; the others are ready."""
-        for name in candidates:
-            needs = [self._ended.get(need) for need in self.tasks[name].needs]
-            if None not in needs:
-                cause = next((need.error for need in needs if need and need.error), None)
-                if cause is None:
-                    self.ready.append(name)
-                else:
-                    yield from self.end(Ended(name, error=cause, blocked=True))
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
-
-
 def _ended(name: str, future: Any, at: Any) -> Ended:
-    """How a task on Dask ended; IsslError where nobody can tell."""
+    """How a task on Dask ended; IsslError where nobody can tell.
+
+    If its worker dies before the result is here, Dask does it again, and this waits.
+    """
     from distributed import KilledWorker
 
-    if future.status == "error":
-        error = future.exception()
-        if isinstance(error, KilledWorker):
-            text = f"the process that made {name} was killed, again and again (out of memory?)"
-            return Ended(name, error=text)
-        return Ended(name, error=f"{type(error).__name__}: {error}")
-    if future.status != "finished":
+    try:
+        return future.result()
+    except KilledWorker:
+        text = f"the process that made {name} was killed, again and again (out of memory?)"
+        return Ended(name, error=text)
+    except Exception as error:
+        if future.status == "error":
+            return Ended(name, error=f"{type(error).__name__}: {error}")
         raise IsslError(
             f"the Dask scheduler {at} went away; what was made stays: run the same command again"
+        ) from error
+
+
+def in_short(error: BaseException) -> str | None:
+    """An error in a line for the reader: bad input, a full disk, full memory. None for others."""
+    if isinstance(error, IsslError):
+        return str(error)
+    if (why := why_no_room(error)) is not None:
+        name = getattr(error, "filename", None) or "a file"
+        return f"{name} cannot be written: {why}; make room and run it again"
+    from issl.devices import is_out_of_memory  # imports torch
+
+    if is_out_of_memory(error):
+        return (
+            "the memory does not suffice; end other programs, or use fewer images, a smaller width "
+            "or batch size"
         )
-    return future.result()
+    return None
+
+
+# --- options of the commands whose tasks may run elsewhere ---
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """--jobs, --cluster, --cluster-option and --scheduler."""
+    add, where = command.add_argument, command.add_mutually_exclusive_group()
+    add("--jobs", type=whole(1), metavar="N", help="how many at once, here or on the cluster")
+    where.add_argument("--cluster", choices=CLUSTERS, help="start the workers as jobs")
+    text = "a Dask that is there, such as tcp://HOST:8786"
+    where.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    text = "for the jobs, such as queue=gpu, walltime=8:00:00, directive=--gpus-per-node=1"
+    add("--cluster-option", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def asked_for(options: argparse.Namespace) -> Engine | None:
+    """The engine of these options; None where they leave the choice to the command."""
+    given = pairs(options.cluster_option, "--cluster-option", "KEY=VALUE, such as queue=gpu")
+    if given and options.cluster is None:
+        raise IsslError("--cluster-option goes with --cluster")
+    if options.jobs is None and options.cluster is None and options.scheduler is None:
+        return None
+    return Engine(options.jobs, options.cluster, given, options.scheduler)
+
+
+def pairs(given: Sequence[str], option: str, example: str) -> list[tuple[str, str]]:
+    """Options that are written KEY=VALUE, split."""
+    found = [text.partition("=") for text in given]
+    for text, (key, equals, value) in zip(given, found, strict=True):
+        if not (key and equals and value):
+            raise IsslError(f"{option} {text}: write {example}")
+    return [(key, value) for key, _, value in found]

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,17 @@ def atomic(path: Path) -> Iterator[Path]:
     a killed process leaves, `remove_leftovers` finds. IsslError where there is no room, or no
     right, to write the file.
     """
+
+    def make() -> Path:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        return Path(name)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = _new_part(path)
+        part, handle = _locked_new(make)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -77,82 +85,80 @@ def atomic(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _new_part(path: Path) -> tuple[int, Path]:
-    """A new file beside this one, locked as long as this process writes it."""
-    while True:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent
-        )
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return handle, Path(name)  # no leftover can be told from a file in use, so none goes
-        if os.fstat(handle).st_nlink:  # else another process took it for one before it was locked
-            return handle, Path(name)
-        os.close(handle)
-
-
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what killed processes left in this folder of files that they were writing; returns
     what it was."""
-    removed = []
-    for path in folder.glob(f".*{PART}*"):
-        try:
-            handle = _locked(path)
-        except OSError:
-            continue  # it is being written, was just finished, or there are no locks here
-        path.unlink(missing_ok=True)
-        os.close(handle)
-        removed.append(path)
-    return removed
+    return _remove_unlocked(folder.glob(f".*{PART}*"))
 
 
 def scratch_folder(prefix: str, parent: str | Path | None = None) -> tuple[Path, int]:
     """A new folder for temporary files, and the handle of its lock; those of processes that were
     killed are removed.
 
-    parent  where it is made; default: the system's folder for such. IsslError where it cannot be
+    Args:
+        prefix: Of its name.
+        parent: Where it is made; default: the system's folder for such.
+
+    Raises:
+        IsslError: It cannot be made there.
     """
     parent = Path(tempfile.gettempdir() if parent is None else parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise IsslError(f"folder {parent} cannot be written ({error}); choose another") from error
-    for old in parent.glob(f"{prefix}*"):
-        try:
-            handle = _locked(old)
-        except OSError:
-            continue  # it is used, or another user's
-        shutil.rmtree(old, ignore_errors=True)
-        os.close(handle)
+    _remove_unlocked(parent.glob(f"{prefix}*"))
+    return _locked_new(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
+
+
+def _locked_new(make: Callable[[], Path]) -> tuple[Path, int]:
+    """A new file or folder, locked as long as this process uses it."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        path = make()
         try:
-            return folder, _locked(folder)
-        except (FileNotFoundError, BlockingIOError):
-            continue  # another process took it for one of these before it was locked
-
-
-def _locked(path: Path) -> int:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process took it for a leftover before it was locked
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return path, handle  # no leftover can be told from one that is used, so none goes
+        if path.exists():
+            return path, handle
         os.close(handle)
-        raise
-    return handle
+
+
+def _remove_unlocked(paths: Iterable[Path]) -> list[Path]:
+    """Remove those of these files and folders that no process uses."""
+    removed = []
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # it was just finished, or is another user's
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # it is used, or there are no locks here
+        else:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+        finally:
+            os.close(handle)
+    return removed
 
 
 def why_no_room(error: BaseException) -> str | None:
     """Why the system does not let a file be written; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
-    if code is None and (
-        found := re.search(r"os error (\d+)", str(error))
-    ):  # safetensors' errors are texts
+    if found := re.search(r"os error (\d+)", str(error)):  # safetensors' errors are texts
         code = int(found[1])
-    return None if code is None else NO_ROOM.get(code)
+    return NO_ROOM.get(code or 0)
 
 
 def _cannot_write(path: Path, error: Exception) -> IsslError:
@@ -167,10 +173,6 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
     cannot be written."""
     if out.suffix not in suffixes:
         raise IsslError(f"{option} {out}: give a file name that ends in {' or '.join(suffixes)}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IsslError(f"{option} {out}: its folder cannot be made ({error})") from error
     if out.is_dir():
         raise IsslError(f"{option} {out}: is a folder; give the name of a file")
     check_writable(out.parent, f"{option} {out}")
@@ -178,9 +180,10 @@ def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """IsslError where no file can be written in this folder. (Asked for permission, root is always
-    given it.)"""
+    """Make this folder; IsslError where that, or a file in it, cannot be written. (Asked for
+    permission, root is always given it.)"""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,18 +49,10 @@ def _stack(index: Tensor, shape: Sequence[int], draw: Callable[[int], np.ndarray
     def fill(row: int, i: int) -> None:
         out[row] = draw(i)
 
-    rows = enumerate(index.tolist())
+    rows = range(len(index)), index.tolist()
     if out.size < SEVERAL_THREADS:
-        for row, i in rows:
-            fill(row, i)
-    else:  # NumPy draws without the interpreter's lock
-        list(_threads(os.getpid()).map(lambda pair: fill(*pair), rows))
+        list(map(fill, *rows))
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy draws without Python's lock
+            list(pool.map(fill, *rows))
     return torch.from_numpy(out)
-
-
-@lru_cache(maxsize=2)
-def _threads(process: int) -> ThreadPoolExecutor:
-    """This process's threads; one that was forked from it has none of them."""
-    return ThreadPoolExecutor(
-        max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    )

@@ -16,6 +16,7 @@ import torchvision
 from nets import make
 from PIL import Image
 
+from issl.data import published
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 
@@ -82,19 +83,13 @@ def encoder(path: Path) -> str:
 
 
 def write_parquet(
-    root: Path,
-    folder: str,
-    prefix: str,
-    image: str,
-    columns: dict,
-    pixels: np.ndarray,
-    metadata=None,
+    root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, encode=png
 ) -> Path:
     """One file in the Hugging Face layout."""
     path = root / folder / f"{prefix}-00000-of-00001.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({image: [{"bytes": png(p), "path": None} for p in pixels], **columns})
-    pq.write_table(table.replace_schema_metadata(metadata or {}), path)
+    table = pa.table({image: [{"bytes": encode(p), "path": None} for p in pixels], **columns})
+    pq.write_table(table, path)
     return path
 
 
@@ -108,26 +103,25 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
         )
 
 
-def write_batches(
-    root: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, labels: list[int] | None = None
+def write_torchvision(
+    root: Path, kind: str, batches: dict, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """CIFAR-10 in torchvision's layout, of few images: one in each training batch, the others are
-    the test set (their labels: 0, 1, … unless given). The checksums that torchvision verifies are
-    made those of its files. Returns its folder."""
-    base, flat = root / "cifar-10-batches-py", pixels.reshape(len(pixels), -1)
+    """CIFAR in torchvision's layout: the pixels and labels of each file, of which the last is the
+    test set's. The checksums that torchvision verifies are made those of its files. Returns its
+    folder."""
+    of = getattr(torchvision.datasets, kind)
+    base, sums = root / of.base_folder, {}
     base.mkdir(parents=True)
-    batches = {f"data_batch_{k}": {"data": flat[k - 1 : k], "labels": [k]} for k in range(1, 6)}
-    batches["test_batch"] = {"data": flat[5:], "labels": labels or list(range(len(pixels) - 5))}
-    sums = {}
-    for name, content in {**batches, "batches.meta": {"label_names": list("abcdefghij")}}.items():
+    labels, names = of.meta["key"].replace("_names", "s"), published.SOURCES[kind.lower()].names
+    contents = {
+        name: {"data": x.reshape(len(x), -1), labels: y} for name, (x, y) in batches.items()
+    }
+    contents[of.meta["filename"]] = {of.meta["key"]: next(iter(names.values()))}
+    for name, content in contents.items():
         (base / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
-    kind = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(kind, "train_list", [[k, sums[k]] for k in batches if k != "test_batch"])
-    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(
-        kind,
-        "meta",
-        {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
-    )
+    *train, test = batches
+    monkeypatch.setattr(of, "train_list", [[name, sums[name]] for name in train])
+    monkeypatch.setattr(of, "test_list", [[test, sums[test]]])
+    monkeypatch.setattr(of, "meta", of.meta | {"md5": sums[of.meta["filename"]]})
     return base

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import nets
 import numpy as np
@@ -25,41 +24,33 @@ from issl.pretraining import loop
 from issl.pretraining.loop import Execution
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+PLACES = torch.backends.cuda.matmul, torch.backends.cudnn.conv if NEW else torch.backends.cudnn
 
 
-# --- precision
-# ---------------------------------------------------------------------------------------------
+# --- precision ---
 
 
 @pytest.fixture
 def precision():
     """What tests change, restored."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (
-        (matmul.fp32_precision, cudnn.conv.fp32_precision)
-        if NEW
-        else (matmul.allow_tf32, cudnn.allow_tf32)
-    )
+    name = "fp32_precision" if NEW else "allow_tf32"
+    before = [getattr(place, name) for place in PLACES]
     yield
-    if NEW:
-        matmul.fp32_precision, cudnn.conv.fp32_precision = before
-    else:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    for place, value in zip(PLACES, before, strict=True):
+        setattr(place, name, value)
 
 
 @pytest.mark.skipif(not NEW, reason="this torch has only the old names")
 @pytest.mark.parametrize("mine", ["ieee", "tf32"])
 def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision: None) -> None:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    matmul.fp32_precision = conv.fp32_precision = mine
+    cudnn = torch.backends.cudnn
+    for place in PLACES:
+        place.fp32_precision = mine
     with pytest.raises(ZeroDivisionError), full_precision():
-        assert matmul.fp32_precision == conv.fp32_precision == "ieee"
-        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert [place.fp32_precision for place in PLACES] == ["ieee"] * 2
+        assert cudnn.deterministic and not cudnn.benchmark
         raise ZeroDivisionError
-    assert (
-        matmul.fp32_precision == conv.fp32_precision == mine
-        and not torch.backends.cudnn.deterministic
-    )
+    assert [place.fp32_precision for place in PLACES] == [mine] * 2 and not cudnn.deterministic
 
 
 @pytest.mark.parametrize("mine", [True, False])
@@ -70,7 +61,7 @@ def test_full_precision_where_the_caller_uses_the_old_names(mine: bool, precisio
     assert torch.backends.cuda.matmul.allow_tf32 is mine and torch.backends.cudnn.allow_tf32 is mine
 
 
-def test_features_losses_and_votes_are_computed_in_full_precision(precision: None) -> None:
+def test_features_and_losses_are_computed_in_full_precision(precision: None) -> None:
     seen = []
 
     class Watching(torch.nn.Module):
@@ -79,17 +70,13 @@ def test_features_losses_and_votes_are_computed_in_full_precision(precision: Non
             seen.append(matmul.fp32_precision == "ieee" if NEW else not matmul.allow_tf32)
             return x.flatten(1)
 
-    if NEW:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    setattr(PLACES[0], *(("fp32_precision", "tf32") if NEW else ("allow_tf32", True)))
     evaluate.embed(Watching(), nets.pictures(3))
     evaluate.stability_losses(Watching(), nets.pictures(3), issl.GaussianNoise())
     assert len(seen) == 3 and all(seen)
 
 
-# --- a GPU that cannot be used
-# -----------------------------------------------------------------------------
+# --- a GPU that cannot be used ---
 
 
 def machine(
@@ -113,11 +100,9 @@ def machine(
 
 def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(tmp_path, monkeypatch)
+    said = r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu"
     for name in ("auto", "cuda"):
-        with pytest.raises(
-            issl.IsslError,
-            match=r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu",
-        ):
+        with pytest.raises(issl.IsslError, match=said):
             pick_device(name)
     assert pick_device("cpu").type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
@@ -135,9 +120,8 @@ def test_a_torch_without_cuda_on_a_machine_with_a_gpu(
 def test_a_machine_without_a_gpu_computes_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(
-        tmp_path, monkeypatch
-    )  # a container without the GPU sees the driver's version, but no GPU
+    # a container without the GPU sees the driver's version, but no GPU
+    machine(tmp_path, monkeypatch)
     (tmp_path / "dev" / "nvidia0").unlink()
     (tmp_path / "dev" / "nvidiactl").touch()
     assert pick_device("auto").type == "cpu"
@@ -145,8 +129,7 @@ def test_a_machine_without_a_gpu_computes_on_the_cpu(
         pick_device("cuda")
 
 
-# --- compilation
-# -------------------------------------------------------------------------------------------
+# --- compilation ---
 
 
 def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
@@ -176,8 +159,7 @@ def test_the_twelfth_shape_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen.frame_count == 12
 
 
-# --- memory
-# ------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def test_where_the_gpus_memory_runs_out_batches_are_halved(
@@ -193,12 +175,8 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(
 
     batches = Batches(8)
     parts = list(batches(slice(2, 21), run))
-    assert [i for part in parts for i in part] == list(range(2, 21)) and sizes == [
-        8,
-        4,
-        *[2] * 9,
-        1,
-    ]
+    assert [i for part in parts for i in part] == list(range(2, 21))
+    assert sizes == [8, 4, *[2] * 9, 1]
     assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
     assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
@@ -211,25 +189,20 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(
 
 def test_scores_and_features_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
     net, images = nets.make("batchnorm", torch.float32), nets.pictures(12)
-    whole, features = (
-        self_influence(net, images, computing=Computing(batch_size=12)),
-        evaluate.embed(net, images),
-    )
-    small = SimpleNamespace(failures=0)
+    how, failures = Computing(batch_size=12), []
+    whole = self_influence(net, images, computing=how)["influence"]
+    features = evaluate.embed(net, images)
 
     def crowded(_: object, args: tuple[torch.Tensor]) -> None:
         if len(args[0]) > 8:
-            small.failures += 1
+            failures.append(len(args[0]))
             raise torch.OutOfMemoryError
 
     net[0].register_forward_pre_hook(crowded)
-    np.testing.assert_allclose(
-        self_influence(net, images, computing=Computing(batch_size=12))["influence"],
-        whole["influence"],
-        rtol=1e-5,
-    )
+    again = self_influence(net, images, computing=how)["influence"]
+    np.testing.assert_allclose(again, whole, rtol=1e-5)
     torch.testing.assert_close(evaluate.embed(net, images), features)
-    assert small.failures >= 2
+    assert len(failures) >= 2
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -243,13 +216,10 @@ def test_a_containers_limit_counts(
     root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
     limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
     (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
-    for folder, most, now in (
-        (root / "slurm", "1000000", 400_000),
-        (root / "slurm" / "job", "9000000", 100_000),
-    ):
-        folder.mkdir(parents=True)
-        (folder / f"memory.{limit}").write_text(most + "\n")
-        (folder / f"memory.{usage}").write_text(f"{now}\n")
+    for name, most, now in (("slurm", 1_000_000, 400_000), ("slurm/job", 9_000_000, 100_000)):
+        (root / name).mkdir(parents=True)
+        (root / name / f"memory.{limit}").write_text(f"{most}\n")
+        (root / name / f"memory.{usage}").write_text(f"{now}\n")
     assert free_memory() == 600_000  # the limit above the own one is tighter
     (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
@@ -258,8 +228,7 @@ def test_a_containers_limit_counts(
     assert free_memory() == 8_900_000
 
 
-# --- the probe on a GPU
-# ------------------------------------------------------------------------------------
+# --- the probe on a GPU ---
 
 
 @pytest.mark.parametrize("c", PENALTIES)

@@ -271,7 +271,7 @@ COMMANDS = {  # what must be named
     INFLUENCE + "--store /proc/x": "/proc/x",
     INFLUENCE + "--curvature-from ENCODER": "is no curvature file",
     INFLUENCE + "--weights x": "weights 'x'",
-    "explain test:3 --k 0 " + EXPLAIN: "--k 0",
+    "explain test:3 --k 0 " + EXPLAIN: "--k",
     "explain test:99999 " + EXPLAIN: "test:99999",
     "explain train:x " + EXPLAIN: "train:x",
     "explain no.png " + EXPLAIN: "no.png",

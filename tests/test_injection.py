@@ -17,9 +17,7 @@ from issl.data import judged_pairs, scenes
 
 @pytest.fixture(scope="module")
 def plain() -> issl.Images:
-    return scenes.draw(
-        200, config=scenes.ScenesConfig(exact_duplicates=0.0, near_duplicates=0.0, atypical=0.0)
-    )
+    return scenes.draw(200, exact_duplicates=0.0, near_duplicates=0.0, atypical=0.0)
 
 
 def place(images: issl.Images, index: int) -> int:

@@ -38,15 +38,12 @@ def test_they_fit_the_images_and_the_detector_misses_most(data_root) -> None:
     sure, uniform = table["sure"].to_numpy() == 1, (table["uniform"] == "yes").to_numpy()
     grey = statistics["border_grey"].to_numpy()
     white, black = ((table["colour"] == c).to_numpy() & sure for c in ("white", "black"))
-    assert (
-        np.median(grey[white]) > 0.8 and np.median(grey[black]) < 0.2
-    )  # of the images that they name
+    # of the images that they name
+    assert np.median(grey[white]) > 0.8 and np.median(grey[black]) < 0.2
     flagged = statistics["uniform"].to_numpy()
-    precision, recall = (
-        (flagged & uniform).sum() / flagged.sum(),
-        (flagged & uniform).sum() / uniform.sum(),
-    )
-    assert precision == pytest.approx(0.91, abs=0.01) and recall == pytest.approx(0.18, abs=0.01)
+    both = (flagged & uniform).sum()
+    assert both / flagged.sum() == pytest.approx(0.91, abs=0.01)
+    assert both / uniform.sum() == pytest.approx(0.18, abs=0.01)
 
 
 def test_the_truth_of_scenes_is_known_but_of_atypical_ones() -> None:
@@ -76,16 +73,12 @@ def test_labels_follow_their_images_through_any_choice(data_root) -> None:
 
 def test_each_pair_was_judged_once() -> None:
     pairs = pd.read_csv(PAIRS)
-    assert (
-        len(pairs) == 391
-        and not pairs.duplicated(["a", "b"]).any()
-        and (pairs["a"] < pairs["b"]).all()
-    )
+    assert len(pairs) == 391 and not pairs.duplicated(["a", "b"]).any()
+    assert (pairs["a"] < pairs["b"]).all()
     assert pairs["same"].value_counts().to_dict() == {"yes": 338, "no": 53}
     assert pairs[["a", "b"]].isin(range(50_000)).all(axis=None) and set(pairs["sure"]) == {0, 1}
-    assert (
-        set(pairs["mirrored"]) == {0, 1} and (pairs["same"][pairs["mirrored"] == 1] == "yes").all()
-    )
+    assert set(pairs["mirrored"]) == {0, 1}
+    assert (pairs["same"][pairs["mirrored"] == 1] == "yes").all()
 
 
 @pytest.mark.data
@@ -118,30 +111,24 @@ def test_the_pairs_are_of_the_images_that_they_name(data_root) -> None:
 def test_of_a_group_the_first_image_is_the_original() -> None:
     pairs = pd.read_csv(PAIRS).query("same == 'yes'")
     car = pairs[(pairs["a"] == 119) | (pairs["b"] == 119)]
-    index = np.sort(
-        np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7])
-    )  # a series, a pair, and neither
+    # a series, a pair, and neither
+    index = np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7])
     assert len(car) + 1 >= 3
-    pixels = torch.randint(
-        256, (len(index), 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (len(index), 3, 8, 8), dtype=torch.uint8, generator=generator)
     images = Images(pixels, None, pd.DataFrame({"index": index}), "cifar10")
     known = known_duplicates(images).assign(index=index).set_index("index")
     kind = "series" if len(car) + 1 >= SERIES else "pair"
-    assert (
-        known.loc[22535].tolist() == [41, "pair"]
-        and known.loc[[41, 7, 119], "duplicate_of"].eq(-1).all()
-    )
-    assert (known.drop([41, 7, 119, 22535])["duplicate_of"] == 119).all()
-    assert set(known.drop([41, 7, 119, 22535])["duplicate_kind"]) == {kind}
+    assert known.loc[22535].tolist() == [41, "pair"]
+    assert known.loc[[41, 7, 119], "duplicate_of"].eq(-1).all()
+    series = known.drop([41, 7, 119, 22535])
+    assert (series["duplicate_of"] == 119).all() and set(series["duplicate_kind"]) == {kind}
     # what was overwritten is in no pair; other sets, and other images of this one, say what they
     # say of themselves
     overwritten = images.attributes.assign(atypical=np.where(index == 41, "inverted", ""))
-    assert (
-        known_duplicates(Images(pixels, None, overwritten, "cifar10"))["duplicate_of"].ne(41).all()
-    )
+    known = known_duplicates(Images(pixels, None, overwritten, "cifar10"))
+    assert known["duplicate_of"].ne(41).all()
     own = inject(Images(pixels, None, images.attributes, "other"), duplicates=0.4)
-    pd.testing.assert_frame_equal(
-        known_duplicates(own), own.attributes[["duplicate_of", "duplicate_kind"]], check_dtype=False
-    )
+    told = own.attributes[["duplicate_of", "duplicate_kind"]]
+    pd.testing.assert_frame_equal(known_duplicates(own), told, check_dtype=False)
     assert known_duplicates(images, "test")["duplicate_of"].eq(-1).all()

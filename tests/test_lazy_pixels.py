@@ -18,8 +18,7 @@ from torchvision.transforms import v2
 
 import issl
 from issl import Computing, LoGra, cli, keyed_random
-from issl.data.folder import path_index
-from issl.data.lazy_pixels import LazyPixels
+from issl.data.images import LazyPixels
 
 N, SIDE = 23, 24
 
@@ -38,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same_scores(lazy: issl.Images, held: issl.Images) -> None:
     """Bit for bit, whatever the batches."""
     assert isinstance(lazy.pixels, LazyPixels) and isinstance(held.pixels, torch.Tensor)
-    for batch_size in (5, 8, 64):
+    for batch_size in (5, 64):
         how = Computing(batch_size=batch_size)
         one, two = (
             issl.self_influence(net(), images, curvature=LoGra(3), computing=how)
@@ -63,7 +62,7 @@ def test_it_takes_positions_as_a_tensor_does(photos: Path) -> None:
     assert (lazy.shape, lazy.ndim, lazy.dtype) == (held.shape, 4, torch.uint8)
     assert torch.equal(torch.stack(list(lazy)), held)
     assert [len(x) for x in lazy.split(10)] == [10, 10, 3]
-    assert torch.equal(lazy.subset(torch.tensor([4, 1])).subset(torch.tensor([1]))[:], held[1:2])
+    assert torch.equal(lazy.subset(np.array([4, 1])).subset(np.array([1]))[:], held[1:2])
 
 
 def test_only_the_next_batch_is_read_ahead() -> None:
@@ -98,7 +97,6 @@ def test_an_index_belongs_to_the_path(photos: Path, tmp_path: Path) -> None:
     after = issl.load(f"folder:{tmp_path}", size=SIDE)
     assert after.attributes["path"][0] == "-new.jpg"
     assert after.index[1:].tolist() == before.index.tolist()
-    assert before.index.tolist() == [path_index(p) for p in before.attributes["path"]]
     assert (before.index >= 0).all() and int(before.index.max()) < 2**62
     fitted = issl.fit(net(), before, curvature=LoGra(3))
     scores = [fitted.score(images)["influence"].tolist() for images in (before, after)]
@@ -190,7 +188,7 @@ def test_an_unknown_range_is_an_error(kind: str, tmp_path: Path) -> None:
     with pytest.raises(issl.IsslError, match=f"a.tiff .pixels of mode {kind}, whose range is not"):
         issl.load(f"folder:{tmp_path}", size=16)
     for each in (image, Image.open(tmp_path / "a.tiff")):
-        with pytest.raises(issl.IsslError, match=f"item 0 of dataset has pixels of mode {kind}"):
+        with pytest.raises(issl.IsslError, match=f"item 0 of dataset .*pixels of mode {kind}"):
             issl.from_dataset([each], size=16)
 
 
@@ -214,27 +212,31 @@ class Pairs:
 
 
 KINDS = {
-    "ints": (NUMBERS, NUMBERS, None),
-    "numpy's": (np.array(NUMBERS, np.int16), NUMBERS, None),
-    "numpy's, unsigned": (list(np.array(NUMBERS, np.uint8)), NUMBERS, None),
-    "torch's": (torch.tensor(NUMBERS), NUMBERS, None),
-    "torch's, of one element": (torch.tensor(NUMBERS)[:, None], NUMBERS, None),
-    "whole floats": ([float(k) for k in NUMBERS], NUMBERS, None),
-    "texts": (TEXTS, [1, 2, 1, 0], TEXTS),
-    "numpy's texts": (np.array(TEXTS), [1, 2, 1, 0], TEXTS),
-    "truths": (TRUTHS, [1, 0, 1, 1], ["True", "False", "True", "True"]),
-    "torch's truths": (torch.tensor(TRUTHS), [1, 0, 1, 1], ["True", "False", "True", "True"]),
+    "ints": NUMBERS,
+    "numpy's": np.array(NUMBERS, np.int16),
+    "numpy's, unsigned": list(np.array(NUMBERS, np.uint8)),
+    "torch's": torch.tensor(NUMBERS),
+    "torch's, of one element": torch.tensor(NUMBERS)[:, None],
+    "whole floats": [float(k) for k in NUMBERS],
+    "texts": TEXTS,
+    "numpy's texts": np.array(TEXTS),
+    "truths": TRUTHS,
+    "torch's truths": torch.tensor(TRUTHS),
 }
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
 @pytest.mark.parametrize("of", KINDS)
-def test_a_dataset_keeps_its_labels(of: str, as_dict: bool) -> None:
-    given, numbers, names = KINDS[of]
-    images = issl.from_dataset(Pairs(given, as_dict))
-    assert images.require_labels().tolist() == numbers and images.labels.dtype == torch.int64
-    assert images.attributes["label_name"].tolist() == (names or [str(k) for k in numbers])
-    assert images.subset([2, 0]).labels.tolist() == [numbers[2], numbers[0]]
+def test_a_dataset_keeps_its_labels(of: str) -> None:
+    numbers, names = NUMBERS, [str(k) for k in NUMBERS]
+    if "texts" in of:
+        numbers, names = [1, 2, 1, 0], TEXTS
+    elif "truths" in of:
+        numbers, names = [1, 0, 1, 1], ["True", "False", "True", "True"]
+    for as_dict in (False, True):
+        images = issl.from_dataset(Pairs(KINDS[of], as_dict))
+        assert images.require_labels().tolist() == numbers and images.labels.dtype == torch.int64
+        assert images.attributes["label_name"].tolist() == names
+        assert images.subset([2, 0]).labels.tolist() == [numbers[2], numbers[0]]
 
 
 @pytest.mark.parametrize(

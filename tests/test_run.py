@@ -158,7 +158,6 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
         (["--device", "tpu"], "device 'tpu'"),
         (["--profile", "mini", "--data-root", "NOWHERE"], "data root 'NOWHERE' is not a folder"),
         (["--out", "/proc/nothing"], "cannot be written"),
-        (["--jobs", "0"], "--jobs 0: need 1 or more"),
         (["--cluster-option", "gpu"], "--cluster-option gpu: write KEY=VALUE"),
         (["--checkpoint", "simclr"], "--checkpoint simclr: write METHOD=FILE"),
     ],

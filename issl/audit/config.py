@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from issl.errors import IsslError
 
 # dataclasses that stand in keys without their name, because they were configs when keys were made
-UNTYPED = ("Head", "Recipe", "ScenesConfig", "View")
+UNTYPED = ("Head", "Recipe", "View")
 C = TypeVar(
     "C", bound="Config"
 )  # not typing.Self, which a checker of shapes at run time cannot resolve

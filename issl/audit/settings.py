@@ -84,9 +84,7 @@ def _loaded(data: Data, identity: str) -> Images:
         )
         images = images.in_memory()
     else:
-        images = scenes.draw(
-            data.n, data.split, data.seed, scenes.ScenesConfig(uniform=data.uniform)
-        )
+        images = scenes.draw(data.n, data.split, data.seed, uniform=data.uniform)
     if data.classes is not None:
         images = images.subset(torch.isin(images.require_labels(), torch.tensor(data.classes)))
         if len(images) == 0:

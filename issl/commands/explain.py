@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from issl.commands import pictures
-from issl.commands.options import add_image_arguments
+from issl.commands.arguments import whole
+from issl.commands.options import add_image_arguments, load_images
 from issl.data import datasets
-from issl.data.decoding import decode, in_words, read_all
+from issl.data.decoding import decode
 from issl.data.images import Images, own_names
 from issl.devices import pick_device
 from issl.errors import IsslError
@@ -49,52 +50,39 @@ ALTERED = ("inject", "first", "uniform", "classes")
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `issl explain`."""
     add = command.add_argument
-    add(
-        "image",
-        metavar="IMAGE",
-        help="an image file, or test:17 (train:17) for an image of the data set itself",
-    )
+    text = "an image file, or test:17 (train:17) for an image of the data set itself"
+    add("image", metavar="IMAGE", help=text)
     add_image_arguments(command)
-    add(
-        "--out",
-        type=Path,
-        default=Path("explain.png"),
-        metavar="FILE",
-        help="picture, .png or .pdf (explain.png)",
-    )
-    add("--k", type=int, default=8, help="images in each list (8)")
+    command.set_defaults(split="train", skip_broken=False, workers=None)
+    out, text = Path("explain.png"), "picture, .png or .pdf (explain.png)"
+    add("--out", type=Path, default=out, metavar="FILE", help=text)
+    add("--k", type=whole(1), default=8, help="images in each list (8)")
     add("--fit", action="store_true", help="crop IMAGE to its centre, resize it to the data's size")
     add("--any-data", action="store_true", help="allow images that the encoder was not trained on")
     add("--rank", type=int, default=16, help="of LoGra, per side (16)")
     add("--damping", type=float, default=0.1, help="fraction of the mean diagonal (0.1)")
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
-    add(
-        "--training-aware",
-        action="store_true",
-        help="another list: by influence through the gradient that training follows (64 passes)",
-    )
+    text = "another list: by influence through the gradient that training follows (64 passes)"
+    add("--training-aware", action="store_true", help=text)
     add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out, by name")
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the command; raises IsslError for bad input, before any long work."""
-    began = time.monotonic()
-    writable(options.out, (".png", ".pdf"))
-    if options.k < 1:
-        raise IsslError(f"--k {options.k}: must be 1 or more")
+    began, out = time.monotonic(), options.out
+    writable(out, (".png", ".pdf"))
     device = pick_device(options.device)
     opened = encoder_asked_for(options)
     encoder, skip = opened.encoder, opened.own_names(options.skip.split(","))
     find_layers(encoder, skip, options.untrained)
     images, known = training_images(options, opened)
-    query = read_query(options, images)
+    query, what, own = read_query(options, images)
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
-    print(f"{query.attributes['what'][0]} among {about}", flush=True)
-    trained_on = bool(query.attributes["trained_on"][0])
-    queries, noise = query if trained_on else as_queries(query), GaussianNoise()
-    scores = cross_influence(
+    print(f"{what} among {about}", flush=True)
+    queries, noise = as_queries(query) if own is None else query, GaussianNoise()
+    influence = cross_influence(
         encoder,
         images,
         queries,
@@ -105,24 +93,23 @@ def main(options: argparse.Namespace) -> int:
         skip=skip,
         untrained=options.untrained,
         computing=Computing(device=device, batch_size=64),
-    )[0]
+    )
     features, asked = (
         torch.nn.functional.normalize(embed(encoder, some, device), dim=1)
         for some in (images, query)
     )
-    near = (features @ asked[0]).double().numpy()
-    draws = options.seed, options.draws
-    loss = float(stability_losses(encoder, queries, noise, *draws, device)[0])
+    similarity = (features @ asked[0]).double().numpy()
+    losses = stability_losses(encoder, queries, noise, options.seed, options.draws, device)
     trained = by_training(options, images, queries, device) if options.training_aware else None
-    own = images.index.numpy() == int(query.index[0]) if trained_on else None
-    table = lists(images, scores.numpy(), near, options.k, own, trained)
-    with atomic(options.out.with_suffix(".csv")) as part:
+    table = lists(images, influence[0].numpy(), similarity, options.k, own, trained)
+    with atomic(out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
-    title = f"Where did the encoder learn this? {in_common(table)}\n{about}; LoGra({options.rank})"
-    draw(options.out, title, query, images, table, loss)
-    print(_summary(table))
-    seconds = time.monotonic() - began
-    print(f"{options.out}, {options.out.with_suffix('.csv')}: {seconds:.0f} s", flush=True)
+    shared = in_common(table)
+    title = f"Where did the encoder learn this? {shared}\n{about}; LoGra({options.rank})"
+    what = f"{what}, stability loss {losses[0]:.3f}"
+    draw(out, title, (what, query), images, table)
+    print(f"{_summary(table)}\n{shared}")
+    print(f"{out}, {out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
@@ -131,11 +118,6 @@ def by_training(
 ) -> np.ndarray:
     """Training-aware influence of each image on the query, on views of the size that the training
     ended on."""
-    if not options.encoder.endswith(".safetensors"):
-        raise IsslError(
-            f"--training-aware: {options.encoder} does not say how it was trained; it needs a file "
-            "that `issl pretrain` or a notebook wrote"
-        )
     learner = load_learner(options.encoder)
     height, width = images.pixels.shape[2:]
     return training_influence(
@@ -150,136 +132,116 @@ def by_training(
     )[0].numpy()
 
 
-# --- which training images, which query ---
-
-
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
     """The images that the encoder was trained on, and a note on how that is known.
 
     Our own checkpoints say what they were trained on: another set, or another number of images, is
     an error. Nothing is known about other encoders, and the output says so.
     """
-    size = options.size
-    if size is None and datasets.is_resized(options.data):
-        size = opened.size
-    header = _header(options.encoder)
+    header = _header(Path(options.encoder))
     if header is None:
-        return _load(options, options.n, size), " (the file does not say what it was trained on)"
+        note = " (the file does not say what it was trained on)"
+        return load_images(options, opened), note
     config = header.get("config")  # of a notebook's stage
     known = config["data"] if config else {"name": header["data"], "n": header["n"]}
     name, count = known["name"], known["n"]
     if options.any_data:
-        return _load(options, options.n, size), f" (it was trained on {name})"
+        return load_images(options, opened), f" (it was trained on {name})"
     encoder = f"encoder {options.encoder} was trained on"
     remedy = "or add --any-data to ask about images that it has not seen"
     if name not in (datasets.without_place(options.data), options.data):
         raise IsslError(f"{encoder} {name}, not on {options.data}: use --data {name}, {remedy}")
-    if options.n is not None and options.n != count:
+    if options.n not in (None, count):
         raise IsslError(
             f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}"
         )
     if not config:
-        return _load(options, count, size), " it was trained on"
+        options.n = count
+        return load_images(options, opened), " it was trained on"
     if altered := [key for key in ALTERED if known.get(key) is not None]:
         raise IsslError(
             f"{encoder} images of {name} that a notebook altered ({', '.join(altered)}): add "
             "--any-data to ask about the set as it is"
         )
-    which = datasets.identity(options.data, known["split"], options.data_root)
-    if which.digest != known.get("identity"):
+    place = options.data, known["split"]
+    if datasets.identity(*place, options.data_root).digest != known.get("identity"):
         raise IsslError(
             f"{encoder} other images of {name} than those here (their content differs): point "
             f"--data-root to the right ones, {remedy}"
         )
-    images = datasets.load(
-        options.data, known["split"], count, options.data_root, known["seed"], known["size"]
-    )
+    images = datasets.load(*place, count, options.data_root, known["seed"], known["size"])
     some = config.get("without") or config.get("left_out")
     return images, " (it was trained on a part of them)" if some else " it was trained on"
 
 
-def _load(options: argparse.Namespace, n: int | None, size: int | None) -> Images:
-    return datasets.load(options.data, "train", n, options.data_root, size=size)
-
-
-def _header(encoder: str) -> dict[str, Any] | None:
+def _header(path: Path) -> dict[str, Any] | None:
     """What our own checkpoint says about its training."""
-    if not encoder.endswith(".safetensors") or not Path(encoder).is_file():
+    if path.suffix != ".safetensors" or not path.is_file():
         return None
-    entry = read_header(read_safetensors(Path(encoder), "encoder")[0], Path(encoder))
+    entry = read_header(read_safetensors(path, "encoder")[0], path)
     return entry if entry is not None and ("config" in entry or "data" in entry) else None
 
 
-def read_query(options: argparse.Namespace, images: Images) -> Images:
-    """The one image that is asked about; attributes: index, what (for titles), trained_on (is it
-    one of `images`?)."""
-    side = int(images.pixels.shape[2])
+def read_query(
+    options: argparse.Namespace, images: Images
+) -> tuple[Images, str, np.ndarray | None]:
+    """The one image that is asked about; what titles call it; where it is among `images`, as a
+    mask, or None if it is none of them."""
+    side, data = int(images.pixels.shape[2]), options.data
     # a name may hold a newline
     member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)
     if member and member[1]:
-        place = _place(options.image, member[1], images)
-        paths, named = images.attributes.get("path"), f"training image {member[1]}"
-        if paths is not None and paths.iloc[place] != member[1]:
-            named += f" ({paths.iloc[place]})"
-        return _one(images.pixels[place], int(images.index[place]), named, True)
+        own, what = _own(options.image, member[1], images), f"training image {member[1]}"
+        paths = images.attributes.get("path")
+        if paths is not None and paths[own].iloc[0] != member[1]:
+            what += f" ({paths[own].iloc[0]})"
+        return images.subset(own).in_memory(), what, own
     if member:
-        same = options.size or side if options.data == "fairface" else None
-        test = datasets.load(options.data, "test", None, options.data_root, size=same)
-        if int(member[2]) >= len(test):
+        same, place = side if datasets.is_resized(data) else None, int(member[2])
+        test = datasets.load(data, "test", None, options.data_root, size=same)
+        if place >= len(test):
             raise IsslError(
-                f"{options.image}: the test set of {options.data} has {len(test)} images, numbered "
-                "from 0"
+                f"{options.image}: the test set of {data} has {len(test)} images, numbered from 0"
             )
-        return _one(test.pixels[int(member[2])], int(member[2]), f"test image {member[2]}", False)
+        return _one(test.pixels[place], place), f"test image {place}", None
     path = Path(options.image)
     if not path.is_file():
-        part = "train" if options.data.startswith("folder:") else "test"  # a folder has no test set
+        part = "train" if data.startswith("folder:") else "test"  # a folder has no test set
         raise IsslError(
             f"image {options.image!r} does not exist; give an image file, or {part}:17 for one of "
-            f"{options.data}"
+            f"{data}"
         )
-    with path.open("rb") as opened:
-        data = read_all(opened, str(path))
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            size = file.size
-            file.verify()
-    except Exception as error:
-        raise IsslError(
-            f"{path} is not an image that can be read ({in_words(error)}); give a PNG, JPEG or the "
-            "like"
-        ) from error
+    encoded = path.read_bytes()
+    pixels = decode(encoded, side, str(path))
+    width, height = Image.open(io.BytesIO(encoded)).size
     # a folder's own images are resized as they are read; a set of a fixed size takes no other
-    if size != (side, side) and not options.fit and not options.data.startswith("folder:"):
+    if (width, height) != (side, side) and not options.fit and not data.startswith("folder:"):
         raise IsslError(
-            f"{path} is {size[0]} × {size[1]} px, the images of {images.name} are {side} × {side}: "
+            f"{path} is {width} × {height} px, the images of {images.name} are {side} × {side}: "
             "add --fit to take its centred square and resize it, or bring it to that size yourself"
         )
-    return _one(torch.from_numpy(decode(data, side, str(path)).copy()), 0, path.name, False)
+    return _one(torch.from_numpy(pixels.copy()), 0), path.name, None
 
 
-def _place(option: str, which: str, images: Images) -> int:
-    """Where an image is among the training images: by its index or, of files, by its path or its
-    place."""
-    known = images.attributes
-    matches = np.flatnonzero(known["path"] == which) if "path" in known else np.empty(0, np.int64)
-    if not len(matches) and which.isdigit():
-        matches = np.flatnonzero(known["index"] == int(which))
-        if not len(matches) and "path" in known and int(which) < len(images):
-            return int(which)
-    if not len(matches):
+def _own(option: str, which: str, images: Images) -> np.ndarray:
+    """A training image, as a mask: by its index or, of files, by its path or its place."""
+    known, places = images.attributes, np.arange(len(images))
+    found = np.zeros(len(images), bool)
+    if "path" in known:
+        found = (known["path"] == which).to_numpy()
+    if not found.any() and which.isdigit():
+        found = (known["index"] == int(which)).to_numpy()
+        if not found.any() and "path" in known:
+            found = places == int(which)
+    if not found.any():
         raise IsslError(
             f"{option}: the encoder's {len(images)} training images have no index {which}"
         )
-    return int(matches[0])
+    return found
 
 
-def _one(pixels: torch.Tensor, index: int, what: str, trained_on: bool) -> Images:
-    about = pd.DataFrame({"index": [index], "what": [what], "trained_on": [trained_on]})
-    return Images(pixels[None], None, about, "query")
-
-
-# --- the answer ---
+def _one(pixels: torch.Tensor, index: int) -> Images:
+    return Images(pixels[None], None, pd.DataFrame({"index": [index]}), "query")
 
 
 def lists(
@@ -307,15 +269,12 @@ def lists(
         what is known about the image.
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
-    k = min(k, int((~own).sum()))
     scores = {"influence": influence, "similarity": similarity}
     scores |= {} if trained is None else {"training_influence": trained}
-    ranks = {
-        f"{name}_rank": pd.Series(np.where(own, np.nan, -values))
-        .rank(method="first")
-        .astype("Int64")
-        for name, values in scores.items()
-    }
+    ranks = {}
+    for name, values in scores.items():
+        falling = pd.Series(np.where(own, np.nan, -values))
+        ranks[f"{name}_rank"] = falling.rank(method="first").astype("Int64")
     known = own_names(images.attributes, [*scores, *ranks, "position", "list", "rank"])
     known = known.assign(**scores, **ranks, position=np.arange(len(images)))
     others = known[~own]
@@ -324,35 +283,36 @@ def lists(
         "opposed": others.nlargest(k, "influence_rank"),
         "nearest": others.nsmallest(k, "similarity_rank"),
     }
-    parts |= {} if trained is None else {"trained": others.nsmallest(k, "training_influence_rank")}
-    parts["itself"] = known[own]
+    if trained is not None:
+        parts["trained"] = others.nsmallest(k, "training_influence_rank")
+    if own.any():
+        parts["itself"] = known[own]
     table = pd.concat(
-        [p.assign(list=name, rank=np.arange(1, len(p) + 1)) for name, p in parts.items() if len(p)]
+        [part.assign(list=name, rank=range(1, len(part) + 1)) for name, part in parts.items()]
     )
     front = ["list", "rank", "index", *scores, *ranks]
     return table[[*front, *(c for c in table if c not in front)]].reset_index(drop=True)
 
 
 def draw(
-    path: Path, title: str, query: Images, images: Images, table: pd.DataFrame, loss: float
+    path: Path, title: str, query: tuple[str, Images], images: Images, table: pd.DataFrame
 ) -> None:
-    """The query above lists of training images, each with its influence (in parts of the greatest)
-    and similarity; `table` from `lists`, `loss` the query's stability loss."""
+    """The query, under its name, above lists of training images (`table`, from `lists`), each with
+    its influence (in parts of the greatest) and similarity."""
     others = table[table["list"] != "itself"]
     greatest = float(others["influence"].abs().max()) or 1.0
-    what = f"{query.attributes['what'][0]}, stability loss {loss:.3f}"
-    rows = [pictures.Row(what, [(query.pixels[0].numpy(), "")])]
-    for name, members in others.groupby("list", sort=False):
+    rows = [(query[0], [(query[1].pixels[0].numpy(), "")])]
+    for list_, members in others.groupby("list", sort=False):
         shown = []
         for member in members.to_dict("records"):
-            label = member.get("label_name", member.get("path", member["index"]))
+            names = member.get("label_name"), member.get("path"), member["index"]
+            name = pictures.short(next(name for name in names if pd.notna(name)))
             text = (
-                f"{pictures.short(label)}\n{member['influence'] / greatest:+.2f} "
-                f"(#{member['influence_rank']})\ncos {member['similarity']:.2f} "
-                f"(#{member['similarity_rank']})"
+                f"{name}\n{member['influence'] / greatest:+.2f} (#{member['influence_rank']})\n"
+                f"cos {member['similarity']:.2f} (#{member['similarity_rank']})"
             )
             shown.append((images.pixels[member["position"]].numpy(), text))
-        rows.append(pictures.Row(LISTS[str(name)], shown))
+        rows.append((LISTS[str(list_)], shown))
     legend = (
         "±: influence / the greatest (negative: a step that makes that image more stable makes "
         "this one less so)\ncos: similarity of features; #: rank of all"
@@ -362,9 +322,7 @@ def draw(
 
 def in_common(table: pd.DataFrame) -> str:
     """How many images the lists of influence and of nearness share."""
-    taught, nearest = (
-        set(table.loc[table["list"] == name, "index"]) for name in ("taught", "nearest")
-    )
+    taught, nearest = (set(table["index"][table["list"] == k]) for k in ("taught", "nearest"))
     return (
         f"{len(taught & nearest)} of the {len(taught)} most influential are among the "
         f"{len(nearest)} nearest"
@@ -372,12 +330,10 @@ def in_common(table: pd.DataFrame) -> str:
 
 
 def _summary(table: pd.DataFrame) -> str:
-    lines = []
-    for name, part in table[table["list"] != "itself"].groupby("list", sort=False):
-        each = part["index"].astype(str)
-        if "path" in part:  # of files, the index is the hash of this
-            each = part["path"].astype(str)
-        elif "label_name" in part:
-            each = each + " (" + part["label_name"].astype(str) + ")"
-        lines.append(f"{LISTS[str(name)]}: {', '.join(each)}")
-    return "\n".join([*lines, in_common(table)])
+    """The members of each list, by name."""
+    members: dict[str, list[str]] = {name: [] for name in table["list"] if name in LISTS}
+    for one in table[table["list"].isin(members)].to_dict("records"):
+        label = one.get("label_name")
+        name = f"{one['index']}" if pd.isna(label) else f"{one['index']} ({label})"
+        members[one["list"]].append(one.get("path", name))  # of files, the index is its hash
+    return "\n".join(f"{LISTS[name]}: {', '.join(names)}" for name, names in members.items())

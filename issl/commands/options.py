@@ -79,18 +79,7 @@ def scoring_of(options: argparse.Namespace) -> tuple[Opened, Scoring]:
     kept: Path | None = getattr(options, "curvature_from", None)
     what = measurement(options, opened, kept)
     find_layers(opened.encoder, what.skip, what.untrained)
-    size = options.size
-    if size is None and datasets.is_resized(options.data):
-        size = opened.size
-    images = datasets.load(
-        options.data,
-        options.split,
-        options.n,
-        options.data_root,
-        size=size,
-        skip_broken=options.skip_broken,
-        workers=options.workers,
-    )
+    images = load_images(options, opened)
     if options.skip_broken:
         images = with_features(opened.encoder, images, what, device)
     computing = Computing(
@@ -102,6 +91,22 @@ def scoring_of(options: argparse.Namespace) -> tuple[Opened, Scoring]:
         progress=sys.stderr.isatty(),
     )
     return opened, Scoring(opened.encoder, images, what, computing, kept)
+
+
+def load_images(options: argparse.Namespace, opened: Opened) -> Images:
+    """The images that these options name, at the encoder's size where they can be resized."""
+    size = options.size
+    if size is None and datasets.is_resized(options.data):
+        size = opened.size
+    return datasets.load(
+        options.data,
+        options.split,
+        options.n,
+        options.data_root,
+        size=size,
+        skip_broken=options.skip_broken,
+        workers=options.workers,
+    )
 
 
 def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) -> Measurement:

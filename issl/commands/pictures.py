@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,8 @@ from issl.files import atomic
 
 SIDE, GAP, LINE = 88, 8, 13  # px: of an image, between two, of a line of text
 WIDE = 14  # characters that fit under an image
-
-
-@dataclass(frozen=True)
-class Row:
-    """A title, and images with a few lines of text below each."""
-
-    title: str
-    images: Sequence[tuple[np.ndarray, str]]  # pixels (3, h, w), 0 to 255
+# a title, and images (pixels (3, h, w), 0 to 255) with a few lines of text below each
+Row = tuple[str, Sequence[tuple[np.ndarray, str]]]
 
 
 def write(path: Path, title: str, rows: Sequence[Row]) -> None:
@@ -33,19 +26,17 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
         title: Above all; it may have several lines.
         rows: At least one.
     """
-    lines = [1 + max((t.count("\n") + 1 for _, t in row.images), default=0) for row in rows]
+    lines = [1 + max((t.count("\n") + 1 for _, t in images), default=0) for _, images in rows]
     heights = [LINE * n + SIDE + 2 * GAP for n in lines]
-    head = LINE * (title.count("\n") + 1) + 2 * GAP
-    longest = max(len(line) for line in [*title.split("\n"), *(row.title for row in rows)])
-    font = ImageFont.load_default(11)
-    images = GAP + max(len(row.images) for row in rows) * (SIDE + GAP)
-    sheet = Image.new("RGB", (max(images, 7 * longest), head + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
+    top = LINE * (title.count("\n") + 1) + 2 * GAP
+    longest = max(len(line) for line in [*title.split("\n"), *(name for name, _ in rows)])
+    width = GAP + max(len(images) for _, images in rows) * (SIDE + GAP)
+    sheet = Image.new("RGB", (max(width, 7 * longest), top + sum(heights)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     draw.text((GAP, GAP), title, "black", font, spacing=LINE - 11)
-    top = head
-    for row, height in zip(rows, heights, strict=True):
-        draw.text((GAP, top), row.title, "black", font)
-        for k, (pixels, text) in enumerate(row.images):
+    for (name, images), height in zip(rows, heights, strict=True):
+        draw.text((GAP, top), name, "black", font)
+        for k, (pixels, text) in enumerate(images):
             left = GAP + k * (SIDE + GAP)
             image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top + LINE))
@@ -58,28 +49,17 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
 def contact_sheet(
     path: Path, scores: pd.DataFrame, images: Images, about: str, k: int = 10
 ) -> None:
-    """The images of the highest and of the lowest influence.
-
-    Args:
-        path: Where to write it.
-        scores: As `issl.self_influence` returns them, in the order of the images.
-        images: The images.
-        about: The encoder and the curvature, for the title.
-        k: Images a row.
-    """
+    """The k images of the highest and of the lowest influence; `scores` as `issl.self_influence`
+    returns them, in the order of the images, `about` the encoder and the curvature, for the
+    title."""
     influence = scores["influence"].to_numpy()
     order = influence.argsort(kind="stable")[::-1]
     known = images.attributes["path" if "path" in images.attributes else "index"]
-    rows = [
-        Row(
-            f"{which} influence",
-            [
-                (images.pixels[int(i)].numpy(), f"{short(known.iloc[i])}\n{influence[i]:.3g}")
-                for i in places[:k]
-            ],
-        )
-        for which, places in (("highest", order), ("lowest", order[::-1]))
-    ]
+    rows = []
+    for which, places in (("highest", order[:k]), ("lowest", order[::-1][:k])):
+        texts = [f"{short(known.iloc[i])}\n{influence[i]:.3g}" for i in places]
+        pixels = (images.pixels[int(i)].numpy() for i in places)
+        rows.append((f"{which} influence", list(zip(pixels, texts, strict=True))))
     write(path, f"Influence of {len(images):,} images of {images.name} ({about})", rows)
 
 

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 from issl.data import folder, huggingface, judged_pairs, published, scenes
+from issl.data.folder import Folder
+from issl.data.huggingface import Table
 from issl.data.identity import SetIdentity
 from issl.data.images import Images, sample_positions
 from issl.errors import IsslError, is_whole
 
 LARGEST_SEED = 1 << 32
+LARGEST_SIDE = 8192  # px: an image of 200 MB
 DRAWN = ("scenes", "scenes-swapped")
 
 
@@ -63,15 +66,14 @@ def load(
         raise IsslError(f"workers={workers!r}: give a number of threads, or None for the cores")
     if size is not None and not is_resized(name):
         raise IsslError(f"size={size}: {name!r} has a fixed size")
-    if name == "scenes":
-        return scenes.draw(n, split=split, seed=seed)
-    if name == "scenes-swapped":
-        return scenes.swapped(n, split=split, seed=seed)
-    side = 32 if size is None else size
-    if name.startswith(folder.PREFIX):
-        return folder.read(name, split, n, seed, side, skip_broken, workers, quiet)
-    if name.startswith(huggingface.PREFIX):
-        return huggingface.read(name, split, n, seed, side, skip_broken, workers)
+    if size is not None and not is_whole(size, 8, LARGEST_SIDE):
+        raise IsslError(f"size={size!r}: give a whole number of px, 8 to {LARGEST_SIDE}")
+    if name in DRAWN:
+        return (scenes.draw if name == "scenes" else scenes.swapped)(n, split, seed)
+    if (found := _encoded(name, split, size or 32)) is not None:
+        if isinstance(found, Folder) and found.left_out and not quiet:
+            print(f"{folder.printable(found.called)}: {found.left_out}", file=sys.stderr)
+        return found.images(n, seed, skip_broken, workers)
     if not quiet:
         say(identity(name, split, root))
     if name == "cifair10":
@@ -89,10 +91,7 @@ def without_place(name: str) -> str:
 
 def is_resized(name: str) -> bool:
     """Whether `load` takes a `size` for this set."""
-    return (
-        name.startswith((folder.PREFIX, huggingface.PREFIX, *published.FORMER))
-        or name == "fairface"
-    )
+    return name == "fairface" or name.startswith((folder.PREFIX, huggingface.PREFIX))
 
 
 def count(name: str, split: str = "train", root: str | Path | None = None) -> int | None:
@@ -100,9 +99,8 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
     drawn."""
     if name in DRAWN:
         return None
-    for kind in (folder, huggingface):
-        if name.startswith(kind.PREFIX):
-            return kind.count(name, split)
+    if (found := _encoded(name, split)) is not None:
+        return len(found)
     if name == "cifair10":
         return published.count("cifar10", "train", root)
     return published.count(name, split, root)
@@ -117,12 +115,18 @@ def identity(name: str, split: str = "train", root: str | Path | None = None) ->
     """
     if name in DRAWN:
         return SetIdentity(f"{name}-{scenes.VERSION}", name)
-    for kind in (folder, huggingface):
-        if name.startswith(kind.PREFIX):
-            return kind.identity(name, split)
+    if (found := _encoded(name, split)) is not None:
+        return found.which()
     if name == "cifair10":
         return judged_pairs.identity(split, root)
     return published.identity(name, split, root)
+
+
+def _encoded(name: str, split: str, size: int = 32) -> Folder | Table | None:
+    """A set whose images are decoded when they are needed; None for others."""
+    if name.startswith(folder.PREFIX):
+        return folder.open_set(name, split, size)
+    return huggingface.open_set(name, split, size) if name.startswith(huggingface.PREFIX) else None
 
 
 def say(which: SetIdentity) -> None:

@@ -10,9 +10,8 @@ import hashlib
 import io
 import mimetypes
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +19,14 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 
-from issl.data.decoding import Decoding, check, stamp
+from issl.data.decoding import Encoded, stamp
 from issl.data.identity import SetIdentity, digest
-from issl.data.images import Images, sample_positions
-from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
 PREFIX = "folder:"
-VERSION = 2  # of `read`; 1: an image's index was its place among the sorted files
+VERSION = 2  # of an image's index; 1: its place among the sorted files
 # endings that Pillow knows of files that it cannot read, or that are mostly not of pictures
 OF_OTHERS = set(".bufr .emf .eps .fit .grib .h5 .hdf .iim .mpeg .mpg .ps .wmf".split())
 # further endings of pictures, which are read where Pillow (or a plugin of it) has learned to
@@ -43,11 +41,12 @@ CIRCLE, CLOSED = "linked in a circle", "that cannot be opened"
 
 
 @dataclass(frozen=True)
-class Files:
+class Folder(Encoded):
     """Image files by their paths in a folder (as texts: a million `Path`s take a gigabyte)."""
 
     folder: Path
-    paths: Sequence[str]
+    paths: list[str]
+    left_out: str  # which images are not among them, and why, in a line
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,90 +60,68 @@ class Files:
             ) from error
 
     def name(self, i: int) -> str:
-        name = str(self.folder / self.paths[i])
-        return name if name.isprintable() else repr(name)  # it may hold a newline
+        return printable(str(self.folder / self.paths[i]))
 
     def identity(self) -> str:
-        return stamp(self.folder / path for path in self.paths)
+        return f"{stamp(self.folder / path for path in self.paths)} at {self.size} px"
+
+    def about(self, rows: np.ndarray) -> tuple[pd.DataFrame, Tensor | None]:
+        """index, path, label_name. An index is 62 bits of the hash of the path, so other files
+        change nothing about it."""
+        paths = [self.paths[i] for i in rows]
+        hashes = (hashlib.sha256(path.encode()).digest() for path in paths)
+        index = [int.from_bytes(found[:8], "big") >> 2 for found in hashes]
+        known = pd.DataFrame({"index": index, "path": paths})
+        if not all("/" in path for path in self.paths):
+            return known, None
+        number = {name: k for k, name in enumerate(sorted({_class(p) for p in self.paths}))}
+        known["label_name"] = [_class(path) for path in paths]
+        return known, torch.tensor([number[name] for name in known["label_name"]])
+
+    def which(self) -> SetIdentity:
+        """A folder is known by its images' paths, sizes and times of change."""
+        stats = ((path, (self.folder / path).stat()) for path in self.paths)
+        rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        key = f"{digest(repr(rows).encode())}-{VERSION}"
+        return SetIdentity(key, self.called, self.left_out)
 
 
-def read(
-    name: str,
-    split: str,
-    n: int | None,
-    seed: int,
-    size: int,
-    skip_broken: bool,
-    workers: int | None,
-    quiet: bool,
-) -> Images:
-    """Images of a folder as squares of `size` px; the arguments are those of `issl.load`.
-
-    Attributes: index, path, label_name.
-    """
-    folder = _folder_of(name, split)
-    every, left_out = image_files(folder)
-    called = f"{PREFIX}{folder.name}"
-    if left_out and not quiet:
-        print(f"{called if called.isprintable() else repr(called)}: {left_out}", file=sys.stderr)
-    files = Files(folder, [every[i] for i in sample_positions(name, len(every), n, seed)])
-    pixels = Decoding(files, size)
-    good, broken = check(files, name, skip_broken, np.arange(len(files)))
-    paths = [files.paths[i] for i in good]
-    attributes, labels = pd.DataFrame({"index": map(path_index, paths), "path": paths}), None
-    if all("/" in path for path in every):
-        classes = sorted({path.partition("/")[0] for path in every})
-        attributes["label_name"] = [path.partition("/")[0] for path in paths]
-        number = {label: k for k, label in enumerate(classes)}
-        labels = torch.tensor([number[label] for label in attributes["label_name"]])
-    lazy = LazyPixels(pixels, (size, size), good, workers)
-    return Images(lazy, labels, attributes, called, broken=broken)
-
-
-def count(name: str, split: str) -> int:
-    """How many images the folder holds."""
-    return len(image_files(_folder_of(name, split))[0])
-
-
-def identity(name: str, split: str) -> SetIdentity:
-    """A folder is known by its images' paths, sizes and times of change."""
-    folder = _folder_of(name, split)
-    files, left_out = image_files(folder)
-    stats = [(path, (folder / path).stat()) for path in files]
-    rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = f"{digest(repr(rows).encode())}-{VERSION}"
-    return SetIdentity(key, f"{PREFIX}{folder.name}", left_out)
-
-
-def path_index(path: str) -> int:
-    """An image's index: 62 bits of the hash of its path in the folder, so other files change
-    nothing about it."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 2
-
-
-def image_files(folder: Path) -> tuple[list[str], str]:
-    """The paths of all images below the folder, sorted; and in one line what is left out and why.
+def open_set(name: str, split: str, size: int) -> Folder:
+    """The images of a folder, in the order of their paths.
 
     Raises:
-        IsslError: there are none, or a name is not in UTF-8.
+        IsslError: There is no such folder, it has no images, or a name is not in UTF-8.
     """
-    endings, left_out = readable_endings(), Counter[str]()
-    found = []
-    for path, hidden in _walk(folder, left_out):
+    if split != "train":
+        raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits")
+    folder = Path(name.removeprefix(PREFIX)).expanduser()
+    if not folder.is_dir():
+        raise IsslError(
+            f"image folder {str(folder)!r} does not exist; write folder:PATH of a folder of images"
+        )
+    endings, left_out, found = readable_endings(), Counter[str](), []
+    for path, hidden in _files(folder, left_out):
         ending = os.path.splitext(path)[1].lower()  # noqa: PTH122 (a million `Path`s are slow)
         if ending in endings and not hidden:
             found.append(path)
         elif why := _why_left_out(folder / path, ending, ending in endings, hidden):
             left_out[why] += 1
+    said = _summary(left_out)
     if not found:
         raise IsslError(
             f"image folder {str(folder)!r} has no images that this Pillow reads, also in "
-            f"sub-folders; {_summary(left_out) or 'give another folder'}"
+            f"sub-folders; {said or 'give another folder'}"
         )
     for path in found:
         if not path.isascii() and path != path.encode(errors="replace").decode():
             raise IsslError(f"image folder: the name {path!r} is not in UTF-8; rename this file")
-    return sorted(found, key=lambda path: path.split("/")), _summary(left_out)
+    found.sort(key=lambda path: path.split("/"))
+    return Folder(f"{PREFIX}{folder.name}", size, folder, found, said)
+
+
+def printable(name: str) -> str:
+    """A file's name in one line: it may hold a newline."""
+    return name if name.isprintable() else repr(name)
 
 
 def readable_endings() -> set[str]:
@@ -153,45 +130,36 @@ def readable_endings() -> set[str]:
     return ({ending for ending, kind in known.items() if kind in Image.OPEN} | SYNONYMS) - OF_OTHERS
 
 
-def _folder_of(name: str, split: str) -> Path:
-    if split != "train":
-        raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits")
-    folder = Path(name.removeprefix(PREFIX)).expanduser()
-    if not folder.is_dir():
-        raise IsslError(
-            f"image folder {str(folder)!r} does not exist; write folder:PATH of a folder of images"
-        )
-    return folder
+def _class(path: str) -> str:
+    return path.partition("/")[0]
 
 
-def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
+def _files(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
     """The paths of all files in the folder, and whether they are hidden.
 
     Links are followed, but not one to a folder that it is in itself.
     """
-    todo: list[tuple[str, bool, tuple[str, ...]]] = [("", False, ())]
-    while todo:
-        place, hidden, holders = todo.pop()  # holders: where the links that led here really are
-        try:
-            entries = list(os.scandir(folder / place))
-        except OSError:
-            left_out[CLOSED] += not hidden
-            continue
-        for entry in entries:
-            path, hides = f"{place}{entry.name}", hidden or entry.name.startswith(".")
-            if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+
+    def closed(_: OSError) -> None:
+        left_out[CLOSED] += 1
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=closed):
+        inside = Path(place).relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        for name in [name for name in folders if os.path.islink(f"{place}/{name}")]:  # noqa: PTH114
+            real = os.path.realpath(f"{place}/{name}")
+            holders = (os.path.realpath(folder / path) for path in (inside, *inside.parents))
+            if hidden or name.startswith("."):
+                folders.remove(name)
+            elif any(os.path.commonpath([real, holder]) == real for holder in holders):
+                folders.remove(name)
+                left_out[CIRCLE] += 1
+        for name in names:
+            hides = hidden or name.startswith(".")
+            if os.path.isfile(f"{place}/{name}"):  # noqa: PTH113
+                yield "/".join((*inside.parts, name)), hides
+            elif os.path.islink(f"{place}/{name}"):  # noqa: PTH114
                 left_out["linked to nothing"] += not hides
-            elif entry.is_file():
-                yield path, hides
-            elif entry.is_dir() and not entry.is_symlink():
-                todo.append((f"{path}/", hides, holders))
-            elif entry.is_dir() and not hides:
-                here = (*holders, os.path.realpath(folder / place))
-                real = os.path.realpath(entry.path)
-                if any(os.path.commonpath([real, holder]) == real for holder in here):
-                    left_out[CIRCLE] += 1
-                else:
-                    todo.append((f"{path}/", hides, here))
 
 
 def _why_left_out(path: Path, ending: str, readable: bool, hidden: bool) -> str:
@@ -219,7 +187,7 @@ def _summary(left_out: Counter[str]) -> str:
     counted = sorted(((many, why) for why, many in left_out.items() if many), reverse=True)
     if not counted:
         return ""
-    total = sum(many for many, _ in counted)
+    total = left_out.total()
     folders = " or folders" if left_out[CIRCLE] or left_out[CLOSED] else ""
     some = ", ".join(f"{many} {why}" for many, why in counted)
     return f"left out {total} {'file' if total == 1 else 'files'}{folders}: {some}"

@@ -17,12 +17,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
+from issl.errors import IsslError
 from issl.files import PACKAGE, atomic
 
 VERSION = 1  # of what is remembered
@@ -52,51 +52,33 @@ class SetIdentity:
     order: tuple[int, ...] | None = None
 
 
-def as_records(labels: UInt8[np.ndarray, " n"], pixels: UInt8[np.ndarray, "n 3 h w"]) -> Records:
-    """Each image's label byte and pixels, in a row."""
-    return np.concatenate([labels[:, None], pixels.reshape(len(pixels), -1)], axis=1)
-
-
 def digest(data: bytes) -> str:
     """The hash that stands in keys."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
-def canonical_order(records: Records) -> Int64[np.ndarray, " n"]:
-    """The rows in the order of their own hashes, which any copy of a set gives."""
-    return np.argsort(
-        np.array([hashlib.sha256(row.tobytes()).digest() for row in records]), kind="stable"
-    )
-
-
-def reference_of(records: Records) -> np.ndarray:
-    """What `reference/` keeps of these images, see `REFERENCE`."""
-    found = np.empty(len(records), REFERENCE)
-    found["label"] = records[:, 0]
-    pixels = records[:, 1:].reshape(len(records), 3, -1)
-    found["pixels"] = [
-        int.from_bytes(hashlib.sha256(p.tobytes()).digest()[:4], "little") for p in pixels
-    ]
-    rows = np.arange(len(records))
-    found["sample"] = pixels[rows, :, rows * 7919 % pixels.shape[2]]
-    return found
+def as_records(labels: np.ndarray, pixels: UInt8[np.ndarray, "n 3 h w"]) -> Records:
+    """Each image's label byte and pixels, in a row."""
+    first = labels.astype(np.uint8)[:, None]
+    return np.concatenate([first, pixels.reshape(len(pixels), -1)], axis=1)
 
 
 def differences(name: str, split: str, records: Records, resized: int) -> tuple[str, str]:
-    """What these images are instead of the published ones.
+    """What these images are instead of the published ones, of which `resized` are stored at another
+    size: in a word or two; and what differs, in a sentence."""
+    known = np.load(PACKAGE / "data" / "reference" / f"{name}-{split}.npy")
+    found = np.empty(len(records), REFERENCE)
+    pixels, rows = records[:, 1:].reshape(len(records), 3, -1), np.arange(len(records))
+    hashes = (hashlib.sha256(p.tobytes()).digest() for p in pixels)
+    found["pixels"] = [int.from_bytes(h[:4], "little") for h in hashes]
+    found["sample"] = pixels[rows, :, rows * 7919 % pixels.shape[2]]
+    found["label"] = records[:, 0]
 
-    Args:
-        resized: How many of them are stored at another size than the published ones.
-
-    Returns:
-        A word or two; and what differs, in a sentence.
-    """
-    found, known = reference_of(records), _reference(name, split)
     by_hash = np.argsort(known["pixels"], kind="stable")
     nearest = np.searchsorted(known["pixels"], found["pixels"], sorter=by_hash)
     place = by_hash[nearest.clip(max=len(known) - 1)]
     there = known["pixels"][place] == found["pixels"]
-    moved = there & (known["pixels"][np.arange(len(found)) % len(known)] != found["pixels"])
+    moved = there & (known["pixels"][rows % len(known)] != found["pixels"])
     relabelled = there & (known["label"][place] != found["label"])
     of, said = f"of {len(found):,}", []
     if resized:
@@ -106,10 +88,10 @@ def differences(name: str, split: str, records: Records, resized: int) -> tuple[
         change = known["sample"][at].astype(int) - found["sample"][at]
         by = np.median(np.abs(change)) if len(at) else np.nan
         other = "other images, or re-encoded in another order?"
-        pixels = (
+        text = (
             f"{(~there).sum():,} {of} images have other pixels (median difference {by:.0f} of 255)"
         )
-        said.append(("re-encoded?" if by <= REENCODED else other, pixels))
+        said.append(("re-encoded?" if by <= REENCODED else other, text))
     if len(found) != len(known):
         number = f"{len(found):,} images"
         said.append((number, f"there are {number} instead of {len(known):,}"))
@@ -118,12 +100,6 @@ def differences(name: str, split: str, records: Records, resized: int) -> tuple[
     if relabelled.any():
         said.append(("other labels", f"{relabelled.sum():,} {of} labels differ"))
     return said[0][0] if said else "not the same", ", ".join(text for _, text in said)
-
-
-@lru_cache
-def _reference(name: str, split: str) -> np.ndarray:
-    kept: np.ndarray = np.load(PACKAGE / "data" / "reference" / f"{name}-{split}.npy")
-    return kept
 
 
 def cache_folder(name: str) -> Path:
@@ -139,29 +115,23 @@ def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> Se
     """
     stats = [(path, path.stat()) for path in files]
     key = tuple((str(path.absolute()), s.st_size, s.st_mtime_ns) for path, s in stats)
-    if key not in _known:
-        kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
-        _known[key] = _kept(kept) or _made(kept, identify, files[0])
-    return _known[key]
+    if key in _known:
+        return _known[key]
+    kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
+    try:
+        content = json.loads(kept.read_text())
+        order = content.pop("order")
+        found = SetIdentity(**content, order=None if order is None else tuple(order))
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        found = identify()
+        try:
+            with atomic(kept) as part:
+                part.write_text(json.dumps(asdict(found)))
+        except (IsslError, OSError) as error:  # the identity itself is right
+            said = f"which images {files[0]} holds cannot be remembered: {error}"
+            print(said, file=sys.stderr, flush=True)
+    _known[key] = found
+    return found
 
 
 _known: dict[tuple[tuple[str, int, int], ...], SetIdentity] = {}  # in this process
-
-
-def _kept(path: Path) -> SetIdentity | None:
-    try:
-        content = json.loads(path.read_text())
-        order = content.pop("order")
-        return SetIdentity(**content, order=None if order is None else tuple(order))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is made again
-        return None
-
-
-def _made(path: Path, identify: Callable[[], SetIdentity], of: Path) -> SetIdentity:
-    found = identify()
-    try:
-        with atomic(path) as part:
-            part.write_text(json.dumps(asdict(found)))
-    except Exception as error:  # noqa: BLE001 (it is said; the identity itself is right)
-        print(f"which images {of} holds cannot be remembered: {error}", file=sys.stderr, flush=True)
-    return found

@@ -1,13 +1,18 @@
 """A set of images with what is known about each: the input of every part of the library.
 
-`issl.load` (in `issl.data.datasets`) makes them.
+`issl.load` (in `issl.data.datasets`) makes them. Pixels are a tensor, or `LazyPixels`: decoded when
+they are asked for, the next ones ahead of time, so that they need not fit into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -15,7 +20,6 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from issl.data.lazy_pixels import LazyPixels
 from issl.errors import IsslError
 
 # columns that are ours in tables of scores and beside them: what a set's own table calls so is
@@ -24,6 +28,103 @@ OURS = (
     "index influence stability_loss loss grad_norm standard_error position path duplicate_of "
     "duplicate_kind atypical"
 ).split()
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where lazy pixels come from; several threads call its methods at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> UInt8[np.ndarray, "3 h w"]:
+        """Image i, decoded; IsslError that names it if it is broken."""
+        ...
+
+    def identity(self) -> str:
+        """A text that changes when the images may have changed."""
+        ...
+
+
+class LazyPixels:
+    """The uint8 pixels (n, 3, h, w) of some images of a source: takes positions as a tensor does,
+    and gives tensors.
+
+    Threads decode, not processes: Pillow releases the interpreter's lock, nothing is copied, and a
+    process that holds a GPU need not fork. At most one further batch is held.
+
+    Args:
+        source: From which images are decoded.
+        size: (h, w) of every image.
+        rows: Which images of the source; default: all.
+        workers: Threads that decode; default: the cores.
+    """
+
+    dtype, ndim = torch.uint8, 4
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        rows: np.ndarray | None = None,
+        workers: int | None = None,
+    ):
+        self.source, self.workers = source, workers
+        self.rows = np.arange(len(source)) if rows is None else rows
+        self.shape = torch.Size((len(self.rows), 3, *size))
+        self._ahead: dict[int, Future[np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(
+        self, where: int | np.integer | slice | Sequence[int] | np.ndarray | Tensor
+    ) -> Tensor:
+        """A slice also begins to decode the images that follow it, as many again."""
+        if isinstance(where, slice):
+            places = range(*where.indices(len(self)))
+            found = self._decoded(places)
+            until = places.stop + len(places) if places.step == 1 else 0
+            follow = range(places.stop, min(until, len(self)))
+            self._ahead = {place: self._start(place) for place in follow}
+            return found
+        chosen = torch.as_tensor(where)
+        found = self._decoded(chosen.reshape(-1).tolist())
+        return found[0] if chosen.ndim == 0 else found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.split(64):
+            yield from batch
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All images in batches, as of a tensor."""
+        return (self[k : k + size] for k in range(0, len(self), size))
+
+    def subset(self, rows: np.ndarray) -> LazyPixels:
+        """These images, still not decoded."""
+        size = self.shape[2], self.shape[3]
+        return LazyPixels(self.source, size, self.rows[rows], self.workers)
+
+    def identity(self) -> str:
+        """A text that changes when the images may have changed."""
+        rows = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        return f"{self.source.identity()} {tuple(self.shape)} {rows}"
+
+    def _start(self, place: int) -> Future[np.ndarray]:
+        pool = _threads(os.getpid(), self.workers)
+        return pool.submit(self.source.__getitem__, int(self.rows[place]))
+
+    def _decoded(self, places: Sequence[int]) -> UInt8[Tensor, "b 3 h w"]:
+        futures = [self._ahead.pop(p) if p in self._ahead else self._start(p) for p in places]
+        out = np.empty((len(futures), *self.shape[1:]), np.uint8)
+        for k, future in enumerate(futures):
+            out[k] = future.result()
+        return torch.from_numpy(out)
+
+
+@lru_cache(maxsize=4)
+def _threads(process: int, workers: int | None) -> ThreadPoolExecutor:
+    """The threads of this process; one that was forked from it has none of them."""
+    return ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="decode")
 
 
 @dataclass(frozen=True)
@@ -50,25 +151,18 @@ class Images:
     broken: Sequence[tuple[str, str]] = ()
 
     def __post_init__(self) -> None:
-        n = len(self.pixels)
-        shape, dtype = tuple(self.pixels.shape), self.pixels.dtype
+        this, shape, dtype = f"images {self.name!r}", tuple(self.pixels.shape), self.pixels.dtype
         if dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-            raise IsslError(
-                f"images {self.name!r}: pixels are {dtype} {shape}; need uint8 (n, 3, H, W)"
-            )
-        if "index" not in self.attributes.columns:
-            raise IsslError(f"images {self.name!r}: attributes need a column `index`")
-        sizes = {"attributes": len(self.attributes), "pixels": n}
-        sizes |= {} if self.labels is None else {"labels": len(self.labels)}
-        sizes |= {} if self.masks is None else {"masks": len(self.masks)}
+            raise IsslError(f"{this}: pixels are {dtype} {shape}; need uint8 (n, 3, H, W)")
+        if "index" not in self.attributes:
+            raise IsslError(f"{this}: attributes need a column `index`")
+        parts = {name: getattr(self, name) for name in ("attributes", "pixels", "labels", "masks")}
+        sizes = {name: len(part) for name, part in parts.items() if part is not None}
         if len(set(sizes.values())) != 1:
-            raise IsslError(f"images {self.name!r}: lengths differ: {sizes}")
+            raise IsslError(f"{this}: lengths differ: {sizes}")
         twice = self.attributes["index"][self.attributes["index"].duplicated()]
         if len(twice):
-            raise IsslError(
-                f"images {self.name!r}: index {twice.iloc[0]} occurs twice; each image needs its "
-                "own"
-            )
+            raise IsslError(f"{this}: index {twice.iloc[0]} occurs twice; each image needs its own")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -105,20 +199,20 @@ class Images:
 
     def subset(self, idx: Sequence[int] | np.ndarray | Tensor) -> Images:
         """The images at positions `idx`, or where a mask is true; each keeps its `index`."""
-        found = idx.numpy() if isinstance(idx, Tensor) else np.asarray(idx)
+        this, found = f"subset of {self.name!r}", np.asarray(idx)
         if found.ndim != 1 or (len(found) and found.dtype.kind not in "biu"):
-            raise IsslError(f"subset of {self.name!r}: {idx!r}; give positions or a mask")
-        if found.dtype == bool and len(found) != len(self):
-            raise IsslError(
-                f"subset of {self.name!r}: mask of length {len(found)} for {len(self)} images"
-            )
-        found = np.flatnonzero(found) if found.dtype == bool else found.astype(np.int64)
+            raise IsslError(f"{this}: {idx!r}; give positions or a mask")
+        if found.dtype == bool:
+            if len(found) != len(self):
+                raise IsslError(f"{this}: mask of length {len(found)} for {len(self)} images")
+            found = np.flatnonzero(found)
+        found = found.astype(np.int64)
         beyond = found[(found < -len(self)) | (found >= len(self))]
         if len(beyond):
-            raise IsslError(f"subset of {self.name!r}: position {beyond[0]} in {len(self)} images")
+            raise IsslError(f"{this}: position {beyond[0]} in {len(self)} images")
         rows, lazy = torch.from_numpy(found), self.pixels
         return Images(
-            pixels=lazy.subset(rows) if isinstance(lazy, LazyPixels) else lazy[rows],
+            pixels=lazy.subset(found) if isinstance(lazy, LazyPixels) else lazy[rows],
             labels=None if self.labels is None else self.labels[rows],
             attributes=self.attributes.iloc[found].reset_index(drop=True),
             name=self.name,
@@ -141,6 +235,6 @@ def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndar
     """The positions of `n` of `total` images: all, or a random subset in the original order."""
     if n is None:
         return np.arange(total)
-    if not 0 < n <= total:
+    if n > total:
         raise IsslError(f"n={n}: data set {name!r} has {total} images here; ask for 1 to {total}")
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))

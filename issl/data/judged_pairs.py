@@ -16,46 +16,20 @@ from issl.errors import IsslError
 
 CIFAR10_TRAIN = 50_000  # images of its training set; the test images are numbered from there
 PAIRS = "75dad6cc7b1628eb"  # of the judgements as published
+COLUMNS = ["TestID", "TrainID", "Judgment"]
+KINDS = np.array(["exact duplicate", "near duplicate", "very similar"])  # by Judgment
 
 
 def identity(split: str, root: str | Path | None) -> SetIdentity:
     """That of CIFAR-10's two sets and of the judgements together; of those that are not here, of
     the published ones."""
-    _check(split)
-    base = published.data_root(root)
-    here = base is not None and _file(base).is_file()
-    pairs = digest(_pairs(split, root).to_csv().encode()) if here else PAIRS
+    path = _file(split, root)
+    pairs = digest(_pairs(path).to_csv().encode()) if path.is_file() else PAIRS
     parts = [published.identity("cifar10", split, root) for split in ("train", "test")]
     changed = [part for part in parts if part.about]
     name = changed[0].name.replace("cifar10", "cifair10") if changed else "cifair10"
     whole = digest("-".join([*(p.digest for p in parts), pairs]).encode())
     return SetIdentity(whole, name, "; ".join(p.about for p in changed))
-
-
-def _check(split: str) -> None:
-    if split != "train":
-        raise IsslError(f"split {split!r}: cifair10 is one set, train")
-
-
-def _file(base: Path) -> Path:
-    return base / "cifair" / "duplicates_cifar10.csv"
-
-
-def _pairs(split: str, root: str | Path | None) -> pd.DataFrame:
-    """TestID, TrainID and Judgment, in the order of the test images. Raises IsslError where the
-    table is missing."""
-    _check(split)
-    base = published.data_root(root)
-    path = _file(base or Path("DIR"))
-    if base is None or not path.is_file():
-        raise IsslError(
-            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/"
-            f"cifair, under the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
-        )
-    table, columns = pd.read_csv(path), ["TestID", "TrainID", "Judgment"]
-    if missing := set(columns) - set(table.columns):
-        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
-    return table[columns].sort_values("TestID").reset_index(drop=True)
 
 
 def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Images:
@@ -66,7 +40,7 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
     others), duplicate_kind (exact duplicate, near duplicate or very similar, as judged). Raises
     IsslError for an n that is too small or large.
     """
-    table = _pairs(split, root)
+    table = _pairs(_file(split, root))
     judged = table["TrainID"].unique()
 
     def choose(total: int) -> np.ndarray:
@@ -82,11 +56,10 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
 
     first = published.read("cifar10", "train", root, choose)
     second = published.read("cifar10", "test", root, lambda _: table["TestID"].to_numpy())
-    kinds = np.array(["exact duplicate", "near duplicate", "very similar"])
     partners = second.attributes.assign(
         index=second.attributes["index"] + CIFAR10_TRAIN,
         duplicate_of=table["TrainID"].to_numpy(),
-        duplicate_kind=kinds[table["Judgment"].to_numpy()],
+        duplicate_kind=KINDS[table["Judgment"].to_numpy()],
     )
     given = first.attributes.assign(duplicate_of=-1, duplicate_kind="")
     return Images(
@@ -95,3 +68,22 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
         pd.concat([given, partners], ignore_index=True),
         "cifair10",
     )
+
+
+def _file(split: str, root: str | Path | None) -> Path:
+    if split != "train":
+        raise IsslError(f"split {split!r}: cifair10 is one set, train")
+    return (published.data_root(root) or Path("DIR")) / "cifair" / "duplicates_cifar10.csv"
+
+
+def _pairs(path: Path) -> pd.DataFrame:
+    """The judgements, in the order of the test images; IsslError where the table is missing."""
+    if not path.is_file():
+        raise IsslError(
+            f"data set 'cifair10' needs {path}: meta/duplicates_cifar10.csv of github.com/cvjena/"
+            f"cifair, under the data root (--data-root DIR or {published.ENVIRONMENT}=DIR)"
+        )
+    table = pd.read_csv(path)
+    if missing := set(COLUMNS) - set(table.columns):
+        raise IsslError(f"{path}: no column {sorted(missing)}; it has {', '.join(table.columns)}")
+    return table[COLUMNS].sort_values("TestID").reset_index(drop=True)

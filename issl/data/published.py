@@ -8,10 +8,11 @@ content (`identity`), whatever the layout.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,13 @@ import torch
 from PIL import Image
 
 from issl.data.decoding import decode
-from issl.data.identity import (
-    SetIdentity,
-    as_records,
-    canonical_order,
-    differences,
-    digest,
-    remembered,
-)
+from issl.data.identity import SetIdentity, as_records, differences, digest, remembered
 from issl.data.images import Images
 from issl.errors import IsslError
 
 # from the number of images in the set to the positions of those wanted
 Choose = Callable[[int], np.ndarray]
 ENVIRONMENT = "ISSL_DATA"
-FORMER = ("parquet:", "arrow:", "tar:")  # prefixes of sets that `hf:` reads now
 
 # CIFAR-100's superclasses: twenty groups of five classes (Krizhevsky 2009, Learning Multiple Layers
 # of Features from Tiny Images, §3.1)
@@ -73,39 +66,20 @@ FACES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set is under the data root, and what its columns mean.
+    """Where a set is under the data root, and what its columns mean."""
 
-    Attributes:
-        folder: Of the parquet files, under the root.
-        image: Column of encoded images.
-        label: Column of class numbers.
-        repository: On the Hugging Face hub.
-        known: For each split, what `identity` gives for the images on which this project's results
-            rest.
-        names: Of the codes in a column.
-        size: Side of the images in px.
-        splits: Which file names a split has in front.
-        lossy: Photos whose pixels may depend on the decoder; they are known by their files' bytes.
-        unordered: Copies have their rows in different orders; here they stand in that of their
-            hashes.
-        torchvision: The set's class there, and the folder of its files.
-    """
-
-    folder: str
-    image: str
-    label: str
-    repository: str
-    known: Mapping[str, SetIdentity]
-    names: Mapping[str, Sequence[str]]
-    size: int = 32
-    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
-    lossy: bool = False
-    unordered: bool = False
-    torchvision: tuple[str, str] | None = None
-
-
-def _known(train: str, test: str, name: str, about: str = "") -> Mapping[str, SetIdentity]:
-    return {"train": SetIdentity(train, name, about), "test": SetIdentity(test, name, about)}
+    folder: str  # of the parquet files, under the root
+    image: str  # column of encoded images
+    label: str  # column of class numbers
+    repository: str  # on the Hugging Face hub
+    # of each split: the beginning of its files' names, and what `identity` gives for the images on
+    # which this project's results rest
+    known: Mapping[str, tuple[str, SetIdentity]]
+    names: Mapping[str, Sequence[str]]  # of the codes in a column
+    size: int = 32  # side of the images in px
+    lossy: bool = False  # pixels may depend on the decoder: it is known by its files' bytes
+    unordered: bool = False  # copies have their rows in different orders; here: in their hashes'
+    torchvision: tuple[str, str] | None = None  # the set's class there, and its files' folder
 
 
 SOURCES = {
@@ -114,7 +88,10 @@ SOURCES = {
         "img",
         "label",
         "uoft-cs/cifar10",
-        known=_known("a0181da372c0d63a", "8e2eb146ae340b09", "cifar10"),
+        known={
+            "train": ("train", SetIdentity("a0181da372c0d63a", "cifar10")),
+            "test": ("test", SetIdentity("8e2eb146ae340b09", "cifar10")),
+        },
         names={"label": "airplane automobile bird cat deer dog frog horse ship truck".split()},
         torchvision=("CIFAR10", "cifar-10-batches-py"),
     ),
@@ -123,7 +100,10 @@ SOURCES = {
         "img",
         "fine_label",
         "uoft-cs/cifar100",
-        known=_known("43de8f4eb77d5528", "9ba650f9fc92e03a", "cifar100"),
+        known={
+            "train": ("train", SetIdentity("43de8f4eb77d5528", "cifar100")),
+            "test": ("test", SetIdentity("9ba650f9fc92e03a", "cifar100")),
+        },
         names={"fine_label": CIFAR100_CLASSES},
         unordered=True,
         torchvision=("CIFAR100", "cifar-100-python"),
@@ -133,34 +113,19 @@ SOURCES = {
         "image",
         "race",
         "HuggingFaceM4/FairFace",
-        known=_known("cca3925859a15ea3", "02b960ef722af267", "fairface-64px", FACES),
+        known={
+            "train": ("train", SetIdentity("cca3925859a15ea3", "fairface-64px", FACES)),
+            "test": ("validation", SetIdentity("02b960ef722af267", "fairface-64px", FACES)),
+        },
         names={
             "age": "0-2,3-9,10-19,20-29,30-39,40-49,50-59,60-69,more than 70".split(","),
             "gender": ("Male", "Female"),
             "race": RACES,
         },
         size=64,
-        splits={"train": "train", "test": "validation"},
         lossy=True,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Content:
-    """A whole set, not decoded.
-
-    Attributes:
-        labels: The class of each image.
-        columns: What else the files say of each image.
-        encoded: The images as files; None where they are held as `pixels`.
-        pixels: uint8 (n, h, w, 3), as torchvision keeps them.
-    """
-
-    labels: np.ndarray
-    columns: pd.DataFrame
-    encoded: Sequence[bytes] | None = None
-    pixels: np.ndarray | None = None
 
 
 def data_root(root: str | Path | None = None) -> Path | None:
@@ -177,8 +142,8 @@ def read(
     Attributes: index, label_name, the set's own columns, and CIFAR-100's superclass and row (in the
     files here; its index is that in the order which any copy gives).
     """
-    which, whole = identity(name, split, root), _open(name, split, _locate(name, split, root))
-    rows = choose(len(whole.labels))
+    which, whole = identity(name, split, root), _open(name, split, _located(name, split, root))
+    rows = choose(len(whole[1]))
     there = rows if which.order is None else np.array(which.order)[rows]
     images = _images(name, whole, there, size or SOURCES[name].size)
     images.attributes["index"] = rows
@@ -196,22 +161,17 @@ def identity(name: str, split: str, root: str | Path | None) -> SetIdentity:
 
     Raises IsslError for an unknown name or split, and for files that are damaged.
     """
-    base = data_root(root)
-    _check(name, split)
-    found = None if base is None else _found(name, split, base)
-    if found is None:
-        return SOURCES[name].known[split]
-    if isinstance(found, Path):
-        files = sorted((found / _torchvision_names(name)[1]).iterdir())
-    else:
-        files = found
+    found = _found(name, split, data_root(root))
+    if not found:
+        return SOURCES[name].known[split][1]
+    files = sorted(found[0].iterdir()) if found[0].is_dir() else found
     return remembered(files, lambda: _identify(name, split, found))
 
 
 def count(name: str, split: str, root: str | Path | None) -> int:
     """How many images the set has, without reading them."""
-    found = _locate(name, split, root)
-    if isinstance(found, Path):  # torchvision's layout is the whole set or nothing
+    found = _located(name, split, root)
+    if found[0].is_dir():  # torchvision's layout is the whole set or nothing
         return 50_000 if split == "train" else 10_000
     return sum(len(_read_parquet(path, [SOURCES[name].label])) for path in found)
 
@@ -229,7 +189,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
     try:
         if source.torchvision is not None:
             for train in (True, False):
-                _torchvision_set(name, base, train=train, download=True)
+                _torchvision_set(name, base, train, download=True)
             return base / source.torchvision[1]
         import huggingface_hub  # slow to import, and needed only here
 
@@ -248,84 +208,73 @@ def download(name: str, root: str | Path | None = None) -> Path:
     return base / source.folder
 
 
-def layout(name: str, split: str, base: Path) -> str | None:
-    """In which layout this folder holds the set, in words; None where it does not hold it."""
-    found = _found(name, split, base)
-    if found is None:
-        return None
-    return "torchvision's layout" if isinstance(found, Path) else "Hugging Face's parquet files"
-
-
-def _identify(name: str, split: str, found: list[Path] | Path) -> SetIdentity:
-    source, known, whole = SOURCES[name], SOURCES[name].known[split], _open(name, split, found)
-    if source.lossy and whole.encoded is not None:
-        content = [digest(data).encode() for data in whole.encoded]
-        columns = whole.columns.sort_index(axis=1).to_csv(index=False)
+def _identify(name: str, split: str, found: list[Path]) -> SetIdentity:
+    source, (table, encoded) = SOURCES[name], _open(name, split, found)
+    known = source.known[split][1]
+    if source.lossy:
+        columns = table.sort_index(axis=1).to_csv(index=False)
+        content = [digest(data).encode() for data in encoded]
         here = digest(b"".join([*content, columns.encode()]))
         other = SetIdentity(here, name, f"not the photos that our results rest on ({known.about})")
         return known if here == known.digest else other
-    images = _images(name, whole, np.arange(len(whole.labels)), source.size)
-    sizes = [Image.open(io.BytesIO(data)).size for data in whole.encoded or ()]
+    images = _images(name, (table, encoded), np.arange(len(encoded)), source.size)
+    sizes = [Image.open(io.BytesIO(data)).size for data in encoded if isinstance(data, bytes)]
     resized = len(sizes) - sizes.count((source.size, source.size))
-    records = as_records(whole.labels.astype(np.uint8), images.tensor().numpy())
-    order = canonical_order(records) if source.unordered else np.arange(len(records))
-    records, rows = records[order], tuple(order.tolist()) if source.unordered else None
+    labels, order = images.require_labels().numpy(), None
+    records = as_records(labels, images.tensor().numpy())
+    if source.unordered:
+        hashes = np.array([hashlib.sha256(record.tobytes()).digest() for record in records])
+        rows = np.argsort(hashes, kind="stable")
+        records, order = records[rows], tuple(rows.tolist())
     here = digest(records.tobytes())
     if here == known.digest and not resized:
-        return replace(known, order=rows)
+        return replace(known, order=order)
     what, differs = differences(name, split, records, resized)
-    return SetIdentity(here, f"{name}, not as published: {what}", differs, rows)
+    return SetIdentity(here, f"{name}, not as published: {what}", differs, order)
 
 
-def _locate(name: str, split: str, root: str | Path | None) -> list[Path] | Path:
-    """The parquet files of a set or, where there are none, the folder in which torchvision finds
-    it."""
-    _check(name, split)
-    base = data_root(root)
-    if base is None:
-        raise IsslError(
-            f"data set {name!r} is read from disk: name its folder with --data-root DIR (root=…) "
-            f"or {ENVIRONMENT}=DIR. {_how_to_get(name, Path('DIR'))}"
-        )
-    if not base.is_dir():
-        raise IsslError(
-            f"data root {str(base)!r} is not a folder; check --data-root or {ENVIRONMENT}"
-        )
-    if (found := _found(name, split, base)) is not None:
-        return found
-    raise IsslError(
-        f"data set {name!r} ({split}) is not under {str(base)!r}. {_how_to_get(name, base)}"
-    )
-
-
-def _check(name: str, split: str) -> None:
-    if name.startswith(FORMER):
-        raise IsslError(f"data set {name!r}: write hf:{name.partition(':')[2]}, which reads it now")
+def _found(name: str, split: str, base: Path | None) -> list[Path]:
+    """The parquet files of a set or, where there are none, the one folder of torchvision's files;
+    empty where there is neither. IsslError for an unknown name or split."""
     if name not in SOURCES:
         raise IsslError(
             f"data set {name!r}: known are scenes, {', '.join(SOURCES)}, cifair10, folder:PATH and "
             "hf:PATH_OR_NAME"
         )
-    if split not in SOURCES[name].splits:
-        raise IsslError(f"split {split!r}: {name} has {' and '.join(SOURCES[name].splits)}")
-
-
-def _found(name: str, split: str, base: Path) -> list[Path] | Path | None:
-    """As `_locate`; None where this folder holds neither."""
     source = SOURCES[name]
+    if split not in source.known:
+        raise IsslError(f"split {split!r}: {name} has {' and '.join(source.known)}")
+    if base is None:
+        return []
     # the second: the folder is itself a snapshot of the set's repository, as the hub keeps it
     for folder in (base / source.folder, base / Path(source.folder).name):
-        if found := sorted(folder.glob(f"{source.splits[split]}-*.parquet")):
+        if found := sorted(folder.glob(f"{source.known[split][0]}-*.parquet")):
             return found
-    for place in (base, base / name):
-        if source.torchvision is not None and (place / source.torchvision[1]).is_dir():
-            return place
-    return None
+    if source.torchvision is not None:
+        folders = [place / source.torchvision[1] for place in (base, base / name)]
+        return [folder for folder in folders if folder.is_dir()][:1]
+    return []
+
+
+def _located(name: str, split: str, root: str | Path | None) -> list[Path]:
+    """As `_found`; IsslError where there is nothing."""
+    base = data_root(root)
+    if found := _found(name, split, base):
+        return found
+    where = "no folder is named"
+    if base is not None:
+        is_ = "does not hold it" if base.is_dir() else "is not a folder"
+        where = f"data root {str(base)!r} {is_}"
+    raise IsslError(
+        f"data set {name!r} ({split}) is read from disk, and {where}: name its folder with "
+        f"--data-root DIR (root=…) or {ENVIRONMENT}=DIR. {_how_to_get(name, base or Path('DIR'))}"
+    )
 
 
 def _how_to_get(name: str, base: Path) -> str:
     source = SOURCES[name]
-    places = [f"{base / source.folder}/{'|'.join(source.splits.values())}-*.parquet"]
+    splits = "|".join(split for split, _ in source.known.values())
+    places = [f"{base / source.folder}/{splits}-*.parquet"]
     if source.torchvision is not None:
         places.append(f"{base / source.torchvision[1]}/ (torchvision's layout)")
     return (
@@ -334,18 +283,19 @@ def _how_to_get(name: str, base: Path) -> str:
     )
 
 
-def _open(name: str, split: str, found: list[Path] | Path) -> Content:
+def _open(name: str, split: str, found: list[Path]) -> tuple[pd.DataFrame, list[Any]]:
+    """What the files say of each image, with its class as a number; and the images, encoded, or as
+    torchvision's arrays, uint8 (h, w, 3)."""
     source = SOURCES[name]
-    if isinstance(found, Path):
+    if found[0].is_dir():
         try:
-            whole = _torchvision_set(name, found, train=split == "train", download=False)
+            whole = _torchvision_set(name, found[0].parent, split == "train", download=False)
         except (RuntimeError, OSError, EOFError) as error:
             raise IsslError(
-                f"data set {name!r} under {found}: {error} (a checksum differs or a file is "
-                "missing); download it again"
+                f"data set {name!r} under {found[0].parent}: {error} (a checksum differs or a file "
+                "is missing); download it again"
             ) from error
-        labels = np.asarray(whole.targets)
-        return Content(labels, pd.DataFrame(index=range(len(labels))), pixels=whole.data)
+        return pd.DataFrame({source.label: whole.targets}), list(whole.data)
     table = pd.concat([_read_parquet(path) for path in found], ignore_index=True)
     missing = {source.image, source.label} - set(table.columns)
     if missing:
@@ -353,7 +303,7 @@ def _open(name: str, split: str, found: list[Path] | Path) -> Content:
             f"{found[0]}: no column {sorted(missing)}; it has {', '.join(map(str, table))}"
         )
     encoded = [cell["bytes"] for cell in table.pop(source.image)]
-    return Content(table[source.label].to_numpy(), table, encoded)
+    return table, encoded
 
 
 def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -367,32 +317,30 @@ def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
         ) from error
 
 
-def _images(name: str, whole: Content, rows: np.ndarray, size: int) -> Images:
-    """These rows of a set; `index` is the row."""
-    source, labels = SOURCES[name], whole.labels[rows].astype(np.int64)
+def _images(
+    name: str, whole: tuple[pd.DataFrame, list[Any]], rows: np.ndarray, size: int
+) -> Images:
+    """These rows of a set, as `_open` gives it; `index` is the row."""
+    source, table = SOURCES[name], whole[0].iloc[rows]
+    labels = table[source.label].to_numpy(np.int64, copy=True)
     attributes = pd.DataFrame({"index": rows})
-    for column, values in whole.columns.iloc[rows].items():
+    for column, values in table.items():
         names = source.names.get(str(column))
         attributes[column] = values.to_numpy() if names is None else np.array(names)[values]
     attributes["label_name"] = np.array(source.names[source.label])[labels]
-    if whole.encoded is None:
-        assert whole.pixels is not None  # a set has one of the two
-        pixels = np.ascontiguousarray(whole.pixels[rows].transpose(0, 3, 1, 2))
-    else:
-        pixels = np.empty((len(rows), 3, size, size), np.uint8)
-        for k, row in enumerate(rows):
-            pixels[k] = decode(whole.encoded[row], size, f"image {row} of {name}")
+    pixels = np.empty((len(rows), 3, size, size), np.uint8)
+    for k, row in enumerate(rows):
+        image = whole[1][row]
+        what = f"image {row} of {name}"
+        pixels[k] = (
+            decode(image, size, what) if isinstance(image, bytes) else image.transpose(2, 0, 1)
+        )
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels), attributes, name)
 
 
 def _torchvision_set(name: str, root: Path, train: bool, download: bool) -> Any:
     import torchvision  # slower to import than torch, and few runs read this layout
 
-    kind, _ = _torchvision_names(name)
-    return getattr(torchvision.datasets, kind)(root, train=train, download=download)
-
-
-def _torchvision_names(name: str) -> tuple[str, str]:
     names = SOURCES[name].torchvision
-    assert names is not None  # the caller found the set in that layout
-    return names
+    assert names is not None  # the set was found in that layout
+    return getattr(torchvision.datasets, names[0])(root, train=train, download=download)

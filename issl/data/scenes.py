@@ -13,77 +13,68 @@ else: the same objects in the same poses, which gives every image a counterfactu
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 
 from issl.data.images import Images
-from issl.errors import IsslError, number_or_nan
+from issl.errors import IsslError
 
 SIDE = 32
 CLASSES = "disc ring square frame triangle star plus crescent dumbbell ell".split()
 BACKGROUNDS = ("white", "black", "colour", "texture")
 GROUPS = ("warm", "cool")
 ATYPICAL = ("static", "shuffled", "empty")
+MINORITY = 0.2  # share of images of the group `cool`
+NOISE = 0.01  # standard deviation of the sensor noise
 DEFAULT_SIZE = {"train": 10_000, "test": 2_000}
 SWAPPED = 10_000_000  # more than any number of scenes
 VERSION = 1  # part of every cache key: raise it when a drawn pixel changes
 
 
-@dataclass(frozen=True)
-class ScenesConfig:
-    """The composition of the set; each share is a probability per image.
+def draw(
+    n: int | None = None,
+    split: str = "train",
+    seed: int = 0,
+    *,
+    uniform: float = 0.3,
+    exact_duplicates: float = 0.01,
+    near_duplicates: float = 0.01,
+    atypical: float = 0.01,
+    background: str | None = None,
+) -> Images:
+    """Draw the first `n` images of the set (`seed`, `split`).
 
-    Attributes:
-        uniform: Share of backgrounds that are white, black or one colour.
-        minority: Share of images of the group `cool`.
+    Args:
+        n: None gives 10,000 train or 2,000 test images.
+        split: `train` or `test`.
+        seed: Of all that is drawn.
+        uniform: Share of backgrounds that are white, black or one colour. Each share is a
+            probability per image.
         exact_duplicates: Share of images that are copies of another one.
         near_duplicates: Share of copies shifted by 1–2 px, a little brighter.
         atypical: Share of static, shuffled or empty images.
-        noise: Standard deviation of the sensor noise, at most 0.5.
         background: One of BACKGROUNDS, for every image.
+
+    Returns:
+        With masks, and these attributes: index, label_name, background ("none" for static and
+        shuffled images), uniform, group, duplicate_of (index of the original, always an earlier
+        image; −1 for none), duplicate_kind, atypical ("" for ordinary ones).
+
+    Raises:
+        IsslError: An unknown split or background, or impossible shares.
     """
-
-    uniform: float = 0.3
-    minority: float = 0.2
-    exact_duplicates: float = 0.01
-    near_duplicates: float = 0.01
-    atypical: float = 0.01
-    noise: float = 0.01
-    background: str | None = None
-
-    def __post_init__(self) -> None:
-        shares = "uniform minority exact_duplicates near_duplicates atypical".split()
-        for name, most in (*((share, 1) for share in shares), ("noise", 0.5)):
-            if not 0 <= number_or_nan(getattr(self, name)) <= most:
-                raise IsslError(
-                    f"ScenesConfig({name}={getattr(self, name)!r}): give a number from 0 to {most}"
-                )
-        total = self.exact_duplicates + self.near_duplicates + self.atypical
-        if total > 1:
-            raise IsslError(
-                f"shares of duplicates and atypical images add up to {total:.2f}, more than 1"
-            )
-        if self.background not in (None, *BACKGROUNDS):
-            raise IsslError(f"background {self.background!r}: choose {', '.join(BACKGROUNDS)}")
-
-
-def draw(
-    n: int | None = None, split: str = "train", seed: int = 0, config: ScenesConfig | None = None
-) -> Images:
-    """Draw the first `n` images of the set (`seed`, `split`); n=None gives 10,000 train or 2,000
-    test.
-
-    Attributes: index, label_name, background ("none" for static and shuffled images), uniform,
-    group, duplicate_of (index of the original, always an earlier image; −1 for none),
-    duplicate_kind, atypical ("" for ordinary ones). Masks are given. Raises IsslError for an
-    unknown split and impossible shares.
-    """
-    config = config or ScenesConfig()
     if split not in DEFAULT_SIZE:
         raise IsslError(f"split {split!r}: scenes has {' and '.join(DEFAULT_SIZE)}")
+    if background not in (None, *BACKGROUNDS):
+        raise IsslError(f"background {background!r}: choose {', '.join(BACKGROUNDS)}")
+    shares = exact_duplicates, near_duplicates, atypical
+    if not 0 <= uniform <= 1 or min(shares) < 0 or not sum(shares) <= 1:
+        raise IsslError(
+            f"shares of scenes: uniform={uniform}, duplicates and atypical images {shares}; give "
+            "numbers from 0 to 1, of which the last three do not add up to more"
+        )
     n = DEFAULT_SIZE[split] if n is None else n
     if n < 1:
         raise IsslError(f"n={n}: scenes draws 1 image or more")
@@ -92,15 +83,14 @@ def draw(
         return np.random.default_rng([seed, zlib.crc32(split.encode()), zlib.crc32(name.encode())])
 
     label = stream("class").integers(0, len(CLASSES), n)
-    is_uniform = stream("uniform").random(n) < config.uniform
-    background = np.where(is_uniform, stream("background").integers(0, 3, n), 3)
-    if config.background is not None:
-        background = np.full(n, BACKGROUNDS.index(config.background))
-    group = (stream("group").random(n) < config.minority).astype(int)
+    is_uniform = stream("uniform").random(n) < uniform
+    behind = np.where(is_uniform, stream("background").integers(0, 3, n), 3)
+    if background is not None:
+        behind = np.full(n, BACKGROUNDS.index(background))
+    group = (stream("group").random(n) < MINORITY).astype(int)
     # one uniform number decides all three injections, so they exclude each other
-    shares = [config.exact_duplicates, config.near_duplicates, config.atypical]
-    u, edges = stream("inject").random(n), np.cumsum(shares)
-    kind = np.digitize(u, edges)  # 0 exact, 1 near, 2 atypical, 3 ordinary
+    kind = np.digitize(stream("inject").random(n), np.cumsum(shares))
+    # 0 exact, 1 near, 2 atypical, 3 ordinary
     kind[0] = 3  # the first image has no earlier one to copy
     strange = np.where(kind == 2, stream("atypical").integers(0, len(ATYPICAL), n), -1)
 
@@ -114,12 +104,12 @@ def draw(
         s = slice(at, min(at + 1000, n))
         mask = _mask(label[s], {k: v[s] for k, v in pose.items()})
         mask[strange[s] == ATYPICAL.index("empty")] = 0
-        back = _background(background[s], colour[s], texture[s])
+        back = _background(behind[s], colour[s], texture[s])
         image = _paint(mask, back, group[s], {k: v[s] for k, v in pose.items()})
         size = (len(image), 3, SIDE, SIDE)
         static_block = static.random(size, dtype=np.float32)
         image = np.where((strange[s] == 0)[:, None, None, None], static_block, image)
-        image += config.noise * grain.standard_normal(size, dtype=np.float32)
+        image += NOISE * grain.standard_normal(size, dtype=np.float32)
         pixels[s] = np.rint(255 * image.clip(0, 1))
         masks[s] = np.rint(255 * mask)
     masks[strange == ATYPICAL.index("static")] = 0
@@ -130,14 +120,14 @@ def draw(
     pick, shift = stream("source").random(n), stream("shift").random((n, 3))
     source = _inject_duplicates(pixels, masks, kind, pick, shift)
     root = np.where(source >= 0, source, np.arange(n))
-    background, group, label, strange = background[root], group[root], label[root], strange[root]
-    background[(strange >= 0) & (strange != ATYPICAL.index("empty"))] = len(BACKGROUNDS)
+    behind, group, label, strange = behind[root], group[root], label[root], strange[root]
+    behind[(strange >= 0) & (strange != ATYPICAL.index("empty"))] = len(BACKGROUNDS)
     duplicate_kind = np.where(source >= 0, np.array(["exact", "near", "", ""])[kind], "")
     attributes = {
         "index": np.arange(n),
         "label_name": np.array(CLASSES)[label],
-        "background": np.array([*BACKGROUNDS, "none"])[background],
-        "uniform": background < 3,
+        "background": np.array([*BACKGROUNDS, "none"])[behind],
+        "uniform": behind < 3,
         "group": np.array(GROUPS)[group],
         "duplicate_of": source,
         "duplicate_kind": duplicate_kind,
@@ -158,10 +148,8 @@ def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images
     """
     sets, tables = [], []
     for k, background in enumerate(BACKGROUNDS):
-        config = ScenesConfig(
-            background=background, exact_duplicates=0.0, near_duplicates=0.0, atypical=0.0
-        )
-        sets.append(draw(n, split, seed, config))
+        none = dict.fromkeys(("exact_duplicates", "near_duplicates", "atypical"), 0.0)
+        sets.append(draw(n, split, seed, background=background, **none))
         scene = sets[k].attributes["index"]
         tables.append(sets[k].attributes.assign(index=scene + SWAPPED * k, scene=scene))
     pixels = torch.cat([part.tensor() for part in sets])

@@ -20,8 +20,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from issl.data.images import Images, own_names
-from issl.data.lazy_pixels import LazyPixels
+from issl.data.images import Images, LazyPixels, own_names
 from issl.engine import Task
 from issl.errors import IsslError
 from issl.files import atomic, file_digest, remove_leftovers

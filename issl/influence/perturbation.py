@@ -14,8 +14,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
-from issl.data.image_operations import Pixels
-from issl.data.views import VIEW_UNIFORMS, View
+from issl.data.views import VIEW_UNIFORMS, Pixels, View
 from issl.errors import IsslError, number_or_nan
 from issl.keyed_random import normal, uniform
 

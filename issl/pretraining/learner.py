@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from issl.data.image_operations import Pixels
+from issl.data.views import Pixels
 from issl.devices import computes_bf16
 from issl.errors import IsslError
 from issl.pretraining.batchnorm import full, weighted_batches

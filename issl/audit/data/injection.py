@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from issl import keyed_random
-from issl.data import image_operations, scenes
+from issl.data import scenes
 from issl.data.images import Images
+from issl.data.views import hue
 from issl.errors import IsslError
 
 DuplicateKind = Literal["exact", "shifted", "recoloured", "recompressed"]
@@ -99,7 +100,7 @@ def _recoloured(x: Tensor, generator: np.random.Generator) -> Tensor:
     pixels = x[None].float() / 255
     factor = torch.tensor([float(generator.choice([0.8, 1.2]))])
     turn = torch.tensor([float(generator.choice([-0.05, 0.05]))])
-    turned = image_operations.hue(image_operations.brightness(pixels, factor), turn)
+    turned = hue((pixels * factor).clamp(0, 1), turn)
     return (255 * turned[0]).round().clamp(0, 255).byte()
 
 
@@ -134,7 +135,7 @@ def _strange(
         tiles = x.unfold(1, q, q).unfold(2, q, q).flatten(1, 2)[:, order]
         return tiles.unflatten(1, (4, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     # one seed per image: the same scene in any set and at any position
-    seed, config = int(generator.integers(2**31)), scenes.ScenesConfig(atypical=0.0)
-    drawn = scenes.draw(1, seed=seed, config=config).tensor().float()
+    seed = int(generator.integers(2**31))
+    drawn = scenes.draw(1, seed=seed, atypical=0.0).tensor().float()
     grown = F.interpolate(drawn, x.shape[1:], mode="bilinear", antialias=True)
     return grown[0].round().clamp(0, 255).byte()

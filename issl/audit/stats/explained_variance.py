@@ -24,8 +24,8 @@ from torch import Tensor
 from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.stats.resampling import RESAMPLES
 from issl.audit.stats.statistics import Estimate, mean, percentiles
-from issl.data.image_operations import luma
 from issl.data.images import Images
+from issl.data.views import luma
 from issl.errors import IsslError
 
 PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")

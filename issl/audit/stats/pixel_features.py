@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from issl.data.image_operations import luma
 from issl.data.images import Images
+from issl.data.views import luma
 
 BORDER = 2  # px: width of the frame by which a background is judged
 UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
