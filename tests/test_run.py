@@ -280,8 +280,6 @@ def test_a_stage_that_fails_is_shown_and_blocks_its_notebook_alone(
 
 def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delenv("ISSL_DATA", raising=False)
-    few = {"quick": profiles.profiles()["quick"], "mini": profiles.profiles()["overnight"]}
-    monkeypatch.setattr("issl.audit.doctor.profiles", lambda: few)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for word in ["python", "torch", "GPU", "memory", "disk", "ISSL_DATA", "scenes"]:
