@@ -67,9 +67,10 @@ def test_without_a_point_is_training_without_it() -> None:
         optimizer.step(closure)
         retrained = retrained.detach()
         by_formula = linear_theory.fit_without(weight, delta, 0.1, out)
-        torch.testing.assert_close(by_formula, retrained, rtol=1e-7, atol=1e-9)
+        # L-BFGS ends within 4e-9 on some processors
+        torch.testing.assert_close(by_formula, retrained, rtol=1e-7, atol=1e-8)
         by_steps = linear_theory.retrained(start, delta, 0.1, out)
-        torch.testing.assert_close(by_steps, retrained, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(by_steps, retrained, rtol=1e-7, atol=1e-8)
         # what retraining changes, to 1e-6 of the change itself: of every image's loss, and of the
         # weights
         change, want = (
