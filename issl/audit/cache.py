@@ -180,8 +180,7 @@ class Artifacts:
         if path is None or not path.is_file():
             raise IsslError(
                 f"{name} of {stage.label} is not among the released files in {folder}: get it from "
-                "the repository, or "
-                "make it with --from-scratch"
+                "the repository, or make it with --from-scratch"
             )
         return path
 

@@ -239,8 +239,7 @@ def check(plans: dict[str, Plan], out: Path) -> None:
             if data.n is not None and available is not None and data.n > available:
                 raise IsslError(
                     f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has "
-                    f"{available} here; "
-                    "lower n in the profile"
+                    f"{available} here; lower n in the profile"
                 )
 
 

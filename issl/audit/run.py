@@ -75,8 +75,7 @@ def run(
     made = len(stages) - len({ended.name for ended in failed} & set(stages))
     print(
         f"{len(books) - count} of {len(books)} notebooks ended well, {made} of {len(stages)} "
-        "missing "
-        f"stages made, in {time.monotonic() - began:.0f} s: {artifacts.root}"
+        f"missing stages made, in {time.monotonic() - began:.0f} s: {artifacts.root}"
     )
     if notebooks:
         print(f"figures: {options.folder / 'figures' / options.profile}")

@@ -185,7 +185,10 @@ class Table(Stage):
         raise NotImplementedError
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        table = self.compute(artifacts)
+        self.write(self.compute(artifacts), folder)
+
+    def write(self, table: pd.DataFrame, folder: Path) -> None:
+        """The table as the artifact's file."""
         with atomic(folder / self.file) as part:
             table.to_parquet(part, index=False)
 
@@ -256,8 +259,7 @@ class Influence(Table):
             scores = fitted.score(self.others.load(), computing=computing)
         with atomic(folder / "settings.json") as part:
             part.write_text(json.dumps(scores.attrs, indent=1))
-        with atomic(folder / self.file) as part:
-            scores.to_parquet(part, index=False)
+        self.write(scores, folder)
 
 
 class Positions(Stage):
@@ -737,9 +739,8 @@ class Evaluate(Table):
         knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))
-        with atomic(folder / self.file) as part:
-            found = {"index": images.index.numpy(), "knn": knn, "probe": probe}
-            pd.DataFrame(found).to_parquet(part, index=False)
+        found = {"index": images.index.numpy(), "knn": knn, "probe": probe}
+        self.write(pd.DataFrame(found), folder)
 
 
 Choice = Prune | Thin | Pick | Draw | Top
