@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 
-from issl.commands.arguments import whole
 from issl.errors import IsslError
 from issl.files import why_no_room
 
@@ -280,6 +279,21 @@ def in_short(error: BaseException) -> str | None:
 
 
 # --- options of the commands whose tasks may run elsewhere ---
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: need a whole number, {least} or more")
+        return value
+
+    return parse
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from issl.commands import pictures
-from issl.commands.arguments import whole
 from issl.commands.options import add_image_arguments, load_images
 from issl.data import datasets
 from issl.data.decoding import decode
 from issl.data.images import Images, own_names
 from issl.devices import pick_device
+from issl.engine import whole
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors, writable
