@@ -14,7 +14,7 @@ import issl
 from issl import cli
 from issl.audit import claims, verdicts
 from issl.audit.plans import PLANS
-from issl.audit.profiles import profiles
+from issl.audit.profiles import covered, profiles, read_profile
 from issl.audit.stats.statistics import Estimate
 
 LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
@@ -144,6 +144,15 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
     for name, variant, metrics in found:
         claims.record(name, metrics, source, tmp_path, variant, **about)
     return verdicts.read_records(tmp_path.glob("claim_*.json"))
+
+
+@pytest.mark.parametrize("profile", claims.readings())
+def test_a_reading_changes_its_choices_and_nothing_else(profile: str) -> None:
+    names = covered("overnight-projector")
+    plain, read = (read_profile(p, names) for p in ("overnight", profile))
+    changes = {"profile": profile, **claims.readings()[profile]}
+    for name in names:
+        assert read[name] == plain[name].model_copy(update=changes)
 
 
 def test_records_say_where_they_come_from_and_stay_in_order(

@@ -151,7 +151,15 @@ def _file(name: str) -> dict[str, Any]:
 @lru_cache
 def claims() -> dict[str, Claim]:
     """All claims by name."""
-    return {name: Claim(**e) for name, e in _file("claims.yaml").items() if name != "scales"}
+    others = ("scales", "readings")
+    return {name: Claim(**e) for name, e in _file("claims.yaml").items() if name not in others}
+
+
+@lru_cache
+def readings() -> dict[str, dict[str, str]]:
+    """The primary readings of the paper: what the profile of each sets."""
+    found: dict[str, dict[str, str]] = _file("claims.yaml")["readings"]["primary"]
+    return found
 
 
 @lru_cache

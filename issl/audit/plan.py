@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, model_validator
@@ -30,6 +30,7 @@ from issl.errors import IsslError
 from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
+from issl.pretraining.encoder import PIXEL_STD, Output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -433,7 +434,10 @@ class Scored(Plan):
 
     @property
     def noise(self) -> GaussianNoise:
-        return GaussianNoise(self.mean, self.std)
+        return self.gaussian(self.mean, self.std)
+
+    def gaussian(self, mean: float, std: float) -> GaussianNoise:
+        return GaussianNoise(mean, std)
 
     @property
     def curvature(self) -> LoGra:
@@ -488,3 +492,24 @@ class Scored(Plan):
         if isinstance(encoder, Given):
             return self.training().model_copy(update={"width": encoder.width, **changes})
         return (encoder or self.training()).model_copy(update={**changes, "without": None})
+
+
+class Readable(Scored):
+    """A plan whose score can be read in the ways that the paper leaves open.
+
+    output   of the encoder, whose stability is scored
+    unit     of the noise's mean and std: the range of the pixels, or normalised pixels
+    """
+
+    output: Output = "features"
+    unit: Literal["range", "normalised"] = "range"
+
+    def gaussian(self, mean: float, std: float) -> GaussianNoise:
+        if self.unit == "normalised":
+            return GaussianNoise.of_normalised(PIXEL_STD, mean, std)
+        return super().gaussian(mean, std)
+
+    def influence(
+        self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
+    ) -> Influence:
+        return super().influence(encoder, seed, **{"output": self.output, **changes})

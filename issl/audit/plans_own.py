@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from issl.audit.cache import Stage
-from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, under
+from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Readable, Scored, under
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -335,7 +335,7 @@ class Continual(Scored):
         }
 
 
-class Explained(Scored):
+class Explained(Readable):
     """13_explained: how much of the score do simple statistics explain?"""
 
     notebook: ClassVar[str] = "13_explained"
@@ -356,7 +356,7 @@ class Explained(Scored):
         return {**others, "scores": Cells(f"{BY} noise", scores), "nearest": Cells(BY, nearest)}
 
 
-class Bridges(Scored):
+class Bridges(Readable):
     """14_bridges: do images of high influence hold the classes together? Does rarity raise a
     background's influence?"""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from issl.audit.cache import Stage
 from issl.audit.claims import Learned
 from issl.audit.given import Given
-from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored, under
+from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -33,7 +33,7 @@ class MethodLesson(Plan):
         return {"encoder": Cells("method", {(self.method,): self.pretrain()})}
 
 
-class SeedCorrelation(Scored):
+class SeedCorrelation(Readable):
     """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?
 
     noise_seeds   how many noises every encoder is scored under
@@ -82,7 +82,7 @@ class SeedCorrelation(Scored):
 AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
 
 
-class AugmentationAblation(Scored):
+class AugmentationAblation(Readable):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?
 
     sigmas    of Gaussian noise with the paper's mean, which is the same shift under every seed
@@ -113,9 +113,9 @@ class AugmentationAblation(Scored):
         """Every perturbation by its name; of flip and grayscale the strength is the share of images
         changed."""
         found: dict[str, GaussianNoise | Augmentation] = {
-            f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
+            f"noise {s:g}": self.gaussian(self.mean, s) for s in self.sigmas
         }
-        found |= {f"centred {s:g}": GaussianNoise(0.0, s) for s in self.centred}
+        found |= {f"centred {s:g}": self.gaussian(0.0, s) for s in self.centred}
         for kind in AUGMENTATIONS:
             for strength in self.strengths:
                 usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)
@@ -152,7 +152,7 @@ class AugmentationAblation(Scored):
         return {"scores": Cells(labels, scores), "accuracy": under(known, self.evaluation)}
 
 
-class BackgroundBias(Scored):
+class BackgroundBias(Readable):
     """03_background_bias: do images of high influence have uniform backgrounds?"""
 
     notebook: ClassVar[str] = "03_background_bias"
@@ -189,7 +189,7 @@ class BackgroundBias(Scored):
         return Data(name="scenes-swapped", n=self.swapped)
 
 
-class Duplicates(Scored):
+class Duplicates(Readable):
     """04_duplicates: does low influence find duplicates?
 
     neighbours   how many of each image are looked for; the nearest one counts (they are those of
@@ -216,7 +216,7 @@ GROUPS: dict[
 }
 
 
-class Fairness(Scored):
+class Fairness(Readable):
     """05_fairness: does influence differ between groups of people, and rise in a group that is
     thinned?
 
@@ -273,7 +273,7 @@ class Fairness(Scored):
 Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
 
 
-class Pruning(Scored):
+class Pruning(Readable):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
     arms           what is removed; of twice as many images, those with the flattest frame, "top
@@ -339,7 +339,7 @@ class Pruning(Scored):
         }
 
 
-class Outliers(Scored):
+class Outliers(Readable):
     """07_outliers: does high influence find atypical images?
 
     made_strange   the share of the test images that is replaced by strange ones (as `atypical` is
@@ -363,12 +363,13 @@ class Outliers(Scored):
 
     def tables(self) -> dict[str, Cells]:
         known, new = self.encoders_of(self.methods), self.new_images()
-        noise = {"perturbation": self.noise, "seed": self.noise_seed, "draws": self.loss_draws}
+        loss: dict[str, Any] = {"perturbation": self.noise, "output": self.output}
+        loss |= {"seed": self.noise_seed, "draws": self.loss_draws}
         return {
             # under the curvature of the training images
             "scores": under(known, lambda e: self.influence(e, others=new)),
             "features": under(known, lambda e: self.features(e, new)),
-            "losses": under(known, lambda e: Stability(pretrain=e, data=new, **noise)),
+            "losses": under(known, lambda e: Stability(pretrain=e, data=new, **loss)),
             "accuracy": under(known, self.evaluation),
         }
 
@@ -377,7 +378,7 @@ REMOVED = ("top by ssl", "top by supervised", "random")  # what models are retra
 EQUAL = "supervised, equal strength"  # supervised models under the weaker noise
 
 
-class SupervisedVsSSL(Scored):
+class SupervisedVsSSL(Readable):
     """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
 
     supervised   how many supervised models are scored, beside `encoders` of each method
@@ -417,7 +418,8 @@ class SupervisedVsSSL(Scored):
 
     def cross_entropy_scores(self, encoder: Pretrain | Given) -> Influence:
         """Scores by a supervised model's own loss."""
-        return self.influence(encoder, perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
+        own: dict[str, Any] = {"perturbation": GaussianNoise(0.0, 0.0), "loss": "cross_entropy"}
+        return self.influence(encoder, **own, output="features")
 
     def removal(self, removed: str, seed: int) -> Prune:
         """The top of one of the two scores, or as many images at random."""
@@ -436,7 +438,7 @@ class SupervisedVsSSL(Scored):
             for noise in range(2)
         }
         if self.equal_std is not None:
-            weak = GaussianNoise(self.mean, self.equal_std)
+            weak = self.gaussian(self.mean, self.equal_std)
             for (_, k), encoder in classifiers.items():
                 for noise in range(2):
                     seed = self.noise_seed + noise
