@@ -269,3 +269,11 @@ def test_the_pages_show_the_records_that_are_kept(
     assert capsys.readouterr().out == verdicts.markdown(kept)
     with pytest.raises(issl.IsslError, match="markers"):
         verdicts.in_page("# nothing", "new")
+
+
+def test_verdicts_over_readings() -> None:
+    holds, in_part, open_, no = "reproduced", "partly", "undecided", "contradicted"
+    assert claims.over_readings([holds] * 4) == "holds in every reading"
+    assert claims.over_readings([holds, no, open_]).startswith("depends on the reading: ")
+    assert claims.over_readings([holds, open_, holds]) == "holds in 2, undecided in 1"
+    assert claims.over_readings([no, in_part]).startswith("holds in none: ")
