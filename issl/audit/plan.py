@@ -35,6 +35,7 @@ from issl.pretraining.encoder import PIXEL_STD, Output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Unit = Literal["range", "normalised"]  # of a noise's mean and std: which pixels they are in
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
 Files = Annotated[
@@ -42,6 +43,13 @@ Files = Annotated[
     Field(min_length=1),
     BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v]),
 ]
+
+
+def noise_in(unit: Unit, mean: float, std: float) -> GaussianNoise:
+    """Noise whose mean and std are in this unit; every encoder here normalises by PIXEL_STD."""
+    if unit == "normalised":
+        return GaussianNoise.of_normalised(PIXEL_STD, mean, std)
+    return GaussianNoise(mean, std)
 
 
 P = TypeVar("P", bound="Plan")
@@ -502,12 +510,10 @@ class Readable(Scored):
     """
 
     output: Output = "features"
-    unit: Literal["range", "normalised"] = "range"
+    unit: Unit = "range"
 
     def gaussian(self, mean: float, std: float) -> GaussianNoise:
-        if self.unit == "normalised":
-            return GaussianNoise.of_normalised(PIXEL_STD, mean, std)
-        return super().gaussian(mean, std)
+        return noise_in(self.unit, mean, std)
 
     def influence(
         self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
