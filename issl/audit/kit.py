@@ -258,11 +258,11 @@ def specifications(
         columns: its choices.
         label: of the estimates.
     """
+    rows = [(c, value) for c in columns for value in dict.fromkeys(table[c])]
     table = table.sort_values("value", ignore_index=True)
     curve.vlines(table.index, table["low"], table["high"], color=GREY, lw=0.8)
     curve.scatter(table.index, table["value"], color=PALETTE[0], s=10, zorder=3)
     curve.set(ylabel=label, xticks=[])
-    rows = [(c, value) for c in columns for value in dict.fromkeys(table[c])]
     for y, (column, value) in enumerate(reversed(rows)):
         chosen = table.index[table[column] == value]
         choices.scatter(chosen, np.full(len(chosen), y), color="black", marker="s", s=6)
