@@ -251,15 +251,15 @@ def test_adding_a_notebook(checkout: Path) -> None:
     text = next(c for c in notebook.cells if c.cell_type == "markdown")
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     notebook.cells = [text, parameters, nbformat.v4.new_code_cell(code)]
-    nbformat.write(notebook, checkout / "notebooks/19_brightness.ipynb")
+    nbformat.write(notebook, checkout / "notebooks/21_brightness.ipynb")
     profile = checkout / "notebooks/profiles/quick.yaml"
     profile.write_text("common: {n: 48, width: 1, epochs: 1, batch_size: 16}")
-    said = in_checkout(checkout, f"run --only 19 --out {checkout}")
+    said = in_checkout(checkout, f"run --only 21 --out {checkout}")
     assert "1 of 1 notebooks ended well" in said
     written = checkout / "results/quick/claim_bright_images.simclr.json"
     record = json.loads(written.read_text())
     assert record["verdict"] == "not tested at this scale" and record["learned"]["encoders"] == 1
-    assert (checkout / "figures/quick/19_brightness.png").is_file()
+    assert (checkout / "figures/quick/21_brightness.png").is_file()
     report = (checkout / "results/quick/index.html").read_text()
     assert "Bright images have high influence" in report
 
@@ -329,7 +329,7 @@ def test_what_it_links_to_is_there(page: Path) -> None:
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
     for word in re.findall(r"--only (\d+)", PAGES[page]):
-        assert word == "19" or profiles.select(word)  # 19 is the example of docs/extending.md
+        assert word == "21" or profiles.select(word)  # 21 is the example of docs/extending.md
 
 
 def test_every_page_is_reached_from_the_readme_and_the_site() -> None:

@@ -298,6 +298,19 @@ def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: flo
     assert 0.91 <= covered / runs <= 0.98
 
 
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_an_interval_over_pairs_knows_that_they_share_encoders(own: float) -> None:
+    """What is measured of a pair depends on both encoders, and (`own`) on the pair itself."""
+    rng, pairs, covered, plain = np.random.default_rng(7), [(0, 1), (0, 2), (1, 2)], 0, 0
+    for a in rng.normal(0, 1, (1000, 3)):
+        values = [a[i] + a[j] + rng.normal(0, own) for i, j in pairs]
+        each = [Estimate(v, v - 0.02, v + 0.02, 50) for v in values]
+        e, naive = statistics.over_encoders(each, pairs=pairs), statistics.over_encoders(each)
+        covered += e.low <= 0 <= e.high
+        plain += naive.low <= 0 <= naive.high
+    assert plain / 1000 < 0.9 and 0.93 <= covered / 1000 <= 0.99
+
+
 def test_each_group_against_the_rest_over_encoders() -> None:
     rng, n = np.random.default_rng(0), 600
     sizes = rng.choice(["3-9", "10-19", "rare"], n, p=[0.6, 0.37, 0.03])
