@@ -372,14 +372,23 @@ def short_markdown(records: Sequence[Record]) -> str:
         numbers, reached = [], []
         for part, note in ((published, ""), (copied, f"on {COPY}: ")):
             if part:
-                each = zip((_number(_first(r)) for r in part), _methods(part), strict=True)
-                listed = ", ".join(f"{number} {method}".strip() for number, method in each)
-                numbers.append((note if published else "") + listed)
+                numbers.append((note if published else "") + _deciding_numbers(part))
                 reached.append(note + _short_verdict(part))
         row, where = _row(own), "" if at == SCALES[0] else f"{at}: "
-        measured = f"{row.measured} = {'; '.join(numbers)}"
-        cells.append((row.claim, row.paper, measured, where + "; ".join(reached)))
+        cells.append((row.claim, row.paper, "; ".join(numbers), where + "; ".join(reached)))
     return _markdown(["claim", "paper", "ours (95% interval)", "verdict"], cells)
+
+
+def _deciding_numbers(records: Sequence[Record]) -> str:
+    """The number of the test that decides each record, with its method."""
+    named = {id(r): method for r, method in zip(records, _methods(records), strict=True)}
+    parts = []
+    for own in _grouped(records, lambda r: deciding(r)["metric"]):
+        metric = deciding(own[0])["metric"]
+        numbers = [_number(Estimate.of(r["metrics"][metric])) for r in own]
+        each = [f"{n} {named[id(r)]}".strip() for n, r in zip(numbers, own, strict=True)]
+        parts.append(f"{words(metric)} = {', '.join(each)}")
+    return "; ".join(parts)
 
 
 def _markdown(
