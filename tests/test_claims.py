@@ -250,7 +250,7 @@ def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
     found = verdicts.kept_records(tmp_path)
     short = verdicts.short_markdown(found)
     row = next(line for line in short.splitlines() if "two noise seeds" in line)
-    assert "r = 0.95 [0.85, 1.05] BYOL; on the JPEG copy: 0.80 [0.70, 0.90] SimCLR |" in row
+    assert "r = 0.95 [0.85, 1.05] BYOL; on the JPEG copy: r = 0.80 [0.70, 0.90] SimCLR |" in row
     assert row.endswith("| overnight: ● reproduced; on the JPEG copy: ○ contradicted |")
     data = {r.data for r in verdicts.summary(found) if r.measured == "r"}
     assert data == {"cifar10", "cifar10 (the JPEG copy)"}
