@@ -73,7 +73,14 @@ class Stage(Config):
 
     def needs(self) -> dict[str, Stage]:
         """The stages whose artifacts this one reads, by field."""
-        return {k: v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+        found: dict[str, Stage] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            several = isinstance(value, tuple)
+            for k, stage in enumerate(value if several else (value,)):
+                if isinstance(stage, Stage):
+                    found[f"{name}.{k}" if several else name] = stage
+        return found
 
     @property
     def label(self) -> str:
@@ -94,6 +101,7 @@ class Artifacts:
 
     released           the folder of artifacts that come with the repository: read, never written;
                        None: not even read
+    only               the kind of stages that are taken from it, such as pretrain; None: all
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -102,6 +110,7 @@ class Artifacts:
     progress: bool = False
     checkpoint_seconds: float = 20.0
     released: Path | None = field(default_factory=lambda: provided("released"))
+    only: str | None = None
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
@@ -198,6 +207,7 @@ class Artifacts:
         damaged."""
         if (
             self.released is None
+            or self.only not in (None, stage.name)
             or (entry := released_index(self.released).get(stage.label)) is None
         ):
             return None

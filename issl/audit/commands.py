@@ -23,9 +23,11 @@ def add(parsers: argparse._SubParsersAction[Any]) -> None:
     add_option("--only", metavar="03,…", help="only these notebooks, by number or name")
     _places(run)
     add_option(
-        "--from-scratch",
-        action="store_true",
-        help="make again the encoders and scores that come with the repository",
+        "--from",
+        choices=["tables", "encoders", "images"],
+        dest="door",
+        help="tables (the default): draw what is released; encoders: score them again; images: "
+        "train them, too",
     )
     add_option(
         "--checkpoint",
@@ -76,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         options.device,
         options.out,
         engine.pairs(options.checkpoint, "--checkpoint", example),
-        options.from_scratch,
+        options.door,
     )
     return run(chosen, options.again, engine.asked_for(options), notebooks=not options.stages)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from issl.audit.cache import Stage, in_dependency_order
-from issl.audit.plan import Plan
+from issl.audit.plan import Plan, Start
 from issl.audit.plans import EXPLORER, PLANS
 from issl.audit.settings import Data
 from issl.data import datasets, published
@@ -34,7 +34,7 @@ class ProfileOptions:
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
                   that the profile names; a method may have several. Notebooks that train encoders
                   themselves are then left out
-    from_scratch  make again what comes with the repository
+    door      what the run begins with (`Plan.start`); None: what is released is used, all else made
     """
 
     profile: str = "quick"
@@ -43,7 +43,7 @@ class ProfileOptions:
     device: str = "auto"
     out: Path | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
-    from_scratch: bool = False
+    door: Start | None = None
 
     @property
     def folder(self) -> Path:
@@ -72,7 +72,7 @@ class ProfileOptions:
             out=str(self.folder),
             data_root=self.root,
             device=self.device,
-            ignore_released=self.from_scratch,
+            start=self.door or "tables",
         )
 
     def left_out(self) -> list[str]:

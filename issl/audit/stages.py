@@ -176,7 +176,8 @@ class Pretrain(Stage):
 
 
 class Table(Stage):
-    """A stage whose artifact is a table in one file; the subclasses say which."""
+    """A stage whose artifact is a table in one file, numbers in single precision; the subclasses
+    say which. The table's `attrs` name the stage."""
 
     file: ClassVar[str]
 
@@ -189,8 +190,10 @@ class Table(Stage):
 
     def write(self, table: pd.DataFrame, folder: Path) -> None:
         """The table as the artifact's file."""
+        single = table.astype(dict.fromkeys(table.select_dtypes("float64"), "float32"))
+        single.attrs = {**table.attrs, "stage": self.label}
         with atomic(folder / self.file) as part:
-            table.to_parquet(part, index=False)
+            single.to_parquet(part, index=False, compression="zstd")
 
     def read(self, artifacts: Artifacts) -> Any:
         """The table, as the class describes it."""
