@@ -59,6 +59,7 @@ class Pretrain(Stage):
 
     name: ClassVar[str] = "pretrain"
     version: ClassVar[int] = 3
+    takes_hours: ClassVar[bool] = True
 
     data: Data
     recipe: Recipe = RECIPES["published"]["simclr"]
@@ -180,6 +181,7 @@ class Table(Stage):
     say which. The table's `attrs` name the stage."""
 
     file: ClassVar[str]
+    repeatable: ClassVar[bool] = True  # does another machine make the same, but for rounding?
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table."""
@@ -193,7 +195,7 @@ class Table(Stage):
         single = table.astype(dict.fromkeys(table.select_dtypes("float64"), "float32"))
         single.attrs = {**table.attrs, "stage": self.label}
         with atomic(folder / self.file) as part:
-            single.to_parquet(part, index=False, compression="zstd")
+            single.to_parquet(part, index=False, compression="zstd", use_dictionary=False)
 
     def read(self, artifacts: Artifacts) -> Any:
         """The table, as the class describes it."""

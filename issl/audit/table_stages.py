@@ -217,6 +217,7 @@ class Map(Table):
 
     name: ClassVar[str] = "map"
     file: ClassVar[str] = "map.parquet"
+    repeatable: ClassVar[bool] = False
 
     features: Embed
     points: int = Field(2000, ge=2)  # more would hide others
