@@ -6,7 +6,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from issl.audit.cache import Artifacts, Stage, in_dependency_order, release, released_index
+from issl.audit.cache import (
+    MANIFEST,
+    Artifacts,
+    Stage,
+    in_dependency_order,
+    release,
+    released_index,
+)
 from issl.audit.commands import RELEASED
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
@@ -57,17 +64,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where a run wrote its artifacts")
     out = parser.parse_args().out
     folder, index = provided("released"), released_index(provided("released"))
-    taken = {file["path"] for entry in index.values() for file in entry["files"].values()}
     here = Artifacts(out / "artifacts", released=None)
     for plan in ProfileOptions(RELEASED, out=out, door=None).plans().values():
         for stage in plan.stages():
-            made = isinstance(stage, Table) and (here.folder(stage) / "manifest.json").is_file()
-            if made and plan.dataset not in datasets.DRAWN and stage.label not in index:
+            drawn = plan.dataset in datasets.DRAWN
+            if not isinstance(stage, Table) or drawn or stage.label in index:
+                continue
+            if (here.folder(stage) / MANIFEST).is_file():
+                taken = [f["path"] for entry in index.values() for f in entry["files"].values()]
                 if (path := path_of(stage)) in taken:
                     raise IsslError(
                         f"{path} is another table's already: it needs a name of its own"
                     )
                 release(here, stage, folder, {stage.file: path})
+                index = released_index(folder)
                 print(path)
 
 
