@@ -84,13 +84,14 @@ class ProfileOptions:
         return {name: part for name, part in parts.items() if part is not None}
 
     def not_released(self) -> dict[str, tuple[str, ...]]:
-        """By notebook, the methods that this door leaves out: of some notebooks, all."""
-        found, drawn = {}, self.plans()
+        """By notebook, the methods that this door leaves out; none of a notebook left out."""
+        found: dict[str, tuple[str, ...]] = {}
+        drawn = self.plans()
         for name, plan in replace(self, door=None).plans().items():
-            methods = getattr(plan, "methods", ())
-            left = tuple(m for m in methods if m not in getattr(drawn.get(name), "methods", ()))
-            if name != EXPLORER.notebook and (left or name not in drawn):
-                found[name] = left
+            asked, kept = (set(getattr(p, "methods", ())) for p in (plan, drawn.get(name)))
+            if name != EXPLORER.notebook and (name not in drawn or asked != kept):
+                left = sorted(asked - kept, key=list(NAMES).index)
+                found[name] = tuple(left) if name in drawn else ()
         return found
 
     def left_out(self) -> list[str]:
@@ -251,14 +252,12 @@ def _starts_with_released(plan: Plan) -> bool:
 
 
 def in_words_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
-    """What is not released yet, a line for each group of methods, with the notebooks it is missing
-    in."""
+    """What is not released yet, a line for each group of notebooks that lack the same."""
     by_methods: dict[tuple[str, ...], list[str]] = {}
     for name, methods in left_out.items():
         by_methods.setdefault(tuple(methods), []).append(name.split("_")[0])
     return [
-        f"{', '.join(str(NAMES.get(m, m)) for m in methods) or 'anything'} (of notebook "
-        f"{', '.join(numbers)})"
+        f"{', '.join(str(NAMES[m]) for m in methods) or 'all'} of {', '.join(numbers)}"
         for methods, numbers in by_methods.items()
     ]
 

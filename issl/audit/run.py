@@ -176,7 +176,7 @@ def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
                 about = which["about"] or "as published"
                 print(f"data    {name} ({split}): identity {which['digest']}, {about}", flush=True)
     for text in in_words_left_out(options.not_released()):
-        print(f"not yet {text}", flush=True)
+        print(f"not released yet: {text}", flush=True)
 
 
 def _nothing(options: ProfileOptions) -> str:
