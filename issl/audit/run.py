@@ -169,12 +169,17 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
 
 def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
     """Which images these are, where a folder with them is given; what is not released yet."""
-    if options.root is not None:
-        sets = {p.dataset: p for p in plans.values() if p.dataset not in datasets.DRAWN}
-        for name, plan in sets.items():
+    sets = {p.dataset: p for p in plans.values() if p.dataset not in datasets.DRAWN}
+    for name, plan in sets.items() if options.root is not None else ():
+        try:
             for split, which in plan.identities().items():
-                about = which["about"] or "as published"
-                print(f"data    {name} ({split}): identity {which['digest']}, {about}", flush=True)
+                found = f"{plan.data(split).available():,} images"
+                known = f"identity {which['digest']}, {which['about'] or 'as published'}"
+                print(f"data    {name} ({split}): {found}, {known}", flush=True)
+        except IsslError as error:
+            if options.data_root is not None:
+                raise
+            print(f"data    {error}", flush=True)  # of a folder that was named for other sets
     for text in in_words_left_out(options.not_released()):
         print(f"not released yet: {text}", flush=True)
 
