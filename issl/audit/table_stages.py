@@ -27,7 +27,7 @@ from issl.audit.stats.pixel_features import pixel_features, texture
 from issl.audit.stats.removals import Seen
 from issl.audit.stats.tables import Numbers, tidy
 from issl.data.decoding import decode
-from issl.data.images import Images, LazyPixels
+from issl.data.images import Images, LazyPixels, own_names
 from issl.errors import IsslError
 
 
@@ -41,7 +41,7 @@ class Known(Table):
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         images = self.data.load()
-        table = images.attributes.copy()
+        table = own_names(images.attributes, ["class"])
         if images.labels is not None:
             table.insert(1, "class", images.labels.numpy())
         table.attrs = {"name": images.name, "size": list(images.pixels.shape[2:])}
