@@ -23,6 +23,7 @@ from issl.files import why_no_room
 
 CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 CONNECT = 20.0  # seconds in which a scheduler must answer
+POLL = 0.05  # seconds between two looks at what has ended
 
 # Dask is made for many short tasks; these settings suit a few long ones.
 SETTINGS = {
@@ -148,8 +149,9 @@ class _Workers:
             raise IsslError(f"--jobs, --cluster, --scheduler: {error}; pip install it") from error
         stack.enter_context(dask.config.set(SETTINGS))
         self._at, self._threads = engine.scheduler, None
+        self._refused: list[str] = []
         if engine.cluster is not None:
-            self._at = stack.enter_context(_jobs(engine))
+            self._at = stack.enter_context(_jobs(engine, self._refused))
         elif engine.scheduler is None:
             self._at = stack.enter_context(_processes(engine.jobs or 1))
             self._threads = max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
@@ -173,10 +175,24 @@ class _Workers:
 
     def ended(self) -> list[Ended]:
         ends = []
-        for future in self._queue.next_batch():
+        for future in self._next_batch():
             ends.append(_ended(self._names.pop(future.key), future, self._at))
             future.release()  # else Dask would do it again if its worker dies later
         return ends
+
+    def _next_batch(self) -> list[Any]:
+        """Futures that have ended, as soon as there are any.
+
+        Raises IsslError where the batch system refuses the jobs and no worker is there: Dask would
+        wait for one."""
+        while not (batch := self._queue.next_batch(block=False)):
+            if self._refused and not self._client.scheduler_info(n_workers=-1)["workers"]:
+                raise IsslError(
+                    f"the batch system refuses the job: {self._refused[-1]}; change its options "
+                    "with --cluster-option"
+                )
+            time.sleep(POLL)
+        return list(batch)
 
 
 def _processes(jobs: int) -> Any:
@@ -195,17 +211,29 @@ def _processes(jobs: int) -> Any:
     return SpecCluster(workers, {"cls": Scheduler, "options": local}, silence_logs="CRITICAL")
 
 
-def _jobs(engine: Engine) -> Any:
-    """Workers that are jobs of a batch system, as many as there is work for."""
+def _jobs(engine: Engine, refused: list[str]) -> Any:
+    """Workers that are jobs of a batch system, as many as there is work for. What it says of jobs
+    that it refuses is appended to `refused`."""
     name = f"--cluster {engine.cluster}"
     try:
         import dask_jobqueue
+        from distributed.core import Status
     except ImportError as error:
         raise IsslError(f"{name}: {error}; pip install issl[cluster]") from error
     kind = getattr(dask_jobqueue, CLUSTERS[str(engine.cluster)])
     submit = kind.job_cls.submit_command.split()[0]
     if shutil.which(submit) is None:  # Dask would wait for jobs that nobody has submitted
         raise IsslError(f"{name}: no {submit} here; run it where jobs start")
+
+    class Job(kind.job_cls):  # type: ignore[misc, name-defined]
+        async def _submit_job(self, script_filename: str) -> Any:
+            try:
+                return await super()._submit_job(script_filename)
+            except RuntimeError as error:
+                refused.append(" ".join(str(error).split("stderr:")[-1].split()))
+                self.status = Status.failed  # else the cluster cannot be closed
+                raise
+
     given: dict[str, Any] = {"cores": 1, "memory": "4GB", "processes": 1}
     given |= {key: int(v) if v.isdigit() else v for key, v in engine.options if key != "directive"}
     extra = ["--memory-limit", "0"]
@@ -214,6 +242,7 @@ def _jobs(engine: Engine) -> Any:
     try:
         cluster = kind(
             **given,
+            job_cls=Job,
             job_extra_directives=[value for key, value in engine.options if key == "directive"],
             worker_extra_args=extra,
             job_script_prologue=["export DASK_DISTRIBUTED__WORKER__DAEMON=False"],

@@ -46,7 +46,7 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores Gres=gpu:1 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores RealMemory=1000 Gres=gpu:1 State=UNKNOWN
 PartitionName=gpu Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
     # a device that every machine has stands for the GPU: jobs ask for one, and do not use it

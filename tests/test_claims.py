@@ -14,7 +14,7 @@ import issl
 from issl import cli
 from issl.audit import claims, verdicts
 from issl.audit.plans import PLANS
-from issl.audit.profiles import profiles
+from issl.audit.profiles import covered, profiles, read_profile
 from issl.audit.stats.statistics import Estimate
 
 LEARNED = {"knn": 0.7, "untrained": 0.24, "encoders": 3}
@@ -146,6 +146,15 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
     return verdicts.read_records(tmp_path.glob("claim_*.json"))
 
 
+@pytest.mark.parametrize("profile", claims.readings())
+def test_a_reading_changes_its_choices_and_nothing_else(profile: str) -> None:
+    names = covered("overnight-projector")
+    plain, read = (read_profile(p, names) for p in ("overnight", profile))
+    changes = {"profile": profile, **claims.readings()[profile]}
+    for name in names:
+        assert read[name] == plain[name].model_copy(update=changes)
+
+
 def test_records_say_where_they_come_from_and_stay_in_order(
     records: list[verdicts.Record], tmp_path: Path
 ) -> None:
@@ -260,3 +269,11 @@ def test_the_pages_show_the_records_that_are_kept(
     assert capsys.readouterr().out == verdicts.markdown(kept)
     with pytest.raises(issl.IsslError, match="markers"):
         verdicts.in_page("# nothing", "new")
+
+
+def test_verdicts_over_readings() -> None:
+    holds, in_part, open_, no = "reproduced", "partly", "undecided", "contradicted"
+    assert claims.over_readings([holds] * 4) == "holds in every reading"
+    assert claims.over_readings([holds, no, open_]).startswith("depends on the reading: ")
+    assert claims.over_readings([holds, open_, holds]) == "holds in 2, undecided in 1"
+    assert claims.over_readings([no, in_part]).startswith("holds in none: ")

@@ -28,7 +28,7 @@ from issl import (
 )
 from issl.influence import reference
 from issl.influence.layers import scored_layers
-from issl.pretraining.encoder import resnet18
+from issl.pretraining.encoder import PIXEL_STD, Normalize, resnet18
 
 NOISE = GaussianNoise()
 
@@ -155,6 +155,13 @@ def test_noise_belongs_to_seed_and_index() -> None:
     assert float(many.std()) == pytest.approx(0.2, abs=0.002)
 
 
+def test_noise_of_normalised_pixels_is_added_after_the_normalisation() -> None:
+    x, index, normalise = pictures(4).pixels / 255, torch.arange(4), Normalize()
+    noisy = GaussianNoise.of_normalised(PIXEL_STD, 0.05, 0.2).keyed(2)(x, index)
+    wanted = GaussianNoise(0.05, 0.2).keyed(2)(normalise(x), index)
+    torch.testing.assert_close(normalise(noisy), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_plain_callable_is_a_perturbation() -> None:
     net, images = make("stride"), pictures(8)
     by_object = self_influence(net, images, NOISE, seed=4)
@@ -205,8 +212,8 @@ BAD_SETTINGS = {
     "damping": [lambda: LoGra(4, "0.1"), lambda: Exact(float("inf")), lambda: Exact(float("nan"))],
     "seed": [lambda: LoGra(seed=-1)],
     "fit": [lambda: LoGra(fit=0), lambda: EKFAC(fit=2.5)],
-    "std": [lambda: GaussianNoise(0.0, -1.0)],
-    "mean": [lambda: GaussianNoise("0.1")],
+    "std": [lambda: GaussianNoise(0.0, -1.0), lambda: GaussianNoise(0.0, (1.0, -1.0, 1.0))],
+    "mean": [lambda: GaussianNoise("0.1"), lambda: GaussianNoise((0.1, 0.2))],
     "strength": [lambda: Augmentation("crop", "1")],
 }
 

@@ -413,6 +413,9 @@ def test_stability_is_the_loss_that_influence_reports(tmp_path: Path) -> None:
     want = influence(draws=2, seed=3).read(artifacts)
     np.testing.assert_allclose(got["stability_loss"], want["stability_loss"], rtol=1e-3)
     assert (got["index"] == want["index"]).all()
+    got = Stability(pretrain=TRAIN, data=DATA, output="projector").read(artifacts)
+    want = influence(output="projector").read(artifacts)
+    np.testing.assert_allclose(got["stability_loss"], want["stability_loss"], rtol=1e-3)
 
 
 def test_neighbours_and_betweenness_are_those_of_the_features(tmp_path: Path) -> None:

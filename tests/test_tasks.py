@@ -240,3 +240,10 @@ def test_a_real_slurm_runs_two_jobs(slurm: Path, tmp_path: Path) -> None:
     ended = list(Engine(2, "slurm", options).run(tasks))
     assert [end.error for end in ended] == [""] * 4 and ended[-1].name == "last"
     assert log.read_text().split() == ["first", "last"]
+
+
+@pytest.mark.slow
+def test_jobs_that_slurm_refuses_are_an_error(slurm: Path, tmp_path: Path) -> None:
+    options = [("memory", "1TB"), ("log_directory", str(tmp_path))]
+    with pytest.raises(IsslError, match=r"batch system refuses the job: .*not available"):
+        list(Engine(1, "slurm", options).run({"a": Task(fail)}))

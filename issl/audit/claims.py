@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,8 @@ State = Literal["holds", "contradicted", "undecided"]
 # knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
 Learned = dict[str, float]
 UNTESTED = "not tested at this scale"
+OUTCOMES = ("reproduced", "partly", "undecided", "contradicted")
+COUNTED = {"reproduced": "holds", "partly": "holds in part"}  # where readings are counted
 SUPERSEDED = "superseded"
 PASSED, FAILED = "check passed", "check failed"  # of the code
 
@@ -151,7 +154,15 @@ def _file(name: str) -> dict[str, Any]:
 @lru_cache
 def claims() -> dict[str, Claim]:
     """All claims by name."""
-    return {name: Claim(**e) for name, e in _file("claims.yaml").items() if name != "scales"}
+    others = ("scales", "readings")
+    return {name: Claim(**e) for name, e in _file("claims.yaml").items() if name not in others}
+
+
+@lru_cache
+def readings() -> dict[str, dict[str, str]]:
+    """The primary readings of the paper: what the profile of each sets."""
+    found: dict[str, dict[str, str]] = _file("claims.yaml")["readings"]["primary"]
+    return found
 
 
 @lru_cache
@@ -226,6 +237,20 @@ def outcome(states: Sequence[State]) -> str:
     if "holds" in states:
         return "partly"
     return "contradicted" if "contradicted" in states else "undecided"
+
+
+def over_readings(outcomes: Sequence[str]) -> str:
+    """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome in
+    each."""
+    counted = Counter(outcomes)
+    counts = ", ".join(
+        f"{COUNTED.get(word, word)} in {counted[word]}" for word in OUTCOMES if counted[word]
+    )
+    if counted["reproduced"] == len(outcomes):
+        return "holds in every reading"
+    if counted["reproduced"] and counted["contradicted"]:
+        return f"depends on the reading: {counts}"
+    return counts if counted["reproduced"] else f"holds in none: {counts}"
 
 
 def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned | None) -> str:

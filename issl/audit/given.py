@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 from torch import nn
@@ -15,6 +15,7 @@ from issl.audit.cache import Artifacts, Stage
 from issl.audit.config import Config, differing
 from issl.errors import IsslError
 from issl.files import atomic, file_digest
+from issl.pretraining.encoder import Output
 from issl.pretraining.other_encoders import Opened, open_encoder
 from issl.pretraining.recipes import Method
 
@@ -106,9 +107,7 @@ class Given(Stage):
         with atomic(folder / "about.json") as part:
             part.write_text(json.dumps(about, indent=1))
 
-    def encoder(
-        self, artifacts: Artifacts, output: Literal["features", "projector"] = "features"
-    ) -> nn.Module:
+    def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
         """The encoder, in eval mode: the backbone, for a file keeps no projector that we could
         trust to be one."""
         if output != "features":

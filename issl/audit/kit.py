@@ -243,3 +243,29 @@ def dots(
         axes.vlines(values.agg(middle), y - 0.3, y + 0.3, color="black", lw=1.4)
     axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
     axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+
+
+def specifications(
+    curve: Axes, choices: Axes, table: pd.DataFrame, columns: Sequence[str], label: str
+) -> None:
+    """A specification curve (Simonsohn et al. 2020): an estimate under every combination of
+    choices, in increasing order, and below each what was chosen.
+
+    Args:
+        curve: where the estimates are drawn.
+        choices: below it.
+        table: tidy, with value, low and high; a row for each combination.
+        columns: its choices.
+        label: of the estimates.
+    """
+    rows = [(c, value) for c in columns for value in dict.fromkeys(table[c])]
+    table = table.sort_values("value", ignore_index=True)
+    curve.vlines(table.index, table["low"], table["high"], color=GREY, lw=0.8)
+    curve.scatter(table.index, table["value"], color=PALETTE[0], s=10, zorder=3)
+    curve.set(ylabel=label, xticks=[])
+    for y, (column, value) in enumerate(reversed(rows)):
+        chosen = table.index[table[column] == value]
+        choices.scatter(chosen, np.full(len(chosen), y), color="black", marker="s", s=6)
+    names = [literal(value) for _, value in reversed(rows)]
+    choices.set_yticks(range(len(rows)), names)
+    choices.set(xticks=[], ylim=(-0.7, len(rows) - 0.3), xlabel="each column is one combination")

@@ -31,10 +31,12 @@ from issl.errors import IsslError
 from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
+from issl.pretraining.encoder import PIXEL_STD, Output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Unit = Literal["range", "normalised"]  # of a noise's mean and std: which pixels they are in
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
 Files = Annotated[
@@ -42,6 +44,13 @@ Files = Annotated[
     Field(min_length=1),
     BeforeValidator(lambda v: v if isinstance(v, list | tuple) else [v]),
 ]
+
+
+def noise_in(unit: Unit, mean: float, std: float) -> GaussianNoise:
+    """Noise whose mean and std are in this unit; every encoder here normalises by PIXEL_STD."""
+    if unit == "normalised":
+        return GaussianNoise.of_normalised(PIXEL_STD, mean, std)
+    return GaussianNoise(mean, std)
 
 
 P = TypeVar("P", bound="Plan")
@@ -452,7 +461,10 @@ class Scored(Plan):
 
     @property
     def noise(self) -> GaussianNoise:
-        return GaussianNoise(self.mean, self.std)
+        return self.gaussian(self.mean, self.std)
+
+    def gaussian(self, mean: float, std: float) -> GaussianNoise:
+        return GaussianNoise(mean, std)
 
     @property
     def curvature(self) -> LoGra:
@@ -520,3 +532,22 @@ class Scored(Plan):
         if isinstance(encoder, Given):
             return self.training().model_copy(update={"width": encoder.width, **changes})
         return (encoder or self.training()).model_copy(update={**changes, "without": None})
+
+
+class Readable(Scored):
+    """A plan whose score can be read in the ways that the paper leaves open.
+
+    output   of the encoder, whose stability is scored
+    unit     of the noise's mean and std: the range of the pixels, or normalised pixels
+    """
+
+    output: Output = "features"
+    unit: Unit = "range"
+
+    def gaussian(self, mean: float, std: float) -> GaussianNoise:
+        return noise_in(self.unit, mean, std)
+
+    def influence(
+        self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
+    ) -> Influence:
+        return super().influence(encoder, seed, **{"output": self.output, **changes})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -12,7 +12,19 @@ from torch import nn
 
 from issl.audit.cache import Stage
 from issl.audit.given import Given
-from issl.audit.plan import BY, UNTRAINED, Cells, Epochs, Labels, Plan, Scored, under
+from issl.audit.plan import (
+    BY,
+    UNTRAINED,
+    Cells,
+    Epochs,
+    Labels,
+    Plan,
+    Readable,
+    Scored,
+    Unit,
+    noise_in,
+    under,
+)
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -31,10 +43,10 @@ from issl.audit.stages import (
     TrainingEffect,
 )
 from issl.audit.table_stages import Bottlenecks, ExplainedBy, Known, Map, Removals
-from issl.influence.curvature import Curvature, Identity
+from issl.influence.curvature import Curvature, Identity, LoGra
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
-from issl.pretraining.encoder import Normalize
+from issl.pretraining.encoder import Normalize, Output
 from issl.pretraining.learner import Learner
 
 SIMILARITY = "cosine similarity"  # of features, in the place of cross-influence
@@ -338,7 +350,7 @@ class Continual(Scored):
         }
 
 
-class Explained(Scored):
+class Explained(Readable):
     """13_explained: how much of the score do simple statistics explain?"""
 
     notebook: ClassVar[str] = "13_explained"
@@ -373,7 +385,7 @@ class Explained(Scored):
         }
 
 
-class Bridges(Scored):
+class Bridges(Readable):
     """14_bridges: do images of high influence hold the classes together? Does rarity raise a
     background's influence?"""
 
@@ -688,6 +700,42 @@ class Objectives(Scored):
         return found
 
 
+class Multiverse(Scored):
+    """19_multiverse: on which choices, that the paper leaves open, does each answer depend?
+
+    ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
+    """
+
+    notebook: ClassVar[str] = "19_multiverse"
+
+    methods: tuple[recipes.Method, ...] = ("simclr",)
+    ranks: tuple[int, ...] = (4, 64)
+    dampings: tuple[float, ...] = (0.01, 1.0)
+    averaged: int = Field(4, ge=2)
+
+    def variations(self) -> dict[str, dict[str, Any]]:
+        """What changes beside the reading, in words: fields of a score."""
+        found: dict[str, dict[str, Any]] = {"as stated": {}}
+        found |= {f"rank {r}": {"curvature": LoGra(r, self.damping)} for r in self.ranks}
+        found |= {f"damping {d:g}": {"curvature": LoGra(self.rank, d)} for d in self.dampings}
+        return found | {
+            "no curvature": {"curvature": Identity()},
+            f"{self.averaged} draws": {"draws": self.averaged},
+        }
+
+    def tables(self) -> dict[str, Cells]:
+        known = self.encoders_of(self.methods)
+        readings = list(product(get_args(Output), get_args(Unit), self.variations().items()))
+        scores: dict[Labels, Stage] = {
+            (*labels, output, unit, varied): self.influence(
+                encoder, output=output, perturbation=noise_in(unit, self.mean, self.std), **changes
+            )
+            for labels, encoder in known.items()
+            for output, unit, (varied, changes) in readings
+        }
+        return {"scores": Cells(f"{BY} output unit varied", scores)}
+
+
 OWN: tuple[type[Plan], ...] = (
     Validation,
     Continual,
@@ -697,4 +745,5 @@ OWN: tuple[type[Plan], ...] = (
     TrainingAware,
     Derivation,
     Objectives,
+    Multiverse,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from issl.audit.cache import Stage
 from issl.audit.claims import Learned
 from issl.audit.data import human_choices
 from issl.audit.given import Given
-from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Scored, under
+from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
 from issl.audit.table_stages import Ambiguity, Closeness, Oddness, Thumbnails
@@ -35,7 +35,7 @@ class MethodLesson(Plan):
         return {"encoder": Cells("method", {(self.method,): self.pretrain()})}
 
 
-class SeedCorrelation(Scored):
+class SeedCorrelation(Readable):
     """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?
 
     noise_seeds   how many noises every encoder is scored under
@@ -84,7 +84,7 @@ class SeedCorrelation(Scored):
 AUGMENTATIONS = ("crop", "flip", "jitter", "blur", "grayscale", "chain")
 
 
-class AugmentationAblation(Scored):
+class AugmentationAblation(Readable):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?
 
     sigmas    of Gaussian noise with the paper's mean, which is the same shift under every seed
@@ -115,9 +115,9 @@ class AugmentationAblation(Scored):
         """Every perturbation by its name; of flip and grayscale the strength is the share of images
         changed."""
         found: dict[str, GaussianNoise | Augmentation] = {
-            f"noise {s:g}": GaussianNoise(self.mean, s) for s in self.sigmas
+            f"noise {s:g}": self.gaussian(self.mean, s) for s in self.sigmas
         }
-        found |= {f"centred {s:g}": GaussianNoise(0.0, s) for s in self.centred}
+        found |= {f"centred {s:g}": self.gaussian(0.0, s) for s in self.centred}
         for kind in AUGMENTATIONS:
             for strength in self.strengths:
                 usual = {"flip": 0.5, "grayscale": 0.2}.get(kind, 1.0)
@@ -158,7 +158,7 @@ class AugmentationAblation(Scored):
         }
 
 
-class BackgroundBias(Scored):
+class BackgroundBias(Readable):
     """03_background_bias: do images of high influence have uniform backgrounds?"""
 
     notebook: ClassVar[str] = "03_background_bias"
@@ -197,7 +197,7 @@ class BackgroundBias(Scored):
         return Data(name="scenes-swapped", n=self.swapped)
 
 
-class Duplicates(Scored):
+class Duplicates(Readable):
     """04_duplicates: does low influence find duplicates?
 
     neighbours   how many of each image are looked for; the nearest one counts (they are those of
@@ -228,7 +228,7 @@ GROUPS: dict[
 }
 
 
-class Fairness(Scored):
+class Fairness(Readable):
     """05_fairness: does influence differ between groups of people, and rise in a group that is
     thinned?
 
@@ -285,7 +285,7 @@ class Fairness(Scored):
 Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
 
 
-class Pruning(Scored):
+class Pruning(Readable):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
     arms           what is removed; of twice as many images, those with the flattest frame, "top
@@ -351,7 +351,7 @@ class Pruning(Scored):
         }
 
 
-class Outliers(Scored):
+class Outliers(Readable):
     """07_outliers: does high influence find atypical images?
 
     made_strange   the share of the test images that is replaced by strange ones (as `atypical` is
@@ -378,10 +378,12 @@ class Outliers(Scored):
     def asked(self, encoder: Pretrain | Given) -> dict[str, Stage]:
         """What is measured of the new images under an encoder, influence under the curvature of the
         training images."""
-        new, noise = self.new_images(), {"perturbation": self.noise, "seed": self.noise_seed}
+        new = self.new_images()
+        loss: dict[str, Any] = {"perturbation": self.noise, "output": self.output}
+        loss |= {"seed": self.noise_seed, "draws": self.loss_draws}
         return {
             "influence": self.influence(encoder, others=new),
-            "losses": Stability(pretrain=encoder, data=new, draws=self.loss_draws, **noise),
+            "losses": Stability(pretrain=encoder, data=new, **loss),
             "oddness": Oddness(features=self.features(encoder, new), seed=self.seed),
         }
 
@@ -407,7 +409,7 @@ REMOVED = ("top by ssl", "top by supervised", "random")  # what models are retra
 EQUAL = "supervised, equal strength"  # supervised models under the weaker noise
 
 
-class SupervisedVsSSL(Scored):
+class SupervisedVsSSL(Readable):
     """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
 
     supervised   how many supervised models are scored, beside `encoders` of each method
@@ -447,7 +449,8 @@ class SupervisedVsSSL(Scored):
 
     def cross_entropy_scores(self, encoder: Pretrain | Given) -> Influence:
         """Scores by a supervised model's own loss."""
-        return self.influence(encoder, perturbation=GaussianNoise(0.0, 0.0), loss="cross_entropy")
+        own: dict[str, Any] = {"perturbation": GaussianNoise(0.0, 0.0), "loss": "cross_entropy"}
+        return self.influence(encoder, **own, output="features")
 
     def removal(self, removed: str, seed: int) -> Prune:
         """The top of one of the two scores, or as many images at random."""
@@ -466,7 +469,7 @@ class SupervisedVsSSL(Scored):
             for noise in range(2)
         }
         if self.equal_std is not None:
-            weak = GaussianNoise(self.mean, self.equal_std)
+            weak = self.gaussian(self.mean, self.equal_std)
             for (_, k), encoder in classifiers.items():
                 for noise in range(2):
                     seed = self.noise_seed + noise

@@ -55,6 +55,7 @@ def _settings(stage: Table) -> list[str]:
         return [] if share is None else [f"{share:.0%}".replace("%", "percent")]
     draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
     others = [] if stage.others is None else ["others"]
+    others += [] if stage.output == "features" else [stage.output]
     return [*others, *draws, f"noise{stage.seed}"]
 
 

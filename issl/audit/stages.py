@@ -39,7 +39,7 @@ from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.scores import as_queries, cross_influence, self_influence, top_influences
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
-from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
+from issl.pretraining.encoder import Encoder, Output, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.optimizer import learning_rate
@@ -124,10 +124,7 @@ class Pretrain(Stage):
         checkpoint.unlink(missing_ok=True)
 
     def encoder(
-        self,
-        artifacts: Artifacts,
-        output: Literal["features", "projector"] = "features",
-        after: int | None = None,
+        self, artifacts: Artifacts, output: Output = "features", after: int | None = None
     ) -> nn.Module:
         """The encoder, in eval mode; `after`: as it was after that many epochs, one of
         `snapshots`."""
@@ -226,6 +223,7 @@ class Influence(Table):
     `issl.self_influence`), settings.json (with the damping per layer).
 
     others   these images are scored instead, under the curvature of `data`
+    output   of the encoder, whose stability is scored; the projector's with its own layers, too
     """
 
     name: ClassVar[str] = "influence"
@@ -240,6 +238,7 @@ class Influence(Table):
     # cross_entropy: of a supervised encoder's class scores
     loss: Literal["stability", "cross_entropy"] = "stability"
     others: Data | None = None
+    output: Output = "features"
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         supervised = self.loss == "cross_entropy"
@@ -247,7 +246,7 @@ class Influence(Table):
             raise IsslError(
                 f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes"
             )
-        encoder = self.pretrain.encoder(artifacts, "projector" if supervised else "features")
+        encoder = self.pretrain.encoder(artifacts, "projector" if supervised else self.output)
         images, computing = self.data.load(), _computing(artifacts)
         what: dict[str, Any] = {
             "perturbation": self.perturbation,
@@ -383,12 +382,14 @@ class Measured(Stage):
     statistics   BatchNorm's running statistics are those of this encoder instead
     estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of
                  these images
+    output       of the encoder
     """
 
     pretrain: AnyEncoder
     data: Data
     statistics: Pretrain | None = None
     estimated: Data | None = None
+    output: Output = "features"
 
     @model_validator(mode="after")
     def _statistics_of_one_kind(self) -> Measured:
@@ -403,9 +404,9 @@ class Measured(Stage):
 
     def encoder(self, artifacts: Artifacts) -> nn.Module:
         """The encoder with the statistics that are asked for."""
-        encoder = self.pretrain.encoder(artifacts)
+        encoder = self.pretrain.encoder(artifacts, self.output)
         if self.statistics is not None:
-            return copy_statistics(self.statistics.encoder(artifacts), encoder)
+            return copy_statistics(self.statistics.encoder(artifacts, self.output), encoder)
         if self.estimated is not None and isinstance(self.pretrain, Pretrain):
             return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
         return encoder

@@ -18,6 +18,8 @@ from issl.audit.claims import (
     Condition,
     claims,
     outcome,
+    over_readings,
+    readings,
     verdict,
     words,
 )
@@ -168,6 +170,38 @@ class Row:
         if len(self.estimates) == 1:
             return [f"{self.measured} = {self.numbers[0]}"]
         return [f"{self.measured}:", *self.numbers]
+
+
+def by_reading(records: Sequence[Record]) -> pd.DataFrame:
+    """The multiverse: a row for each claim that still stands, method and primary reading that was
+    measured. Columns: name, claim, method, reading (its profile), output, unit, metric (of the
+    deciding test), value, low, high, asked (its threshold), outcome, over_readings."""
+    rows = []
+    standing = [r for r in records if r["verdict"] in PHRASES and not r["copied"]]
+    read = [r for r in standing if r["provenance"]["profile"] in readings()]
+    for of_claim in _grouped(read, lambda r: (r["name"], r["variant"])):
+        own = {r["provenance"]["profile"]: r for r in of_claim}
+        together = over_readings([r["outcome"] for r in own.values()]) if len(own) > 1 else ""
+        for profile, r in own.items():
+            test = deciding(r)
+            number = {k: r["metrics"][test["metric"]][k] for k in ("value", "low", "high")}
+            about = {k: r[k] for k in ("name", "claim", "outcome")} | {"method": r["variant"]}
+            asked = test["above"] if "above" in test else test["below"]
+            rows.append(
+                {**about, "reading": profile, **readings()[profile], "metric": test["metric"]}
+                | {**number, "asked": asked, "over_readings": together}
+            )
+    return pd.DataFrame(rows)
+
+
+def deciding(record: Record) -> dict[str, Any]:
+    """The test that decides a record's outcome: the first that is contradicted, else the first that
+    is undecided, else the first of all."""
+    states = {t["state"]: t for t in reversed(record["tests"])}
+    found: dict[str, Any] = next(
+        states[s] for s in ("contradicted", "undecided", "holds") if s in states
+    )
+    return found
 
 
 def summary(records: Sequence[Record]) -> list[Row]:

@@ -19,6 +19,7 @@ from issl.errors import IsslError, number_or_nan
 from issl.keyed_random import normal, uniform
 
 Perturb = Callable[[Pixels, Int[Tensor, " b"]], Pixels]
+Channels = float | tuple[float, ...]  # one number, or one for each channel
 Kind = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "chain"]
 
 
@@ -33,29 +34,48 @@ class Perturbation(Protocol):
 class GaussianNoise:
     """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170, §3).
 
+    The paper does not say what its 0.05 and 0.2 are measured in: the range of the pixels, which is
+    the default, or normalised pixels (`of_normalised`).
+
     Args:
-        mean: Of ε, in units of pixels in [0, 1].
-        std: Its standard deviation, ≥ 0.
+        mean: Of ε, in units of pixels in [0, 1]: one number, or one for each channel.
+        std: Its standard deviation, ≥ 0, likewise.
     """
 
-    mean: float = 0.05
-    std: float = 0.2
+    mean: Channels = 0.05
+    std: Channels = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= number_or_nan(self.std) < math.inf:
-            raise IsslError(
-                f"GaussianNoise(std={self.std!r}): the standard deviation must be a finite number "
-                "≥ 0"
-            )
-        if not math.isfinite(number_or_nan(self.mean)):
-            raise IsslError(f"GaussianNoise(mean={self.mean!r}): must be a finite number")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            finite = all(math.isfinite(number_or_nan(v)) for v in numbers)
+            if not finite or len(numbers) not in (1, 3) or (name == "std" and min(numbers) < 0):
+                raise IsslError(
+                    f"GaussianNoise({name}={value!r}): give a finite number, or one for each of "
+                    f"three channels{' (0 or more)' if name == 'std' else ''}"
+                )
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+
+    @classmethod
+    def of_normalised(
+        cls, by: tuple[float, ...], mean: float = 0.05, std: float = 0.2
+    ) -> GaussianNoise:
+        """The noise whose mean and std are of pixels that were divided by `by`, one number for each
+        channel: what a transform after ToTensor and Normalize adds."""
+        return cls(tuple(mean * s for s in by), tuple(std * s for s in by))
 
     def keyed(self, seed: int) -> Perturb:
         """The noise of image `index` depends only on (seed, index) and the image's size."""
 
         def perturb(x: Pixels, index: Int[Tensor, " b"]) -> Pixels:
             noise = normal(seed, index, x.shape[1:]).to(x.device, x.dtype)
-            return x + self.mean + self.std * noise
+            mean, std = (
+                x.new_tensor(value)[:, None, None] if isinstance(value, tuple) else value
+                for value in (self.mean, self.std)
+            )
+            return x + mean + std * noise
 
         return perturb
 

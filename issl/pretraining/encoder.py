@@ -23,6 +23,7 @@ from issl.files import atomic, read_safetensors
 # channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDEST = 1024  # channels of the first stage: 11 GB of weights
+Output = Literal["features", "projector"]  # of an encoder
 OWN = ("backbone.", "projector.")  # an encoder's tensors; a file may hold others beside them
 
 
@@ -169,9 +170,7 @@ def save_encoder(
         save_file(tensors, part, {"issl": json.dumps(header)})
 
 
-def load_encoder(
-    path: str | Path, output: Literal["features", "projector"] = "features"
-) -> nn.Module:
+def load_encoder(path: str | Path, output: Output = "features") -> nn.Module:
     """An encoder that this library trained, in eval mode, ready for `issl.self_influence`.
 
     Args:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import scipy  # its parts are imported when they are first used
 from jaxtyping import Int
-from scipy import stats
 
 from issl.data import published
 from issl.data.images import Images
@@ -64,4 +64,4 @@ def ambiguity(images: Images, root: str | Path | None = None) -> np.ndarray:
         raise IsslError(
             f"{images.name}: index {index.max()}; people judged test images 0 to {len(counts) - 1}"
         )
-    return np.asarray(stats.entropy(counts[index], axis=1))
+    return np.asarray(scipy.stats.entropy(counts[index], axis=1))

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy  # its parts are imported when they are first used
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
 from torch import Tensor
 
 from issl.audit.stats.resampling import RESAMPLES, pearson
@@ -136,7 +136,9 @@ def ceiling(between: Estimate, repetitions: int) -> Estimate:
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """ρ along the last axis; 0 where one of the two does not vary."""
-    return np.asarray(pearson(stats.rankdata(a, axis=-1), stats.rankdata(b, axis=-1), -1))
+    return np.asarray(
+        pearson(scipy.stats.rankdata(a, axis=-1), scipy.stats.rankdata(b, axis=-1), -1)
+    )
 
 
 def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed: int) -> Estimate:

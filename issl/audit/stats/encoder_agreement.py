@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
-from scipy import stats
 
 from issl.audit.stats.resampling import pearson, resampled_correlations
 from issl.audit.stats.statistics import Estimate
@@ -54,7 +54,7 @@ class Agreements:
                 "the same 4 or more images"
             )
         k = len(measured)
-        ranks = np.concatenate([stats.rankdata(v, axis=1) for v in measured])
+        ranks = np.concatenate([scipy.stats.rankdata(v, axis=1) for v in measured])
         pairs = list(itertools.product(range(0, 2 * k, 2), range(1, 2 * k, 2)))  # 0 with 1
         whole = np.array([[pearson(ranks[i], ranks[j], -1) for i, j in pairs]])
         drawn = resampled_correlations(ranks, pairs, False, seed)
@@ -97,7 +97,8 @@ class Agreements:
                 freedom.append(len(group) - 1)
         total = sum(variances)
         shares = sum(v**2 / df for v, df in zip(variances, freedom, strict=True))
-        half = float(stats.t.ppf(0.975, total**2 / shares) if shares > 0 else 1.96) * np.sqrt(total)
+        t = scipy.stats.t.ppf(0.975, total**2 / shares) if shares > 0 else 1.96
+        half = float(t * np.sqrt(total))
         return Estimate(value, float(value - half), float(value + half), self.images)
 
     def _weights(

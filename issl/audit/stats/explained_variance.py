@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
-from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from issl.audit.stats.resampling import RESAMPLES
@@ -73,7 +73,7 @@ def of_one_encoder(
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
     """Φ⁻¹(rank / (n + 1)) along the first axis."""
-    return stats.norm.ppf(stats.rankdata(values, axis=0) / (len(values) + 1))
+    return scipy.stats.norm.ppf(scipy.stats.rankdata(values, axis=0) / (len(values) + 1))
 
 
 def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, Estimate]:

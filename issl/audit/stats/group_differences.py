@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
-from scipy import stats
 
 from issl.audit.stats import statistics
 from issl.audit.stats.statistics import Estimate
@@ -42,7 +42,7 @@ def group_differences(
     Raises:
         IsslError: where no group is that large.
     """
-    ranks = stats.rankdata(ranks, axis=1)
+    ranks = scipy.stats.rankdata(ranks, axis=1)
     total, rows = ranks.sum(0), []  # sums of half numbers are exact, so ties stay ties
     for attribute in groups:
         for group in sorted(groups[attribute].unique(), key=_in_order):

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
-from scipy import stats
 
 from issl.audit.stats.resampling import RESAMPLES, pearson, resampled_correlations, runs
 from issl.errors import IsslError
@@ -96,7 +96,7 @@ def over_encoders(
         if not np.isfinite(within) or between == 0:
             return 1.96 * math.sqrt(within)
         df = (between + within) ** 2 / (between**2 / (k - 1))
-        return float(stats.t.ppf(0.975, df)) * math.sqrt(between + within)
+        return float(scipy.stats.t.ppf(0.975, df)) * math.sqrt(between + within)
 
     low_end, high_end = centre - half(value - low), centre + half(high - value)
     return Estimate(centre, max(float(least), low_end), min(float(most), high_end), estimates[0].n)
@@ -119,7 +119,7 @@ def overlap(a: np.ndarray, b: np.ndarray, share: float) -> Estimate:
 
 def proportion(hits: np.ndarray) -> Estimate:
     """A share with its Wilson interval."""
-    result = stats.binomtest(int(np.sum(hits)), len(hits))
+    result = scipy.stats.binomtest(int(np.sum(hits)), len(hits))
     interval = result.proportion_ci(method="wilson")
     return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
 
@@ -139,7 +139,7 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
     score, flag = np.asarray(score), _flag(flag)
     head = top(score, share)
     counts = flag[head].sum(), head.sum(), flag[~head].sum(), (~head).sum()
-    risk = stats.contingency.relative_risk(*map(int, counts))
+    risk = scipy.stats.contingency.relative_risk(*map(int, counts))
     low, high = risk.confidence_interval()
     low, high = low if np.isfinite(low) else 0.0, high if np.isfinite(high) else np.inf
     return Estimate(float(risk.relative_risk), float(low), float(high), len(score))
@@ -156,7 +156,7 @@ def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
         return clustered_auc(score, flag, np.arange(len(score)))
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
-        u = stats.mannwhitneyu(a, b, method="asymptotic", axis=axis).statistic
+        u = scipy.stats.mannwhitneyu(a, b, method="asymptotic", axis=axis).statistic
         return u / (a.shape[axis] * b.shape[axis])
 
     return _bootstrap((score[flag], score[~flag]), statistic, seed, paired=False)
@@ -192,7 +192,7 @@ def auc_difference(
     """AUC of a score minus that of another on the same images; paired bootstrap."""
 
     def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
-        rise = stats.rankdata(s, axis=axis) - stats.rankdata(t, axis=axis)
+        rise = scipy.stats.rankdata(s, axis=axis) - scipy.stats.rankdata(t, axis=axis)
         return (y * rise).sum(axis) / (y.sum(axis) * (1 - y).sum(axis))
 
     columns = (_flag(positive), score, other)
@@ -207,7 +207,7 @@ def rank_biserial(score: np.ndarray, flag: np.ndarray) -> tuple[Estimate, float]
     """
     score, flag = np.asarray(score), _flag(flag)
     a = clustered_auc(score, flag, np.arange(len(score)))
-    p = float(stats.mannwhitneyu(score[flag], score[~flag], method="asymptotic").pvalue)
+    p = float(scipy.stats.mannwhitneyu(score[flag], score[~flag], method="asymptotic").pvalue)
     return Estimate(2 * a.value - 1, 2 * a.low - 1, 2 * a.high - 1, a.n), p
 
 
@@ -265,7 +265,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Estimate:
     """
     if len(a) != len(b) or len(a) < 4:
         raise IsslError(f"spearman of {len(a)} and {len(b)} values: need as many, 4 or more")
-    value = float(pearson(stats.rankdata(a), stats.rankdata(b), -1))
+    value = float(pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b), -1))
     return _by_fisher(value, (1 + value**2 / 2) / (len(a) - 3), len(a))
 
 
@@ -276,12 +276,12 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estim
     Fisher's interval, with one degree of freedom less per column.
     """
     n = len(a)
-    ranked = np.column_stack([np.ones(n), *(stats.rankdata(given[c]) for c in given)])
+    ranked = np.column_stack([np.ones(n), *(scipy.stats.rankdata(given[c]) for c in given)])
     residuals = []
     for values in (a, b):
-        r = stats.rankdata(values)
+        r = scipy.stats.rankdata(values)
         residuals.append(r - ranked @ np.linalg.lstsq(ranked, r, rcond=None)[0])
-    value = float(stats.pearsonr(*residuals).statistic)
+    value = float(scipy.stats.pearsonr(*residuals).statistic)
     return _by_fisher(value, 1 / (n - given.shape[1] - 3), n)
 
 
@@ -339,21 +339,21 @@ def mean(values: np.ndarray) -> Estimate:
         return Estimate(centre, -np.inf, np.inf, n)
     if np.ptp(values) == 0:
         return Estimate(float(values[0]), float(values[0]), float(values[0]), n)
-    interval = stats.ttest_1samp(values, 0).confidence_interval()
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval()
     return Estimate(centre, float(interval.low), float(interval.high), n)
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
     """The mean of some values less that of others, with Welch's interval; two or more of each."""
-    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     difference = float(np.mean(a) - np.mean(b))
     return Estimate(difference, float(interval.low), float(interval.high), len(a) + len(b))
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Of the least squares line through three or more points, with Student's interval."""
-    line = stats.linregress(x, y)
-    half = float(stats.t.ppf(0.975, len(x) - 2) * line.stderr)
+    line = scipy.stats.linregress(x, y)
+    half = float(scipy.stats.t.ppf(0.975, len(x) - 2) * line.stderr)
     return Estimate(float(line.slope), line.slope - half, line.slope + half, len(x))
 
 
@@ -398,7 +398,7 @@ def _of_correlations(
     ranked: bool = False,
 ) -> Estimate:
     """What `combined` makes of the correlations of pairs of columns, (r, pairs) to (r,)."""
-    values = stats.rankdata(columns, axis=1) if ranked else columns
+    values = scipy.stats.rankdata(columns, axis=1) if ranked else columns
     whole = np.array([[pearson(values[i], values[j], -1) for i, j in pairs]])
     draws = combined(resampled_correlations(columns, pairs, ranked, seed))
     return percentiles(combined(whole)[0], draws, columns.shape[1])
@@ -411,7 +411,7 @@ def _bootstrap(
     columns = tuple(np.asarray(c, float) for c in columns)
     n = len(columns[0]) if paired else sum(map(len, columns))
     with np.errstate(divide="ignore", invalid="ignore"):  # for resamples without a value
-        result = stats.bootstrap(
+        result = scipy.stats.bootstrap(
             columns,
             statistic,
             n_resamples=RESAMPLES,
