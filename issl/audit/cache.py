@@ -217,15 +217,16 @@ class Artifacts:
             return None
         paths = {self.released / file["path"]: file["sha256"] for file in entry["files"].values()}
         wrong = [
-            f"{path} is damaged (its checksum differs)"
+            (path, "is damaged (its checksum differs)")
             for path, sha256 in paths.items()
             if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256
         ]
         if not any(path.is_file() for path in paths):  # a wheel does not carry them all
-            wrong.append(f"{next(iter(paths))} is missing")
+            wrong.append((next(iter(paths)), "is missing"))
         if not wrong:
             return entry
-        said = f"released artifact {wrong[0]}; get it again (git checkout -- {self.released})"
+        path, what = wrong[0]
+        said = f"released artifact {path} {what}; get it again (git checkout -- {path})"
         if stage.takes_hours:
             raise IsslError(said)
         if said not in _said:

@@ -10,8 +10,8 @@ from torch import nn
 
 from issl.errors import IsslError
 from issl.files import provided
+from issl.influence.perturbation import describe
 from issl.influence.scorer import Measurement
-from issl.influence.scores import describe
 from issl.pretraining.encoder import load_encoder
 
 
