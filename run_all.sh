@@ -7,9 +7,14 @@ usage() {
     cat <<'HELP'
 Usage: ./run_all.sh [--test [PYTEST ARGS…] | ISSL RUN OPTIONS…]
 
-  ./run_all.sh                      set up, then run the quick profile on the embedded data
-  ./run_all.sh --profile mini --data-root DIR
-                                    real CIFAR-10 images (see docs/data.md)
+  ./run_all.sh                      set up, then draw the figures from the released tables: no data needed
+  ./run_all.sh --from encoders --data-root DIR
+                                    the tables again, from the released encoders: CIFAR-10, hours of a core
+  ./run_all.sh --check --data-root DIR
+                                    one of these tables, and is it the same: minutes
+  ./run_all.sh --from images --data-root DIR
+                                    the encoders, too: a night, or a GPU and minutes
+  ./run_all.sh --profile quick      the whole machinery, rehearsed with tiny encoders on drawn images: minutes
   ./run_all.sh --test               set up, then run the tests
   ./run_all.sh --help               this text, and the options of `issl run`
 

@@ -31,6 +31,7 @@ from PIL import Image
 import issl
 from issl import cli
 from issl.audit import profiles
+from issl.audit.commands import RELEASED
 from issl.errors import IsslError
 from issl.influence import reference
 
@@ -157,7 +158,8 @@ def test_the_command_does_what_it_says(
         return
     less = SMALL.get(command, "").split()
     given += less[:2] if "--curvature-from" in given else less  # which decides the rank
-    left = Path(options.out or LEAVES[command].format(profile=getattr(options, "profile", "")))
+    profile = getattr(options, "profile", None) or RELEASED
+    left = Path(options.out or LEAVES[command].format(profile=profile))
     if left.is_file():
         left.unlink()  # another command's
     if command == "influence":

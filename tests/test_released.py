@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from issl.audit.again import differences
 from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
-from issl.audit.profiles import ProfileOptions, all_stages
+from issl.audit.commands import RELEASED
+from issl.audit.plans_paper import SeedCorrelation
+from issl.audit.profiles import ProfileOptions, all_stages, check
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
+from issl.audit.table_stages import Known, Pixels, Thumbnails, shown_images
+from issl.errors import IsslError
+from issl.files import provided
 from issl.pretraining.encoder import read_encoder
 from issl.pretraining.learner import load_learner
 
@@ -30,7 +39,7 @@ def test_every_released_artifact_is_one_of_overnight(
     folder = repository / "released"
     index = released_index(folder)
     artifacts = Artifacts(tmp_path, released=folder)
-    assert len(index) >= 28
+    assert len(index) >= 60
     for label, entry in index.items():
         assert label in stages, f"{label} is released and no stage of overnight"
         assert {k: entry[k] for k in ("stage", "version", "settings")} == stages[label].content()
@@ -82,3 +91,118 @@ def test_what_is_released_can_be_released_again(tmp_path: Path) -> None:
     assert found.computed == [] and learner.recipe == stage.recipe
     state = stage.learner(made).state_dict()
     assert all(torch.equal(v, state[k]) for k, v in learner.state_dict().items())
+
+
+def test_every_released_table_opens_with_pandas_alone_and_names_its_stage(repository: Path) -> None:
+    folder = repository / "released"
+    dictionary = (folder / "README.md").read_text()
+    drawn = pd.read_parquet(next((folder / "tables/images").glob("scenes-*.parquet")))
+    for label, entry in released_index(folder).items():
+        for file in entry["files"].values():
+            if not file["path"].endswith(".parquet"):
+                continue
+            table = pd.read_parquet(folder / file["path"])
+            assert table.attrs["stage"] == label and len(table)
+            assert Path(file["path"]).parent.name == entry["stage"]
+            assert "float64" not in set(map(str, table.dtypes))
+            columns = set(table) - set(drawn)
+            assert all(f"`{column}`" in dictionary for column in columns), (file, columns)
+            if "index" in table:
+                assert table["index"].is_unique
+
+
+def test_the_release_is_small(repository: Path) -> None:
+    folder = repository / "released"
+    sizes = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    of_wheel = [n for p, n in sizes.items() if not {"along", "unfinished"} & set(p.parts)]
+    assert sum(sizes.values()) <= 100e6 and sum(of_wheel) <= 80e6
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+
+
+def test_the_first_door_draws_what_is_released_and_says_what_is_not(no_data: None) -> None:
+    options = ProfileOptions(RELEASED, door="tables")
+    plans, left_out = options.plans(), options.not_released()
+    index = released_index(provided("released"))
+    photos = {name: plan for name, plan in plans.items() if plan.dataset != "scenes"}
+    assert {"01_seed_correlation", "03_background_bias", "04_duplicates"} <= set(photos)
+    for plan in photos.values():
+        assert all(stage.label in index for stage in plan.stages())
+    everything = replace(options, door=None).plans()
+    for name, plan in everything.items():
+        drawn = getattr(plans.get(name), "methods", ())
+        assert name in plans or left_out[name] == ()
+        if name in plans:
+            assert {*drawn, *left_out.get(name, ())} == set(getattr(plan, "methods", ())), name
+    assert "06_pruning" not in plans
+
+
+def test_the_second_door_trains_nothing_on_photos(no_data: None) -> None:
+    plans = ProfileOptions(RELEASED, door="encoders").plans()
+    index = released_index(provided("released"))
+    artifacts = plans["01_seed_correlation"].artifacts()
+    for stage in all_stages(plans.values()):
+        if isinstance(stage, Pretrain) and stage.epochs and stage.data.name == "cifar10":
+            assert stage.label in index and artifacts.has(stage)
+        elif stage.name != "pretrain":
+            assert artifacts._released(stage) is None
+
+
+def test_of_other_settings_the_first_door_says_which_door_helps(
+    no_data: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SeedCorrelation(
+        profile="released", out=str(tmp_path), dataset="cifar10", n=50_000, width=16, n_test=100
+    )
+    with pytest.raises(IsslError, match=r"01_seed_correlation.*cifar10.*--data-root"):
+        check({"01_seed_correlation": plan}, tmp_path)
+
+
+def test_a_damaged_table_is_named_and_computed_again(tmp_path: Path, capsys) -> None:
+    stage = Pixels(data=Data(name="scenes", n=32))
+    made = Artifacts(tmp_path / "made", released=None)
+    release(made, stage, tmp_path / "released", {"pixels.parquet": "tables/pixels.parquet"})
+    damaged = tmp_path / "released/tables/pixels.parquet"
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    again = Artifacts(tmp_path / "other", released=tmp_path / "released")
+    assert stage.read(again).equals(stage.read(made)) and again.computed == [stage.label]
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_encoder_is_an_error(tmp_path: Path) -> None:
+    stage = Pretrain(data=Data(name="scenes", n=32), width=1, epochs=1, batch_size=16, snapshots=())
+    made = Artifacts(tmp_path / "made", released=None)
+    release(made, stage, tmp_path / "released", {"encoder.safetensors": "a.safetensors"})
+    (tmp_path / "released/a.safetensors").write_bytes(b"nothing")
+    with pytest.raises(IsslError, match=r"a\.safetensors is damaged.*git checkout"):
+        Artifacts(tmp_path / "other", released=tmp_path / "released").get(stage)
+
+
+def test_tables_are_compared_by_numbers_then_ranks() -> None:
+    rng = np.random.default_rng(0)
+    kept = pd.DataFrame({"index": range(500), "influence": np.exp(rng.normal(size=500))})
+    assert differences(kept, kept) == (0.0, 1.0)
+    near = kept.assign(influence=kept["influence"] * (1 + 1e-5))
+    assert 5e-6 < differences(near, kept)[0] <= 1.1e-5
+    most, rank = differences(kept.assign(influence=kept["influence"] ** 3), kept)
+    assert most > 0.1 and rank == 1
+    most, rank = differences(kept.assign(influence=kept["influence"].to_numpy()[::-1]), kept)
+    assert most > 0.1 and rank < 0.5
+    assert differences(kept[:10], kept)[1] == -1
+
+
+def test_pixels_that_are_not_shown_are_an_error(tmp_path: Path) -> None:
+    data, artifacts = Data(name="scenes", n=64), Artifacts(tmp_path, released=None)
+    parts = Known(data=data).read(artifacts), Thumbnails(data=data).read(artifacts)
+    images, whole = shown_images(parts[0], parts[1:]), data.load()
+    assert images.index.equal(whole.index) and images.labels.equal(whole.labels)
+    assert images.attributes.equals(whole.attributes.reset_index(drop=True))
+    first = range(Thumbnails.first)
+    assert torch.equal(images.subset(first).tensor(), whole.subset(first).tensor())
+    shown = set(parts[1]["index"])
+    other = next(k for k in range(64) if int(whole.index[k]) not in shown)
+    with pytest.raises(IsslError, match=f"image {int(whole.index[other])} of scenes"):
+        images.subset([other]).tensor()

@@ -11,6 +11,7 @@ from scipy import stats
 
 import issl
 from issl.audit.stats import datamodeling, explained_variance
+from issl.audit.stats.pixel_features import pixel_features, texture
 from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
@@ -99,8 +100,13 @@ def test_a_tidy_table_of_trainings_becomes_runs_in_the_order_of_its_queries() ->
 
 def test_what_statistics_explain_is_least_squares() -> None:
     images = issl.load("scenes", n=400)
-    table = explained_variance.pixel_table(images)
-    assert list(table) == list(explained_variance.PIXELS) and len(table) == 400
+    pixels = pd.concat([pixel_features(images), texture(images)], axis=1)
+    forward = {"feature_norm": range(400), "knn_distance": range(400)}
+    whole = explained_variance.table(pixels, pd.DataFrame(forward), np.arange(400))
+    assert list(whole) == [*explained_variance.PIXELS, *explained_variance.FORWARD]
+    table = whole[list(explained_variance.PIXELS)]
+    flatness = table["background flatness"]
+    assert len(table) == 400 and (flatness == -pixels["border_std"]).all()
     rng = np.random.default_rng(0)
     score = np.exp(
         explained_variance.normal_scores(table["contrast"].to_numpy()) + 0.5 * rng.normal(size=400)

@@ -15,7 +15,7 @@ import torch
 from pydantic_core import PydanticUndefined
 
 import issl
-from issl.audit import stages
+from issl.audit import stages, table_stages
 from issl.audit.cache import Artifacts, Stage, damaged, release
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
@@ -298,7 +298,7 @@ def test_defaults_are_pinned() -> None:
             return [annotation]
         return [kind for part in get_args(annotation) for kind in inside(part)]
 
-    for stage in (*vars(stages).values(), Given):
+    for stage in (*vars(stages).values(), *vars(table_stages).values(), Given):
         if isinstance(stage, type) and issubclass(stage, Stage):
             look_at(stage)
     assert {"Recipe", "View", "Data", "LoGra", "GaussianNoise", "Influence"} <= set(found)
@@ -490,6 +490,6 @@ def test_supervised_influence_is_of_the_cross_entropy(tmp_path: Path) -> None:
 
 
 def test_from_scratch_a_plan_does_not_see_what_is_released() -> None:
-    plan, again = SeedCorrelation(), SeedCorrelation(ignore_released=True)
+    plan, again = SeedCorrelation(), SeedCorrelation(start="images")
     assert plan.artifacts().released is not None and again.artifacts().released is None
     assert plan.settings() == again.settings()  # it changes no number

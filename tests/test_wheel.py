@@ -136,7 +136,7 @@ def test_it_runs_from_the_wheel_in_any_folder(
         return done.stdout
 
     assert issl_("--version").strip() == issl.__version__
-    said = issl_("run", "--only", "00,09", "--jobs", "1")
+    said = issl_("run", "--profile", "quick", "--only", "00,09", "--jobs", "1")
     assert "2 of 2 notebooks ended well" in said
     assert (desk / "figures/quick/09_linear_theory.png").is_file() and (
         desk / "results/quick/index.html"

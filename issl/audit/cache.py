@@ -57,6 +57,7 @@ class Stage(Config):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raise it when the same config should give other numbers
+    takes_hours: ClassVar[bool] = False
 
     @cached_property
     def key(self) -> str:
@@ -73,7 +74,14 @@ class Stage(Config):
 
     def needs(self) -> dict[str, Stage]:
         """The stages whose artifacts this one reads, by field."""
-        return {k: v for k in type(self).model_fields if isinstance(v := getattr(self, k), Stage)}
+        found: dict[str, Stage] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            several = isinstance(value, tuple)
+            for k, stage in enumerate(value if several else (value,)):
+                if isinstance(stage, Stage):
+                    found[f"{name}.{k}" if several else name] = stage
+        return found
 
     @property
     def label(self) -> str:
@@ -94,6 +102,7 @@ class Artifacts:
 
     released           the folder of artifacts that come with the repository: read, never written;
                        None: not even read
+    only               the kind of stages that are taken from it, such as pretrain; None: all
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -102,6 +111,7 @@ class Artifacts:
     progress: bool = False
     checkpoint_seconds: float = 20.0
     released: Path | None = field(default_factory=lambda: provided("released"))
+    only: str | None = None
     computed: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
@@ -172,15 +182,17 @@ class Artifacts:
     def file(self, stage: Stage, name: str) -> Path:
         """One of the stage's files; the stage is made first where it is not there."""
         folder = self.get(stage)
-        if folder != self.released:
-            return folder / name
-        entry = self._released(stage)
-        assert entry is not None
+        return folder / name if folder != self.released else self.released_file(stage, name)
+
+    def released_file(self, stage: Stage, name: str) -> Path:
+        """One of the files of a stage that is released."""
+        folder, entry = self.released, self._released(stage)
+        assert folder is not None and entry is not None
         path = folder / entry["files"][name]["path"] if name in entry["files"] else None
         if path is None or not path.is_file():
             raise IsslError(
                 f"{name} of {stage.label} is not among the released files in {folder}: get it from "
-                "the repository, or make it with --from-scratch"
+                "the repository, or make it with --from images"
             )
         return path
 
@@ -194,25 +206,33 @@ class Artifacts:
         return self._released(stage)
 
     def _released(self, stage: Stage) -> dict[str, Any] | None:
-        """What the release says of a stage; None where it has none. IsslError for a file that is
-        damaged."""
+        """What the release says of a stage; None where it has none, or where a file of it is
+        missing or damaged: that is said, and the stage made again. IsslError where that takes
+        hours."""
         if (
             self.released is None
+            or self.only not in (None, stage.name)
             or (entry := released_index(self.released).get(stage.label)) is None
         ):
             return None
         paths = {self.released / file["path"]: file["sha256"] for file in entry["files"].values()}
+        wrong = [
+            (path, "is damaged (its checksum differs)")
+            for path, sha256 in paths.items()
+            if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256
+        ]
         if not any(path.is_file() for path in paths):  # a wheel does not carry them all
-            raise IsslError(
-                f"released artifact {next(iter(paths))} is missing; get it again (git checkout)"
-            )
-        for path, sha256 in paths.items():
-            if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256:
-                raise IsslError(
-                    f"released artifact {path} is damaged (its checksum differs); get it again "
-                    f"(git checkout -- {path})"
-                )
-        return entry
+            wrong.append((next(iter(paths)), "is missing"))
+        if not wrong:
+            return entry
+        path, what = wrong[0]
+        said = f"released artifact {path} {what}; get it again (git checkout -- {path})"
+        if stage.takes_hours:
+            raise IsslError(said)
+        if said not in _said:
+            _said.add(said)
+            print(f"{said}; until then it has to be computed", file=sys.stderr, flush=True)
+        return None
 
     def has(self, stage: Stage) -> bool:
         """Is the artifact there, whole? A damaged one is removed."""
@@ -230,6 +250,26 @@ class Artifacts:
             shutil.rmtree(folder)
             return False
         return True
+
+
+_said: set[str] = set()  # about damaged files, in this process
+
+
+def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:
+    """What has to be made: those of these stages that are not there, each after those that it needs
+    and that are not there. What nothing needs any more is left alone."""
+    seen: set[str] = set()
+
+    def visit(stage: Stage) -> Iterator[Stage]:
+        if stage.label not in seen:
+            seen.add(stage.label)
+            if not artifacts.has(stage):
+                for need in stage.needs().values():
+                    yield from visit(need)
+                yield stage
+
+    for stage in stages:
+        yield from visit(stage)
 
 
 def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:

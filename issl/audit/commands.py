@@ -9,6 +9,8 @@ from typing import Any
 from issl import engine
 from issl.errors import IsslError
 
+RELEASED = "overnight-released"  # the profile that draws what comes with the repository
+
 
 def add(parsers: argparse._SubParsersAction[Any]) -> None:
     """Add the audit's commands to those of `issl`.
@@ -19,14 +21,18 @@ def add(parsers: argparse._SubParsersAction[Any]) -> None:
     """
     run = parsers.add_parser("run", help="make a profile's stages and execute its notebooks")
     add_option = run.add_argument
-    add_option("--profile", default="quick", help="quick (default), mini, overnight, paper …")
+    add_option("--profile", help=f"{RELEASED} (default), quick, mini, overnight, paper …")
     add_option("--only", metavar="03,…", help="only these notebooks, by number or name")
     _places(run)
     add_option(
-        "--from-scratch",
-        action="store_true",
-        help="make again the encoders and scores that come with the repository",
+        "--from",
+        choices=["tables", "encoders", "images"],
+        dest="door",
+        help="begin with the released tables (needs no data; what the default profile does), with "
+        "the released encoders, or with the images; of the first two, what is released is drawn",
     )
+    again = "compute one released table again from its encoder, whole, and compare"
+    add_option("--check", action="store_true", help=again)
     add_option(
         "--checkpoint",
         action="append",
@@ -65,19 +71,23 @@ def _places(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from issl.audit.again import check_again
     from issl.audit.profiles import ProfileOptions
     from issl.audit.run import run
 
     example = "METHOD=FILE, such as simclr=weights.ckpt"
+    profile = options.profile or ("quick" if options.checkpoint else RELEASED)
     chosen = ProfileOptions(
-        options.profile,
+        profile,
         options.only,
         options.data_root,
         options.device,
         options.out,
         engine.pairs(options.checkpoint, "--checkpoint", example),
-        options.from_scratch,
+        options.door or ("tables" if profile == RELEASED else None),
     )
+    if options.check:
+        return check_again(chosen)
     return run(chosen, options.again, engine.asked_for(options), notebooks=not options.stages)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from issl import __version__
 from issl.audit.cache import Artifacts, released_index
+from issl.audit.commands import RELEASED
 from issl.audit.profiles import ProfileOptions, all_stages
 from issl.data import datasets
 from issl.data.published import ENVIRONMENT
@@ -21,13 +22,13 @@ from issl.devices import device_name, free_memory, pick_device
 from issl.errors import IsslError
 from issl.files import PACKAGE, provided
 
-NEEDED_GB = 2.0  # of free memory, for the quick profile
-COUNTED = ("quick", "overnight")  # the others have thousands of stages
+NEEDED_GB = 2.0  # of free memory, for the default run
+COUNTED = (RELEASED, "quick", "overnight")  # the others have thousands of stages
 SETS = ["scenes", "cifar10", "cifar100", "fairface", "cifair10"]
 
 
 def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
-    """Print what was found; exit code 1 where the quick profile could not run here."""
+    """Print what was found; exit code 1 where the default run could not work here."""
     options = ProfileOptions(data_root=data_root, out=out, device=device)
     wrong = _problems(options)
     print(f"issl        {__version__}, {PACKAGE}")
@@ -46,12 +47,12 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
         print(f"  {profile:18} {_stages(replace(options, profile=profile))}")
     for text in wrong:
         print(f"WRONG       {text}")
-    print("The quick profile can run: ./run_all.sh" if not wrong else "Fix this first.")
+    print("It can run: ./run_all.sh" if not wrong else "Fix this first.")
     return int(bool(wrong))
 
 
 def _problems(options: ProfileOptions) -> list[str]:
-    """Why the quick profile could not run here."""
+    """Why the default run could not work here."""
     wrong = []
     try:
         pick_device(options.device)

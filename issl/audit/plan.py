@@ -23,6 +23,7 @@ from issl.audit.given import CheckpointFile, Given
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
 from issl.audit.stats.statistics import Estimate, proportion
+from issl.audit.table_stages import Geometry, Known, Pixels, Thumbnails, shown_images
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
@@ -53,6 +54,7 @@ def noise_in(unit: Unit, mean: float, std: float) -> GaussianNoise:
 
 
 P = TypeVar("P", bound="Plan")
+Start = Literal["tables", "encoders", "images"]
 Labels = tuple[str | int | float, ...]
 BY = "method encoder"  # the labels of most stages; the network before training is "untrained 0"
 UNTRAINED = "untrained"
@@ -84,7 +86,8 @@ class Plan(Config):
     """What all notebooks share: where to read and write, the images, and the encoder that is
     trained.
 
-    ignore_released        artifacts that come with the repository are made again
+    start                  what a run begins with: all that comes with the repository ("tables"),
+                           only the "encoders" of it, or "images", nothing of it
     duplicates, atypical   shares of the images that are replaced, see `issl.audit.data.injection`;
                            0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
@@ -105,7 +108,7 @@ class Plan(Config):
     out: str = "."
     data_root: str | None = None
     device: str = "auto"
-    ignore_released: bool = False
+    start: Start = "tables"
     dataset: str = "scenes"
     n: int = Field(512, ge=16)
     n_test: int = Field(300, ge=16)
@@ -254,6 +257,21 @@ class Plan(Config):
         """This notebook's training images."""
         return self.data().load()
 
+    @cached_property
+    def known_images(self) -> Images:
+        """The images that a notebook is about, by the stages of its table "images": what is known
+        of all, and the pixels of those that it shows."""
+        known, *pictures = (
+            stage.read(self.store) for stage in self.cells["images"].stages.values()
+        )
+        return shown_images(known, pictures)
+
+    def image_tables(self, data: Data | None = None, *pictures: Thumbnails) -> Cells:
+        """The table "images": of `data`, by default the training images, with these pictures."""
+        data = data or self.data()
+        found = [Known(data=data), Thumbnails(data=data), *pictures]
+        return Cells("part", {(k,): stage for k, stage in enumerate(found)})
+
     def each(self, name: str) -> dict[Any, Any]:
         """What each stage of a table holds, by its labels; by the label where there is only one."""
         stages = self.cells[name].stages
@@ -290,7 +308,7 @@ class Plan(Config):
             **about: other facts for the record; `variant` tells records of one claim apart, by
                 default by the method.
         """
-        known: dict[str, Any] = {"dataset": self.dataset, "n": len(self.training_set)}
+        known: dict[str, Any] = {"dataset": self.dataset, "n": self.n}
         trained = method in recipes.NAMES
         known |= self.about_encoders(method) if trained else {"method": method}
         known |= {"variant": method if trained else "", **about}
@@ -316,7 +334,7 @@ class Plan(Config):
     @property
     def caption(self) -> str:
         """Images, number of encoders and profile, for figures."""
-        return f"{self.training_set.name}, n = {len(self.training_set):,}, {self.profile} profile"
+        return f"{self.set_name}, n = {self.n:,}, {self.profile} profile"
 
     def reads(self) -> list[Path]:
         """What else it reads: files that other notebooks left."""
@@ -324,12 +342,14 @@ class Plan(Config):
 
     def artifacts(self, progress: bool = False) -> Artifacts:
         found = Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
-        return replace(found, released=None) if self.ignore_released else found
+        if self.start == "images":
+            return replace(found, released=None)
+        return replace(found, only=Pretrain.name if self.start == "encoders" else None)
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the results: not where files are, nor the device."""
         settings = self.model_dump(
-            mode="json", exclude={"out", "data_root", "device", "ignore_released", "checkpoints"}
+            mode="json", exclude={"out", "data_root", "device", "start", "checkpoints"}
         )
         settings["dataset"] = self.set_name
         return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})
@@ -407,10 +427,9 @@ class Scored(Plan):
         return {**found, (UNTRAINED, 0): self.untrained(next(iter(found.values())))}
 
     def scored_and_evaluated(self, encoders: Mapping[Labels, Pretrain | Given]) -> dict[str, Cells]:
-        """The tables of most notebooks: scores, features and accuracy under each encoder."""
+        """The tables of most notebooks: scores and accuracy under each encoder."""
         return {
             "scores": under(encoders, self.influence),
-            "features": under(encoders, self.features),
             "accuracy": under(encoders, self.evaluation),
         }
 
@@ -471,6 +490,19 @@ class Scored(Plan):
     def nearest(self, encoder: Pretrain | Given, k: int) -> Neighbours:
         """The k nearest others of each of this notebook's images, under an encoder."""
         return Neighbours(features=self.features(encoder), k=k)
+
+    def geometry(self, encoder: Pretrain | Given, k: int) -> Geometry:
+        """Where each image lies among its k nearest, under an encoder."""
+        return Geometry(neighbours=self.nearest(encoder, k))
+
+    def pixels(self) -> Pixels:
+        """What this notebook's images are without an encoder."""
+        return Pixels(data=self.data())
+
+    def heads(self, methods: Iterable[recipes.Method], **settings: Any) -> list[Thumbnails]:
+        """The images that lead under the first encoder of each method, and those at the end."""
+        scores = [self.influence(self.pretrain(method)) for method in methods]
+        return [Thumbnails(data=self.data(), scores=(s,), **settings) for s in scores]
 
     def betweenness(self, encoder: Pretrain | Given, k: int) -> Betweenness:
         """Of each of this notebook's images, in the graph of its k nearest, under an encoder."""

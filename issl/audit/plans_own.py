@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from issl.audit.cache import Stage
+from issl.audit.given import Given
 from issl.audit.plan import (
     BY,
     UNTRAINED,
@@ -30,6 +31,7 @@ from issl.audit.stages import (
     Draw,
     Embed,
     Evaluate,
+    Influence,
     Nearness,
     Pairs,
     Pick,
@@ -40,6 +42,7 @@ from issl.audit.stages import (
     Top,
     TrainingEffect,
 )
+from issl.audit.table_stages import Bottlenecks, ExplainedBy, Known, Map, Removals
 from issl.influence.curvature import Curvature, Identity, LoGra
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
@@ -358,14 +361,28 @@ class Explained(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
-        scores: dict[Labels, Stage] = {
+        scores: dict[Labels, Influence] = {
             (*labels, noise): self.influence(encoder, self.noise_seed + noise)
             for labels, encoder in known.items()
             for noise in range(2)
         }
-        nearest = {k: self.nearest(e, self.neighbours) for k, e in known.items()}
-        others = self.scored_and_evaluated(known)
-        return {**others, "scores": Cells(f"{BY} noise", scores), "nearest": Cells(BY, nearest)}
+        geometry = {k: self.geometry(e, self.neighbours) for k, e in known.items()}
+        explained: dict[Labels, Stage] = {
+            k: ExplainedBy(
+                scores=(scores[*k, 0], scores[*k, 1]),
+                pixels=self.pixels(),
+                geometry=geometry[k],
+                seed=self.seed,
+            )
+            for k in known
+        }
+        return {
+            "scores": Cells(f"{BY} noise", scores),
+            "pixels": Cells("set", {(self.dataset,): self.pixels()}),
+            "geometry": Cells(BY, geometry),
+            "explained": Cells(BY, explained),
+            "accuracy": under(known, self.evaluation),
+        }
 
 
 class Bridges(Readable):
@@ -402,9 +419,28 @@ class Bridges(Readable):
             update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
         )
 
+    def removals(self, encoder: Pretrain | Given, labels: Labels, share: float) -> Removals:
+        """What classes gain without this share of the images; the network before training is asked
+        about no probe."""
+        trained = labels[0] != UNTRAINED
+        return Removals(
+            influence=self.influence(encoder),
+            betweenness=self.betweenness(encoder, self.neighbours),
+            test=self.features(encoder, self.data("test")) if trained else None,
+            share=share,
+            draws=self.draws,
+            seed=self.seed + int(labels[1]),
+        )
+
     def tables(self) -> dict[str, Cells]:
         known, k = self.encoders_of(self.methods), self.neighbours
         trained = {labels: e for labels, e in known.items() if labels[0] != UNTRAINED}
+        of_each = {labels: e for labels, e in trained.items() if labels[1] == 0}
+        first = {labels: e for labels, e in of_each.items() if labels[0] == self.methods[0]}
+        removals: dict[Labels, Stage] = {
+            (*labels, share): self.removals(encoder, labels, share)
+            for (labels, encoder), share in product(known.items(), self.shares)
+        }
         doses = list(product(self.trained_doses, range(self.dose_seeds)))
         drawn = [self.dose_encoder(*dose) for dose in doses]
         by_dose: dict[Labels, Stage] = {
@@ -421,9 +457,13 @@ class Bridges(Readable):
             on_scenes[UNTRAINED, 0] = self.evaluation(fresh, fresh.data, test)
         return {
             **self.scored_and_evaluated(known),
-            "nearest": under(known, lambda e: self.nearest(e, k)),
-            "betweenness": under(known, lambda e: self.betweenness(e, k)),
-            "test features": under(trained, lambda e: self.features(e, self.data("test"))),
+            "images": Cells("part", {(0,): Known(data=self.data())}),
+            "removals": Cells(f"{BY} share", removals),
+            "map": under(first, lambda e: Map(features=self.features(e), seed=self.seed)),
+            "geometry": under(of_each, lambda e: self.geometry(e, k)),
+            "betweenness": under(of_each, lambda e: self.betweenness(e, k)),
+            "bottlenecks": under(of_each, lambda e: Bottlenecks(neighbours=self.nearest(e, k))),
+            "scenes": Cells("share", {(s,): Known(data=self.dose(s)) for s in self.trained_doses}),
             "doses": Cells("share seed", by_dose),
             "accuracy on scenes": Cells(BY, on_scenes),
         }

@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 
 from issl.audit.cache import Stage
 from issl.audit.claims import Learned
+from issl.audit.data import human_choices
 from issl.audit.given import Given
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
+from issl.audit.table_stages import Ambiguity, Closeness, Oddness, Thumbnails
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -149,7 +151,11 @@ class AugmentationAblation(Readable):
             for draws, seed in product(self.draws_of(name, str(method)), range(2))
         }
         labels = f"{BY} perturbation draws seed"
-        return {"scores": Cells(labels, scores), "accuracy": under(known, self.evaluation)}
+        return {
+            "images": self.image_tables(first),
+            "scores": Cells(labels, scores),
+            "accuracy": under(known, self.evaluation),
+        }
 
 
 class BackgroundBias(Readable):
@@ -178,7 +184,9 @@ class BackgroundBias(Readable):
         swapped = under(trained, lambda e: self.influence(e, data=self.swapped_scenes()))
         return {
             **self.scored_and_evaluated(known),
-            "nearest": under(known, lambda e: self.nearest(e, self.neighbours)),
+            "images": self.image_tables(None, *self.heads(self.methods, most=self.gallery)),
+            "pixels": Cells("set", {(self.dataset,): self.pixels()}),
+            "geometry": under(known, lambda e: self.geometry(e, self.neighbours)),
             "betweenness": under(known, lambda e: self.betweenness(e, self.neighbours)),
             "swapped": swapped,
             "accuracy on scenes": under(drawn, scenes.evaluation),
@@ -204,8 +212,12 @@ class Duplicates(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
-        nearest = under(known, lambda e: self.nearest(e, self.neighbours))
-        return {**self.scored_and_evaluated(known), "nearest": nearest}
+        return {
+            **self.scored_and_evaluated(known),
+            "images": self.image_tables(None, *self.heads(self.methods)),
+            "closeness": Cells("set", {(self.dataset,): Closeness(data=self.data())}),
+            "geometry": under(known, lambda e: self.geometry(e, self.neighbours)),
+        }
 
 
 GROUPS: dict[
@@ -355,21 +367,40 @@ class Outliers(Readable):
     made_strange: float = Field(0.1, gt=0, le=0.5)
     loss_draws: int = Field(4, ge=1)
 
+    gallery: ClassVar[int] = 32
+
     def new_images(self) -> Data:
         """Test images, some of them made strange: no encoder was trained on them."""
         return self.data("test").model_copy(
             update={"inject": Injection(atypical=self.made_strange)}
         )
 
-    def tables(self) -> dict[str, Cells]:
-        known, new = self.encoders_of(self.methods), self.new_images()
+    def asked(self, encoder: Pretrain | Given) -> dict[str, Stage]:
+        """What is measured of the new images under an encoder, influence under the curvature of the
+        training images."""
+        new = self.new_images()
         loss: dict[str, Any] = {"perturbation": self.noise, "output": self.output}
         loss |= {"seed": self.noise_seed, "draws": self.loss_draws}
         return {
-            # under the curvature of the training images
-            "scores": under(known, lambda e: self.influence(e, others=new)),
-            "features": under(known, lambda e: self.features(e, new)),
-            "losses": under(known, lambda e: Stability(pretrain=e, data=new, **loss)),
+            "influence": self.influence(encoder, others=new),
+            "losses": Stability(pretrain=encoder, data=new, **loss),
+            "oddness": Oddness(features=self.features(encoder, new), seed=self.seed),
+        }
+
+    def tables(self) -> dict[str, Cells]:
+        known, new = self.encoders_of(self.methods), self.new_images()
+        scores = under(known, lambda e: self.asked(e)["influence"])
+        first = tuple(s for (who, _), s in scores.stages.items() if who == self.methods[0])
+        judged = under(known, lambda e: Ambiguity(**self.asked(e)))
+        here = human_choices.missing(self.dataset, self.data_root) is None
+        if not here and not all(map(self.store.has, judged.stages.values())):
+            judged = Cells(BY, {})
+        return {
+            "images": self.image_tables(new, Thumbnails(data=new, scores=first, most=self.gallery)),
+            "scores": scores,
+            "losses": under(known, lambda e: self.asked(e)["losses"]),
+            "oddness": under(known, lambda e: self.asked(e)["oddness"]),
+            "ambiguity": judged,
             "accuracy": under(known, self.evaluation),
         }
 
@@ -432,7 +463,7 @@ class SupervisedVsSSL(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known, classifiers = self.encoders_of(self.methods), self.supervised_encoders()
-        scores: dict[Labels, Stage] = {
+        scores: dict[Labels, Influence] = {
             (*labels, noise): self.influence(encoder, self.noise_seed + noise)
             for labels, encoder in {**known, **classifiers}.items()
             for noise in range(2)
@@ -449,9 +480,19 @@ class SupervisedVsSSL(Readable):
             )
             for m, removed, s in product(self.trained, ("none", *REMOVED), self.judges)
         }
+        by_label = under(classifiers, self.cross_entropy_scores)
+        groups = [
+            tuple(stage for (m, _, noise), stage in scores.items() if (m, noise) == (who, 0))
+            for who in self.trained
+        ]
+        heads = [
+            Thumbnails(data=self.data(), scores=group)
+            for group in (*groups, tuple(by_label.stages.values()))
+        ]
         return {
+            "images": self.image_tables(None, *heads),
             "scores": Cells(f"{BY} noise", scores),
-            "by cross-entropy": under(classifiers, self.cross_entropy_scores),
+            "by cross-entropy": by_label,
             "accuracy": under({**known, **classifiers}, self.evaluation),
             "runs": Cells("trained removed seed", runs),
         }

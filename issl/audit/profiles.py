@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from issl.audit.cache import Stage, in_dependency_order
-from issl.audit.plan import Plan
+from issl.audit.cache import Stage, in_dependency_order, missing, released_index
+from issl.audit.plan import Plan, Start
 from issl.audit.plans import EXPLORER, PLANS
 from issl.audit.settings import Data
+from issl.audit.stages import Pretrain
 from issl.data import datasets, published
 from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.files import REPOSITORY, check_writable, installed, provided, remove_leftovers
+from issl.pretraining.recipes import NAMES
 
 KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
 
@@ -34,7 +36,9 @@ class ProfileOptions:
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
                   that the profile names; a method may have several. Notebooks that train encoders
                   themselves are then left out
-    from_scratch  make again what comes with the repository
+    door      what the run begins with (`Plan.start`), and draws only what is released of it: of
+              "tables" nothing is made that images are needed for, of "encoders" nothing is trained
+              on them; None: what is released is used, and all else is made
     """
 
     profile: str = "quick"
@@ -43,7 +47,7 @@ class ProfileOptions:
     device: str = "auto"
     out: Path | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
-    from_scratch: bool = False
+    door: Start | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,15 +69,30 @@ class ProfileOptions:
         )
         left_out = self.left_out()
         names = [name for name in names if name not in left_out]
-        return read_profile(
+        plans = read_profile(
             self.profile,
             names,
             self._given(),
             out=str(self.folder),
             data_root=self.root,
             device=self.device,
-            ignore_released=self.from_scratch,
+            start=self.door or "tables",
         )
+        if self.door in (None, "images"):
+            return plans
+        parts = {name: released_part(plan) for name, plan in plans.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def not_released(self) -> dict[str, tuple[str, ...]]:
+        """By notebook, the methods that this door leaves out; none of a notebook left out."""
+        found: dict[str, tuple[str, ...]] = {}
+        drawn = self.plans()
+        for name, plan in replace(self, door=None).plans().items():
+            asked, kept = (set(getattr(p, "methods", ())) for p in (plan, drawn.get(name)))
+            if name != EXPLORER.notebook and (name not in drawn or asked != kept):
+                left = sorted(asked - kept, key=list(NAMES).index)
+                found[name] = tuple(left) if name in drawn else ()
+        return found
 
     def left_out(self) -> list[str]:
         """The notebooks that are left out because they train encoders, and these are given."""
@@ -208,6 +227,41 @@ def _parsed(text: str) -> dict[str, Any]:
     return yaml.safe_load(text) or {}
 
 
+def released_part(plan: Plan) -> Plan | None:
+    """The plan with those methods of which all that it starts with is released; None where that is
+    none. Drawn images are at hand anywhere."""
+    if plan.dataset in datasets.DRAWN:
+        return plan
+    methods: tuple[str, ...] | None = getattr(plan, "methods", None)
+    if methods is None:
+        return plan if _starts_with_released(plan) else None
+    kept: tuple[str, ...] = ()
+    for method in methods:
+        tried = plan.model_copy(update={"methods": (*kept, method)})
+        if _starts_with_released(tried):
+            kept = (*kept, method)
+    return plan.model_copy(update={"methods": kept}) if kept else None
+
+
+def _starts_with_released(plan: Plan) -> bool:
+    index = released_index(provided("released"))
+    if plan.start == "tables":
+        return all(stage.label in index for stage in plan.stages())
+    trained = (s for s in all_stages([plan]) if isinstance(s, Pretrain) and s.epochs)
+    return all(s.label in index for s in trained if s.data.name not in datasets.DRAWN)
+
+
+def in_words_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is not released yet, a line for each group of notebooks that lack the same."""
+    by_methods: dict[tuple[str, ...], list[str]] = {}
+    for name, methods in left_out.items():
+        by_methods.setdefault(tuple(methods), []).append(name.split("_")[0])
+    return [
+        f"{', '.join(str(NAMES[m]) for m in methods) or 'all'} of {', '.join(numbers)}"
+        for methods, numbers in by_methods.items()
+    ]
+
+
 def all_stages(plans: Iterable[Plan]) -> list[Stage]:
     """The stages of these plans and all that they depend on, each once, in dependency order."""
     return list(in_dependency_order(stage for plan in plans for stage in plan.stages()))
@@ -230,7 +284,7 @@ def check(plans: dict[str, Plan], out: Path) -> None:
         pick_device(plan.device)
         for checkpoint in (file for files in plan.checkpoints.values() for file in files):
             checkpoint.open()
-        for data in (data for stage in plan.stages() for data in _data_of(stage)):
+        for data in {d: 0 for s in missing(plan.stages(), plan.artifacts()) for d in _data_of(s)}:
             try:
                 available = data.available()
                 datasets.say(data.which)

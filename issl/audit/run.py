@@ -5,26 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from issl.audit.cache import Artifacts, Stage
+from issl.audit.again import compared
+from issl.audit.cache import Artifacts, Stage, missing
 from issl.audit.given import Given
 from issl.audit.notebooks import fingerprint, is_current, make_notebook
 from issl.audit.plan import Plan
 from issl.audit.plans import EXPLORER
-from issl.audit.profiles import ProfileOptions, check, notebooks_folder
+from issl.audit.profiles import ProfileOptions, check, in_words_left_out, notebooks_folder
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
+from issl.data import datasets
 from issl.devices import device_name, pick_device
 from issl.engine import Ended, Engine, Task
 from issl.errors import IsslError
 
 AT_MOST = 4  # processes by default: each holds its images
+DOORS = """doors:   ./run_all.sh                                   figures from the released tables
+         ./run_all.sh --from encoders --data-root DIR   tables from the released encoders; hours
+         ./run_all.sh --check --data-root DIR           one of these tables; minutes
+         ./run_all.sh --from images --data-root DIR     encoders from the images; a night, or a GPU
+         ./run_all.sh --profile quick                   the whole machinery, rehearsed; minutes"""
 WORTH_IT = 4  # tasks for each process: starting one takes as long as some stages
 
 
@@ -52,11 +59,14 @@ def run(
         IsslError: for input that is wrong, before any long work.
     """
     began, plans = time.monotonic(), options.plans()
+    if not plans:
+        raise IsslError(_nothing(options))
     check(plans, options.folder)
     books = {n: p for n, p in plans.items() if notebooks and n != EXPLORER.notebook}
     names = ", ".join(n for n in plans if n != EXPLORER.notebook)
     print(f"profile {options.profile} on {pick_device(options.device)}: {names}", flush=True)
     _print_given(next(iter(plans.values())), options.left_out())
+    _print_door(options, plans)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
     stages = {
         s.label: s for s in missing((s for p in plans.values() for s in p.stages()), artifacts)
@@ -71,6 +81,8 @@ def run(
             what = summary(stages[ended.name]) if ended.name in stages else ""
             print(f"{done:4} of {len(tasks)}  {line(ended, what)}", flush=True)
             failed += [ended] if ended.error else []
+    for text, _ in compared(stages.values(), artifacts) if options.door == "encoders" else ():
+        print(text, flush=True)
     count = len({ended.name for ended in failed} & set(books))
     made = len(stages) - len({ended.name for ended in failed} & set(stages))
     print(
@@ -80,24 +92,9 @@ def run(
     if notebooks:
         print(f"figures: {options.folder / 'figures' / options.profile}")
         print(f"report:  {_report(options, artifacts)}", flush=True)
+    if options.door is not None:
+        print(DOORS)
     return int(bool(failed))
-
-
-def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:
-    """What has to be made: those of these stages that are not there, each after those that it needs
-    and that are not there. What nothing needs any more is left alone."""
-    seen: set[str] = set()
-
-    def visit(stage: Stage) -> Iterator[Stage]:
-        if stage.label not in seen:
-            seen.add(stage.label)
-            if not artifacts.has(stage):
-                for need in stage.needs().values():
-                    yield from visit(need)
-                yield stage
-
-    for stage in stages:
-        yield from visit(stage)
 
 
 def make(stage: Stage, artifacts: Artifacts, device: str) -> None:
@@ -170,16 +167,45 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
         print(f"left out, for they train encoders themselves: {', '.join(left_out)}", flush=True)
 
 
+def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
+    """Which images these are, where a folder with them is given; what is not released yet."""
+    sets = {p.dataset: p for p in plans.values() if p.dataset not in datasets.DRAWN}
+    for name, plan in sets.items() if options.root is not None else ():
+        try:
+            for split, which in plan.identities().items():
+                found = f"{plan.data(split).available():,} images"
+                known = f"identity {which['digest']}, {which['about'] or 'as published'}"
+                print(f"data    {name} ({split}): {found}, {known}", flush=True)
+        except IsslError as error:
+            if options.data_root is not None:
+                raise
+            print(f"data    {error}", flush=True)  # of a folder that was named for other sets
+    for text in in_words_left_out(options.not_released()):
+        print(f"not released yet: {text}", flush=True)
+
+
+def _nothing(options: ProfileOptions) -> str:
+    """Why this door has nothing to draw."""
+    about = f"--from {options.door}: nothing of profile {options.profile} is released"
+    wanted = replace(options, door=None).plans().values()
+    said = {which["about"] for plan in wanted for which in plan.identities().values()} - {""}
+    why = f", for the images at hand are others ({'; '.join(sorted(said))})" if said else ""
+    return f"{about}{why}; --from images makes it from the images"
+
+
 def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
     """Write the site of what this profile has produced so far; where it is, or why there is
     none."""
     from issl.audit.site import build  # slow to import
 
-    plans = replace(options, only=None).plans()
-    explorer = plans.pop(EXPLORER.notebook)
-    assert isinstance(explorer, EXPLORER)
-    there = all(artifacts.has(stage) for stage in explorer.stages())
+    chosen = replace(options, only=None)
+    plans = chosen.plans()
+    explorer = plans.pop(EXPLORER.notebook, None)
+    assert isinstance(explorer, EXPLORER | None)
+    if explorer is not None and not all(artifacts.has(stage) for stage in explorer.stages()):
+        explorer = None
     try:
-        return build(options.profile, plans, explorer if there else None, artifacts, options.folder)
+        missing = chosen.not_released()
+        return build(options.profile, plans, explorer, artifacts, options.folder, missing)
     except IsslError as error:
         return f"none ({error})"

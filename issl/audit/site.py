@@ -27,15 +27,15 @@ from PIL import Image
 
 from issl.audit import verdicts
 from issl.audit.cache import Artifacts
-from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words
+from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words, claims
 from issl.audit.explorer import Explorer
 from issl.audit.notebooks import hidden, own_paths
 from issl.audit.plan import Plan
-from issl.audit.profiles import all_stages
+from issl.audit.profiles import all_stages, in_words_left_out
 from issl.audit.verdicts import Record
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.files import PACKAGE, atomic
+from issl.files import PACKAGE, atomic, provided
 from issl.pretraining.recipes import NAMES
 
 KINDS = {  # a verdict's CSS class
@@ -54,6 +54,8 @@ SCALE = {
     "quick": "a demonstration on drawn images, in minutes",
     "mini": "small encoders on subsets of real images",
     "overnight": "trained encoders of width 16, all of CIFAR-10",
+    "overnight-released": "trained encoders of width 16, all of CIFAR-10, from the tables "
+    "that come with the repository",
     "overnight-injected": "trained encoders of width 16, CIFAR-10 with duplicates put in",
     "paper": "ResNet-18 at full width, the paper's scale",
     "paper-cifar100": "the paper's scale, on CIFAR-100",
@@ -63,13 +65,19 @@ SCALE = {
 
 
 def build(
-    profile: str, plans: dict[str, Plan], explorer: Explorer | None, artifacts: Artifacts, out: Path
+    profile: str,
+    plans: dict[str, Plan],
+    explorer: Explorer | None,
+    artifacts: Artifacts,
+    out: Path,
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Write the site of a profile from what is under out/results and out/figures; returns its
     index.
 
     plans     of all notebooks that may have been run
     explorer  its artifacts must be there; None leaves the image explorer out
+    left_out  by notebook, the methods that are not released yet
     Raises IsslError where no notebook was executed.
     """
     results, figures = out / "results" / profile, out / "figures" / profile
@@ -82,26 +90,52 @@ def build(
         raise IsslError(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
-    claims = [(row, bars(row)) for row in verdicts.summary(records)]
+    rows = [(row, bars(row)) for row in verdicts.summary(records)]
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     uses = verdicts.good_for(verdicts.decided(records))
+    away = [name for name in left_out or {} if name not in plans]
     _write(
         index,
         "index.html",
         profile=profile,
         scale=SCALE.get(profile, "a profile of its own"),
-        claims=claims,
-        counts=f"{len(records)} tests of {len(claims)} claims: {counts}",
+        claims=rows,
+        answers=_answers(records),
+        missing=in_words_left_out(left_out or {}),
+        counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=[
             _card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done
-        ],
+        ]
+        + [_card_of_the_copy(name) for name in away],
         explorer=None if explorer is None else _explorer(explorer, artifacts, site),
         provenance=_provenance(records),
         stages=_stages(plans, artifacts),
     )
     return index
+
+
+def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What was found, a sentence for each claim: those of the paper, ours, then the checks."""
+    told = [r for r in records if r["verdict"] not in (UNTESTED, SUPERSEDED)]
+    names = list(dict.fromkeys(r["name"] for r in told))
+    names.sort(key=lambda name: (claims()[name].check, claims()[name].ours))
+    return [finding(told, name) for name in names]
+
+
+def _card_of_the_copy(name: str) -> dict[str, Any]:
+    """What the index shows of a notebook that is not drawn, for its encoders are not released: what
+    was found on the copy of CIFAR-10 that was used before."""
+    kept = [r for r in verdicts.kept_records(provided("figures")) if r["copied"]]
+    own = [r for r in kept if r["notebook"] == name]
+    source = nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4).cells[0].source
+    found = finding(own, own[0]["name"]) if own else _nothing_found(name)
+    said = "Not drawn: its encoders are not released yet."
+    said += f" On {verdicts.COPY}: {found['sentence']}" if own else ""
+    title = source.splitlines()[0].lstrip("# ").strip()
+    about = {"page": "", "image": "", "width": "", "height": "", "links": []}
+    return {"name": name, "title": title, "finding": found | {"sentence": said}, **about}
 
 
 def bars(row: verdicts.Row) -> list[dict[str, Any] | None]:
@@ -156,7 +190,7 @@ def _card(
         "name": name,
         "title": title,
         "page": page,
-        "finding": finding(name, records),
+        "finding": _first_finding(name, records),
         "image": f"report/{picture.name}",
         "width": "",
         "height": "",
@@ -173,18 +207,29 @@ def _card(
     return card
 
 
-def finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """The result of the notebook's first claim: claim, sentence, reached (its verdicts, with their
-    marks), and how many more claims it has."""
+def _first_finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """The result of the notebook's first claim."""
     own = [r for r in records if r["notebook"] == name]
-    if not own:
-        claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
-        return {"claim": claim, "sentence": "", "reached": [], "more": 0}
-    first = [r for r in own if r["name"] == own[0]["name"]]
-    reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in first)]
-    more = len({r["name"] for r in own}) - 1
-    claim = verdicts.summary(first)[0].claim
-    return {"claim": claim, "sentence": verdicts.sentence(first), "reached": reached, "more": more}
+    return finding(own, own[0]["name"]) if own else _nothing_found(name)
+
+
+def _nothing_found(name: str) -> dict[str, Any]:
+    claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
+    return {"claim": claim, "sentence": "", "reached": [], "more": 0, "notebook": name}
+
+
+def finding(records: Sequence[Record], name: str) -> dict[str, Any]:
+    """The result of a claim: claim, sentence, reached (its verdicts, with their marks), notebook,
+    and how many more claims the records are about."""
+    own = [r for r in records if r["name"] == name]
+    reached = [(f"{verdicts.MARKS[v]} {v}", v) for v in dict.fromkeys(r["verdict"] for r in own)]
+    return {
+        "claim": verdicts.summary(own)[0].claim,
+        "sentence": verdicts.sentence(own),
+        "reached": reached,
+        "more": len({r["name"] for r in records}) - 1,
+        "notebook": own[0]["notebook"],
+    }
 
 
 def notebook_cells(

@@ -59,6 +59,7 @@ class Pretrain(Stage):
 
     name: ClassVar[str] = "pretrain"
     version: ClassVar[int] = 3
+    takes_hours: ClassVar[bool] = True
 
     data: Data
     recipe: Recipe = RECIPES["published"]["simclr"]
@@ -173,9 +174,11 @@ class Pretrain(Stage):
 
 
 class Table(Stage):
-    """A stage whose artifact is a table in one file; the subclasses say which."""
+    """A stage whose artifact is a table in one file, numbers in single precision; the subclasses
+    say which. The table's `attrs` name the stage."""
 
     file: ClassVar[str]
+    repeatable: ClassVar[bool] = True  # does another machine make the same, but for rounding?
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table."""
@@ -186,8 +189,10 @@ class Table(Stage):
 
     def write(self, table: pd.DataFrame, folder: Path) -> None:
         """The table as the artifact's file."""
+        single = table.astype(dict.fromkeys(table.select_dtypes("float64"), "float32"))
+        single.attrs = {**table.attrs, "stage": self.label}
         with atomic(folder / self.file) as part:
-            table.to_parquet(part, index=False)
+            single.to_parquet(part, index=False, compression="zstd", use_dictionary=False)
 
     def read(self, artifacts: Artifacts) -> Any:
         """The table, as the class describes it."""

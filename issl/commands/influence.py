@@ -13,6 +13,7 @@ from typing import Any
 from issl import engine
 from issl.commands import pictures
 from issl.commands.options import add_scoring_arguments, scoring_of, write_broken
+from issl.commands.reference import open_reference, percentiles
 from issl.errors import IsslError
 from issl.files import atomic, writable
 from issl.influence.layers import find_layers
@@ -35,6 +36,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     engine.add_arguments(command)
     kept = "score under a curvature that `issl fit` kept, with its settings"
     add("--curvature-from", type=Path, metavar="FILE", help=kept)
+    beside = "add each score's percentile among the released scores of such an encoder"
+    add("--reference", metavar="NAME", help=f"{beside}, such as cifar10-simclr-w16")
     memories = ["auto", "ram", "mapped", "recomputed"]
     add("--memory", default="auto", choices=memories, help="where gradients stay (auto)")
     add("--store", type=Path, metavar="DIR", help="where mapped gradients stay meanwhile")
@@ -55,6 +58,9 @@ def main(options: argparse.Namespace) -> int:
     began = time.monotonic()
     opened, asked = scoring_of(options)
     images, what, computing = asked.images, asked.what, asked.computing
+    reference = None
+    if options.reference is not None:
+        reference = open_reference(options.reference, opened.encoder, what)
     layers, _ = find_layers(opened.encoder, what.skip, what.untrained)
     print(
         f"{len(images)} images of {images.name} at {images.pixels.shape[-1]} px, {opened.about}, "
@@ -66,6 +72,10 @@ def main(options: argparse.Namespace) -> int:
     else:
         scores = self_influence(opened.encoder, images, **vars(what), computing=computing)
     table = with_attributes(scores, images)
+    if reference is not None:
+        table["reference_percentile"] = percentiles(table["influence"], reference)
+        above = (table["reference_percentile"] > 95).mean()
+        print(f"{above:.1%} of the images are above the 95th percentile of {options.reference}")
     with atomic(out) as part:
         if out.suffix == ".parquet":
             table.to_parquet(part, index=False)
@@ -86,6 +96,8 @@ def main(options: argparse.Namespace) -> int:
 
 def _in_parts(options: argparse.Namespace) -> int:
     """Fill a folder with scores, in parts; 1 if some could not be made."""
+    if options.reference is not None:
+        raise IsslError(f"--reference {options.reference}: --out {options.out} is filled in parts")
     if options.store is not None:
         raise IsslError(
             f"--store {options.store}: --out {options.out} is filled in parts, which keep no "

@@ -10,52 +10,65 @@ fitted to, show how much lines miss.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
-from PIL import Image
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
-from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.stats.resampling import RESAMPLES
-from issl.audit.stats.statistics import Estimate, mean, percentiles
-from issl.data.images import Images
-from issl.data.views import luma
+from issl.audit.stats.statistics import Estimate, correlation, mean, percentiles, spearman
 from issl.errors import IsslError
 
 PIXELS = ("brightness", "contrast", "edge density", "background flatness", "JPEG size")
 FORWARD = ("stability loss", "feature norm", "kNN distance")  # a forward pass, but no gradient
 
 
-def pixel_table(images: Images) -> pd.DataFrame:
-    """Columns PIXELS, one row per image.
-
-    Mean and standard deviation of grey (pixels in [0, 1]); mean size of the grey gradient per
-    pixel; minus the deviation of colour in the outer frame; bytes as a JPEG of quality 90.
-    """
-    known = pixel_features(images)
-    edges, sizes = [], []
-    for pixels in images.pixels:
-        dy, dx = np.gradient(luma(pixels[None].float() / 255)[0].squeeze().numpy())
-        edges.append(np.hypot(dy, dx).mean())
-        with io.BytesIO() as file:
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
-            sizes.append(file.tell())
-    columns = (known["brightness"], known["contrast"], edges, -known["border_std"], sizes)
-    return pd.DataFrame(dict(zip(PIXELS, columns, strict=True)))
-
-
-def forward_table(
-    features: Float[Tensor, "n d"], stability_loss: np.ndarray, knn_distance: np.ndarray
+def table(
+    pixels: pd.DataFrame, geometry: pd.DataFrame, stability_loss: Sequence[float] | np.ndarray
 ) -> pd.DataFrame:
-    """Columns FORWARD, one row per image."""
-    columns = (stability_loss, features.norm(dim=1).numpy(), knn_distance)
-    return pd.DataFrame(dict(zip(FORWARD, columns, strict=True)))
+    """Columns PIXELS and FORWARD, one row per image.
+
+    Args:
+        pixels: As `pixel_features` and `texture` give them; a background is flat where the
+            deviation of colour in the outer frame is small.
+        geometry: Of the encoder, with the columns feature_norm and knn_distance.
+        stability_loss: Of the score's own noise, (n,).
+    """
+    flatness = -pixels["border_std"]
+    seen = (*(pixels[c] for c in ("brightness", "contrast", "edge_density")), flatness)
+    seen = (*seen, pixels["jpeg_size"])
+    forward = (stability_loss, geometry["feature_norm"], geometry["knn_distance"])
+    columns = zip((*PIXELS, *FORWARD), (*seen, *forward), strict=True)
+    return pd.DataFrame({name: np.asarray(column, float) for name, column in columns})
+
+
+def of_one_encoder(
+    scores: Float[np.ndarray, "2 n"], tables: Sequence[pd.DataFrame], seed: int = 0
+) -> dict[str, dict[str, Estimate]]:
+    """What notebook 13 says about an encoder: each statistic alone, what only it knows, and all
+    together.
+
+    Args:
+        scores: Influence under two seeds of the noise.
+        tables: As `table` makes them, with the stability loss of each noise.
+        seed: Of folds and resampling.
+    """
+    score, every = scores[0], tables[0]
+    unique = explained(score, every, seed)
+    together = {
+        "pixels, linear": explained(score, every[list(PIXELS)], seed)["all"],
+        "pixels, trees": explained_by_trees(score, every[list(PIXELS)], seed),
+        "forward pass, trees": explained_by_trees(score, every[list(FORWARD)], seed),
+        "all, linear": unique.pop("all"),
+        "all, trees": explained_by_trees(score, every, seed),
+        "repeatable": correlation(normal_scores(scores[0]), normal_scores(scores[1])),
+        "left, and repeatable": repeatable_beyond(scores, tables, seed),
+    }
+    alone = {name: spearman(every[name].to_numpy(), score) for name in map(str, every)}
+    return {"alone": alone, "unique": unique, "together": together}
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:

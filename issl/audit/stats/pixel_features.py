@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from issl.data.images import Images
 from issl.data.views import luma
@@ -44,3 +48,20 @@ def pixel_features(images: Images) -> pd.DataFrame:
         )
     found = pd.DataFrame({k: torch.cat([p[k] for p in parts]).numpy() for k in parts[0]})
     return found.assign(index=images.index.numpy())
+
+
+def texture(images: Images) -> pd.DataFrame:
+    """How much there is to see in each image, n rows in the order of the set.
+
+    Returns:
+        Columns edge_density (mean size of the grey gradient per pixel, pixels in [0, 1]) and
+        jpeg_size (bytes as a JPEG of quality 90).
+    """
+    edges, sizes = [], []
+    for pixels in images.pixels:
+        dy, dx = np.gradient(luma(pixels[None].float() / 255)[0].squeeze().numpy())
+        edges.append(np.hypot(dy, dx).mean())
+        with io.BytesIO() as file:
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+            sizes.append(file.tell())
+    return pd.DataFrame({"edge_density": edges, "jpeg_size": sizes})

@@ -1,0 +1,71 @@
+"""Are the released tables what the released encoders give? They are computed again and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from issl.audit.cache import Artifacts, Stage, released_index
+from issl.audit.profiles import ProfileOptions, all_stages, check
+from issl.audit.stages import Influence, Table
+from issl.errors import IsslError
+from issl.files import provided
+
+EQUAL = 1e-4  # of a number, beside its column's standard deviation
+IN_RANK = 0.9999  # Spearman's rank correlation
+
+
+def compared(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[tuple[str, bool]]:
+    """Of each released table that was computed here: a line about it, and is it the same?"""
+    index = released_index(provided("released"))
+    released = replace(artifacts, released=provided("released"), only=None)
+    for stage in stages:
+        if isinstance(stage, Table) and stage.label in index:
+            here = pd.read_parquet(artifacts.file(stage, stage.file))
+            kept = pd.read_parquet(released.released_file(stage, stage.file))
+            most, rank = differences(here, kept)
+            same = most <= EQUAL or rank >= IN_RANK
+            word = "same" if same else "DIFFERS" if stage.repeatable else "other"
+            path = index[stage.label]["files"][stage.file]["path"]
+            yield f"{word:8} {path}: at most {most:.1e}, rank {rank:.6f}", same or word == "other"
+
+
+def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
+    """Of two tables of the same rows, the largest difference of a number (by the larger of its size
+    and its column's standard deviation), and the lowest rank correlation of a column."""
+    if list(here) != list(kept) or len(here) != len(kept):
+        return np.inf, -1.0
+    most, rank = 0.0, 1.0
+    for column in kept:
+        a, b = here[column], kept[column]
+        if not pd.api.types.is_numeric_dtype(b):
+            most = most if a.equals(b) else np.inf
+            continue
+        a, b = a.astype(float), b.astype(float)
+        scale = b.abs().clip(lower=b.std() if len(b) > 1 else 0.0)
+        apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).fillna(0.0)
+        most = max(most, float(apart.max()))
+        if apart.max() > 0:
+            rank = min(rank, float(a.corr(b, method="spearman")))
+    return most, rank
+
+
+def check_again(options: ProfileOptions) -> int:
+    """Score all training images under the first released encoder again, and compare; exit code 1
+    where the table differs."""
+    plans = replace(options, door="encoders", only=options.only or "01").plans()
+    check(plans, options.folder)
+    for plan in plans.values():
+        first = next((s for s in all_stages([plan]) if isinstance(s, Influence)), None)
+        if first is not None:
+            artifacts = plan.artifacts(progress=True)
+            which = first.data.which
+            print(f"data    {which.name}, identity {which.digest}", flush=True)
+            artifacts.get(first)
+            ended = list(compared([first], artifacts))
+            print("\n".join(line for line, _ in ended), flush=True)
+            return int(not all(same for _, same in ended))
+    raise IsslError(f"--check: profile {options.profile} has no released scores")

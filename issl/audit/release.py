@@ -1,0 +1,86 @@
+"""Release tables: `python -m issl.audit.release --out DIR` copies those that the default profile
+draws from, and that were made in DIR, into released/, under names for people."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from issl.audit.cache import (
+    MANIFEST,
+    Artifacts,
+    Stage,
+    in_dependency_order,
+    release,
+    released_index,
+)
+from issl.audit.commands import RELEASED
+from issl.audit.profiles import ProfileOptions
+from issl.audit.settings import Data
+from issl.audit.stages import Influence, Pretrain, Table
+from issl.data import datasets
+from issl.errors import IsslError
+from issl.files import provided
+
+
+def path_of(stage: Table) -> str:
+    """Where a table stands in the release: its kind, then its images and encoder."""
+    encoders = [s for s in in_dependency_order([stage]) if isinstance(s, Pretrain)]
+    data = _data(stage)
+    if data.name in datasets.DRAWN or (encoders and encoders[-1].data.name in datasets.DRAWN):
+        return f"tables/{stage.name}/{data.name}-{stage.key}.parquet"
+    parts = [data.name, data.split] if not encoders else [data.name, *_encoder(encoders[-1])]
+    if encoders and data.split == "test":
+        parts.append("test")
+    if data.first is not None:
+        parts.append(f"first{data.first}")
+    return f"tables/{stage.name}/{'-'.join([*parts, *_settings(stage)])}.parquet".replace("_", "-")
+
+
+def _data(stage: Stage) -> Data:
+    """The images that a stage is about: its own, or those of the first that it reads."""
+    own = getattr(stage, "data", None)
+    return own if isinstance(own, Data) else _data(next(iter(stage.needs().values())))
+
+
+def _encoder(encoder: Pretrain) -> list[str]:
+    method = encoder.method if encoder.epochs else "untrained"
+    return [method, f"w{encoder.width}", str(encoder.seed)]
+
+
+def _settings(stage: Table) -> list[str]:
+    """What else tells tables of a kind and encoder apart."""
+    if not isinstance(stage, Influence):
+        share = getattr(stage, "share", None)
+        return [] if share is None else [f"{share:.0%}".replace("%", "percent")]
+    draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
+    others = [] if stage.others is None else ["others"]
+    others += [] if stage.output == "features" else [stage.output]
+    return [*others, *draws, f"noise{stage.seed}"]
+
+
+def main() -> None:
+    """Copy what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where a run wrote its artifacts")
+    out = parser.parse_args().out
+    folder, index = provided("released"), released_index(provided("released"))
+    here = Artifacts(out / "artifacts", released=None)
+    for plan in ProfileOptions(RELEASED, out=out, door=None).plans().values():
+        for stage in plan.stages():
+            drawn = plan.dataset in datasets.DRAWN
+            if not isinstance(stage, Table) or drawn or stage.label in index:
+                continue
+            if (here.folder(stage) / MANIFEST).is_file():
+                taken = [f["path"] for entry in index.values() for f in entry["files"].values()]
+                if (path := path_of(stage)) in taken:
+                    raise IsslError(
+                        f"{path} is another table's already: it needs a name of its own"
+                    )
+                release(here, stage, folder, {stage.file: path})
+                index = released_index(folder)
+                print(path)
+
+
+if __name__ == "__main__":
+    main()

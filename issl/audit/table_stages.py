@@ -1,0 +1,380 @@
+"""Stages whose result is small enough to be released: with them a notebook draws without pixels,
+features or a graph at hand.
+
+Each is one tidy table; released/README.md explains every column.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from pydantic import Field
+
+from issl.audit.cache import Artifacts
+from issl.audit.data import human_choices
+from issl.audit.data.known_duplicates import known_duplicates
+from issl.audit.settings import Data
+from issl.audit.stages import Betweenness, Embed, Influence, Neighbours, Stability, Table
+from issl.audit.stats import baselines, evaluate, explained_variance, neighbour_graph, statistics
+from issl.audit.stats.pixel_features import pixel_features, texture
+from issl.audit.stats.removals import Seen
+from issl.audit.stats.tables import Numbers, tidy
+from issl.data.decoding import decode
+from issl.data.images import Images, LazyPixels, own_names
+from issl.errors import IsslError
+
+
+class Known(Table):
+    """What a set says of its images: images.parquet (index, label and the set's own columns)."""
+
+    name: ClassVar[str] = "images"
+    file: ClassVar[str] = "images.parquet"
+
+    data: Data
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.data.load()
+        table = own_names(images.attributes, ["class"])
+        if images.labels is not None:
+            table.insert(1, "class", images.labels.numpy())
+        table.attrs = {"name": images.name, "size": list(images.pixels.shape[2:])}
+        return table
+
+
+class Thumbnails(Table):
+    """The images that notebooks show, as PNG: thumbnails.parquet (index, png).
+
+    They are the first ones and, of strange images, some of each kind, and the largest group of
+    known duplicates; by the mean rank over `scores`, the `most` highest and lowest, and the lowest
+    of each class.
+    """
+
+    name: ClassVar[str] = "thumbnails"
+    file: ClassVar[str] = "thumbnails.parquet"
+
+    data: Data
+    scores: tuple[Influence, ...] = ()
+    most: int = Field(24, ge=1)
+
+    first: ClassVar[int] = 6
+    of_a_kind: ClassVar[int] = 8
+    of_a_group: ClassVar[int] = 24
+    of_a_class: ClassVar[int] = 5
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.data.load()
+        chosen = self._by_scores(images, artifacts) if self.scores else self._by_kind(images)
+        shown = images.subset(np.unique(np.concatenate(chosen)).astype(int))
+        pngs = [_png(pixels) for pixels in shown.tensor()]
+        return pd.DataFrame({"index": shown.index.numpy(), "png": pngs})
+
+    def _by_kind(self, images: Images) -> list[np.ndarray]:
+        found = [np.arange(min(self.first, len(images)))]
+        if "atypical" in images.attributes:
+            kinds = images.attributes["atypical"]
+            found += [np.flatnonzero(kinds == k)[: self.of_a_kind] for k in kinds.unique() if k]
+        twins = known_duplicates(images, self.data.split)
+        if len(groups := twins["duplicate_of"][twins["duplicate_kind"] == "series"]):
+            largest = groups.mode()[0]
+            together = (images.index.numpy() == largest) | (twins["duplicate_of"] == largest)
+            found.append(np.flatnonzero(together)[: self.of_a_group])
+        return found
+
+    def _by_scores(self, images: Images, artifacts: Artifacts) -> list[np.ndarray]:
+        ranks = [s.read(artifacts)["influence"].rank(method="first") for s in self.scores]
+        order = np.argsort(-np.mean(ranks, axis=0), kind="stable")
+        found = [order[: self.most], order[::-1][: self.most]]
+        if images.labels is not None:
+            classes = images.labels.numpy()[order]
+            found += [order[classes == c][-self.of_a_class :] for c in np.unique(classes)]
+        return found
+
+
+def _png(pixels: UInt8[torch.Tensor, "3 h w"]) -> bytes:
+    with io.BytesIO() as file:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+        return file.getvalue()
+
+
+class _Pngs:
+    """The pixels of those images of a set that are shown (`issl.data.images.Source`)."""
+
+    def __init__(self, name: str, index: np.ndarray, pngs: dict[int, bytes], size: int):
+        self.name, self.index, self.pngs, self.size = name, index, pngs, size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> UInt8[np.ndarray, "3 h w"]:
+        index = int(self.index[i])
+        if index not in self.pngs:
+            raise IsslError(
+                f"image {index} of {self.name} is not among the {len(self.pngs)} that are kept to "
+                "be shown; load the set itself, with plan.training_set"
+            )
+        return decode(self.pngs[index], self.size, f"image {index} of {self.name}")
+
+    def identity(self) -> str:
+        return f"{self.name}, the {len(self.pngs)} that are shown"
+
+
+def shown_images(known: pd.DataFrame, pictures: Sequence[pd.DataFrame]) -> Images:
+    """A set by its table (`Known`), with the pixels of those images that are shown (`Thumbnails`):
+    asking for others' pixels is an error."""
+    labels = torch.from_numpy(known["class"].to_numpy().copy()) if "class" in known else None
+    about, attributes = known.attrs, known.drop(columns="class", errors="ignore")
+    pngs = {int(i): png for table in pictures for i, png in table.to_numpy()}
+    (height, width), index = about["size"], known["index"].to_numpy()
+    source = _Pngs(about["name"], index, pngs, height)
+    return Images(LazyPixels(source, (height, width)), labels, attributes, about["name"])
+
+
+class Pixels(Table):
+    """What an image's pixels alone tell, without an encoder: pixels.parquet (see
+    `issl.audit.stats.pixel_features`)."""
+
+    name: ClassVar[str] = "pixels"
+    file: ClassVar[str] = "pixels.parquet"
+
+    data: Data
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.data.load()
+        return pd.concat([pixel_features(images), texture(images)], axis=1)
+
+
+class Closeness(Table):
+    """How close the nearest other image is, without an encoder: closeness.parquet (index, pixels,
+    hash; see `issl.audit.stats.baselines`)."""
+
+    name: ClassVar[str] = "closeness"
+    file: ClassVar[str] = "closeness.parquet"
+
+    data: Data
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.data.load()
+        columns = {
+            "pixels": baselines.pixel_closeness(images),
+            "hash": baselines.hash_closeness(images),
+        }
+        return pd.DataFrame({"index": images.index.numpy(), **columns})
+
+
+class Geometry(Table):
+    """Where each image lies in feature space, and in the graph of nearest neighbours:
+    geometry.parquet (index, feature_norm, nearest, knn_distance, degree, cross_class_share)."""
+
+    name: ClassVar[str] = "geometry"
+    file: ClassVar[str] = "geometry.parquet"
+
+    neighbours: Neighbours
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        places, distances = self.neighbours.read(artifacts)
+        features, images = self.neighbours.features, self.neighbours.features.data.load()
+        graph = neighbour_graph.knn_graph(places)
+        columns = {
+            "feature_norm": features.read(artifacts).norm(dim=1),
+            "nearest": distances[:, 0],
+            "knn_distance": distances.mean(1),
+            "degree": graph.sum(1).astype(int),
+        }
+        if images.labels is not None:
+            labels = images.labels.numpy()
+            columns["cross_class_share"] = neighbour_graph.cross_class_share(graph, labels)
+        return pd.DataFrame({"index": images.index.numpy(), **columns})
+
+
+class Bottlenecks(Table):
+    """Each image's part in the first bottlenecks of the graph of nearest neighbours:
+    bottlenecks.parquet (index, spread); the table's `attrs` hold the eigenvalues."""
+
+    name: ClassVar[str] = "bottlenecks"
+    file: ClassVar[str] = "bottlenecks.parquet"
+
+    neighbours: Neighbours
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
+        eigenvalues, spread = neighbour_graph.bottlenecks(graph)
+        index = self.neighbours.features.data.load().index.numpy()
+        table = pd.DataFrame({"index": index, "spread": spread})
+        table.attrs = {"eigenvalues": eigenvalues.tolist()}
+        return table
+
+
+class Map(Table):
+    """Some images in the plane, neighbours near each other (t-SNE of their features): map.parquet
+    (index, x, y)."""
+
+    name: ClassVar[str] = "map"
+    file: ClassVar[str] = "map.parquet"
+    repeatable: ClassVar[bool] = False
+
+    features: Embed
+    points: int = Field(2000, ge=2)  # more would hide others
+    seed: int = Field(0, ge=0)
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        from sklearn.manifold import TSNE  # slow to import
+
+        features, index = self.features.read(artifacts), self.features.data.load().index.numpy()
+        some = np.random.default_rng(self.seed).permutation(len(features))[: self.points]
+        units = torch.nn.functional.normalize(features[some].float(), dim=1).numpy()
+        options = {"metric": "cosine", "init": "pca", "random_state": self.seed}
+        place = TSNE(perplexity=min(30.0, (len(some) - 1) / 3), **options).fit_transform(units)
+        return pd.DataFrame({"index": index[some], "x": place[:, 0], "y": place[:, 1]})
+
+
+class Estimates(Table):
+    """A stage whose result is a few estimates: the labels' columns, metric, value, low, high, n."""
+
+    labels: ClassVar[str]
+
+    def found(self, artifacts: Artifacts) -> Mapping[str, Numbers]:
+        """Estimates of each metric, by label."""
+        raise NotImplementedError
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        return tidy(self.found(artifacts), self.labels)
+
+    def read(self, artifacts: Artifacts) -> dict[str, dict[str, statistics.Estimate]]:
+        """Estimates of each metric, by label."""
+        table: pd.DataFrame = super().read(artifacts)
+        found: dict[str, dict[str, statistics.Estimate]] = {}
+        for row in table.to_dict("records"):
+            of_label = found.setdefault(row[self.labels], {})
+            of_label[row["metric"]] = statistics.Estimate.of(row)
+        return found
+
+
+class Removals(Estimates):
+    """What classes gain when the images at the head of a ranking are taken away, over as many at
+    random: removals.parquet (see `issl.audit.stats.removals`).
+
+    test   features of test images, which a probe is asked about; none: no probe
+    """
+
+    name: ClassVar[str] = "removals"
+    file: ClassVar[str] = "removals.parquet"
+    labels: ClassVar[str] = "removed"
+
+    influence: Influence
+    betweenness: Betweenness
+    test: Embed | None = None
+    share: float = Field(gt=0, lt=1)
+    draws: int = Field(40, ge=2)
+    seed: int = Field(0, ge=0)
+
+    def found(self, artifacts: Artifacts) -> Mapping[str, Numbers]:
+        near, score = self.betweenness.neighbours, self.influence.read(artifacts)["influence"]
+        features, labels = near.features.read(artifacts), near.features.data.load().require_labels()
+        rankings = {
+            "influence": score.to_numpy(),
+            "betweenness": self.betweenness.read(artifacts),
+            "lowest influence": -score.to_numpy(),
+        }
+        graph = neighbour_graph.knn_graph(near.read(artifacts)[0])
+        images = Seen(labels.numpy(), features, graph, rankings)
+        rng = np.random.default_rng(self.seed)
+        gains = images.gains(self.share, self.draws, rng)
+        if self.test is None:
+            return gains
+        asked, truth = self.test.read(artifacts), self.test.data.load().require_labels()
+
+        def probe(keep: np.ndarray) -> np.ndarray:
+            own = features[keep], labels[keep]
+            return evaluate.probe_hits(*own, asked, truth, self.seed, artifacts.device)[0]
+
+        of_probe = images.probe_gains(self.share, probe, rng)
+        return {removed: gain | of_probe[removed] for removed, gain in gains.items()}
+
+
+class Oddness(Table):
+    """How far an image's features lie from others': oddness.parquet (index, knn_distance,
+    isolation; see `issl.audit.stats.baselines`)."""
+
+    name: ClassVar[str] = "oddness"
+    file: ClassVar[str] = "oddness.parquet"
+
+    features: Embed
+    seed: int = Field(0, ge=0)
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        features, index = self.features.read(artifacts), self.features.data.load().index.numpy()
+        columns = {
+            "knn_distance": baselines.knn_distance(features),
+            "isolation": baselines.isolation(features, self.seed),
+        }
+        return pd.DataFrame({"index": index, **columns})
+
+
+class Ambiguity(Estimates):
+    """Does a detector of strange images rise with people's disagreement? Rank correlations over the
+    images that were left alone: ambiguity.parquet.
+
+    Its license lets CIFAR-10H be used, not sold (CC BY-NC-SA 4.0), so what rests on it is kept as
+    these few numbers. "less loss": influence's, less that of the losses of several draws.
+    """
+
+    name: ClassVar[str] = "ambiguity"
+    file: ClassVar[str] = "ambiguity.parquet"
+    labels: ClassVar[str] = "detector"
+
+    influence: Influence
+    losses: Stability
+    oddness: Oddness
+
+    def found(self, artifacts: Artifacts) -> Mapping[str, Numbers]:
+        images = self.oddness.features.data.load()
+        alone = images.attributes["atypical"].to_numpy() == ""
+        truth = human_choices.ambiguity(images, self.oddness.features.data.root)[alone]
+        tables = (stage.read(artifacts) for stage in (self.influence, self.losses, self.oddness))
+        own = detectors_of(*tables)[alone]
+        found: dict[str, Numbers] = {
+            str(name): {"spearman_ambiguity": statistics.spearman(score.to_numpy(), truth)}
+            for name, score in own.items()
+        }
+        less = statistics.correlation_difference(own["influence"], own["losses"], truth)
+        found["influence"] = {**found["influence"], "spearman_less_loss": less}
+        return found
+
+
+def detectors_of(scores: pd.DataFrame, losses: pd.DataFrame, oddness: pd.DataFrame) -> pd.DataFrame:
+    """The detectors of strange images under one encoder, each high where it suspects one, n rows;
+    `losses` are those of several draws."""
+    detectors = scores[["influence", "stability_loss"]].assign(losses=losses["stability_loss"])
+    further = {"grad_norm": scores["grad_norm"], **oddness.drop(columns="index")}
+    return detectors.assign(**further)
+
+
+class ExplainedBy(Estimates):
+    """How much of influence simple statistics explain, under one encoder: explained.parquet (see
+    `issl.audit.stats.explained_variance`).
+
+    scores   under two seeds of the noise
+    """
+
+    name: ClassVar[str] = "explained"
+    file: ClassVar[str] = "explained.parquet"
+    labels: ClassVar[str] = "kind"
+
+    scores: tuple[Influence, Influence]
+    pixels: Pixels
+    geometry: Geometry
+    seed: int = Field(0, ge=0)
+
+    def found(self, artifacts: Artifacts) -> Mapping[str, Numbers]:
+        both = [scores.read(artifacts) for scores in self.scores]
+        pixels, geometry = self.pixels.read(artifacts), self.geometry.read(artifacts)
+        tables = [explained_variance.table(pixels, geometry, s["stability_loss"]) for s in both]
+        influence = np.stack([s["influence"] for s in both])
+        return explained_variance.of_one_encoder(influence, tables, self.seed)
