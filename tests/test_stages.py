@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import forked
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pydantic_core import PydanticUndefined
@@ -39,7 +40,9 @@ from issl.audit.stages import (
 )
 from issl.audit.stats import neighbour_graph
 from issl.audit.stats.pixel_features import pixel_features
+from issl.audit.table_stages import COPY, CopiesDiscount
 from issl.data import scenes
+from issl.data.images import Images
 from issl.influence.curvature import EKFAC, Curvature, LoGra
 from issl.influence.losses import CrossEntropy
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -403,8 +406,28 @@ def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
         )
     torch.testing.assert_close(near.read(artifacts).float(), a @ b.T, rtol=1e-4, atol=1e-5)
     for stage in (cross, near):
-        best = stage.read(artifacts)[3].topk(4).indices.sort().values.tolist()
+        best = stage.read(artifacts)[3].topk(4).indices.sort()[0].tolist()
         assert Top(scores=stage, query=3, k=4).read(artifacts) == best
+
+
+def test_copies_lower_a_score_as_if_they_were_in_the_set(tmp_path: Path) -> None:
+    artifacts, images, encoder = (
+        Artifacts(tmp_path),
+        DATA.load(),
+        TRAIN.encoder(Artifacts(tmp_path)),
+    )
+    stage = CopiesDiscount(pretrain=TRAIN, data=DATA, curvature=LoGra(4), copies=(3,), picked=2)
+    found = stage.read(artifacts)
+    position = int((images.index == found["index"][0]).nonzero())
+    index = torch.cat([images.index, images.index[position] + COPY * torch.arange(1, 4)])
+    pixels = torch.cat([images.tensor(), images.tensor()[[position] * 3]])
+    with_copies = Images(pixels, None, pd.DataFrame({"index": index}), "with copies")
+    for k, some in enumerate((images, with_copies)):
+        want = issl.self_influence(encoder, some, curvature=LoGra(4))["influence"][position]
+        assert found["influence"][k] == pytest.approx(want, rel=1e-4)
+    still = stage.model_copy(update={"perturbation": GaussianNoise(0.1, 0.0)}).read(artifacts)
+    np.testing.assert_allclose(still["influence"], still["predicted"], rtol=0.1)  # λ moves a little
+    assert (still["influence"][1::2].to_numpy() < still["influence"][::2].to_numpy()).all()
 
 
 def test_stability_is_the_loss_that_influence_reports(tmp_path: Path) -> None:

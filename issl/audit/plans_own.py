@@ -42,7 +42,7 @@ from issl.audit.stages import (
     Top,
     TrainingEffect,
 )
-from issl.audit.table_stages import Bottlenecks, ExplainedBy, Known, Map, Removals
+from issl.audit.table_stages import Bottlenecks, CopiesDiscount, ExplainedBy, Known, Map, Removals
 from issl.influence.curvature import Curvature, Identity, LoGra
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
@@ -704,6 +704,8 @@ class Multiverse(Scored):
     """19_multiverse: on which choices, that the paper leaves open, does each answer depend?
 
     ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
+    copies                      how many copies of an image are put in beside it, under each of
+                                `copied_ranks`
     """
 
     notebook: ClassVar[str] = "19_multiverse"
@@ -712,6 +714,8 @@ class Multiverse(Scored):
     ranks: tuple[int, ...] = (4, 64)
     dampings: tuple[float, ...] = (0.01, 1.0)
     averaged: int = Field(4, ge=2)
+    copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    copied_ranks: tuple[int, ...] = (4, 16)
 
     def variations(self) -> dict[str, dict[str, Any]]:
         """What changes beside the reading, in words: fields of a score."""
@@ -733,7 +737,23 @@ class Multiverse(Scored):
             for labels, encoder in known.items()
             for output, unit, (varied, changes) in readings
         }
-        return {"scores": Cells(f"{BY} output unit varied", scores)}
+        first = {k: e for k, e in known.items() if k[1] == 0}
+        copies: dict[Labels, Stage] = {
+            (*labels, output, rank): CopiesDiscount(
+                pretrain=encoder,
+                data=self.data(),
+                perturbation=self.noise,
+                curvature=LoGra(rank, self.damping),
+                output=output,
+                copies=self.copies,
+            )
+            for labels, encoder in first.items()
+            for output, rank in product(get_args(Output), self.copied_ranks)
+        }
+        return {
+            "scores": Cells(f"{BY} output unit varied", scores),
+            "copies": Cells(f"{BY} output rank", copies),
+        }
 
 
 OWN: tuple[type[Plan], ...] = (

@@ -13,15 +13,24 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
 from issl.audit.cache import Artifacts
 from issl.audit.data import human_choices
 from issl.audit.data.known_duplicates import known_duplicates
-from issl.audit.settings import Data
-from issl.audit.stages import Betweenness, Embed, Influence, Neighbours, Stability, Table
+from issl.audit.settings import Data, Weighing
+from issl.audit.stages import (
+    AnyEncoder,
+    Betweenness,
+    Embed,
+    Influence,
+    Neighbours,
+    Stability,
+    Table,
+)
 from issl.audit.stats import baselines, evaluate, explained_variance, neighbour_graph, statistics
 from issl.audit.stats.pixel_features import pixel_features, texture
 from issl.audit.stats.removals import Seen
@@ -29,6 +38,13 @@ from issl.audit.stats.tables import Numbers, tidy
 from issl.data.decoding import decode
 from issl.data.images import Images, LazyPixels, own_names
 from issl.errors import IsslError
+from issl.influence.curvature import LoGra
+from issl.influence.kept import fit
+from issl.influence.passes import Computing
+from issl.influence.perturbation import GaussianNoise
+from issl.pretraining.encoder import Output
+
+COPY = 1 << 41  # between the indices of an image and of its copies, so that each has its own noise
 
 
 class Known(Table):
@@ -378,3 +394,72 @@ class ExplainedBy(Estimates):
         tables = [explained_variance.table(pixels, geometry, s["stability_loss"]) for s in both]
         influence = np.stack([s["influence"] for s in both])
         return explained_variance.of_one_encoder(influence, tables, self.seed)
+
+
+class CopiesDiscount(Table):
+    """How far copies of an image lower its score: copies.parquet (index, copies, influence,
+    predicted; a row for each of `picked` random images and number of copies).
+
+    With k copies that have the image's own gradient, and damping that stays, in each layer
+
+        s_k = (n + k)/n · s / (1 + k s / n),   s = gᵀ (H + λ I)⁻¹ g
+
+    (Sherman and Morrison 1950), summed over layers: `predicted`. In `influence` each copy has noise
+    of its own, as a copy in a set has, and the curvature is that of all n + k images.
+    """
+
+    name: ClassVar[str] = "copies"
+    file: ClassVar[str] = "copies.parquet"
+
+    pretrain: AnyEncoder
+    data: Data
+    perturbation: GaussianNoise = GaussianNoise()
+    curvature: Weighing = LoGra()
+    output: Output = "features"
+    copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    picked: int = Field(4, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        encoder, images = self.pretrain.encoder(artifacts, self.output), self.data.load()
+        computing = Computing(artifacts.device, batch_size=64, progress=artifacts.progress)
+        fitted = fit(
+            encoder, images, self.perturbation, self.curvature, self.seed, computing=computing
+        )
+        known = {name: torch.linalg.eigh(total) for name, total in fitted.sums.items()}
+        rng, table = np.random.default_rng(self.seed), []
+        for i in rng.choice(len(images), self.picked, replace=False).tolist():
+            index = int(images.index[i]) + COPY * np.arange(max(self.copies) + 1)
+            pixels = images.tensor()[[i] * len(index)]
+            alike = Images(pixels, None, pd.DataFrame({"index": index}), images.name)
+            rows = fitted.scorer.rows(alike, slice(0, len(index)))
+            turned = [
+                (e, rows[f"layer.{name}"][:, 0].double().cpu() @ v)
+                for name, (e, v) in known.items()
+            ]
+            for k in (0, *self.copies):
+                shares = [self._shares(e, g, fitted.n, k) for e, g in turned]
+                measured, predicted = np.sum(shares, axis=0)
+                row = {"index": index[0], "copies": k}
+                table.append(row | {"influence": measured, "predicted": predicted})
+        return pd.DataFrame(table)
+
+    def _shares(
+        self, e: Float[Tensor, " r"], g: Float[Tensor, "m r"], n: int, k: int
+    ) -> tuple[float, float]:
+        """An image's share of the score in one layer with its first k copies C in the curvature, by
+        (D + CᵀC)⁻¹ = D⁻¹ − D⁻¹Cᵀ (1 + C D⁻¹ Cᵀ)⁻¹ C D⁻¹; and as predicted.
+
+        Args:
+            e: eigenvalues of n H, in whose eigenvectors' coordinates all is.
+            g: gradients of the image and of its copies.
+        """
+
+        def share(c: Float[Tensor, "k r"]) -> float:
+            d = e + self.curvature.damping * (e.sum() + c.square().sum()) / len(e)
+            inside = torch.eye(len(c)).to(e) + (c / d) @ c.T
+            own, seen = (g[0] / d) @ g[0], (c / d) @ g[0]
+            return float((n + len(c)) * (own - seen @ torch.linalg.solve(inside, seen)))
+
+        alone = share(g[:0])
+        return share(g[1 : k + 1]), (n + k) / n * alone / (1 + k * alone / n)
