@@ -152,7 +152,7 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     [
         (
             ["--profile", "huge"],
-            "profile 'huge': there are mini, overnight-injected, overnight-released, overnight",
+            "profile 'huge': there are mini, overnight-injected, overnight-normalised",
         ),
         (["--only", "99"], "notebook '99': there are 00_method"),
         (["--device", "tpu"], "device 'tpu'"),

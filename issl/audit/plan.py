@@ -54,7 +54,7 @@ def noise_in(unit: Unit, mean: float, std: float) -> GaussianNoise:
 
 
 P = TypeVar("P", bound="Plan")
-Start = Literal["tables", "encoders", "images"]
+Door = Literal["tables", "encoders", "images"]
 Labels = tuple[str | int | float, ...]
 BY = "method encoder"  # the labels of most stages; the network before training is "untrained 0"
 UNTRAINED = "untrained"
@@ -86,7 +86,7 @@ class Plan(Config):
     """What all notebooks share: where to read and write, the images, and the encoder that is
     trained.
 
-    start                  what a run begins with: all that comes with the repository ("tables"),
+    door                   what a run begins with: all that comes with the repository ("tables"),
                            only the "encoders" of it, or "images", nothing of it
     duplicates, atypical   shares of the images that are replaced, see `issl.audit.data.injection`;
                            0 nearly everywhere
@@ -108,7 +108,7 @@ class Plan(Config):
     out: str = "."
     data_root: str | None = None
     device: str = "auto"
-    start: Start = "tables"
+    door: Door = "tables"
     dataset: str = "scenes"
     n: int = Field(512, ge=16)
     n_test: int = Field(300, ge=16)
@@ -342,14 +342,14 @@ class Plan(Config):
 
     def artifacts(self, progress: bool = False) -> Artifacts:
         found = Artifacts(Path(self.out) / "artifacts", pick_device(self.device), progress)
-        if self.start == "images":
+        if self.door == "images":
             return replace(found, released=None)
-        return replace(found, only=Pretrain.name if self.start == "encoders" else None)
+        return replace(found, only=Pretrain.name if self.door == "encoders" else None)
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the results: not where files are, nor the device."""
         settings = self.model_dump(
-            mode="json", exclude={"out", "data_root", "device", "start", "checkpoints"}
+            mode="json", exclude={"out", "data_root", "device", "door", "checkpoints"}
         )
         settings["dataset"] = self.set_name
         return settings | ({"checkpoints": self.given_files()} if self.checkpoints else {})

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from issl.audit.cache import Stage, in_dependency_order, missing, released_index
-from issl.audit.plan import Plan, Start
+from issl.audit.plan import Door, Plan
 from issl.audit.plans import EXPLORER, PLANS
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
@@ -36,7 +36,7 @@ class ProfileOptions:
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
                   that the profile names; a method may have several. Notebooks that train encoders
                   themselves are then left out
-    door      what the run begins with (`Plan.start`), and draws only what is released of it: of
+    door      what the run begins with (`Plan.door`), and draws only what is released of it: of
               "tables" nothing is made that images are needed for, of "encoders" nothing is trained
               on them; None: what is released is used, and all else is made
     """
@@ -47,7 +47,7 @@ class ProfileOptions:
     device: str = "auto"
     out: Path | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
-    door: Start | None = None
+    door: Door | None = None
 
     @property
     def folder(self) -> Path:
@@ -76,7 +76,7 @@ class ProfileOptions:
             out=str(self.folder),
             data_root=self.root,
             device=self.device,
-            start=self.door or "tables",
+            door=self.door or "tables",
         )
         if self.door in (None, "images"):
             return plans
@@ -245,7 +245,7 @@ def released_part(plan: Plan) -> Plan | None:
 
 def _starts_with_released(plan: Plan) -> bool:
     index = released_index(provided("released"))
-    if plan.start == "tables":
+    if plan.door == "tables":
         return all(stage.label in index for stage in plan.stages())
     trained = (s for s in all_stages([plan]) if isinstance(s, Pretrain) and s.epochs)
     return all(s.label in index for s in trained if s.data.name not in datasets.DRAWN)

@@ -94,7 +94,11 @@ def build(
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     uses = verdicts.good_for(verdicts.decided(records))
-    away = [name for name in left_out or {} if name not in plans]
+    cards = [
+        _card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done
+    ]
+    scale = profile.split("-")[0]
+    kept = [_card_of_kept(name, scale) for name in left_out or {} if name not in plans]
     _write(
         index,
         "index.html",
@@ -105,10 +109,7 @@ def build(
         missing=in_words_left_out(left_out or {}),
         counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
-        cards=[
-            _card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done
-        ]
-        + [_card_of_the_copy(name) for name in away],
+        cards=sorted([*cards, *kept], key=lambda card: str(card["name"])),
         explorer=None if explorer is None else _explorer(explorer, artifacts, site),
         provenance=_provenance(records),
         stages=_stages(plans, artifacts),
@@ -124,15 +125,17 @@ def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [finding(told, name) for name in names]
 
 
-def _card_of_the_copy(name: str) -> dict[str, Any]:
-    """What the index shows of a notebook that is not drawn, for its encoders are not released: what
-    was found on the copy of CIFAR-10 that was used before."""
-    kept = [r for r in verdicts.kept_records(provided("figures")) if r["copied"]]
-    own = [r for r in kept if r["notebook"] == name]
+def _card_of_kept(name: str, scale: str) -> dict[str, Any]:
+    """What the index shows of a notebook that is not drawn: what the kept records of this scale
+    say, those of the copy of CIFAR-10 only where there are no others."""
+    kept = verdicts.kept_records(provided("figures"))
+    own = [r for r in kept if r["notebook"] == name and r["provenance"]["profile"] == scale]
+    own = [r for r in own if not r["copied"]] or own
+    found, said = _first_finding(name, own), "Not drawn, for not all of it is released yet."
+    if own:
+        where = f" On {verdicts.COPY}" if own[0]["copied"] else f" By the record of {scale}"
+        said += f"{where}: {found['sentence']}"
     source = nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4).cells[0].source
-    found = finding(own, own[0]["name"]) if own else _nothing_found(name)
-    said = "Not drawn: its encoders are not released yet."
-    said += f" On {verdicts.COPY}: {found['sentence']}" if own else ""
     title = source.splitlines()[0].lstrip("# ").strip()
     about = {"page": "", "image": "", "width": "", "height": "", "links": []}
     return {"name": name, "title": title, "finding": found | {"sentence": said}, **about}
