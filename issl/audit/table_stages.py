@@ -457,6 +457,8 @@ class CopiesDiscount(Table):
 
         def share(c: Float[Tensor, "k r"]) -> float:
             d = e + self.curvature.damping * (e.sum() + c.square().sum()) / len(e)
+            if not d.any():
+                return 0.0  # no gradient reaches this layer
             inside = torch.eye(len(c)).to(e) + (c / d) @ c.T
             own, seen = (g[0] / d) @ g[0], (c / d) @ g[0]
             return float((n + len(c)) * (own - seen @ torch.linalg.solve(inside, seen)))
