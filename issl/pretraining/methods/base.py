@@ -8,6 +8,7 @@ a derivative with respect to them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ Rows = Float[Tensor, "b p"]
 Weights = Float[Tensor, " b"]
 Loss = Float[Tensor, ""]
 Outputs = tuple[Tensor, ...]
+State = Mapping[str, Tensor]  # tensors of a learner by name
 
 _RANGES = {  # of a recipe's numbers
     "above 0": ("lr trust hidden out temperature scale", lambda v: 0 < v < float("inf")),
@@ -153,5 +155,8 @@ class LearningMethod:
         then those of the second."""
         raise NotImplementedError
 
-    def follow(self, learner: Any, done: float) -> None:
-        """What is done after each step, when the part `done` of the run is over."""
+    def followed(self, recipe: Recipe, state: State, done: float) -> State:
+        """What is not trained by a gradient but follows after each step, by name, from all tensors
+        of the learner after the step; the part `done` of the run was over before it.
+        Differentiable."""
+        return {}
