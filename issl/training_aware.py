@@ -21,7 +21,7 @@ those of the backbone's weights, BatchNorm's own parameters included.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,12 +36,12 @@ from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.influence.curvature import Curvature, Identity
 from issl.influence.layers import Layer
-from issl.influence.losses import stability_loss
 from issl.influence.passes import Computing
 from issl.influence.per_example import Sketch
-from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
+from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation
 from issl.influence.scorer import as_images
 from issl.keyed_random import uniform
+from issl.measures import Measure, like, stability_measures
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, as_learner
 from issl.pretraining.recipes import Recipe
@@ -49,10 +49,7 @@ from issl.pretraining.recipes import Recipe
 Trained = Learner | Encoder | str | Path
 Share = Literal["marginal", "own"]
 Gradients = list[Tensor]  # one for each weight of the backbone, in its shape
-# of a backbone in eval mode: one differentiable number per query
-Measure = Callable[[nn.Module], Float[Tensor, " q"]]
 CHUNK = 8  # effects that are held whole at a time
-TOGETHER = 8  # queries in one forward pass: each one's gradient goes back through all of them
 
 
 def training_influence(
@@ -349,46 +346,16 @@ def query_gradients(backbone: nn.Module, measure: Measure) -> Gradients:
     return [torch.stack(g) for g in zip(*rows, strict=True)]
 
 
-def stability_measures(
-    query: Images,
-    perturbation: Perturbation | Perturb = GaussianNoise(0.05, 0.2),
-    seed: int = 0,
-    draws: int = 1,
-) -> list[Measure]:
-    """The stability loss of each query, mean over the draws (draw k of seed s is that of seed s +
-    k·2³²); one measure for every few queries. With the views of the training as perturbation it is
-    the alignment of the SSL losses."""
-    perturbs = keyed_draws(perturbation, seed, draws)
-
-    def of(positions: slice) -> Measure:
-        x, index = query.pixels[positions].float() / 255, query.index[positions]
-        views = [perturb(x, index) for perturb in perturbs]
-
-        def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
-            features, like = backbone(_like(backbone, x)), [_like(backbone, v) for v in views]
-            return torch.stack([stability_loss(features, backbone(v)) for v in like]).mean(0)
-
-        return measure
-
-    return [of(slice(k, k + TOGETHER)) for k in range(0, len(query), TOGETHER)]
-
-
 def margins(query: Images, weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"]) -> Measure:
     """How far each query is on the wrong side of a linear probe that is held fixed: the best other
     class's score less its own's."""
     x, labels = query.tensor().float() / 255, query.require_labels()
 
     def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
-        features = backbone(_like(backbone, x))
-        scores = nn.functional.linear(features, _like(backbone, weight), _like(backbone, bias))
+        features = backbone(like(backbone, x))
+        scores = nn.functional.linear(features, like(backbone, weight), like(backbone, bias))
         own: Int64[Tensor, "q 1"] = labels.to(scores.device)[:, None]
         others = scores.scatter(1, own, -torch.inf).amax(1)
         return others - scores.gather(1, own).squeeze(1)
 
     return measure
-
-
-def _like(backbone: nn.Module, x: Tensor) -> Tensor:
-    """On the backbone's device, in its precision."""
-    weight = next(backbone.parameters())
-    return x.to(weight.device, weight.dtype)

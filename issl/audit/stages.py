@@ -37,6 +37,7 @@ from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.scores import as_queries, cross_influence, self_influence, top_influences
+from issl.measures import stability_measures
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
@@ -44,7 +45,7 @@ from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.optimizer import learning_rate
 from issl.pretraining.recipes import RECIPES, Method, Recipe
-from issl.training_aware import Share, stability_measures, subset_effects, training_influence
+from issl.training_aware import Share, subset_effects, training_influence
 
 
 class Pretrain(Stage):

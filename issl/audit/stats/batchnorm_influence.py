@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from issl.data.images import Images
+from issl.measures import Measure
 from issl.pretraining.learner import Learner
-from issl.training_aware import Measure, batches, measuring_copy, query_gradients, two_views
+from issl.training_aware import batches, measuring_copy, query_gradients, two_views
 
 
 class ByBuffers(nn.Module):
@@ -110,7 +111,7 @@ def batchnorm_influence(
     Args:
         learner: the trained encoder and what its method adds.
         train: the n images.
-        measures: of the q queries, see `issl.training_aware`.
+        measures: of the q queries, see `issl.measures`.
         batch_size: of the views, as in `issl.training_influence`; likewise seed and size.
     """
     held = by_buffers(learner.encoder.backbone)

@@ -23,7 +23,7 @@ Rows = Float[Tensor, "b p"]
 Weights = Float[Tensor, " b"]
 Loss = Float[Tensor, ""]
 Outputs = tuple[Tensor, ...]
-State = Mapping[str, Tensor]  # tensors of a learner by name
+State = Mapping[str, Tensor]  # by name
 
 _RANGES = {  # of a recipe's numbers
     "above 0": ("lr trust hidden out temperature scale", lambda v: 0 < v < float("inf")),
@@ -156,7 +156,7 @@ class LearningMethod:
         raise NotImplementedError
 
     def followed(self, recipe: Recipe, state: State, done: float) -> State:
-        """What is not trained by a gradient but follows after each step, by name, from all tensors
-        of the learner after the step; the part `done` of the run was over before it.
+        """The parameters that no gradient trains but that follow after each step, by name, from
+        all parameters of the learner after it; the part `done` of the run was over before it.
         Differentiable."""
         return {}

@@ -10,14 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issl.pretraining.methods.base import (
-    Batch,
-    LearningMethod,
-    Loss,
-    Outputs,
-    Recipe,
-    State,
-)
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Recipe, State
 
 
 class BYOL(LearningMethod):
