@@ -31,7 +31,7 @@ from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors
-from issl.influence.curvature import Identity, LoGra, RandomProjection
+from issl.influence.curvature import LoGra, RandomProjection
 from issl.influence.kept import fit
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.passes import Computing
@@ -43,11 +43,10 @@ from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
-from issl.pretraining.optimizer import learning_rate
 from issl.pretraining.recipes import RECIPES, Method, Recipe
 from issl.pretraining.states import Run
 from issl.through_training import influence_through_training, learner_of, values_of
-from issl.training_aware import Share, training_influence
+from issl.training_aware import training_influence
 
 TOGETHER = 64  # queries of a mean in one pass
 
@@ -503,14 +502,18 @@ class Cross(Pairs):
         _write_pairs(folder, scores, images, query)
 
 
-class OfTraining(Pairs):
-    """What training on images does to queries, measured on a learner that was kept.
+class TrainingEffect(Pairs):
+    """Training-aware influence of training images on queries, through one step: pairs.safetensors,
+    as `Cross`. Positive: training on the image lowers the query's stability loss. See
+    `issl.training_influence`.
 
     pretrain     a training with `snapshots`
     perturbation, seed, draws    of the queries' stability loss
     batch_size, view_seed        of the batches and views in which effects are measured
     small        on views of half the side
     """
+
+    name: ClassVar[str] = "training_effect"
 
     pretrain: Pretrain
     data: Data
@@ -521,58 +524,25 @@ class OfTraining(Pairs):
     batch_size: int = Field(32, ge=3)
     view_seed: int = Field(0, ge=0)
     small: bool = False
-
-    def size(self, images: Images) -> tuple[int, int] | None:
-        """Of the views; None: the images' own."""
-        height, width = images.pixels.shape[2:]
-        return (height // 2, width // 2) if self.small else None
-
-
-class TrainingEffect(OfTraining):
-    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`.
-    Positive: training on the image lowers the query's stability loss. See
-    `issl.training_influence`.
-
-    after      states of `pretrain` at which effects are measured, weighed by their learning rate;
-               none: its last
-    """
-
-    name: ClassVar[str] = "training_effect"
-
-    after: tuple[int, ...] = ()
-    share: Share = "marginal"
     view_draws: int = Field(1, ge=1)
-    curvature: Weighing = Identity()
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        images, query, trained = self.data.load(), self.query.load(), self.pretrain
-        states = self.after or (trained.epochs,)
+        images, query = self.data.load(), self.query.load()
+        height, width = images.pixels.shape[2:]
         scores = training_influence(
-            [trained.learner(artifacts, after=k) for k in states],
+            self.pretrain.learner(artifacts),
             images,
             as_queries(query),
             perturbation=self.perturbation,
             seed=self.seed,
             draws=self.draws,
-            rates=[self._rate(k, len(images)) for k in states],
-            share=self.share,
             batch_size=self.batch_size,
             view_seed=self.view_seed,
             view_draws=self.view_draws,
-            size=self.size(images),
-            curvature=self.curvature,
+            size=(height // 2, width // 2) if self.small else None,
             computing=_computing(artifacts),
         )
         _write_pairs(folder, scores, images, query)
-
-    def _rate(self, done: int, n: int) -> float:
-        """The learning rate after so many epochs; 1 where only one state counts."""
-        if len(self.after) < 2:
-            return 1.0
-        trained = self.pretrain
-        steps = n // trained.batch_size
-        warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
-        return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
 
 
 class Spread(Positions):
