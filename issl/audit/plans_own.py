@@ -7,7 +7,7 @@ from itertools import product
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from issl.audit.cache import Stage
@@ -516,6 +516,14 @@ class TrainingAware(Retrained):
 
     top: ClassVar[float] = 0.05  # of the images, removed by their score
     probed: ClassVar[float] = 0.05  # the share of the removals by which runs are compared
+
+    @model_validator(mode="after")
+    def _runs_are_compared(self) -> TrainingAware:
+        if self.probed not in self.removals:
+            raise ValueError(
+                f"removals = {self.removals}: runs are compared at {self.probed}; add it"
+            )
+        return self
 
     def continued(self, first: Pretrain, run: int, **changes: Any) -> Pretrain:
         """The encoder's training, continued; `changes` are fields of its recipe."""
