@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from issl.influence.passes import Computing
     from issl.influence.perturbation import Augmentation, GaussianNoise
     from issl.influence.scores import cross_influence, self_influence, top_influences
+    from issl.measures import knn_margins, mean_of, stability_measures
     from issl.pretraining.encoder import load_encoder
+    from issl.through_training import influence_through_training
     from issl.training_aware import training_influence
 
 __version__ = "0.3.0"
@@ -49,10 +51,14 @@ __all__ = [
     "cross_influence",
     "fit",
     "from_dataset",
+    "influence_through_training",
+    "knn_margins",
     "load",
     "load_encoder",
     "load_fitted",
+    "mean_of",
     "self_influence",
+    "stability_measures",
     "top_influences",
     "training_influence",
 ]
@@ -68,6 +74,8 @@ _MODULES = {
     "influence.perturbation": "Augmentation GaussianNoise",
     "influence.scores": "cross_influence self_influence top_influences",
     "pretraining.encoder": "load_encoder",
+    "measures": "knn_margins mean_of stability_measures",
+    "through_training": "influence_through_training",
     "training_aware": "training_influence",
 }
 

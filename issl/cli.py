@@ -23,6 +23,7 @@ COMMANDS = {  # each has a module in issl.commands, with `add_arguments` and `ma
     "influence": "score your own images under your own encoder",
     "fit": "keep the curvature of a set of images, to score others under it",
     "explain": "show which training images taught an encoder about an image",
+    "attribute": "differentiate a training: what each image did to others",
     "pretrain": "train an encoder on your own images",
 }
 AUDIT = ("run", "verdicts", "doctor")  # of issl.audit.commands

@@ -56,11 +56,8 @@ def engine() -> dict[str, list[float]]:
     fitted = issl.fit(encoder, images, curvature=issl.LoGra(4))
     found["fitted"] = fitted.score(queries)["influence"]
     learner = load_learner(ENCODER)
-    for curvature in (issl.Identity(), issl.LoGra(4)):
-        effect = issl.training_influence(
-            learner, images, queries, batch_size=8, curvature=curvature
-        )
-        found[f"training-aware, {type(curvature).__name__}"] = effect
+    effect = issl.training_influence(learner, images, queries, batch_size=8)
+    found["training-aware, Identity"] = effect
     return {
         name: [float(f"{v:.7g}") for v in np.asarray(values, dtype=float).ravel()]
         for name, values in found.items()

@@ -96,10 +96,13 @@ TINY: dict[str, Any] = {
     "16_training_aware": {
         "rank": 4,
         "epochs": 2,
-        "queries": 4,
-        "candidates": 32,
-        "subsets": 4,
-        "continued_epochs": 3,
+        "methods": ["simclr"],
+        "queries": 3,
+        "candidates": 64,
+        "continued_epochs": 1,
+        "unseen": 8,
+        "own": 4,
+        "removals": {0.01: 3, 0.05: 4},
         "draws": 1,
     },
     "17_derivation": {"images": 16, "steps": 27},
@@ -650,27 +653,24 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
 
 def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     p = plan("16_training_aware")
-    table, tables, effects = numbers(out, "16_training_aware"), p.tables(), p.each("effects")
-    after = {k: log_losses(s, p.store) for k, s in tables["after subsets"].stages.items()}
-    left_out = p.each("left out")
-    for method in p.methods:
-        before = np.exp(log_losses(tables["query losses"].stages[method, 0], p.store))
-        scores = effects[method, 0, "marginal effect"].numpy() / before[:, None]
-        gone = left_out.values()
-        predicted = np.stack([-np.delete(scores, k, 1).sum(1) for k in gone], 1)
-        predicted -= predicted.mean(0)
-        runs = [
-            np.stack([after[method, 0, "BatchNorm held", s, k] for k in left_out], 1)
-            for s in range(p.seeds)
-        ]
-        measured = np.mean([run - run.mean(0) for run in runs], 0)
-        want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
-        got = record(out, f"training_aware_predicts.{method}")["metrics"]
-        assert got["lds"]["value"] == pytest.approx(want)
-        assert got["lds_less_paper"]["value"] == pytest.approx(want - got["lds_paper"]["value"])
-    assert set(table["channel"]) == set(p.channels("continued"))
-    more = {"similarity of pixels", "gradient of the subset", "ceiling"}
-    assert set(table["predictor"]) == {name for *_, name in effects} | more
+    derivatives, removed = p.each("each")["simclr", 0, 0].numpy(), p.read("removed")
+    got = record(out, "training_derivative_predicts.simclr")["metrics"]
+    for share, count in p.removals.items():
+        part = removed[(removed["run"] == 0) & (removed["share"] == share)]
+        values = part.set_index(["query", "subset"])["value"]
+        left_out = [draw.read(p.store) for draw in p.random(share, count)]
+        want = []
+        for q, row in enumerate(derivatives):
+            change = [values[q, k] - values[q, -1] for k in range(count)]
+            want.append(rank_correlation([-row[out].sum() for out in left_out], change))
+        assert got[f"lds_{100 * share:g}"]["value"] == pytest.approx(np.mean(want))
+    runs = [p.each("unseen")["simclr", 0, r].numpy()[:2].mean(0) for r in range(p.runs)]
+    score = p.each("scores")["simclr", 0]["influence"]
+    of_size = record(out, "influence_is_the_effect.simclr")["metrics"]
+    want = rank_correlation(score, np.mean([abs(run) for run in runs], 0))
+    assert of_size["spearman"]["value"] == pytest.approx(want)
+    rows = {"without 1%", "without 5%", "other order and views", "two measurements agree"}
+    assert rows <= set(numbers(out, "16_training_aware")["predictor"])
 
 
 def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(

@@ -54,8 +54,13 @@ SMALL = {  # what follows the command as it stands; of an option that is given t
     "pretrain": "--epochs 1 --width 1 --images 12 --batch-size 4 --recipe short",
     "influence": "--images 8 --rank 2",
     "fit": "--images 8 --rank 2",
+    "attribute": "--batch-size 4 --check 2",
 }
-LEAVES = {"run": "figures/{profile}/01_seed_correlation.png", "explain": "explain.png"}
+LEAVES = {
+    "run": "figures/{profile}/01_seed_correlation.png",
+    "explain": "explain.png",
+    "attribute": "attribute.csv",
+}
 
 
 def issl_(command: str) -> None:

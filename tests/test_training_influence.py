@@ -22,7 +22,6 @@ from issl.training_aware import (
     marginal_effects,
     margins,
     measuring_copy,
-    own_effects,
     query_gradients,
     training_influence,
     two_views,
@@ -79,17 +78,10 @@ def test_the_marginal_effect_is_the_gradient_of_the_difference_of_two_losses(met
 
 
 @pytest.mark.parametrize("method", SSL)
-def test_own_shares_sum_to_the_gradient_of_the_batch(method: str) -> None:
-    model, (xa, xb) = measuring_copy(learner(method)), views()
-    total = torch.stack([flat(g) for g in own_effects(model, xa, xb)]).sum(0)
-    torch.testing.assert_close(total, flat(batch_gradient(model, xa, xb)), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", SSL)
 def test_a_step_with_the_image_and_one_without_it_differ_by_the_influence(method: str) -> None:
     trained, train, query = learner(method), pictures(6), pictures(3, seed=1)
     measure, rate = brightness_of_features(query), 1e-5
-    found = training_influence([trained], train, measure, rates=[rate], batch_size=6)
+    found = rate * training_influence(trained, train, measure, batch_size=6)
     model = measuring_copy(trained)
     (rows,) = batches(train, 6, 0, 0)
     xa, xb = two_views(model, train, rows, 0, 0, None)
@@ -155,32 +147,23 @@ def test_the_linear_case_is_the_closed_form() -> None:
 def test_the_order_of_the_images_changes_nothing() -> None:
     trained, train = learner("simclr"), pictures(9)
     measure = brightness_of_features(pictures(2, seed=1))
-    plain = training_influence([trained], train, measure, batch_size=4, view_draws=2)
+    plain = training_influence(trained, train, measure, batch_size=4, view_draws=2)
     shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    other = training_influence(
-        [trained], train.subset(shuffled), measure, batch_size=4, view_draws=2
-    )
+    other = training_influence(trained, train.subset(shuffled), measure, batch_size=4, view_draws=2)
     torch.testing.assert_close(other, plain[:, shuffled], rtol=1e-8, atol=1e-12)
 
 
-def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_was() -> None:
-    first, second, train = learner("byol"), learner("byol", 1), pictures(6)
+def test_the_learner_is_left_as_it_was() -> None:
+    first = learner("byol")
     before = {k: v.clone() for k, v in first.state_dict().items()}
     measure = brightness_of_features(pictures(2, seed=1))
-    both = training_influence(
-        [first, second], train, measure, rates=[0.5, 2.0], batch_size=6, share="own"
-    )
-    parts = [
-        training_influence([x], train, measure, batch_size=6, share="own") for x in (first, second)
-    ]
-    torch.testing.assert_close(both, 0.5 * parts[0] + 2 * parts[1])
+    training_influence(first, pictures(6), measure, batch_size=6)
     assert first.training and all(torch.equal(v, before[k]) for k, v in first.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rates": [1.0, 2.0]}, "1 states and 2 rates"),
         ({"batch_size": 2}, "batch_size=2: need 3 to 6"),
         ({"batch_size": 7}, "batch_size=7: need 3 to 6"),
     ],
@@ -188,53 +171,8 @@ def test_states_of_a_run_add_up_with_their_rates_and_the_learner_is_left_as_it_w
 def test_bad_settings_are_one_error(settings: dict, message: str) -> None:
     with pytest.raises(issl.IsslError, match=message):
         training_influence(
-            [learner("simclr")], pictures(6), brightness_of_features(pictures(2)), **settings
+            learner("simclr"), pictures(6), brightness_of_features(pictures(2)), **settings
         )
-
-
-def curvature_by_hand(trained: Learner, train: issl.Images, measure, damping: float) -> Tensor:
-    """∇m_qᵀ (mean_i τ_i τ_iᵀ + λI)⁻¹ τ_i, weight by weight, with dense inverses."""
-    model = measuring_copy(trained)
-    (rows,) = batches(train, len(train), 0, 0)
-    effects = list(marginal_effects(model, *two_views(model, train, rows, 0, 0, None)))
-    total = 0.0
-    for k, asked in enumerate(query_gradients(model.encoder.backbone, measure)):
-        tau = torch.stack([e[k].flatten() for e in effects])
-        h = tau.T @ tau / len(tau)
-        h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-        total = total + asked.flatten(1) @ torch.linalg.solve(h, tau.T)
-    return total[:, rows.argsort()]
-
-
-def test_the_curvature_is_that_of_the_training_gradients() -> None:
-    trained, train = learner("barlow_twins"), pictures(6)
-    measure = brightness_of_features(pictures(2, seed=1))
-    found = training_influence(trained, train, measure, batch_size=6, curvature=issl.Exact(0.1))
-    want = curvature_by_hand(trained, train, measure, 0.1)
-    assert float((found - want).norm() / want.norm()) < 1e-4  # rows are kept in single precision
-    whole = training_influence(
-        trained, train, measure, batch_size=6, curvature=issl.LoGra(rank=10_000, damping=0.1)
-    )
-    assert float((whole - want).norm() / want.norm()) < 1e-4
-
-
-def test_random_projections_are_right_on_average_and_at_full_rank_each() -> None:
-    trained, train = learner("simclr"), pictures(5)
-    measure = brightness_of_features(pictures(2, seed=1))
-
-    def found(curvature: issl.Curvature) -> Tensor:
-        return training_influence(
-            trained, train, measure, batch_size=5, share="own", curvature=curvature
-        )
-
-    exact = found(issl.Identity())
-    torch.testing.assert_close(
-        found(issl.RandomProjection(rank=10_000)), exact, rtol=1e-6, atol=1e-9
-    )
-    several = torch.stack([found(issl.RandomProjection(rank=2, seed=s)) for s in range(40)])
-    error = (several.mean(0) - exact).abs()
-    assert bool((error < 4.5 * several.std(0) / 40**0.5 + 1e-9).all())
-    assert float(several.std(0).mean()) > 0
 
 
 def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: Path) -> None:
@@ -261,8 +199,6 @@ def test_an_encoders_file_is_enough_where_it_says_how_it_was_trained(tmp_path: P
         training_influence(tmp_path / "c.safetensors", train, query)
     with pytest.raises(issl.IsslError, match="lacks its predictor"):
         training_influence(byol.encoder, train, query, byol.recipe)
-    with pytest.raises(issl.IsslError, match="EKFAC"):
-        training_influence(trained, train, query, batch_size=6, curvature=issl.EKFAC())
 
 
 def test_the_margin_of_a_probe() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from issl.audit.cache import Stage
@@ -33,14 +33,17 @@ from issl.audit.stages import (
     Evaluate,
     Influence,
     Nearness,
+    Neighbours,
     Pairs,
     Pick,
     Pretrain,
+    Prune,
+    Spread,
     Stability,
-    StatisticsEffect,
-    SubsetEffect,
+    ThroughTraining,
     Top,
     TrainingEffect,
+    Without,
 )
 from issl.audit.table_stages import Bottlenecks, CopiesDiscount, ExplainedBy, Known, Map, Removals
 from issl.influence.curvature import Curvature, Identity, LoGra
@@ -56,6 +59,7 @@ CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
 # how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
 # differ; as it was # trained; or only the statistics, on the weights of the encoder that was scored
+Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
 
 
@@ -532,75 +536,133 @@ class Taught(Retrained):
 
 
 class TrainingAware(Retrained):
-    """16_training_aware: does the gradient that training follows predict what training on other
-    images changes?"""
+    """16_training_aware: what did training learn from an image? The derivative of the training
+    itself, and what the scores know of it.
+
+    runs         the encoder continues training so many times, which differ in order and views
+    small_views  … on views of half the side, as most of its training was, at a quarter of the cost
+    removals     how many random subsets are left out of the first run, by their share of the images
+    unseen       how many test images the means are over: the first ones
+    own          how many training images are asked about themselves, evenly over the ranks of the
+                 score
+    rates        learning rates of the first run, to see where it stops to be predictable
+    fresh        epochs of a training from fresh weights, likewise
+    """
 
     notebook: ClassVar[str] = "16_training_aware"
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
-    queries: int = Field(12, ge=4)
+    queries: int = Field(6, ge=2)
     draws: int = Field(2, ge=1)
     candidates: int | None = Field(96, ge=16)
     snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
-    continued_epochs: int = Field(4, ge=3)  # two states along it are kept
-    continued_batch: int | None = Field(
-        16, ge=3
-    )  # effects are measured in batches of the same size
-    subsets: int = Field(8, ge=4)
-    share: float = Field(0.5, gt=0, lt=1)  # of the candidates, in a subset
-    view_draws: int = Field(1, ge=1)  # draws of batch mates and views
+    continued_epochs: int = Field(2, ge=1)
+    continued_batch: int | None = Field(32, ge=3)
+    small_views: bool = True
+    runs: int = Field(2, ge=2)
+    removals: dict[float, Annotated[int, Field(ge=3)]] = Field({0.01: 4, 0.05: 6, 0.5: 4})
+    unseen: int = Field(32, ge=4)
+    own: int = Field(6, ge=4)
+    rates: tuple[float, ...] = (0.4,)
+    fresh: int = Field(1, ge=1)
 
-    def all_along(self, first: Pretrain) -> Pretrain:
-        """A continued training on all candidates, of which states along the way are kept."""
-        run = self.retrained("continued", self.seeds, first=first)
-        states = {k * run.epochs // 3 for k in (1, 2)} - {0}
-        return run.model_copy(update={"snapshots": tuple(sorted(states)) or None})
+    top: ClassVar[float] = 0.05  # of the images, removed by their score
+    probed: ClassVar[float] = 0.05  # the share of the removals by which runs are compared
 
-    def effects(self, first: Pretrain) -> dict[str, Pairs]:
-        """What is known about each image and query, by name: the rungs of the ladder, but for the
-        last."""
-        along, views = self.all_along(first), {"view_draws": self.view_draws}
+    @model_validator(mode="after")
+    def _runs_are_compared(self) -> TrainingAware:
+        if self.probed not in self.removals:
+            raise ValueError(
+                f"removals = {self.removals}: runs are compared at {self.probed}; add it"
+            )
+        return self
+
+    def continued(self, first: Pretrain, run: int, **changes: Any) -> Pretrain:
+        """The encoder's training, continued; `changes` are fields of its recipe."""
+        found = self.retrained("continued", run, first=first)
+        small = 1.0 if self.small_views else found.recipe.small
+        recipe = replace(found.recipe, small=small, **changes)
+        return found.model_copy(update={"recipe": recipe})
+
+    def from_fresh_weights(self, first: Pretrain) -> Pretrain:
+        """A training on the same images from fresh weights."""
+        return first.model_copy(
+            update={
+                "data": self.scored(),
+                "epochs": self.fresh,
+                "batch_size": self.continued_batch or first.batch_size,
+                "snapshots": None,
+            }
+        )
+
+    def asked_of(self, run: Pretrain, asked: Asked, **more: Any) -> dict[str, Any]:
+        """The fields of a stage that asks after this training."""
+        count = self.unseen if asked == "unseen" else self.queries
+        query = self.data("test").model_copy(update={"first": count})
+        noise = {"perturbation": self.noise, "seed": MEASURED, "draws": self.draws}
+        return {"run": run, "query": query, "asked": asked, **noise, **more}
+
+    def random(self, share: float, count: int) -> tuple[Draw, ...]:
+        """Random sets of this share of the scored images."""
+        return tuple(Draw(data=self.scored(), share=share, seed=k) for k in range(count))
+
+    def known(self, first: Pretrain) -> dict[str, Stage]:
+        """What else is known of each image."""
         return {
-            "similarity of features": self.nearness(first),
-            "paper, plain gradients": self.cross(Identity(), first),
-            "paper": self.cross(first=first),
-            "own share of the training gradient": self.training_effect(first, share="own", **views),
-            "marginal effect": self.training_effect(first, **views),
-            "marginal, inverse curvature": self.training_effect(
-                first, curvature=self.curvature, **views
-            ),
-            "marginal, along the training": self.training_effect(
-                along, after=along.snapshots, **views
-            ),
-            "BatchNorm's statistics": StatisticsEffect(**self.of_training(first)),
+            "nearest": Neighbours(features=self.features(first, self.scored()), k=1),
+            "cross-influence": self.cross(first=first),
+            "one step": self.training_effect(first),
+            "similarity": self.nearness(first),
         }
 
+    def variants(self, first: Pretrain) -> dict[str, Pretrain]:
+        """The first run, at other learning rates and from fresh weights."""
+        run = self.continued(first, 0)
+        found = {f"learning rate {self.continued_lr:g}": run}
+        for rate in self.rates:
+            found[f"learning rate {rate:g}"] = self.continued(first, 0, lr=rate)
+        return found | {"fresh weights": self.from_fresh_weights(first)}
+
     def tables(self) -> dict[str, Cells]:
-        data, views = self.scored(), 2 * self.view_draws
-        draws = [Draw(data=data, share=1 - self.share, seed=k) for k in range(self.subsets)]
-        before: dict[Labels, Stage] = {}
-        effects: dict[Labels, Stage] = {}
-        of_subsets: dict[Labels, Stage] = {}
-        after: dict[Labels, Stage] = {}
+        names = "scores known picked each unseen own removed tops variants variants_removed"
+        of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
+        probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
-            first = self.training(m, self.seed + e)
-            before[m, e] = self.query_losses(pretrain=first)
-            effects |= {(m, e, name): stage for name, stage in self.effects(first).items()}
-            # the gradient of each subset itself: the most that a first-order score can know
-            fields = {**self.of_training(first), "view_draws": views}
-            of_subsets[m, e] = SubsetEffect(**fields, left_out=tuple(draws))
-            for s, (k, draw) in product(range(self.seeds), enumerate(draws)):
-                encoder = self.retrained("continued", s, draw, first=first)
-                for channel in self.channels("continued"):
-                    how = self.measured(encoder, "continued", channel)
-                    after[m, e, channel, s, k] = self.query_losses(**how)
+            first, who = self.training(m, self.seed + e), (m, e)
+            scores = self.influence(first, data=self.scored(), draws=self.draws)
+            of["scores"][who] = scores
+            of["known"] |= {(*who, k): stage for k, stage in self.known(first).items()}
+            picked = Spread(influence=scores, count=self.own)
+            of["picked"][who] = picked
+            for r in range(self.runs):
+                run = self.continued(first, r)
+                for asked in get_args(Asked):
+                    fields = self.asked_of(run, asked, picked=picked if asked == "own" else None)
+                    of[asked][*who, r] = ThroughTraining(**fields)
+                # … measured under the order and views of this run
+                of["removed"][*who, r, self.probed] = Without(
+                    **self.asked_of(run, "each"), left_out=probes
+                )
+            run = self.continued(first, 0)
+            for share, count in self.removals.items():
+                of["removed"][*who, 0, share] = Without(
+                    **self.asked_of(run, "each"), left_out=self.random(share, count)
+                )
+            top = Prune(influence=scores, which="top", share=self.top)
+            of["tops"][who] = Without(
+                **self.asked_of(run, "unseen"), left_out=(top, *self.random(self.top, 3))
+            )
+            if e == 0:
+                for name, variant in self.variants(first).items():
+                    fields = self.asked_of(variant, "each")
+                    of["variants"][m, name] = ThroughTraining(**fields)
+                    of["variants_removed"][m, name] = Without(**fields, left_out=probes)
+        columns = {"known": f"{BY} about", "removed": f"{BY} run share"}
+        columns |= dict.fromkeys(("each", "unseen", "own"), f"{BY} run")
+        columns |= dict.fromkeys(("variants", "variants_removed"), "method variant")
         return {
             "accuracy": under(self.encoders_of(self.methods), self.evaluation),
-            "left out": Cells("subset", {(k,): draw for k, draw in enumerate(draws)}),
-            "query losses": Cells(BY, before),
-            "effects": Cells(f"{BY} predictor", effects),
-            "effects of subsets": Cells(BY, of_subsets),
-            "after subsets": Cells(f"{BY} channel seed subset", after),
+            **{name: Cells(columns.get(name, BY), stages) for name, stages in of.items()},
         }
 
 

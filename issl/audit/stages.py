@@ -23,28 +23,32 @@ from torch.nn.functional import normalize
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.given import Given
 from issl.audit.settings import Data, Weighing
-from issl.audit.stats.batchnorm_influence import batchnorm_influence
 from issl.audit.stats.evaluate import knn_hits, probe_hits
 from issl.audit.stats.neighbour_graph import betweenness, knn_graph, nearest
 from issl.audit.stats.pixel_features import pixel_features
 from issl.data.images import Images
+from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors
-from issl.influence.curvature import Identity, LoGra, RandomProjection
+from issl.influence.curvature import LoGra, RandomProjection
 from issl.influence.kept import fit
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.scores import as_queries, cross_influence, self_influence, top_influences
+from issl.measures import Measure, knn_margins, mean_of, stability_measures
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, Output, load_encoder, save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
-from issl.pretraining.optimizer import learning_rate
 from issl.pretraining.recipes import RECIPES, Method, Recipe
-from issl.training_aware import Share, stability_measures, subset_effects, training_influence
+from issl.pretraining.states import Run
+from issl.through_training import influence_through_training, learner_of, values_of
+from issl.training_aware import training_influence
+
+TOGETHER = 64  # queries of a mean in one pass
 
 
 class Pretrain(Stage):
@@ -504,14 +508,18 @@ class Cross(Pairs):
         _write_pairs(folder, scores, images, query)
 
 
-class OfTraining(Pairs):
-    """What training on images does to queries, measured on a learner that was kept.
+class TrainingEffect(Pairs):
+    """Training-aware influence of training images on queries, through one step: pairs.safetensors,
+    as `Cross`. Positive: training on the image lowers the query's stability loss. See
+    `issl.training_influence`.
 
     pretrain     a training with `snapshots`
     perturbation, seed, draws    of the queries' stability loss
     batch_size, view_seed        of the batches and views in which effects are measured
     small        on views of half the side
     """
+
+    name: ClassVar[str] = "training_effect"
 
     pretrain: Pretrain
     data: Data
@@ -522,108 +530,133 @@ class OfTraining(Pairs):
     batch_size: int = Field(32, ge=3)
     view_seed: int = Field(0, ge=0)
     small: bool = False
-
-    def size(self, images: Images) -> tuple[int, int] | None:
-        """Of the views; None: the images' own."""
-        height, width = images.pixels.shape[2:]
-        return (height // 2, width // 2) if self.small else None
-
-
-class TrainingEffect(OfTraining):
-    """Training-aware influence of training images on queries: pairs.safetensors, as `Cross`.
-    Positive: training on the image lowers the query's stability loss. See
-    `issl.training_influence`.
-
-    after      states of `pretrain` at which effects are measured, weighed by their learning rate;
-               none: its last
-    """
-
-    name: ClassVar[str] = "training_effect"
-
-    after: tuple[int, ...] = ()
-    share: Share = "marginal"
-    view_draws: int = Field(1, ge=1)
-    curvature: Weighing = Identity()
-
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
-        images, query, trained = self.data.load(), self.query.load(), self.pretrain
-        states = self.after or (trained.epochs,)
-        scores = training_influence(
-            [trained.learner(artifacts, after=k) for k in states],
-            images,
-            as_queries(query),
-            perturbation=self.perturbation,
-            seed=self.seed,
-            draws=self.draws,
-            rates=[self._rate(k, len(images)) for k in states],
-            share=self.share,
-            batch_size=self.batch_size,
-            view_seed=self.view_seed,
-            view_draws=self.view_draws,
-            size=self.size(images),
-            curvature=self.curvature,
-            computing=_computing(artifacts),
-        )
-        _write_pairs(folder, scores, images, query)
-
-    def _rate(self, done: int, n: int) -> float:
-        """The learning rate after so many epochs; 1 where only one state counts."""
-        if len(self.after) < 2:
-            return 1.0
-        trained = self.pretrain
-        steps = n // trained.batch_size
-        warmup = min(trained.recipe.warmup, max(1, trained.epochs // 10)) * steps
-        return learning_rate(done * steps - 1, trained.epochs * steps, warmup, trained.recipe.lr)
-
-
-class SubsetEffect(OfTraining):
-    """∇m_q · ∇L_S, for each query and each subset S: pairs.safetensors (`scores` (q, m)). Negative:
-    a step on the subset raises the query's stability loss.
-
-    left_out   what is missing in each subset
-    """
-
-    name: ClassVar[str] = "subset_effect"
-
-    left_out: tuple[Draw, ...]
     view_draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         images, query = self.data.load(), self.query.load()
-        subsets = [
-            sorted({*range(len(images))} - {*draw.read(artifacts)}) for draw in self.left_out
-        ]
-        scores = subset_effects(
+        height, width = images.pixels.shape[2:]
+        scores = training_influence(
             self.pretrain.learner(artifacts),
             images,
             as_queries(query),
-            subsets,
             perturbation=self.perturbation,
             seed=self.seed,
             draws=self.draws,
             batch_size=self.batch_size,
             view_seed=self.view_seed,
             view_draws=self.view_draws,
-            size=self.size(images),
+            size=(height // 2, width // 2) if self.small else None,
             computing=_computing(artifacts),
         )
         _write_pairs(folder, scores, images, query)
 
 
-class StatisticsEffect(OfTraining):
-    """What training images do to queries through BatchNorm's running statistics alone:
-    pairs.safetensors, as `Cross`. See `issl.audit.stats.batchnorm_influence`."""
+class Spread(Positions):
+    """Choose images evenly over the ranks of the score, the highest and the lowest among them."""
 
-    name: ClassVar[str] = "statistics_effect"
+    name: ClassVar[str] = "spread"
+
+    influence: Influence
+    count: int = Field(ge=2)
+
+    def choose(self, artifacts: Artifacts) -> np.ndarray:
+        order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
+        return order[np.linspace(0, len(order) - 1, self.count).round().astype(int)]
+
+
+class OfRun(Stage):
+    """What is asked of an encoder after a training, in fp32 at fixed seeds.
+
+    run      the training; it is run here, as often as it takes, and need not be in the cache
+    asked    "each": the stability loss of each query. "unseen": its mean over every other query,
+             over the rest, and less the mean kNN margin of all (as `run` had features when it
+             started); lower is better. "own": the stability loss of each image of `picked`
+    """
+
+    run: Pretrain
+    query: Data
+    asked: Literal["each", "unseen", "own"] = "each"
+    picked: Spread | None = None
+    perturbation: GaussianNoise | Augmentation = GaussianNoise()
+    seed: int = Field(0, ge=0)
+    draws: int = Field(1, ge=1)
+
+    def training(self, artifacts: Artifacts) -> tuple[Run, list[Measure]]:
+        """The training, and what is asked after it."""
+        run, images = self.run, self.run.data.load()
+        start = run.seed if run.start is None else run.start.to_continue(artifacts)
+        learner = learner_of(start, run.recipe, run.width, images).to(artifacts.device)
+        steps = Run(learner, images, run.epochs, run.batch_size, run.seed)
+        return steps, self.measures(learner, images, artifacts)
+
+    def measures(self, learner: Learner, images: Images, artifacts: Artifacts) -> list[Measure]:
+        """What is asked of the trained backbone."""
+        noise = (self.perturbation, self.seed, self.draws)
+        if self.picked is not None:
+            return stability_measures(images.subset(self.picked.read(artifacts)), *noise)
+        query = self.query.load()
+        if self.asked == "each":
+            return stability_measures(as_queries(query), *noise)
+        halves = [as_queries(query.subset(range(k, len(query), 2))) for k in range(2)]
+        means = [mean_of(stability_measures(half, *noise, together=TOGETHER)) for half in halves]
+        bank = embed(learner.encoder.backbone.eval(), images, artifacts.device)
+        margin = mean_of(knn_margins(query, bank, images.require_labels(), together=TOGETHER))
+        return [*means, lambda backbone: -margin(backbone)]
+
+
+class ThroughTraining(OfRun, Pairs):
+    """The derivative of what is asked by the weight of each image in the training. Negative:
+    training on the image lowers it. See `issl.influence_through_training`.
+
+    pairs.safetensors, as `Cross`, and through.json (growth of the adjoint, seconds, bytes)."""
+
+    name: ClassVar[str] = "through_training"
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        images, query = self.data.load(), self.query.load()
-        measures = stability_measures(as_queries(query), self.perturbation, self.seed, self.draws)
-        learner = self.pretrain.learner(artifacts)
-        scores = batchnorm_influence(
-            learner, images, measures, self.batch_size, self.view_seed, self.size(images)
+        run, measures = self.training(artifacts)
+        effects = influence_through_training(
+            run.start,
+            run.images,
+            measures,
+            epochs=run.epochs,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            device=artifacts.device,
+            progress=artifacts.progress,
         )
-        _write_pairs(folder, scores, images, query)
+        about = {"seconds": effects.seconds, "state_bytes": effects.state_bytes}
+        about["growth"] = effects.growth[0].tolist()
+        with atomic(folder / "through.json") as part:
+            part.write_text(json.dumps(about))
+        scores = {"scores": effects.derivatives, "index": run.images.index}
+        with atomic(folder / "pairs.safetensors") as part:
+            save_file(scores, part)
+
+    def about(self, artifacts: Artifacts) -> dict[str, Any]:
+        """How it was made."""
+        found: dict[str, Any] = json.loads(artifacts.file(self, "through.json").read_text())
+        return found
+
+
+class Without(OfRun, Table):
+    """What is asked after the training on all images (subset -1) and without each of some choices
+    of them, their places empty: without.parquet (subset, query, value)."""
+
+    name: ClassVar[str] = "without"
+    file: ClassVar[str] = "without.parquet"
+
+    left_out: tuple[Choice, ...]
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        run, measures = self.training(artifacts)
+        chosen = {-1: [], **{k: c.read(artifacts) for k, c in enumerate(self.left_out)}}
+        parts = []
+        with full_precision():
+            for number, places in chosen.items():
+                value = values_of(run.trained(places), measures)
+                found = {"subset": number, "query": range(len(value)), "value": value.numpy()}
+                parts.append(pd.DataFrame(found))
+        return pd.concat(parts, ignore_index=True)
 
 
 class Nearness(Pairs):

@@ -7,7 +7,7 @@ is measured with the statistics held: copied from another encoder, or estimated 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -44,9 +44,25 @@ def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> I
     if weights is None:
         yield
         return
+    with _replaced_forward(model, partial(_weighted, weights)):
+        yield
+
+
+@contextmanager
+def differentiable_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm layers in eval mode are differentiable in their running statistics too, for
+    which torch's own have no gradient."""
+    with _replaced_forward(model, _by_running_statistics):
+        yield
+
+
+@contextmanager
+def _replaced_forward(
+    model: nn.Module, forward: Callable[[_BatchNorm, Tensor], Tensor]
+) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     for layer in layers:
-        layer.forward = partial(_weighted, layer, weights)  # type: ignore[method-assign]
+        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -54,7 +70,19 @@ def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> I
             del layer.forward  # back to the class's own
 
 
-def _weighted(layer: _BatchNorm, weights: Tensor, x: Tensor) -> Tensor:
+def _by_running_statistics(layer: _BatchNorm, x: Tensor) -> Tensor:
+    assert layer.running_mean is not None and layer.running_var is not None
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    return _scaled(layer, x - layer.running_mean.view(shape), layer.running_var)
+
+
+def _scaled(layer: _BatchNorm, centred: Tensor, var: Tensor) -> Tensor:
+    shape = [1, -1, *[1] * (centred.ndim - 2)]
+    scale = (var + layer.eps).rsqrt() * layer.weight
+    return centred * scale.view(shape) + layer.bias.view(shape)
+
+
+def _weighted(weights: Tensor, layer: _BatchNorm, x: Tensor) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, x)
     values = full(x)
@@ -76,8 +104,7 @@ def _weighted(layer: _BatchNorm, weights: Tensor, x: Tensor) -> Tensor:
         now = found if weights.requires_grad else found.detach()
         setattr(layer, name, torch.lerp(getattr(layer, name), now, momentum))
     layer.num_batches_tracked = seen + 1
-    scale = (var + layer.eps).rsqrt() * layer.weight
-    return (centred * scale.view(shape) + layer.bias.view(shape)).to(x.dtype)
+    return _scaled(layer, centred, var).to(x.dtype)
 
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:

@@ -113,8 +113,12 @@ class Learner(nn.Module):
         return {name: value for name, value in state if not name.startswith("encoder.")}
 
     def follow(self, done: float) -> None:
-        """What the method does after a step, when the part `done` of the run is over."""
-        self.method.follow(self, done)
+        """After a step, move what follows it; the part `done` of the run was over before it."""
+        weights = dict(self.named_parameters())
+        with torch.no_grad():
+            moved = self.method.followed(self.recipe, weights, done)
+            if moved:
+                torch._foreach_copy_([weights[name] for name in moved], list(moved.values()))
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool = True) -> None:

@@ -25,13 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from issl.data.images import Images
-from issl.data.views import VIEW_UNIFORMS
+from issl.data.views import VIEW_UNIFORMS, Pixels
 from issl.devices import computes_bf16
 from issl.errors import IsslError, is_whole
 from issl.pretraining.checkpoint import Checkpoint, weights_digest
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, Precision, spread
 from issl.pretraining.methods import method_named
+from issl.pretraining.methods.base import Weights
 from issl.pretraining.optimizer import LARS, groups, learning_rate
 from issl.pretraining.recipes import Recipe, plain
 from issl.pretraining.recipes import recipe as published
@@ -39,6 +40,7 @@ from issl.pretraining.recipes import recipe as published
 # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
 COLLAPSED = 0.02
 LARGEST_SEED = 1 << 40  # see `_generator`
+CPU = torch.device("cpu")
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of compilation pays off
 VERSIONS = 128  # of a function that torch compiles, in one process
 SIMCLR = published("simclr")
@@ -130,6 +132,95 @@ def epoch_batches(
     return batches
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of a run: its number from 0, the part of the run before it, its learning rate, the
+    positions of its images, and what the learner is called with."""
+
+    number: int
+    done: float
+    lr: float
+    rows: Int64[Tensor, " b"]
+    xa: Pixels
+    xb: Pixels | None
+    labels: Int64[Tensor, " b"] | None
+
+
+class Course:
+    """The steps of a run, each a function of the run's settings alone.
+
+    The arguments are those of `pretrain`; all but `keep`, a mask, are as given there.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        recipe: Recipe,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        keep: Bool[Tensor, " n"] | None = None,
+        gaps: bool = False,
+        device: torch.device = CPU,
+    ):
+        n = len(images)
+        keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
+        _check(n, keep, epochs, batch_size, seed)
+        self.recipe, self.epochs, self.batch_size, self.seed = recipe, epochs, batch_size, seed
+        self.gaps, self.kept = gaps, int(keep.sum())
+        labelled = method_named(recipe.method).labelled
+        self.labels = images.require_labels().to(device) if labelled else None
+        self.pixels, self.keep = images.tensor().to(device), keep.to(device)
+        self.of_epoch = (n if gaps else self.kept) // batch_size  # steps
+        self.steps = epochs * self.of_epoch
+        self.warmup = min(recipe.warmup, max(1, epochs // 10)) * self.of_epoch
+        self.view_a, self.view_b = recipe.view_a.__call__, recipe.view_b.__call__
+        self._drawn: tuple[int, Tensor, list[Tensor]] = (-1, self.pixels, [])
+
+    @property
+    def classes(self) -> int | None:
+        """How many, for a supervised method."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def step(self, number: int) -> Step:
+        """Step `number`; steps of one epoch in a row share what is drawn for it."""
+        epoch, k = divmod(number, self.of_epoch)
+        if self._drawn[0] != epoch:
+            uniforms = epoch_uniforms(len(self.keep), self.seed, epoch).to(self.keep.device)
+            batches = epoch_batches(self.keep, self.seed, epoch, self.batch_size, self.gaps)
+            self._drawn = epoch, uniforms, batches
+        rows = self._drawn[2][k]
+        peak = self.recipe.lr * self.batch_size / 256
+        lr = learning_rate(number, self.steps, self.warmup, peak)
+        x, u = self.pixels[rows].float().div_(255), self._drawn[1][rows]
+        height, width = x.shape[2:]
+        size = (height // 2, width // 2) if number < self.recipe.small * self.steps else None
+        xa = self.view_a(x, u[:, 0], size)
+        xb = self.view_b(x, u[:, 1], size) if self.labels is None else None
+        y = None if self.labels is None else self.labels[rows]
+        return Step(number, number / self.steps, lr, rows, xa, xb, y)
+
+
+def take(
+    step: Step,
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision = "auto",
+    weights: Weights | None = None,
+    call: Callable[..., Any] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:
+    """Take a step, with these weights of its images; returns the loss before it and the features.
+    `call`: the learner's, compiled."""
+    for group in optimizer.param_groups:
+        group["lr"] = step.lr
+    loss, features = (call or learner)(step.xa, step.xb, step.labels, precision, weights)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    learner.follow(step.done)
+    return loss.detach(), features
+
+
 def pretrain(
     images: Images,
     recipe: Recipe = SIMCLR,
@@ -176,12 +267,10 @@ def pretrain(
             another run.
     """
     n, device = len(images), torch.device(execution.device)
-    keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
-    _check(n, keep, epochs, batch_size, seed)
-    labels = images.require_labels().to(device) if method_named(recipe.method).labelled else None
-    learner = Learner(recipe, width, None if labels is None else int(labels.max()) + 1, seed, start)
+    course = Course(images, recipe, epochs, batch_size, seed, keep, gaps, device)
+    learner = Learner(recipe, width, course.classes, seed, start)
     learner = learner.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = _optimizer(learner, recipe, batch_size)
+    optimizer = optimizer_of(learner, batch_size)
     identity = {
         "recipe": plain(recipe),
         "width": width,
@@ -191,18 +280,15 @@ def pretrain(
         "order_seed": None,  # this and the next are in the checkpoints of runs under way
         "view_seed": None,
         "n": n,
-        "left_out": (~keep).nonzero().squeeze(1).tolist(),
+        "left_out": (~course.keep).nonzero().squeeze(1).tolist(),
         "bf16": computes_bf16(device, execution.precision),
         "gaps": gaps,
         "start": None if start is None else weights_digest(start),
     }
     history = checkpoint.resume(learner, optimizer, identity)
-    pixels, keep, kept = images.tensor().to(device), keep.to(device), int(keep.sum())
-    half = (pixels.shape[2] // 2, pixels.shape[3] // 2)
-    steps = (n if gaps else kept) // batch_size  # of an epoch
-    warmup = min(recipe.warmup, max(1, epochs // 10)) * steps
-    view_a, view_b, call = execution.maybe_compiled(
-        epochs * kept, recipe.view_a.__call__, recipe.view_b.__call__, learner.__call__
+    steps = course.of_epoch
+    course.view_a, course.view_b, call = execution.maybe_compiled(
+        epochs * course.kept, course.view_a, course.view_b, learner.__call__
     )
     saved_at = time.monotonic()
     with tqdm(
@@ -215,30 +301,18 @@ def pretrain(
     ) as bar:
         for epoch in range(len(history), epochs):
             began = time.monotonic()
-            uniforms = epoch_uniforms(n, seed, epoch).to(device)
             losses, spreads = [], []
-            for k, rows in enumerate(epoch_batches(keep, seed, epoch, batch_size, gaps)):
-                step = epoch * steps + k
-                lr = learning_rate(step, epochs * steps, warmup, recipe.lr * batch_size / 256)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                x, u = pixels[rows].float().div_(255), uniforms[rows]
-                size = half if step < recipe.small * epochs * steps else None
-                xa = view_a(x, u[:, 0], size)
-                xb, y = (view_b(x, u[:, 1], size), None) if labels is None else (None, labels[rows])
-                loss, features = call(xa, xb, y, execution.precision)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                learner.follow(step / (epochs * steps))
-                losses.append(loss.detach())
+            for number in range(epoch * steps, (epoch + 1) * steps):
+                step = course.step(number)
+                loss, features = take(step, learner, optimizer, execution.precision, call=call)
+                losses.append(loss)
                 spreads.append(spread(features))
                 bar.update(batch_size)
             # the only wait for the device in an epoch
             mean_loss, std = float(torch.stack(losses).mean()), float(torch.stack(spreads).mean())
             speed = steps * batch_size / (time.monotonic() - began)
             _check_health(learner, epoch, mean_loss, std, batch_size)
-            history.append(dict(zip(COLUMNS, (epoch, mean_loss, std, lr, speed), strict=True)))
+            history.append(dict(zip(COLUMNS, (epoch, mean_loss, std, step.lr, speed), strict=True)))
             if after_epoch is not None:
                 history[-1] |= after_epoch(epoch + 1, learner) or {}
                 learner.train()
@@ -263,7 +337,9 @@ def _check(n: int, keep: Tensor, epochs: int, batch_size: int, seed: int) -> Non
         )
 
 
-def _optimizer(learner: Learner, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
+def optimizer_of(learner: Learner, batch_size: int) -> torch.optim.Optimizer:
+    """The optimizer of the learner's recipe."""
+    recipe = learner.recipe
     parts, peak = groups(learner, recipe.weight_decay), recipe.lr * batch_size / 256
     if recipe.optimizer == "lars":
         return LARS(parts, lr=peak, momentum=recipe.momentum, trust=recipe.trust, clip=recipe.clip)

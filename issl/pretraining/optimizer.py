@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from issl.pretraining.methods.base import Recipe
 
 
 class LARS(Optimizer):
@@ -61,6 +64,27 @@ class LARS(Optimizer):
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, steps)
             torch._foreach_add_(params, momenta, alpha=-lr)
+
+
+def moved(
+    recipe: Recipe, p: Tensor, g: Tensor, v: Tensor, lr: float
+) -> tuple[Float[Tensor, "*d"], Float[Tensor, "*d"]]:
+    """A parameter p and its momentum v after a step along g of the recipe's optimizer, `LARS` or
+    SGD with Nesterov momentum, as differentiable functions of all three."""
+    decay, momentum = recipe.weight_decay if p.ndim > 1 else 0.0, recipe.momentum
+    if recipe.optimizer == "sgd":
+        g = g + decay * p
+        v = momentum * v + g
+        return p - lr * (g + momentum * v), v
+    if decay > 0:
+        size, slope = p.norm(), g.norm()
+        if size > 0 and slope > 0:
+            ratio = recipe.trust * size / (slope + decay * size + 1e-8)
+            if recipe.clip:  # at a learning rate of 0, as at a run's last step, any ratio is above
+                ratio = (ratio / lr).clamp(max=1) if lr > 0 else torch.ones_like(ratio)
+            g = ratio * (g + decay * p)
+    v = momentum * v + g
+    return p - lr * v, v
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

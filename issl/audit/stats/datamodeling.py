@@ -199,6 +199,25 @@ def retrained_losses(table: pd.DataFrame) -> Runs:
     return centred(np.stack(runs))
 
 
+def changes_without(asked: pd.DataFrame) -> Table:
+    """What is asked of each query after a training without each subset, less the same after the
+    training on all images.
+
+    Args:
+        asked: subset (-1: all images), query and value.
+    """
+    values = asked.pivot_table("value", "query", "subset")
+    return values.drop(columns=-1).sub(values[-1], axis=0).to_numpy()
+
+
+def predicted_changes(
+    derivatives: Float[np.ndarray, "q n"], left_out: Iterable[Sequence[int]]
+) -> Table:
+    """−Σ_{i∈S_k} ∂m_q/∂w_i of each subset that is left out: the change of m_q, to first order."""
+    derivatives = np.asarray(derivatives, float)
+    return np.stack([-derivatives[:, places].sum(1) for places in left_out], 1)
+
+
 def kept(left_out: Iterable[Sequence[int]], n: int) -> Bool[np.ndarray, "m n"]:
     """Which of n images are in each subset, by the positions of those that it leaves out."""
     return np.stack([~np.isin(np.arange(n), places) for places in left_out])

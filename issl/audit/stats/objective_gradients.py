@@ -33,6 +33,7 @@ from torch.nn.functional import cosine_similarity, normalize, softmax
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.influence.perturbation import GaussianNoise
+from issl.measures import Measure, stability_measures
 from issl.pretraining import recipes
 from issl.pretraining.learner import Learner
 from issl.pretraining.methods import method_named
@@ -40,12 +41,10 @@ from issl.pretraining.methods.base import Batch, Recipe
 from issl.pretraining.methods.vicreg import COVARIANCE, INVARIANCE, VARIANCE
 from issl.training_aware import (
     Gradients,
-    Measure,
     batch_gradient,
     batches,
     measuring_copy,
     query_gradients,
-    stability_measures,
     two_views,
 )
 

@@ -8,6 +8,7 @@ a derivative with respect to them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ Rows = Float[Tensor, "b p"]
 Weights = Float[Tensor, " b"]
 Loss = Float[Tensor, ""]
 Outputs = tuple[Tensor, ...]
+State = Mapping[str, Tensor]  # by name
 
 _RANGES = {  # of a recipe's numbers
     "above 0": ("lr trust hidden out temperature scale", lambda v: 0 < v < float("inf")),
@@ -153,5 +155,8 @@ class LearningMethod:
         then those of the second."""
         raise NotImplementedError
 
-    def follow(self, learner: Any, done: float) -> None:
-        """What is done after each step, when the part `done` of the run is over."""
+    def followed(self, recipe: Recipe, state: State, done: float) -> State:
+        """The parameters that no gradient trains but that follow after each step, by name, from
+        all parameters of the learner after it; the part `done` of the run was over before it.
+        Differentiable."""
+        return {}

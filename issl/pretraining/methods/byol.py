@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs
+from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, Recipe, State
 
 
 class BYOL(LearningMethod):
@@ -39,9 +39,11 @@ class BYOL(LearningMethod):
         )
         return there + back
 
-    def follow(self, learner: Any, done: float) -> None:
+    def followed(self, recipe: Recipe, state: State, done: float) -> State:
         """target ← τ · target + (1 − τ) · encoder, with τ = 1 − (1 − τ₀)(cos(π · done) + 1)/2
         (§3.1)."""
-        tau = 1 - (1 - learner.recipe.tau) * (math.cos(math.pi * done) + 1) / 2
-        now = [p.detach() for p in learner.encoder.parameters()]
-        torch._foreach_lerp_(list(learner.target.parameters()), now, 1 - tau)
+        tau = 1 - (1 - recipe.tau) * (math.cos(math.pi * done) + 1) / 2
+        names = [name for name in state if name.startswith("target.")]
+        now = [state[name.replace("target", "encoder", 1)] for name in names]
+        moved = torch._foreach_lerp([state[name] for name in names], now, 1 - tau)
+        return dict(zip(names, moved, strict=True))

@@ -1,0 +1,107 @@
+"""What is asked of an encoder: differentiable functions of its backbone, one number for each query.
+
+The backbone is in eval mode. A measure that is given as a list of several, for a few queries each,
+holds fewer activations at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.influence.losses import stability_loss
+from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
+
+Measure = Callable[[nn.Module], Float[Tensor, " q"]]
+TOGETHER = 8  # queries in one forward pass: each one's gradient goes back through all of them
+
+
+def stability_measures(
+    query: Images,
+    perturbation: Perturbation | Perturb = GaussianNoise(0.05, 0.2),
+    seed: int = 0,
+    draws: int = 1,
+    together: int = TOGETHER,
+) -> list[Measure]:
+    """The stability loss of each query, mean over the draws (draw k of seed s is that of seed s +
+    k·2³²); one measure for every few queries. With the views of the training as perturbation it is
+    the alignment of the SSL losses."""
+    perturbs = keyed_draws(perturbation, seed, draws)
+
+    def of(positions: slice) -> Measure:
+        x, index = query.pixels[positions].float() / 255, query.index[positions]
+        views = [perturb(x, index) for perturb in perturbs]
+
+        def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
+            features = backbone(like(backbone, x))
+            losses = [stability_loss(features, backbone(like(backbone, v))) for v in views]
+            return torch.stack(losses).mean(0)
+
+        return measure
+
+    return [of(slice(k, k + together)) for k in range(0, len(query), together)]
+
+
+def knn_margins(
+    query: Images,
+    bank: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    temperature: float = 0.1,
+    together: int = TOGETHER,
+) -> list[Measure]:
+    """By how much a vote finds each query's class: the share of its own class less that of the best
+    other one, from -1 to 1.
+
+    Each of the features in `bank`, which are held fixed, votes for its label with weight
+    exp(cosine/temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4, of all images in place of k).
+
+    Raises:
+        IsslError: For queries without labels, a query's class that is not in the bank, and a
+            bank of one class.
+    """
+    truth, classes = query.require_labels(), labels.unique()
+    if len(classes) < 2 or not torch.isin(truth, classes).all():
+        raise IsslError(
+            f"knn_margins: the bank has the classes {classes.tolist()}, the queries "
+            f"{truth.unique().tolist()}; give a bank with all of these, and two or more"
+        )
+    unit = normalize(bank, dim=1)
+    votes = nn.functional.one_hot(labels)
+
+    def of(positions: slice) -> Measure:
+        x, own = query.pixels[positions].float() / 255, truth[positions, None]
+
+        def measure(backbone: nn.Module) -> Float[Tensor, " q"]:
+            features = normalize(backbone(like(backbone, x)), dim=1)
+            weights = (features @ like(backbone, unit).T / temperature).softmax(1)
+            shares, mine = weights @ like(backbone, votes), own.to(weights.device)
+            others = shares.scatter(1, mine, -1).amax(1)
+            return shares.gather(1, mine).squeeze(1) - others
+
+        return measure
+
+    return [of(slice(k, k + together)) for k in range(0, len(query), together)]
+
+
+def mean_of(measures: Sequence[Measure]) -> Measure:
+    """The mean over all their queries, as one measure of one number. Activations are held for one
+    of them at a time, and computed again on the way back."""
+
+    def measure(backbone: nn.Module) -> Float[Tensor, " 1"]:
+        parts = [checkpoint(part, backbone, use_reentrant=False) for part in measures]
+        return torch.cat(parts).mean()[None]
+
+    return measure
+
+
+def like(backbone: nn.Module, x: Tensor) -> Tensor:
+    """On the backbone's device, in its precision."""
+    weight = next(backbone.parameters())
+    return x.to(weight.device, weight.dtype)

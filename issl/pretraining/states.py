@@ -1,0 +1,201 @@
+"""A training with its seeds fixed, and the states that it passes through.
+
+The steps are those of `pretrain`, taken by its loop and optimizer. A state is all that the next
+step reads: weights, momenta, BatchNorm's running statistics, what a method trains beside the
+encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from issl.data.images import Images
+from issl.errors import IsslError
+from issl.files import atomic, read_safetensors
+from issl.pretraining.checkpoint import weights_digest
+from issl.pretraining.learner import Learner
+from issl.pretraining.loop import Course, Step, optimizer_of, take
+from issl.pretraining.recipes import plain
+
+State = dict[str, Tensor]
+MOMENTUM = "momentum."  # before the name of the weight that it belongs to
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training with its seeds fixed, as `pretrain` takes it: same steps, fp32, or the precision
+    of `start`.
+
+    Attributes:
+        start: The learner before its first step.
+        images: The n training images; also epochs, batch_size and seed as in `pretrain`.
+    """
+
+    start: Learner
+    images: Images
+    epochs: int
+    batch_size: int
+    seed: int
+
+    def course(self, without: Sequence[int] = ()) -> Course:
+        """Its steps, the places of some images empty."""
+        keep = torch.ones(len(self.images), dtype=torch.bool)
+        keep[list(without)] = False
+        how = (self.start.recipe, self.epochs, self.batch_size, self.seed)
+        device = next(self.start.parameters()).device
+        return Course(self.images, *how, keep, gaps=True, device=device)
+
+    def learners(
+        self, course: Course, first: int = 0, state: State | None = None
+    ) -> Iterator[tuple[Learner, torch.optim.Optimizer]]:
+        """The learner before step `first`, which has this state there, and after each step."""
+        learner = copy.deepcopy(self.start).to(memory_format=torch.channels_last).train()
+        optimizer = optimizer_of(learner, self.batch_size)
+        if state is not None:
+            load(state, learner, optimizer)
+        yield learner, optimizer
+        for number in range(first, course.steps):
+            step = cast(course.step(number), learner)
+            loss, _ = take(step, learner, optimizer, "fp32")
+            if not loss.isfinite():
+                raise IsslError(
+                    f"the training diverged at step {number}: its loss is {loss}; lower the "
+                    f"recipe's lr={learner.recipe.lr:g}"
+                )
+            yield learner, optimizer
+
+    def trained(self, without: Sequence[int] = ()) -> Learner:
+        """The learner at the end of the training without some images."""
+        *_, (learner, _) = self.learners(self.course(without))
+        return learner
+
+
+def cast(step: Step, learner: Learner) -> Step:
+    """The step, its views in the precision of the learner."""
+    dtype = next(learner.parameters()).dtype
+    xb = None if step.xb is None else step.xb.to(dtype)
+    return Step(step.number, step.done, step.lr, step.rows, step.xa.to(dtype), xb, step.labels)
+
+
+# --- the states of a training ---
+
+
+def snapshot(learner: Learner, optimizer: torch.optim.Optimizer) -> State:
+    """All that the next step reads."""
+    state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    for name, p in learner.named_parameters():
+        if p.requires_grad:
+            found = optimizer.state.get(p, {}).get("momentum_buffer")
+            state[MOMENTUM + name] = torch.zeros_like(p) if found is None else found.clone()
+    return state
+
+
+def load(state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    """The opposite of `snapshot`."""
+    learner.load_state_dict({k: v for k, v in state.items() if not k.startswith(MOMENTUM)})
+    for name, p in learner.named_parameters():
+        if p.requires_grad:
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(
+                state[MOMENTUM + name]
+            )
+
+
+@dataclass
+class States:
+    """The states before each step, and after the last: every few are kept in memory or in a folder,
+    the others computed again from there."""
+
+    run: Run
+    course: Course
+    folder: Path | None
+    every: int
+    bytes: int = 0
+    kept: dict[int, State] = field(default_factory=dict)
+    again: dict[int, State] = field(default_factory=dict)  # between two that are kept
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run, path = self.run, self.folder / "training.json"
+        identity = {
+            "recipe": plain(run.start.recipe),
+            "start": weights_digest(run.start),
+            "images": int(run.images.tensor().long().sum()),
+            "index": run.images.index.tolist(),
+            "epochs": run.epochs,
+            "batch_size": run.batch_size,
+            "seed": run.seed,
+            "every": self.every,
+        }
+        saved = json.loads(path.read_text()) if path.exists() else identity
+        if saved != identity:
+            differing = ", ".join(k for k in identity if saved.get(k) != identity[k])
+            raise IsslError(
+                f"{self.folder} holds another training: {differing} differ; delete it, or take "
+                "another folder"
+            )
+        with atomic(path) as part:
+            part.write_text(json.dumps(identity))
+
+    def forward(self, progress: bool) -> tuple[Learner, float]:
+        """Train; the learner at the end, and the seconds that it took."""
+        steps, began, first = self.course.steps, time.monotonic(), 0
+        while self.folder is not None and self._path(first + self.every).exists():
+            first += self.every
+        state = self._read(first) if first else None
+        each = {k: v.nbytes for k, v in (state or {}).items()}
+        numbers = tqdm(
+            range(first, steps + 1), initial=first, desc="training", disable=not progress
+        )
+        learner = self.run.start
+        for number, (learner, optimizer) in zip(
+            numbers, self.run.learners(self.course, first, state), strict=True
+        ):
+            if number % self.every == 0 and number < steps:
+                now = snapshot(learner, optimizer)
+                each = {k: v.nbytes for k, v in now.items()}
+                if self.folder is None:
+                    self.kept[number] = now
+                elif not self._path(number).exists():
+                    with atomic(self._path(number)) as part:
+                        save_file({k: v.contiguous() for k, v in now.items()}, part)
+        self.bytes = sum(each.values()) * -(-steps // self.every)
+        return learner, time.monotonic() - began
+
+    def before(self, number: int) -> State:
+        """The state before a step."""
+        at = number - number % self.every
+        if number == at:
+            return self._read(at)
+        if number not in self.again:
+            self.again = {}
+            learners = self.run.learners(self.course, at, self._read(at))
+            for k, (learner, optimizer) in zip(range(at, number + 1), learners, strict=False):
+                self.again[k] = snapshot(learner, optimizer)
+        return self.again.pop(number)
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"state-{number:07}.safetensors"
+
+    def _read(self, number: int) -> State:
+        if self.folder is None:
+            return self.kept[number]
+        device = next(self.run.start.parameters()).device
+        found = read_safetensors(self._path(number), "state")[1]
+        layout = {4: torch.channels_last}  # of kernels, as the learner has them
+        return {
+            name: value.to(device, memory_format=layout.get(value.ndim, torch.contiguous_format))
+            for name, value in found.items()
+        }

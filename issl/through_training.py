@@ -1,0 +1,373 @@
+"""What training on an image does to an encoder: the derivative of the training itself.
+
+A training is a function of the weights w of its images in the loss. Its step t takes the state s_t
+(weights, momenta, BatchNorm's running statistics, BYOL's target) to s_{t+1} = F_t(s_t, w), and a
+measure is read from the last state, m_q(s_T). By the chain rule, from the last step to the first,
+
+    λ_T = ∇m_q(s_T),   ∂m_q/∂w_i = Σ_t λ_{t+1}ᵀ ∂F_t/∂w_i,   λ_t = (∂F_t/∂s)ᵀ λ_{t+1},
+
+at w = 1 (Engstrom et al. 2025, arXiv 2503.13751, §3; Ilyas & Engstrom 2025, arXiv 2504.16430). It
+is exact for the one run with its seeds. The change of the measure without image i is −∂m_q/∂w_i to
+first order; whether that is near depends on how smooth the training is in w, which `removals`
+measures.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from issl.data.images import Images
+from issl.devices import full_precision
+from issl.errors import IsslError, is_whole
+from issl.files import atomic, read_safetensors
+from issl.influence.scorer import as_images
+from issl.measures import Measure, stability_measures
+from issl.pretraining.batchnorm import STATISTICS, differentiable_statistics
+from issl.pretraining.encoder import Encoder
+from issl.pretraining.learner import Learner, load_learner
+from issl.pretraining.loop import Course, Step
+from issl.pretraining.optimizer import moved
+from issl.pretraining.recipes import Recipe
+from issl.pretraining.states import MOMENTUM, Run, State, States, cast
+
+SAVED = 30.0  # seconds between two saves of the way back
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What training on each image did to each measure.
+
+    Attributes:
+        derivatives: ∂m_q/∂w_i, of query q (row) and training image i (column), in double precision
+            on the CPU. Negative: training on the image lowers the measure.
+        value: m_q at the end of the training.
+        learner: At the end of the training.
+        growth: ‖λ_t‖ / ‖λ_T‖ over the weights before each step t. Where it rises by orders of
+            magnitude from the last to the first, the training is chaotic.
+        state_bytes: Of all states that were kept.
+        seconds: Of the training, and of the way back.
+        run: The training.
+        measures: As they were given.
+    """
+
+    derivatives: Float[Tensor, "q n"]
+    value: Float[Tensor, " q"]
+    learner: Learner
+    growth: Float[Tensor, "t q"]
+    state_bytes: int
+    seconds: tuple[float, float]
+    run: Run
+    measures: list[Measure]
+
+    def removals(self, subsets: Iterable[Sequence[int]], progress: bool = False) -> pd.DataFrame:
+        """Does it predict? The training is repeated without each subset of the images.
+
+        Args:
+            subsets: Positions of the images that are left out.
+            progress: Whether a bar is shown.
+
+        Returns:
+            A row for each subset and query: subset, left_out (how many), query, predicted and
+            measured (changes of the measure). See `agreement`.
+
+        Raises:
+            IsslError: For positions that no image has, and for a batch that loses all but one.
+        """
+        rows, n = [], len(self.run.images)
+        subsets = [list(subset) for subset in subsets]
+        if wrong := {i for subset in subsets for i in subset} - {*range(n)}:
+            raise IsslError(f"removals: {min(wrong)} is no position from 0 to {n - 1}")
+        for number, out in enumerate(tqdm(subsets, desc="removals", disable=not progress)):
+            with full_precision():
+                measured = values_of(self.run.trained(out), self.measures) - self.value
+            predicted = -self.derivatives[:, out].sum(1)
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "subset": number,
+                        "left_out": len(out),
+                        "query": range(len(predicted)),
+                        "predicted": predicted.numpy(),
+                        "measured": measured.numpy(),
+                    }
+                )
+            )
+        return pd.concat(rows, ignore_index=True)
+
+
+def random_subsets(n: int, share: float, subsets: int, seed: int = 0) -> list[list[int]]:
+    """So many random sets of this share of n images, at least one image each."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(share * n))
+    return [sorted(torch.randperm(n, generator=generator)[:count].tolist()) for _ in range(subsets)]
+
+
+def agreement(removals: pd.DataFrame) -> pd.DataFrame:
+    """By the number of images left out: `lds`, the rank correlation over subsets of predicted and
+    measured changes, mean over queries (Park et al. 2023, arXiv 2303.14186, Definition 2.3); and
+    `slope`, of measured on predicted through the origin."""
+
+    rows = []
+    for left_out, part in removals.groupby("left_out"):
+        ranks = [
+            q["predicted"].corr(q["measured"], method="spearman") for _, q in part.groupby("query")
+        ]
+        slope = (part["predicted"] * part["measured"]).sum() / part["predicted"].pow(2).sum()
+        rows.append({"left_out": left_out, "lds": float(np.mean(ranks)), "slope": slope})
+    return pd.DataFrame(rows)
+
+
+def influence_through_training(
+    start: Learner | Encoder | str | Path | int,
+    train: Images | Tensor,
+    measures: Images | Tensor | Measure | Sequence[Measure],
+    recipe: Recipe | None = None,
+    *,
+    epochs: int,
+    batch_size: int = 256,
+    seed: int = 0,
+    width: int = 64,
+    folder: str | Path | None = None,
+    every: int = 1,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Effects:
+    """∂m_q/∂w_i of every training image i on every measure m_q, through each step of a training.
+
+    The training is that of `pretrain` with the same arguments. The way back costs a few times as
+    much for each query.
+
+    Args:
+        start: What training continues from, as in `pretrain`; or the seed of fresh weights.
+        train: The n images that it is trained on.
+        measures: Images, whose stability loss under `GaussianNoise(0.05, 0.2)` is asked; or
+            measures, see `issl.measures`. The graph of one is held at a time.
+        recipe: Of the training; default: that of the learner or of its file.
+        epochs: See `pretrain`; likewise batch_size, seed and, of fresh weights, width.
+        folder: Where states and the way back are kept, and continued from after an interruption;
+            default: in memory. It may be deleted afterwards.
+        every: A state is kept before every so many steps; the others are computed again.
+        device: Where to compute.
+        progress: Whether bars are shown.
+
+    Raises:
+        IsslError: For settings that do not fit, a folder of another training, a training that
+            diverges, and a derivative that is not finite.
+    """
+    learner = learner_of(start, recipe, width, train).to(device)
+    run = Run(learner, as_images(train), epochs, batch_size, seed)
+    course = run.course()
+    if not is_whole(every, 1, max(1, course.steps)):
+        raise IsslError(f"every={every!r}: give a whole number from 1 to {course.steps}, the steps")
+    if isinstance(measures, Images | Tensor):
+        measures = stability_measures(as_images(measures))
+    measures = [measures] if callable(measures) else list(measures)
+    with full_precision():
+        states = States(run, course, None if folder is None else Path(folder), every)
+        trained, seconds = states.forward(progress)
+        values = values_of(trained, measures)
+        back = Back(states, values)
+        if back.number == course.steps:
+            back.adjoint = gradients_of(trained, measures)
+        spent = back.walk(progress)
+    growth = torch.stack(back.norms[::-1])
+    return Effects(
+        back.derivatives,
+        values,
+        trained,
+        growth / growth[-1],
+        states.bytes,
+        (seconds, spent),
+        run,
+        measures,
+    )
+
+
+def learner_of(
+    start: Learner | Encoder | str | Path | int,
+    recipe: Recipe | None,
+    width: int,
+    train: Images | Tensor,
+) -> Learner:
+    """A copy of the learner that training starts from."""
+    if isinstance(start, str | Path):
+        start = load_learner(start, recipe)
+    if isinstance(start, Learner):  # in its own precision, and of its own layers
+        made = copy.deepcopy(start)
+        made.recipe = recipe or start.recipe
+        if made.recipe.method != made.method.name:
+            raise IsslError(
+                f"start is a {made.method.name} learner and recipe one of {made.recipe.method}; "
+                "give its encoder to train it by another method"
+            )
+        return made
+    if recipe is None:
+        raise IsslError("influence_through_training: give the recipe, such as recipe('simclr')")
+    classes = Course(as_images(train), recipe, 0, 2, 0).classes
+    if isinstance(start, int):
+        return Learner(recipe, width, classes, start)
+    return Learner(recipe, start.width, classes, 0, start)
+
+
+# --- a step, and the way back through all of them ---
+
+
+def after_step(learner: Learner, state: State, step: Step, weights: Float[Tensor, " b"]) -> State:
+    """F_t(s_t, w): the state after a step, as a differentiable function of state and weights."""
+    own = {k: v for k, v in state.items() if not k.startswith(MOMENTUM)}
+    trained = [k.removeprefix(MOMENTUM) for k in state if k.startswith(MOMENTUM)]
+    views = (step.xa, step.xb, step.labels, "fp32", weights)
+    loss, _ = torch.func.functional_call(learner, own, views)
+    slopes = torch.autograd.grad(loss, [state[k] for k in trained], create_graph=True)
+    for name, slope in zip(trained, slopes, strict=True):
+        now = (state[name], slope, state[MOMENTUM + name])
+        own[name], own[MOMENTUM + name] = moved(learner.recipe, *now, step.lr)
+    learned = {name: own[name] for name, _ in learner.named_parameters()}
+    return {**own, **learner.method.followed(learner.recipe, learned, step.done)}
+
+
+class Back:
+    """The way back: λ_t of each query, row by row, and what was found so far of the derivatives."""
+
+    def __init__(self, states: States, values: Float[Tensor, " q"]):
+        self.states, self.value = states, values
+        self.number = states.course.steps  # the state that λ belongs to
+        self.adjoint: State = {}  # by name, (q, …)
+        self.norms: list[Tensor] = []
+        n = len(states.run.images)
+        self.derivatives = torch.zeros(len(values), n, dtype=torch.float64)
+        self.path = None if states.folder is None else states.folder / "back.safetensors"
+        if self.path is not None and self.path.exists():
+            header, found = read_safetensors(self.path, "way back")
+            if not torch.equal(found.pop("values"), values):
+                raise IsslError(
+                    f"{self.path} is of other measures: their values differ; delete this file"
+                )
+            self.number, self.derivatives = int(header["number"]), found.pop("derivatives")
+            self.norms = list(found.pop("norms"))
+            device = next(states.run.start.parameters()).device
+            self.adjoint = {k: v.to(device) for k, v in found.items()}
+
+    def save(self) -> None:
+        """To continue from here."""
+        if self.path is None:
+            return
+        found = {"values": self.value, "derivatives": self.derivatives}
+        found["norms"] = torch.stack(self.norms)
+        with atomic(self.path) as part:
+            tensors = {k: v.contiguous() for k, v in {**self.adjoint, **found}.items()}
+            save_file(tensors, part, {"number": str(self.number)})
+
+    def walk(self, progress: bool) -> float:
+        """To the first step; the seconds that it took."""
+        steps, began = self.states.course.steps, time.monotonic()
+        learner = copy.deepcopy(self.states.run.start).to(memory_format=torch.channels_last).train()
+        if not self.norms:
+            self._note()
+        saved = time.monotonic()
+        numbers = tqdm(
+            range(self.number)[::-1],
+            initial=steps - self.number,
+            total=steps,
+            desc="back",
+            disable=not progress,
+        )
+        for number in numbers:
+            self._through(learner, cast(self.states.course.step(number), learner))
+            self.number = number
+            self._note()
+            if time.monotonic() - saved > SAVED or number == 0:
+                self.save()
+                saved = time.monotonic()
+        return time.monotonic() - began
+
+    def _through(self, learner: Learner, step: Step) -> None:
+        """λ_{t+1} to λ_t, and step t's part of the derivatives."""
+        state = self.states.before(step.number)
+        state = {k: v.requires_grad_(v.is_floating_point()) for k, v in state.items()}
+        dtype = next(learner.parameters()).dtype
+        weights = torch.ones(len(step.rows), dtype=dtype, device=step.xa.device, requires_grad=True)
+        after = after_step(learner, dict(state), step, weights)
+        names = [k for k in self.adjoint if after[k].requires_grad]
+        inputs = [k for k, v in state.items() if v.requires_grad]
+        outputs, rows = [after[k] for k in names], step.rows.cpu()
+        found: list[State] = []
+        for q in range(len(self.value)):
+            parts = torch.autograd.grad(
+                outputs,
+                [weights, *(state[k] for k in inputs)],
+                [self.adjoint[k][q] for k in names],
+                retain_graph=q + 1 < len(self.value),
+                allow_unused=True,
+            )
+            assert parts[0] is not None  # every loss is a function of them
+            self.derivatives[q, rows] += parts[0].double().cpu()
+            found.append({k: v for k, v in zip(inputs, parts[1:], strict=True) if v is not None})
+        self.adjoint = {k: torch.stack([each[k] for each in found]) for k in found[0]}
+
+    def _note(self) -> None:
+        """The size of λ, which must be finite."""
+        learned = [v for k, v in self.adjoint.items() if not k.startswith((MOMENTUM, "target."))]
+        squares = [v.double().flatten(1).square().sum(1) for v in learned]
+        norm = torch.stack(squares).sum(0).sqrt().cpu()
+        if not norm.isfinite().all():
+            raise IsslError(
+                f"the derivative is not finite before step {self.number}: the training is not "
+                "smooth there; lower the learning rate, take larger batches, or start later"
+            )
+        self.norms.append(norm)
+
+
+# --- what is asked at the end ---
+
+
+def asked(
+    learner: Learner, measures: Sequence[Measure], read: Callable[[nn.Module, Tensor], None]
+) -> None:
+    """Call `read` with a copy of the backbone, in eval mode, and the values of each measure of
+    it."""
+    backbone = copy.deepcopy(learner.encoder.backbone).eval()
+    for name, value in backbone.named_buffers():
+        if name.endswith(STATISTICS[:2]):
+            value.requires_grad_()
+    with differentiable_statistics(backbone):
+        for measure in measures:
+            read(backbone, measure(backbone))
+
+
+def values_of(learner: Learner, measures: Sequence[Measure]) -> Float[Tensor, " q"]:
+    """The measures' values, in double precision on the CPU."""
+    found: list[Tensor] = []
+    with torch.no_grad():
+        asked(learner, measures, lambda _, values: found.append(values.double().cpu()))
+    return torch.cat(found)
+
+
+def gradients_of(learner: Learner, measures: Sequence[Measure]) -> State:
+    """∇m_q with respect to all that the backbone computes with, (q, …) by the name in a state."""
+    rows: list[State] = []
+
+    def read(backbone: nn.Module, values: Tensor) -> None:
+        leaves = {
+            f"encoder.backbone.{k}": v
+            for k, v in (*backbone.named_parameters(), *backbone.named_buffers())
+            if v.requires_grad
+        }
+        for value in values:
+            found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True)
+            rows.append(dict(zip(leaves, found, strict=True)))
+
+    asked(learner, measures, read)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

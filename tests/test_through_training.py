@@ -1,0 +1,278 @@
+"""The derivative of a training: against central differences of whole trainings, and leaving images
+out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import issl
+from issl import through_training
+from issl.measures import knn_margins, mean_of, stability_measures
+from issl.pretraining.encoder import resnet18
+from issl.pretraining.learner import Learner, save_learner
+from issl.pretraining.loop import Execution, Step, optimizer_of, pretrain, take
+from issl.pretraining.recipes import Recipe, recipe
+from issl.pretraining.states import Run, cast
+from issl.through_training import agreement, influence_through_training, random_subsets, values_of
+
+N, BATCH = 12, 6
+SMALL = {"epochs": 2, "batch_size": BATCH, "seed": 3}
+QUIET = Execution(precision="fp32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def images() -> issl.Images:
+    found = issl.load("scenes", n=N)
+    return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
+
+
+@pytest.fixture(scope="module")
+def query() -> issl.Images:
+    found = issl.load("scenes", "test", n=3)
+    return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
+
+
+def how(method: str, optimizer: str = "sgd") -> Recipe:
+    """A recipe under which a few steps move the weights."""
+    rates = {"sgd": 0.5, "lars": 3.0}
+    return replace(
+        recipe(method, "short"), optimizer=optimizer, lr=rates[optimizer], small=0.0, trust=0.02
+    )
+
+
+def tiny() -> nn.Module:
+    """A backbone without kinks, within which a finite difference would be of two functions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Conv2d(4, 8, 3, 2),
+            nn.BatchNorm2d(8),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+
+def smooth(net: nn.Module) -> nn.Module:
+    """The same, its ReLUs replaced."""
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.Tanh())
+    return net
+
+
+def learner(how: Recipe, backbone: nn.Module | None = None) -> Learner:
+    """In double precision, and smooth."""
+    made = Learner(how, 1, 10 if how.method == "supervised" else None, 0)
+    made.encoder.backbone = tiny() if backbone is None else backbone
+    if how.method == "byol":
+        made.target.backbone = copy.deepcopy(made.encoder.backbone).requires_grad_(False)
+    return smooth(made).double()
+
+
+def trained_with(run: Run, weights: Tensor) -> Learner:
+    """The project's own loop on weighted images."""
+    course, made = run.course(), copy.deepcopy(run.start).train()
+    optimizer = optimizer_of(made, run.batch_size)
+    for number in range(course.steps):
+        step = cast(course.step(number), made)
+        take(step, made, optimizer, "fp32", weights[step.rows])
+    return made
+
+
+CASES = [
+    *((m, "sgd") for m in ("simclr", "byol", "barlow_twins", "vicreg", "supervised")),
+    ("simclr", "lars"),
+    ("byol", "lars"),
+]
+
+
+@pytest.mark.parametrize(("method", "optimizer"), CASES)
+def test_the_derivative_is_that_of_the_whole_training(
+    method: str, optimizer: str, images: issl.Images, query: issl.Images
+) -> None:
+    differs(learner(how(method, optimizer)), images, query)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "optimizer"), CASES)
+def test_the_derivative_of_a_whole_resnets_training(
+    method: str, optimizer: str, images: issl.Images, query: issl.Images
+) -> None:
+    differs(learner(how(method, optimizer), resnet18(1)), images, query)
+
+
+def differs(start: Learner, images: issl.Images, query: issl.Images) -> None:
+    """Asserts that the derivative is the central difference of trainings."""
+    found = influence_through_training(start, images, query, **SMALL)
+    eps, some = 1e-6, [0, 5]
+    for i in some:
+        ends = []
+        for side in (1, -1):
+            weights = torch.ones(N, dtype=torch.float64)
+            weights[i] += side * eps
+            ends.append(values_of(trained_with(found.run, weights), found.measures))
+        want = (ends[0] - ends[1]) / (2 * eps)
+        error = (found.derivatives[:, i] - want).norm() / want.norm()
+        assert error < 1e-6, (i, float(error))
+    assert found.derivatives.abs().gt(0).all()  # every image counts
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol", "barlow_twins", "vicreg", "supervised"])
+def test_a_weight_of_zero_is_the_training_without_the_image(
+    method: str, images: issl.Images, query: issl.Images
+) -> None:
+    run = Run(learner(how(method)), images, **SMALL)
+    weights, measures = torch.ones(N, dtype=torch.float64), stability_measures(query)
+    weights[4] = 0
+    by_weight, left_out = trained_with(run, weights), run.trained([4])
+    torch.testing.assert_close(
+        values_of(by_weight, measures), values_of(left_out, measures), rtol=1e-9, atol=1e-12
+    )
+    assert not torch.allclose(values_of(run.trained(), measures), values_of(left_out, measures))
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars"), ("supervised", "sgd")]
+)
+def test_the_training_is_pretrains(
+    method: str, optimizer: str, images: issl.Images, query: issl.Images
+) -> None:
+    recipe = replace(how(method, optimizer), lr=0.2, small=0.5)
+    found = influence_through_training(3, images, query, recipe, width=1, **SMALL)
+    encoder, _ = pretrain(images, recipe, width=1, **SMALL, execution=QUIET)
+    for a, b in zip(
+        encoder.state_dict().values(), found.learner.encoder.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+    kept = torch.ones(N, dtype=torch.bool)
+    kept[[1, 8]] = False
+    without, _ = pretrain(images, recipe, width=1, **SMALL, keep=kept, gaps=True, execution=QUIET)
+    for a, b in zip(
+        without.state_dict().values(),
+        found.run.trained([1, 8]).encoder.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
+    images: issl.Images, query: issl.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Learner(how("byol"), 1, None, 0)
+    want = influence_through_training(start, images, query, **SMALL)
+    again = influence_through_training(start, images, query, **SMALL, every=3)
+    torch.testing.assert_close(again.derivatives, want.derivatives, rtol=0, atol=0)
+    assert again.state_bytes == want.state_bytes // 2  # steps 0 and 3 of four
+
+    monkeypatch.setattr(through_training, "SAVED", 0.0)
+    through, taken = through_training.Back._through, []
+
+    def interrupted(self: object, learner: object, step: Step) -> None:
+        if step.number == 1 and len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(step.number)
+        through(self, learner, step)
+
+    monkeypatch.setattr(through_training.Back, "_through", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        influence_through_training(start, images, query, **SMALL, folder=tmp_path)
+    taken.append(-1)
+    on_disk = influence_through_training(start, images, query, **SMALL, folder=tmp_path)
+    assert taken == [3, 2, -1, 1, 0]
+    torch.testing.assert_close(on_disk.derivatives, want.derivatives, rtol=0, atol=0)
+    torch.testing.assert_close(on_disk.growth, want.growth)
+    others = images.subset(range(2))
+    with pytest.raises(issl.IsslError, match="other measures"):
+        influence_through_training(start, images, others, **SMALL, folder=tmp_path)
+    with pytest.raises(issl.IsslError, match="seed differ"):
+        influence_through_training(start, images, query, **SMALL | {"seed": 4}, folder=tmp_path)
+
+
+def test_removals_are_trainings_and_small_ones_are_predicted(
+    images: issl.Images, query: issl.Images
+) -> None:
+    start = learner(replace(how("simclr"), lr=0.02))
+    found = influence_through_training(start, images, query, **SMALL)
+    subsets = random_subsets(N, 0.1, 8)
+    table = found.removals([*subsets])
+    assert list(table["left_out"].unique()) == [1]
+    measured = values_of(found.run.trained(subsets[2]), found.measures) - found.value
+    of_third = table[table["subset"] == 2]
+    np.testing.assert_array_equal(of_third["measured"], measured)
+    np.testing.assert_allclose(of_third["predicted"], -found.derivatives[:, subsets[2][0]].numpy())
+    said = agreement(table).iloc[0]
+    assert said["lds"] > 0.8
+    assert 0.5 < said["slope"] < 2
+
+
+def test_agreement_of_known_tables() -> None:
+    predicted = [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]
+    table = pd.DataFrame(
+        {
+            "left_out": 5,
+            "subset": [0, 1, 2] * 2,
+            "query": [0] * 3 + [1] * 3,
+            "predicted": predicted,
+            "measured": [2.0, 4.0, 6.0, 6.0, 4.0, 2.0],
+        }
+    )
+    found = agreement(table)
+    assert found["lds"].tolist() == [0.0]  # 1 and -1
+    assert found["slope"].tolist() == pytest.approx([(28 + 20) / 28])
+
+
+def test_measures(images: issl.Images, query: issl.Images) -> None:
+    """A mean is the mean, and a vote of a bank is by hand."""
+    net = learner(how("simclr")).encoder.backbone.eval()
+    each = stability_measures(query, together=2)
+    with torch.no_grad():
+        values = torch.cat([measure(net) for measure in each])
+        torch.testing.assert_close(mean_of(each)(net), values.mean()[None])
+        bank = net(images.pixels.double() / 255)
+        labels = torch.arange(N) % 2
+        asked = replace(query, labels=torch.tensor([0, 1, 1]))
+        found = torch.cat([m(net) for m in knn_margins(asked, bank, labels, 0.5)])
+        features = net(asked.pixels.double() / 255)
+    cosines = nn.functional.cosine_similarity(features[:, None], bank[None], dim=2)
+    votes = (cosines / 0.5).exp()
+    shares = torch.stack([votes[:, labels == c].sum(1) for c in (0, 1)], 1)
+    shares /= shares.sum(1, keepdim=True)
+    want = (shares[:, 0] - shares[:, 1]) * torch.tensor([1, -1, -1])
+    torch.testing.assert_close(found, want)
+    with pytest.raises(issl.IsslError, match="classes"):
+        knn_margins(replace(query, labels=torch.tensor([0, 1, 2])), bank, labels)
+
+
+def test_bad_input_is_one_clear_error(
+    images: issl.Images, query: issl.Images, tmp_path: Path
+) -> None:
+    with pytest.raises(issl.IsslError, match="give the recipe"):
+        influence_through_training(0, images, query, **SMALL)
+    with pytest.raises(issl.IsslError, match="every=0"):
+        influence_through_training(0, images, query, how("simclr"), **SMALL, every=0)
+    with pytest.raises(issl.IsslError, match="batch_size=13"):
+        influence_through_training(0, images, query, how("simclr"), **SMALL | {"batch_size": 13})
+    broken = replace(how("simclr"), lr=1e30)
+    with pytest.raises(issl.IsslError, match="diverged at step"):
+        influence_through_training(0, images, query, broken, width=1, **SMALL)
+    file = tmp_path / "learner.safetensors"
+    other = Learner(how("simclr"), 2, None, 0)
+    save_learner(file, other, {}, half=False)
+    by_file = influence_through_training(file, images, query, how("simclr"), **SMALL)
+    by_learner = influence_through_training(other, images, query, **SMALL)
+    torch.testing.assert_close(by_file.derivatives, by_learner.derivatives)
+    with pytest.raises(issl.IsslError, match="12 is no position"):
+        by_learner.removals([[N]])
