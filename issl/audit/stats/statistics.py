@@ -67,6 +67,7 @@ def over_encoders(
     estimates: Sequence[Estimate],
     least: int | float = -np.inf,
     most: int | float = np.inf,
+    *,
     pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Estimate:
     """The mean of what was measured under k encoders on the same images.
