@@ -341,6 +341,7 @@ def test_a_run_leaves_out_what_has_to_train(checkpoint: Path, tmp_path: Path) ->
         "15",
         "16",
         "18",
+        "19",
     }
     check(options.plans(), tmp_path)
     plain = ProfileOptions("quick", out=tmp_path)

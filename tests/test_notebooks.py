@@ -188,6 +188,7 @@ PAST = {
     "predicts_leaving_one_out",
     "predicts_subsets",
     "semantic_bridges",
+    "training_aware_predicts",
     "uniform_backgrounds",
 }
 

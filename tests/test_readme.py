@@ -30,8 +30,7 @@ from PIL import Image
 
 import issl
 from issl import cli
-from issl.audit import profiles
-from issl.audit.commands import RELEASED
+from issl.audit import RELEASED, profiles
 from issl.errors import IsslError
 from issl.influence import reference
 
@@ -261,7 +260,7 @@ def test_adding_a_notebook(checkout: Path) -> None:
     nbformat.write(notebook, checkout / "notebooks/21_brightness.ipynb")
     profile = checkout / "notebooks/profiles/quick.yaml"
     profile.write_text("common: {n: 48, width: 1, epochs: 1, batch_size: 16}")
-    said = in_checkout(checkout, f"run --only 21 --out {checkout}")
+    said = in_checkout(checkout, f"run --profile quick --only 21 --out {checkout}")
     assert "1 of 1 notebooks ended well" in said
     written = checkout / "results/quick/claim_bright_images.simclr.json"
     record = json.loads(written.read_text())

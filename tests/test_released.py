@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+from issl.audit import RELEASED
 from issl.audit.again import differences
 from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
-from issl.audit.commands import RELEASED
 from issl.audit.plans_paper import SeedCorrelation
 from issl.audit.profiles import ProfileOptions, all_stages, check
 from issl.audit.settings import Data

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from issl import engine
+from issl.audit import RELEASED
 from issl.errors import IsslError
-
-RELEASED = "overnight-released"  # the profile that draws what comes with the repository
 
 
 def add(parsers: argparse._SubParsersAction[Any]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from issl import __version__
+from issl.audit import RELEASED
 from issl.audit.cache import Artifacts, released_index
-from issl.audit.commands import RELEASED
 from issl.audit.profiles import ProfileOptions, all_stages
 from issl.data import datasets
 from issl.data.published import ENVIRONMENT

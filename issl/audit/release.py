@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from issl.audit import RELEASED
 from issl.audit.cache import (
     MANIFEST,
     Artifacts,
@@ -14,7 +15,6 @@ from issl.audit.cache import (
     release,
     released_index,
 )
-from issl.audit.commands import RELEASED
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
 from issl.audit.stages import Influence, Pretrain, Table
