@@ -148,7 +148,7 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
 
 @pytest.mark.parametrize("profile", claims.readings())
 def test_a_reading_changes_its_choices_and_nothing_else(profile: str) -> None:
-    names = covered("overnight-projector")
+    names = [*covered("overnight-projector"), "report"]
     plain, read = (read_profile(p, names) for p in ("overnight", profile))
     changes = {"profile": profile, **claims.readings()[profile]}
     for name in names:

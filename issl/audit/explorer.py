@@ -7,13 +7,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from issl.audit.cache import Stage
-from issl.audit.plan import Scored
+from issl.audit.plan import Readable
 from issl.audit.settings import Data
 from issl.audit.stages import Influence, Lists
 from issl.pretraining import recipes
 
 
-class Explorer(Scored):
+class Explorer(Readable):
     """The report's image explorer; no notebook. It shows the first `shown` images of the
     profile."""
 
@@ -32,9 +32,11 @@ class Explorer(Scored):
         return self.influence(self.pretrain(method), data=self.images())
 
     def lists(self, method: recipes.Method) -> Lists:
-        """For each image, those nearest to it and those of the highest influence on it."""
+        """For each image, those nearest to it and those of the highest influence on it, both by the
+        output that is scored."""
+        features = self.features(self.pretrain(method), self.images())
         return Lists(
-            features=self.features(self.pretrain(method), self.images()),
+            features=features.model_copy(update={"output": self.output}),
             perturbation=self.noise,
             curvature=self.curvature,
             seed=self.noise_seed,

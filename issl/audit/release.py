@@ -1,5 +1,6 @@
-"""Release tables: `python -m issl.audit.release --out DIR` copies those that the default profile
-draws from, and that were made in DIR, into released/, under names for people."""
+"""Release tables: `python -m issl.audit.release --out DIR` copies those that the default profile or
+a reading of the paper draws from, and that were made in DIR, into released/, under names for
+people."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from issl.audit.cache import (
     release,
     released_index,
 )
+from issl.audit.claims import readings
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
 from issl.audit.stages import Influence, Pretrain, Table
@@ -66,7 +68,12 @@ def main() -> None:
     out = parser.parse_args().out
     folder, index = provided("released"), released_index(provided("released"))
     here = Artifacts(out / "artifacts", released=None)
-    for plan in ProfileOptions(RELEASED, out=out, door=None).plans().values():
+    plans = [
+        plan
+        for profile in (RELEASED, *readings())
+        for plan in ProfileOptions(profile, out=out, door=None).plans().values()
+    ]
+    for plan in plans:
         for stage in plan.stages():
             drawn = plan.dataset in datasets.DRAWN
             if not isinstance(stage, Table) or drawn or stage.label in index:

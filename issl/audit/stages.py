@@ -729,7 +729,7 @@ class Lists(Table):
     k: int = Field(6, ge=1)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        encoder, images = self.features.pretrain.encoder(artifacts), self.features.data.load()
+        encoder, images = self.features.encoder(artifacts), self.features.data.load()
         n, k = len(images), min(self.k, len(images) - 1)
         places, distances = nearest(self.features.read(artifacts), k)
         best = top_influences(

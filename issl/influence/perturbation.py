@@ -66,6 +66,11 @@ class GaussianNoise:
         channel: what a transform after ToTensor and Normalize adds."""
         return cls(tuple(mean * s for s in by), tuple(std * s for s in by))
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether the channels have numbers of their own."""
+        return isinstance(self.mean, tuple) or isinstance(self.std, tuple)
+
     def keyed(self, seed: int) -> Perturb:
         """The noise of image `index` depends only on (seed, index) and the image's size."""
 
