@@ -14,6 +14,7 @@ import torch
 from issl.audit import RELEASED
 from issl.audit.again import differences
 from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
+from issl.audit.claims import readings
 from issl.audit.plans_paper import SeedCorrelation
 from issl.audit.profiles import ProfileOptions, all_stages, check
 from issl.audit.settings import Data
@@ -27,9 +28,10 @@ from issl.pretraining.learner import load_learner
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
-    """Those of `overnight`, and of its notebook about faces, on a machine without data."""
+    """Those of `overnight` in every reading of the paper, and of its notebook about faces, on a
+    machine without data."""
     monkeypatch.delenv("ISSL_DATA", raising=False)
-    options = [ProfileOptions("overnight"), ProfileOptions("overnight", only="05")]
+    options = [*map(ProfileOptions, readings()), ProfileOptions("overnight", only="05")]
     return {stage.label: stage for o in options for stage in all_stages(o.plans().values())}
 
 
