@@ -297,8 +297,8 @@ class LoGra(Curvature):
     paper's choice; arXiv 2405.13954).
 
     Args:
-        rank: Dimensions kept per side; all where the layer has fewer. It decides how far copies of an
-            image discount its score: k of them to about 1 / (1 + k rank² / n) at most.
+        rank: Dimensions kept per side; all where the layer has fewer. It decides whether copies can
+            be seen: k of them leave about 1 / (1 + k rank² / n) of a score, or more.
         damping: λ as a fraction of the mean diagonal of H.
         seed: Of the projections alone: different noise seeds are compared under the same ones.
         projection: "random" orthonormal rows, or "pca": the leading eigenvectors of the layer's own
