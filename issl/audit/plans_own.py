@@ -57,9 +57,9 @@ ALL = -1  # in the place of an image that is left out: trained on all
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
-# how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
-# differ; as it was # trained; or only the statistics, on the weights of the encoder that was scored
 Asked = Literal["each", "unseen", "own"]  # what is asked after a training
+# how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
+# differ; as it was trained; or only the statistics, on the weights of the encoder that was scored
 Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
 
 

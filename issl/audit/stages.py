@@ -269,6 +269,10 @@ class Influence(Table):
             part.write_text(json.dumps(scores.attrs, indent=1))
         self.write(scores, folder)
 
+    def order(self, artifacts: Artifacts) -> np.ndarray:
+        """The positions of the images, from the highest influence to the lowest."""
+        return np.argsort(-self.read(artifacts)["influence"].to_numpy(), kind="stable")
+
 
 class Positions(Stage):
     """A choice of images by their positions in the data: positions.json. The subclasses say
@@ -348,7 +352,7 @@ class Pick(Positions):
     quantile: float = Field(ge=0, le=1)
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
+        order = self.influence.order(artifacts)
         return order[[round(self.quantile * (len(order) - 1))]]
 
 
@@ -560,7 +564,7 @@ class Spread(Positions):
     count: int = Field(ge=2)
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        order = np.argsort(-self.influence.read(artifacts)["influence"].to_numpy(), kind="stable")
+        order = self.influence.order(artifacts)
         return order[np.linspace(0, len(order) - 1, self.count).round().astype(int)]
 
 

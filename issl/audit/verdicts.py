@@ -186,10 +186,9 @@ def by_reading(records: Sequence[Record]) -> pd.DataFrame:
             test = deciding(r)
             number = {k: r["metrics"][test["metric"]][k] for k in ("value", "low", "high")}
             about = {k: r[k] for k in ("name", "claim", "outcome")} | {"method": r["variant"]}
-            asked = test["above"] if "above" in test else test["below"]
             rows.append(
                 {**about, "reading": profile, **readings()[profile], "metric": test["metric"]}
-                | {**number, "asked": asked, "over_readings": together}
+                | {**number, "asked": _asked(test), "over_readings": together}
             )
     return pd.DataFrame(rows)
 
@@ -202,6 +201,11 @@ def deciding(record: Record) -> dict[str, Any]:
         states[s] for s in ("contradicted", "undecided", "holds") if s in states
     )
     return found
+
+
+def _asked(test: dict[str, Any]) -> float:
+    """A test's threshold."""
+    return float(test["above"] if "above" in test else test["below"])
 
 
 def summary(records: Sequence[Record]) -> list[Row]:
@@ -226,7 +230,7 @@ def _row(own: Sequence[Record]) -> Row:
         measured=words(test["metric"]),
         methods=methods,
         estimates=[_first(r) for r in own],
-        asked=test["above"] if "above" in test else test["below"],
+        asked=_asked(test),
         n=one["n"],
         profile=one["provenance"]["profile"],
         data=one["dataset"] + (f" ({COPY})" if one["copied"] else ""),
