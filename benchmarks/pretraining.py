@@ -58,7 +58,7 @@ def ours(
 
     def program(turn: Turn) -> None:
         learner, optimizer = new(width)
-        learner = learner.to(memory_format=torch.channels_last)
+        learner = learner.for_training()
         for x, u in batches(images, batch_size, steps, turn):
             loss, _ = learner(HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1]), None, precision)
             update(loss, optimizer)

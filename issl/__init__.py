@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from issl.measures import knn_margins, mean_of, stability_measures
     from issl.pretraining.encoder import load_encoder
     from issl.through_training import influence_through_training
-    from issl.training_aware import training_influence
 
 __version__ = "0.3.0"
 __all__ = [
@@ -60,7 +59,6 @@ __all__ = [
     "self_influence",
     "stability_measures",
     "top_influences",
-    "training_influence",
 ]
 # the names of each module; none is called like its module, which would hide it once imported
 _MODULES = {
@@ -76,7 +74,6 @@ _MODULES = {
     "pretraining.encoder": "load_encoder",
     "measures": "knn_margins mean_of stability_measures",
     "through_training": "influence_through_training",
-    "training_aware": "training_influence",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every attribute for known

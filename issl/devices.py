@@ -120,9 +120,9 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Convolutions by torch's own code on several threads of a CPU: there oneDNN's gradient of a
-    narrow one's weight, in fp32, can crash the process (torch 2.15)."""
-    before = torch.backends.mkldnn.set_flags(_enabled=torch.get_num_threads() == 1)[0]
+    """Convolutions by torch's own code: oneDNN's gradient of a narrow one's weight, NHWC in fp32,
+    can crash a process on a CPU (its issue 6035)."""
+    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         yield
     finally:

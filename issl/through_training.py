@@ -273,7 +273,7 @@ class Back:
     def walk(self, progress: bool) -> float:
         """To the first step; the seconds that it took."""
         steps, began = self.states.course.steps, time.monotonic()
-        learner = copy.deepcopy(self.states.run.start).to(memory_format=torch.channels_last).train()
+        learner = copy.deepcopy(self.states.run.start).for_training()
         if not self.norms:
             self._note()
         saved = time.monotonic()

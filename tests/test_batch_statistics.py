@@ -13,15 +13,13 @@ import issl
 from issl.audit.cache import Artifacts
 from issl.audit.plans_paper import SeedCorrelation
 from issl.audit.settings import Data
-from issl.audit.stages import Draw, Embed, Influence, Pretrain, Stability, TrainingEffect
+from issl.audit.stages import Draw, Embed, Influence, Pretrain, Stability
 from issl.data.views import View
-from issl.influence.scores import as_queries
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import load_learner
 from issl.pretraining.loop import pretrain
 from issl.pretraining.recipes import recipe
-from issl.training_aware import training_influence
 
 DATA = Data(name="scenes", n=48)
 QUERY = Data(name="scenes", split="test", n=6)
@@ -106,15 +104,6 @@ def test_a_continued_training_starts_from_the_whole_learner(artifacts: Artifacts
     torch.testing.assert_close(seen["target"], kept.target.backbone[1].weight)
     pretrain(DATA.load(), still, **SIZES, epochs=1, start=kept.encoder, after_epoch=look)
     assert not torch.allclose(seen["target"], kept.target.backbone[1].weight)
-
-
-def test_the_stage_is_the_librarys_score(artifacts: Artifacts) -> None:
-    how = {"batch_size": 16, "draws": 2}
-    common = {"pretrain": FIRST, "data": DATA, "query": QUERY, **how}
-    last = TrainingEffect(**common).read(artifacts)
-    learner, query = FIRST.learner(artifacts), as_queries(QUERY.load())
-    torch.testing.assert_close(last, training_influence(learner, DATA.load(), query, **how))
-    assert TrainingEffect(**common, small=True).read(artifacts).shape == last.shape == (6, 48)
 
 
 def test_an_untrained_network_is_calibrated_and_can_be_scored(artifacts: Artifacts) -> None:

@@ -64,23 +64,6 @@ def test_the_lists_are_those_of_the_scores(
         assert min(picture.size) > 400
 
 
-def test_training_aware_is_a_list_of_its_own(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(trained, tmp_path, "test:3", "--training-aware") == 0
-    assert "most positive training-aware influence: " in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "why.csv")
-    images, query = issl.load("scenes", n=64), as_queries(issl.load("scenes", "test").subset([3]))
-    scores = issl.training_influence(trained, images, query)[0]
-    part = table[table["list"] == "trained"].sort_values("rank")
-    assert part["index"].tolist() == scores.argsort(descending=True)[:5].tolist()
-    np.testing.assert_allclose(part["training_influence"], scores.topk(5)[0], rtol=1e-4)
-    assert part["training_influence_rank"].tolist() == [1, 2, 3, 4, 5]
-    supervised = pretrain(tmp_path / "supervised.safetensors", "--method", "supervised")
-    assert run(supervised, tmp_path, "test:3", "--training-aware") == 2
-    assert "for self-supervised methods" in capsys.readouterr().err
-
-
 def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> None:
     assert run(trained, tmp_path, "train:7") == 0
     table = pd.read_csv(tmp_path / "why.csv")

@@ -21,10 +21,8 @@ from issl.devices import Batches, full_precision
 from issl.influence.curvature import KINDS, named_curvature
 from issl.pretraining import loop
 from issl.pretraining.encoder import resnet18
-from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution
 from issl.pretraining.recipes import SSL, Method, recipe
-from issl.training_aware import training_influence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,24 +110,6 @@ def test_features_losses_votes_and_probe(net: torch.nn.Module) -> None:
         evaluate.probe_hits(here, labels, here, labels, device=d)[0].mean() for d in (cpu, CUDA)
     ]
     assert abs(probes[0] - probes[1]) <= 0.05
-
-
-@pytest.mark.parametrize("method", ["byol", "simclr"])
-def test_training_aware_influence(method: Method) -> None:
-    images = issl.load("scenes", n=4)
-    learner = Learner(recipe(method, "short"), 2, None, 0)
-    here, there = (
-        training_influence(
-            learner,
-            images,
-            images.subset([0]),
-            batch_size=4,
-            size=(16, 16),
-            computing=Computing(device=d),
-        )
-        for d in ("cpu", CUDA)
-    )
-    torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-3 * float(here.abs().max()))
 
 
 # --- the host does not wait

@@ -42,7 +42,6 @@ from issl.audit.stages import (
     Stability,
     ThroughTraining,
     Top,
-    TrainingEffect,
     Without,
 )
 from issl.audit.table_stages import Bottlenecks, CopiesDiscount, ExplainedBy, Known, Map, Removals
@@ -158,25 +157,6 @@ class Retrained(Scored):
         return Nearness(
             train=self.features(first, self.scored()), query=self.features(first, self.query_data())
         )
-
-    def of_training(self, first: Pretrain) -> dict[str, Any]:
-        """The fields of a stage that measures what training on the scored images does to the
-        queries."""
-        return {
-            "pretrain": first,
-            "data": self.scored(),
-            "query": self.query_data(),
-            "perturbation": self.noise,
-            "seed": self.noise_seed,
-            "draws": self.draws,
-            "batch_size": self.continued_batch or first.batch_size,
-            "small": first.recipe.small == 1,
-        }
-
-    def training_effect(self, first: Pretrain | None = None, **changes: Any) -> TrainingEffect:
-        """Training-aware influence under an encoder, by default the first, whose learner was kept;
-        `changes` are fields of the stage."""
-        return TrainingEffect(**self.of_training(first or self.training()), **changes)
 
     def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
         """The fields of a stage that measures this retrained encoder."""
@@ -475,7 +455,7 @@ class Bridges(Readable):
 
 class Taught(Retrained):
     """15_taught: which training images taught the encoder about this test image? By influence, by
-    the gradient that training follows, and by similarity."""
+    the derivative of the training itself, and by similarity."""
 
     notebook: ClassVar[str] = "15_taught"
 
@@ -496,13 +476,24 @@ class Taught(Retrained):
             ),
         )
 
-    def scores(self) -> dict[str, Cross | TrainingEffect | Nearness]:
+    def asked_data(self) -> Data:
+        """The queries that are retrained for."""
+        return self.query_data().model_copy(update={"first": self.asked})
+
+    def effect(self) -> ThroughTraining:
+        """What each image did to the asked queries' stability losses when training went on once
+        more."""
+        return ThroughTraining(
+            run=self.retrained("continued", self.seeds),
+            query=self.asked_data(),
+            perturbation=self.noise,
+            seed=self.noise_seed,
+            draws=self.draws,
+        )
+
+    def scores(self) -> dict[str, Cross | ThroughTraining | Nearness]:
         """A number for each query and training image, by the name of its lists."""
-        return {
-            "influence": self.cross(),
-            "training-aware": self.training_effect(),
-            "nearest": self.nearness(),
-        }
+        return {"influence": self.cross(), "effect": self.effect(), "nearest": self.nearness()}
 
     def removals(self) -> dict[Labels, Draw | Top]:
         """The images that are removed, by the list's name and the query that it is for; or as many
@@ -611,7 +602,6 @@ class TrainingAware(Retrained):
         return {
             "nearest": Neighbours(features=self.features(first, self.scored()), k=1),
             "cross-influence": self.cross(first=first),
-            "one step": self.training_effect(first),
             "similarity": self.nearness(first),
         }
 

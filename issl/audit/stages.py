@@ -46,7 +46,6 @@ from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import RECIPES, Method, Recipe
 from issl.pretraining.states import Run
 from issl.through_training import influence_through_training, learner_of, values_of
-from issl.training_aware import training_influence
 
 TOGETHER = 64  # queries of a mean in one pass
 
@@ -371,16 +370,17 @@ class Draw(Positions):
 
 
 class Top(Positions):
-    """Choose the k training images of the highest influence on one query, or nearest to it."""
+    """Choose the k training images that speak most for one query: of the highest influence on it,
+    the nearest to it, or those that training on lowered its measure most."""
 
     name: ClassVar[str] = "top"
 
-    scores: Cross | Nearness | TrainingEffect
+    scores: Cross | Nearness | ThroughTraining
     query: int = Field(ge=0)  # its position
     k: int = Field(ge=1)
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        row = self.scores.read(artifacts)[self.query]
+        row = self.scores.sign * self.scores.read(artifacts)[self.query]
         return row.argsort(descending=True, stable=True)[: self.k].numpy()
 
 
@@ -463,7 +463,9 @@ class Stability(Measured, Table):
 
 class Pairs(Stage):
     """A number for each query and training image: pairs.safetensors (`scores` (q, n), `query`,
-    `index`)."""
+    `index`). `sign` times it is high where the image speaks for the query."""
+
+    sign: ClassVar[int] = 1
 
     def read(self, artifacts: Artifacts) -> Tensor:
         """The numbers (q, n)."""
@@ -508,49 +510,6 @@ class Cross(Pairs):
             self.seed,
             draws=self.draws,
             computing=computing,
-        )
-        _write_pairs(folder, scores, images, query)
-
-
-class TrainingEffect(Pairs):
-    """Training-aware influence of training images on queries, through one step: pairs.safetensors,
-    as `Cross`. Positive: training on the image lowers the query's stability loss. See
-    `issl.training_influence`.
-
-    pretrain     a training with `snapshots`
-    perturbation, seed, draws    of the queries' stability loss
-    batch_size, view_seed        of the batches and views in which effects are measured
-    small        on views of half the side
-    """
-
-    name: ClassVar[str] = "training_effect"
-
-    pretrain: Pretrain
-    data: Data
-    query: Data
-    perturbation: GaussianNoise | Augmentation = GaussianNoise()
-    seed: int = Field(0, ge=0)
-    draws: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=3)
-    view_seed: int = Field(0, ge=0)
-    small: bool = False
-    view_draws: int = Field(1, ge=1)
-
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
-        images, query = self.data.load(), self.query.load()
-        height, width = images.pixels.shape[2:]
-        scores = training_influence(
-            self.pretrain.learner(artifacts),
-            images,
-            as_queries(query),
-            perturbation=self.perturbation,
-            seed=self.seed,
-            draws=self.draws,
-            batch_size=self.batch_size,
-            view_seed=self.view_seed,
-            view_draws=self.view_draws,
-            size=(height // 2, width // 2) if self.small else None,
-            computing=_computing(artifacts),
         )
         _write_pairs(folder, scores, images, query)
 
@@ -615,6 +574,7 @@ class ThroughTraining(OfRun, Pairs):
     pairs.safetensors, as `Cross`, and through.json (growth of the adjoint, seconds, bytes)."""
 
     name: ClassVar[str] = "through_training"
+    sign: ClassVar[int] = -1
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         run, measures = self.training(artifacts)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import io
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,13 @@ from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
 from issl.influence.scores import as_queries, cross_influence
 from issl.pretraining.encoder import read_header
-from issl.pretraining.learner import load_learner
 from issl.pretraining.other_encoders import Opened, encoder_asked_for
-from issl.training_aware import training_influence
 
 LISTS = {
     "taught": "most positive influence",
     "opposed": "most negative influence",
     "nearest": "nearest in features",
-    "trained": "most positive training-aware influence",
 }
-MATES = 32  # of an image in the batches that training-aware influence is measured in
 # settings of a notebook's training set that `issl.load` has none of
 ALTERED = ("inject", "first", "uniform", "classes")
 
@@ -63,8 +58,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--damping", type=float, default=0.1, help="fraction of the mean diagonal (0.1)")
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
-    text = "another list: by influence through the gradient that training follows (64 passes)"
-    add("--training-aware", action="store_true", help=text)
     add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out, by name")
 
@@ -100,8 +93,7 @@ def main(options: argparse.Namespace) -> int:
     )
     similarity = (features @ asked[0]).double().numpy()
     losses = stability_losses(encoder, queries, noise, options.seed, options.draws, device)
-    trained = by_training(options, images, queries, device) if options.training_aware else None
-    table = lists(images, influence[0].numpy(), similarity, options.k, own, trained)
+    table = lists(images, influence[0].numpy(), similarity, options.k, own)
     with atomic(out.with_suffix(".csv")) as part:
         table.to_csv(part, index=False)
     shared = in_common(table)
@@ -111,25 +103,6 @@ def main(options: argparse.Namespace) -> int:
     print(f"{_summary(table)}\n{shared}")
     print(f"{out}, {out.with_suffix('.csv')}: {time.monotonic() - began:.0f} s", flush=True)
     return 0
-
-
-def by_training(
-    options: argparse.Namespace, images: Images, query: Images, device: torch.device
-) -> np.ndarray:
-    """Training-aware influence of each image on the query, on views of the size that the training
-    ended on."""
-    learner = load_learner(options.encoder)
-    height, width = images.pixels.shape[2:]
-    return training_influence(
-        learner,
-        images,
-        query,
-        seed=options.seed,
-        draws=options.draws,
-        batch_size=min(MATES, len(images)),
-        size=(height // 2, width // 2) if learner.recipe.small == 1 else None,
-        computing=Computing(device=device, progress=sys.stderr.isatty()),
-    )[0].numpy()
 
 
 def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images, str]:
@@ -250,7 +223,6 @@ def lists(
     similarity: np.ndarray,
     k: int,
     leave_out: np.ndarray | None = None,
-    trained: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """The training images of each list.
 
@@ -261,7 +233,6 @@ def lists(
         k: Images in a list.
         leave_out: A mask, (n,): the query itself, if it is one of them. It comes last, in a list of
             its own (`itself`).
-        trained: Training-aware influence, (n,), which adds a list (`trained`) and two columns.
 
     Returns:
         One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
@@ -270,7 +241,6 @@ def lists(
     """
     own = np.zeros(len(images), bool) if leave_out is None else leave_out
     scores = {"influence": influence, "similarity": similarity}
-    scores |= {} if trained is None else {"training_influence": trained}
     ranks = {}
     for name, values in scores.items():
         falling = pd.Series(np.where(own, np.nan, -values))
@@ -283,8 +253,6 @@ def lists(
         "opposed": others.nlargest(k, "influence_rank"),
         "nearest": others.nsmallest(k, "similarity_rank"),
     }
-    if trained is not None:
-        parts["trained"] = others.nsmallest(k, "training_influence_rank")
     if own.any():
         parts["itself"] = known[own]
     table = pd.concat(

@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
     print(f"{what}, {device}", flush=True)
 
     def after_epoch(done: int, learner: Learner) -> None:
-        if done == options.epochs:  # the whole learner: what training-aware influence needs
+        if done == options.epochs:  # the whole learner, so that its training can go on
             save_learner(out, learner, about, half=False)
 
     saved = out.with_name(out.name + ".checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Checkpoint:
 
     With it, a killed run continues where it was and takes the same steps: on a CPU it ends with the
     same weights, on a GPU up to rounding, for cuDNN's fastest algorithms sum in another order each
-    time.
+    time. On a machine of another precision it continues in that one, and says so.
 
     Attributes:
         path: The file to resume from and to write to; None: nothing is saved.
@@ -63,8 +64,11 @@ class Checkpoint:
             return []
         header, tensors = read_safetensors(self.path, "checkpoint")
         saved = json.loads(header.get("identity", "{}"))
-        if saved != identity:
-            differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
+        differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
+        if differing == ["bf16"]:
+            was, now = ("bf16" if run["bf16"] else "fp32" for run in (saved, identity))
+            print(f"{self.path} was computed in {was}: going on in {now}", file=sys.stderr)
+        elif differing:
             raise IsslError(
                 f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; "
                 "delete or move it"

@@ -91,9 +91,7 @@ class Learner(nn.Module):
                 BatchNorm's statistics. The loss is twice differentiable in them. None: all the
                 same, by the usual and faster formulas.
         """
-        both = (xa if xb is None else torch.cat([xa, xb])).contiguous(
-            memory_format=torch.channels_last
-        )
+        both = (xa if xb is None else torch.cat([xa, xb])).contiguous(memory_format=self.layout)
         device = both.device
         # bf16 convolutions in NHWC: 3 to 4 times faster than plain fp32 on CPUs that have them, and
         # on GPUs
@@ -106,6 +104,18 @@ class Learner(nn.Module):
             rows = tuple(full(part) for part in outputs)
             loss = self.method.loss(rows, Batch(self.recipe, labels, weights))
             return loss, full(features.detach())
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of pixels and kernels: NHWC, the faster one, where it works. On CPUs without AVX-512 the
+        weight gradient of a strided 1×1 convolution of fewer than 8 channels then writes past its
+        memory (oneDNN issue 6035): a crash, or wrong numbers."""
+        safe = self.encoder.width >= 8 or next(self.parameters()).device.type != "cpu"
+        return torch.channels_last if safe else torch.contiguous_format
+
+    def for_training(self) -> Learner:
+        """Itself, in train mode and in that layout."""
+        return self.to(memory_format=self.layout).train()
 
     def beside(self) -> dict[str, Tensor]:
         """All tensors but the encoder's."""

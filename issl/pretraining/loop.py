@@ -269,7 +269,7 @@ def pretrain(
     n, device = len(images), torch.device(execution.device)
     course = Course(images, recipe, epochs, batch_size, seed, keep, gaps, device)
     learner = Learner(recipe, width, course.classes, seed, start)
-    learner = learner.to(device).to(memory_format=torch.channels_last).train()
+    learner = learner.to(device).for_training()
     optimizer = optimizer_of(learner, batch_size)
     identity = {
         "recipe": plain(recipe),

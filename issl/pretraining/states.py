@@ -59,7 +59,7 @@ class Run:
         self, course: Course, first: int = 0, state: State | None = None
     ) -> Iterator[tuple[Learner, torch.optim.Optimizer]]:
         """The learner before step `first`, which has this state there, and after each step."""
-        learner = copy.deepcopy(self.start).to(memory_format=torch.channels_last).train()
+        learner = copy.deepcopy(self.start).for_training()
         optimizer = optimizer_of(learner, self.batch_size)
         if state is not None:
             load(state, learner, optimizer)
@@ -194,7 +194,7 @@ class States:
             return self.kept[number]
         device = next(self.run.start.parameters()).device
         found = read_safetensors(self._path(number), "state")[1]
-        layout = {4: torch.channels_last}  # of kernels, as the learner has them
+        layout = {4: self.run.start.layout}  # of kernels, as the learner has them
         return {
             name: value.to(device, memory_format=layout.get(value.ndim, torch.contiguous_format))
             for name, value in found.items()

@@ -19,36 +19,31 @@ no gradient. S° is S without its diagonal, and α, β, γ are the factors of VI
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, softmax
 
 from issl.data.images import Images
+from issl.data.views import VIEW_UNIFORMS
 from issl.errors import IsslError
 from issl.influence.perturbation import GaussianNoise
-from issl.measures import Measure, stability_measures
+from issl.keyed_random import uniform
+from issl.measures import stability_measures
 from issl.pretraining import recipes
 from issl.pretraining.learner import Learner
 from issl.pretraining.methods import method_named
 from issl.pretraining.methods.base import Batch, Recipe
 from issl.pretraining.methods.vicreg import COVARIANCE, INVARIANCE, VARIANCE
-from issl.training_aware import (
-    Gradients,
-    batch_gradient,
-    batches,
-    measuring_copy,
-    query_gradients,
-    two_views,
-)
 
 Projections = Float[Tensor, "v p"]  # v = 2b
+WeightsGradient = Float[Tensor, " w"]  # of the backbone, in double precision
 STABILITY = "stability"  # the name of the stability loss among the objectives
 
 
@@ -187,17 +182,16 @@ def weight_cosines(
     """
     model, found = measuring_copy(learner), []
     for draw in range(draws):
-        rows = batches(images, batch_size, seed, draw)[0]
-        views = two_views(model, images, rows, seed, draw, None)
-        some = images.subset(rows)
-        found.append(
-            {
-                name: _stability_gradient(model, some, noise, noise_seed + draw)
-                if name == STABILITY
-                else _flat(batch_gradient(_as_objective(model, name, variant), *views))
-                for name in losses
-            }
-        )
+        rows = some_batch(images, batch_size, seed, draw)
+        views = two_views(model, images, rows, seed, draw)
+        of_draw = {}
+        for name in losses:
+            if name == STABILITY:
+                some = images.subset(rows)
+                of_draw[name] = _stability_gradient(model, some, noise, noise_seed + draw)
+            else:
+                of_draw[name] = _batch_gradient(_as_objective(model, name, variant), *views)
+        found.append(of_draw)
     return pd.DataFrame(
         [
             (k, a, b, float(cosine_similarity(one[a], (following if a == b else one)[b], dim=0)))
@@ -222,17 +216,46 @@ def _as_objective(model: Learner, name: str, variant: recipes.Variant) -> Learne
 
 def _stability_gradient(
     model: Learner, images: Images, noise: GaussianNoise, seed: int
-) -> Float[Tensor, " w"]:
+) -> WeightsGradient:
     """Of the mean stability loss of the images, BatchNorm by its running statistics."""
-    backbone = model.encoder.backbone
-    measures = stability_measures(images, noise, seed)
-    sums = [_flat(query_gradients(backbone, partial(_total, measure))) for measure in measures]
-    return torch.stack(sums).sum(0) / len(images)
+    backbone = model.encoder.backbone.eval()
+    losses = torch.cat([measure(backbone) for measure in stability_measures(images, noise, seed)])
+    found = _flat(torch.autograd.grad(losses.mean(), list(backbone.parameters())))
+    backbone.train()
+    return found
 
 
-def _total(measure: Measure, backbone: nn.Module) -> Float[Tensor, " 1"]:
-    return measure(backbone).sum()[None]
+def _batch_gradient(model: Learner, xa: Tensor, xb: Tensor) -> WeightsGradient:
+    """Of what training follows."""
+    loss, _ = model(xa, xb, None, "fp32")
+    return _flat(torch.autograd.grad(loss, list(model.encoder.backbone.parameters())))
 
 
-def _flat(gradients: Gradients) -> Float[Tensor, " w"]:
+def _flat(gradients: Sequence[Tensor]) -> WeightsGradient:
     return torch.cat([part.flatten() for part in gradients]).double()
+
+
+def measuring_copy(learner: Learner) -> Learner:
+    """A copy in train mode, so BatchNorm normalises by the batch, whose running statistics stay as
+    they are."""
+    model = copy.deepcopy(learner).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+    return model
+
+
+def some_batch(images: Images, batch_size: int, seed: int, draw: int) -> Int64[Tensor, " b"]:
+    """Places of a random batch: by a number of each image's own, so the set's order does not
+    matter."""
+    key = uniform(seed + (draw << 32), images.index, (1,)).squeeze(1)
+    return torch.argsort(key, stable=True)[:batch_size]
+
+
+def two_views(
+    learner: Learner, images: Images, rows: Int64[Tensor, " b"], seed: int, draw: int
+) -> tuple[Tensor, Tensor]:
+    """The two views of each of these images in this draw, keyed by its index."""
+    x = images.pixels[rows].float() / 255
+    u = uniform(seed + (draw << 32) + (1 << 62), images.index[rows], (2, VIEW_UNIFORMS))
+    return learner.recipe.view_a(x, u[:, 0]), learner.recipe.view_b(x, u[:, 1])
