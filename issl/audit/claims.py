@@ -135,6 +135,7 @@ class Claim(Entry):
 
     notebook: str
     claim: str
+    question: str | None = None
     paper: str | float | None
     ours: bool
     use: str | None = None

@@ -37,6 +37,7 @@ PHRASES = {
     "contradicted": "does not hold",
     "undecided": "is undecided",
 }
+ANSWERS, OPEN = {"reproduced": "yes", "partly": "in part", "contradicted": "no"}, "open"
 MARKS = dict(zip((*PHRASES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇◌⊘✓✗", strict=True))
 BEGIN = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->"
 END = "<!-- /verdicts -->"
@@ -360,39 +361,46 @@ def markdown(records: Sequence[Record]) -> str:
     return _markdown(head.split("|"), cells, numeric=3)
 
 
-def short_markdown(records: Sequence[Record]) -> str:
-    """A line for each claim whose test still decides, at the largest scale of its measurements.
+def answers(records: Sequence[Record]) -> str:
+    """The README's table: a row for each question of claims.yaml, answered at the largest scale of
+    its measurements.
 
-    What was measured on the copy of the images counts until it is measured again.
+    What was measured on the copy of the images counts, with a star, until it is measured again.
     """
-    standing = [r for r in records if r["verdict"] not in (SUPERSEDED, PASSED, FAILED)]
     cells = []
-    for of_claim in _grouped(standing, lambda r: r["name"]):
-        at = max((r["provenance"]["profile"] for r in of_claim), key=_scale)
-        own = [r for r in of_claim if r["provenance"]["profile"] == at]
-        published = [r for r in own if not r["copied"]]
-        again = {r["variant"] for r in published}
-        copied = [r for r in own if r["copied"] and r["variant"] not in again]
-        numbers, reached = [], []
-        for part, note in ((published, ""), (copied, f"on {COPY}: ")):
-            if part:
-                numbers.append((note if published else "") + _deciding_numbers(part))
-                reached.append(note + _short_verdict(part))
-        row, where = _row(own), "" if at == SCALES[0] else f"{at}: "
-        cells.append((row.claim, row.paper, "; ".join(numbers), where + "; ".join(reached)))
-    return _markdown(["claim", "paper", "ours (95% interval)", "verdict"], cells)
+    asked = [r for r in records if claims()[r["name"]].question]
+    for of_claim in _grouped(asked, lambda r: r["name"]):
+        at = max(SCALES.index(r["provenance"]["profile"]) for r in of_claim)
+        own = [r for r in of_claim if r["provenance"]["profile"] == SCALES[at]]
+        again = {r["variant"] for r in own if not r["copied"]}
+        own = [r for r in own if not r["copied"] or r["variant"] not in again]
+        own.sort(key=lambda r: r["copied"])
+        found: dict[str, list[str]] = {}
+        for r, method in zip(own, _methods(own), strict=True):
+            star = "\\*" if r["copied"] else ""
+            found.setdefault(_answer(r), []).append(method + star)
+        stars = {r["copied"] for r in own}
+        if len(found) == len(stars) == 1:  # all agree
+            told = _answer(own[0]) + ("\\*" if own[0]["copied"] else "")
+        else:
+            told = "; ".join(f"{word} ({', '.join(methods)})" for word, methods in found.items())
+        about, number = claims()[own[0]["name"]], _deciding_number(own[0])
+        cells.append((str(about.question), told, number, about.notebook[:2]))
+    return _markdown(["question", "answer", "the number that says it", "notebook"], cells)
 
 
-def _deciding_numbers(records: Sequence[Record]) -> str:
-    """The number of the test that decides each record, with its method."""
-    named = {id(r): method for r, method in zip(records, _methods(records), strict=True)}
-    parts = []
-    for own in _grouped(records, lambda r: deciding(r)["metric"]):
-        metric = deciding(own[0])["metric"]
-        numbers = [_number(Estimate.of(r["metrics"][metric])) for r in own]
-        each = [f"{n} {named[id(r)]}".strip() for n, r in zip(numbers, own, strict=True)]
-        parts.append(f"{words(metric)} = {', '.join(each)}")
-    return "; ".join(parts)
+def _answer(record: Record) -> str:
+    """A verdict as an answer to its claim's question."""
+    if record["verdict"] == "partly" and "contradicted" in {t["state"] for t in record["tests"]}:
+        return "mixed"
+    return ANSWERS.get(record["verdict"], OPEN)
+
+
+def _deciding_number(record: Record) -> str:
+    """The number of the test that decides a record, with its method."""
+    metric, method = deciding(record)["metric"], NAMES.get(record["variant"])
+    number = _number(Estimate.of(record["metrics"][metric]))
+    return f"{words(metric)} = {number}" + (f" ({method})" if method else "")
 
 
 def _markdown(
@@ -402,33 +410,6 @@ def _markdown(
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)]) + "\n"
-
-
-def _scale(profile: str) -> int:
-    return SCALES.index(profile.split("-")[0])
-
-
-def _short_verdict(records: Sequence[Record]) -> str:
-    """The verdicts by their marks, with the methods; in words where all agree.
-
-    Where the scale allows no verdict, the outcomes so far, after the others.
-    """
-    by: dict[tuple[bool, str, str], list[str]] = {}
-    for r, method in zip(records, _methods(records), strict=True):
-        early = r["verdict"] == UNTESTED
-        found = r["outcome"] if early else r["verdict"]
-        opposed = any(t["state"] == "contradicted" for t in r["tests"])
-        note = "in part contradicted" if found == "partly" and opposed else ""
-        by.setdefault((early, found, note), []).append(method)
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    for (early, found, note), methods in by.items():
-        if len(by) == 1:
-            text = found + (f", {note}" if note else "")
-        else:
-            text = ", ".join(methods) + (f" ({note})" if note else "")
-        parts[early].append(f"{MARKS[found]} {text}")
-    so_far = [f"◌ so far {'; '.join(parts[True])}"] if parts[True] else []
-    return "; ".join([*parts[False], *so_far])
 
 
 def in_page(text: str, table: str) -> str:
@@ -442,9 +423,9 @@ def in_page(text: str, table: str) -> str:
 def pages(repository: Path) -> dict[Path, str]:
     """The pages that show verdicts, as they must read by the records that are kept.
 
-    A line for each claim in the README, all of it in docs/verdicts.md.
+    The answers in the README, all of it in docs/verdicts.md.
     """
     records = kept_records(repository / "figures")
-    tables = {"README.md": short_markdown(records), "docs/verdicts.md": markdown(records)}
+    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(records)}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}
