@@ -142,6 +142,7 @@ class Claim(Entry):
     profiles: list[str]
     scale: Literal["trained", "learning", "none"] = "trained"
     check: bool = False
+    stated: str
     tests: list[Condition] = Field(min_length=1)
     superseded: Superseded | None = None
 

@@ -350,15 +350,65 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     return found
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """The summary as a table."""
-    head = "claim|paper|ours (95% interval)|n|profile, data|verdict (tests held)"
-    cells = []
-    for r in summary(records):
-        found, verdicts = "<br>".join(r.found), "<br>".join(r.verdicts)
-        where = f"{r.profile}, {r.data}"
-        cells.append((r.claim, r.paper, found, f"{r.n:,}", where, verdicts))
-    return _markdown(head.split("|"), cells, numeric=3)
+def markdown(records: Sequence[Record], figures: str | None = None) -> str:
+    """Every claim with what was found: those that stand, a section each; then the code's checks,
+    and the tests that no longer decide.
+
+    Args:
+        records: Of any profiles.
+        figures: Where each profile's figures are, for links; None: no links.
+    """
+    parts: dict[str, list[str]] = {"standing": [], "checks": [], "superseded": []}
+    for own in _grouped(records, lambda r: r["name"]):
+        about = claims()[own[0]["name"]]
+        kind = "superseded" if about.superseded else "checks" if about.check else "standing"
+        parts[kind].append(_section(own, figures))
+    found = "".join(parts["standing"])
+    for title, kind in (("Checks of the code", "checks"), ("Superseded tests", "superseded")):
+        if parts[kind]:
+            inside = "\n".join(parts[kind])
+            found += f"<details markdown><summary>{title}</summary>\n\n{inside}\n</details>\n\n"
+    return found
+
+
+def _section(own: Sequence[Record], figures: str | None) -> str:
+    """What the records of one claim say, the largest scale first."""
+    about = claims()[own[0]["name"]]
+    paper = "our question" if about.paper is None else f"the paper: {about.paper}"
+    first = min(r["provenance"]["time"] for r in own)
+    made = f"tests stated {about.stated}, first recorded {first[:10]}"
+    lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
+    lines.append(f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`; {made}.")
+    if why := about.superseded:
+        lines.append(f"Superseded on {why.date} by `{why.by}`: {why.reason} Found: {why.found}")
+    rows = []
+    for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
+        data = f"{r['dataset']}, n = {r['n']:,}" + (f" ({COPY})" if r["copied"] else "")
+        where = r["provenance"]["profile"]
+        if figures is not None:
+            folder = where + (COPIED if r["copied"] else "")
+            where = f"[{where}]({figures}/{folder}/{about.notebook}.png)"
+        numbers = [f"{words(k)} {_number(Estimate.of(r['metrics'][k]))}" for k in _asked_of(r)]
+        method = NAMES.get(r["variant"], r["variant"])
+        rows.append((method, f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
+    head = [
+        "",
+        "measured at",
+        "verdict (tests held)",
+        "the numbers of its tests, the deciding first",
+    ]
+    return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
+
+
+def _asked_of(record: Record) -> list[str]:
+    """The metrics of a record's tests, the deciding one first."""
+    metrics = [deciding(record)["metric"], *(t["metric"] for t in record["tests"])]
+    return [m for m in dict.fromkeys(metrics) if m in record["metrics"]]
+
+
+def _scale(record: Record) -> int:
+    profile = record["provenance"]["profile"].split("-")[0]
+    return SCALES.index(profile) if profile in SCALES else -1
 
 
 def answers(records: Sequence[Record]) -> str:
@@ -423,9 +473,13 @@ def in_page(text: str, table: str) -> str:
 def pages(repository: Path) -> dict[Path, str]:
     """The pages that show verdicts, as they must read by the records that are kept.
 
-    The answers in the README, all of it in docs/verdicts.md.
+    The answers in the README; in docs/verdicts.md each claim at the largest scale of its records.
     """
     records = kept_records(repository / "figures")
-    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(records)}
+    largest = {
+        r["name"]: max(_scale(s) for s in records if s["name"] == r["name"]) for r in records
+    }
+    shown = [r for r in records if _scale(r) == largest[r["name"]]]
+    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(shown, "../figures")}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}
