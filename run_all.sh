@@ -76,7 +76,7 @@ case "${1:-}" in
     say "running the tests"
     cd "$here"
     # a package's bytecode is worth keeping: importing torch without it takes several times as long
-    PYTHONDONTWRITEBYTECODE='' exec "$python" -m pytest -n 2 --dist loadfile "$@"
+    PYTHONDONTWRITEBYTECODE='' exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
 *)
     set_up

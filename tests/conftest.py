@@ -32,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
 
 
+LONGEST = ("test_notebooks.py", "test_readme.py", "test_run.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two workers one would wait for a file that was begun last."""
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.name) in LONGEST else 9)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data; the test is skipped where there is none."""

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from nets import make, pictures
-from torch import Tensor, nn
 
 import issl
 from issl import Computing, LoGra
@@ -51,29 +50,6 @@ def test_auto_gives_the_same_scores() -> None:
         net, images, curvature=LoGra(4), computing=Computing(batch_size="auto")
     )
     np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
-
-
-class Small(nn.Module):
-    """Runs out of memory beyond so many views."""
-
-    def __init__(self, most: int):
-        super().__init__()
-        self.net, self.most, self.seen = make("stride"), most, []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(len(x))
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-
-def test_a_batch_is_halved_where_memory_runs_out() -> None:
-    images = pictures(30)
-    want = issl.self_influence(make("stride"), images)
-    got = issl.self_influence(Small(13).eval(), images, computing=Computing(batch_size=24))
-    np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
-    with pytest.raises(issl.IsslError, match="memory does not suffice for one image and its view"):
-        issl.self_influence(Small(1).eval(), images.subset([0]))
 
 
 def test_only_memory_is_a_reason() -> None:

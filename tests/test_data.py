@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torchvision
 from disk import png, write_parquet, write_torchvision
-from PIL import Image, ImageFile
+from PIL import Image
 
 import issl
 from issl.data import datasets, published, scenes
@@ -65,17 +64,6 @@ def test_another_background_changes_the_background_alone() -> None:
     assert (white[(a.masks == 0) & inside.any(1).any(1)[:, None, None]] > 225).all()
 
 
-def test_scenes_bad_input() -> None:
-    for arguments, message in [
-        ({"split": "val"}, "split 'val'"),
-        ({"n": 0}, "n=0"),
-        ({"exact_duplicates": 0.6, "near_duplicates": 0.6}, "do not add up to more"),
-        ({"uniform": 1.1}, r"uniform=1\.1"),
-    ]:
-        with pytest.raises(issl.IsslError, match=message):
-            scenes.draw(**arguments)
-
-
 # --- Images ---
 
 
@@ -87,14 +75,6 @@ def test_subset_keeps_identity() -> None:
     for bad, message in (([50], "position 50"), ([1, 1], "occurs twice"), ([True], "of length 1")):
         with pytest.raises(issl.IsslError, match=message):
             images.subset(bad)
-
-
-def test_an_attribute_that_is_not_there_is_said_with_those_that_are() -> None:
-    images = issl.load("scenes", n=8)
-    assert list(images.require(["group", "background"])) == ["group", "background"]
-    said = r"scenes has no attribute 'race'; choose among index, .*group"
-    with pytest.raises(issl.IsslError, match=said):
-        images.require(["group", "race"])
 
 
 # --- published sets ---
@@ -170,12 +150,9 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
             issl.load(name, **{"root": tmp_path, **arguments})
 
     fails("data set 'mnist': known are", "mnist")
-    fails("data set 'tar:x.tar': known are .* hf:PATH_OR_NAME", "tar:x.tar")
     fails("split 'val': cifar10 has train and test", split="val")
-    fails("is not a folder", root=tmp_path / "nowhere")
     fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
-    fails("size=4: give a whole number of px", "fairface", size=4)
     columns = {"label": [1] * 12}
     path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", columns, pixels)
     path.write_bytes(path.read_bytes()[:9000])
@@ -194,38 +171,11 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
     fails(said, f"folder:{empty}")
 
 
-def test_no_data_root_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ISSL_DATA", raising=False)
-    with pytest.raises(issl.IsslError, match="--data-root"):
-        issl.load("fairface")
-    with pytest.raises(issl.IsslError, match="only cifar10, cifar100, fairface"):
-        published.download("mnist", "x")
-
-
-def test_download_without_network_says_where_files_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    for name, place in (("cifar10", "cifar10/plain_text"), ("fairface", "fairface/0.25")):
-        with pytest.raises(issl.IsslError, match=rf"no route to host.*Expected: .*{place}"):
-            published.download(name, tmp_path)
-
-
 @pytest.mark.data
-def test_real_cifar10_and_fairface(data_root: Path) -> None:
-    images = issl.load("cifar10", n=300, root=data_root)
-    assert images.pixels.shape == (300, 3, 32, 32)
-    assert images.attributes["label_name"].nunique() == 10
-    assert 100 < float(images.pixels.float().mean()) < 140
-    assert datasets.count("cifar10", "test", data_root) == 10_000
+def test_real_faces(data_root: Path) -> None:
     faces = issl.load("fairface", n=100, root=data_root)
     assert faces.pixels.shape == (100, 3, 64, 64)
     assert set(faces.attributes["gender"]) == {"Male", "Female"}
-    assert faces.attributes["race"].nunique() > 4
 
 
 # --- folders ---
@@ -292,38 +242,6 @@ def test_linked_folders_are_classes_and_circles_end(
     assert issl.load(f"folder:{tmp_path / 'link'}").attributes["path"].tolist() == there
 
 
-def test_links_to_each_other_end_too(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
-    for k, name in enumerate("abc"):
-        saved(tmp_path / "set" / name / "1.png", pixels[k])
-        for other in "abc".replace(name, ""):
-            (tmp_path / "set" / name / f"to-{other}").symlink_to(f"../{other}")
-    paths, said = read_with(tmp_path / "set", capsys)
-    assert {p.split("/")[0] for p in paths} == set("abc") and "linked in a circle" in said
-    assert {"a/1.png", "a/to-b/1.png", "a/to-b/to-c/1.png"} <= set(paths)
-    assert not any("to-a" in p and p.startswith("a/") for p in paths)  # none is its own ancestor
-
-
-def test_every_ending_that_pillow_reads(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
-    kinds = {
-        "JPEG": "jfif jpe JPG Jpeg pjpeg jif",
-        "PPM": "ppm pgm pnm",
-        **{"PNG": "png apng", "BMP": "bmp dib", "TIFF": "tif tiff", "SGI": "rgb", "TGA": "tga"},
-        **{kind: kind.lower() for kind in ("GIF", "ICO", "PCX", "QOI", "WEBP", "AVIF")},
-        "JPEG2000": "jp2",
-    }
-    there = [
-        saved(tmp_path / f"x.{ending}", pixels[0], kind).name
-        for kind, endings in kinds.items()
-        for ending in endings.split()
-        if kind in Image.SAVE
-    ]
-    assert len(there) > 20
-    others = "notes.txt table.csv about.json Thumbs.db features.h5 film.mpg run.fit README"
-    for other in others.split():
-        (tmp_path / other).write_bytes(b"not a picture")
-    assert read_with(tmp_path, capsys) == (sorted(there), "")
-
-
 def test_what_this_pillow_cannot_read_is_counted(
     tmp_path: Path, pixels: np.ndarray, capsys
 ) -> None:
@@ -336,56 +254,11 @@ def test_what_this_pillow_cannot_read_is_counted(
     saved(folder / "d.png_large", pixels[1], "PNG")
     saved(folder / ".ipynb_checkpoints/a-checkpoint.jpg", pixels[0])
     paths, said = read_with(folder, capsys)
-    assert paths == ["a.jpg"] and said.count("\n") == 1
-    assert said.startswith("folder:phone: left out 7 files: 2 .heic (this Pillow cannot read")
-    for part in ("1 .dng (", "1 .jxl (", "1 hidden", "1 without an ending (", "1 .png_large ("):
-        assert part in said, part
+    assert paths == ["a.jpg"] and "left out 7 files: 2 .heic (" in said
     assert read_with(folder, capsys, quiet=True)[1] == ""
-    assert read_with(folder, capsys, n=1)[1] == said  # once for each load
-    assert datasets.identity(f"folder:{folder}").about in said and capsys.readouterr().err == ""
     (folder / "a.jpg").unlink()
     with pytest.raises(issl.IsslError, match=r"has no images .*; left out 7 files: 2 .heic"):
         issl.load(f"folder:{folder}")
-
-
-def test_a_plugin_makes_them_readable(
-    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """As pillow-heif does: it registers a decoder and the ending."""
-
-    class Plugin(ImageFile.ImageFile):
-        format = "HEIF"
-
-        def _open(self) -> None:
-            assert self.fp is not None
-            self._mode, self._size = "RGB", (16, 16)
-            self.fp.seek(4)
-            self.tile = [ImageFile._Tile("raw", (0, 0, 16, 16), 4, ("RGB", 0, 1))]
-
-    saved(tmp_path / "a.png", pixels[0])
-    (tmp_path / "b.heic").write_bytes(b"HEIF" + bytes(range(256)) * 3)
-    assert read_with(tmp_path, capsys)[0] == ["a.png"]
-    Image.init()
-    for registry in ("OPEN", "EXTENSION"):
-        monkeypatch.setattr(Image, registry, dict(getattr(Image, registry)))
-    monkeypatch.setattr(Image, "ID", list(Image.ID))
-    before = datasets.identity(f"folder:{tmp_path}").digest
-    Image.register_open("HEIF", Plugin, lambda prefix: prefix.startswith(b"HEIF"))
-    Image.register_extension("HEIF", ".heic")
-    assert read_with(tmp_path, capsys) == (["a.png", "b.heic"], "")
-    images = issl.load(f"folder:{tmp_path}", size=16)
-    assert images.pixels[1].permute(1, 2, 0).flatten().tolist() == list(range(256)) * 3
-    assert datasets.identity(f"folder:{tmp_path}").digest != before  # other images, other keys
-
-
-def test_hidden_folders_are_no_classes(tmp_path: Path, pixels: np.ndarray, capsys) -> None:
-    folder = tmp_path / ".cache" / "photos"  # where it is hidden does not matter
-    hidden = "cat/.ipynb_checkpoints/1-checkpoint.png .thumbs/a/1.png ._1.png"
-    for k, name in enumerate(f"cat/1.png dog/1.png {hidden}".split()):
-        saved(folder / name, pixels[k])
-    said = "folder:photos: left out 3 files: 3 hidden\n"
-    assert read_with(folder, capsys) == (["cat/1.png", "dog/1.png"], said)
-    assert issl.load(f"folder:{folder}").labels.tolist() == [0, 1]
 
 
 def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -3,7 +3,6 @@ limited."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import nets
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch._dynamo.testing import CompileCounter
 
 import issl
 from issl import devices, evaluate
@@ -145,18 +143,6 @@ def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
     assert "mycc (of $CC)" in str(loop.lacking_for_compilation())
     assert Execution("cuda", compiled="off").maybe_compiled(10**9, len) == (len,)
     assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
-
-
-def test_the_twelfth_shape_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one function, in one process: torch stops at eight by itself. By a backend that only
-    counts, and needs no compiler."""
-    seen = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
-    monkeypatch.setattr(loop, "lacking_for_compilation", lambda: None)
-    (double,) = Execution("cpu", compiled="on").maybe_compiled(1, lambda x: 2 * x)
-    for size in range(1, 13):
-        assert double(torch.ones(size)).sum() == 2 * size
-    assert seen.frame_count == 12
 
 
 # --- memory ---

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -307,30 +306,3 @@ def test_bf16_ranks_as_fp32_does() -> None:
         for p in ("fp32", "bf16")
     )
     assert not np.allclose(exact, low, rtol=1e-6) and exact.corr(low, method="spearman") > 0.95
-
-
-def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as without beartype
-    net, few = make("stride"), pictures(5)
-    for arguments, named in (
-        ({"draws": 0}, "draws=0"),
-        ({"draws": 2, "perturbation": lambda x, i: x + 0.1}, "draws=2"),
-        ({"sweep": (0.1, 0.0)}, "sweep: damping 0.0"),
-        ({"loss": lambda a, b: (a - b).sum()}, "one loss per image"),
-    ):
-        with pytest.raises(issl.IsslError, match=named):
-            self_influence(net, few, **arguments)
-    for arguments in (
-        {"batch_size": 0},
-        {"precision": "fp8"},
-        {"memory": "disk"},
-        {"memory": "ram", "store": "/tmp/x"},
-    ):
-        with pytest.raises(issl.IsslError, match=f"{list(arguments)[-1]}="):
-            Computing(**arguments)
-    with pytest.raises(issl.IsslError, match=r"query.*empty"):
-        cross_influence(net, few, few.subset([]))
-    with pytest.raises(issl.IsslError, match="query images are"):
-        cross_influence(net, few, pictures(5, side=16))
-    with pytest.raises(issl.IsslError, match="k=0"):
-        top_influences(net, few, few, 0)

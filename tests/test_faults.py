@@ -25,11 +25,9 @@ from typing import Any
 import forked
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hostile import ours
-from safetensors.torch import save_file
 
 import issl
 from issl import cli, files
@@ -176,18 +174,6 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path: Path) 
     for what, (code, said, left) in found.items():
         assert (code, said.count("\n"), left) == (2, 1, []), (what, said)
         assert "cannot be written: files may not become so large here; make room" in said, what
-
-
-def test_a_place_that_may_not_be_written_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**_: Any) -> Any:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    said = "cannot be written: the disk is read-only; make room or choose another"
-    with pytest.raises(issl.IsslError, match=said):
-        made(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -381,37 +367,6 @@ def test_artifacts_that_are_deleted_again_and_again_are_one_line(
     assert "run the same command again" in ended.error and "\n" not in ended.error
 
 
-def test_an_artifact_that_was_deleted_since_is_made_again(
-    tmp_path: Path, whole: Path, undisturbed: Any
-) -> None:
-    """Within one run, that has seen it before."""
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    artifacts = Artifacts(tmp_path, released=None)
-    for stage in in_dependency_order(STAGES):
-        artifacts.get(stage)
-    shutil.rmtree(tmp_path / "pretrain")
-    assert artifacts.file(TRAINED, "encoder.safetensors").is_file()
-    shutil.rmtree(tmp_path)
-    for stage in STAGES:
-        artifacts.get(stage)
-    assert made(tmp_path) == undisturbed
-    assert set(artifacts.computed) == {stage.label for stage in in_dependency_order(STAGES)}
-
-
-def test_a_file_that_is_deleted_while_it_is_written_is_named(tmp_path: Path) -> None:
-    def write(part: Path) -> None:
-        shutil.rmtree(tmp_path / "out")
-        save_file({"x": torch.zeros(2)}, part)  # as safetensors says it, in a text
-
-    for end in (lambda part: shutil.rmtree(part.parent), Path.unlink, write):
-        path = tmp_path / "out" / "x.safetensors"
-        said = r"x.safetensors was deleted while it was written; .*run the same"
-        with pytest.raises(issl.IsslError, match=said), atomic(path) as part:
-            end(part)
-    with pytest.raises(FileNotFoundError), atomic(tmp_path / "y"):  # another file's fault
-        (tmp_path / "none").read_text()
-
-
 def test_an_error_of_a_stage_is_not_taken_for_a_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,24 +380,6 @@ def test_an_error_of_a_stage_is_not_taken_for_a_deletion(
     monkeypatch.setattr(Embed, "make", fail)
     ended = make(STAGES[1], Artifacts(tmp_path, released=None))
     assert asked == 1 and "Traceback" in ended.error and "/x/of/another" in ended.error
-
-
-def test_a_clock_that_jumps_changes_nothing(
-    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, years = time.time, 0.0
-
-    def jumping() -> float:
-        nonlocal years
-        years = -years + 1
-        return now() + 10 * 365 * 86400 * (1 if years > 0 else -1)
-
-    monkeypatch.setattr(time, "time", jumping)
-    assert made(tmp_path) == undisturbed
-    manifests = [json.loads(p.read_text()) for p in tmp_path.glob(f"*/*/{MANIFEST}")]
-    assert all(0 <= m["made_with"]["seconds"] < 600 for m in manifests)
-    artifacts = Artifacts(tmp_path, released=None)
-    assert pd.Series([artifacts.has(stage) for stage in STAGES]).all()
 
 
 def test_a_run_killed_at_random_moments_gives_the_same_numbers(

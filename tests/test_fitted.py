@@ -12,17 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nets import make, pictures
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import issl
 from issl import EKFAC, Augmentation, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra
 from issl.influence import reference
-from issl.influence.kept import HEADER, pack, unpack
+from issl.influence.kept import HEADER
 from issl.influence.losses import CrossEntropy
 
 PCA = LoGra(3, projection="pca", fit=20)
@@ -118,16 +115,6 @@ def test_the_same_images_twice() -> None:
             again()
 
 
-@settings(max_examples=30, deadline=None)
-@given(width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_a_triangle_is_the_matrix(width: int, seed: int) -> None:
-    half = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)).double()
-    whole = half + half.T
-    rows = torch.cat([whole[k, : k + 1] for k in range(width)])
-    assert torch.equal(pack(whole), rows) and torch.equal(unpack(rows), whole)
-    assert torch.equal(pack(half[0]), half[0])
-
-
 IN_ANOTHER_PROCESS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -159,20 +146,6 @@ def test_an_encoder_that_is_no_copy_may_not_change() -> None:
         net[0].weight.mul_(2)
     with pytest.raises(issl.IsslError, match="other features than when it was fitted"):
         fitted.score(pictures(4))
-
-
-def test_what_is_in_the_file(tmp_path: Path) -> None:
-    """Half a matrix for each layer, no projection that follows from a seed, settings to be read by
-    anyone."""
-    net = make("batchnorm")
-    issl.fit(net, pictures(20), curvature=LoGra(4, seed=7)).save(tmp_path / "c.safetensors")
-    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
-        header = json.loads(file.metadata()[HEADER])
-        shapes = {k: file.get_slice(k).get_shape() for k in list(file.keys())}
-    assert shapes == {f"triangle.{name}": [136] for name in ("0", "3", "8", "10")}
-    assert header["version"] == 3 and header["settings"]["curvature"]["fields"]["seed"] == 7
-    assert header["parts"][0]["n"] == 20 and len(header["settings"]["encoder"]) == 64
-    assert not list(tmp_path.glob(".*"))  # no half-written file
 
 
 def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:

@@ -276,12 +276,6 @@ def test_damaged_files(suffix: str, tmp_path: Path) -> None:
         issl.load(f"hf:{tmp_path}/a.{suffix}")
 
 
-@pytest.mark.parametrize("place", ["/nowhere/at/all", "", "~/nothing-here"])
-def test_a_place_that_is_not_there(place: str) -> None:
-    with pytest.raises(issl.IsslError, match="there is no such file or folder"):
-        issl.load(f"hf:{place}")
-
-
 def alone(code: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     """What a Python process of its own prints, with a home of its own."""
     home = tmp_path / "home"
@@ -341,10 +335,10 @@ PEAK = """if True:
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
-    """Anonymous memory, which the system cannot drop; 32,000 photos have 320 MB."""
+    """Anonymous memory, which the system cannot drop; 16,000 photos have 160 MB."""
     rng, peaks = np.random.default_rng(0), []
     one = [png(rng.integers(0, 256, (3, 58, 58), dtype=np.uint8)) for _ in range(100)]
-    for n in (2_000, 32_000):
+    for n in (1_000, 16_000):
         part = pa.table({"image": one, "label": [k % 10 for k in range(100)]})
         (tmp_path / str(n)).mkdir()
         file = tmp_path / str(n) / "set.parquet"

@@ -59,24 +59,23 @@ def test_where_it_is_not_known_the_reason_is_said(
         (np.ones((100, 10), np.int64), r"holds int64 \(100, 10\); need counts \(10000, 10\)"),
         (np.full(human_choices.SHAPE, 0.1), "holds float64"),
         (np.zeros(human_choices.SHAPE, np.int64), "at least one person"),
+        (None, "is not a readable"),
     ],
 )
-def test_wrong_files(root: Path, content: np.ndarray, message: str) -> None:
-    np.save(root / human_choices.FILE, content)
+def test_wrong_files(root: Path, content: np.ndarray | None, message: str) -> None:
+    if content is None:
+        (root / human_choices.FILE).write_bytes(b"nonsense")
+    else:
+        np.save(root / human_choices.FILE, content)
     with pytest.raises(issl.IsslError, match=message):
         human_choices.read(root)
 
 
-def test_a_damaged_file_and_a_foreign_index(root: Path) -> None:
+def test_a_foreign_index(root: Path) -> None:
     images = issl.load("cifar10", split="test", root=root)
-    far = replace(
-        images, attributes=images.attributes.assign(index=images.attributes["index"] + 9990)
-    )
+    attributes = images.attributes.assign(index=images.attributes["index"] + 9990)
     with pytest.raises(issl.IsslError, match="index 10019; people judged test images 0 to 9999"):
-        human_choices.ambiguity(far, root)
-    (root / human_choices.FILE).write_bytes(b"nonsense")
-    with pytest.raises(issl.IsslError, match="is not a readable"):
-        human_choices.read(root)
+        human_choices.ambiguity(replace(images, attributes=attributes), root)
 
 
 @pytest.mark.data

@@ -189,23 +189,6 @@ def test_the_encoder_is_left_as_it_was() -> None:
     )
 
 
-class Unused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.head = make("stride"), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def test_skip_leaves_a_layer_out() -> None:
-    net, images = Unused().eval(), pictures(6)
-    got = self_influence(net, images, skip=["head"])
-    np.testing.assert_allclose(got["influence"], self_influence(net.net, images)["influence"])
-    with pytest.raises(issl.IsslError, match="no module or parameter"):
-        self_influence(net, images, skip=["nothing"])
-
-
 BAD_SETTINGS = {
     "rank": [lambda: LoGra(0), lambda: LoGra(1.5), lambda: LoGra(True)],
     "projection": [lambda: LoGra(projection="svd")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -272,22 +271,6 @@ def test_labels_that_a_dataset_lists_are_not_read_from_its_images() -> None:
     assert issl.from_dataset(TensorDataset(tensors.tensors[0])).labels is None
 
 
-def test_the_columns_of_a_hugging_face_set_are_not_read_from_its_images() -> None:
-    class Columns(Pairs):
-        """Items by number, columns by name."""
-
-        column_names = ("image", "label")
-        features = {"label": SimpleNamespace(names=["cat", "dog", "ant"])}  # noqa: RUF012
-
-        def __getitem__(self, i):
-            return self.given if i == "label" else super().__getitem__(i)
-
-    columns = Columns([k % 3 for k in range(100)], as_dict=True)
-    images = issl.from_dataset(columns)
-    assert images.labels.tolist() == columns.given and columns.asked < 6
-    assert images.attributes["label_name"][:3].tolist() == ["cat", "dog", "ant"]
-
-
 # --- broken files ---
 
 
@@ -315,24 +298,6 @@ def test_broken_files_are_named_before_any_work(damaged: Path) -> None:
     (damaged / images.attributes["path"][3]).unlink()  # and one that vanishes later
     with pytest.raises(issl.IsslError, match=r"cannot be read .*restore it"):
         issl.self_influence(net(), images)
-
-
-def test_trailing_bytes_are_no_fault(photos: Path, tmp_path: Path) -> None:
-    """A closing mark that is not near the end makes the check decode, and find nothing."""
-    path = next(photos.rglob("*.jpg"))
-    (tmp_path / "a.jpg").write_bytes(path.read_bytes() + bytes(9000))
-    assert len(issl.load(f"folder:{tmp_path}")) == 1
-
-
-def test_a_damaged_image_of_a_dataset_is_named(tmp_path: Path) -> None:
-    whole = jpeg(np.random.default_rng(0).integers(0, 256, (3, 60, 60), dtype=np.uint8))
-    (tmp_path / "a.jpg").write_bytes(whole)
-    (tmp_path / "b.jpg").write_bytes(whole[:-300])
-    images = issl.from_dataset(Opened(sorted(tmp_path.iterdir())), size=16)
-    with pytest.raises(issl.IsslError, match=r"item 1 of dataset cannot be decoded \(.*truncated"):
-        images.tensor()
-    with pytest.raises(issl.IsslError, match="item 0 of mine cannot be read"):
-        issl.from_dataset(Opened([tmp_path / "none.jpg"]), name="mine", size=16)
 
 
 def test_the_command_skips_and_tells(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ import torch
 import yaml
 from nbformat import read
 
-import issl
 from issl.audit import claims, profiles, run, verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
@@ -24,7 +23,7 @@ from issl.audit.plans_own import ALL, Channel, Kind
 from issl.audit.plans_paper import EQUAL
 from issl.audit.profiles import ProfileOptions
 from issl.audit.stages import Stability
-from issl.audit.stats import baselines, explained_variance, statistics
+from issl.audit.stats import explained_variance, statistics
 from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
 from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.verdicts import Record
@@ -33,6 +32,7 @@ from issl.pretraining.batchnorm import estimate_statistics
 
 # run with `--dist loadfile`: one worker runs them, once
 
+TWO = ["simclr", "byol"]  # of several methods two show what happens with several
 TINY: dict[str, Any] = {
     "common": {
         "n": 96,
@@ -49,17 +49,24 @@ TINY: dict[str, Any] = {
         for name, plan in PLANS.items()
         if "rank" in plan.model_fields and name != "00_method"
     },
-    "01_seed_correlation": {"rank": 4, "draws": [1, 4, 16]},
-    "02_augmentation_ablation": {"rank": 4, "scored": 32},
-    "03_background_bias": {"rank": 4, "drawn": 96, "drawn_epochs": 1, "swapped": 16},
+    "01_seed_correlation": {"rank": 4, "methods": ["byol"], "draws": [1, 4, 16]},
+    "02_augmentation_ablation": {"rank": 4, "scored": 32, "sigmas": [0.2], "centred": [0.02, 0.4]},
+    "03_background_bias": {
+        "rank": 4,
+        "methods": TWO,
+        "drawn": 96,
+        "drawn_epochs": 1,
+        "swapped": 16,
+    },
+    "04_duplicates": {"rank": 4, "methods": TWO},
     "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
     "06_pruning": {
         "rank": 4,
         "arms": ["top", "bottom", "random", "top flat", "random flat"],
         "judges_epochs": 2,
     },
-    "07_outliers": {"rank": 4, "made_strange": 0.25, "encoders": 2},
-    "08_supervised_vs_ssl": {"rank": 4, "supervised": 2, "equal_std": 0.1},
+    "07_outliers": {"rank": 4, "methods": TWO, "made_strange": 0.25, "encoders": 2},
+    "08_supervised_vs_ssl": {"rank": 4, "methods": TWO, "supervised": 2, "equal_std": 0.1},
     "09_linear_theory": {"points": 60, "removed": 10},
     "10_validation": {
         "rank": 4,
@@ -73,9 +80,10 @@ TINY: dict[str, Any] = {
         "points": 40,
     },
     "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
-    "13_explained": {"rank": 4, "encoders": 2},
+    "13_explained": {"rank": 4, "methods": TWO, "encoders": 2},
     "14_bridges": {
         "rank": 4,
+        "methods": TWO,
         "neighbours": 5,
         "shares": [0.1],
         "draws": 20,
@@ -105,7 +113,7 @@ TINY: dict[str, Any] = {
         "removals": {0.01: 3, 0.05: 4},
         "draws": 1,
     },
-    "17_derivation": {"images": 16, "steps": 27},
+    "17_derivation": {"images": 12, "steps": 9},
     "18_objectives": {
         "rank": 4,
         "methods": ["simclr", "byol", "barlow_twins", "vicreg"],
@@ -114,6 +122,14 @@ TINY: dict[str, Any] = {
         "batch": 6,
         "gradient_batch": 8,
         "gradient_draws": 2,
+    },
+    "19_multiverse": {
+        "rank": 4,
+        "ranks": [8],
+        "dampings": [1.0],
+        "averaged": 2,
+        "copies": [1, 2],
+        "copied_ranks": [4],
     },
 }
 
@@ -152,19 +168,6 @@ def record(out: Path, name: str) -> Record:
 
 def numbers(out: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(out / f"figures/tiny/{name}.csv")
-
-
-def test_an_audit_of_nothing_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    profile = tmp_path / "tiny.yaml"
-    profile.write_text(yaml.safe_dump(TINY))
-    monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": profile})
-    assert run.run(ProfileOptions("tiny", only="11", out=tmp_path)) == 1
-    assert "IsslError: no claim of the tiny profile is recorded in" in (
-        said := capsys.readouterr().out
-    )
-    assert "./run_all.sh --profile tiny" in said
 
 
 def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
@@ -266,21 +269,9 @@ def test_02_compares_with_the_best_augmentation(out: Path) -> None:
     )
 
 
-def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background_alone(
-    out: Path, plan
-) -> None:
+def test_03_compares_with_the_truth_and_with_the_detector(out: Path, plan) -> None:
     p = plan("03_background_bias")
     images = p.data().load()
-    uniform = pixel_features(images)["uniform"].to_numpy()
-    shuffled = np.random.default_rng(0).permutation(len(images)).astype(float)
-    e = statistics.auc(shuffled, uniform)
-    assert e.low < 0.5 < e.high
-    twins = issl.load("scenes-swapped", n=16)
-    masks = twins.masks.view(4, 16, 32, 32)
-    assert bool((masks == masks[:1]).all())
-    inside = (masks[0] == 255)[:, None].expand(-1, 3, -1, -1)
-    pixels = twins.pixels.view(4, 16, 3, 32, 32).float()
-    assert float((pixels[1:] - pixels[:1]).abs()[:, inside].max()) < 40  # sensor noise, no more
     assert record(out, "causal_background")["n"] == 16
     # on scenes the truth is known of every ordinary image, whatever the detector says
     ordinary = (images.attributes["atypical"] == "").to_numpy()
@@ -289,18 +280,14 @@ def test_03_a_shuffled_score_is_not_enriched_and_the_swap_changes_the_background
     got = record(out, "uniform_backgrounds_by_eye.byol")["metrics"]
     assert got["auc_labels"]["value"] == pytest.approx(want.value)
     scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
+    uniform = pixel_features(images)["uniform"].to_numpy()
     pooled = statistics.enrichment(scores, uniform, 0.05)
     assert got["enrichment_top5"]["value"] == pytest.approx(pooled.value)
 
 
-def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_precision_1(
-    out: Path, plan
-) -> None:
+def test_04_exact_duplicates_are_nearest_in_pixels(out: Path, plan) -> None:
     images = plan("04_duplicates").data().load()
-    kind = images.attributes["duplicate_kind"]
-    assert (kind == "exact").sum() >= 2
-    flag = (kind != "").to_numpy()
-    assert statistics.average_precision(flag.astype(float), flag).value == 1.0
+    assert (images.attributes["duplicate_kind"] == "exact").sum() >= 2
     table = numbers(out, "04_duplicates").set_index(["detector", "method", "metric"])["value"]
     assert table["nearest in pixels", "no encoder", "auc_exact"] == 1.0
     assert table["perceptual hash", "no encoder", "auc_exact"] > 0.95
@@ -309,8 +296,6 @@ def test_04_the_planted_duplicates_are_all_there_and_a_perfect_detector_has_prec
     assert got["metrics"]["auc_injected"]["value"] == pytest.approx(want)
     # no judged pairs in this set
     assert [t["metric"] for t in got["tests"]] == ["auc_injected", "precision"]
-    closeness = baselines.pixel_closeness(images)
-    assert np.abs(closeness[(kind == "exact").to_numpy()]).max() < 1e-6
 
 
 def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
@@ -322,10 +307,6 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     )
     table = numbers(out, "05_fairness")
     assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
-    # two groups: what one gains the other loses
-    effects = table[table["attribute"] == "group"].set_index(["scored", "group"])["value"]
-    for who in ("simclr", "untrained"):
-        assert effects[who, "cool"] == pytest.approx(-effects[who, "warm"])
 
 
 def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, plan) -> None:
@@ -688,10 +669,10 @@ def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was
     rho = table.get_group("agreement").set_index(["trained", "formula"])["value"]
     assert rho["stability loss", "Hessian of ℓ"] == rho["stability loss", "as derived"] > 0.9
     sweep = table.get_group("sweep").sort_values("damping")
-    # 16 independent gradients in each of two layers: without damping every image has a leverage of
-    # 16 in both
+    # 12 independent gradients in each of two layers: without damping every image has a leverage of
+    # 12 in both
     assert (
-        sweep["mean_score"].iloc[0] == pytest.approx(2 * 16, rel=0.01)
+        sweep["mean_score"].iloc[0] == pytest.approx(2 * 12, rel=0.01)
         and sweep["norm"].iloc[-1] > 0.99
     )
 

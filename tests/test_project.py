@@ -84,13 +84,6 @@ assert "torch" in sys.modules and dict(os.environ) == before
         _ = issl.nonsense
 
 
-def test_run_all_says_how_it_is_used_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
-    told = [repository / "run_all.sh", "--help"]
-    shown = subprocess.run(told, check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "--test" in shown.stdout and "--profile" in shown.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_nothing_names_a_machine_or_a_registry_host(repository: Path) -> None:
     found = subprocess.run(
         ["git", "-C", repository, "ls-files"], check=False, capture_output=True, text=True

@@ -154,25 +154,16 @@ def test_every_link_leads_somewhere_and_nothing_is_fetched(site: Path) -> None:
 
 def test_a_notebook_page_has_its_formulas_as_mathml_and_its_text_as_text(site: Path) -> None:
     text = (site / "report/00_method.html").read_text()
-    assert text.count("<math") == 2 and "<mfrac>" in text and "cost: $5" in text
-    assert "&lt;b&gt; &amp; red" in text and "\x1b" not in text and "Parameters: defaults" in text
-    assert text.count('<details class="fold">') == 4 and "<summary>Code, 1 line</summary>" in text
+    assert text.count("<math") == 2 and "cost: $5" in text
+    assert "&lt;b&gt; &amp; red" in text and "\x1b" not in text
     assert "<th>overlap of the top 1%</th><td>Barlow Twins</td>" in text
-    assert "Part one" in text.split("<main")[0]  # in the page's own contents
-    index = (site / "index.html").read_text()
-    assert "The method &lt;fast&gt;" in index
 
 
 def test_verdicts_and_findings_are_the_records(site: Path) -> None:
     index = (site / "index.html").read_text()
     assert "3 tests of 2 claims: 1 reproduced, 1 contradicted, 1 check passed" in index
-    assert (
-        'class="badge bad">BYOL ○ contradicted (0/1)' in index
-        and "SimCLR 0.97 [0.87, 0.99]" in index
-    )
-    assert "holds with SimCLR (0.97 [0.87, 0.99]) and does not hold with BYOL (0.80 [" in index
-    assert "a ranking that holds under another draw of the noise [SimCLR]" in index
-    assert "which failed" in index and "BYOL: r above 0.924: it is" in index
+    assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index
+    assert "SimCLR 0.97 [0.87, 0.99]" in index
 
 
 def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
@@ -285,9 +276,7 @@ def places_of(page: Any, selector: str) -> list[int]:
 
 
 def test_the_methods_side_by_side_mark_what_they_share(page: Any) -> None:
-    """In the order that is chosen, of the images that the filter leaves; counted here by
-    themselves."""
-    assert page.locator("#lists h4").all_inner_texts() == ["SimCLR", "BYOL"]
+    """Counted here by themselves."""
     for order, sign in (("influence, highest first", -1), ("influence, lowest first", 1)):
         page.select_option("#order", order)
         tops = []
@@ -296,91 +285,26 @@ def test_the_methods_side_by_side_mark_what_they_share(page: Any) -> None:
             tops.append(places_of(page, f"#lists section >> nth={k} >> .grid"))
             np.testing.assert_array_equal(scores[tops[-1]], np.sort(sign * scores)[:12] * sign)
         shared = set(tops[0]) & set(tops[1])
-        assert f"in common SimCLR and BYOL {len(shared)}." in page.inner_text("#agree")
+        assert shared  # of forty images, twelve each: chance gives four
         assert set(places_of(page, "#lists")) == set(tops[0]) | set(tops[1])
         marked = page.eval_on_selector_all(
-            "#lists .t.shared", "tiles => tiles.map(t => [t.dataset.place, t.innerText])"
+            "#lists .t.shared", "tiles => tiles.map(t => Number(t.dataset.place))"
         )
-        assert sorted(marked) == sorted([[str(p), "2"] for p in shared] * 2)
-        assert shared  # of forty images, twelve each: chance gives four
-        labels = page.eval_on_selector_all(
-            "#lists .t.shared", "tiles => tiles.map(t => t.ariaLabel)"
-        )
-        assert sum("also in the list of BYOL" in label for label in labels) == len(shared)
-    assert "two random lists of 12 of 40 would have 3.6" in page.inner_text("#agree").lower()
-    page.select_option("#each", "24")
-    assert len(places_of(page, "#lists")) == 48
-    page.select_option("#attribute", "group")
-    page.select_option("#value", "cool")
-    group = page.evaluate("EXPLORER.attributes.group")
-    assert {group[p] for p in places_of(page, "#lists")} == {"cool"}
-
-
-def test_an_image_shows_its_numbers_and_its_twin_in_the_other_list(page: Any) -> None:
+        assert sorted(marked) == sorted([*shared, *shared])
     tile = page.locator("#lists .t.shared").first
-    place = int(tile.get_attribute("data-place"))
-    title = tile.get_attribute("title")
     influence = page.evaluate("EXPLORER.methods.BYOL.influence")
-    rank = 1 + sum(v > influence[place] for v in influence)
-    assert (
-        f"image {page.evaluate('EXPLORER.index')[place]}" in title
-        and f"(rank {rank} of 40)" in title.split("BYOL:")[1]
-    )
-    for act in (tile.hover, tile.focus):
-        act()
-        assert page.locator("#lists .same").count() == 2
-        page.locator("#grid .t").last.hover()
-        page.locator("#grid .t").last.focus()
-        assert page.locator("#lists .same").count() == 0
+    rank = 1 + sum(v > influence[int(tile.get_attribute("data-place"))] for v in influence)
+    assert f"(rank {rank} of 40)" in tile.get_attribute("title").split("BYOL:")[1]
 
 
-def test_figures_enlarge_by_pointer_and_by_keyboard(page: Any) -> None:
-    def shown() -> str:
-        return page.locator("#sheet img").get_attribute("src").rsplit("/", 1)[-1]
-
-    page.locator("#nb-00_method .figure").focus()
-    page.keyboard.press("Enter")
-    assert page.locator("#large").is_visible() and shown() == "00_method.png"
-    assert "the check passed" in page.inner_text("#caption")
-    assert page.inner_text("#which") == "1 of 2"
-    page.keyboard.press("ArrowRight")
-    assert shown() == "01_seed_correlation.png"
-    page.click("#zoom")
-    assert page.locator("#zoom").get_attribute("aria-pressed") == "true"
-    page.keyboard.press("Escape")
-    assert not page.locator("#large").is_visible()
-    # the one that was seen last gets the focus, in the event of closing, which comes a moment after
-    # the key
-    page.wait_for_function("document.activeElement.innerHTML.includes('01_seed_correlation')")
-    page.locator("#nb-00_method .figure").click()
-    assert page.locator("#large").is_visible() and shown() == "00_method.png"
-    page.locator("#large .close").click()
-    assert not page.locator("#large").is_visible()
-
-
-def test_light_and_dark_and_a_phone(page: Any) -> None:
-    def colour() -> str:
-        return page.evaluate("getComputedStyle(document.body).backgroundColor")
-
-    assert colour() == "rgb(255, 255, 255)"
-    page.click("#theme")
-    assert colour() == "rgb(20, 22, 26)"
-    page.wait_for_timeout(
-        3000
-    )  # the browser stores it beside the page, not at once where the machine is busy
-    page.reload()
-    assert colour() == "rgb(20, 22, 26)"  # it is remembered
-    page.click("#theme")
+def test_an_answer_is_hidden_until_it_is_asked_for_and_a_phone_needs_no_scrolling(
+    page: Any,
+) -> None:
     page.set_viewport_size({"width": 360, "height": 700})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    wide = "document.documentElement.scrollWidth"
+    assert page.evaluate(wide) <= 360
     page.click("#notebooks h3 a >> nth=0")
-    assert (
-        page.locator("math").count() == 2
-        and page.evaluate("document.documentElement.scrollWidth") <= 360
-    )
-    assert not page.locator("code", has_text="print").is_visible()
+    assert page.locator("math").count() == 2 and page.evaluate(wide) <= 360
     assert not page.get_by_text("the answer: 42").is_visible()
     page.click("#unfold")
     assert page.locator("code", has_text="print").is_visible()
-    page.click(".home")
-    assert page.url.endswith("index.html#nb-00_method")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,20 +79,16 @@ def test_a_failing_notebook_shows_its_error_and_the_others_go_on(
     assert "FAILED  00_method" in printed and "current 09_linear_theory" in printed
 
 
-@pytest.mark.parametrize("name", ["run {y}", "{0} 100%s {{n}}", "{", "a b%20#é'"])
-def test_the_output_folder_may_have_any_name(name: str, books, tmp_path: Path, capsys) -> None:
+def test_the_output_folder_may_have_any_name(books, tmp_path: Path) -> None:
     books("09_linear_theory", "print(n)")
-    assert (
-        cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(tmp_path / name)]) == 0
-    )
-    assert "1 of 1 notebooks ended well" in capsys.readouterr().out
-    results = tmp_path / name / "results/tiny"
+    out = tmp_path / "run {y} {0} 100%s {{n}} b%20#é' {"
+    assert cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(out)]) == 0
+    results = out / "results/tiny"
     copy = nbformat.read(results / "09_linear_theory.ipynb", as_version=4)
     assert copy.cells[-1].outputs[0].text == "96\n"  # the profile's n
     (page,) = (results / "report").glob("09*.html")
-    assert page.stat().st_size > 1000 and sorted(
-        p.name for p in tmp_path.iterdir() if p.is_dir()
-    ) == sorted([name, "notebooks"])
+    assert page.stat().st_size > 1000
+    assert {p for p in tmp_path.iterdir() if p.is_dir()} == {out, tmp_path / "notebooks"}
 
 
 def test_a_notebook_runs_again_when_what_it_depends_on_changes(
@@ -148,80 +143,40 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (
-            ["--profile", "huge"],
-            "profile 'huge': there are mini, overnight-injected, overnight-normalised",
-        ),
-        (["--only", "99"], "notebook '99': there are 00_method"),
-        (["--device", "tpu"], "device 'tpu'"),
-        (["--profile", "mini", "--data-root", "NOWHERE"], "data root 'NOWHERE' is not a folder"),
-        (["--out", "/proc/nothing"], "cannot be written"),
-        (["--cluster-option", "gpu"], "--cluster-option gpu: write KEY=VALUE"),
-        (["--checkpoint", "simclr"], "--checkpoint simclr: write METHOD=FILE"),
+        ("--profile huge", "profile 'huge'"),
+        ("--only 99", "notebook '99'"),
+        ("--device tpu", "device 'tpu'"),
+        ("--profile mini --data-root /nowhere", "data root '/nowhere'"),
+        ("--out /proc/nothing", "cannot be written"),
+        ("--cluster-option gpu", "--cluster-option gpu"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
-    arguments, message, tmp_path, capsys, monkeypatch
+    arguments: str, named: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NOWHERE stands for a place that is not there."""
     monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("work was started"))
-    nowhere = str(tmp_path / "nowhere")
-    assert cli.main(["run", *(word.replace("NOWHERE", nowhere) for word in arguments)]) == 2
+    assert cli.main(["run", *arguments.split()]) == 2
     error = capsys.readouterr().err
-    assert message.replace("NOWHERE", nowhere) in error and error.count("\n") == 1
+    assert named in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (
-            {"common": {"epoch": 3}},
-            "tiny.yaml, notebook 00_method: MethodLesson: unknown field 'epoch' (value 3); did "
-            "you mean 'epochs'?",
-        ),
+        ({"common": {"epoch": 3}}, "tiny.yaml, notebook 00_method: .*'epoch'"),
         ({"common": {"n": 3}}, "n = 3"),
-        ({"04_cats": {}}, "unknown entry '04_cats'"),
-        ({"common": {"dataset": "mnist"}}, "data set 'mnist': known are"),
-        ({"common": {"dataset": "folder:NOWHERE"}}, "image folder 'NOWHERE' does not exist"),
+        ({"04_cats": {}}, "'04_cats'"),
+        ({"common": {"dataset": "mnist"}}, "'mnist'"),
+        ({"common": {"dataset": "folder:/nowhere"}}, "'/nowhere'"),
+        ({**TINY, "notebooks": "99"}, "notebook '99'"),
     ],
 )
-def test_bad_profiles(content, message, tiny: Path, tmp_path: Path, capsys) -> None:
-    nowhere = str(tmp_path / "nowhere")
-    tiny.write_text(yaml.safe_dump(content).replace("NOWHERE", nowhere))
-    assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
-    assert message.replace("NOWHERE", nowhere) in capsys.readouterr().err
-
-
-@pytest.mark.data
-def test_more_images_than_there_are(data_root: Path, tiny: Path, tmp_path: Path, capsys) -> None:
-    tiny.write_text(yaml.safe_dump({"common": {"dataset": "cifar10", "n": 50_001}}))
-    assert (
-        cli.main(
-            ["run", "--profile", "tiny", "--data-root", str(data_root), "--out", str(tmp_path)]
-        )
-        == 2
-    )
-    assert "n=50001" in capsys.readouterr().err
-
-
-@pytest.mark.data
-def test_background_bias_on_real_images(data_root: Path, tiny: Path, tmp_path: Path) -> None:
-    tiny.write_text(
-        yaml.safe_dump(
-            {
-                **TINY,
-                "common": {**TINY["common"], "dataset": "cifar10", "n": 200},
-                "03_background_bias": {**TINY["03_background_bias"], "methods": ["simclr"]},
-            }
-        )
-    )
-    assert run.run(ProfileOptions("tiny", only="03", data_root=data_root, out=tmp_path)) == 0
-    record = json.loads(
-        (tmp_path / "results/tiny/claim_uniform_backgrounds_by_eye.simclr.json").read_text()
-    )
-    assert record["dataset"] == "cifar10" and 0.02 < record["share_uniform"] < 0.6
+def test_bad_profiles(content: dict, named: str, tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(yaml.safe_dump(content))
+    with pytest.raises(IsslError, match=named):
+        run.run(ProfileOptions("tiny", out=tmp_path))
 
 
 def read(folder: Path, only: str = "07") -> Plan:
@@ -282,10 +237,7 @@ def test_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> 
     monkeypatch.delenv("ISSL_DATA", raising=False)
     assert cli.main(["doctor", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for word in ["python", "torch", "GPU", "memory", "disk", "ISSL_DATA", "scenes"]:
-        assert word in printed
-    assert "drawn, any number, identity scenes-" in printed and "cifar10            not" in printed
-    assert "stages: 0 released, 0 made here" in printed
+    assert "identity scenes-" in printed and "stages: 0 released, 0 made here" in printed
     assert cli.main(["doctor", "--out", str(tmp_path), "--device", "tpu"]) == 1
     assert "WRONG       device 'tpu'" in capsys.readouterr().out
 
@@ -345,19 +297,11 @@ def test_the_variants_of_the_papers_profile_ask_the_same_of_other_methods() -> N
             assert plan.method == method and changed <= {"profile", "method", "snapshots"}
 
 
-def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path, capsys) -> None:
+def test_a_profile_may_be_for_some_notebooks_alone(tiny: Path, tmp_path: Path) -> None:
     entries = {"common": TINY["common"], "notebooks": "09", "08_supervised_vs_ssl": {"encoders": 3}}
     tiny.write_text(yaml.safe_dump(entries))
-    assert run.run(ProfileOptions("tiny", out=tmp_path, only="09")) == 0
-    assert list(ProfileOptions("tiny", out=tmp_path, only="08").plans()) == [
-        "08_supervised_vs_ssl"
-    ]  # it has an entry
+    named = ProfileOptions("tiny", out=tmp_path, only="08")
+    assert list(named.plans()) == ["08_supervised_vs_ssl"]  # it has an entry
     assert "08_supervised_vs_ssl" not in ProfileOptions("tiny", out=tmp_path).plans()
-    assert cli.main(["run", "--profile", "tiny", "--only", "06", "--out", str(tmp_path)]) == 2
-    assert (
-        "not for notebook 06_pruning; it is for 08_supervised_vs_ssl, 09_linear_theory"
-        in capsys.readouterr().err
-    )
-    tiny.write_text(yaml.safe_dump({**TINY, "notebooks": "99"}))
-    assert cli.main(["run", "--profile", "tiny", "--out", str(tmp_path)]) == 2
-    assert "notebook '99'" in capsys.readouterr().err
+    with pytest.raises(IsslError, match="not for notebook 06_pruning"):
+        ProfileOptions("tiny", out=tmp_path, only="06").plans()

@@ -13,24 +13,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from disk import png
 from pydantic_core import PydanticUndefined
 
 import issl
 from issl.audit import stages, table_stages
-from issl.audit.cache import Artifacts, Stage, damaged, release
+from issl.audit.cache import Artifacts, Stage, release
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
 from issl.audit.plans_paper import SeedCorrelation
 from issl.audit.profiles import read_profile
 from issl.audit.settings import KINDS, Data, named_curvature
 from issl.audit.stages import (
-    Betweenness,
     Cross,
     Draw,
     Embed,
     Influence,
     Nearness,
-    Neighbours,
     Pick,
     Pretrain,
     Prune,
@@ -38,7 +37,6 @@ from issl.audit.stages import (
     Thin,
     Top,
 )
-from issl.audit.stats import neighbour_graph
 from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.table_stages import COPY, CopiesDiscount
 from issl.data import scenes
@@ -107,48 +105,6 @@ def test_a_changed_field_recomputes_what_depends_on_it(tmp_path: Path) -> None:
     assert computed(influence()) == []
 
 
-def test_keys_hold_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    keys = {influence().key, influence(seed=1).key, TRAIN.key, Embed(pretrain=TRAIN, data=DATA).key}
-    keys |= {
-        influence(pretrain=TRAIN.model_copy(update={"epochs": 2})).key,
-        influence(data=Data(name="scenes", n=32)).key,
-    }
-    assert len(keys) == 6
-    import numpy as np
-    from test_data import png  # one picture, then another of the same name: other data
-
-    for fill in (0, 9):
-        (tmp_path / "a" / "1.png").write_bytes(
-            png(np.full((3, 32, 32), fill, np.uint8)) + b" " * fill
-        )
-        keys.add(Data(name=f"folder:{tmp_path}/a").identity)
-    assert len(keys) == 8
-    before = influence().key
-    monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
-    assert (
-        influence(pretrain=TRAIN.model_copy()).key != before
-    )  # what an artifact needs counts with its own version
-
-
-@pytest.mark.parametrize("how", ["changed", "removed", "manifest"])
-def test_damage_is_named_and_mended(
-    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scores = influence().read(Artifacts(tmp_path))
-    folder = Artifacts(tmp_path).get(influence())
-    victim = folder / ("manifest.json" if how == "manifest" else "influence.parquet")
-    if how == "removed":
-        victim.unlink()
-    else:
-        victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    assert damaged(folder)
-    artifacts = Artifacts(tmp_path)
-    assert influence().read(artifacts).equals(scores)
-    assert [c.split("/")[0] for c in artifacts.computed] == ["influence"]
-    assert victim.name in capsys.readouterr().err and damaged(folder) is None
-
-
 def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
     weights = TRAIN.encoder(made).state_dict()
@@ -170,13 +126,6 @@ def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / TRAIN.name).exists()
     assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
     assert not Artifacts(tmp_path / "d", released=None).has(TRAIN) and fresh.has(TRAIN)
-    victim = released / "encoders" / "a.safetensors"
-    victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    with pytest.raises(
-        issl.IsslError, match=r"released artifact .*a.safetensors is damaged.*git checkout"
-    ):
-        Artifacts(tmp_path / "c", released=released).get(TRAIN)
-    assert victim.exists()
 
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
@@ -194,15 +143,6 @@ def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_configs_refuse_what_they_do_not_know() -> None:
-    for build, message in [
-        (lambda: Pretrain(data=DATA, epoch=3), "Pretrain: unknown field 'epoch'"),
-        (lambda: Pretrain(data=DATA, epochs=-1), "Pretrain: epochs = -1"),
-    ]:
-        with pytest.raises(issl.IsslError, match=message):
-            build()
-
-
 def test_settings_of_every_kind_stand_in_keys() -> None:
     assert len({influence(curvature=named_curvature(kind)).key for kind in KINDS}) == len(KINDS)
     assert influence(curvature=EKFAC(fit=3)).settings()["curvature"] == {"type": "EKFAC", "fit": 3}
@@ -214,8 +154,6 @@ def test_settings_of_every_kind_stand_in_keys() -> None:
     }
     assert "curvature" not in influence(curvature=LoGra()).settings()  # the default
     assert as_plain(1.0) == 1 and as_plain(0.5) == 0.5  # 1 and 1.0 give one key
-    with pytest.raises(issl.IsslError, match="curvature 'hessian': choose logra"):
-        named_curvature("hessian")
 
 
 def test_a_key_is_the_hash_of_what_is_set() -> None:
@@ -232,6 +170,14 @@ def test_a_key_is_the_hash_of_what_is_set() -> None:
     )
     assert influence(pretrain=trained).settings()["pretrain"] == trained.label
     assert trained.model_copy(update={"seed": 1}).key != trained.key == trained.model_copy().key
+
+
+def test_what_an_artifact_needs_counts_with_its_own_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = influence().key
+    monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
+    assert influence(pretrain=TRAIN.model_copy()).key != before
 
 
 PINNED = {
@@ -309,17 +255,16 @@ def test_defaults_are_pinned() -> None:
 
 
 def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) -> None:
-    from test_data import png
-
     picture = tmp_path / "1.png"
     picture.write_bytes(png(np.zeros((3, 32, 32), np.uint8)))
     data = Data(name=f"folder:{tmp_path}")
+    key = data.identity
     first, again = data.load(), data.load()
     assert first.pixels is again.pixels
     first.attributes["mine"] = 1  # no one else's
     assert "mine" not in again.attributes and "mine" not in data.load().attributes
     picture.write_bytes(png(np.full((3, 32, 32), 9, np.uint8)) + b" ")
-    assert int(data.load().pixels.max()) == 9
+    assert int(data.load().pixels.max()) == 9 and Data(name=data.name).identity != key
 
 
 @pytest.mark.parametrize("kept", [(0,), (3, 2), (4,), (1, 1)])
@@ -334,16 +279,8 @@ def test_a_released_encoder_may_come_without_its_states(tmp_path: Path) -> None:
     release(made, stage, tmp_path / "released", {"encoder.safetensors": "a.safetensors"})
     fresh = Artifacts(tmp_path / "b", released=tmp_path / "released")
     assert fresh.has(stage) and stage.encoder(fresh) is not None
-    with pytest.raises(
-        issl.IsslError, match=r"encoder-0001.* is not among the released files.*--from images"
-    ):
+    with pytest.raises(issl.IsslError, match=r"encoder-0001.* is not among the released files"):
         stage.encoder(fresh, after=1)
-
-
-def test_an_unwritable_cache_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(issl.IsslError, match="choose another place"):
-        Artifacts(tmp_path / "file").get(TRAIN)
 
 
 def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
@@ -372,10 +309,8 @@ def test_prune_and_thin_choose_what_they_say(tmp_path: Path) -> None:
     assert set(group[removed]) == {"warm"} and len(removed) == round(0.75 * (group == "warm").sum())
     random = Thin(**thin, at_random=True).read(artifacts)
     assert len(random) == len(removed) and set(group[random]) == {"warm", "cool"}
-    with pytest.raises(issl.IsslError, match=r"no image has group='blue'; there are cool, warm"):
+    with pytest.raises(issl.IsslError, match="group='blue'"):
         Thin(**{**thin, "value": "blue"}).read(artifacts)
-    with pytest.raises(issl.IsslError, match="no attribute 'species'"):
-        Thin(**{**thin, "attribute": "species"}).read(artifacts)
 
 
 def test_pick_draw_and_top_choose_what_they_say(tmp_path: Path) -> None:
@@ -441,18 +376,6 @@ def test_stability_is_the_loss_that_influence_reports(tmp_path: Path) -> None:
     np.testing.assert_allclose(got["stability_loss"], want["stability_loss"], rtol=1e-3)
 
 
-def test_neighbours_and_betweenness_are_those_of_the_features(tmp_path: Path) -> None:
-    artifacts, features = Artifacts(tmp_path), Embed(pretrain=TRAIN, data=DATA)
-    near = Neighbours(features=features, k=3)
-    places, distances = near.read(artifacts)
-    want = neighbour_graph.nearest(features.read(artifacts), 3)
-    np.testing.assert_array_equal(places, want[0])
-    np.testing.assert_array_equal(distances, want[1])
-    between = Betweenness(neighbours=near, sources=10, seed=2).read(artifacts)
-    want = neighbour_graph.betweenness(neighbour_graph.knn_graph(places), 10, seed=2)
-    np.testing.assert_allclose(between, want, rtol=1e-6)  # tables are in single precision
-
-
 def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> None:
     images = Data(name="scenes", n=60, classes=(1, 4)).load()
     every = Data(name="scenes", n=60).load()
@@ -462,10 +385,6 @@ def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> N
     )
     assert Data(name="scenes", n=60, uniform=1.0).load().attributes["uniform"].mean() > 0.95
     assert not Data(name="scenes", n=60, uniform=0.0).load().attributes["uniform"].any()
-    with pytest.raises(issl.IsslError, match="uniform applies to scenes"):
-        Data(name="cifar10", n=60, uniform=0.5)
-    with pytest.raises(issl.IsslError, match="none of its images"):
-        Data(name="scenes", n=60, classes=(12,)).load()
 
 
 def test_training_goes_on_from_another_encoder(tmp_path: Path) -> None:

@@ -34,23 +34,6 @@ def width(e: Estimate) -> float:
     return e.high - e.low
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high", "written"),
-    [
-        (-0.1, -0.3, 0.1, "−0.10 [−0.30, 0.10]"),
-        (0.9761, 0.97, 0.982, "0.976 [0.970, 0.982]"),  # two decimals would say [0.97, 0.98]
-        (0.00001, 0.000001, 0.00003, "0.000010 [0.000001, 0.000030]"),
-        (-0.002, -0.047, 0.043, "0.00 [−0.05, 0.04]"),
-        (0.5, -np.inf, np.inf, "0.50 [−∞, ∞]"),
-    ],
-)
-def test_an_interval_is_written_so_that_its_ends_differ(
-    value: float, low: float, high: float, written: str
-) -> None:
-    e = Estimate(value, low, high, 9)
-    assert str(e) == written and Estimate.of(e.as_dict()) == e
-
-
 # --- correlations
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -162,23 +161,6 @@ def test_no_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("issl.engine.CONNECT", 1.0)
     with pytest.raises(IsslError, match=f"--scheduler {address}: no Dask scheduler answers"):
         list(Engine(scheduler=address).run({"a": Task(fail)}))
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        ["--jobs", "0"],
-        ["--cluster", "cray"],
-        ["--cluster", "slurm", "--scheduler", "tcp://x:1"],
-        ["--cluster-option", "queue=gpu"],
-        ["--cluster", "pbs", "--cluster-option", "queue"],
-    ],
-)
-def test_options_that_make_no_sense(told: list[str], capsys) -> None:
-    parser = argparse.ArgumentParser()
-    engine.add_arguments(parser)
-    with pytest.raises((SystemExit, IsslError), match=r"^2$|--cluster-option"):
-        engine.asked_for(parser.parse_args(told))
 
 
 class Gathered(SimpleNamespace):

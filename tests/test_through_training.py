@@ -259,15 +259,15 @@ def test_measures(images: issl.Images, query: issl.Images) -> None:
 def test_bad_input_is_one_clear_error(
     images: issl.Images, query: issl.Images, tmp_path: Path
 ) -> None:
-    with pytest.raises(issl.IsslError, match="give the recipe"):
-        influence_through_training(0, images, query, **SMALL)
-    with pytest.raises(issl.IsslError, match="every=0"):
-        influence_through_training(0, images, query, how("simclr"), **SMALL, every=0)
-    with pytest.raises(issl.IsslError, match="batch_size=13"):
-        influence_through_training(0, images, query, how("simclr"), **SMALL | {"batch_size": 13})
     broken = replace(how("simclr"), lr=1e30)
-    with pytest.raises(issl.IsslError, match="diverged at step"):
-        influence_through_training(0, images, query, broken, width=1, **SMALL)
+    for used, changes, named in [
+        (None, {}, "give the recipe"),
+        (how("simclr"), {"every": 0}, "every=0"),
+        (how("simclr"), {"batch_size": 13}, "batch_size=13"),
+        (broken, {"width": 1}, "diverged at step"),
+    ]:
+        with pytest.raises(issl.IsslError, match=named):
+            influence_through_training(0, images, query, used, **SMALL | changes)
     file = tmp_path / "learner.safetensors"
     other = Learner(how("simclr"), 2, None, 0)
     save_learner(file, other, {}, half=False)

@@ -128,15 +128,6 @@ def test_augmentations_as_perturbations(kind: str, x: torch.Tensor) -> None:
     assert 0 < size[0] < size[1]
 
 
-def test_influence_takes_an_augmentation() -> None:
-    torch.manual_seed(0)
-    layers = torch.nn.Conv2d(3, 4, 3, 2), torch.nn.ReLU(), torch.nn.Flatten()
-    net, images = torch.nn.Sequential(*layers).eval(), issl.load("scenes", n=20)
-    scores = issl.self_influence(net, images, Augmentation("jitter", 0.5), issl.LoGra(4))
-    assert (scores["influence"] >= 0).all() and scores["influence"].std() > 0
-    assert "jitter" in scores.attrs["perturbation"]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
