@@ -114,7 +114,7 @@ def test_the_files_of_claims_and_words_agree_with_the_notebooks() -> None:
             assert claims.threshold(name, test.metric) == test.threshold
         if claim.superseded:  # by one that decides, about the same
             by = claims.claims()[claim.superseded.by]
-            assert by.superseded is None and by.claim == claim.claim
+            assert by.superseded is None and by.notebook == claim.notebook
     assert asked <= set(claims.all_words())
     uses = [c.use for c in claims.claims().values() if c.use]
     assert len(uses) == len(set(uses))
@@ -185,18 +185,20 @@ def test_bad_records_are_named(records: list[verdicts.Record], tmp_path: Path) -
 
 def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]) -> None:
     check, simclr, byol, duplicates = records
-    lines = verdicts.markdown(records).splitlines()
-    assert len(lines) == 2 + 3 and "(ours)" in lines[2] and "1e-09" in lines[2]
-    assert "SimCLR 0.80 [0.70, 0.90]<br>BYOL 0.95 [0.85, 1.05]" in lines[3]
-    assert "SimCLR ○ contradicted (0/1)<br>BYOL ● reproduced (1/1)" in lines[3]
+    sections = verdicts.markdown(records).split("### ")[1:]
+    assert ["two noise seeds" in sections[0], "duplicates" in sections[1]] == [True, True]
+    assert "| SimCLR | overnight, cifar10, n = 2,000 | ○ contradicted (0/1) | r 0.80" in sections[0]
+    assert "| BYOL | overnight, cifar10, n = 2,000 | ● reproduced (1/1) | r 0.95" in sections[0]
+    assert sections[1].count("<br>") == 1  # both numbers of its tests
+    assert "Checks of the code" in sections[1] and "1e-09" in sections[2]
     assert verdicts.failures(check) == ""
     assert "above 0.5: it is 0.2" in verdicts.failures(duplicates)
     row = verdicts.table(records).loc[1]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
-    short = verdicts.short_markdown(records).splitlines()
-    assert len(short) == 2 + 2  # a check is no claim
-    assert short[2].endswith("0.95 [0.85, 1.05] BYOL | overnight: ○ SimCLR; ● BYOL |")
-    assert short[3].endswith("| overnight: ◐ partly, in part contradicted |")
+    short = verdicts.answers(records).splitlines()
+    assert len(short) == 2 + 2  # a check asks no question
+    assert "| no (SimCLR); yes (BYOL) | r = 0.80 [0.70, 0.90] (SimCLR) | 01 |" in short[2]
+    assert "| mixed |" in short[3]
     said = verdicts.sentence([simclr, byol])
     assert "holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR (0.80 [" in said
     assert verdicts.good_for(records)["contradicted"][0].endswith("[SimCLR]")
@@ -205,11 +207,10 @@ def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]
 def test_small_scales_decide_nothing(records: list[verdicts.Record]) -> None:
     """Where a claim was measured at a larger one, too, a smaller one is left out of the README."""
     small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
-    assert verdicts.short_markdown([*small, *records]) == verdicts.short_markdown(records)
+    assert verdicts.answers([*small, *records]) == verdicts.answers(records)
     untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
-    assert verdicts.short_markdown(untested).endswith("| ◌ so far ○ SimCLR; ● BYOL |\n")
-    mixed = verdicts.short_markdown([small[1], untested[1]])
-    assert mixed.endswith("| ○ SimCLR; ◌ so far ● BYOL |\n")
+    assert "| open |" in verdicts.answers(untested)
+    assert "| no (SimCLR); open (BYOL) |" in verdicts.answers([small[1], untested[1]])
     assert "decides nothing" in verdicts.sentence(untested)
     assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
 
@@ -231,8 +232,8 @@ def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> Non
     )
     assert verdicts.decided(found) == found[:1]
     assert len(verdicts.good_for(found)["reproduced"]) == 1
-    new, old = verdicts.summary(found)
-    assert names[0] in old.claim and "Superseded" not in new.claim
+    standing, superseded = verdicts.markdown(found).split("Superseded tests")
+    assert "Superseded on" not in standing and f"by `{names[0]}`" in superseded
 
 
 def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
@@ -243,10 +244,8 @@ def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
         (tmp_path / folder).mkdir()
         verdicts.keep(kept, tmp_path / folder)
     found = verdicts.kept_records(tmp_path)
-    short = verdicts.short_markdown(found)
-    row = next(line for line in short.splitlines() if "two noise seeds" in line)
-    assert "r = 0.95 [0.85, 1.05] BYOL; on the JPEG copy: r = 0.80 [0.70, 0.90] SimCLR |" in row
-    assert row.endswith("| overnight: ● reproduced; on the JPEG copy: ○ contradicted |")
+    row = next(r for r in verdicts.answers(found).splitlines() if "two draws" in r.lower())
+    assert "| yes (BYOL); no (SimCLR\\*) | r = 0.95 [0.85, 1.05] (BYOL) | 01 |" in row
     data = {r.data for r in verdicts.summary(found) if r.measured == "r"}
     assert data == {"cifar10", "cifar10 (the JPEG copy)"}
     drawn = tmp_path / "overnight-jpeg"  # drawn images are no copy

@@ -418,9 +418,9 @@ def answers(records: Sequence[Record]) -> str:
     What was measured on the copy of the images counts, with a star, until it is measured again.
     """
     cells = []
-    asked = [r for r in records if claims()[r["name"]].question]
+    asked = [r for r in records if claims()[r["name"]].question and _scale(r) >= 0]
     for of_claim in _grouped(asked, lambda r: r["name"]):
-        at = max(SCALES.index(r["provenance"]["profile"]) for r in of_claim)
+        at = max(_scale(r) for r in of_claim)
         own = [r for r in of_claim if r["provenance"]["profile"] == SCALES[at]]
         again = {r["variant"] for r in own if not r["copied"]}
         own = [r for r in own if not r["copied"] or r["variant"] not in again]
