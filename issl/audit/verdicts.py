@@ -350,19 +350,19 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     return found
 
 
-def markdown(records: Sequence[Record], figures: str | None = None) -> str:
+def markdown(records: Sequence[Record], repository: Path | None = None) -> str:
     """Every claim with what was found: those that stand, a section each; then the code's checks,
     and the tests that no longer decide.
 
     Args:
         records: Of any profiles.
-        figures: Where each profile's figures are, for links; None: no links.
+        repository: Whose figures are linked, as from docs/; None: no links.
     """
     parts: dict[str, list[str]] = {"standing": [], "checks": [], "superseded": []}
     for own in _grouped(records, lambda r: r["name"]):
         about = claims()[own[0]["name"]]
         kind = "superseded" if about.superseded else "checks" if about.check else "standing"
-        parts[kind].append(_section(own, figures))
+        parts[kind].append(_section(own, repository))
     found = "".join(parts["standing"])
     for title, kind in (("Checks of the code", "checks"), ("Superseded tests", "superseded")):
         if parts[kind]:
@@ -371,7 +371,7 @@ def markdown(records: Sequence[Record], figures: str | None = None) -> str:
     return found
 
 
-def _section(own: Sequence[Record], figures: str | None) -> str:
+def _section(own: Sequence[Record], repository: Path | None) -> str:
     """What the records of one claim say, the largest scale first."""
     about = claims()[own[0]["name"]]
     paper = "our question" if about.paper is None else f"the paper: {about.paper}"
@@ -385,9 +385,9 @@ def _section(own: Sequence[Record], figures: str | None) -> str:
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}" + (f" ({COPY})" if r["copied"] else "")
         where = r["provenance"]["profile"]
-        if figures is not None:
-            folder = where + (COPIED if r["copied"] else "")
-            where = f"[{where}]({figures}/{folder}/{about.notebook}.png)"
+        figure = f"figures/{where}{COPIED if r['copied'] else ''}/{about.notebook}.png"
+        if repository is not None and (repository / figure).is_file():
+            where = f"[{where}](../{figure})"
         numbers = [f"{words(k)} {_number(Estimate.of(r['metrics'][k]))}" for k in _asked_of(r)]
         method = NAMES.get(r["variant"], r["variant"])
         rows.append((method, f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
@@ -480,6 +480,6 @@ def pages(repository: Path) -> dict[Path, str]:
         r["name"]: max(_scale(s) for s in records if s["name"] == r["name"]) for r in records
     }
     shown = [r for r in records if _scale(r) == largest[r["name"]]]
-    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(shown, "../figures")}
+    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(shown, repository)}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}
