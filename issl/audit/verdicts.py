@@ -389,7 +389,7 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
         if repository is not None and (repository / figure).is_file():
             where = f"[{where}](../{figure})"
         numbers = [f"{words(k)} {_number(Estimate.of(r['metrics'][k]))}" for k in _asked_of(r)]
-        method = NAMES.get(r["variant"], r["variant"])
+        method = str(NAMES.get(r["variant"], r["variant"]))
         rows.append((method, f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
     head = [
         "",
