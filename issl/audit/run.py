@@ -30,7 +30,7 @@ AT_MOST = 4  # processes by default: each holds its images
 DOORS = """doors:   ./run_all.sh                                   figures from the released tables
          ./run_all.sh --from encoders --data-root DIR   tables from the released encoders; hours
          ./run_all.sh --check --data-root DIR           one of these tables; minutes
-         ./run_all.sh --from images --data-root DIR     encoders from the images; a night, or a GPU
+         ./run_all.sh --from images --data-root DIR     encoders from the images; nights, or a GPU
          ./run_all.sh --profile quick                   the whole machinery, rehearsed; minutes"""
 WORTH_IT = 4  # tasks for each process: starting one takes as long as some stages
 
