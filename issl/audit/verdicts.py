@@ -37,8 +37,10 @@ PHRASES = {
     "contradicted": "does not hold",
     "undecided": "is undecided",
 }
-ANSWERS, OPEN = {"reproduced": "yes", "partly": "in part", "contradicted": "no"}, "open"
+ANSWERS = {"reproduced": "yes", "partly": "in part", "contradicted": "no", "undecided": "open"}
+ANSWERS[UNTESTED] = "untested"
 MARKS = dict(zip((*PHRASES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇◌⊘✓✗", strict=True))
+STATES = {"holds": "●", "contradicted": "○", "undecided": "◇"}  # of a test
 BEGIN = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->"
 END = "<!-- /verdicts -->"
 # until 2026-11-28 "cifar10" was a copy that had been re-encoded as JPEG, and the faces were another
@@ -376,9 +378,11 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     about = claims()[own[0]["name"]]
     paper = "our question" if about.paper is None else f"the paper: {about.paper}"
     first = min(r["provenance"]["time"] for r in own)
-    made = f"tests stated {about.stated}, first recorded {first[:10]}"
+    stated = "" if about.stated is None else f"tests stated {about.stated}, "
     lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
-    lines.append(f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`; {made}.")
+    lines.append(
+        f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`; {stated}first recorded {first[:10]}."
+    )
     if why := about.superseded:
         lines.append(f"Superseded on {why.date} by `{why.by}`: {why.reason} Found: {why.found}")
     rows = []
@@ -388,22 +392,11 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
         figure = f"figures/{where}{COPIED if r['copied'] else ''}/{about.notebook}.png"
         if repository is not None and (repository / figure).is_file():
             where = f"[{where}](../{figure})"
-        numbers = [f"{words(k)} {_number(Estimate.of(r['metrics'][k]))}" for k in _asked_of(r)]
+        numbers = [f"{STATES[t['state']]} {_number_asked(r, t)}" for t in r["tests"]]
         method = str(NAMES.get(r["variant"], r["variant"]))
         rows.append((method, f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
-    head = [
-        "",
-        "measured at",
-        "verdict (tests held)",
-        "the numbers of its tests, the deciding first",
-    ]
+    head = ["", "measured at", "verdict (tests held)", "its tests"]
     return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
-
-
-def _asked_of(record: Record) -> list[str]:
-    """The metrics of a record's tests, the deciding one first."""
-    metrics = [deciding(record)["metric"], *(t["metric"] for t in record["tests"])]
-    return [m for m in dict.fromkeys(metrics) if m in record["metrics"]]
 
 
 def _scale(record: Record) -> int:
@@ -443,14 +436,24 @@ def _answer(record: Record) -> str:
     """A verdict as an answer to its claim's question."""
     if record["verdict"] == "partly" and "contradicted" in {t["state"] for t in record["tests"]}:
         return "mixed"
-    return ANSWERS.get(record["verdict"], OPEN)
+    return ANSWERS[record["verdict"]]
 
 
 def _deciding_number(record: Record) -> str:
-    """The number of the test that decides a record, with its method."""
-    metric, method = deciding(record)["metric"], NAMES.get(record["variant"])
-    number = _number(Estimate.of(record["metrics"][metric]))
-    return f"{words(metric)} = {number}" + (f" ({method})" if method else "")
+    """The number of the test that decides a record, with its method; where all of them hold, of the
+    last, which asks the most."""
+    test, method = deciding(record), NAMES.get(record["variant"])
+    if test["holds"]:
+        test = record["tests"][-1]
+    return (f"{method}: " if method else "") + _number_asked(record, test)
+
+
+def _number_asked(record: Record, test: dict[str, Any]) -> str:
+    """A test's number, and what it asks of it."""
+    number = _number(Estimate.of(record["metrics"][test["metric"]]))
+    side = "above" if "above" in test else "below"
+    all_of_it = "" if test["bound"] == "value" else "all "
+    return f"{words(test['metric'])} = {number} (asked: {all_of_it}{side} {_asked(test):g})"
 
 
 def _markdown(
