@@ -49,14 +49,14 @@ def blocks(language: str) -> list[str]:
 JOINED = re.sub(r"\\\n\s*", "", "\n".join(blocks("bash")))  # a command may go on in the next line
 LINES = [line.split("#")[0].strip() for line in JOINED.splitlines()]
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
-    "run": "--only 01",
+    "run": "--only 00",
     "pretrain": "--epochs 1 --width 1 --images 12 --batch-size 4 --recipe short",
     "influence": "--images 8 --rank 2",
     "fit": "--images 8 --rank 2",
     "attribute": "--batch-size 4 --check 2",
 }
 LEAVES = {
-    "run": "figures/{profile}/01_seed_correlation.png",
+    "run": "figures/{profile}/{notebook}.png",
     "explain": "explain.png",
     "attribute": "attribute.csv",
 }
@@ -161,9 +161,12 @@ def test_the_command_does_what_it_says(
         assert cli.main([*given, "--out", str(desk)]) == 2
         return
     less = SMALL.get(command, "").split()
+    scored = getattr(options, "checkpoint", None)  # 00 asks about no encoder
+    less += ["--only", "01"] if scored else []
     given += less[:2] if "--curvature-from" in given else less  # which decides the rank
     profile = getattr(options, "profile", None) or RELEASED
-    left = Path(options.out or LEAVES[command].format(profile=profile))
+    names = {"profile": profile, "notebook": "01_seed_correlation" if scored else "00_method"}
+    left = Path(options.out or LEAVES[command].format(**names))
     if left.is_file():
         left.unlink()  # another command's
     if command == "influence":

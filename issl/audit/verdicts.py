@@ -380,9 +380,8 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     first = min(r["provenance"]["time"] for r in own)
     stated = "" if about.stated is None else f"tests stated {about.stated}, "
     lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
-    lines.append(
-        f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`; {stated}first recorded {first[:10]}."
-    )
+    asked = f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`"
+    lines.append(f"{asked}; {stated}first recorded {first[:10]}.")
     if why := about.superseded:
         lines.append(f"Superseded on {why.date} by `{why.by}`: {why.reason} Found: {why.found}")
     rows = []
