@@ -33,6 +33,7 @@ from issl import cli
 from issl.audit import RELEASED, profiles
 from issl.errors import IsslError
 from issl.influence import reference
+from issl.pretraining.recipes import NAMES
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {
@@ -346,3 +347,15 @@ def test_every_page_is_reached_from_the_readme_and_the_site() -> None:
     site = yaml.safe_load(re.sub(r"!!\S+", "", (REPOSITORY / "mkdocs.yml").read_text()))
     listed = re.findall(r"[\w-]+\.md", json.dumps(site["nav"]))
     assert pages <= set(listed) and len(listed) == len(set(listed))
+
+
+def test_what_a_training_did_is_the_figures_table() -> None:
+    """The page's LDS, by method and share, as notebook 16 left them."""
+    found = pd.read_csv(REPOSITORY / "figures/mini/16_training_aware.csv")
+    lds = found[found["metric"] == "lds"].set_index(["method", "predictor"])["value"]
+    page = (REPOSITORY / "docs/attribute.md").read_text()
+    for method in ("simclr", "byol", "barlow_twins"):
+        line = next(row for row in page.splitlines() if row.startswith(f"| {NAMES[method]} |"))
+        shown = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
+        shares = ("0.2%", "1%", "5%", "10%", "50%")
+        assert shown == [round(lds[method, f"without {share}"], 2) for share in shares]
