@@ -150,6 +150,7 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
             issl.load(name, **{"root": tmp_path, **arguments})
 
     fails("data set 'mnist': known are", "mnist")
+    fails("data set 'mnist': known are", "mnist", size=16)
     fails("split 'val': cifar10 has train and test", split="val")
     fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
