@@ -187,7 +187,10 @@ def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]
     check, simclr, byol, duplicates = records
     sections = verdicts.markdown(records).split("### ")[1:]
     assert ["two noise seeds" in sections[0], "duplicates" in sections[1]] == [True, True]
-    assert "| SimCLR | overnight, cifar10, n = 2,000 | ○ contradicted (0/1) | ○ r = 0.80" in sections[0]
+    assert (
+        "| SimCLR | overnight, cifar10, n = 2,000 | ○ contradicted (0/1) | ○ r = 0.80"
+        in sections[0]
+    )
     assert "| BYOL | overnight, cifar10, n = 2,000 | ● reproduced (1/1) | ● r = 0.95" in sections[0]
     assert sections[1].count("<br>") == 1  # both numbers of its tests
     assert "Checks of the code" in sections[1] and "1e-09" in sections[2]
@@ -197,7 +200,10 @@ def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
     short = verdicts.answers(records).splitlines()
     assert len(short) == 2 + 2  # a check asks no question
-    assert "| no (SimCLR); yes (BYOL) | SimCLR: r = 0.80 [0.70, 0.90] (asked: above 0.924) |" in short[2]
+    assert (
+        "| no (SimCLR); yes (BYOL) | SimCLR: r = 0.80 [0.70, 0.90] (asked: above 0.924) |"
+        in short[2]
+    )
     assert "| mixed |" in short[3]
     said = verdicts.sentence([simclr, byol])
     assert "holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR (0.80 [" in said

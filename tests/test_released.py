@@ -28,10 +28,11 @@ from issl.pretraining.learner import load_learner
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
-    """Those of `overnight` in every reading of the paper, and of its notebook about faces, on a
-    machine without data."""
+    """Those of `overnight` in every reading of the paper, of its notebook about faces, and of what
+    is drawn from tables, on a machine without data."""
     monkeypatch.delenv("ISSL_DATA", raising=False)
     options = [*map(ProfileOptions, readings()), ProfileOptions("overnight", only="05")]
+    options.append(ProfileOptions(RELEASED, door="tables"))  # people's choices are not released
     return {stage.label: stage for o in options for stage in all_stages(o.plans().values())}
 
 
