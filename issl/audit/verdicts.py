@@ -16,6 +16,7 @@ from issl.audit.claims import (
     SUPERSEDED,
     UNTESTED,
     Condition,
+    Superseded,
     claims,
     outcome,
     over_readings,
@@ -236,7 +237,7 @@ def _row(own: Sequence[Record]) -> Row:
         asked=_asked(test),
         n=one["n"],
         profile=one["provenance"]["profile"],
-        data=one["dataset"] + (f" ({COPY})" if one["copied"] else ""),
+        data=one["dataset"] + _copied(one),
         verdicts=named if len(set(plain)) > 1 else plain[:1],
         reached=[r["verdict"] for r in own],
         failed=[text for text, r in zip(failed, own, strict=True) if r["outcome"] != "reproduced"],
@@ -273,8 +274,16 @@ def _in_words(name: str) -> str:
     text = claim.claim + (" (ours)" if claim.ours else "")
     if claim.superseded is None:
         return text
-    why = claim.superseded
-    return f"{text} Superseded on {why.date} by `{why.by}`: {why.reason} It had found: {why.found}"
+    return f"{text} {_why(claim.superseded)}"
+
+
+def _copied(record: Record) -> str:
+    return f" ({COPY})" if record["copied"] else ""
+
+
+def _why(past: Superseded) -> str:
+    """Why a test no longer decides."""
+    return f"Superseded on {past.date} by `{past.by}`: {past.reason} It had found: {past.found}"
 
 
 def _verdict(r: Record) -> str:
@@ -377,16 +386,16 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     """What the records of one claim say, the largest scale first."""
     about = claims()[own[0]["name"]]
     paper = "our question" if about.paper is None else f"the paper: {about.paper}"
-    first = min(r["provenance"]["time"] for r in own)
+    first = min((r["provenance"] for r in own), key=lambda made: made["time"])
     stated = "" if about.stated is None else f"tests stated {about.stated}, "
     lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
     asked = f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`"
-    lines.append(f"{asked}; {stated}first recorded {first[:10]}.")
-    if why := about.superseded:
-        lines.append(f"Superseded on {why.date} by `{why.by}`: {why.reason} Found: {why.found}")
+    lines.append(f"{asked}; {stated}first recorded at {first['profile']} {first['time'][:10]}.")
+    if about.superseded:
+        lines.append(_why(about.superseded))
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
-        data = f"{r['dataset']}, n = {r['n']:,}" + (f" ({COPY})" if r["copied"] else "")
+        data = f"{r['dataset']}, n = {r['n']:,}{_copied(r)}"
         where = r["provenance"]["profile"]
         figure = f"figures/{where}{COPIED if r['copied'] else ''}/{about.notebook}.png"
         if repository is not None and (repository / figure).is_file():
@@ -478,10 +487,8 @@ def pages(repository: Path) -> dict[Path, str]:
     The answers in the README; in docs/verdicts.md each claim at the largest scale of its records.
     """
     records = kept_records(repository / "figures")
-    largest = {
-        r["name"]: max(_scale(s) for s in records if s["name"] == r["name"]) for r in records
-    }
-    shown = [r for r in records if _scale(r) == largest[r["name"]]]
+    of_each = _grouped(records, lambda r: r["name"])
+    shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
     tables = {"README.md": answers(records), "docs/verdicts.md": markdown(shown, repository)}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}

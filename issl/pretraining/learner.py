@@ -107,9 +107,9 @@ class Learner(nn.Module):
 
     @property
     def layout(self) -> torch.memory_format:
-        """Of pixels and kernels: NHWC, the faster one, where it works. On CPUs without AVX-512 the
-        weight gradient of a strided 1×1 convolution of fewer than 8 channels then writes past its
-        memory (oneDNN issue 6035): a crash, or wrong numbers."""
+        """Of pixels and kernels: NHWC, the faster one, but for narrow networks on any CPU. In it,
+        without AVX-512, the weight gradient of a strided 1×1 convolution of fewer than 8 channels
+        writes past its memory (oneDNN issue 6035): a crash, or wrong numbers."""
         safe = self.encoder.width >= 8 or next(self.parameters()).device.type != "cpu"
         return torch.channels_last if safe else torch.contiguous_format
 
@@ -168,32 +168,6 @@ def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
 
 def _parts(names: Iterable[str]) -> str:
     return " and ".join(sorted({name.split(".")[0] for name in names}))
-
-
-def as_learner(trained: Learner | Encoder | str | Path, recipe: Recipe | None = None) -> Learner:
-    """The learner itself; that of a file; or one around an Encoder and its recipe.
-
-    Raises:
-        IsslError: Where a part of the learner, such as BYOL's target, is not there.
-    """
-    if isinstance(trained, Learner):
-        return trained
-    if isinstance(trained, str | Path):
-        return load_learner(trained, recipe)
-    if not isinstance(trained, Encoder):
-        raise IsslError(
-            f"{type(trained).__name__}: need the file of an encoder, an Encoder or a Learner"
-        )
-    if recipe is None:
-        raise IsslError(
-            "an Encoder does not say how it was trained: give its recipe, such as recipe('simclr')"
-        )
-    learner = Learner(recipe, trained.width, trained.head.out, seed=0, start=trained)
-    if lacking := _parts(learner.beside()):
-        raise IsslError(
-            f"a {recipe.method} Encoder lacks its {lacking}: give the Learner, or the file of one"
-        )
-    return learner
 
 
 def spread(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
