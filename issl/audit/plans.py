@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from issl.audit.explorer import Explorer
 from issl.audit.plan import Plan
 from issl.audit.plans_own import OWN
 from issl.audit.plans_paper import PAPER
@@ -10,4 +9,3 @@ from issl.audit.plans_paper import PAPER
 PLANS: dict[str, type[Plan]] = {
     p.notebook: p for p in sorted(PAPER + OWN, key=lambda p: p.notebook)
 }
-EXPLORER = Explorer  # of the report

@@ -13,7 +13,7 @@ import yaml
 
 from issl.audit.cache import Stage, in_dependency_order, missing, released_index
 from issl.audit.plan import Door, Plan
-from issl.audit.plans import EXPLORER, PLANS
+from issl.audit.plans import PLANS
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.data import datasets, published
@@ -22,15 +22,12 @@ from issl.errors import IsslError
 from issl.files import REPOSITORY, check_writable, installed, provided, remove_leftovers
 from issl.pretraining.recipes import NAMES
 
-KNOWN: dict[str, type[Plan]] = {**PLANS, EXPLORER.notebook: EXPLORER}
-
 
 @dataclass(frozen=True)
 class ProfileOptions:
     """Which part of which profile, and where.
 
-    only      notebooks by number or name, separated by commas; None for all of them, with the
-              report's image explorer
+    only      notebooks by number or name, separated by commas; None for all of them
     out       where figures/, results/ and artifacts/ go; None for the checkout, or the current
               folder without one
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
@@ -62,11 +59,8 @@ class ProfileOptions:
         return None if root is None else str(root.resolve())
 
     def plans(self) -> dict[str, Plan]:
-        """The plans of the chosen notebooks, and that of the image explorer where all are
-        chosen."""
-        names = (
-            [*covered(self.profile), EXPLORER.notebook] if self.only is None else select(self.only)
-        )
+        """The plans of the chosen notebooks."""
+        names = covered(self.profile) if self.only is None else select(self.only)
         left_out = self.left_out()
         names = [name for name in names if name not in left_out]
         plans = read_profile(
@@ -89,7 +83,7 @@ class ProfileOptions:
         drawn = self.plans()
         for name, plan in replace(self, door=None).plans().items():
             asked, kept = (set(getattr(p, "methods", ())) for p in (plan, drawn.get(name)))
-            if name != EXPLORER.notebook and (name not in drawn or asked != kept):
+            if name not in drawn or asked != kept:
                 left = sorted(asked - kept, key=list(NAMES).index)
                 found[name] = tuple(left) if name in drawn else ()
         return found
@@ -161,13 +155,13 @@ def read_profile(
     there = sorted({*asked, *(set(_file(profile)) & set(PLANS))})
     plans = {}
     for name in names:
-        if name not in (*there, EXPLORER.notebook):
+        if name not in there:
             raise IsslError(
                 f"profile {profile!r} is not for notebook {name}; it is for {', '.join(there)}"
             )
         fields = {**_fields(profile, name, checkpoints), "profile": profile, **common}
         try:
-            plans[name] = KNOWN[name](**fields)
+            plans[name] = PLANS[name](**fields)
         except IsslError as error:
             raise IsslError(f"{file}, notebook {name}: {error}") from error
     return plans
@@ -186,7 +180,7 @@ def needs_training(
     """Are encoders given to a notebook that has to train its own?"""
     return (
         bool(_fields(profile, name, checkpoints).get("checkpoints"))
-        and not KNOWN[name].takes_checkpoints
+        and not PLANS[name].takes_checkpoints
     )
 
 
@@ -212,7 +206,7 @@ def _file(profile: str) -> dict[str, Any]:
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content: dict[str, Any] = copy.deepcopy(_parsed(paths[profile].read_text()))
-    allowed = ("base", "common", "notebooks", *KNOWN)
+    allowed = ("base", "common", "notebooks", *PLANS)
     unknown = set(content) - set(allowed)
     if unknown:
         raise IsslError(

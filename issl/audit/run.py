@@ -17,7 +17,6 @@ from issl.audit.cache import Artifacts, Stage, missing
 from issl.audit.given import Given
 from issl.audit.notebooks import fingerprint, is_current, make_notebook
 from issl.audit.plan import Plan
-from issl.audit.plans import EXPLORER
 from issl.audit.profiles import ProfileOptions, check, in_words_left_out, notebooks_folder
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
@@ -62,9 +61,9 @@ def run(
     if not plans:
         raise IsslError(_nothing(options))
     check(plans, options.folder)
-    books = {n: p for n, p in plans.items() if notebooks and n != EXPLORER.notebook}
-    names = ", ".join(n for n in plans if n != EXPLORER.notebook)
-    print(f"profile {options.profile} on {pick_device(options.device)}: {names}", flush=True)
+    books = plans if notebooks else {}
+    device = pick_device(options.device)
+    print(f"profile {options.profile} on {device}: {', '.join(plans)}", flush=True)
     _print_given(next(iter(plans.values())), options.left_out())
     _print_door(options, plans)
     artifacts = next(iter(plans.values())).artifacts(progress=sys.stderr.isatty())
@@ -199,13 +198,8 @@ def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
     from issl.audit.site import build  # slow to import
 
     chosen = replace(options, only=None)
-    plans = chosen.plans()
-    explorer = plans.pop(EXPLORER.notebook, None)
-    assert isinstance(explorer, EXPLORER | None)
-    if explorer is not None and not all(artifacts.has(stage) for stage in explorer.stages()):
-        explorer = None
     try:
-        missing = chosen.not_released()
-        return build(options.profile, plans, explorer, artifacts, options.folder, missing)
+        plans, missing = chosen.plans(), chosen.not_released()
+        return build(options.profile, plans, artifacts, options.folder, missing)
     except IsslError as error:
         return f"none ({error})"

@@ -1,15 +1,14 @@
 """The report: results/<profile>/index.html, a static site that opens from a file and needs no
 network.
 
-Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), an
-explorer of the images by their scores, and where the numbers come from. It shows what the run left
+Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), and
+where the numbers come from. It shows what the run left
 and computes nothing itself. This module collects the values; the HTML is in templates/, styles and
 scripts are in static/.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -20,7 +19,6 @@ from typing import Any
 
 import nbformat
 import numpy as np
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
@@ -28,12 +26,10 @@ from PIL import Image
 from issl.audit import verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words, claims
-from issl.audit.explorer import Explorer
 from issl.audit.notebooks import hidden, own_paths
 from issl.audit.plan import Plan
 from issl.audit.profiles import all_stages, in_words_left_out
 from issl.audit.verdicts import Record
-from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import PACKAGE, atomic, provided
 from issl.pretraining.recipes import NAMES
@@ -48,7 +44,6 @@ KINDS = {  # a verdict's CSS class
     PASSED: "good",
     FAILED: "bad",
 }
-COLUMNS = 50  # of the sheet that holds all images
 MATHS = re.compile(r"(`+)(?:.|\n)*?\1|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SCALE = {
     "quick": "a demonstration on drawn images, in minutes",
@@ -67,7 +62,6 @@ SCALE = {
 def build(
     profile: str,
     plans: dict[str, Plan],
-    explorer: Explorer | None,
     artifacts: Artifacts,
     out: Path,
     left_out: Mapping[str, Sequence[str]] | None = None,
@@ -76,14 +70,13 @@ def build(
     index.
 
     plans     of all notebooks that may have been run
-    explorer  its artifacts must be there; None leaves the image explorer out
     left_out  by notebook, the methods that are not released yet
     Raises IsslError where no notebook was executed.
     """
     results, figures = out / "results" / profile, out / "figures" / profile
     site, index = results / "report", results / "index.html"
     site.mkdir(parents=True, exist_ok=True)
-    places = own_paths([*plans.values(), *([] if explorer is None else [explorer])], out)
+    places = own_paths(plans.values(), out)
     records = verdicts.read_records(sorted(results.glob("claim_*.json")))
     done = [name for name in plans if (results / f"{name}.ipynb").is_file()]
     if not done:
@@ -110,7 +103,6 @@ def build(
         counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=sorted([*cards, *kept], key=lambda card: str(card["name"])),
-        explorer=None if explorer is None else _explorer(explorer, artifacts, site),
         provenance=_provenance(records),
         stages=_stages(plans, artifacts),
     )
@@ -331,76 +323,6 @@ def _with_mathml(source: str) -> str:
         return str(convert(block or line, display="inline" if block is None else "block"))
 
     return MATHS.sub(replaced, source)
-
-
-def _explorer(plan: Explorer, artifacts: Artifacts, site: Path) -> dict[str, Any]:
-    """Write the images and their scores beside the pages; returns what the index says about
-    them."""
-    images = plan.images().load()
-    _sheet(images, site / "images.png")
-    data = json.dumps(
-        explorer_data(plan, images, artifacts), separators=(",", ":"), allow_nan=False
-    )
-    # a page that was opened from a file may load a script, but no JSON
-    with atomic(site / "images.js") as part:
-        part.write_text(f"window.EXPLORER={data}")
-    return {"images": len(images), "name": images.name, "encoders": len(plan.methods)}
-
-
-def _sheet(images: Images, path: Path) -> None:
-    """All images on one sheet, COLUMNS a row."""
-    n, _, h, w = images.pixels.shape
-    rows = -(-n // COLUMNS)
-    sheet = np.zeros((rows * COLUMNS, h, w, 3), np.uint8)
-    sheet[:n] = images.tensor().permute(0, 2, 3, 1).numpy()
-    joined = (
-        sheet.reshape(rows, COLUMNS, h, w, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * h, COLUMNS * w, 3)
-    )
-    with atomic(path) as part:
-        Image.fromarray(joined).save(part, "PNG")
-
-
-def explorer_data(plan: Explorer, images: Images, artifacts: Artifacts) -> dict[str, Any]:
-    """What explorer.js reads: scores and lists by method, and the attributes that have few
-    values."""
-    columns = images.attributes.drop(columns=["index", "duplicate_of"], errors="ignore")
-    few: dict[str, list[str]] = {}
-    for column in sorted(
-        columns, key=lambda name: name != "label_name"
-    ):  # a class keeps this name, whose title it is
-        values = columns[column].astype(str).tolist()
-        # the same under another name, or a number for each image, is no filter
-        if columns[column].nunique() <= 20 and values not in few.values():
-            few[str(column)] = values
-    methods = {}
-    for method in plan.methods:
-        scores, lists = plan.scores(method).read(artifacts), plan.lists(method).read(artifacts)
-        methods[str(NAMES.get(method, method))] = {
-            **{
-                c: [float(f"{v:.4g}") for v in scores[c]]
-                for c in ("influence", "stability_loss", "grad_norm")
-            },
-            **{kind: _rows(lists[lists["kind"] == kind]) for kind in ("nearest", "taught")},
-        }
-    return {
-        "columns": COLUMNS,
-        "sprite": "report/images.png",
-        "n": len(images),
-        "index": images.index.tolist(),
-        "attributes": few,
-        "methods": methods,
-    }
-
-
-def _rows(part: pd.DataFrame) -> list[list[tuple[int, float]]]:
-    ordered = part.sort_values(["position", "rank"])
-    pairs = [
-        (int(o), float(f"{v:.4g}")) for o, v in zip(ordered["other"], ordered["value"], strict=True)
-    ]
-    k = int(ordered["rank"].max())
-    return [pairs[i : i + k] for i in range(0, len(pairs), k)]
 
 
 def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ from issl.influence.kept import fit
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
-from issl.influence.scores import as_queries, cross_influence, self_influence, top_influences
+from issl.influence.scores import as_queries, cross_influence, self_influence
 from issl.measures import Measure, knn_margins, mean_of, stability_measures
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
@@ -676,50 +676,6 @@ class Betweenness(Table):
 
     def read(self, artifacts: Artifacts) -> np.ndarray:
         return super().read(artifacts)["betweenness"].to_numpy()
-
-
-class Lists(Table):
-    """For each image of a set, the k others nearest in feature space and the k others of the
-    highest influence on it: lists.parquet (kind nearest or taught, position, rank, other: its
-    position, value)."""
-
-    name: ClassVar[str] = "lists"
-    file: ClassVar[str] = "lists.parquet"
-
-    features: Embed
-    perturbation: GaussianNoise | Augmentation = GaussianNoise()
-    curvature: Weighing = LoGra()
-    seed: int = Field(0, ge=0)
-    k: int = Field(6, ge=1)
-
-    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        encoder, images = self.features.encoder(artifacts), self.features.data.load()
-        n, k = len(images), min(self.k, len(images) - 1)
-        places, distances = nearest(self.features.read(artifacts), k)
-        best = top_influences(
-            encoder,
-            images,
-            images,
-            k + 1,  # the first may be the image itself
-            self.perturbation,
-            self.curvature,
-            self.seed,
-            computing=_computing(artifacts),
-        )
-        best = best[best["query"] != best["index"]].groupby("query", sort=False).head(k)
-        position = pd.Series(np.arange(n), index=images.index.numpy())
-        parts = {
-            "nearest": (np.repeat(np.arange(n), k), places.ravel(), 1 - distances.ravel()),
-            "taught": (position[best["query"]], position[best["index"]], best["influence"]),
-        }
-        tables = []
-        for kind, columns in parts.items():
-            of_kind = dict(
-                zip(("position", "other", "value"), map(np.asarray, columns), strict=True)
-            )
-            rank = np.tile(np.arange(1, k + 1), n)
-            tables.append(pd.DataFrame({"kind": kind, "rank": rank, **of_kind}))
-        return pd.concat(tables)[["kind", "position", "rank", "other", "value"]]
 
 
 class Evaluate(Table):
