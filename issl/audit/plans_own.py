@@ -27,6 +27,7 @@ from issl.audit.plan import (
 )
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
+    CopiesTrainedOn,
     Cross,
     Draw,
     Embed,
@@ -44,7 +45,15 @@ from issl.audit.stages import (
     Top,
     Without,
 )
-from issl.audit.table_stages import Bottlenecks, CopiesDiscount, ExplainedBy, Known, Map, Removals
+from issl.audit.table_stages import (
+    Bottlenecks,
+    CopiesDiscount,
+    ExplainedBy,
+    Known,
+    Map,
+    Pixels,
+    Removals,
+)
 from issl.influence.curvature import Curvature, Identity, LoGra
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
@@ -536,6 +545,7 @@ class TrainingAware(Retrained):
     unseen       how many test images the means are over: the first ones
     own          how many training images are asked about themselves, evenly over the ranks of the
                  score
+    copies       how many copies of such an image are trained on, itself counted
     rates        learning rates of the first run, to see where it stops to be predictable
     fresh        epochs of a training from fresh weights, likewise
     """
@@ -546,7 +556,8 @@ class TrainingAware(Retrained):
     queries: int = Field(6, ge=2)
     draws: int = Field(2, ge=1)
     candidates: int | None = Field(96, ge=16)
-    snapshots: int = Field(1, ge=1)  # whole learners are kept: training goes on from them
+    # whole learners are kept: training goes on from them
+    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 1
     continued_epochs: int = Field(2, ge=1)
     continued_batch: int | None = Field(32, ge=3)
     small_views: bool = True
@@ -554,6 +565,7 @@ class TrainingAware(Retrained):
     removals: dict[float, Annotated[int, Field(ge=3)]] = Field({0.01: 4, 0.05: 6, 0.5: 4})
     unseen: int = Field(32, ge=4)
     own: int = Field(6, ge=4)
+    copies: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 8)
     rates: tuple[float, ...] = (0.4,)
     fresh: int = Field(1, ge=1)
 
@@ -597,10 +609,17 @@ class TrainingAware(Retrained):
         """Random sets of this share of the scored images."""
         return tuple(Draw(data=self.scored(), share=share, seed=k) for k in range(count))
 
+    def score(self, first: Pretrain, output: Output = "features") -> Influence:
+        """The paper's score of the scored images, under the curvature of all that the encoder was
+        trained on."""
+        others = None if self.candidates is None else self.scored()
+        return self.influence(first, others=others, draws=self.draws, output=output)
+
     def known(self, first: Pretrain) -> dict[str, Stage]:
         """What else is known of each image."""
         return {
             "nearest": Neighbours(features=self.features(first, self.scored()), k=1),
+            "projector": self.score(first, "projector"),
             "cross-influence": self.cross(first=first),
             "similarity": self.nearness(first),
         }
@@ -614,13 +633,12 @@ class TrainingAware(Retrained):
         return found | {"fresh weights": self.from_fresh_weights(first)}
 
     def tables(self) -> dict[str, Cells]:
-        names = "scores known picked each unseen own removed tops variants variants_removed"
+        names = "scores known picked each unseen own removed tops copied variants variants_removed"
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
             first, who = self.training(m, self.seed + e), (m, e)
-            scores = self.influence(first, data=self.scored(), draws=self.draws)
-            of["scores"][who] = scores
+            scores = of["scores"][who] = self.score(first)
             of["known"] |= {(*who, k): stage for k, stage in self.known(first).items()}
             picked = Spread(influence=scores, count=self.own)
             of["picked"][who] = picked
@@ -639,10 +657,13 @@ class TrainingAware(Retrained):
                     **self.asked_of(run, "each"), left_out=self.random(share, count)
                 )
             top = Prune(influence=scores, which="top", share=self.top)
+            flat = Prune(influence=scores, which="top flat", share=self.top)
             of["tops"][who] = Without(
-                **self.asked_of(run, "unseen"), left_out=(top, *self.random(self.top, 3))
+                **self.asked_of(run, "unseen"), left_out=(top, flat, *self.random(self.top, 3))
             )
             if e == 0:
+                fields = self.asked_of(run, "own", picked=picked)
+                of["copied"][who] = CopiesTrainedOn(**fields, copies=self.copies)
                 for name, variant in self.variants(first).items():
                     fields = self.asked_of(variant, "each")
                     of["variants"][m, name] = ThroughTraining(**fields)
@@ -652,6 +673,7 @@ class TrainingAware(Retrained):
         columns |= dict.fromkeys(("variants", "variants_removed"), "method variant")
         return {
             "accuracy": under(self.encoders_of(self.methods), self.evaluation),
+            "pixels": Cells("set", {(self.dataset,): Pixels(data=self.scored())}),
             **{name: Cells(columns.get(name, BY), stages) for name, stages in of.items()},
         }
 

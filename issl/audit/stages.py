@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -311,7 +312,8 @@ class Prune(Positions):
         if self.which.startswith("random"):
             order = np.random.default_rng(self.seed).permutation(len(scores))
         if self.which.endswith("flat"):
-            frames = pixel_features(self.influence.data.load())["border_std"].to_numpy()
+            images = (self.influence.others or self.influence.data).load()
+            frames = pixel_features(images)["border_std"].to_numpy()
             order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
         return order[-count:] if self.which == "bottom" else order[:count]
 
@@ -621,6 +623,46 @@ class Without(OfRun, Table):
                 found = {"subset": number, "query": range(len(value)), "value": value.numpy()}
                 parts.append(pd.DataFrame(found))
         return pd.concat(parts, ignore_index=True)
+
+
+class CopiesTrainedOn(OfRun, Table):
+    """What training on copies of an image does to its own stability loss: the derivative by the
+    weight of one of them, and by all their weights together: copies.parquet (index, copies, one,
+    together; a row for each of `picked` and number of copies, itself counted).
+
+    The copies take the places of other images, drawn at random."""
+
+    name: ClassVar[str] = "copies_trained_on"
+    file: ClassVar[str] = "copies.parquet"
+
+    copies: tuple[int, ...] = (1, 2, 8)
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        run, _ = self.training(artifacts)
+        assert self.picked is not None
+        places, rng, rows = self.picked.read(artifacts), np.random.default_rng(self.seed), []
+        others = np.setdiff1d(np.arange(len(run.images)), places)
+        for i, k in product(places, self.copies):
+            alike = [i, *rng.choice(others, k - 1, replace=False)]
+            shown = np.arange(len(run.images))
+            shown[alike] = i
+            # by their own indices, copies have views of their own
+            images = replace(run.images, pixels=run.images.tensor()[shown])
+            query = run.images.subset([i])
+            own = stability_measures(query, self.perturbation, self.seed, self.draws)
+            effects = influence_through_training(
+                run.start,
+                images,
+                own,
+                epochs=run.epochs,
+                batch_size=run.batch_size,
+                seed=run.seed,
+                device=artifacts.device,
+            )
+            of_each = effects.derivatives[0, alike].numpy()
+            row = {"index": int(run.images.index[i]), "copies": k}
+            rows.append(row | {"one": of_each.mean(), "together": of_each.sum()})
+        return pd.DataFrame(rows)
 
 
 class Nearness(Pairs):
