@@ -459,9 +459,9 @@ def _deciding_number(record: Record) -> str:
 def _number_asked(record: Record, test: dict[str, Any]) -> str:
     """A test's number, and what it asks of it."""
     number = _number(Estimate.of(record["metrics"][test["metric"]]))
-    side = "above" if "above" in test else "below"
+    side = ">" if "above" in test else "<"
     all_of_it = "" if test["bound"] == "value" else "all "
-    return f"{words(test['metric'])} = {number} (asked: {all_of_it}{side} {_asked(test):g})"
+    return f"{words(test['metric'])} = {number}; asked: {all_of_it}{side} {_asked(test):g}"
 
 
 def _markdown(
