@@ -23,6 +23,7 @@ from issl.audit.stages import Influence, Pretrain, Table
 from issl.data import datasets
 from issl.errors import IsslError
 from issl.files import provided
+from issl.influence.perturbation import GaussianNoise
 
 
 def path_of(stage: Table) -> str:
@@ -52,13 +53,16 @@ def _encoder(encoder: Pretrain) -> list[str]:
 
 def _settings(stage: Table) -> list[str]:
     """What else tells tables of a kind and encoder apart."""
+    scores = [s for s in in_dependency_order([stage]) if isinstance(s, Influence)]
+    reading = ["projector"] if any(s.output == "projector" for s in scores) else []
+    if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
+        reading.append("normalised")
     if not isinstance(stage, Influence):
         share = getattr(stage, "share", None)
-        return [] if share is None else [f"{share:.0%}".replace("%", "percent")]
+        return reading + ([] if share is None else [f"{share:.0%}".replace("%", "percent")])
     draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
     others = [] if stage.others is None else ["others"]
-    others += [] if stage.output == "features" else [stage.output]
-    return [*others, *draws, f"noise{stage.seed}"]
+    return [*others, *reading, *draws, f"noise{stage.seed}"]
 
 
 def main() -> None:
