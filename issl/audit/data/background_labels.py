@@ -8,9 +8,8 @@ import pandas as pd
 from issl.data.images import Images
 from issl.files import PACKAGE
 
-LABELS = (
-    PACKAGE / "audit" / "data" / "labels" / "cifar10_backgrounds.csv"
-)  # how they were made: README.md beside it
+FOLDER = PACKAGE / "audit" / "data" / "labels"  # how they were made: README.md there
+LABELS, LISTED = FOLDER / "cifar10_backgrounds.csv", FOLDER / "cifar10_listed_backgrounds.csv"
 
 
 def background_labels(images: Images, split: str = "train") -> pd.DataFrame | None:
@@ -44,3 +43,22 @@ def background_labels(images: Images, split: str = "train") -> pd.DataFrame | No
             }
         )
     return None
+
+
+def listed_backgrounds(images: Images, split: str = "train") -> pd.DataFrame | None:
+    """The backgrounds of images at the ends of rankings and of random ones, by position in
+    `images`: plain, smooth (plain ones, too) and random. Of drawn scenes, all are known. None where
+    the set has no labels."""
+    if images.name == "scenes":
+        known = background_labels(images, split)
+        assert known is not None
+        plain = known.set_index("position")["uniform"]
+        return pd.DataFrame({"plain": plain, "smooth": plain, "random": True})
+    if (images.name, split) != ("cifar10", "train"):
+        return None
+    labels = pd.read_csv(LISTED).set_index("index")
+    index = images.index.numpy()
+    found = labels.reindex(index).set_axis(range(len(index))).dropna()
+    plain = found["background"] == "plain"
+    smooth = plain | (found["background"] == "smooth")
+    return pd.DataFrame({"plain": plain, "smooth": smooth, "random": found["random"] == 1})

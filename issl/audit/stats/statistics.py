@@ -138,6 +138,16 @@ def proportion(hits: np.ndarray) -> Estimate:
     return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
 
 
+def proportion_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
+    """The share of hits in `a` minus that in `b`, with Newcombe's interval (1998, Statistics in
+    Medicine 17, p. 873, method 10)."""
+    first, second = proportion(a), proportion(b)
+    value = first.value - second.value
+    below = np.hypot(first.value - first.low, second.high - second.value)
+    above = np.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(value, float(value - below), float(value + above), first.n + second.n)
+
+
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
     """The share of positive images among as many of the highest scores; Wilson's interval."""
     positive = _flag(positive)
