@@ -7,10 +7,9 @@ import json
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +69,6 @@ def folder(parent: Path, **files: bytes) -> str:
 # --- archives and tables ---
 
 
-def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
-    path = parent / "set.tar"
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return f"hf:{path}"
-
-
 def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
@@ -116,15 +105,6 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
             for _ in range(unpacked // 2**20):
                 member.write(b"\0" * 2**20)
         archive.writestr("a/version", "3")
-    return path
-
-
-def repeated(path: Path) -> Path:
-    """A checkpoint with one number that declares to be ten thousand million."""
-    many = torch.zeros(1).expand(10**9, 3, 3, 3)
-    torch.save(
-        {"conv1.weight": many, "layer1.0.conv1.weight": many[:, :1].expand(-1, 10, 3, 3)}, path
-    )
     return path
 
 
