@@ -66,10 +66,8 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
 
 def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
     tasks_of(tmp_path)
-    for other in (
-        partial(load, Measurement(GaussianNoise(), LoGra(4), seed=1)),
-        partial(load, seed=1),
-    ):
+    of_another_seed = Measurement(GaussianNoise(), LoGra(4), seed=1)
+    for other in (partial(load, of_another_seed), partial(load, seed=1)):
         with pytest.raises(issl.IsslError, match="holds scores of another encoder, images or"):
             tasks_of(tmp_path, other)
     with pytest.raises(issl.IsslError, match=r"makes its bases from images.*--curvature-from"):
@@ -87,10 +85,5 @@ def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
     assert cli.main([*given, out, "--jobs", "2"]) == 0
     assert "0 of 0 missing parts made" in capsys.readouterr().out
-    for more, message in [
-        ([out, "--rank", "3"], "of another encoder, images or setting"),
-        ([out, "--store", "x"], "which keep no gradients"),
-        (["x.csv", "--jobs", "2"], "--out x.csv is one file"),
-    ]:
-        assert cli.main([*given, *more]) == 2
-        assert message in capsys.readouterr().err
+    assert cli.main([*given, out, "--rank", "3"]) == 2
+    assert "of another encoder, images or setting" in capsys.readouterr().err
