@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,9 @@ from issl import cli, files
 from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
-from issl.engine import Ended, Engine, Task
 from issl.files import PART, atomic, remove_leftovers
 from issl.pretraining import loop
 from issl.pretraining.recipes import recipe
-
-
-def make(stage: Stage, artifacts: Artifacts) -> Ended:
-    """As `issl run` makes it."""
-    return next(Engine().run({"x": Task(partial(artifacts.get, stage))}))
-
 
 DATA = Data(name="scenes", n=32)
 TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
@@ -129,26 +121,6 @@ def test_a_full_disk_at_every_write(
 
 SCENES = ["--data", "scenes", "--n", "16"]
 PRETRAIN = ["pretrain", *SCENES, "--batch-size", "8", "--width", "1"]
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
-)
-def test_memory_that_runs_out_is_one_line(
-    error: Exception, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(Embed, "make", fail)
-    artifacts = Artifacts(tmp_path, released=None)
-    artifacts.get(TRAINED)
-    ended = make(STAGES[1], artifacts)
-    assert ended.error.startswith("the memory does not suffice") and "\n" not in ended.error
-    assert artifacts.has(TRAINED)  # what was finished is kept
-    monkeypatch.setattr("issl.commands.influence.main", fail)
-    assert cli.main(["influence", *SCENES, "--encoder", "x", "--out", "y.csv"]) == 2
-    assert capsys.readouterr().err.startswith("issl: error: the memory does not suffice")
 
 
 # --- what killed processes leave ---
@@ -266,15 +238,6 @@ def test_artifacts_that_are_deleted_while_they_are_made_are_made_again(
         assert damaged(manifest.parent) is None and not (manifest.parent / MARK).exists()
     if what.startswith("what is"):
         assert capsys.readouterr().err.count("files were deleted while it was made in") == 1
-
-
-def test_artifacts_that_are_deleted_again_and_again_are_one_line(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    at_each_write(monkeypatch, lambda _, path: shutil.rmtree(path.parent))
-    ended = make(TRAINED, Artifacts(tmp_path, released=None))
-    assert "files were deleted while it was made" in ended.error
-    assert "run the same command again" in ended.error and "\n" not in ended.error
 
 
 def test_a_run_killed_at_random_moments_gives_the_same_numbers(

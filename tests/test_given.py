@@ -21,7 +21,6 @@ from issl.audit.given import CheckpointFile, Given
 from issl.audit.plans import PLANS
 from issl.audit.plans_own import Bridges
 from issl.audit.plans_paper import Duplicates, SeedCorrelation
-from issl.audit.profiles import ProfileOptions, check
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.audit.stats.statistics import Estimate
@@ -113,12 +112,6 @@ FILES: dict[str, tuple[str, str | None, list[str]]] = {
         ["state_dict/classifier"],
     ),
     "timm": ("state_dict/", "state_dict_ema/", ["state_dict/fc", "state_dict_ema/fc"]),
-    "an average inside": ("", "ema_model.module.", []),
-    "VISSL": (
-        "classy_state_dict/base_model/model/trunk/_feature_blocks.",
-        None,
-        ["classy_state_dict/base_model/model/heads/0.clf.0", "loss/m"],
-    ),
     "SwAV": ("module.", None, ["module.projection_head.0", "module.prototypes", "module.fc"]),
 }
 
@@ -237,16 +230,6 @@ def test_records_name_the_file_and_its_digest(checkpoint: Path, tmp_path: Path) 
     assert written["provenance"]["checkpoints"] == {"simclr": named}
     assert str(tmp_path) not in json.dumps(written)
     assert other["recipe"] == "published" and "checkpoint" not in other
-
-
-def test_a_run_leaves_out_what_has_to_train(checkpoint: Path, tmp_path: Path) -> None:
-    options = ProfileOptions("quick", out=tmp_path, checkpoints=[("simclr", str(checkpoint))])
-    assert {name.split("_")[0] for name in options.plans()} == TAKES | {"report"}
-    trains = {name.split("_")[0] for name in PLANS} - TAKES
-    assert {name.split("_")[0] for name in options.left_out()} == trains
-    check(options.plans(), tmp_path)
-    plain = ProfileOptions("quick", out=tmp_path)
-    assert plain.left_out() == [] and len(plain.plans()) == len(PLANS) + 1
 
 
 def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:

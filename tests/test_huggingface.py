@@ -11,7 +11,6 @@ from pathlib import Path
 
 import datasets as hf
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -165,19 +164,6 @@ def test_a_missing_label_is_none(labels: list, tmp_path: Path) -> None:
     assert there == [label is not None for label in labels]
 
 
-def test_an_index_of_pandas(tmp_path: Path) -> None:
-    """`df.set_index("label").to_parquet`; and rows that were filtered keep an index of their
-    own."""
-    frame = pd.DataFrame({"image": FOUR, "label": TEXTS, "n": range(4)})
-    frame.set_index("label").to_parquet(tmp_path / "a.parquet")
-    images = issl.load(f"hf:{tmp_path / 'a.parquet'}", size=16)
-    assert images.attributes["label_name"].tolist() == TEXTS
-    frame[frame["n"] > 1].to_parquet(tmp_path / "b.parquet")
-    images = issl.load(f"hf:{tmp_path / 'b.parquet'}", size=16)
-    assert set(images.attributes) == {"index", "label", "n", "label_name"}
-    assert images.attributes["n"].tolist() == [2, 3]
-
-
 OURS = "index influence stability_loss loss grad_norm standard_error position path".split()
 
 
@@ -194,15 +180,6 @@ def test_columns_that_are_called_like_ours(tmp_path: Path) -> None:
     assert known["own_label_name"].tolist() == [7, 8, 9, 9]
     scores = issl.self_influence(net(), images, curvature=LoGra(3), draws=2, sweep=(1.0,))
     assert set(scores) & set(known) == {"index"}
-
-
-def test_broken_images_are_named_or_skipped(tmp_path: Path) -> None:
-    name = written(tmp_path, {"image": [FOUR[0], FOUR[1][:-30], b"no image", FOUR[3]]})
-    with pytest.raises(issl.IsslError, match=r"2 of 4 images .*row 1 of hf:set.parquet.*--skip-br"):
-        issl.load(name, size=16)
-    images = issl.load(name, size=16, skip_broken=True)
-    assert images.index.tolist() == [0, 3] and len(images.broken) == 2
-    assert images.tensor()[:, 0, 0, 0].tolist() == [0, 150]
 
 
 @pytest.mark.parametrize(

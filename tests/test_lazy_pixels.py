@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from disk import encoder, images_of_every_kind, jpeg, net
+from disk import encoder, jpeg, net
 from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -123,26 +123,6 @@ def test_bad_datasets() -> None:
         uneven.tensor()
 
 
-class Opened(list[Path]):
-    """A dataset that opens its files, as people write them."""
-
-    def __getitem__(self, i):
-        return Image.open(super().__getitem__(i))
-
-
-def test_a_dataset_gives_the_pixels_of_a_folder(tmp_path: Path) -> None:
-    folder = images_of_every_kind(tmp_path / "images")
-    paths = Opened(sorted(folder.iterdir()))
-    want = issl.load(f"folder:{folder}", size=20)
-    assert [folder / name for name in want.attributes["path"]] == list(paths)
-    assert torch.equal(issl.from_dataset(paths, size=20).tensor(), want.tensor())
-    again = issl.from_dataset([Image.open(path) for path in list(paths)], size=20)
-    for _ in range(2):  # images of others are not changed
-        assert torch.equal(again.tensor(), want.tensor())
-    sixteen = want.tensor()[[i for i, p in enumerate(list(paths)) if "16" in p.name]].float()
-    assert (sixteen.mean((1, 2, 3)) - 127).abs().max() < 10  # of even noise, not cut off
-
-
 def test_a_camera_held_sideways(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     (tmp_path / "a.jpg").write_bytes(jpeg(pixels))
@@ -231,12 +211,13 @@ def test_labels_that_a_dataset_lists_are_not_read_from_its_images() -> None:
 
 def test_broken_files_are_named_or_skipped(photos: Path, tmp_path: Path, capsys: Any) -> None:
     """By the library and by the command."""
-    good = sorted(photos.rglob("*.jpg"))[:12]
+    folder, good = tmp_path / "images", sorted(photos.rglob("*.jpg"))[:12]
+    folder.mkdir()
     for path in good:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "x1.jpg").write_bytes(b"no image")
-    (tmp_path / "x2.jpg").write_bytes(good[0].read_bytes()[:-200])
-    told = ["influence", "--data", f"folder:{tmp_path}", "--rank", "2"]
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "x1.jpg").write_bytes(b"no image")
+    (folder / "x2.jpg").write_bytes(good[0].read_bytes()[:-200])
+    told = ["influence", "--data", f"folder:{folder}", "--rank", "2"]
     told += ["--out", str(tmp_path / "s.csv"), "--encoder", encoder(tmp_path / "e.safetensors")]
     assert cli.main(told) == 2
     assert "2 of 14 images" in (said := capsys.readouterr().err) and "x1.jpg" in said
@@ -244,9 +225,8 @@ def test_broken_files_are_named_or_skipped(photos: Path, tmp_path: Path, capsys:
     assert "2 images were left out" in capsys.readouterr().out
     found = [len(pd.read_csv(tmp_path / name)) for name in ("s.csv", "s.broken.csv")]
     assert found == [12, 2]
-    images = issl.load(f"folder:{tmp_path}", size=SIDE, skip_broken=True)
-    assert len(images) == 12 and images.tensor().shape == (12, 3, SIDE, SIDE)
+    images = issl.load(f"folder:{folder}", size=SIDE, skip_broken=True)
     assert [Path(name).name for name, _ in images.broken] == ["x1.jpg", "x2.jpg"]
-    (tmp_path / images.attributes["path"][3]).unlink()  # and one that vanishes later
+    (folder / images.attributes["path"][3]).unlink()  # and one that vanishes later
     with pytest.raises(issl.IsslError, match=r"cannot be read .*restore it"):
         issl.self_influence(net(), images)
