@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import struct
@@ -19,10 +18,6 @@ import pyarrow.parquet as pq
 import torch
 from disk import png
 from PIL import Image
-from safetensors.torch import load_file, save_file
-
-from issl.files import read_safetensors
-from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 PIXELS = (np.arange(3 * 16 * 16) % 251).astype(np.uint8).reshape(3, 16, 16)
 GOOD = png(PIXELS)
@@ -105,22 +100,4 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
             for _ in range(unpacked // 2**20):
                 member.write(b"\0" * 2**20)
         archive.writestr("a/version", "3")
-    return path
-
-
-def ours(
-    parent: Path, change: Callable[[dict[str, Any]], Any] | None = None, value: float | None = None
-) -> Path:
-    """An encoder of this library with trained statistics; its header changed, or its first weight
-    set to a value."""
-    path, encoder = parent / "mine.safetensors", new_encoder(1, Head(hidden=4, out=4), seed=0)
-    with torch.no_grad():
-        for _ in range(3):
-            encoder.train()(torch.rand(8, 3, 32, 32))
-    save_encoder(path, encoder, {"recipe": {"method": "simclr"}, "data": "scenes", "n": 12})
-    header, tensors = json.loads(read_safetensors(path, "encoder")[0]["issl"]), load_file(path)
-    if value is not None:
-        next(iter(v for k, v in tensors.items() if k.endswith("conv1.weight"))).fill_(value)
-    changed = header if change is None else change(header)
-    save_file(tensors, path, {"issl": changed if isinstance(changed, str) else json.dumps(changed)})
     return path

@@ -56,19 +56,6 @@ class Windows(Base):
         return self.mlp(self.tokens(x).reshape(-1, 3, 8)).reshape(len(x), 9, 8).mean(1)
 
 
-class Crops(nn.Module):
-    """Four crops of an image pass as so many images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2, self.f = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, 2), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        crops = x.unfold(2, 6, 6).unfold(3, 6, 6).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        pooled = F.relu(self.c2(F.relu(self.c1(crops)))).mean((2, 3))
-        return self.f(pooled).unflatten(0, (len(x), 4)).mean(1)
-
-
 class PadsItself(nn.Conv2d):
     """As timm's Conv2dSame, whose `padding` says nothing."""
 
@@ -149,7 +136,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "tokens first": TokensFirst,
     "flattened": Flattened,
     "windows": Windows,
-    "crops": Crops,
     "subclasses": Subclasses,
     "by function": ByFunction,
     "in place": InPlace,

@@ -32,18 +32,6 @@ DATA = Data(name="scenes", n=24)
 TAKES = {"01", "02", "03", "04", "07", "09", "11", "13", "14", "17"}
 
 
-def calibrated(net: nn.Module, seed: int = 0) -> nn.Module:
-    """BatchNorm's statistics as a training would leave them: those of drawn images."""
-    pixels = issl.load("scenes", n=16).pixels.float() / 255
-    with torch.no_grad():
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.momentum = None
-                m.reset_running_stats()
-        net.train()(pixels)
-    return net.eval()
-
-
 def solo(net: nn.Module, classes: int = 10) -> dict:
     """As solo-learn saves it: `backbone`, beside its momentum copy, a projector and the online
     classifier."""
@@ -60,7 +48,7 @@ def solo(net: nn.Module, classes: int = 10) -> dict:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A thin encoder, in solo-learn's layout."""
-    torch.save(solo(calibrated(small(thin(), 2))), tmp_path / "simclr-ep=999.ckpt")
+    torch.save(solo(trained(small(thin(), 2))), tmp_path / "simclr-ep=999.ckpt")
     return tmp_path / "simclr-ep=999.ckpt"
 
 

@@ -6,23 +6,27 @@ One row a case: an IsslError in one line that names the thing, before any long w
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import disk
 import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hostile import GOOD, PICTURE, PIXELS, declaring, encoded, ours, with_text_of
+from hostile import GOOD, PICTURE, PIXELS, declaring, encoded, with_text_of
 from hostile import folder as images_in
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 import issl
 from issl import cli
+from issl.files import read_safetensors
 from issl.pretraining.other_encoders import open_encoder
 
 IMAGES = issl.load("scenes", n=6)
@@ -100,24 +104,6 @@ def the_same_noise(x: Tensor, index: Tensor) -> Tensor:
     return x + 0.1 * torch.sin(torch.arange(x[0].numel(), dtype=x.dtype)).view_as(x[0])
 
 
-class Low(nn.Module):
-    """The weight and a product of low rank, which is 0 at the start of a fine-tuning."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(2, weight.shape[1]))
-        self.b = nn.Parameter(torch.zeros(len(weight), 2))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.b @ self.a
-
-
-def with_lora() -> nn.Module:
-    model = net()
-    parametrize.register_parametrization(model[4], "weight", Low(model[4].weight))
-    return model.eval()
-
-
 def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
     model = net()
     model[4] = change(model[4])
@@ -126,6 +112,18 @@ def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
 
 def load(name: str, size: Any = 16) -> Tensor:
     return issl.load(name, size=size).tensor()
+
+
+def saved_encoder(folder: Path) -> str:
+    return disk.encoder(folder / "e.safetensors")
+
+
+def of_another_width(folder: Path) -> str:
+    """An encoder whose header says another width than that of its weights."""
+    path = saved_encoder(folder)
+    header = json.loads(read_safetensors(Path(path), "encoder")[0]["issl"])
+    save_file(load_file(path), path, {"issl": json.dumps({**header, "width": 1})})
+    return path
 
 
 def two(folder: Path, content: bytes) -> Any:
@@ -183,13 +181,9 @@ BAD: dict[str, tuple[Case, str]] = {
     "an image cut off": (lambda f: two(f, GOOD[:60]), "b.png .*truncated"),
     "an image of 3,600 million pixels": (lambda f: two(f, declaring(60_000, 60_000)), "b.png"),
     "an image with a text of 30 MB": (lambda f: two(f, with_text_of(30_000_000)), "b.png"),
-    "another width in it": (lambda f: open_encoder(str(ours(f, of_width(2)))), "width 2"),
-    "pixels of no spread": (lambda f: open_encoder(str(ours(f)), std=(0.0, 1.0, 1.0)), "std="),
+    "another width in it": (lambda f: open_encoder(of_another_width(f)), "width 1"),
+    "pixels of no spread": (lambda f: open_encoder(saved_encoder(f), std=(0.0, 1.0, 1.0)), "std="),
 }
-
-
-def of_width(width: int) -> Callable[[dict], dict]:
-    return lambda header: {**header, "width": width}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -217,7 +211,7 @@ COMMANDS = {  # what must be named
 def test_a_bad_command_fails_at_once_and_leaves_nothing(
     words: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    encoder = str(ours(tmp_path))
+    encoder = saved_encoder(tmp_path)
     given = words.replace("ENCODER", encoder).replace("OUT", str(tmp_path / "out")).split()
     for place in ("issl.pretraining.loop.epoch_batches", "issl.devices.Batches.__call__"):
         monkeypatch.setattr(place, lambda *_: pytest.fail("work was begun"))
@@ -236,7 +230,6 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
     "DataParallel": lambda: score(nn.DataParallel(net()).eval()),
     "under no_grad": torch.no_grad()(score),
     "weight_norm": lambda: score(with_last(parametrizations.weight_norm)),
-    "LoRA as a parametrisation": lambda: score(with_lora()),
 }
 
 

@@ -86,23 +86,6 @@ def test_an_identity_is_that_of_the_content(
     assert datasets.identity("cifar10", "test", other).digest != found[0].digest
 
 
-def test_cifar100_stands_in_one_order_whatever_that_of_its_files(tmp_path: Path) -> None:
-    rng = np.random.default_rng(2)
-    pixels, labels = rng.integers(0, 256, (9, 3, 32, 32), dtype=np.uint8), rng.integers(0, 100, 9)
-    sets, digests = [], set()
-    for k, rows in enumerate([np.arange(9), rng.permutation(9)]):
-        columns, root = {"fine_label": labels[rows].tolist()}, tmp_path / str(k)
-        write_parquet(root, "cifar100/cifar100", "train", "img", columns, pixels[rows])
-        sets.append(issl.load("cifar100", root=root))
-        assert (pixels[rows][sets[k].attributes["row"]] == sets[k].tensor().numpy()).all()
-        some = issl.load("cifar100", n=4, root=root)  # an index is a place in that order
-        assert (some.tensor() == sets[k].tensor()[some.index]).all()
-        digests.add(datasets.identity("cifar100", root=root).digest)
-    a, b = sets
-    assert (a.tensor() == b.tensor()).all() and a.labels.tolist() == b.labels.tolist()
-    assert a.index.tolist() == b.index.tolist() == list(range(9)) and len(digests) == 1
-
-
 def test_the_same_keys_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of the profile with the released encoders; with data: `test_three_containers_of_cifar10`."""
     monkeypatch.delenv("ISSL_DATA", raising=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hostile import ours
+from disk import encoder
 from nets import make, pictures
 
 import issl
@@ -77,7 +77,7 @@ def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
 def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "all")
     given = ["influence", "--data", "scenes", "--n", "12", "--rank", "2"]
-    given += ["--encoder", str(ours(tmp_path)), "--device", "cpu", "--out"]
+    given += ["--encoder", encoder(tmp_path / "e.safetensors"), "--device", "cpu", "--out"]
     assert cli.main([*given, out]) == 0
     assert "3 of 3 missing parts made" in capsys.readouterr().out
     assert cli.main([*given, str(tmp_path / "one.parquet")]) == 0
