@@ -191,16 +191,6 @@ def test_linked_folders_are_classes_and_circles_end(
     assert "3 linked in a circle, 1 linked to nothing" in capsys.readouterr().err
 
 
-def test_what_this_pillow_cannot_read_is_counted(
-    tmp_path: Path, pixels: np.ndarray, capsys
-) -> None:
-    saved(tmp_path / "a.jpg", pixels[0])
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "c.jxl"):
-        (tmp_path / name).write_bytes(b"x" * 99)
-    assert issl.load(f"folder:{tmp_path}", size=16).attributes["path"].tolist() == ["a.jpg"]
-    assert "left out 3 files: 2 .heic (" in capsys.readouterr().err
-
-
 def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarray) -> None:
     """The order, the indices and the key of a folder with nothing new in it."""
     names = "Z/1.bmp a/b/y.gif a/x.tif a/é.webp a-b/1.png b/10.jpg b/2.JPG z.jpeg".split()

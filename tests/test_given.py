@@ -141,24 +141,17 @@ def test_files_of_other_projects(
     own, beside = (None if where is None else where.replace("/", ".") for where in (taken, other))
     for opened in (open_encoder(file), open_encoder(file, part=own or None)):
         same_features(opened.encoder, two[0], 64)
-        assert own in opened.about and (
-            beside is None or f"not {beside.strip('.')}" in opened.about
-        )
+        assert own in opened.about
     if beside is not None:
+        assert f"not {beside.strip('.')}" in opened.about
         same_features(open_encoder(file, part=beside).encoder, two[1], 64)
-    else:
-        assert "not" not in opened.about
 
 
-def test_what_is_left_out_is_said_and_what_belongs_to_the_encoder_is_not(two, tmp_path) -> None:
+def test_what_belongs_to_the_encoder_is_never_left_out(two, tmp_path: Path) -> None:
     state, file = two[0].state_dict(), str(tmp_path / "w.pth")
-    heads = {f"{name}.weight": torch.ones(4) for name in ("projection_head.0", "prototypes", "fc")}
-    torch.save(place({}, "module.", state | heads), file)
-    assert "left out: fc, projection_head, prototypes" in open_encoder(file).about
     for content, named in [
         (state | {"layer1.0.se.fc1.weight": torch.ones(4)}, "layer1.0.se.fc1.weight"),
         ({k: v for k, v in state.items() if ".bn1." not in k}, "layer1.0.bn1.weight"),
-        (state | {"layer4.0.bn2.bias": torch.ones(3)}, r"layer4.0.bn2.bias.*\[3\].*\[512\]"),
     ]:
         torch.save(place({}, "model/net.", content), file)
         with pytest.raises(issl.IsslError, match=f"do not fit .*{named}"):

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from disk import net, png
-from PIL import Image
 
 import issl
 from issl import LoGra
@@ -25,17 +24,6 @@ from issl.data import datasets
 FOUR = [png(np.full((3, 16, 16), 50 * k, np.uint8)) for k in range(4)]
 TEXTS, NUMBERS, TRUTHS = ["cat", "dog", "cat", "ant"], [2, 0, 2, 1], [True, False, True, True]
 SIZE = 24
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of mixed size in three folders."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for k in range(13):
-        path = folder / "abc"[k * 3 // 13] / f"{k:02}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (30 + k, 40, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 def table(photos: Path) -> pa.Table:

@@ -35,16 +35,9 @@ def test_entropy_by_the_images_own_index(root: Path) -> None:
     np.testing.assert_array_equal(human_choices.ambiguity(some, root), found[[5, 1, 0]])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (np.ones((100, 10), np.int64), r"holds int64 \(100, 10\); need counts \(10000, 10\)"),
-        (np.zeros(human_choices.SHAPE, np.int64), "at least one person"),
-    ],
-)
-def test_wrong_files(root: Path, content: np.ndarray, message: str) -> None:
-    np.save(root / human_choices.FILE, content)
-    with pytest.raises(issl.IsslError, match=message):
+def test_wrong_counts(root: Path) -> None:
+    np.save(root / human_choices.FILE, np.ones((100, 10), np.int64))
+    with pytest.raises(issl.IsslError, match=r"holds int64 \(100, 10\); need counts \(10000, 10\)"):
         human_choices.read(root)
 
 

@@ -19,18 +19,7 @@ import issl
 from issl import Computing, LoGra, cli, keyed_random
 from issl.data.images import LazyPixels
 
-N, SIDE = 23, 24
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of mixed size in three folders."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for k in range(N):
-        path = folder / "abc"[k % 3] / f"{k:02}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(jpeg(rng.integers(0, 256, (3, 30 + k, 40), dtype=np.uint8)))
-    return folder
+SIDE = 24
 
 
 def same_scores(lazy: issl.Images, held: issl.Images) -> None:
@@ -48,19 +37,19 @@ def same_scores(lazy: issl.Images, held: issl.Images) -> None:
 def test_streamed_scores_are_those_in_memory(photos: Path) -> None:
     images = issl.load(f"folder:{photos}", size=SIDE, workers=2)
     same_scores(images, images.in_memory())
-    rows = torch.tensor([20, 3, 4, 11])
+    rows = torch.tensor([12, 3, 4, 11])
     same_scores(images.subset(rows), images.in_memory().subset(rows))
 
 
 def test_it_takes_positions_as_a_tensor_does(photos: Path) -> None:
     images = issl.load(f"folder:{photos}", size=SIDE)
     lazy, held = images.pixels, images.tensor()
-    slices = slice(3, 9), slice(None), slice(20, 40), slice(0, 9, 4)
+    slices = slice(3, 9), slice(None), slice(10, 40), slice(0, 9, 4)
     for where in (0, -1, *slices, [5, 2, 2], torch.tensor([-2, 0])):
         assert torch.equal(lazy[where], held[where]), where
     assert (lazy.shape, lazy.ndim, lazy.dtype) == (held.shape, 4, torch.uint8)
     assert torch.equal(torch.stack(list(lazy)), held)
-    assert [len(x) for x in lazy.split(10)] == [10, 10, 3]
+    assert [len(x) for x in lazy.split(10)] == [10, 3]
     assert torch.equal(lazy.subset(np.array([4, 1])).subset(np.array([1]))[:], held[1:2])
 
 
@@ -75,9 +64,6 @@ def test_an_index_belongs_to_the_path(photos: Path, tmp_path: Path) -> None:
     assert after.attributes["path"][0] == "-new.jpg"
     assert after.index[1:].tolist() == before.index.tolist()
     assert (before.index >= 0).all() and int(before.index.max()) < 2**62
-    fitted = issl.fit(net(), before, curvature=LoGra(3))
-    scores = [fitted.score(images)["influence"].tolist() for images in (before, after)]
-    assert scores[1][1:] == pytest.approx(scores[0])
 
 
 def test_threads_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +89,8 @@ def test_a_torch_dataset(photos: Path) -> None:
     same_scores(own, own.in_memory())
     as_floats = v2.Compose([transform, v2.ToDtype(torch.float32, scale=True)])
     floats = issl.from_dataset(ImageFolder(photos, as_floats))
-    assert torch.equal(floats.tensor(), own.tensor()) and floats.pixels.shape == (N, 3, 20, 20)
-    index = list(range(100, 100 + N))
+    assert torch.equal(floats.tensor(), own.tensor()) and floats.pixels.shape == (13, 3, 20, 20)
+    index = list(range(100, 113))
     given = issl.from_dataset([{"image": x} for x in own.tensor()], index=index)
     assert torch.equal(given.tensor(), own.tensor()) and given.index.tolist() == index
 

@@ -121,19 +121,6 @@ def test_augmentations_as_perturbations(kind: str, x: torch.Tensor) -> None:
     assert 0 < size[0] < size[1]
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Augmentation("rotate"), "'rotate'.*the kinds are crop"),
-        (lambda: Augmentation("crop", 1.5), "strength=1.5"),
-        (lambda: View(hue=0.6), "hue=0.6.*from 0 to 0.5"),
-    ],
-)
-def test_bad_settings(make, message: str) -> None:
-    with pytest.raises(issl.IsslError, match=message):
-        make()
-
-
 def test_a_smaller_view_is_the_same_crop_at_half_the_side(x: torch.Tensor) -> None:
     u, half = uniforms(len(x), 2), torch.nn.functional.avg_pool2d(x, 2)
     box, yes = crop_boxes(u[:, :4], 0.3), torch.arange(len(x)) > 9
