@@ -38,17 +38,15 @@ def solo(net: nn.Module, classes: int = 10) -> dict:
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
     keys = {f"backbone.{k}": v for k, v in state.items()}
     keys |= {f"momentum_backbone.{k}": v + 1 for k, v in state.items()}
-    keys |= {
-        "projector.0.weight": torch.ones(8, 512),
-        "classifier.weight": torch.ones(classes, 512),
-    }
+    keys |= {"projector.0.weight": torch.ones(8, 512)}
+    keys |= {"classifier.weight": torch.ones(classes, 512)}
     return {"state_dict": keys, "epoch": 999, "pytorch-lightning_version": "1.5.0"}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A thin encoder, in solo-learn's layout."""
-    torch.save(solo(trained(small(thin(), 2))), tmp_path / "simclr-ep=999.ckpt")
+    torch.save(solo(small(thin(), 2)), tmp_path / "simclr-ep=999.ckpt")
     return tmp_path / "simclr-ep=999.ckpt"
 
 
