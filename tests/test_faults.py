@@ -1,6 +1,5 @@
-"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. Each time it
-is said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed
-run."""
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. It is
+said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ import torch
 
 import issl
 from issl import cli, files
-from issl.audit.cache import MANIFEST, MARK, Artifacts, Stage, damaged, in_dependency_order
+from issl.audit.cache import MANIFEST, Artifacts, Stage, in_dependency_order
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.files import PART, atomic, remove_leftovers
@@ -66,40 +65,25 @@ def left_over(root: Path) -> list[Path]:
     return [p for p in root.rglob("*") if PART in p.name]
 
 
-def at_each_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Path], Any]) -> None:
-    """Call `act` with the number and the path of each write, just before the file is there."""
-    writes = 0
+def test_a_full_disk_at_every_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    """Every write of every stage fails once, just before the file is there: one line each time, and
+    the next run goes on from there."""
+    count, fails_at = 0, 1
 
     @contextmanager
-    def watched(path: Path) -> Iterator[Path]:
-        nonlocal writes
-        writes += 1
+    def full(path: Path) -> Iterator[Path]:
+        nonlocal count
         with atomic(path) as part:
             yield part
-            act(writes, path)
+            count += 1
+            if count == fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     for name, module in list(sys.modules.items()):
         if name.startswith("issl.") and hasattr(module, "atomic") and module is not files:
-            monkeypatch.setattr(module, "atomic", watched)
-
-
-# --- no room ---
-
-
-def test_a_full_disk_at_every_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
-) -> None:
-    """Every write of every stage fails once: one line each time, and the next run goes on from
-    there."""
-    count, fails_at = 0, 1
-
-    def fill(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == fails_at:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    at_each_write(monkeypatch, fill)
+            monkeypatch.setattr(module, "atomic", full)
     points, finished = 0, 0
     while True:
         count = 0
@@ -177,40 +161,6 @@ def test_a_damaged_artifact_is_told_and_made_again_alone(
     assert made(tmp_path) == undisturbed
     assert "; it will be made again" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in others} == others
-
-
-def being_made(root: Path, path: Path) -> Path:
-    """The folder of the artifact that a file is of."""
-    return root.joinpath(*path.relative_to(root).parts[:2])
-
-
-DELETED: dict[str, Callable[[Path, Path], Any]] = {
-    "all": lambda root, _: shutil.rmtree(root),
-    "what is being made": lambda root, path: shutil.rmtree(being_made(root, path)),
-    "what it reads": lambda root, _: shutil.rmtree(root / "pretrain", ignore_errors=True),
-}
-
-
-@pytest.mark.parametrize("what", DELETED)
-@pytest.mark.parametrize("at", [1, 8])
-def test_artifacts_that_are_deleted_while_they_are_made_are_made_again(
-    what: str, at: int, tmp_path: Path, undisturbed: Any, monkeypatch: Any, capsys: Any
-) -> None:
-    root, seen = tmp_path / "artifacts", []
-
-    def delete(number: int, path: Path) -> None:
-        if number == at:
-            seen.append(path)
-            DELETED[what](root, path)
-
-    at_each_write(monkeypatch, delete)
-    found, there = made(root), (root / "pretrain").exists()
-    assert found == {k: v for k, v in undisturbed.items() if there or TRAINED.key not in k}
-    assert len(seen) == 1 and left_over(root) == []
-    for manifest in root.glob(f"*/*/{MANIFEST}"):
-        assert damaged(manifest.parent) is None and not (manifest.parent / MARK).exists()
-    if what.startswith("what is"):
-        assert capsys.readouterr().err.count("files were deleted while it was made in") == 1
 
 
 def test_a_run_killed_at_random_moments_gives_the_same_numbers(

@@ -184,12 +184,6 @@ def test_bad_tables(columns: dict, message: str, tmp_path: Path) -> None:
         issl.load(written(tmp_path, columns), size=16)
 
 
-def test_a_damaged_file(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(FOUR[0] * 9)
-    with pytest.raises(issl.IsslError, match=r"a.parquet: Hugging Face's datasets cannot read it"):
-        issl.load(f"hf:{tmp_path}/a.parquet")
-
-
 WITHOUT_A_NETWORK = """
 import socket, sys
 def refuse(*_, **__):

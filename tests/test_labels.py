@@ -17,7 +17,6 @@ from issl.data.images import Images
 from issl.files import PACKAGE
 
 LABELS = PACKAGE / "audit" / "data" / "labels" / "cifar10_backgrounds.csv"
-PAIRS = PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
 
 
 def test_the_sample_is_the_one_that_was_drawn() -> None:
@@ -69,33 +68,8 @@ def test_labels_follow_their_images_through_any_choice(data_root) -> None:
     assert background_labels(issl.load("fairface", n=20, root=data_root)) is None
 
 
-@pytest.mark.data
-def test_the_pairs_are_of_the_images_that_they_name(data_root) -> None:
-    pairs = pd.read_csv(PAIRS)
-    images = issl.load("cifar10", root=data_root)
-    pixels = torch.nn.functional.avg_pool2d(images.tensor().float(), 4).numpy()
-    pixels -= pixels.mean((1, 2, 3), keepdims=True)
-
-    def distance(a, b, mirrored):
-        return ((pixels[a][..., ::-1] if mirrored else pixels[a]) - pixels[b]).std()
-
-    one, other = (
-        np.array([distance(a, b, m) for a, b in pairs[["a", "b"]].to_numpy()])
-        for m in (False, True)
-    )
-    same = (pairs["same"] == "yes").to_numpy()
-    assert ((other < one) == (pairs["mirrored"] == 1))[same].mean() > 0.98
-    shuffled = np.random.default_rng(0).permutation(pairs["b"])
-    chance = [distance(a, b, False) for a, b in zip(pairs["a"], shuffled, strict=True)]
-    assert (np.minimum(one, other)[same] < np.median(chance)).mean() > 0.98
-    known = known_duplicates(images)
-    copies = known["duplicate_of"] >= 0
-    assert copies.sum() == 515 - 216 and set(known["duplicate_kind"]) == {"", "pair", "series"}
-    assert not copies[known["duplicate_of"][copies]].any()  # an original is no copy of another
-
-
 def test_of_a_group_the_first_image_is_the_original() -> None:
-    pairs = pd.read_csv(PAIRS).query("same == 'yes'")
+    pairs = pd.read_csv(LABELS.with_name("cifar10_duplicates.csv")).query("same == 'yes'")
     car = pairs[(pairs["a"] == 119) | (pairs["b"] == 119)]
     # a series, a pair, and neither
     index = np.unique([*car[["a", "b"]].to_numpy().ravel(), 41, 22535, 7])
