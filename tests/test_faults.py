@@ -1,5 +1,5 @@
-"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. It is
-said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run."""
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. It is said
+in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run."""
 
 from __future__ import annotations
 
