@@ -1,5 +1,6 @@
-"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. It is said
-in one line, nothing that was finished is lost, and the numbers are those of an undisturbed run."""
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts. It is
+said in one line, nothing that was finished is lost, and the numbers are those of an undisturbed
+run."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import torch
 
 import issl
 from issl import cli, files
-from issl.audit.cache import MANIFEST, Artifacts, Stage, in_dependency_order
+from issl.audit.cache import MANIFEST, Artifacts, in_dependency_order
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.files import PART, atomic, remove_leftovers
@@ -30,10 +31,7 @@ from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=32)
 TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
-STAGES: tuple[Stage, ...] = (
-    Influence(pretrain=TRAINED, data=DATA),
-    Embed(pretrain=TRAINED, data=DATA),
-)
+STAGES = Influence(pretrain=TRAINED, data=DATA), Embed(pretrain=TRAINED, data=DATA)
 
 
 def made(root: Path) -> dict[str, str]:

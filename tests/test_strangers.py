@@ -138,23 +138,11 @@ def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str
     results, figures = out / "results/mine", out / "figures/mine"
     results.mkdir(parents=True)
     figures.mkdir(parents=True)
-    settings: dict[str, Any] = {
-        "profile": "mine",
-        "dataset": data,
-        "n": 24,
-        "width": 1,
-        "epochs": 1,
-        "batch_size": 8,
-        "rank": 2,
-        "duplicates": 0.0,
-        "atypical": 0.0,
-        "methods": ["simclr"],
-        "out": str(out),
-        "data_root": str(out),
-    }
-    plan = EXPLORER(**settings)
-    taken = PLANS["00_method"].model_fields.keys() - {"n", "methods"}
-    plans = {"00_method": PLANS["00_method"](**{k: settings[k] for k in taken & settings.keys()})}
+    common = {"profile": "mine", "dataset": data, "width": 1, "epochs": 1, "batch_size": 8}
+    common |= {"duplicates": 0.0, "atypical": 0.0, "rank": 2, "out": str(out)}
+    plan = EXPLORER(**common, n=24, methods=["simclr"], data_root=str(out))
+    taken = PLANS["00_method"].model_fields.keys() & common.keys()
+    plans = {"00_method": PLANS["00_method"](**{k: common[k] for k in taken})}
     source = plan.source(plan.artifacts())
     metrics = {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)}
     record("method_exact", metrics, source, results, dataset=data, n=4, seeds=[0])
