@@ -9,10 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import nets
 import numpy as np
 import pytest
-import torch
 from disk import png, write_parquet, write_torchvision
 from PIL import Image
 
@@ -87,7 +85,7 @@ def test_an_identity_is_that_of_the_content(
 
 
 def test_the_same_keys_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of the profile with the released encoders; with data: `test_three_containers_of_cifar10`."""
+    """Of the profile with the released encoders."""
     monkeypatch.delenv("ISSL_DATA", raising=False)
     none, missing = (
         [s.key for s in all_stages(ProfileOptions("overnight", data_root=root).plans().values())]
@@ -113,27 +111,6 @@ def test_the_known_identities_are_those_of_the_published_files(data_root: Path) 
             assert here.digest == known.digest
     judged = [datasets.identity("cifair10", "train", root) for root in (data_root, None)]
     assert judged[0] == judged[1] and judged[0].about == ""
-
-
-@pytest.mark.data
-def test_three_containers_of_cifar10(
-    data_root: Path, published: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real test images as PNG and as WebP in parquet, and in torchvision's layout: one
-    identity, the same keys, and scores that are equal bit for bit."""
-    pixels, labels = published
-    roots = [
-        write(tmp_path / "png", pixels, labels, encoded("png", compress_level=1)),
-        data_root,
-        write_batches(tmp_path / "torchvision", pixels, labels, monkeypatch),
-    ]
-    encoder, scores = nets.make("tokens", torch.float32), []
-    for root in roots:
-        assert datasets.identity("cifar10", "test", root) == datasets.identity("cifar10", "test")
-        data = Data(name="cifar10", split="test", n=32, root=root)
-        assert data.settings() == Data(name="cifar10", split="test", n=32).settings()
-        scores.append(issl.self_influence(encoder, data.load()))
-    assert all(scores[0].equals(table) for table in scores[1:])
 
 
 COPIES = {
