@@ -131,7 +131,6 @@ BAD: dict[str, tuple[Case, str]] = {
     "NaN": (lambda _: score(with_nan()), "4.weight"),
     "never trained": (lambda _: score(fresh_norm()), "1 was never trained .*untrained=True"),
     "over the batch": (lambda _: score(over_the_batch()), "1 normalises by the batch"),
-    "no layer": (lambda _: score(nn.Flatten().eval()), "no Linear or Conv2d layer"),
     "a shared weight": (lambda _: score(Tied()), "a and b share one weight"),
     "transposed": (
         lambda _: score(pooled(nn.ConvTranspose2d(3, 4, 3))),
@@ -156,7 +155,6 @@ BAD: dict[str, tuple[Case, str]] = {
     "no image": (lambda _: score(images=IMAGES.subset([])), "images 'scenes'"),
     "floats": (lambda _: score(images=torch.rand(4, 3, 32, 32)), "pixels are torch.float32"),
     # the perturbation and the loss
-    "another shape": (lambda _: score(None, IMAGES, lambda x, i: x[:, :, :16]), "perturbation"),
     "NaN pixels": (lambda _: score(None, IMAGES, lambda x, i: x / 0 * 0), "image index"),
     "no loss": (lambda _: score(loss=lambda a, b: torch.zeros(len(a))), "loss does not depend"),
     # numbers and names
@@ -167,7 +165,6 @@ BAD: dict[str, tuple[Case, str]] = {
     # how to compute
     "batch 0": (lambda _: score(computing=Computing(batch_size=0)), "batch_size=0"),
     "an abacus": (lambda _: score(computing=Computing(device="abacus")), "device='abacus'"),
-    "a store nowhere": (lambda _: score(computing=Computing(store="/proc/none/x")), "/proc/none/x"),
     # files
     "an image cut off": (lambda f: two(f, GOOD[:60]), "b.png .*truncated"),
     "an image of 3,600 million pixels": (lambda f: two(f, declaring(60_000, 60_000)), "b.png"),

@@ -120,7 +120,6 @@ def written(tmp_path: Path, columns: dict) -> str:
 LABELS = {
     "string": (pa.array(TEXTS), [1, 2, 1, 0], TEXTS),
     "category": (pa.array(TEXTS).dictionary_encode(), [1, 2, 1, 0], TEXTS),
-    "numbers in a dictionary": (pa.array(NUMBERS).dictionary_encode(), NUMBERS, list("2021")),
     "bool": (pa.array(TRUTHS), [1, 0, 1, 1], ["True", "False", "True", "True"]),
     **{
         str(kind): (pa.array(NUMBERS, kind), NUMBERS, list("2021"))
@@ -141,15 +140,6 @@ def test_labels_of_every_type(of: str, tmp_path: Path) -> None:
     assert images.attributes["what"].tolist() == list("wxyz")
     some = issl.load(name, n=2, size=16, seed=1)  # numbered by the whole set
     assert some.require_labels().tolist() == [numbers[k] for k in some.index]
-
-
-@pytest.mark.parametrize("labels", [["cat", None, "dog", "cat"], [3, None, 0, 1]])
-def test_a_missing_label_is_none(labels: list, tmp_path: Path) -> None:
-    images = issl.load(written(tmp_path, {"image": FOUR, "label": labels}), size=16)
-    assert images.labels is None
-    names = images.attributes["label_name"]
-    there = [isinstance(name, str) for name in names]
-    assert there == [label is not None for label in labels]
 
 
 OURS = "index influence stability_loss loss grad_norm standard_error position path".split()

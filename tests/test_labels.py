@@ -12,7 +12,6 @@ import issl
 from issl.audit.data.background_labels import background_labels
 from issl.audit.data.injection import inject
 from issl.audit.data.known_duplicates import SERIES, known_duplicates
-from issl.audit.stats.pixel_features import pixel_features
 from issl.data.images import Images
 from issl.files import PACKAGE
 
@@ -24,23 +23,6 @@ def test_the_sample_is_the_one_that_was_drawn() -> None:
     drawn = np.sort(np.random.default_rng(20261125).permutation(50_000)[:360])
     assert table["index"].tolist() == drawn.tolist()
     assert ((table["colour"] == "") == (table["uniform"] == "no")).all()
-
-
-@pytest.mark.data
-def test_they_fit_the_images_and_the_detector_misses_most(data_root) -> None:
-    table = pd.read_csv(LABELS, keep_default_na=False)
-    images = issl.load("cifar10", root=data_root).subset(table["index"].to_numpy())
-    statistics = pixel_features(images)
-    assert statistics["index"].tolist() == table["index"].tolist()
-    sure, uniform = table["sure"].to_numpy() == 1, (table["uniform"] == "yes").to_numpy()
-    grey = statistics["border_grey"].to_numpy()
-    white, black = ((table["colour"] == c).to_numpy() & sure for c in ("white", "black"))
-    # of the images that they name
-    assert np.median(grey[white]) > 0.8 and np.median(grey[black]) < 0.2
-    flagged = statistics["uniform"].to_numpy()
-    both = (flagged & uniform).sum()
-    assert both / flagged.sum() == pytest.approx(0.91, abs=0.01)
-    assert both / uniform.sum() == pytest.approx(0.18, abs=0.01)
 
 
 def test_the_truth_of_scenes_is_known_but_of_atypical_ones() -> None:

@@ -166,7 +166,13 @@ def test_a_dataset_keeps_its_labels(labels, numbers: list[int], names: list[str]
 
 @pytest.mark.parametrize(
     "given",
-    [[torch.zeros(3, 8, 8)] * 4, [1.0, 0.37, 2.0, 0.5], [{"boxes": []}] * 4, [0, -1, 1, -1]],
+    [
+        [torch.zeros(3, 8, 8)] * 4,
+        [1.0, 0.37, 2.0, 0.5],
+        [{"boxes": []}] * 4,
+        [0, -1, 1, -1],
+        ["cat", None, "dog", "cat"],
+    ],
 )
 def test_what_is_no_class_is_no_label(given: list) -> None:
     assert issl.from_dataset(Pairs(given)).labels is None
