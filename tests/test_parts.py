@@ -37,12 +37,11 @@ def same(folder: Path) -> None:
         np.testing.assert_allclose(table[column], want[column], rtol=1e-9)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_parts_give_the_scores_of_the_whole(jobs: int, tmp_path: Path) -> None:
-    """Three parts of the fit, their sum, seven parts of the scores; here and in two processes."""
+def test_parts_give_the_scores_of_the_whole(tmp_path: Path) -> None:
+    """Three parts of the fit, their sum, seven parts of the scores, in two processes."""
     tasks = tasks_of(tmp_path)
     assert len(tasks) == 3 + 1 + 7
-    assert [end.error for end in Engine(jobs).run(tasks)] == [""] * 11
+    assert [end.error for end in Engine(2).run(tasks)] == [""] * 11
     same(tmp_path)
 
 
