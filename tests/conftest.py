@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("issl", "beartype.beartype")
@@ -52,6 +54,17 @@ def data_root() -> Path:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen JPEGs of mixed size in three folders."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for k in range(13):
+        path = folder / "abc"[k * 3 // 13] / f"{k:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (30 + k, 40, 3), dtype=np.uint8)).save(path)
+    return folder
 
 
 @pytest.fixture(scope="module")

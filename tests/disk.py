@@ -35,39 +35,6 @@ def jpeg(pixels: np.ndarray, orientation: int = 1) -> bytes:
     return out.getvalue()
 
 
-def images_of_every_kind(folder: Path) -> Path:
-    """A folder of images of every mode that a file may have."""
-    rng = np.random.default_rng(0)
-    rgba = Image.fromarray(rng.integers(0, 256, (20, 28, 4), dtype=np.uint8), "RGBA")
-    grey, rgb = rgba.convert("L"), rgba.convert("RGB")
-    deep = Image.fromarray(rng.integers(0, 2**16, (20, 28)).astype(np.uint16))
-    palette, sideways, deep_sideways = rgb.quantize(20), rgb.copy(), deep.copy()
-    palette.info["transparency"] = 3
-    sideways.getexif()[274], deep_sideways.getexif()[274] = 6, 8
-    kinds = {
-        "L.png": grey,
-        "LA.png": rgba.convert("LA"),
-        "P.png": palette,
-        "RGBA.png": rgba,
-        "CMYK.tiff": rgb.convert("CMYK"),
-        "CMYK.jpeg": rgba.convert("CMYK"),
-        "YCbCr.jpeg": rgb,
-        "1.png": grey.convert("1"),
-        "16 bits.png": deep,
-        "16 bits.tiff": deep,
-        "16 bits.pgm": deep,
-        "GIF.gif": rgba.convert("P"),
-        "EXIF.jpeg": sideways,
-        "EXIF.png": sideways,
-        "EXIF.tiff": sideways,
-        "16 bits, EXIF.png": deep_sideways,
-    }
-    folder.mkdir()
-    for name, image in kinds.items():
-        image.save(folder / name, exif=image.getexif())
-    return folder
-
-
 def net() -> torch.nn.Module:
     """A small encoder, always the same."""
     return make("batchnorm", torch.float32)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,6 @@ import pyarrow.parquet as pq
 import torch
 from disk import png
 from PIL import Image
-from safetensors.torch import load_file, save_file
-
-from issl.files import read_safetensors
-from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 PIXELS = (np.arange(3 * 16 * 16) % 251).astype(np.uint8).reshape(3, 16, 16)
 GOOD = png(PIXELS)
@@ -70,16 +64,6 @@ def folder(parent: Path, **files: bytes) -> str:
 # --- archives and tables ---
 
 
-def tar(parent: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> str:
-    path = parent / "set.tar"
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return f"hf:{path}"
-
-
 def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
     table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
@@ -116,31 +100,4 @@ def zip_bomb(path: Path, unpacked: int) -> Path:
             for _ in range(unpacked // 2**20):
                 member.write(b"\0" * 2**20)
         archive.writestr("a/version", "3")
-    return path
-
-
-def repeated(path: Path) -> Path:
-    """A checkpoint with one number that declares to be ten thousand million."""
-    many = torch.zeros(1).expand(10**9, 3, 3, 3)
-    torch.save(
-        {"conv1.weight": many, "layer1.0.conv1.weight": many[:, :1].expand(-1, 10, 3, 3)}, path
-    )
-    return path
-
-
-def ours(
-    parent: Path, change: Callable[[dict[str, Any]], Any] | None = None, value: float | None = None
-) -> Path:
-    """An encoder of this library with trained statistics; its header changed, or its first weight
-    set to a value."""
-    path, encoder = parent / "mine.safetensors", new_encoder(1, Head(hidden=4, out=4), seed=0)
-    with torch.no_grad():
-        for _ in range(3):
-            encoder.train()(torch.rand(8, 3, 32, 32))
-    save_encoder(path, encoder, {"recipe": {"method": "simclr"}, "data": "scenes", "n": 12})
-    header, tensors = json.loads(read_safetensors(path, "encoder")[0]["issl"]), load_file(path)
-    if value is not None:
-        next(iter(v for k, v in tensors.items() if k.endswith("conv1.weight"))).fill_(value)
-    changed = header if change is None else change(header)
-    save_file(tensors, path, {"issl": changed if isinstance(changed, str) else json.dumps(changed)})
     return path

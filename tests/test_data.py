@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from disk import png, write_parquet, write_torchvision
@@ -100,7 +97,7 @@ def test_superclasses_are_the_published_ones() -> None:
     assert {len(classes) for classes in published.SUPERCLASSES.values()} == {5}
 
 
-def test_cifar100_has_superclasses_in_both_layouts(
+def test_cifar100_is_the_same_in_both_layouts_and_any_order(
     tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fine = [4, 99, 0, 30, 2, 11, 98, 35, 46, 50, 95, 55]
@@ -108,40 +105,21 @@ def test_cifar100_has_superclasses_in_both_layouts(
     assert wanted[1:4] == ["non-insect invertebrates", "fruit and vegetables", "aquatic mammals"]
     columns = {"fine_label": fine, "coarse_label": [0] * 12}
     write_parquet(tmp_path / "a", "cifar100/cifar100", "train", "img", columns, pixels)
-    batches = {"train": (pixels, fine), "test": (pixels[:2], fine[:2])}
+    batches = {"train": (pixels[::-1], fine[::-1]), "test": (pixels[:2], fine[:2])}
     write_torchvision(tmp_path / "b", "CIFAR100", batches, monkeypatch)
-    for layout in ("a", "b"):
-        images = issl.load("cifar100", root=tmp_path / layout)
-        rows = images.attributes["row"].tolist()  # in the file: the set has an order of its own
-        np.testing.assert_array_equal(images.pixels, pixels[rows])
-        there = images.attributes.sort_values("row")
-        assert images.labels.tolist() == [fine[k] for k in rows]
-        assert there["superclass"].tolist() == wanted
-        assert there["label_name"].tolist() == [published.CIFAR100_CLASSES[k] for k in fine]
-        some = issl.load("cifar100", n=5, root=tmp_path / layout, seed=3)
-        np.testing.assert_array_equal(some.pixels, images.pixels[some.index])
-        assert (np.diff(some.index) > 0).all() and len(some) == 5
-        with pytest.raises(issl.IsslError, match="n=13: data set 'cifar100' has 12"):
-            issl.load("cifar100", n=13, root=tmp_path / layout)
-    assert datasets.count("cifar100", root=tmp_path / "a") == 12
-
-
-def test_cifar10_in_torchvisions_layout(
-    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A small archive with the real structure; the checksums that torchvision verifies are those of
-    its files."""
-    batches = {f"data_batch_{k}": (pixels[k - 1 : k], [k]) for k in range(1, 6)}
-    batches["test_batch"] = pixels[5:], list(range(7))
-    base = write_torchvision(tmp_path, "CIFAR10", batches, monkeypatch)
-    train, test = issl.load("cifar10", root=tmp_path), issl.load("cifar10", "test", root=tmp_path)
-    np.testing.assert_array_equal(np.concatenate([train.pixels, test.pixels]), pixels)
-    names = published.SOURCES["cifar10"].names["label"]
-    assert train.attributes["label_name"].tolist() == names[1:6]
-    datasets.identity("cifar10", root=tmp_path)
-    (base / "data_batch_2").write_bytes(b"damaged")
-    with pytest.raises(issl.IsslError, match="checksum differs"):
-        issl.load("cifar10", root=tmp_path)
+    images, again = (issl.load("cifar100", root=tmp_path / layout) for layout in "ab")
+    rows = images.attributes["row"].tolist()  # in the file: the set has an order of its own
+    np.testing.assert_array_equal(images.pixels, pixels[rows])
+    assert torch.equal(images.tensor(), again.tensor())
+    digests = {datasets.identity("cifar100", root=tmp_path / layout).digest for layout in "ab"}
+    assert len(digests) == 1
+    there = images.attributes.sort_values("row")
+    assert images.labels.tolist() == again.labels.tolist() == [fine[k] for k in rows]
+    assert there["superclass"].tolist() == wanted
+    assert there["label_name"].tolist() == [published.CIFAR100_CLASSES[k] for k in fine]
+    some = issl.load("cifar100", n=5, root=tmp_path / "b", seed=3)
+    np.testing.assert_array_equal(some.pixels, images.pixels[some.index])
+    assert (np.diff(some.index) > 0).all() and len(some) == 5
 
 
 def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -150,26 +128,16 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
             issl.load(name, **{"root": tmp_path, **arguments})
 
     fails("data set 'mnist': known are", "mnist")
-    fails("data set 'mnist': known are", "mnist", size=16)
     fails("split 'val': cifar10 has train and test", split="val")
     fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
     columns = {"label": [1] * 12}
     path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", columns, pixels)
+    fails("n=13: data set 'cifar10' has 12", n=13)
     path.write_bytes(path.read_bytes()[:9000])
     fails("not a readable parquet file")
-    pq.write_table(pa.table({"picture": [1]}), path)
-    fails("no column")
-    empty = tmp_path / "empty"
-    fails("does not exist", f"folder:{empty}")
-    empty.mkdir()
-    (empty / "notes.txt").write_text("no image")
-    fails("has no images", f"folder:{empty}")
-    out = io.BytesIO()
-    Image.fromarray(pixels[0].transpose(1, 2, 0)).resize((200, 200)).save(out, "jpeg")
-    (empty / "half.jpg").write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
-    said = r"1 of 1 images cannot be decoded: .*half.jpg \(image file is truncated"
-    fails(said, f"folder:{empty}")
+    fails("does not exist", f"folder:{tmp_path / 'none'}")
+    fails("has no images", f"folder:{tmp_path}")
 
 
 @pytest.mark.data
@@ -182,17 +150,9 @@ def test_real_faces(data_root: Path) -> None:
 # --- folders ---
 
 
-def saved(path: Path, pixels: np.ndarray, kind: str | None = None) -> Path:
+def saved(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(path, kind)
-    return path
-
-
-def read_with(folder: Path, capsys: pytest.CaptureFixture[str], **how) -> tuple[list[str], str]:
-    """The paths of a folder's images, and what is said about the others."""
-    images = issl.load(f"folder:{folder}", size=16, **how)
-    assert len(images.tensor()) == len(images)  # they can be decoded
-    return images.attributes["path"].tolist(), capsys.readouterr().err
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
 
 
 def test_image_folder(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -220,46 +180,15 @@ def test_linked_folders_are_classes_and_circles_end(
     folder, cats = tmp_path / "set", tmp_path / "store/cat"
     (folder / "cat").symlink_to(cats)
     (folder / "kitten").symlink_to("../store/cat")  # the same once more
-    (folder / "dog/2.png").symlink_to(cats / "1.png")
-    paths, said = read_with(folder, capsys)
-    there = "cat/1.png cat/old/2.png dog/1.png dog/2.png kitten/1.png kitten/old/2.png".split()
-    assert paths == there and said == ""
-    images = issl.load(f"folder:{folder}")
-    assert images.attributes["label_name"].tolist() == "cat cat dog dog kitten kitten".split()
-    np.testing.assert_array_equal(images.pixels[:], pixels[[0, 1, 2, 0, 0, 1]])
-    for name, target in (("self", "."), ("up", folder), ("above", tmp_path)):
-        (folder / "dog" / name).symlink_to(target)
-    # through links, twice each: cat, kitten, and nowhere else
-    (cats / "back").symlink_to(folder)
-    (cats / "old/across").symlink_to(cats)
-    paths, said = read_with(folder, capsys)
-    assert paths == there and datasets.count(f"folder:{folder}") == 6
-    assert said == "folder:set: left out 7 files or folders: 7 linked in a circle\n"
+    (folder / "dog/up").symlink_to(folder)
+    (cats / "back").symlink_to(folder)  # through links: in cat and in kitten
     (folder / "gone").symlink_to(tmp_path / "no such folder")
-    (folder / "round.png").symlink_to("round.png")
-    (folder / ".hidden").symlink_to(cats)
-    assert "7 linked in a circle, 2 linked to nothing" in read_with(folder, capsys)[1]
-    (tmp_path / "link").symlink_to("set")
-    assert issl.load(f"folder:{tmp_path / 'link'}").attributes["path"].tolist() == there
-
-
-def test_what_this_pillow_cannot_read_is_counted(
-    tmp_path: Path, pixels: np.ndarray, capsys
-) -> None:
-    folder = tmp_path / "phone"
-    saved(folder / "a.jpg", pixels[0])
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "b/IMG_3.dng", "c.jxl"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"x" * 99)
-    saved(folder / "IMG_4", pixels[1], "JPEG")
-    saved(folder / "d.png_large", pixels[1], "PNG")
-    saved(folder / ".ipynb_checkpoints/a-checkpoint.jpg", pixels[0])
-    paths, said = read_with(folder, capsys)
-    assert paths == ["a.jpg"] and "left out 7 files: 2 .heic (" in said
-    assert read_with(folder, capsys, quiet=True)[1] == ""
-    (folder / "a.jpg").unlink()
-    with pytest.raises(issl.IsslError, match=r"has no images .*; left out 7 files: 2 .heic"):
-        issl.load(f"folder:{folder}")
+    images = issl.load(f"folder:{folder}")
+    there = "cat/1.png cat/old/2.png dog/1.png kitten/1.png kitten/old/2.png".split()
+    assert images.attributes["path"].tolist() == there
+    assert images.attributes["label_name"].tolist() == "cat cat dog kitten kitten".split()
+    np.testing.assert_array_equal(images.pixels[:], pixels[[0, 1, 2, 0, 1]])
+    assert "3 linked in a circle, 1 linked to nothing" in capsys.readouterr().err
 
 
 def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarray) -> None:

