@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import issl
-from issl.audit.data.background_labels import background_labels
+from issl.audit.data.background_labels import LISTED, background_labels, listed_backgrounds
 from issl.audit.data.injection import inject
 from issl.audit.data.known_duplicates import SERIES, known_duplicates
 from issl.data.images import Images
@@ -34,6 +34,20 @@ def test_the_truth_of_scenes_is_known_but_of_atypical_ones() -> None:
     assert known["colour"][known["uniform"]].isin(["white", "black", "other"]).all()
     assert (known["colour"][~known["uniform"]] == "").all()
     assert set(of["background"][(known["colour"] == "white").to_numpy()]) == {"white"}
+
+
+def test_the_backgrounds_at_the_ends_of_rankings_are_known_by_position() -> None:
+    table = pd.read_csv(LISTED).set_index("index")
+    drawn = np.random.default_rng(20261129).permutation(50_000)[:100]
+    assert sorted(table.index[table["random"] == 1]) == sorted(drawn)
+    index = np.array([*table.index[[5, 300, 7]], 2])  # the last has no label
+    assert 2 not in table.index
+    pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    known = listed_backgrounds(Images(pixels, None, pd.DataFrame({"index": index}), "cifar10"))
+    assert known is not None and known.index.tolist() == [0, 1, 2]
+    labels = table.loc[index[:3], "background"]
+    assert known["plain"].tolist() == (labels == "plain").tolist()
+    assert known["smooth"].tolist() == (labels != "no").tolist()
 
 
 @pytest.mark.data

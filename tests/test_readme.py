@@ -359,3 +359,12 @@ def test_what_a_training_did_is_the_figures_table() -> None:
         shown = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
         shares = ("0.2%", "1%", "5%", "10%", "50%")
         assert shown == [round(lds[method, f"without {share}"], 2) for share in shares]
+
+
+def test_plain_backgrounds_in_the_readme_are_the_figures_table() -> None:
+    shown = pd.read_csv(REPOSITORY / "figures" / "overnight" / "03_background_bias_ends.csv")
+    count = shown.set_index(["method", "list"])["value"] * 100
+    highest, random = count["simclr", "plain: highest"], count["no encoder", "plain: random"]
+    fresh = count["untrained", "plain: highest"]
+    said = f"{highest:.0f} of the 100 highest images, {random:.0f} random ones, and {fresh:.0f} of"
+    assert said in " ".join((REPOSITORY / "README.md").read_text().split())
