@@ -24,7 +24,6 @@ from issl.audit.cache import Artifacts
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.data.views import View
-from issl.files import read_safetensors
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import (
     BasicBlock,
@@ -35,7 +34,7 @@ from issl.pretraining.encoder import (
     save_encoder,
 )
 from issl.pretraining.learner import Learner, load_learner
-from issl.pretraining.loop import Execution, epoch_batches, epoch_order, epoch_uniforms, pretrain
+from issl.pretraining.loop import Execution, epoch_batches, epoch_order, pretrain
 from issl.pretraining.recipes import NAMES, recipe
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "execution": Execution(progress=False)}
@@ -117,15 +116,6 @@ def test_with_gaps_the_other_batches_stay_as_they_were() -> None:
         assert torch.equal(one[one != 11], other)
 
 
-def test_seeds_and_epochs_differ() -> None:
-    assert not torch.equal(epoch_order(50, 0, 0), epoch_order(50, 0, 1))
-    assert not torch.equal(epoch_uniforms(5, 0, 0), epoch_uniforms(5, 1, 0))
-    state = torch.random.get_rng_state()
-    a, b = new_encoder(2, Head(), 0), new_encoder(2, Head(), 1)
-    assert torch.equal(state, torch.random.get_rng_state())  # the global generator is left alone
-    assert not torch.equal(a.backbone[1].weight, b.backbone[1].weight)
-
-
 @pytest.mark.parametrize("method", NAMES)
 def test_training_lowers_the_loss(method: str) -> None:
     settings = {**SMALL, "width": 4, "epochs": 6, "batch_size": 64}
@@ -158,9 +148,8 @@ def test_encoder_files(tmp_path: Path) -> None:
     assert torch.equal(load_encoder(path)(x), encoder.backbone(x))
     assert torch.equal(load_encoder(path, output="projector")(x), encoder(x))
     path.write_bytes(path.read_bytes()[:1000])
-    for bad, named in ((path, "damaged"), (tmp_path / "none", "does not exist")):
-        with pytest.raises(issl.IsslError, match=named):
-            load_encoder(bad)
+    with pytest.raises(issl.IsslError, match="damaged"):
+        load_encoder(path)
 
 
 OUT = torch.ones(64, dtype=torch.bool)
@@ -173,8 +162,6 @@ HEAVY = replace(BYOL, weight_decay=60.0, momentum=0.0)
     ("how", "arguments", "named"),
     [
         (SIMCLR, {"batch_size": 65}, "batch_size=65"),
-        (SIMCLR, {"width": 0}, "width=0"),
-        (SIMCLR, {"seed": -1}, "seed=-1"),
         (SIMCLR, {"keep": torch.ones(3, dtype=torch.bool)}, "keep has 3"),
         (SIMCLR, {"keep": OUT, "gaps": True}, "0 image of a batch is left"),
         (SUPERVISED, {}, "'photos' have no labels"),
@@ -206,8 +193,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert process.exitcode == -signal.SIGKILL and found[0].exists()
     assert not list((tmp_path / "killed").glob("pretrain/*/manifest.json"))  # truly half way
     whole, resumed = make("whole"), make("killed")
-    a, b = (read_safetensors(f / "encoder.safetensors", "encoder")[1] for f in (whole, resumed))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = ((folder / "encoder.safetensors").read_bytes() for folder in (whole, resumed))
+    assert a == b
 
 
 SNAPSHOTS = STAGE.model_copy(update={"data": Data(name="scenes", n=96), "snapshots": (1, 3)})
@@ -239,60 +226,50 @@ def test_snapshots_hold_the_whole_learner_in_half_precision(method: str, tmp_pat
     torch.testing.assert_close(features[2], want, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("epochs_done", [1, 3, 5])
+@pytest.mark.parametrize("epochs_done", [1, 5])
 def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
     epochs_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the snapshot of an epoch, before its checkpoint."""
     whole = Artifacts(tmp_path / "whole").get(SNAPSHOTS)
-
-    class Killed(BaseException):
-        pass
+    original = Checkpoint.save
 
     def save(self: Checkpoint, learner: Learner, optimizer, identity, history: list) -> None:
         if len(history) == epochs_done:
-            raise Killed
+            raise KeyboardInterrupt
         original(self, learner, optimizer, identity, history)
 
-    original = Checkpoint.save
     artifacts = Artifacts(tmp_path / "killed", checkpoint_seconds=0.0)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoint, "save", save)
-        with pytest.raises(Killed):
-            artifacts.get(SNAPSHOTS)
+        artifacts.get(SNAPSHOTS)
     resumed = artifacts.get(SNAPSHOTS)
     assert len(artifacts.computed) == 1
-    one, other = (
-        {p.name: p.read_bytes() for p in f.glob("*.safetensors")} for f in (whole, resumed)
+    files, again = (
+        {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+        for folder in (whole, resumed)
     )
-    assert one == other and len(one) == 3
-    a, b = (
-        pd.read_csv(f / "history.csv").drop(columns="images_per_second") for f in (whole, resumed)
-    )
-    pd.testing.assert_frame_equal(a, b)
+    assert files == again and len(files) == 3
+    a, b = (pd.read_csv(f / "history.csv") for f in (whole, resumed))
+    speed = "images_per_second"
+    pd.testing.assert_frame_equal(a.drop(columns=speed), b.drop(columns=speed))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    path, images = tmp_path / "c.safetensors", issl.load("scenes", n=64)
-    pretrain(images, **SMALL, checkpoint=Checkpoint(path, seconds=0.0))
-    with pytest.raises(issl.IsslError, match="another run: seed differ"):
-        pretrain(images, **SMALL, checkpoint=Checkpoint(path), seed=1)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(issl.IsslError, match="is damaged"):
-        pretrain(images, **SMALL, checkpoint=Checkpoint(path))
-
-
-def test_a_run_goes_on_where_the_precision_is_another(
+def test_a_checkpoint_serves_its_own_run_in_any_precision_and_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, images = tmp_path / "c.safetensors", issl.load("scenes", n=64)
+    bf16, fp32 = (Execution(precision=p, progress=False) for p in ("bf16", "fp32"))
     how = {**SMALL, "checkpoint": Checkpoint(path, seconds=0.0)}
-    one, _ = pretrain(images, **{**how, "execution": Execution(precision="bf16", progress=False)})
-    went_on, history = pretrain(
-        images, **{**how, "execution": Execution(precision="fp32", progress=False)}
-    )
+    one, _ = pretrain(images, **{**how, "execution": bf16})
+    went_on, history = pretrain(images, **{**how, "execution": fp32})
     assert "bf16: going on in fp32" in capsys.readouterr().err and len(history) == 2
     same_weights(one, went_on)  # no epoch was left
+    with pytest.raises(issl.IsslError, match="another run: seed differ"):
+        pretrain(images, **how, seed=1)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(issl.IsslError, match="is damaged"):
+        pretrain(images, **how)
 
 
 @pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 4, 1), (4, 8, 2)])
@@ -307,16 +284,12 @@ def test_basic_block_equals_torchvisions(inside: int, outside: int, stride: int)
         assert torch.equal(ours.train(mode)(x.clone()), theirs.train(mode)(x.clone()))
 
 
-# --- the command
-
-SIZES = {"--data": "scenes", "--n": "64", "--recipe": "short", "--width": "2", "--batch-size": "16"}
-COMMON = ["pretrain", *(word for pair in SIZES.items() for word in pair)]
-
-
-def test_an_encoder_with_its_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_with_its_history(tmp_path: Path) -> None:
+    """`issl pretrain`."""
     out = tmp_path / "new" / "byol.safetensors"
-    assert cli.main([*COMMON, "--method", "byol", "--epochs", "3", "--out", str(out)]) == 0
-    assert "3 epochs in" in capsys.readouterr().out
+    sizes = "--n 64 --width 2 --batch-size 16 --epochs 3"
+    command = f"pretrain --data scenes --method byol --recipe short {sizes} --out".split()
+    assert cli.main([*command, str(out)]) == 0
     assert sorted(p.name for p in out.parent.iterdir()) == ["byol.csv", "byol.safetensors"]
     assert len(pd.read_csv(out.with_suffix(".csv"))) == 3
     want, _ = pretrain(issl.load("scenes", n=64), BYOL, **{**SMALL, "epochs": 3})
@@ -338,13 +311,6 @@ def test_compiled_is_the_same() -> None:
 @pytest.mark.parametrize("width", [4, 8])
 def test_gradients_are_right_on_a_processor_without_avx_512(width: int) -> None:
     """Most laptops have none: a narrow network crashed there."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", GRADIENTS, str(width)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run(command, env=environment, check=True, timeout=600)
