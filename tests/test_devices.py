@@ -25,9 +25,6 @@ NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 PLACES = torch.backends.cuda.matmul, torch.backends.cudnn.conv if NEW else torch.backends.cudnn
 
 
-# --- precision ---
-
-
 @pytest.fixture
 def precision():
     """What tests change, restored."""
@@ -51,12 +48,13 @@ def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision
     assert [place.fp32_precision for place in PLACES] == [mine] * 2 and not cudnn.deterministic
 
 
-@pytest.mark.parametrize("mine", [True, False])
-def test_full_precision_where_the_caller_uses_the_old_names(mine: bool, precision: None) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mine
-    with full_precision():
-        pass
-    assert torch.backends.cuda.matmul.allow_tf32 is mine and torch.backends.cudnn.allow_tf32 is mine
+def test_full_precision_where_the_caller_uses_the_old_names(precision: None) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    for mine in (True, False):
+        matmul.allow_tf32 = cudnn.allow_tf32 = mine
+        with full_precision():
+            pass
+        assert matmul.allow_tf32 is mine and cudnn.allow_tf32 is mine
 
 
 def test_features_and_losses_are_computed_in_full_precision(precision: None) -> None:
@@ -74,60 +72,38 @@ def test_features_and_losses_are_computed_in_full_precision(precision: None) -> 
     assert len(seen) == 3 and all(seen)
 
 
-# --- a GPU that cannot be used ---
-
-
-def machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None = "535.104.05", cuda="13.2"
-) -> None:
-    """With a GPU that torch does not see."""
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "nvidia0").touch()
-    monkeypatch.setattr(devices, "NODES", tmp_path / "dev")
-    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
-    if driver is not None:
-        text = (
-            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  "
-            "Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
-        )
-        (tmp_path / "version").write_text(text)
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a GPU that torch does not see; the file that stands for it."""
+    gpu, version = tmp_path / "dev" / "nvidia0", tmp_path / "version"
+    gpu.parent.mkdir()
+    gpu.touch()
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\n")
+    monkeypatch.setattr(devices, "NODES", gpu.parent)
+    monkeypatch.setattr(devices, "DRIVER", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return gpu
 
 
-def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(tmp_path, monkeypatch)
-    said = r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu"
-    for name in ("auto", "cuda"):
-        with pytest.raises(issl.IsslError, match=said):
-            pick_device(name)
-    assert pick_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert pick_device("auto").type == "cpu"
-
-
-def test_a_torch_without_cuda_on_a_machine_with_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_torch_cannot_use_is_named(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(tmp_path, monkeypatch, driver=None, cuda=None)
-    with pytest.raises(issl.IsslError, match="torch has no CUDA; install a build with it"):
+    """Its driver is too old, or torch has no CUDA."""
+    with pytest.raises(issl.IsslError, match=r"driver 535\.104\.05.*CUDA 13\.2.*driver 580"):
         pick_device("auto")
-
-
-def test_a_machine_without_a_gpu_computes_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a container without the GPU sees the driver's version, but no GPU
-    machine(tmp_path, monkeypatch)
-    (tmp_path / "dev" / "nvidia0").unlink()
-    (tmp_path / "dev" / "nvidiactl").touch()
+    assert pick_device("cpu").type == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+        assert pick_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(issl.IsslError, match="torch has no CUDA"):
+        pick_device("auto")
+    machine.rename(machine.with_name("nvidiactl"))  # a container without the GPU sees the driver
     assert pick_device("auto").type == "cpu"
     with pytest.raises(issl.IsslError, match="torch sees no GPU here"):
         pick_device("cuda")
-
-
-# --- compilation ---
 
 
 def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
@@ -136,16 +112,10 @@ def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
     monkeypatch.setattr(loop.shutil, "which", lambda _: None)
     monkeypatch.delenv("CC", raising=False)
     assert list(Execution("cuda").maybe_compiled(10**9, len, sum)) == [len, sum]
-    assert "training without torch.compile, which needs a C compiler" in capsys.readouterr().err
-    with pytest.raises(issl.IsslError, match=r"compiled='on': torch.compile needs a C compiler"):
+    assert "training without torch.compile" in capsys.readouterr().err
+    with pytest.raises(issl.IsslError, match="compiled='on'"):
         Execution("cuda", compiled="on").maybe_compiled(10, len)
-    monkeypatch.setenv("CC", "mycc")
-    assert "mycc (of $CC)" in str(loop.lacking_for_compilation())
-    assert Execution("cuda", compiled="off").maybe_compiled(10**9, len) == (len,)
     assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
-
-
-# --- memory ---
 
 
 def test_where_the_gpus_memory_runs_out_batches_are_halved(
@@ -212,9 +182,6 @@ def test_a_containers_limit_counts(
     assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
     (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == 8_900_000
-
-
-# --- the probe on a GPU ---
 
 
 @pytest.mark.parametrize("c", PENALTIES)
