@@ -75,9 +75,8 @@ def test_a_measurement_with_held_statistics_sees_the_weights_alone(artifacts: Ar
     def losses(**how: object) -> np.ndarray:
         return Stability(data=QUERY, draws=2, **how).read(artifacts)["stability_loss"].to_numpy()
 
-    before, as_is = losses(pretrain=FIRST), losses(pretrain=HALF)
-    held, swapped = losses(pretrain=HALF, statistics=FIRST), losses(pretrain=FIRST, statistics=HALF)
-    assert len({tuple(v) for v in (before, as_is, held, swapped)}) == 4
+    before, held = losses(pretrain=FIRST), losses(pretrain=HALF, statistics=FIRST)
+    assert len({tuple(v) for v in (before, held, losses(pretrain=HALF))}) == 3
     np.testing.assert_array_equal(losses(pretrain=FIRST, statistics=FIRST), before)
     want = copy_statistics(FIRST.encoder(artifacts), HALF.encoder(artifacts))
     with torch.no_grad():
