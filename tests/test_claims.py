@@ -206,19 +206,6 @@ def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> Non
     assert "Superseded on" not in standing and f"by `{found[0]['name']}`" in superseded
 
 
-def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
-    records: list[verdicts.Record], tmp_path: Path
-) -> None:
-    again = [r for r in records if r["variant"] == "byol"]
-    for folder, kept in (("overnight-jpeg", records), ("overnight", again)):
-        (tmp_path / folder).mkdir()
-        verdicts.keep(kept, tmp_path / folder)
-    found = verdicts.kept_records(tmp_path)
-    assert "| yes (BYOL); no (SimCLR\\*) |" in verdicts.answers(found)
-    data = {r.data for r in verdicts.summary(found) if r.measured == "r"}
-    assert data == {"cifar10", "cifar10 (the JPEG copy)"}
-
-
 def test_the_pages_show_the_records_that_are_kept(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

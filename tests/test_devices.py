@@ -18,58 +18,23 @@ from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.influence import passes
 from issl.influence.passes import Computing
 from issl.influence.scores import self_influence
-from issl.pretraining import loop
-from issl.pretraining.loop import Execution
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-PLACES = torch.backends.cuda.matmul, torch.backends.cudnn.conv if NEW else torch.backends.cudnn
-
-
-@pytest.fixture
-def precision():
-    """What tests change, restored."""
-    name = "fp32_precision" if NEW else "allow_tf32"
-    before = [getattr(place, name) for place in PLACES]
-    yield
-    for place, value in zip(PLACES, before, strict=True):
-        setattr(place, name, value)
 
 
 @pytest.mark.skipif(not NEW, reason="this torch has only the old names")
 @pytest.mark.parametrize("mine", ["ieee", "tf32"])
-def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision: None) -> None:
-    cudnn = torch.backends.cudnn
-    for place in PLACES:
-        place.fp32_precision = mine
+def test_full_precision_is_that_of_the_block_alone(
+    mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn, places = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    for place in places:
+        monkeypatch.setattr(place, "fp32_precision", mine)
     with pytest.raises(ZeroDivisionError), full_precision():
-        assert [place.fp32_precision for place in PLACES] == ["ieee"] * 2
+        assert [place.fp32_precision for place in places] == ["ieee"] * 2
         assert cudnn.deterministic and not cudnn.benchmark
         raise ZeroDivisionError
-    assert [place.fp32_precision for place in PLACES] == [mine] * 2 and not cudnn.deterministic
-
-
-def test_full_precision_where_the_caller_uses_the_old_names(precision: None) -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    for mine in (True, False):
-        matmul.allow_tf32 = cudnn.allow_tf32 = mine
-        with full_precision():
-            pass
-        assert matmul.allow_tf32 is mine and cudnn.allow_tf32 is mine
-
-
-def test_features_and_losses_are_computed_in_full_precision(precision: None) -> None:
-    seen = []
-
-    class Watching(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            matmul = torch.backends.cuda.matmul
-            seen.append(matmul.fp32_precision == "ieee" if NEW else not matmul.allow_tf32)
-            return x.flatten(1)
-
-    setattr(PLACES[0], *(("fp32_precision", "tf32") if NEW else ("allow_tf32", True)))
-    evaluate.embed(Watching(), nets.pictures(3))
-    evaluate.stability_losses(Watching(), nets.pictures(3), issl.GaussianNoise())
-    assert len(seen) == 3 and all(seen)
+    assert [place.fp32_precision for place in places] == [mine] * 2 and not cudnn.deterministic
 
 
 @pytest.fixture
@@ -106,21 +71,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(
         pick_device("cuda")
 
 
-def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(loop.shutil, "which", lambda _: None)
-    monkeypatch.delenv("CC", raising=False)
-    assert list(Execution("cuda").maybe_compiled(10**9, len, sum)) == [len, sum]
-    assert "training without torch.compile" in capsys.readouterr().err
-    with pytest.raises(issl.IsslError, match="compiled='on'"):
-        Execution("cuda", compiled="on").maybe_compiled(10, len)
-    assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
-
-
-def test_where_the_gpus_memory_runs_out_batches_are_halved(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_where_the_gpus_memory_runs_out_batches_are_halved() -> None:
     sizes = []
 
     def run(part: slice) -> list[int]:
@@ -133,7 +84,6 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(
     parts = list(batches(slice(2, 21), run))
     assert [i for part in parts for i in part] == list(range(2, 21))
     assert sizes == [8, 4, *[2] * 9, 1]
-    assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
     assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
     def never(_: slice) -> None:
@@ -167,20 +117,21 @@ def test_a_containers_limit_counts(
 ) -> None:
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
-    plain = free_memory()  # no cgroups: the machine's
-    assert 10**6 < plain < 10**14
-    root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
-    limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
-    (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
+    assert 10**6 < free_memory() < 10**14  # no cgroups: the machine's
+    own, root, limit, usage = {
+        1: ("4:memory", tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("0:", tmp_path, "memory.max", "memory.current"),
+    }[version]
+    (tmp_path / "own").write_text(f"{own}:/slurm/job\n")
     for name, most, now in (("slurm", 1_000_000, 400_000), ("slurm/job", 9_000_000, 100_000)):
         (root / name).mkdir(parents=True)
-        (root / name / f"memory.{limit}").write_text(f"{most}\n")
-        (root / name / f"memory.{usage}").write_text(f"{now}\n")
+        (root / name / limit).write_text(f"{most}\n")
+        (root / name / usage).write_text(f"{now}\n")
     assert free_memory() == 600_000  # the limit above the own one is tighter
-    (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    (root / "slurm/memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
     assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
-    (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
+    (root / "slurm" / limit).write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == 8_900_000
 
 

@@ -123,18 +123,6 @@ def test_pca_keeps_the_leading_directions(name: str) -> None:
     )
 
 
-def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
-    net, images = make("batchnorm"), pictures(30)
-    pca = LoGra(3, projection="pca", fit=10)
-    base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
-    assert not np.allclose(
-        base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"]
-    )
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    other = self_influence(net, images.subset(order), NOISE, pca, computing=Computing(batch_size=7))
-    np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
-
-
 def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
     x = torch.randn(
         400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64

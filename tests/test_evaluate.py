@@ -14,8 +14,6 @@ from issl.audit.cache import Artifacts
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Evaluate, Pretrain
 from issl.audit.stats.evaluate import PENALTIES, knn_hits, probe_hits
-from issl.evaluate import embed
-from issl.pretraining.encoder import Head, new_encoder
 from issl.pretraining.recipes import recipe
 
 
@@ -59,12 +57,6 @@ def test_probe_finds_linear_classes_and_chooses_its_penalty_without_the_test_set
     assert blind.mean() < 0.25
     with pytest.raises(issl.IsslError, match="all training images are of one class"):
         probe_hits(train, torch.zeros_like(labels), test, truth)
-
-
-def test_embedding_is_the_encoder_batch_by_batch() -> None:
-    images, encoder = issl.load("scenes", n=150), new_encoder(1, Head(), 0).backbone.eval()
-    want = encoder(images.pixels.float() / 255)
-    torch.testing.assert_close(embed(encoder, images), want.detach(), rtol=1e-4, atol=1e-5)
 
 
 def labels_of(embedded: Embed) -> torch.Tensor:

@@ -313,8 +313,6 @@ def test_what_it_links_to_is_there(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
-    for word in re.findall(r"--only (\d+)", PAGES[page]):
-        assert word == "21" or profiles.select(word)  # 21 is the example of docs/extending.md
 
 
 def test_what_a_training_did_is_the_figures_table() -> None:

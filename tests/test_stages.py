@@ -21,8 +21,6 @@ from issl.audit import stages, table_stages
 from issl.audit.cache import Artifacts, Stage, release
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
-from issl.audit.plans_paper import SeedCorrelation
-from issl.audit.profiles import read_profile
 from issl.audit.settings import KINDS, Data, named_curvature
 from issl.audit.stages import (
     Cross,
@@ -164,40 +162,6 @@ def test_a_key_is_the_hash_of_what_is_set(monkeypatch: pytest.MonkeyPatch) -> No
     before = influence().key
     monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)
     assert influence(pretrain=TRAIN.model_copy()).key != before
-
-
-PINNED = {
-    "overnight, SimCLR 0": "829d373e965159a3",
-    "its scores": "9f1cd92181a99f86",
-    "its accuracy": "a9d500f263990511",
-    "untrained": "1c96ee7ec177f732",
-    "BYOL 2": "5b8ed0371daf7eac",
-    "scenes": "d491f8124e263486",
-    "scores of scenes": "9b0eed00a7267960",
-}
-
-
-def test_keys_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed key means that everybody's artifacts are made again: raise a stage's version where
-    that is meant."""
-    monkeypatch.delenv("ISSL_DATA", raising=False)
-    plan = read_profile("overnight", ["01_seed_correlation"])["01_seed_correlation"]
-    assert isinstance(plan, SeedCorrelation)
-    first = plan.pretrain("simclr", 0)
-    drawn = Pretrain(data=DATA, width=4, epochs=2)
-    found = {
-        "overnight, SimCLR 0": first.key,
-        "its scores": plan.influence(first).key,
-        "its accuracy": plan.evaluation(first).key,
-        "untrained": plan.untrained(first).key,
-        "BYOL 2": plan.pretrain("byol", 2).key,
-        "scenes": drawn.key,
-        "scores of scenes": Influence(pretrain=drawn, data=DATA, curvature=EKFAC()).key,
-    }
-    assert found == PINNED
-    again = SeedCorrelation(door="images")  # from scratch: changes no number
-    assert again.settings() == SeedCorrelation().settings()
-    assert again.artifacts().released is None and SeedCorrelation().artifacts().released is not None
 
 
 def test_defaults_are_pinned() -> None:
@@ -347,8 +311,6 @@ def test_a_data_set_of_some_classes_and_of_a_share_of_uniform_backgrounds() -> N
     assert sorted(images.index.tolist()) == sorted(chosen.tolist())
     assert Data(name="scenes", n=60, uniform=1.0).load().attributes["uniform"].mean() > 0.95
     assert not Data(name="scenes", n=60, uniform=0.0).load().attributes["uniform"].any()
-
-
 
 
 def test_training_without_a_choice_is_training_without_its_positions(artifacts: Artifacts) -> None:

@@ -16,7 +16,7 @@ from issl.audit.stats import statistics
 from issl.audit.stats.encoder_agreement import Agreements
 from issl.audit.stats.group_differences import group_differences, largest, magnitude
 from issl.audit.stats.pixel_features import pixel_features
-from issl.audit.stats.resampling import RESAMPLES, resampled_correlations
+from issl.audit.stats.resampling import RESAMPLES
 from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
@@ -57,19 +57,6 @@ def test_intervals_by_formula_and_by_resamples_agree() -> None:
         assert got.value == pytest.approx(stats.spearmanr(A, other).statistic)
         assert ends(got) == pytest.approx(ends(boot), abs=0.03)
     assert statistics.spearman(A, A).value == 1
-
-
-@pytest.mark.parametrize("ranked", [False, True])
-def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
-    rng = np.random.default_rng(0)  # with ties; constant
-    rows = (rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60))
-    columns = np.stack(rows)
-    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 4, 20)
-    drawn = np.random.default_rng(4)
-    for row in found:
-        x, y = columns[:2, drawn.integers(0, 60, 60)]
-        peer = stats.spearmanr if ranked else stats.pearsonr
-        assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)
 
 
 def test_differences_of_correlations() -> None:
