@@ -25,7 +25,6 @@ from issl import (
     top_influences,
 )
 from issl.influence import reference
-from issl.influence.curvature import leading_rows
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
 
@@ -121,16 +120,6 @@ def test_pca_keeps_the_leading_directions(name: str) -> None:
     np.testing.assert_allclose(
         full["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6
     )
-
-
-def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
-    x = torch.randn(
-        400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ) * torch.linspace(3, 0.1, 300)
-    moment = x.T @ x
-    few, dense = leading_rows(moment, 5), torch.linalg.eigh(moment).eigenvectors[:, -5:].T
-    torch.testing.assert_close(few.T @ few, dense.T @ dense, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(few @ few.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

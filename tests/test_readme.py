@@ -287,18 +287,6 @@ def test_adding_a_curvature(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(pd.read_csv(checkout / "s.csv")["influence"], want, rtol=1e-3)
 
 
-def test_every_command_in_passing_is_known() -> None:
-    """What the text names inline: `issl doctor`, say."""
-    for inline in re.findall(r"`((?:\./run_all\.sh|(?:\.venv/bin/)?issl) [^`]+)`", EVERYTHING):
-        words = shlex.split(inline.replace(" …", ""))
-        given = ["run", *words[1:]] if words[0] == "./run_all.sh" else words[1:]
-        if "--test" in given or "--help" in given:
-            continue
-        commands = cli.parser(given[0])._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-        known = commands[given[0]]._option_string_actions
-        assert all(w.split("=")[0] in known for w in given if w.startswith("--")), inline
-
-
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub and the site make them."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

@@ -79,12 +79,12 @@ def test_a_margin_at_equal_strength_is_interpolated_and_open_beyond_the_grid() -
     assert beyond.value == pytest.approx(got.value) and ends(beyond) == (-np.inf, np.inf)
 
 
-@pytest.mark.parametrize(
-    ("number", "wanted"), [(0.0, (0.5, 0.4, 0.7)), (0.6, (0.1, 0.0, 0.2)), (1.0, (0.5, 0.3, 0.6))]
-)
-def test_a_distance_is_nothing_within_the_interval(number: float, wanted: tuple) -> None:
-    got = statistics.distance(Estimate(0.5, 0.4, 0.7, 9), number)
-    assert (got.value, *ends(got)) == pytest.approx(wanted) and got.n == 9
+def test_a_distance_is_nothing_within_the_interval() -> None:
+    e = Estimate(0.5, 0.4, 0.7, 9)
+    cases = {0.0: (0.5, 0.4, 0.7), 0.6: (0.1, 0.0, 0.2), 1.0: (0.5, 0.3, 0.6)}
+    for number, wanted in cases.items():
+        got = statistics.distance(e, number)
+        assert (got.value, *ends(got)) == pytest.approx(wanted)
 
 
 def test_partial_correlation_removes_a_common_cause() -> None:

@@ -153,21 +153,6 @@ def test_a_dask_that_is_there_and_goes_away(dask: tuple, tmp_path: Path) -> None
     assert log.read_text() == "done stays done\n"
 
 
-def test_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("issl.engine.CONNECT", 1.0)
-    with pytest.raises(IsslError, match=r"--scheduler tcp.*: no Dask scheduler answers"):
-        list(Engine(scheduler="tcp://127.0.0.1:9").run({"a": Task(fail)}))
-
-
-def test_a_cluster_that_is_not_here_or_does_not_know_an_option(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for found, named in ((None, "no sbatch here"), ("/usr/bin/sbatch", "colour")):
-        monkeypatch.setattr(shutil, "which", lambda _, found=found: found)
-        with pytest.raises(IsslError, match=f"--cluster slurm: .*{named}"):
-            list(Engine(1, "slurm", [("colour", "red")]).run({"a": Task(fail)}))
-
-
 @pytest.fixture
 def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Slurm of one node, this machine; its folder."""
