@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, make, pictures
+from nets import make, pictures
 from torch import nn
 
 import issl
@@ -24,54 +24,11 @@ from issl import (
     GaussianNoise,
     Identity,
     LoGra,
-    cross_influence,
     self_influence,
 )
-from issl.influence import reference
-from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import PIXEL_STD, Normalize, resnet18
 
 NOISE = GaussianNoise()
-
-
-# fewer rows than columns in every layer, and more than in some
-@pytest.mark.parametrize("n", [9, 70])
-@pytest.mark.parametrize("name", NETS)
-def test_exact_full_rank_logra_and_identity_equal_the_reference(name: str, n: int) -> None:
-    net, images = make(name), pictures(n)
-    losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
-    want = reference.self_influence(gradients, 0.1)
-    squared = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0)
-    damping = {layer: 0.1 * float(g.square().mean()) for layer, g in gradients.items()}
-    how = {"seed": 3, "computing": Computing(batch_size=32)}
-    got = self_influence(net, images, NOISE, Exact(0.1), **how)
-    # the loop's own cancellation
-    np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)
-    np.testing.assert_allclose(got["influence"], want, rtol=1e-8)
-    assert got.attrs["damping"] == pytest.approx(damping, rel=1e-9)
-    full = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.1), **how)
-    np.testing.assert_allclose(full["influence"], want, rtol=1e-7)
-    plain = self_influence(net, images, NOISE, Identity(), **how)
-    np.testing.assert_allclose(plain["influence"], squared, rtol=1e-9)
-    for scores in (got, full, plain):
-        np.testing.assert_allclose(scores["grad_norm"], squared.sqrt(), rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
-    """Self- and cross-influence, under the projections that LoGra itself draws."""
-    net, images, query = make(name), pictures(30), pictures(4, seed=2)
-    curvature = LoGra(rank=4, damping=0.1, seed=5)
-    layers = enumerate(scored_layers(net).items())
-    sketches = {layer: curvature.sketch(module, k) for k, (layer, module) in layers}
-    projections = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
-    whole = (reference.gradients(net, some, NOISE.keyed(0))[1] for some in (images, query))
-    g, g_query = (reference.project(some, projections) for some in whole)
-    got = self_influence(net, images, NOISE, curvature)
-    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-8)
-    cross = cross_influence(net, images, query, NOISE, curvature)
-    want = reference.cross_influence(g, g_query, 0.1)
-    torch.testing.assert_close(cross, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
 
 
 def test_projected_norm_is_unbiased() -> None:
