@@ -206,7 +206,7 @@ def test_draws_and_another_loss() -> None:
 def test_the_standard_error_is_the_spread_over_repeats() -> None:
     """Repeat the whole measurement with other noise: the spread is what the error of each
     promised."""
-    net, images, k = make("stride"), pictures(60), 12
+    net, images, k = make("stride"), pictures(30), 12
     runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k) for s in range(16)]
     spread = np.std([r["influence"] for r in runs], axis=0, ddof=1)
     promised = np.sqrt(np.mean([r["standard_error"] ** 2 for r in runs], axis=0))
