@@ -62,7 +62,8 @@ def test_what_fails_is_shown_and_tried_again_and_the_others_go_on(
     books("00_method", "raise ValueError('the cat sat on the tensor')")
     books("07_outliers", "print(n)")
     books("09_linear_theory", "print(n)")
-    tiny.write_text(yaml.safe_dump({**FEW, "common": {**FEW["common"], "batch_size": 65}}))
+    too_large = {"methods": ["simclr"], "batch_size": 65}
+    tiny.write_text(yaml.safe_dump({**FEW, "07_outliers": too_large}))
     for ended in ("ok     ", "current"):
         assert run.run(ProfileOptions("tiny", only="00,07,09", out=tmp_path / "out")) == 1
         printed = capsys.readouterr().out
