@@ -3,6 +3,7 @@ limited."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nets
@@ -22,14 +23,22 @@ from issl.influence.scores import self_influence
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
+@pytest.fixture
+def places() -> Iterator[tuple]:
+    """Where torch keeps the precision; what tests change is restored."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    yield places
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
 @pytest.mark.skipif(not NEW, reason="this torch has only the old names")
 @pytest.mark.parametrize("mine", ["ieee", "tf32"])
-def test_full_precision_is_that_of_the_block_alone(
-    mine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cudnn, places = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+def test_full_precision_is_that_of_the_block_alone(mine: str, places: tuple) -> None:
+    cudnn = torch.backends.cudnn
     for place in places:
-        monkeypatch.setattr(place, "fp32_precision", mine)
+        place.fp32_precision = mine
     with pytest.raises(ZeroDivisionError), full_precision():
         assert [place.fp32_precision for place in places] == ["ieee"] * 2
         assert cudnn.deterministic and not cudnn.benchmark
