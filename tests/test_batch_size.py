@@ -9,7 +9,6 @@ from nets import make, pictures
 
 import issl
 from issl import Computing, LoGra
-from issl.devices import is_out_of_memory
 from issl.influence import passes
 from issl.influence.passes import choose_batch_size, peak_bytes
 
@@ -27,14 +26,6 @@ def test_the_peak_is_counted() -> None:
     assert peak_bytes(work, CPU) == 12_000
 
 
-def test_what_a_backward_pass_holds_is_counted() -> None:
-    def work() -> None:
-        x = torch.zeros(1000, requires_grad=True)
-        (x.exp().exp().exp()).sum().backward()
-
-    assert peak_bytes(work, CPU) >= 16_000  # x and three results, which the backward pass needs
-
-
 @pytest.mark.parametrize(("free", "want"), [(10**12, 64), (100 * 4000, 32), (4000, 1), (0, 1)])
 def test_the_batch_fits_into_what_is_free(
     free: int, want: int, monkeypatch: pytest.MonkeyPatch
@@ -46,14 +37,6 @@ def test_the_batch_fits_into_what_is_free(
 def test_auto_gives_the_same_scores() -> None:
     net, images = make("residual"), pictures(40)
     want = issl.self_influence(net, images, curvature=LoGra(4))
-    got = issl.self_influence(
-        net, images, curvature=LoGra(4), computing=Computing(batch_size="auto")
-    )
+    auto = Computing(batch_size="auto")
+    got = issl.self_influence(net, images, curvature=LoGra(4), computing=auto)
     np.testing.assert_allclose(got["influence"], want["influence"], rtol=1e-9)
-
-
-def test_only_memory_is_a_reason() -> None:
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(error.value) and is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes differ"))

@@ -75,9 +75,8 @@ def test_a_measurement_with_held_statistics_sees_the_weights_alone(artifacts: Ar
     def losses(**how: object) -> np.ndarray:
         return Stability(data=QUERY, draws=2, **how).read(artifacts)["stability_loss"].to_numpy()
 
-    before, as_is = losses(pretrain=FIRST), losses(pretrain=HALF)
-    held, swapped = losses(pretrain=HALF, statistics=FIRST), losses(pretrain=FIRST, statistics=HALF)
-    assert len({tuple(v) for v in (before, as_is, held, swapped)}) == 4
+    before, held = losses(pretrain=FIRST), losses(pretrain=HALF, statistics=FIRST)
+    assert len({tuple(v) for v in (before, held, losses(pretrain=HALF))}) == 3
     np.testing.assert_array_equal(losses(pretrain=FIRST, statistics=FIRST), before)
     want = copy_statistics(FIRST.encoder(artifacts), HALF.encoder(artifacts))
     with torch.no_grad():
@@ -86,8 +85,6 @@ def test_a_measurement_with_held_statistics_sees_the_weights_alone(artifacts: Ar
     torch.testing.assert_close(found, features)
     estimated = Embed(pretrain=HALF, data=QUERY, estimated=DATA).read(artifacts)
     assert not torch.equal(estimated, features)
-    with pytest.raises(issl.IsslError, match="not both"):
-        Embed(pretrain=HALF, data=QUERY, statistics=FIRST, estimated=DATA)
 
 
 def test_a_continued_training_starts_from_the_whole_learner(artifacts: Artifacts) -> None:
@@ -118,12 +115,6 @@ def test_an_untrained_network_is_calibrated_and_can_be_scored(artifacts: Artifac
     with pytest.raises(issl.IsslError, match="was never trained"):
         Influence(pretrain=raw, data=DATA).read(artifacts)
     assert Influence(pretrain=ready, data=DATA).read(artifacts)["influence"].median() > 0
-    with pytest.raises(issl.IsslError, match="cannot be calibrated"):
-        Pretrain(data=DATA, recipe=FIRST.recipe, epochs=1, snapshots=(), calibrated=True)
-
-
-def test_one_untrained_network_serves_all_methods() -> None:
-    plan = SeedCorrelation(n=48, width=1, snapshots=1)
+    plan = SeedCorrelation(n=48, width=1, snapshots=1)  # one untrained network for all methods
     fresh = {plan.untrained(plan.pretrain(method)).key for method in plan.methods}
-    assert len(fresh) == 1 and plan.untrained().key in fresh
-    assert plan.untrained(plan.pretrain(seed=1)).key not in fresh
+    assert len(fresh) == 1 and plan.untrained(plan.pretrain(seed=1)).key not in fresh

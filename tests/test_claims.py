@@ -56,15 +56,12 @@ def test_a_test_is_contradicted_only_where_it_could_have_held(
         above.state({"rho": rho})
 
 
-def test_numbers_without_an_interval_and_p_values() -> None:
+def test_numbers_without_an_interval_p_values_and_outcomes() -> None:
     exact = claims.Condition(metric="rho", bound="value", above=0.0)
     assert exact.state({"rho": Estimate(-1.0, -1.0, -1.0, 1)}) == "contradicted"
     p = claims.Condition(metric="p", bound="value", below=0.05, p_value=True)
     states = [p.state({"p": Estimate(value, value, value, 1)}) for value in (0.01, 0.3)]
     assert states == ["holds", "undecided"]
-
-
-def test_outcomes() -> None:
     assert claims.outcome(["holds", "holds"]) == "reproduced"
     assert claims.outcome(["undecided", "holds", "contradicted"]) == "partly"
     assert claims.outcome(["undecided", "contradicted"]) == "contradicted"
@@ -75,8 +72,7 @@ def test_a_verdict_needs_a_profile_and_encoders_that_have_learned() -> None:
     assert judged(0.95) == ("reproduced", "reproduced")
     assert judged(0.92) == ("undecided", "undecided")
     assert judged(0.5) == ("contradicted", "contradicted")
-    for profile in ("mini", "quick"):
-        assert judged(0.95, profile) == ("reproduced", claims.UNTESTED)
+    assert judged(0.95, "mini") == ("reproduced", claims.UNTESTED)
     assert judged(0.95, "paper-cifar100", dataset="cifar100")[1] == "reproduced"
     for dataset, changed in (
         ("cifar10", {"knn": 0.64}),
@@ -96,11 +92,6 @@ def test_checks_of_the_code_pass_or_fail_at_any_scale() -> None:
     for value, verdict in ((1e-9, claims.PASSED), (1.0, claims.FAILED)):
         metrics = {"relative_difference": estimate(value, 0)}
         assert claims.judge("method_exact", metrics, "quick", "scenes")["verdict"] == verdict
-
-
-def test_what_must_be_measured_is_asked_for() -> None:
-    with pytest.raises(issl.IsslError, match="'nothing'"):
-        claims.judge("nothing", {}, "mini", "cifar10")
     with pytest.raises(issl.IsslError, match="'pearson'"):
         claims.judge(SEEDS, {}, "mini", "cifar10", LEARNED)
 
@@ -118,9 +109,6 @@ def test_the_files_of_claims_and_words_agree_with_the_notebooks() -> None:
     assert asked <= set(claims.all_words())
     uses = [c.use for c in claims.claims().values() if c.use]
     assert len(uses) == len(set(uses))
-    for call in (lambda: claims.words("moon_phase"), lambda: claims.threshold(SEEDS, "moon_phase")):
-        with pytest.raises(issl.IsslError, match="'moon_phase'"):
-            call()
 
 
 # --- records, and what is made of them
@@ -131,14 +119,11 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
     """Of three claims at overnight: a check, one with two methods, one with two tests."""
     source = claims.provenance("overnight", {}, torch.device("cpu"), ["influence/1"])
     about: dict[str, Any] = {"dataset": "cifar10", "learned": LEARNED, "n": 2000, "seeds": [0]}
+    pairs = {"auc_injected": estimate(0.65, 0.05), "precision": estimate(0.2)}
     found: list[tuple[str, str, dict[str, Estimate]]] = [
         (SEEDS, "byol", {"pearson": estimate(0.95)}),
         (SEEDS, "simclr", {"pearson": estimate(0.8)}),
-        (
-            "low_influence_duplicates",
-            "simclr",
-            {"auc_injected": estimate(0.65, 0.05), "precision": estimate(0.2)},
-        ),
+        ("low_influence_duplicates", "simclr", pairs),
         ("method_exact", "", {"relative_difference": estimate(1e-9, 0)}),
     ]
     for name, variant, metrics in found:
@@ -148,7 +133,7 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
 
 @pytest.mark.parametrize("profile", claims.readings())
 def test_a_reading_changes_its_choices_and_nothing_else(profile: str) -> None:
-    names = [*covered("overnight-projector"), "report"]
+    names = covered("overnight-projector")
     plain, read = (read_profile(p, names) for p in ("overnight", profile))
     changes = {"profile": profile, **claims.readings()[profile]}
     for name in names:
@@ -167,15 +152,11 @@ def test_records_say_where_they_come_from_and_stay_in_order(
     for r in records:
         assert {"claim", "paper", "dataset", "n", "seeds", "learned", "metrics"} <= set(r)
         assert {"profile", "commit", "hardware", "torch"} <= set(r["provenance"])
-        assert r["name"] in claims.format_record(r)
     # pairs judged by people are not in every data set: that test is not asked there
     assert [t["metric"] for t in records[-1]["tests"]] == ["auc_injected", "precision"]
     (tmp_path / "mini").mkdir()
     verdicts.keep(records, tmp_path / "mini")
     assert verdicts.kept_records(tmp_path) == records
-
-
-def test_bad_records_are_named(records: list[verdicts.Record], tmp_path: Path) -> None:
     path = tmp_path / "claim_x.json"
     for text in (json.dumps({**records[0], "name": "moon_is_cheese"}), "{"):
         path.write_text(text)
@@ -185,29 +166,18 @@ def test_bad_records_are_named(records: list[verdicts.Record], tmp_path: Path) -
 
 def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]) -> None:
     check, simclr, byol, duplicates = records
-    sections = verdicts.markdown(records).split("### ")[1:]
-    assert ["two noise seeds" in sections[0], "duplicates" in sections[1]] == [True, True]
-    assert (
-        "| SimCLR | overnight, cifar10, n = 2,000 | ○ contradicted (0/1) | ○ r = 0.80"
-        in sections[0]
-    )
-    assert "| BYOL | overnight, cifar10, n = 2,000 | ● reproduced (1/1) | ● r = 0.95" in sections[0]
-    assert sections[1].count("<br>") == 1  # both numbers of its tests
-    assert "Checks of the code" in sections[1] and "1e-09" in sections[2]
+    seeds, pairs, _ = verdicts.markdown(records).split("### ")[1:]
+    assert "two noise seeds" in seeds and "duplicates" in pairs
+    assert "○ contradicted (0/1) | ○ r = 0.80" in seeds
+    assert "● reproduced (1/1) | ● r = 0.95" in seeds
     assert verdicts.failures(check) == ""
     assert "above 0.5: it is 0.2" in verdicts.failures(duplicates)
     row = verdicts.table(records).loc[1]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
-    short = verdicts.answers(records).splitlines()
-    assert len(short) == 2 + 2  # a check asks no question
-    assert (
-        "| no (SimCLR); yes (BYOL) | SimCLR: r = 0.80 [0.70, 0.90] (asked: above 0.924) |"
-        in short[2]
-    )
-    assert "| mixed |" in short[3]
+    assert "| no (SimCLR); yes (BYOL) |" in verdicts.answers(records)
+    assert len(verdicts.answers(records).splitlines()) == 2 + 2  # a check asks no question
     said = verdicts.sentence([simclr, byol])
     assert "holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR (0.80 [" in said
-    assert verdicts.good_for(records)["contradicted"][0].endswith("[SimCLR]")
 
 
 def test_small_scales_decide_nothing(records: list[verdicts.Record]) -> None:
@@ -215,48 +185,25 @@ def test_small_scales_decide_nothing(records: list[verdicts.Record]) -> None:
     small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
     assert verdicts.answers([*small, *records]) == verdicts.answers(records)
     untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
-    assert "| untested |" in verdicts.answers(untested)
     assert "| no (SimCLR); untested (BYOL) |" in verdicts.answers([small[1], untested[1]])
-    assert "decides nothing" in verdicts.sentence(untested)
     assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
 
 
 def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
     source = claims.provenance("overnight", {}, torch.device("cpu"), [])
     metrics = {m: Estimate(0.6, 0.4, 0.7, 9) for m in ("spearman", "share_of_ceiling", "ceiling")}
-    names = ["predicts_leaving_one_out_held", "predicts_leaving_one_out"]
     about: dict[str, Any] = {"dataset": "cifar10", "learned": LEARNED, "n": 9, "seeds": [0]}
-    for name in names:
+    for name in ("predicts_leaving_one_out_held", "predicts_leaving_one_out"):
         written = claims.record(name, metrics, source, tmp_path, **about)
         # kept before its test was superseded: today's rules hold
-        (tmp_path / f"claim_{name}.json").write_text(
-            json.dumps(written | {"verdict": "reproduced"})
-        )
+        kept = json.dumps(written | {"verdict": "reproduced"})
+        (tmp_path / f"claim_{name}.json").write_text(kept)
     found = verdicts.read_records(tmp_path.glob("claim_*.json"))
-    assert [(r["name"], r["verdict"]) for r in found] == list(
-        zip(names, ("reproduced", "superseded"), strict=True)
-    )
+    assert [r["verdict"] for r in found] == ["reproduced", "superseded"]
     assert verdicts.decided(found) == found[:1]
     assert len(verdicts.good_for(found)["reproduced"]) == 1
     standing, superseded = verdicts.markdown(found).split("Superseded tests")
-    assert "Superseded on" not in standing and f"by `{names[0]}`" in superseded
-
-
-def test_what_was_measured_on_the_copy_says_so_until_it_is_measured_again(
-    records: list[verdicts.Record], tmp_path: Path
-) -> None:
-    again = [r for r in records if r["variant"] == "byol"]
-    for folder, kept in (("overnight-jpeg", records), ("overnight", again)):
-        (tmp_path / folder).mkdir()
-        verdicts.keep(kept, tmp_path / folder)
-    found = verdicts.kept_records(tmp_path)
-    row = next(r for r in verdicts.answers(found).splitlines() if "two draws" in r.lower())
-    assert "| yes (BYOL); no (SimCLR\\*) | BYOL: r = 0.95 [0.85, 1.05] (asked" in row
-    data = {r.data for r in verdicts.summary(found) if r.measured == "r"}
-    assert data == {"cifar10", "cifar10 (the JPEG copy)"}
-    drawn = tmp_path / "overnight-jpeg"  # drawn images are no copy
-    verdicts.keep([records[0] | {"dataset": "scenes"}], drawn)
-    assert not verdicts.read_records([drawn / verdicts.KEPT])[0]["copied"]
+    assert "Superseded on" not in standing and f"by `{found[0]['name']}`" in superseded
 
 
 def test_the_pages_show_the_records_that_are_kept(
@@ -267,13 +214,3 @@ def test_the_pages_show_the_records_that_are_kept(
     kept = verdicts.kept_records(repository / "figures")
     assert kept and cli.main(["verdicts"]) == 0
     assert capsys.readouterr().out == verdicts.markdown(kept)
-    with pytest.raises(issl.IsslError, match="markers"):
-        verdicts.in_page("# nothing", "new")
-
-
-def test_verdicts_over_readings() -> None:
-    holds, in_part, open_, no = "reproduced", "partly", "undecided", "contradicted"
-    assert claims.over_readings([holds] * 4) == "holds in every reading"
-    assert claims.over_readings([holds, no, open_]).startswith("depends on the reading: ")
-    assert claims.over_readings([holds, open_, holds]) == "holds in 2, undecided in 1"
-    assert claims.over_readings([no, in_part]).startswith("holds in none: ")

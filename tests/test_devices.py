@@ -3,6 +3,7 @@ limited."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nets
@@ -18,139 +19,68 @@ from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.influence import passes
 from issl.influence.passes import Computing
 from issl.influence.scores import self_influence
-from issl.pretraining import loop
-from issl.pretraining.loop import Execution
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-PLACES = torch.backends.cuda.matmul, torch.backends.cudnn.conv if NEW else torch.backends.cudnn
-
-
-# --- precision ---
 
 
 @pytest.fixture
-def precision():
-    """What tests change, restored."""
-    name = "fp32_precision" if NEW else "allow_tf32"
-    before = [getattr(place, name) for place in PLACES]
-    yield
-    for place, value in zip(PLACES, before, strict=True):
-        setattr(place, name, value)
+def places() -> Iterator[tuple]:
+    """Where torch keeps the precision; what tests change is restored."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    yield places
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
 
 
 @pytest.mark.skipif(not NEW, reason="this torch has only the old names")
 @pytest.mark.parametrize("mine", ["ieee", "tf32"])
-def test_full_precision_where_the_caller_uses_the_new_names(mine: str, precision: None) -> None:
+def test_full_precision_is_that_of_the_block_alone(mine: str, places: tuple) -> None:
     cudnn = torch.backends.cudnn
-    for place in PLACES:
+    for place in places:
         place.fp32_precision = mine
     with pytest.raises(ZeroDivisionError), full_precision():
-        assert [place.fp32_precision for place in PLACES] == ["ieee"] * 2
+        assert [place.fp32_precision for place in places] == ["ieee"] * 2
         assert cudnn.deterministic and not cudnn.benchmark
         raise ZeroDivisionError
-    assert [place.fp32_precision for place in PLACES] == [mine] * 2 and not cudnn.deterministic
+    assert [place.fp32_precision for place in places] == [mine] * 2 and not cudnn.deterministic
 
 
-@pytest.mark.parametrize("mine", [True, False])
-def test_full_precision_where_the_caller_uses_the_old_names(mine: bool, precision: None) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = mine
-    with full_precision():
-        pass
-    assert torch.backends.cuda.matmul.allow_tf32 is mine and torch.backends.cudnn.allow_tf32 is mine
-
-
-def test_features_and_losses_are_computed_in_full_precision(precision: None) -> None:
-    seen = []
-
-    class Watching(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            matmul = torch.backends.cuda.matmul
-            seen.append(matmul.fp32_precision == "ieee" if NEW else not matmul.allow_tf32)
-            return x.flatten(1)
-
-    setattr(PLACES[0], *(("fp32_precision", "tf32") if NEW else ("allow_tf32", True)))
-    evaluate.embed(Watching(), nets.pictures(3))
-    evaluate.stability_losses(Watching(), nets.pictures(3), issl.GaussianNoise())
-    assert len(seen) == 3 and all(seen)
-
-
-# --- a GPU that cannot be used ---
-
-
-def machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str | None = "535.104.05", cuda="13.2"
-) -> None:
-    """With a GPU that torch does not see."""
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "nvidia0").touch()
-    monkeypatch.setattr(devices, "NODES", tmp_path / "dev")
-    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
-    if driver is not None:
-        text = (
-            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  "
-            "Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12\n"
-        )
-        (tmp_path / "version").write_text(text)
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a GPU that torch does not see; the file that stands for it."""
+    gpu, version = tmp_path / "dev" / "nvidia0", tmp_path / "version"
+    gpu.parent.mkdir()
+    gpu.touch()
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\n")
+    monkeypatch.setattr(devices, "NODES", gpu.parent)
+    monkeypatch.setattr(devices, "DRIVER", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return gpu
 
 
-def test_an_old_driver_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(tmp_path, monkeypatch)
-    said = r"driver 535\.104\.05.*CUDA 13\.2, which needs driver 580 or newer.*cpu"
-    for name in ("auto", "cuda"):
-        with pytest.raises(issl.IsslError, match=said):
-            pick_device(name)
-    assert pick_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert pick_device("auto").type == "cpu"
-
-
-def test_a_torch_without_cuda_on_a_machine_with_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_torch_cannot_use_is_named(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(tmp_path, monkeypatch, driver=None, cuda=None)
-    with pytest.raises(issl.IsslError, match="torch has no CUDA; install a build with it"):
+    """Its driver is too old, or torch has no CUDA."""
+    with pytest.raises(issl.IsslError, match=r"driver 535\.104\.05.*CUDA 13\.2.*driver 580"):
         pick_device("auto")
-
-
-def test_a_machine_without_a_gpu_computes_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a container without the GPU sees the driver's version, but no GPU
-    machine(tmp_path, monkeypatch)
-    (tmp_path / "dev" / "nvidia0").unlink()
-    (tmp_path / "dev" / "nvidiactl").touch()
+    assert pick_device("cpu").type == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+        assert pick_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(issl.IsslError, match="torch has no CUDA"):
+        pick_device("auto")
+    machine.rename(machine.with_name("nvidiactl"))  # a container without the GPU sees the driver
     assert pick_device("auto").type == "cpu"
     with pytest.raises(issl.IsslError, match="torch sees no GPU here"):
         pick_device("cuda")
 
 
-# --- compilation ---
-
-
-def test_without_a_compiler_auto_goes_on_and_on_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(loop.shutil, "which", lambda _: None)
-    monkeypatch.delenv("CC", raising=False)
-    assert list(Execution("cuda").maybe_compiled(10**9, len, sum)) == [len, sum]
-    assert "training without torch.compile, which needs a C compiler" in capsys.readouterr().err
-    with pytest.raises(issl.IsslError, match=r"compiled='on': torch.compile needs a C compiler"):
-        Execution("cuda", compiled="on").maybe_compiled(10, len)
-    monkeypatch.setenv("CC", "mycc")
-    assert "mycc (of $CC)" in str(loop.lacking_for_compilation())
-    assert Execution("cuda", compiled="off").maybe_compiled(10**9, len) == (len,)
-    assert Execution("cpu").maybe_compiled(10**9, len) == (len,) and capsys.readouterr().err == ""
-
-
-# --- memory ---
-
-
-def test_where_the_gpus_memory_runs_out_batches_are_halved(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_where_the_gpus_memory_runs_out_batches_are_halved() -> None:
     sizes = []
 
     def run(part: slice) -> list[int]:
@@ -163,7 +93,6 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved(
     parts = list(batches(slice(2, 21), run))
     assert [i for part in parts for i in part] == list(range(2, 21))
     assert sizes == [8, 4, *[2] * 9, 1]
-    assert "too little memory for 4 images at once; going on with 2" in capsys.readouterr().err
     assert list(batches(slice(0, 3), run)) == [[0, 1], [2]]  # it remembers
 
     def never(_: slice) -> None:
@@ -197,24 +126,22 @@ def test_a_containers_limit_counts(
 ) -> None:
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
-    plain = free_memory()  # no cgroups: the machine's
-    assert 10**6 < plain < 10**14
-    root, kind = (tmp_path / "memory", "memory") if version == 1 else (tmp_path, "")
-    limit, usage = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
-    (tmp_path / "own").write_text(f"4:{kind}:/slurm/job\n" if version == 1 else "0::/slurm/job\n")
+    assert 10**6 < free_memory() < 10**14  # no cgroups: the machine's
+    own, root, limit, usage = {
+        1: ("4:memory", tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("0:", tmp_path, "memory.max", "memory.current"),
+    }[version]
+    (tmp_path / "own").write_text(f"{own}:/slurm/job\n")
     for name, most, now in (("slurm", 1_000_000, 400_000), ("slurm/job", 9_000_000, 100_000)):
         (root / name).mkdir(parents=True)
-        (root / name / f"memory.{limit}").write_text(f"{most}\n")
-        (root / name / f"memory.{usage}").write_text(f"{now}\n")
+        (root / name / limit).write_text(f"{most}\n")
+        (root / name / usage).write_text(f"{now}\n")
     assert free_memory() == 600_000  # the limit above the own one is tighter
-    (root / "slurm" / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    (root / "slurm/memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
     assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
-    (root / "slurm" / f"memory.{limit}").write_text("max" if version == 2 else "1000000000000000")
+    (root / "slurm" / limit).write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == 8_900_000
-
-
-# --- the probe on a GPU ---
 
 
 @pytest.mark.parametrize("c", PENALTIES)

@@ -4,9 +4,10 @@ plain score."""
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nets import NETS, make, pictures
@@ -26,32 +27,28 @@ from issl import (
     top_influences,
 )
 from issl.influence import reference
-from issl.influence.curvature import Curvature, Whitening, leading_rows
+from issl.influence.curvature import Curvature
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
 
 
 def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Tensor]]:
     """Σ a aᵀ and Σ d dᵀ, one image at a time, by torch's own unfold and a retained graph."""
-    found = {n: [0.0, 0.0] for n in scored_layers(net)}
+    layers = scored_layers(net)
+    found = {n: [0.0, 0.0] for n in layers}
     for k in range(len(images)):
         x = images.pixels[k : k + 1].double() / 255
         seen: list[tuple[str, Tensor, Tensor]] = []
-        hooks = [
-            # the clone is what an in-place ReLU changes
-            m.register_forward_hook(
-                lambda m, a, out, n=n, seen=seen: (
-                    out.retain_grad(),
-                    seen.append((n, a[0].detach().clone(), out)),
-                    out.clone(),
-                )[2]
-            )
-            for n, m in scored_layers(net).items()
-        ]
+
+        def note(m: nn.Module, a: tuple[Tensor], out: Tensor, n: str, seen: list = seen) -> Tensor:
+            out.retain_grad()
+            seen.append((n, a[0].detach().clone(), out))
+            return out.clone()  # what an in-place ReLU changes
+
+        hooks = [m.register_forward_hook(partial(note, n=n)) for n, m in layers.items()]
         stability_loss(net(x), net(perturb(x, images.index[k : k + 1]))).sum().backward()
         for h in hooks:
             h.remove()
-        layers = scored_layers(net)
         for n, a, out in seen:
             if isinstance(layers[n], nn.Conv2d):
                 assert layers[n].padding_mode == "zeros" and layers[n].groups == 1
@@ -66,84 +63,80 @@ def brute_moments(net: nn.Module, images, perturb) -> dict[str, tuple[Tensor, Te
     return found
 
 
+@cache
+def gradients(name: str, n: int, seed: int = 0) -> dict[str, Tensor]:
+    """Of each image in each layer, by the reference."""
+    return reference.gradients(make(name), pictures(n, seed), NOISE.keyed(3))[1]
+
+
+def equals_the_reference(
+    curvature: Curvature,
+    name: str,
+    n: int,
+    damping: float,
+    rtol: float = 1e-8,
+    projections: dict[str, tuple[Tensor, Tensor]] | None = None,
+    diagonal: bool = False,
+) -> pd.DataFrame:
+    """Asserts it of self- and of cross-influence; returns the scores."""
+    net, images, query = make(name), pictures(n), pictures(5, seed=9)
+    g, q = gradients(name, n), gradients(name, 5, 9)
+    if projections is not None:
+        g, q = (reference.project(some, projections) for some in (g, q))
+    how = {"seed": 3, "computing": Computing(batch_size=32)}
+    scores = self_influence(net, images, NOISE, curvature, **how)
+    want = reference.self_influence(g, damping, diagonal=diagonal)
+    np.testing.assert_allclose(scores["influence"], want, rtol=rtol)
+    want = reference.cross_influence(g, q, damping, diagonal=diagonal)
+    got = cross_influence(net, images, query, NOISE, curvature, **how)
+    atol = rtol / 10 * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=10 * rtol, atol=atol)
+    return scores
+
+
+# fewer rows than columns in every layer, and more than in some
+@pytest.mark.parametrize("n", [9, 70])
 @pytest.mark.parametrize("name", NETS)
-def test_diagonal_equals_the_reference(name: str) -> None:
-    net, images = make(name), pictures(20)
-    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
-    want = reference.self_influence(gradients, 0.3, diagonal=True)
-    np.testing.assert_allclose(
-        self_influence(net, images, NOISE, Diagonal(0.3))["influence"], want, rtol=1e-9
-    )
-    query = pictures(4, seed=9)
-    want = reference.cross_influence(
-        gradients, reference.gradients(net, query, NOISE.keyed(0))[1], 0.3, diagonal=True
-    )
-    got = cross_influence(net, images, query, NOISE, Diagonal(0.3))
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
+def test_scores_equal_the_reference(name: str, n: int) -> None:
+    """Of LoGra under the projections that it draws."""
+    net, images = make(name), pictures(n)
+    exact = equals_the_reference(Exact(0.1), name, n, 0.1)
+    full = equals_the_reference(LoGra(rank=1000, damping=0.1), name, n, 0.1)
+    equals_the_reference(Diagonal(0.3), name, n, 0.3, 1e-9, diagonal=True)
+    few = LoGra(rank=4, damping=0.1, seed=5)
+    layers = enumerate(scored_layers(net).items())
+    sketches = {layer: few.sketch(module, k) for k, (layer, module) in layers}
+    drawn = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
+    equals_the_reference(few, name, n, 0.1, projections=drawn)
+    g, q = gradients(name, n), gradients(name, 5, 9)
+    squared = torch.stack([each.square().sum((1, 2)) for each in g.values()]).sum(0)
+    plain = self_influence(net, images, NOISE, Identity(), 3)
+    np.testing.assert_allclose(plain["influence"], squared, rtol=1e-9)
+    for scores in (exact, full, plain):
+        np.testing.assert_allclose(scores["grad_norm"], squared.sqrt(), rtol=1e-9)
+    losses, _ = reference.gradients(net, images, NOISE.keyed(3))
+    # the loop's own cancellation
+    np.testing.assert_allclose(exact["stability_loss"], losses, rtol=1e-9, atol=1e-14)
+    damping = {layer: 0.1 * float(each.square().mean()) for layer, each in g.items()}
+    assert exact.attrs["damping"] == pytest.approx(damping, rel=1e-9)
+    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T for layer in g)
+    got = cross_influence(net, images, pictures(5, seed=9), NOISE, Identity(), seed=3)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["stride", "batchnorm", "tokens"])
-def test_ekfac_equals_brute_force(name: str) -> None:
-    net, images = make(name), pictures(20)
-    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
-    rotations = {
-        layer: (torch.linalg.eigh(d).eigenvectors.T, torch.linalg.eigh(a).eigenvectors.T)
-        for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items()
-    }
-    rotated = reference.project(gradients, rotations)
-    want = reference.self_influence(rotated, 0.1, diagonal=True)
-    got = self_influence(net, images, NOISE, EKFAC(0.1))
-    np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
-    np.testing.assert_allclose(
-        got["grad_norm"], self_influence(net, images, NOISE, Identity())["grad_norm"]
-    )
-    query = pictures(4, seed=9)
-    _, g_query = reference.gradients(net, query, NOISE.keyed(0))
-    want = reference.cross_influence(
-        rotated, reference.project(g_query, rotations), 0.1, diagonal=True
-    )
-    got = cross_influence(net, images, query, NOISE, EKFAC(0.1))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8 * float(want.abs().max()))
-
-
-@pytest.mark.parametrize("name", ["stride", "batchnorm"])
-def test_pca_keeps_the_leading_directions(name: str) -> None:
-    net, images = make(name), pictures(20)
-    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
-    leading = {
-        layer: tuple(torch.linalg.eigh(m).eigenvectors[:, -3:].T for m in (d, a))
-        for layer, (a, d) in brute_moments(net, images, NOISE.keyed(0)).items()
-    }
-    got = self_influence(net, images, NOISE, LoGra(3, projection="pca"))
-    want = reference.self_influence(reference.project(gradients, leading), 0.1)
-    np.testing.assert_allclose(got["influence"], want, rtol=1e-6)
-    assert got["grad_norm"].isna().all()
-    full = self_influence(net, images, NOISE, LoGra(10_000, projection="pca"))
-    np.testing.assert_allclose(
-        full["influence"], reference.self_influence(gradients, 0.1), rtol=1e-6
-    )
-
-
-def test_pca_fitted_on_some_images_does_not_depend_on_their_order() -> None:
-    net, images = make("batchnorm"), pictures(30)
-    pca = LoGra(3, projection="pca", fit=10)
-    base = self_influence(net, images, NOISE, pca)["influence"].to_numpy()
-    assert not np.allclose(
-        base, self_influence(net, images, NOISE, LoGra(3, projection="pca"))["influence"]
-    )
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    other = self_influence(net, images.subset(order), NOISE, pca, computing=Computing(batch_size=7))
-    np.testing.assert_allclose(other["influence"], base[order], rtol=1e-9)
-
-
-def test_leading_rows_by_lanczos_are_those_of_the_dense_solver() -> None:
-    x = torch.randn(
-        400, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ) * torch.linspace(3, 0.1, 300)
-    moment = x.T @ x
-    few, dense = leading_rows(moment, 5), torch.linalg.eigh(moment).eigenvectors[:, -5:].T
-    torch.testing.assert_close(few.T @ few, dense.T @ dense, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(few @ few.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-10)
+def test_ekfac_and_pca_equal_brute_force(name: str) -> None:
+    moments = brute_moments(make(name), pictures(20), NOISE.keyed(3))
+    rotations, leading = {}, {}
+    for layer, (a, d) in moments.items():
+        rotations[layer] = tuple(torch.linalg.eigh(m).eigenvectors.T for m in (d, a))
+        leading[layer] = tuple(rows[-3:] for rows in rotations[layer])
+    ekfac = equals_the_reference(EKFAC(0.1), name, 20, 0.1, 1e-7, rotations, diagonal=True)
+    plain = self_influence(make(name), pictures(20), NOISE, Identity(), 3)
+    np.testing.assert_allclose(ekfac["grad_norm"], plain["grad_norm"])
+    pca = equals_the_reference(LoGra(3, projection="pca"), name, 20, 0.1, 1e-7, leading)
+    assert pca["grad_norm"].isna().all()
+    equals_the_reference(LoGra(10_000, projection="pca"), name, 20, 0.1, 1e-7)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +152,8 @@ def test_one_damping_rule(curvature) -> None:
         np.testing.assert_allclose(base[f"influence@{value:g}"], alone["influence"], rtol=1e-12)
         for layer, effective in alone.attrs["damping"].items():
             assert effective == pytest.approx(base.attrs["damping"][layer] * value / 0.1)
-    assert (base["influence@0.01"] > base["influence"]).all() and (
-        base["influence"] > base["influence@2"]
-    ).all()
-
-
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("n", [9, 70])
-def test_cross_influence_equals_the_reference(name: str, n: int) -> None:
-    net, train, query = make(name), pictures(n), pictures(5, seed=9)
-    (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(2)) for some in (train, query))
-    want = reference.cross_influence(g, q, 0.1)
-    got = cross_influence(
-        net, train, query, NOISE, Exact(0.1), seed=2, computing=Computing(batch_size=4)
-    )
-    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
-    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T for layer in g)
-    got = cross_influence(net, train, query, NOISE, Identity(), seed=2)
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12 * float(want.abs().max()))
+    assert (base["influence@0.01"] > base["influence"]).all()
+    assert (base["influence"] > base["influence@2"]).all()
 
 
 @pytest.mark.parametrize(
@@ -210,90 +187,41 @@ def test_top_influences_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaled(Curvature):
-    """A curvature of a user's own: each layer's H is one number, its mean diagonal."""
+def test_draws_and_another_loss() -> None:
+    def squares(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(1)
 
-    damping: float
-
-    def accumulator(self, gram: bool = False) -> MeanDiagonal:
-        return MeanDiagonal()
-
-
-class MeanDiagonal:
-    def __init__(self) -> None:
-        self.count, self.total = 0, torch.zeros(1, dtype=torch.float64)
-
-    def add(self, g: Tensor) -> None:
-        self.count += g.numel()
-        self.total = self.total + g.double().square().sum()
-
-    def whitening(self, damping: float) -> Whitening:
-        mean = float(self.total) / self.count
-        return Whitening(damping * mean, lambda g: g.double() / ((1 + damping) * mean) ** 0.5)
-
-
-def test_a_new_curvature_is_one_class() -> None:
-    net, train, query, curvature = make("batchnorm"), pictures(25), pictures(4, seed=9), Scaled(0.3)
-    (_, g), (_, q) = (reference.gradients(net, some, NOISE.keyed(0)) for some in (train, query))
-    h = {layer: float(g[layer].square().mean()) for layer in g}
-    want = sum(q[layer].flatten(1) @ g[layer].flatten(1).T / (1.3 * h[layer]) for layer in g)
-    got = cross_influence(net, train, query, NOISE, curvature, computing=Computing(batch_size=7))
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
-    scores = self_influence(net, train, NOISE, curvature)
-    want = sum(g[layer].square().sum((1, 2)) / (1.3 * h[layer]) for layer in g)
-    np.testing.assert_allclose(scores["influence"], want, rtol=1e-8)
-    assert (
-        scores.attrs["damping"]["0"] == pytest.approx(0.3 * h["0"])
-        and "Scaled" in scores.attrs["curvature"]
-    )
-
-
-def test_draws() -> None:
     net, images, k = make("batchnorm"), pictures(30), 5
     each = [reference.gradients(net, images, NOISE.keyed(3 + (d << 32)))[1] for d in range(k)]
     mean = {layer: torch.stack([e[layer] for e in each]).mean(0) for layer in each[0]}
     got = self_influence(net, images, NOISE, Exact(), seed=3, draws=k)
     np.testing.assert_allclose(got["influence"], reference.self_influence(mean, 0.1), rtol=1e-8)
-    assert "standard_error" not in self_influence(net, images, NOISE, seed=3)
+    losses, g = reference.gradients(net, images, NOISE.keyed(0), squares)
+    got = self_influence(net, images, NOISE, Exact(), loss=squares)
+    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-6)
+    np.testing.assert_allclose(got["loss"], losses, rtol=1e-9)
+    assert "standard_error" not in got
 
 
 def test_the_standard_error_is_the_spread_over_repeats() -> None:
     """Repeat the whole measurement with other noise: the spread is what the error of each
     promised."""
-    net, images, k = make("stride"), pictures(60), 12
+    net, images, k = make("stride"), pictures(30), 12
     runs = [self_influence(net, images, NOISE, LoGra(2, 1.0), 100 * s, draws=k) for s in range(16)]
     spread = np.std([r["influence"] for r in runs], axis=0, ddof=1)
     promised = np.sqrt(np.mean([r["standard_error"] ** 2 for r in runs], axis=0))
     assert 0.6 < np.median(promised / spread) < 1.6  # H varies a little from run to run, too
 
 
-def test_another_loss() -> None:
-    def squares(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().sum(1)
-
-    net, images = make("stride"), pictures(60)
-    losses, g = reference.gradients(net, images, NOISE.keyed(0), squares)
-    got = self_influence(net, images, NOISE, Exact(), loss=squares)
-    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-6)
-    np.testing.assert_allclose(got["loss"], losses, rtol=1e-9)
-
-
 @pytest.mark.parametrize("curvature", [LoGra(4), EKFAC()], ids=["logra", "ekfac"])
-def test_three_ways_to_remember_are_one_score(
-    curvature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_ways_to_remember_are_one_score(curvature, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("issl.influence.passes.CHUNK", 16)
-    net, images = make("batchnorm"), pictures(40)
-    frames = {
-        way: self_influence(
-            net, images, NOISE, curvature, computing=Computing(batch_size=16, memory=way)
-        )
-        for way in ("ram", "mapped", "recomputed")
-    }
-    for way, frame in frames.items():
-        assert frame.attrs["memory"] == way
-        np.testing.assert_allclose(frame["influence"], frames["ram"]["influence"], rtol=1e-6)
+    net, images, found = make("batchnorm"), pictures(40), []
+    for way in ("ram", "mapped", "recomputed"):
+        how = Computing(batch_size=16, memory=way)
+        found.append(self_influence(net, images, NOISE, curvature, computing=how))
+        assert found[-1].attrs["memory"] == way
+        np.testing.assert_allclose(found[-1]["influence"], found[0]["influence"], rtol=1e-6)
     for free, way in ((10**9, "ram"), (0, "mapped")):
         monkeypatch.setattr("issl.influence.passes.free_memory", lambda free=free: free)
         assert self_influence(net, images, NOISE, curvature).attrs["memory"] == way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import jaxtyping
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, make, pictures
+from nets import make, pictures
 from torch import nn
 
 import issl
@@ -23,69 +24,11 @@ from issl import (
     GaussianNoise,
     Identity,
     LoGra,
-    cross_influence,
     self_influence,
 )
-from issl.influence import reference
-from issl.influence.layers import scored_layers
 from issl.pretraining.encoder import PIXEL_STD, Normalize, resnet18
 
 NOISE = GaussianNoise()
-
-
-# fewer rows than columns in every layer, and more than in some
-@pytest.mark.parametrize("n", [9, 70])
-@pytest.mark.parametrize("name", NETS)
-def test_exact_equals_the_reference(name: str, n: int) -> None:
-    net, images = make(name), pictures(n)
-    losses, gradients = reference.gradients(net, images, NOISE.keyed(3))
-    got = self_influence(net, images, NOISE, Exact(0.1), 3, computing=Computing(batch_size=32))
-    # the loop's own cancellation
-    np.testing.assert_allclose(got["stability_loss"], losses, rtol=1e-9, atol=1e-14)
-    want = reference.self_influence(gradients, 0.1)
-    np.testing.assert_allclose(got["influence"], want, rtol=1e-8)
-    norm = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0).sqrt()
-    np.testing.assert_allclose(got["grad_norm"], norm, rtol=1e-9)
-    damping = {layer: 0.1 * float(g.square().mean()) for layer, g in gradients.items()}
-    assert got.attrs["damping"] == pytest.approx(damping, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_full_rank_logra_equals_exact(name: str) -> None:
-    net, images = make(name), pictures(40)
-    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
-    got = self_influence(net, images, NOISE, LoGra(rank=1000, damping=0.05))
-    want = reference.self_influence(gradients, 0.05)
-    np.testing.assert_allclose(got["influence"], want, rtol=1e-7)
-    exact = self_influence(net, images, NOISE, Exact(0.05))
-    np.testing.assert_allclose(got["grad_norm"], exact["grad_norm"], rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_low_rank_logra_is_the_projected_gradient(name: str) -> None:
-    """Self- and cross-influence, under the projections that LoGra itself draws."""
-    net, images, query = make(name), pictures(30), pictures(4, seed=2)
-    curvature = LoGra(rank=4, damping=0.1, seed=5)
-    layers = enumerate(scored_layers(net).items())
-    sketches = {layer: curvature.sketch(module, k) for k, (layer, module) in layers}
-    projections = {layer: (s.p_out, s.p_in) for layer, s in sketches.items()}
-    whole = (reference.gradients(net, some, NOISE.keyed(0))[1] for some in (images, query))
-    g, g_query = (reference.project(some, projections) for some in whole)
-    got = self_influence(net, images, NOISE, curvature)
-    np.testing.assert_allclose(got["influence"], reference.self_influence(g, 0.1), rtol=1e-8)
-    cross = cross_influence(net, images, query, NOISE, curvature)
-    want = reference.cross_influence(g, g_query, 0.1)
-    torch.testing.assert_close(cross, want, rtol=1e-7, atol=1e-9 * float(want.abs().max()))
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_identity_is_the_squared_norm(name: str) -> None:
-    net, images = make(name), pictures(12)
-    _, gradients = reference.gradients(net, images, NOISE.keyed(0))
-    got = self_influence(net, images, NOISE, Identity())
-    squared = torch.stack([g.square().sum((1, 2)) for g in gradients.values()]).sum(0)
-    np.testing.assert_allclose(got["influence"], squared, rtol=1e-9)
-    np.testing.assert_allclose(got["grad_norm"] ** 2, squared, rtol=1e-9)
 
 
 def test_projected_norm_is_unbiased() -> None:
@@ -110,14 +53,14 @@ def resnet(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @pytest.mark.parametrize("curvature", [LoGra(4), Identity()], ids=["logra", "identity"])
 def test_batch_size_order_and_disk_change_nothing(curvature, tmp_path) -> None:
-    net, images = resnet(), issl.load("scenes", n=60)
+    net, images = resnet(), issl.load("scenes", n=30)
 
     def scores(images: issl.Images, **how: object) -> pd.DataFrame:
         return self_influence(net, images, curvature=curvature, computing=Computing(**how))
 
-    base = scores(images, batch_size=60)["influence"].to_numpy()
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    other = scores(images.subset(order), batch_size=25)
+    base = scores(images, batch_size=30)["influence"].to_numpy()
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    other = scores(images.subset(order), batch_size=13)
     assert other["index"].tolist() == order.tolist()
     np.testing.assert_allclose(other["influence"], base[order], rtol=1e-5)
     for how in ({"batch_size": 7}, {"batch_size": 64}, {"store": tmp_path / "rows"}):
@@ -189,21 +132,22 @@ def test_the_encoder_is_left_as_it_was() -> None:
     )
 
 
-BAD_SETTINGS = {
-    "rank": [lambda: LoGra(0), lambda: LoGra(1.5), lambda: LoGra(True)],
-    "projection": [lambda: LoGra(projection="svd")],
-    "damping": [lambda: LoGra(4, "0.1"), lambda: Exact(float("inf")), lambda: Exact(float("nan"))],
-    "seed": [lambda: LoGra(seed=-1)],
-    "fit": [lambda: LoGra(fit=0), lambda: EKFAC(fit=2.5)],
-    "std": [lambda: GaussianNoise(0.0, -1.0), lambda: GaussianNoise(0.0, (1.0, -1.0, 1.0))],
-    "mean": [lambda: GaussianNoise("0.1"), lambda: GaussianNoise((0.1, 0.2))],
-    "strength": [lambda: Augmentation("crop", "1")],
-}
-
-
-@pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_bad_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("rank", lambda: LoGra(1.5)),
+        ("projection", lambda: LoGra(projection="svd")),
+        ("damping", lambda: Exact(float("nan"))),
+        ("seed", lambda: LoGra(seed=-1)),
+        ("fit", lambda: EKFAC(fit=2.5)),
+        ("std", lambda: GaussianNoise(0.0, (1.0, -1.0, 1.0))),
+        ("mean", lambda: GaussianNoise((0.1, 0.2))),
+        ("strength", lambda: Augmentation("crop", "1")),
+    ],
+)
+def test_bad_settings(
+    name: str, build: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as without beartype
-    for build in BAD_SETTINGS[name]:
-        with pytest.raises(issl.IsslError, match=f"{name}="):
-            build()
+    with pytest.raises(issl.IsslError, match=f"{name}="):
+        build()

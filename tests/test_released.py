@@ -15,8 +15,7 @@ from issl.audit import RELEASED
 from issl.audit.again import differences
 from issl.audit.cache import INDEX, Artifacts, Stage, release, released_index
 from issl.audit.claims import readings
-from issl.audit.plans_paper import SeedCorrelation
-from issl.audit.profiles import ProfileOptions, all_stages, check
+from issl.audit.profiles import ProfileOptions, all_stages
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.audit.table_stages import Known, Pixels, Thumbnails, shown_images
@@ -26,11 +25,16 @@ from issl.pretraining.encoder import read_encoder
 from issl.pretraining.learner import load_learner
 
 
-@pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
-    """Those of `overnight` in every reading of the paper, of its notebook about faces, and of what
-    is drawn from tables, on a machine without data."""
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without data."""
     monkeypatch.delenv("ISSL_DATA", raising=False)
+
+
+@pytest.fixture
+def stages() -> dict[str, Stage]:
+    """Those of `overnight` in every reading of the paper, of its notebook about faces, and of what
+    is drawn from tables."""
     options = [*map(ProfileOptions, readings()), ProfileOptions("overnight", only="05")]
     options.append(ProfileOptions(RELEASED, door="tables"))  # people's choices are not released
     return {stage.label: stage for o in options for stage in all_stages(o.plans().values())}
@@ -39,6 +43,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
 def test_every_released_artifact_is_one_of_overnight(
     stages: dict[str, Stage], repository: Path, tmp_path: Path
 ) -> None:
+    """And every encoder is the whole learner, and says how it was trained."""
     folder = repository / "released"
     index = released_index(folder)
     artifacts = Artifacts(tmp_path, released=folder)
@@ -48,24 +53,10 @@ def test_every_released_artifact_is_one_of_overnight(
         assert {k: entry[k] for k in ("stage", "version", "settings")} == stages[label].content()
         assert artifacts.has(stages[label]) and artifacts.about(stages[label])["made_with"]
     listed = {file["path"] for entry in index.values() for file in entry["files"].values()}
-    there = {
-        str(p.relative_to(folder))
-        for p in folder.rglob("*")
-        if p.is_file() and "unfinished" not in p.parts
-    }
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    there = {str(p.relative_to(folder)) for p in files if "unfinished" not in p.parts}
     assert there == listed | {INDEX, "README.md"}
-
-
-def test_a_released_encoder_is_the_whole_learner_and_says_how_it_was_trained(
-    stages: dict[str, Stage], repository: Path
-) -> None:
-    encoders = [
-        stages[label]
-        for label in released_index(repository / "released")
-        if label.startswith("pretrain/")
-    ]
-    artifacts = Artifacts(repository / "nowhere", released=repository / "released")
-    for stage in encoders:
+    for stage in (stages[label] for label in index if label.startswith("pretrain/")):
         assert isinstance(stage, Pretrain)
         path = artifacts.file(stage, "encoder.safetensors")
         config = read_encoder(path)[0]["config"]
@@ -73,27 +64,36 @@ def test_a_released_encoder_is_the_whole_learner_and_says_how_it_was_trained(
         settings = {k: v for k, v in config.items() if k in Pretrain.model_fields}
         assert Pretrain.model_validate(settings | {"data": data}).key == stage.key
         learner = load_learner(path)
-        assert learner.recipe == stage.recipe and all(
-            v.isfinite().all() for v in learner.state_dict().values()
-        )
+        assert learner.recipe == stage.recipe
+        assert all(v.isfinite().all() for v in learner.state_dict().values())
         assert len(stage.history(artifacts)) == stage.epochs
-        named = f"{stage.data.which.name}-{stage.method}-w{stage.width}-{stage.seed}.safetensors"
-        assert path.name == named.replace("_", "-")
 
 
-def test_what_is_released_can_be_released_again(tmp_path: Path) -> None:
-    stage = Pretrain(data=Data(name="scenes", n=32), width=1, epochs=1, batch_size=16, snapshots=())
+def test_what_is_released_can_be_released_again_and_damage_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged table is computed again, a damaged encoder is an error."""
+    data, released = Data(name="scenes", n=32), tmp_path / "released"
+    train, table = Pretrain(data=data, width=1, epochs=1, batch_size=16), Pixels(data=data)
     made = Artifacts(tmp_path / "made", released=None)
     for name in ("a", "b"):
-        release(made, stage, tmp_path / "released", {"encoder.safetensors": f"{name}.safetensors"})
-    entries = json.loads((tmp_path / "released" / INDEX).read_text())
-    assert list(entries) == [stage.label]
-    assert entries[stage.label]["files"]["encoder.safetensors"]["path"] == "b.safetensors"
-    found = Artifacts(tmp_path / "other", released=tmp_path / "released")
-    learner = stage.learner(found)
-    assert found.computed == [] and learner.recipe == stage.recipe
-    state = stage.learner(made).state_dict()
+        release(made, train, released, {"encoder.safetensors": f"{name}.safetensors"})
+    release(made, table, released, {"pixels.parquet": "pixels.parquet"})
+    entries = json.loads((released / INDEX).read_text())
+    assert set(entries) == {train.label, table.label}
+    assert entries[train.label]["files"]["encoder.safetensors"]["path"] == "b.safetensors"
+    found = Artifacts(tmp_path / "other", released=released)
+    learner, state = train.learner(found), train.learner(made).state_dict()
+    assert found.computed == [] and learner.recipe == train.recipe
     assert all(torch.equal(v, state[k]) for k, v in learner.state_dict().items())
+    for name in ("pixels.parquet", "b.safetensors"):
+        damaged = released / name
+        damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    again = Artifacts(tmp_path / "again", released=released)
+    assert table.read(again).equals(table.read(made)) and again.computed == [table.label]
+    assert "pixels.parquet is damaged" in capsys.readouterr().err
+    with pytest.raises(IsslError, match=r"b\.safetensors is damaged"):
+        again.get(train)
 
 
 def test_every_released_table_opens_with_pandas_alone_and_names_its_stage(repository: Path) -> None:
@@ -121,12 +121,7 @@ def test_the_release_is_small(repository: Path) -> None:
     assert sum(sizes.values()) <= 100e6 and sum(of_wheel) <= 80e6
 
 
-@pytest.fixture
-def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ISSL_DATA", raising=False)
-
-
-def test_the_first_door_draws_what_is_released_and_says_what_is_not(no_data: None) -> None:
+def test_the_first_door_draws_what_is_released_and_says_what_is_not() -> None:
     options = ProfileOptions(RELEASED, door="tables")
     plans, left_out = options.plans(), options.not_released()
     index = released_index(provided("released"))
@@ -135,7 +130,6 @@ def test_the_first_door_draws_what_is_released_and_says_what_is_not(no_data: Non
     for plan in photos.values():
         assert all(stage.label in index for stage in plan.stages())
     everything = replace(options, door=None).plans()
-    del everything["report"]  # its image explorer is left out without a word
     for name, plan in everything.items():
         drawn = getattr(plans.get(name), "methods", ())
         assert name in plans or left_out[name] == ()
@@ -144,7 +138,7 @@ def test_the_first_door_draws_what_is_released_and_says_what_is_not(no_data: Non
     assert "06_pruning" not in plans
 
 
-def test_the_second_door_trains_nothing_on_photos(no_data: None) -> None:
+def test_the_second_door_trains_nothing_on_photos() -> None:
     plans = ProfileOptions(RELEASED, door="encoders").plans()
     index = released_index(provided("released"))
     artifacts = plans["01_seed_correlation"].artifacts()
@@ -153,36 +147,6 @@ def test_the_second_door_trains_nothing_on_photos(no_data: None) -> None:
             assert stage.label in index and artifacts.has(stage)
         elif stage.name != "pretrain":
             assert artifacts._released(stage) is None
-
-
-def test_of_other_settings_the_first_door_says_which_door_helps(
-    no_data: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = SeedCorrelation(
-        profile="released", out=str(tmp_path), dataset="cifar10", n=50_000, width=16, n_test=100
-    )
-    with pytest.raises(IsslError, match=r"01_seed_correlation.*cifar10.*--data-root"):
-        check({"01_seed_correlation": plan}, tmp_path)
-
-
-def test_a_damaged_table_is_named_and_computed_again(tmp_path: Path, capsys) -> None:
-    stage = Pixels(data=Data(name="scenes", n=32))
-    made = Artifacts(tmp_path / "made", released=None)
-    release(made, stage, tmp_path / "released", {"pixels.parquet": "tables/pixels.parquet"})
-    damaged = tmp_path / "released/tables/pixels.parquet"
-    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
-    again = Artifacts(tmp_path / "other", released=tmp_path / "released")
-    assert stage.read(again).equals(stage.read(made)) and again.computed == [stage.label]
-    assert f"{damaged} is damaged" in capsys.readouterr().err
-
-
-def test_a_damaged_encoder_is_an_error(tmp_path: Path) -> None:
-    stage = Pretrain(data=Data(name="scenes", n=32), width=1, epochs=1, batch_size=16, snapshots=())
-    made = Artifacts(tmp_path / "made", released=None)
-    release(made, stage, tmp_path / "released", {"encoder.safetensors": "a.safetensors"})
-    (tmp_path / "released/a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(IsslError, match=r"a\.safetensors is damaged.*git checkout"):
-        Artifacts(tmp_path / "other", released=tmp_path / "released").get(stage)
 
 
 def test_tables_are_compared_by_numbers_then_ranks() -> None:

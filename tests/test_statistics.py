@@ -16,7 +16,7 @@ from issl.audit.stats import statistics
 from issl.audit.stats.encoder_agreement import Agreements
 from issl.audit.stats.group_differences import group_differences, largest, magnitude
 from issl.audit.stats.pixel_features import pixel_features
-from issl.audit.stats.resampling import RESAMPLES, resampled_correlations
+from issl.audit.stats.resampling import RESAMPLES
 from issl.audit.stats.statistics import Estimate
 
 RNG = np.random.default_rng(0)
@@ -59,25 +59,7 @@ def test_intervals_by_formula_and_by_resamples_agree() -> None:
     assert statistics.spearman(A, A).value == 1
 
 
-@pytest.mark.parametrize("ranked", [False, True])
-def test_correlations_by_counts_are_those_of_the_images_drawn(ranked: bool) -> None:
-    rng = np.random.default_rng(0)  # with ties; constant
-    rows = (rng.normal(size=60), rng.integers(0, 5, 60).astype(float), np.ones(60))
-    columns = np.stack(rows)
-    found = resampled_correlations(columns, [(0, 1), (1, 2)], ranked, 4, 20)
-    drawn = np.random.default_rng(4)
-    for row in found:
-        x, y = columns[:2, drawn.integers(0, 60, 60)]
-        peer = stats.spearmanr if ranked else stats.pearsonr
-        assert row == pytest.approx([peer(x, y).statistic, 0], abs=1e-12)
-
-
 def test_differences_of_correlations() -> None:
-    noisy = np.stack([A, A + 3 * RNG.standard_normal(400)])
-    pairs, weights = np.stack([[A, B], noisy]), np.array([1.0, 0.0])
-    got = statistics.correlation_margin(pairs, weights, noisy)
-    assert got.value == pytest.approx(np.corrcoef(A, B)[0, 1] - np.corrcoef(noisy)[0, 1])
-    assert got.low > 0.3
     rng = np.random.default_rng(0)
     truth = rng.normal(size=200)
     a, b = truth + rng.normal(size=200), rng.normal(size=200)
@@ -87,31 +69,22 @@ def test_differences_of_correlations() -> None:
     assert statistics.correlation_difference(a, np.exp(a), truth).high == pytest.approx(0)
 
 
-def test_matching_weights_interpolate_and_stay_within_the_grid() -> None:
-    w = statistics.matching_weights([0.1, 1.0, 10.0], 0.1**0.5)
-    np.testing.assert_allclose(w, [0.5, 0.5, 0], atol=1e-12)
-    for target, weights in ((1e-6, [0, 1, 0]), (1e6, [1, 0, 0])):
-        np.testing.assert_allclose(statistics.matching_weights([10.0, 0.1, 1.0], target), weights)
+def test_a_margin_at_equal_strength_is_interpolated_and_open_beyond_the_grid() -> None:
+    grid, other = np.stack([[A, B], [A, B + A]]), np.stack([A, RNG.standard_normal(400)])
+    r = [np.corrcoef(*pair)[0, 1] for pair in (*grid, other)]
+    for strength, value in ((0.1, r[0]), (0.1**0.5, (r[0] + r[1]) / 2), (1.0, r[1])):
+        got = statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, strength)
+        assert got.value == pytest.approx(value - r[2]) and 0.3 < got.low < got.value < got.high
+    beyond = statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, 1.1)
+    assert beyond.value == pytest.approx(got.value) and ends(beyond) == (-np.inf, np.inf)
 
 
-def test_a_margin_at_equal_strength_is_open_beyond_the_grid() -> None:
-    grid = np.stack([np.stack([A, B]), np.stack([A, B + A])])
-    other = np.stack([A, RNG.standard_normal(400)])
-    inside, beyond = (
-        statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, strength)
-        for strength in (1.0, 1.1)
-    )
-    second = statistics.correlation_margin(grid[1:], np.ones(1), other)
-    assert inside == second and beyond.value == pytest.approx(second.value)
-    assert ends(beyond) == (-np.inf, np.inf)
-
-
-@pytest.mark.parametrize(
-    ("number", "wanted"), [(0.0, (0.5, 0.4, 0.7)), (0.6, (0.1, 0.0, 0.2)), (1.0, (0.5, 0.3, 0.6))]
-)
-def test_a_distance_is_nothing_within_the_interval(number: float, wanted: tuple) -> None:
-    got = statistics.distance(Estimate(0.5, 0.4, 0.7, 9), number)
-    assert (got.value, *ends(got)) == pytest.approx(wanted) and got.n == 9
+def test_a_distance_is_nothing_within_the_interval() -> None:
+    e = Estimate(0.5, 0.4, 0.7, 9)
+    cases = {0.0: (0.5, 0.4, 0.7), 0.6: (0.1, 0.0, 0.2), 1.0: (0.5, 0.3, 0.6)}
+    for number, wanted in cases.items():
+        got = statistics.distance(e, number)
+        assert (got.value, *ends(got)) == pytest.approx(wanted)
 
 
 def test_partial_correlation_removes_a_common_cause() -> None:
@@ -130,14 +103,12 @@ def test_intervals_of_correlations_cover_as_often_as_they_say() -> None:
     for k in range(100):
         x, y = (rng.standard_normal((80, 2)) @ np.array([[1, 0.5], [0, np.sqrt(0.75)]])).T
         free = pd.DataFrame({"c": rng.normal(size=80)})
-        for j, (e, truth) in enumerate(
-            (
-                (statistics.correlation(x, y, seed=k), 0.5),
-                (statistics.spearman(x, y), rho),
-                (statistics.partial_spearman(x, y, free), rho),
-            )
-        ):
-            hits[j] += e.low <= truth <= e.high
+        found = (
+            (statistics.correlation(x, y, seed=k), 0.5),
+            (statistics.spearman(x, y), rho),
+            (statistics.partial_spearman(x, y, free), rho),
+        )
+        hits += [e.low <= truth <= e.high for e, truth in found]
     assert (hits >= 88).all()
 
 
@@ -175,10 +146,8 @@ def test_a_shuffled_score_finds_nothing_and_a_planted_one_all() -> None:
 
 def test_aucs_are_scikit_learns_and_pairs_count_once() -> None:
     score = A + 0.7 * FLAG
-    alone, plain = (
-        statistics.clustered_auc(score, FLAG, np.arange(400)),
-        statistics.auc(score, FLAG),
-    )
+    alone = statistics.clustered_auc(score, FLAG, np.arange(400))
+    plain = statistics.auc(score, FLAG)
     assert alone.value == pytest.approx(roc_auc_score(FLAG, score)) == plain.value
     assert ends(alone) == pytest.approx(ends(plain), abs=0.015)
     # every flagged image twice: as independent images the interval shrinks, as pairs it does not
@@ -210,21 +179,14 @@ def test_average_precision_is_scikit_learns_over_the_images_or_clusters_drawn() 
         got = statistics.average_precision(score, FLAG, groups, seed=3)
         assert got.value == pytest.approx(average_precision_score(FLAG, score))
         assert ends(got) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
-    # ten copies of each image say no more than one
-    once, copies = statistics.average_precision(A, FLAG), np.arange(400).repeat(10)
-    tenfold = statistics.average_precision(A[copies], FLAG[copies], copies)
-    assert width(tenfold) == pytest.approx(width(once), rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
         (lambda: statistics.correlation(A, A[:3]), "400 and 3"),
-        (lambda: statistics.spearman(A, A[:3]), "400 and 3"),
-        (lambda: statistics.agreement(A[None]), r"\(1, 400\)"),
         (lambda: statistics.auc(A, np.zeros(400, bool)), "none of 400"),
         (lambda: statistics.top(A, 1.5), r"share=1\.5"),
-        (lambda: statistics.over_encoders([]), "no encoder"),
     ],
 )
 def test_nothing_to_compare_is_said(call: object, named: str) -> None:
@@ -268,7 +230,7 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     assert opened.low == -np.inf and opened.high < 0.7
 
 
-@pytest.mark.parametrize("between", [0.0, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("between", [0.0, 1.0, 10.0])
 def test_an_interval_over_three_encoders_covers_as_often_as_it_says(between: float) -> None:
     """Whichever is larger: the error over images, which the encoders share, or the spread between
     trainings."""
@@ -303,10 +265,9 @@ def test_each_group_against_the_rest_over_encoders() -> None:
     table = group_differences(ranks, groups, 50, pd.DataFrame({"why": ranks.mean(0)}))
     assert list(table["group"]) == ["3-9", "10-19", "left", "right"]  # in order, no rare one
     row = largest(table)
-    u = [
-        stats.mannwhitneyu(r[flag], r[~flag]).statistic / flag.sum() / (~flag).sum() for r in ranks
-    ]
-    assert row["group"] == "10-19" and row["value"] == pytest.approx(2 * np.mean(u) - 1)
+    us = [stats.mannwhitneyu(r[flag], r[~flag]).statistic for r in ranks]
+    effect = 2 * np.mean(us) / flag.sum() / (~flag).sum() - 1
+    assert row["group"] == "10-19" and row["value"] == pytest.approx(effect)
     total = stats.rankdata(ranks, axis=1).sum(0)
     assert row["p"] == pytest.approx(stats.mannwhitneyu(total[flag], total[~flag]).pvalue)
     np.testing.assert_allclose(table["adjusted_p"], statistics.holm(table["p"].tolist()))
@@ -314,9 +275,6 @@ def test_each_group_against_the_rest_over_encoders() -> None:
     assert left == pytest.approx(-right)
     assert abs(row["left"]) < 0.1 < row["value"]  # explained by what was given
     assert magnitude(Estimate(-0.3, -0.4, -0.1, 9)) == Estimate(0.3, 0.1, 0.4, 9)
-    assert magnitude(Estimate(0.3, 0.1, 0.4, 9)) == Estimate(0.3, 0.1, 0.4, 9)
-    with pytest.raises(issl.IsslError, match="400"):
-        group_differences(ranks, groups, 400)
 
 
 # --- agreement of encoders
@@ -363,8 +321,6 @@ def test_differences_of_agreements_are_paired_and_open_where_nothing_is_reliable
     assert found.between([0], [[1, 2]], [[2]]).value == pytest.approx(want / 2)
     unreliable = found.between([3], [[0]])
     assert np.isnan(unreliable.value) and ends(unreliable) == (-np.inf, np.inf)
-    with pytest.raises(issl.IsslError, match=r"\[0\] with \[\[0\]\]"):
-        found.between([0], [[0]])
     with pytest.raises(issl.IsslError, match=r"\(2, 1499\)"):
         Agreements.of([a, b[:, 1:]])
 
@@ -382,11 +338,10 @@ def test_the_jackknife_is_that_of_the_encoders() -> None:
     assert one.low == one.value == one.high
 
 
-@pytest.mark.parametrize("own", [0.0, 0.1])
-def test_intervals_of_agreements_cover(own: float) -> None:
+def test_intervals_of_agreements_cover() -> None:
     """Three encoders of a method, six of others and two supervised; encoders, pairs and images all
     vary."""
-    rng, k, hits = np.random.default_rng(3), 11, 0
+    rng, k, own, hits = np.random.default_rng(3), 11, 0.1, 0
     for _ in range(200):
         bring, pairs = rng.normal(0, own, k), rng.normal(0, 0.03, (k, k))
         truth = bring[:, None] + bring[None] + (pairs + pairs.T) / np.sqrt(2)
@@ -400,15 +355,6 @@ def test_intervals_of_agreements_cover(own: float) -> None:
 
 
 # --- pixels
-
-
-def test_uniform_frames_are_found_where_the_truth_is_known() -> None:
-    images = issl.load("scenes", n=1500)
-    plain = (images.attributes["atypical"] == "").to_numpy()
-    truth = images.attributes["uniform"].to_numpy()[plain]
-    judged = pixel_features(images)[plain]
-    assert statistics.auc(-judged["border_std"].to_numpy(), truth).low > 0.9
-    assert judged["uniform"][~truth].mean() < 0.02
 
 
 def test_pixel_features_by_hand() -> None:

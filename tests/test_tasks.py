@@ -12,20 +12,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed import KilledWorker
 
 from issl import engine
 from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
 from issl.audit.stages import Pretrain
-from issl.engine import Ended, Engine, Task
+from issl.engine import Engine, Task
 from issl.errors import IsslError
 
 
@@ -156,43 +153,6 @@ def test_a_dask_that_is_there_and_goes_away(dask: tuple, tmp_path: Path) -> None
     assert log.read_text() == "done stays done\n"
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x"])
-def test_no_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("issl.engine.CONNECT", 1.0)
-    with pytest.raises(IsslError, match=f"--scheduler {address}: no Dask scheduler answers"):
-        list(Engine(scheduler=address).run({"a": Task(fail)}))
-
-
-class Gathered(SimpleNamespace):
-    """A future whose result cannot be had."""
-
-    def result(self) -> Ended:
-        raise self.error
-
-
-def test_a_worker_that_dies_while_its_result_is_gathered() -> None:
-    """Dask does it again; where that fails too, it is the task's error, or the scheduler's."""
-    lost = Gathered(status="finished", error=KilledWorker("a-1", None, 3))
-    assert "the process that made a was killed" in engine._ended("a", lost, "tcp://x:1").error
-    wrong = Gathered(status="error", error=ValueError("no such thing"))
-    assert engine._ended("a", wrong, "tcp://x:1").error == "ValueError: no such thing"
-    for status, error in (("finished", OSError("closed")), ("cancelled", CancelledError())):
-        with pytest.raises(IsslError, match=r"tcp://x:1 went away; what was made stays"):
-            engine._ended("a", Gathered(status=status, error=error), "tcp://x:1")
-
-
-def test_a_cluster_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(IsslError, match="--cluster slurm: no sbatch here"):
-        list(Engine(1, "slurm").run({"a": Task(fail)}))
-
-
-def test_an_option_that_the_cluster_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    with pytest.raises(IsslError, match=r"--cluster slurm: .*colour"):
-        list(Engine(1, "slurm", [("colour", "red")]).run({"a": Task(fail)}))
-
-
 @pytest.fixture
 def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Slurm of one node, this machine; its folder."""
@@ -222,10 +182,3 @@ def test_a_real_slurm_runs_two_jobs(slurm: Path, tmp_path: Path) -> None:
     ended = list(Engine(2, "slurm", options).run(tasks))
     assert [end.error for end in ended] == [""] * 4 and ended[-1].name == "last"
     assert log.read_text().split() == ["first", "last"]
-
-
-@pytest.mark.slow
-def test_jobs_that_slurm_refuses_are_an_error(slurm: Path, tmp_path: Path) -> None:
-    options = [("memory", "1TB"), ("log_directory", str(tmp_path))]
-    with pytest.raises(IsslError, match=r"batch system refuses the job: .*not available"):
-        list(Engine(1, "slurm", options).run({"a": Task(fail)}))

@@ -28,16 +28,19 @@ SMALL = {"epochs": 2, "batch_size": BATCH, "seed": 3}
 QUIET = Execution(precision="fp32", progress=False)
 
 
+def drawn(split: str, n: int) -> issl.Images:
+    found = issl.load("scenes", split, n=n)
+    return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
+
+
 @pytest.fixture(scope="module")
 def images() -> issl.Images:
-    found = issl.load("scenes", n=N)
-    return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
+    return drawn("train", N)
 
 
 @pytest.fixture(scope="module")
 def query() -> issl.Images:
-    found = issl.load("scenes", "test", n=3)
-    return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
+    return drawn("test", 3)
 
 
 def how(method: str, optimizer: str = "sgd") -> Recipe:
@@ -53,14 +56,9 @@ def tiny() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return nn.Sequential(
-            nn.Conv2d(3, 4, 3, 2, bias=False),
-            nn.BatchNorm2d(4),
-            nn.Tanh(),
-            nn.Conv2d(4, 8, 3, 2),
-            nn.BatchNorm2d(8),
-            nn.Tanh(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            *(nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()),
+            *(nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Tanh()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         )
 
 
@@ -99,23 +97,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "optimizer"), CASES)
 def test_the_derivative_is_that_of_the_whole_training(
-    method: str, optimizer: str, images: issl.Images, query: issl.Images
+    method: str, optimizer: str, whole: bool, images: issl.Images, query: issl.Images
 ) -> None:
-    differs(learner(how(method, optimizer)), images, query)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "optimizer"), CASES)
-def test_the_derivative_of_a_whole_resnets_training(
-    method: str, optimizer: str, images: issl.Images, query: issl.Images
-) -> None:
-    differs(learner(how(method, optimizer), resnet18(1)), images, query)
-
-
-def differs(start: Learner, images: issl.Images, query: issl.Images) -> None:
-    """Asserts that the derivative is the central difference of trainings."""
+    """Of a small network, or of a whole ResNet: the central difference of trainings."""
+    start = learner(how(method, optimizer), resnet18(1) if whole else None)
     found = influence_through_training(start, images, query, **SMALL)
     eps, some = 1e-6, [0, 5]
     for i in some:
@@ -144,28 +132,24 @@ def test_a_weight_of_zero_is_the_training_without_the_image(
     assert not torch.allclose(values_of(run.trained(), measures), values_of(left_out, measures))
 
 
-@pytest.mark.parametrize(
-    ("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars"), ("supervised", "sgd")]
-)
+def same_weights(one: nn.Module, other: nn.Module) -> None:
+    """Bit for bit."""
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars")])
 def test_the_training_is_pretrains(
     method: str, optimizer: str, images: issl.Images, query: issl.Images
 ) -> None:
     recipe = replace(how(method, optimizer), lr=0.2, small=0.5)
     found = influence_through_training(3, images, query, recipe, width=1, **SMALL)
     encoder, _ = pretrain(images, recipe, width=1, **SMALL, execution=QUIET)
-    for a, b in zip(
-        encoder.state_dict().values(), found.learner.encoder.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b)
+    same_weights(encoder, found.learner.encoder)
     kept = torch.ones(N, dtype=torch.bool)
     kept[[1, 8]] = False
     without, _ = pretrain(images, recipe, width=1, **SMALL, keep=kept, gaps=True, execution=QUIET)
-    for a, b in zip(
-        without.state_dict().values(),
-        found.run.trained([1, 8]).encoder.state_dict().values(),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    same_weights(without, found.run.trained([1, 8]).encoder)
 
 
 def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
@@ -219,17 +203,10 @@ def test_removals_are_trainings_and_small_ones_are_predicted(
 
 
 def test_agreement_of_known_tables() -> None:
-    predicted = [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]
-    table = pd.DataFrame(
-        {
-            "left_out": 5,
-            "subset": [0, 1, 2] * 2,
-            "query": [0] * 3 + [1] * 3,
-            "predicted": predicted,
-            "measured": [2.0, 4.0, 6.0, 6.0, 4.0, 2.0],
-        }
-    )
-    found = agreement(table)
+    """A query whose order is predicted, and one whose order is reversed."""
+    queries = {"query": [0] * 3 + [1] * 3, "subset": [0, 1, 2] * 2, "left_out": 5}
+    losses = {"predicted": [1.0, 2.0, 3.0] * 2, "measured": [2.0, 4.0, 6.0, 6.0, 4.0, 2.0]}
+    found = agreement(pd.DataFrame(queries | losses))
     assert found["lds"].tolist() == [0.0]  # 1 and -1
     assert found["slope"].tolist() == pytest.approx([(28 + 20) / 28])
 
@@ -256,23 +233,21 @@ def test_measures(images: issl.Images, query: issl.Images) -> None:
         knn_margins(replace(query, labels=torch.tensor([0, 1, 2])), bank, labels)
 
 
-def test_bad_input_is_one_clear_error(
+def test_a_learner_in_a_file_and_bad_input(
     images: issl.Images, query: issl.Images, tmp_path: Path
 ) -> None:
-    broken = replace(how("simclr"), lr=1e30)
-    for used, changes, named in [
-        (None, {}, "give the recipe"),
-        (how("simclr"), {"every": 0}, "every=0"),
-        (how("simclr"), {"batch_size": 13}, "batch_size=13"),
-        (broken, {"width": 1}, "diverged at step"),
-    ]:
-        with pytest.raises(issl.IsslError, match=named):
-            influence_through_training(0, images, query, used, **SMALL | changes)
-    file = tmp_path / "learner.safetensors"
-    other = Learner(how("simclr"), 2, None, 0)
+    file, other = tmp_path / "learner.safetensors", Learner(how("simclr"), 2, None, 0)
     save_learner(file, other, {}, half=False)
     by_file = influence_through_training(file, images, query, how("simclr"), **SMALL)
     by_learner = influence_through_training(other, images, query, **SMALL)
     torch.testing.assert_close(by_file.derivatives, by_learner.derivatives)
     with pytest.raises(issl.IsslError, match="12 is no position"):
         by_learner.removals([[N]])
+    broken = replace(how("simclr"), lr=1e30)
+    for used, changes, named in [
+        (None, {}, "give the recipe"),
+        (how("simclr"), {"batch_size": 13}, "batch_size=13"),
+        (broken, {"width": 1}, "diverged at step"),
+    ]:
+        with pytest.raises(issl.IsslError, match=named):
+            influence_through_training(0, images, query, used, **SMALL | changes)
