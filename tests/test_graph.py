@@ -12,6 +12,7 @@ from sklearn.metrics import silhouette_score
 
 import issl
 from issl.audit.stats import baselines, neighbour_graph
+from issl.audit.stats.evaluate import knn_votes
 
 
 def graph(features: torch.Tensor, k: int) -> sparse.csr_array:
@@ -128,3 +129,19 @@ def test_pixel_baselines(features: torch.Tensor) -> None:
     np.testing.assert_allclose(by_pixels, -full.min(1) / np.sqrt(flat.shape[1]), atol=1e-3)
     assert by_pixels[3] == by_pixels[7] == pytest.approx(0, abs=1e-3)
     assert by_hash[3] == by_hash[7] == 0 and by_hash[4] >= -6 and by_hash.min() < -6
+
+
+def test_a_vote_and_a_prototype_tell_which_images_lie_between_classes() -> None:
+    """Two tight classes along the axes: an image on an axis is sure, one on the diagonal is not."""
+    turned = torch.linspace(-0.02, 0.02, 40)
+    axis = torch.stack([turned.cos(), turned.sin()], 1)
+    train, labels = torch.cat([axis, axis.flip(1)]), torch.arange(2).repeat_interleave(40)
+    asked = torch.tensor([[5.0, 0.0], [0.0, 0.1], [1.0, 1.0]])
+    votes = knn_votes(train, labels, asked, k=40)
+    torch.testing.assert_close(votes.sum(1), torch.ones(3))
+    entropy = baselines.vote_entropy(votes)
+    assert (entropy[:2] < 1e-6).all() and entropy[2] < np.log(2) + 1e-6
+    all_vote = baselines.vote_entropy(knn_votes(train, labels, asked, k=80))
+    assert np.isclose(all_vote[2], np.log(2), atol=1e-4)
+    distance = baselines.prototype_distance(asked, train, labels)
+    np.testing.assert_allclose(distance, [0, 0, 1 - np.sqrt(0.5)], atol=1e-4)

@@ -384,7 +384,9 @@ class Outliers(Readable):
         return {
             "influence": self.influence(encoder, others=new),
             "losses": Stability(pretrain=encoder, data=new, **loss),
-            "oddness": Oddness(features=self.features(encoder, new), seed=self.seed),
+            "oddness": Oddness(
+                features=self.features(encoder, new), seed=self.seed, train=self.features(encoder)
+            ),
         }
 
     def tables(self) -> dict[str, Cells]:

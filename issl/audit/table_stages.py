@@ -316,13 +316,17 @@ class Removals(Estimates):
 
 class Oddness(Table):
     """How far an image's features lie from others': oddness.parquet (index, knn_distance,
-    isolation; see `issl.audit.stats.baselines`)."""
+    isolation; see `issl.audit.stats.baselines`).
+
+    train   features of labelled training images: vote_entropy and prototype_distance, too
+    """
 
     name: ClassVar[str] = "oddness"
     file: ClassVar[str] = "oddness.parquet"
 
     features: Embed
     seed: int = Field(0, ge=0)
+    train: Embed | None = None
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         features, index = self.features.read(artifacts), self.features.data.load().index.numpy()
@@ -330,6 +334,12 @@ class Oddness(Table):
             "knn_distance": baselines.knn_distance(features),
             "isolation": baselines.isolation(features, self.seed),
         }
+        labels = None if self.train is None else self.train.data.load().labels
+        if self.train is not None and labels is not None:
+            known = self.train.read(artifacts), labels
+            votes = evaluate.knn_votes(*known, features, device=artifacts.device)
+            columns["vote_entropy"] = baselines.vote_entropy(votes)
+            columns["prototype_distance"] = baselines.prototype_distance(features, *known)
         return pd.DataFrame({"index": index, **columns})
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import imagehash
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -45,6 +46,22 @@ def isolation(features: Float[Tensor, "n d"], seed: int = 0) -> np.ndarray:
 def knn_distance(features: Float[Tensor, "n d"], k: int = 10) -> np.ndarray:
     """Mean cosine distance to the k nearest other images."""
     return nearest(features, k)[1].mean(1)
+
+
+def vote_entropy(votes: Float[Tensor, "n c"]) -> np.ndarray:
+    """Entropy, in nats, of what the nearest training images vote for (`evaluate.knn_votes`)."""
+    return torch.special.entr(votes).sum(1).numpy()
+
+
+def prototype_distance(
+    features: Float[Tensor, "n d"], train: Float[Tensor, "m d"], labels: Int64[Tensor, " m"]
+) -> np.ndarray:
+    """Cosine distance to the nearest class's prototype, the mean of its training images' unit
+    features."""
+    unit = F.normalize(train, dim=1)
+    prototypes = torch.stack([unit[labels == c].mean(0) for c in labels.unique()])
+    near = F.normalize(features, dim=1) @ F.normalize(prototypes, dim=1).T
+    return (1 - near.amax(1)).numpy()
 
 
 def _to_nearest(rows: Float[np.ndarray, "n d"]) -> np.ndarray:

@@ -20,6 +20,30 @@ HELD_OUT = 0.2  # the share of train on which the penalty is chosen
 TEMPERATURE = 0.1  # of the votes
 
 
+def knn_votes(
+    train: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    test: Float[Tensor, "m d"],
+    k: int = 200,
+    device: torch.device | None = None,
+) -> Float[Tensor, "m c"]:
+    """Each class's share in the weighted vote of the k nearest training images.
+
+    Cosine similarity s, votes exp(s / TEMPERATURE) (Wu et al. 2018, arXiv 1805.01978, §3.4);
+    computed on `device`.
+    """
+    device = torch.device("cpu") if device is None else device
+    classes, shares = int(labels.max()) + 1, []
+    train, labels = F.normalize(train.to(device), dim=1), labels.to(device)
+    with full_precision():
+        for rows in F.normalize(test.to(device), dim=1).split(1024):
+            near, which = (rows @ train.T).topk(min(k, len(train)), dim=1)
+            votes = near.new_zeros(len(rows), classes)
+            votes.scatter_add_(1, labels[which], (near / TEMPERATURE).exp())
+            shares.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(shares).cpu()
+
+
 def knn_hits(
     train: Float[Tensor, "n d"],
     labels: Int64[Tensor, " n"],
@@ -28,21 +52,8 @@ def knn_hits(
     k: int = 200,
     device: torch.device | None = None,
 ) -> np.ndarray:
-    """Does the weighted vote of its k nearest training images give each test image's class?
-
-    Cosine similarity s, votes exp(s / TEMPERATURE) (Wu et al. 2018, arXiv 1805.01978, §3.4);
-    computed on `device`.
-    """
-    device = torch.device("cpu") if device is None else device
-    classes, hits = int(labels.max()) + 1, []
-    train, labels = F.normalize(train.to(device), dim=1), labels.to(device)
-    with full_precision():
-        for rows in F.normalize(test.to(device), dim=1).split(1024):
-            near, which = (rows @ train.T).topk(min(k, len(train)), dim=1)
-            votes = near.new_zeros(len(rows), classes)
-            votes.scatter_add_(1, labels[which], (near / TEMPERATURE).exp())
-            hits.append(votes.argmax(1))
-    return (torch.cat(hits).cpu() == truth).numpy()
+    """Does this vote give each test image's class?"""
+    return (knn_votes(train, labels, test, k, device).argmax(1) == truth).numpy()
 
 
 def probe_hits(
