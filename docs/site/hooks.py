@@ -7,6 +7,7 @@ is led to the page that the file has become. Formulas become MathML, which brows
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -27,11 +28,20 @@ COPIED = (
     "figures/*/*.png",
     "notebooks/*.ipynb",
 )  # and what they link to
+# the report of a run, with its executed notebooks, is a part of the site where it is there
+REPORT = Path(os.environ.get("ISSL_REPORT", REPOSITORY / "results" / "overnight-released"))
 FETCHED = re.compile(r"https://[^\s\"]+/iframe-worker/shim")
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?(\))")
 CODE_OR_MATHS = re.compile(
     r"(?P<code>(`+)(?:.|\n)*?\2)|\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\n]+?)\$", re.DOTALL
 )
+
+
+def on_config(config: Any) -> Any:
+    """Lead to the executed notebooks."""
+    if (REPORT / "index.html").is_file():
+        config.nav.append({"Executed notebooks": "executed/index.html"})
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -41,6 +51,10 @@ def on_files(files: Files, config: Any) -> Files:
     for pattern in COPIED:
         for path in sorted(REPOSITORY.glob(pattern)):
             place = path.relative_to(REPOSITORY).as_posix()
+            files.append(File.generated(config, place, abs_src_path=str(path)))
+    for path in (REPORT / "index.html", *sorted((REPORT / "report").glob("*"))):
+        if path.is_file():
+            place = f"executed/{path.relative_to(REPORT).as_posix()}"
             files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
