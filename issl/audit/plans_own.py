@@ -779,7 +779,7 @@ class Multiverse(Scored):
 
     ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
     copies                      how many copies of an image are put in beside it, under each of
-                                `copied_ranks`
+                                `copied_ranks`, among each of so many of the images
     """
 
     notebook: ClassVar[str] = "19_multiverse"
@@ -790,6 +790,7 @@ class Multiverse(Scored):
     averaged: int = Field(4, ge=2)
     copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     copied_ranks: tuple[int, ...] = (4, 16)
+    copied_among: tuple[int, ...] = (128, 512)
 
     def variations(self) -> dict[str, dict[str, Any]]:
         """What changes beside the reading, in words: fields of a score."""
@@ -813,20 +814,24 @@ class Multiverse(Scored):
         }
         first = {k: e for k, e in known.items() if k[1] == 0}
         copies: dict[Labels, Stage] = {
-            (*labels, output, rank): CopiesDiscount(
+            (*labels, output, rank, among): CopiesDiscount(
                 pretrain=encoder,
-                data=self.data(),
+                data=self.data()
+                if among >= self.n
+                else self.data().model_copy(update={"first": among}),
                 perturbation=self.noise,
                 curvature=LoGra(rank, self.damping),
                 output=output,
                 copies=self.copies,
             )
             for labels, encoder in first.items()
-            for output, rank in product(get_args(Output), self.copied_ranks)
+            for output, rank, among in product(
+                get_args(Output), self.copied_ranks, self.copied_among
+            )
         }
         return {
             "scores": Cells(f"{BY} output unit varied", scores),
-            "copies": Cells(f"{BY} output rank", copies),
+            "copies": Cells(f"{BY} output rank among", copies),
         }
 
 
