@@ -145,3 +145,15 @@ def test_a_vote_and_a_prototype_tell_which_images_lie_between_classes() -> None:
     assert np.isclose(all_vote[2], np.log(2), atol=1e-4)
     distance = baselines.prototype_distance(asked, train, labels)
     np.testing.assert_allclose(distance, [0, 0, 1 - np.sqrt(0.5)], atol=1e-4)
+
+
+def test_edges_to_other_classes_that_lead_to_flagged_images() -> None:
+    """A square 0-1-3-2-0 with the classes a, a, b, b, and image 2 flagged."""
+    edges = np.zeros((4, 4), int)
+    for i, j in ((0, 1), (1, 3), (3, 2), (2, 0)):
+        edges[i, j] = edges[j, i] = 1
+    square, labels = sparse.csr_array(edges), np.array([0, 0, 1, 1])
+    share = neighbour_graph.flagged_cross_share(square, labels, np.arange(4) == 2)
+    np.testing.assert_array_equal(share, [1, 0, 0, 0])  # only 0 has an edge to 2 across classes
+    alone = neighbour_graph.flagged_cross_share(square, np.zeros(4, int), np.ones(4, bool))
+    assert np.isnan(alone).all()

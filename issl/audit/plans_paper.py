@@ -16,7 +16,7 @@ from issl.audit.given import Given
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
 from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
-from issl.audit.table_stages import Ambiguity, Closeness, Oddness, Thumbnails
+from issl.audit.table_stages import Ambiguity, Closeness, FlatBridges, Oddness, Thumbnails
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -188,6 +188,12 @@ class BackgroundBias(Readable):
             "pixels": Cells("set", {(self.dataset,): self.pixels()}),
             "geometry": under(known, lambda e: self.geometry(e, self.neighbours)),
             "betweenness": under(known, lambda e: self.betweenness(e, self.neighbours)),
+            "flat bridges": under(
+                known,
+                lambda e: FlatBridges(
+                    neighbours=self.nearest(e, self.neighbours), pixels=self.pixels()
+                ),
+            ),
             "swapped": swapped,
             "accuracy on scenes": under(drawn, scenes.evaluation),
         }

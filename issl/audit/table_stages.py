@@ -209,6 +209,26 @@ class Geometry(Table):
         return pd.DataFrame({"index": images.index.numpy(), **columns})
 
 
+class FlatBridges(Table):
+    """Do an image's edges to other classes lead to flat frames? flat_bridges.parquet (index,
+    cross_flat_share: of these edges, those to the tenth of all images with the flattest frames)."""
+
+    name: ClassVar[str] = "flat_bridges"
+    file: ClassVar[str] = "flat_bridges.parquet"
+
+    neighbours: Neighbours
+    pixels: Pixels
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.neighbours.features.data.load()
+        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
+        frames = self.pixels.read(artifacts)["border_std"]
+        flat = (frames.rank(pct=True) <= 0.1).to_numpy()
+        labels = images.require_labels().numpy()
+        share = neighbour_graph.flagged_cross_share(graph, labels, flat)
+        return pd.DataFrame({"index": images.index.numpy(), "cross_flat_share": share})
+
+
 class Bottlenecks(Table):
     """Each image's part in the first bottlenecks of the graph of nearest neighbours:
     bottlenecks.parquet (index, spread); the table's `attrs` hold the eigenvalues."""

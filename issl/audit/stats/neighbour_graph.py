@@ -47,6 +47,20 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
     return different / np.maximum(np.bincount(i, minlength=graph.shape[0]), 1)
 
 
+def flagged_cross_share(
+    graph: sparse.csr_array, labels: np.ndarray, flag: np.ndarray
+) -> np.ndarray:
+    """Of each image's edges to other classes, the share that lead to flagged images; NaN for an
+    image without such edges."""
+    i, j = graph.nonzero()
+    cross = labels[i] != labels[j]
+    count, flagged = (
+        np.bincount(i, weights=edges, minlength=graph.shape[0])
+        for edges in (cross, cross & flag[j])
+    )
+    return np.divide(flagged, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
 def betweenness(
     graph: sparse.csr_array, sources: int | None = 256, seed: int = 0, at_once: int = 8
 ) -> np.ndarray:
