@@ -27,6 +27,9 @@ CHROMIUM = next(
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+    from issl.devices import keep_freed_memory
+
+    keep_freed_memory()
     if (
         "XDG_CACHE_HOME" not in os.environ
     ):  # what is remembered of data sets; the workers inherit it
