@@ -365,3 +365,11 @@ def test_pixel_features_by_hand() -> None:
     assert got["index"].tolist() == [5, 6] and got["uniform"].tolist() == [True, False]
     assert got["brightness"][0] == pytest.approx(0.25, abs=1e-5) and got["border_std"][0] == 0
     assert got["contrast"][0] == pytest.approx(np.sqrt(0.25 * 0.75), abs=1e-5)
+
+
+def test_the_difference_of_two_shares_is_newcombes() -> None:
+    """His example (1998, table II, a, method 10): 56 of 70 and 48 of 80."""
+    first, second = np.arange(70) < 56, np.arange(80) < 48
+    found = statistics.proportion_difference(first, second)
+    assert found.value == pytest.approx(0.2) and found.n == 150
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
