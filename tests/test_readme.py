@@ -322,3 +322,35 @@ def test_plain_backgrounds_in_the_readme_are_the_figures_table() -> None:
     fresh = count["untrained", "plain: highest"]
     said = f"{highest:.0f} of the 100 highest images, {random:.0f} random ones, and {fresh:.0f} of"
     assert said in " ".join((REPOSITORY / "README.md").read_text().split())
+
+
+def test_which_score_finds_what_is_the_figures_tables() -> None:
+    rows = {
+        "influence": ("influence", "simclr"),
+        "stability loss": ("stability loss ℓ", "simclr"),
+        "gradient norm": ("gradient norm ‖g‖", "simclr"),
+        "distance to the nearest in features": ("kNN distance", "simclr"),
+        "entropy of the kNN vote, with labels": ("entropy of the kNN vote", "simclr"),
+        "distance to a class's prototype, with labels": ("distance to a prototype", "simclr"),
+        "perceptual hash": ("perceptual hash", "no encoder"),
+        "influence under an untrained network": ("influence", "untrained"),
+    }
+    columns = {
+        "04_duplicates": ("detector", "auc_judged"),
+        "03_background_bias": ("score", "auc_labels"),
+        "07_outliers": ("detector", "auc_without_static", "spearman_ambiguity"),
+    }
+    found: dict[str, list[str]] = {said: [] for said in rows}
+    for notebook, (name, *metrics) in columns.items():
+        table = pd.read_csv(REPOSITORY / "figures" / "overnight" / f"{notebook}.csv")
+        by = table[name].str.removeprefix("low ").replace("nearest in features", "kNN distance")
+        value = table.set_index([by, "method", table["metric"]])["value"]
+        for said, who in rows.items():
+            numbers = [value.get((*who, metric)) for metric in metrics]
+            found[said] += ["–" if n is None else f"{n:.2f}".replace("-", "−") for n in numbers]
+    page = (REPOSITORY / "docs" / "compare.md").read_text()
+    foreign = table[(table["metric"] == "auc_foreign") & (table["method"] == "simclr")]
+    best, second = foreign["value"].nlargest(2).round(2)
+    assert f"{best:.2f}, where the\ndistance to a prototype has {second:.2f}" in page
+    for said, numbers in found.items():
+        assert f"| {said} | {' | '.join(numbers)} |" in page
