@@ -37,7 +37,8 @@ def path_of(stage: Table) -> str:
         parts.append("test")
     if data.first is not None:
         parts.append(f"first{data.first}")
-    return f"tables/{stage.name}/{'-'.join([*parts, *_settings(stage)])}.parquet".replace("_", "-")
+    name = "-".join([*parts, *_settings(stage)]).replace("_", "-")
+    return f"tables/{stage.name}/{name}.parquet"
 
 
 def _data(stage: Stage) -> Data:
