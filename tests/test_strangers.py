@@ -28,7 +28,7 @@ from issl.audit import site as report
 from issl.audit.cache import Artifacts
 from issl.audit.claims import record
 from issl.audit.data import human_choices
-from issl.audit.plans import EXPLORER, PLANS
+from issl.audit.plans import PLANS
 from issl.audit.stats.statistics import Estimate
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
@@ -138,26 +138,20 @@ def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str
     results, figures = out / "results/mine", out / "figures/mine"
     results.mkdir(parents=True)
     figures.mkdir(parents=True)
-    common = {"profile": "mine", "dataset": data, "width": 1, "epochs": 1, "batch_size": 8}
-    common |= {"duplicates": 0.0, "atypical": 0.0, "rank": 2, "out": str(out)}
-    plan = EXPLORER(**common, n=24, methods=["simclr"], data_root=str(out))
-    taken = PLANS["00_method"].model_fields.keys() & common.keys()
-    plans = {"00_method": PLANS["00_method"](**{k: common[k] for k in taken})}
+    place = {"out": str(out), "data_root": str(out)}
+    plan = PLANS["00_method"](profile="mine", dataset=data, n=24, images=12, **place)
     source = plan.source(plan.artifacts())
     metrics = {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)}
     record("method_exact", metrics, source, results, dataset=data, n=4, seeds=[0])
     nbformat.write(attack(listener[0]), results / "00_method.ipynb")
     plt.imsave(figures / "00_method.png", np.zeros((20, 30)))
-    artifacts = Artifacts(out / "artifacts")
-    for stage in plan.stages():
-        artifacts.get(stage)
-    report.build("mine", plans, plan, artifacts, out)
+    report.build("mine", {"00_method": plan}, Artifacts(out / "artifacts"), out)
     return results
 
 
 def test_no_place_of_the_machine_is_in_the_report_or_a_record(site: Path) -> None:
     texts = [site / "index.html", *(site / "report").rglob("*.*"), *site.glob("*.json")]
-    assert {p.suffix for p in texts} >= {".html", ".js", ".json", ".png"}
+    assert {p.suffix for p in texts} >= {".html", ".json", ".png"}
     private = [str(site.parents[1]), str(Path.home()), str(REPOSITORY), sys.prefix]
     for path in texts:
         content = path.read_bytes().decode("utf-8", "replace")
@@ -173,12 +167,7 @@ def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(
 ) -> None:
     page, file = browser.new_page(), site / "report/00_method.html"
     page.goto((site / "index.html").as_uri())
-    assert page.locator("#grid .t").count() == 24
-    page.select_option("#attribute", "label_name")
-    page.select_option("#value", SCRIPT)
-    assert page.locator("#grid .t").count() == 12
-    page.locator("#grid .t").first.click()
-    assert "window.pwned" in page.inner_text("#detail") and page.locator("#detail img").count() == 0
+    assert page.evaluate("window.pwned") is None
     page.goto(file.as_uri())
     page.wait_for_timeout(300)
     page.click("#bad")
