@@ -325,7 +325,7 @@ def sentence(records: Sequence[Record]) -> str:
             told = [f"{NAMES.get(v, v)}: {x}" if v else x for v, x in own]
             parts.append(f"{phrase} ({'; '.join(told)})")
     measured, subject = words(records[0]["tests"][0]["metric"]), "check" if check else "claim"
-    text = f"Measured as {measured}, the {subject} {_listed(parts)}"
+    text = f"Measured: {measured}. The {subject} {_listed(parts)}"
     if reached == {SUPERSEDED}:
         return text + "; another test has taken this one's place."
     return text + ("; at this scale that decides nothing." if reached == {UNTESTED} else ".")
