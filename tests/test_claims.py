@@ -214,3 +214,18 @@ def test_the_pages_show_the_records_that_are_kept(
     kept = verdicts.kept_records(repository / "figures")
     assert kept and cli.main(["verdicts"]) == 0
     assert capsys.readouterr().out == verdicts.markdown(kept)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "wanted"),
+    [
+        (["reproduced", "reproduced"], "holds in every reading"),
+        (["reproduced", "contradicted"], "depends on the reading: holds in 1, contradicted in 1"),
+        (["reproduced", "undecided"], "holds in 1, undecided in 1"),
+        (["undecided", "contradicted"], "holds in none: undecided in 1, contradicted in 1"),
+    ],
+)
+def test_a_verdict_over_readings_depends_only_where_one_holds_and_another_is_excluded(
+    outcomes: list[str], wanted: str
+) -> None:
+    assert claims.over_readings(outcomes) == wanted

@@ -393,6 +393,12 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     lines.append(f"{asked}; {stated}first recorded at {first['profile']} {first['time'][:10]}.")
     if about.superseded:
         lines.append(_why(about.superseded))
+    read = by_reading(own)
+    for method, part in read.groupby("method", sort=False) if len(read) else ():
+        if together := part["over_readings"].iloc[0]:
+            who = NAMES.get(str(method), "drawn scenes")
+            tried = ", ".join(f"{r['output']} ({r['outcome']})" for _, r in part.iterrows())
+            lines.append(f"Over {len(part)} readings, {who}: {tried}: **{together}**.")
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}{_copied(r)}"
