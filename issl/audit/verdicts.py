@@ -396,9 +396,9 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     read = by_reading(own)
     for method, part in read.groupby("method", sort=False) if len(read) else ():
         if together := part["over_readings"].iloc[0]:
-            who = NAMES.get(str(method), "drawn scenes")
+            who = f", {NAMES[str(method)]}" if method in NAMES else ""
             tried = ", ".join(f"{r['output']} ({r['outcome']})" for _, r in part.iterrows())
-            lines.append(f"Over {len(part)} readings, {who}: {tried}: **{together}**.")
+            lines.append(f"Over {len(part)} readings{who}: {tried}: **{together}**.")
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}{_copied(r)}"
