@@ -326,6 +326,26 @@ def test_plain_backgrounds_in_the_readme_are_the_figures_table() -> None:
     page = " ".join((REPOSITORY / "README.md").read_text().split())
     assert said in page
     assert f"plain are {there['simclr', 'plain: highest']:.0f} of the highest" in page
+    page = " ".join((REPOSITORY / "docs" / "method.md").read_text().split())
+    ends = [
+        [table["simclr", f"plain: {end}"] for end in ("highest", "lowest")]
+        for table in (there, count)
+    ]
+    (high, low), (own_high, own_low) = ends
+    assert (
+        f"{high:.0f} of SimCLR's 100 highest images and {low:.0f} of the 100 lowest "
+        f"(on features {own_high:.0f} and {own_low:.0f}, of random images {random:.0f})"
+    ) in page
+    factors = [
+        np.exp(
+            pd.read_csv(REPOSITORY / "figures" / profile / "03_background_bias_causal.csv")
+            .set_index("metric")
+            .loc["log_ratio", "value"]
+        )
+        for profile in ("overnight-projector", "overnight")
+    ]
+    assert f"factor of {factors[0]:.2f}, where on features" in page
+    assert f"higher one, by {factors[1]:.2f} " in page
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:
