@@ -46,7 +46,7 @@ from issl.pretraining.learner import Learner, load_learner, save_learner
 from issl.pretraining.loop import Execution, pretrain
 from issl.pretraining.recipes import RECIPES, Method, Recipe
 from issl.pretraining.states import Run
-from issl.through_training import influence_through_training, learner_of, values_of
+from issl.through_training import Effects, influence_through_training, learner_of, values_of
 
 TOGETHER = 64  # queries of a mean in one pass
 
@@ -554,6 +554,19 @@ class OfRun(Stage):
         steps = Run(learner, images, run.epochs, run.batch_size, run.seed)
         return steps, self.measures(learner, images, artifacts)
 
+    def effects(self, run: Run, measures: list[Measure], artifacts: Artifacts) -> Effects:
+        """What training on each image did to these measures."""
+        return influence_through_training(
+            run.start,
+            run.images,
+            measures,
+            epochs=run.epochs,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            device=artifacts.device,
+            progress=artifacts.progress,
+        )
+
     def measures(self, learner: Learner, images: Images, artifacts: Artifacts) -> list[Measure]:
         """What is asked of the trained backbone."""
         noise = (self.perturbation, self.seed, self.draws)
@@ -580,16 +593,7 @@ class ThroughTraining(OfRun, Pairs):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         run, measures = self.training(artifacts)
-        effects = influence_through_training(
-            run.start,
-            run.images,
-            measures,
-            epochs=run.epochs,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            device=artifacts.device,
-            progress=artifacts.progress,
-        )
+        effects = self.effects(run, measures, artifacts)
         about = {"seconds": effects.seconds, "state_bytes": effects.state_bytes}
         about["growth"] = effects.growth[0].tolist()
         with atomic(folder / "through.json") as part:
@@ -650,15 +654,7 @@ class CopiesTrainedOn(OfRun, Table):
             images = replace(run.images, pixels=run.images.tensor()[shown])
             query = run.images.subset([i])
             own = stability_measures(query, self.perturbation, self.seed, self.draws)
-            effects = influence_through_training(
-                run.start,
-                images,
-                own,
-                epochs=run.epochs,
-                batch_size=run.batch_size,
-                seed=run.seed,
-                device=artifacts.device,
-            )
+            effects = self.effects(replace(run, images=images), own, artifacts)
             of_each = effects.derivatives[0, alike].numpy()
             row = {"index": int(run.images.index[i]), "copies": k}
             rows.append(row | {"one": of_each.mean(), "together": of_each.sum()})
