@@ -51,6 +51,7 @@ LINES = [line.split("#")[0].strip() for line in JOINED.splitlines()]
 OURS = [
     line for line in dict.fromkeys(LINES) if line and not line.startswith(("source", "jupyter"))
 ]
+RUNS = re.compile(r"issl run|run_all.sh --profile")  # each starts the kernels of notebooks
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
     "run": "--only 00",
     "pretrain": "--epochs 1 --width 1 --images 12 --batch-size 4 --recipe short",
@@ -131,7 +132,10 @@ def weights_for(encoder: str, folder: Path) -> list[str]:
     return ["--weights", str(folder / f"{name}.pt")]
 
 
-@pytest.mark.parametrize("line", OURS)
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=pytest.mark.slow if RUNS.search(line) else ()) for line in OURS],
+)
 def test_the_command_does_what_it_says(
     line: str, small: None, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +239,7 @@ def in_checkout(checkout: Path, command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_adding_a_notebook(checkout: Path) -> None:
     changed(checkout, "plans_own.py")
     (code,) = (c for c in blocks("python") if "Brightness.of(" in c)

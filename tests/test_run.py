@@ -64,8 +64,9 @@ def test_what_fails_is_shown_and_tried_again_and_the_others_go_on(
     books("09_linear_theory", "print(n)")
     too_large = {"methods": ["simclr"], "batch_size": 65}
     tiny.write_text(yaml.safe_dump({**FEW, "07_outliers": too_large}))
+    told = ProfileOptions("tiny", only="00,07,09", out=tmp_path / "out")
     for ended in ("ok     ", "current"):
-        assert run.run(ProfileOptions("tiny", only="00,07,09", out=tmp_path / "out")) == 1
+        assert run.run(told, engine=Engine()) == 1
         printed = capsys.readouterr().out
         assert "ValueError: the cat sat on the tensor" in printed
         assert "batch_size=65: need 2 to 64" in printed and "blocked 07_outliers" in printed

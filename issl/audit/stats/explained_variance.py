@@ -18,7 +18,7 @@ import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
-from issl.audit.stats.resampling import RESAMPLES
+from issl.audit.stats.resampling import RESAMPLES, times_drawn
 from issl.audit.stats.statistics import Estimate, correlation, mean, percentiles, spearman
 from issl.errors import IsslError
 
@@ -87,11 +87,11 @@ def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, E
         raise IsslError(
             f"{len(x)} images for a regression on {x.shape[1]} features; take at least ten for each"
         )
-    rng, n = np.random.default_rng(seed), len(y)
+    n = len(y)
     columns = np.column_stack([np.ones(n), x, y])
     with threadpool_limits(1):  # thousands of small products
-        counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(RESAMPLES))
-        draws = np.array([_parts(columns.T @ (columns * c[:, None])) for c in counts])
+        drawn = times_drawn(n, seed)
+        draws = np.array([_parts(columns.T @ (columns * c[:, None])) for c in drawn])
     whole = zip(("all", *by.columns), _parts(columns.T @ columns), draws.T, strict=True)
     return {name: percentiles(value, drawn, n) for name, value, drawn in whole}
 

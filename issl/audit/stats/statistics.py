@@ -17,7 +17,13 @@ import pandas as pd
 import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
 
-from issl.audit.stats.resampling import RESAMPLES, pearson, resampled_correlations, runs
+from issl.audit.stats.resampling import (
+    RESAMPLES,
+    pearson,
+    resampled_correlations,
+    runs,
+    times_drawn,
+)
 from issl.errors import IsslError
 
 LARGE = 5000  # images, from which on an AUC's interval is computed rather than bootstrapped
@@ -245,21 +251,20 @@ def average_precision(
     """
     score, positive = np.asarray(score, float), _flag(positive)
     order = np.argsort(-score, kind="stable")
-    found, (run, ends) = positive[order], runs(score[order])
+    run, ends = runs(score[order])
+    at = np.flatnonzero(positive[order])
+    last = ends[run[at]]  # equal scores are found together
+    known = np.searchsorted(at, last, "right") - 1
     labels = np.arange(len(score)) if cluster is None else cluster
     of = np.unique(labels, return_inverse=True)[1][order]
 
     def mean_precision(counts: np.ndarray) -> float:
-        hits, places = np.cumsum(found * counts), np.cumsum(counts)
-        at = np.flatnonzero(found & (counts > 0))
-        if not len(at):
+        hits, places = np.cumsum(counts[at])[known], np.cumsum(counts)[last]
+        if not hits[-1]:
             return np.nan  # a resample without any positive image is left out
-        last = ends[run[at]]
-        return float((counts[at] * hits[last] / places[last]).sum() / hits[-1])
+        return float((counts[at] * hits / np.maximum(places, 1)).sum() / hits[-1])
 
-    rng, n = np.random.default_rng(seed), int(of.max()) + 1
-    counts = (np.bincount(rng.integers(0, n, n), minlength=n)[of] for _ in range(RESAMPLES))
-    draws = np.array([mean_precision(c) for c in counts])
+    draws = np.array([mean_precision(drawn[of]) for drawn in times_drawn(int(of.max()) + 1, seed)])
     return percentiles(mean_precision(np.ones(len(score), int)), draws, len(score))
 
 
