@@ -34,8 +34,8 @@ from issl.pretraining.batchnorm import estimate_statistics
 # run with `--dist loadfile`: one worker runs them, once
 PROFILE = Path(__file__).parent / "tiny.yaml"
 TINY: dict[str, Any] = yaml.safe_load(PROFILE.read_text())
-LONG = ("10_validation", "12_continual", "15_taught", "16_training_aware", "18_objectives")
-HALVES = {False: [name for name in PLANS if name not in LONG], True: list(LONG)}
+LONG = "05 06 08 10 12 14 15 16 18".split()
+HALVES = {slow: [name for name in PLANS if (name[:2] in LONG) == slow] for slow in (False, True)}
 BOTH = pytest.mark.parametrize(
     "names", [HALVES[False], pytest.param(HALVES[True], marks=pytest.mark.slow)], ids=len
 )
@@ -172,6 +172,7 @@ def test_04_exact_duplicates_are_nearest_in_pixels(out: Path, plan) -> None:
     assert got["metrics"]["auc_injected"]["value"] == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_05_the_effect_is_of_one_group_and_over_encoders(out: Path, plan) -> None:
     p = plan("05_fairness")
     groups = p.training_set.attributes[list(p.groups()[0])].astype(str)
@@ -192,6 +193,7 @@ def test_05_the_effect_is_of_one_group_and_over_encoders(out: Path, plan) -> Non
     assert abs(metrics["signed_effect"]) == scored["value"].abs().max()
 
 
+@pytest.mark.slow
 def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     p = plan("05_fairness")
     cool = p.data().load().attributes["group"].to_numpy() == "cool"
@@ -204,6 +206,7 @@ def test_05_thinning_takes_images_of_the_group_alone(out: Path, plan) -> None:
     assert metrics["rank_difference"]["value"] == pytest.approx(rise)
 
 
+@pytest.mark.slow
 def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path, plan) -> None:
     pruning, compared = plan("06_pruning"), plan("08_supervised_vs_ssl")
     # the scored encoder's own length, not the judges'
@@ -240,6 +243,7 @@ def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: P
     assert got["metrics"]["untrained_auc_without_static"]["value"] == pytest.approx(control)
 
 
+@pytest.mark.slow
 def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path, plan) -> None:
     p = plan(COMPARED)
     scores = {labels: one["influence"] for labels, one in p.each("scores").items()}
@@ -370,6 +374,7 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path, plan) -> None:
     assert share == pytest.approx(untrained["pixels, trees"] / untrained["repeatable"])
 
 
+@pytest.mark.slow
 def test_14_doses_compare_the_same_scenes(out: Path, plan) -> None:
     p = plan("14_bridges")
     images = p.dose(0.5).load()

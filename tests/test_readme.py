@@ -320,37 +320,35 @@ def test_what_a_training_did_is_the_figures_table() -> None:
         assert shown == [round(lds[method, f"without {share}"], 2) for share in shares]
 
 
-def test_plain_backgrounds_in_the_readme_are_the_figures_table() -> None:
-    shown = pd.read_csv(REPOSITORY / "figures" / "overnight" / "03_background_bias_ends.csv")
-    count = shown.set_index(["method", "list"])["value"] * 100
-    highest, random = count["simclr", "plain: highest"], count["no encoder", "plain: random"]
-    fresh = count["untrained", "plain: highest"]
-    said = f"{highest:.0f} of the 100 highest images, {random:.0f} random ones, and {fresh:.0f} of"
-    projector = REPOSITORY / "figures" / "overnight-projector" / "03_background_bias_ends.csv"
-    there = pd.read_csv(projector).set_index(["method", "list"])["value"] * 100
+def test_the_papers_galleries_are_the_figures_tables() -> None:
+    """In the README, and in the method's table, a column a reading."""
+    found: dict[str, tuple[str, str]] = {}
+    for profile in ("overnight-projector", "overnight"):
+        tables = REPOSITORY / "figures" / profile
+        plain = pd.read_csv(tables / "03_background_bias_ends.csv")
+        plain = plain.set_index(["method", "list"])["value"] * 100
+        pairs = pd.read_csv(tables / "04_duplicates.csv").query("detector == 'low influence'")
+        auc = pairs[pairs["metric"] == "auc_judged"].set_index("method")["value"]
+        swap = pd.read_csv(tables / "03_background_bias_causal.csv").set_index("metric")["value"]
+        highest, lowest = (plain["simclr", f"plain: {end}"] for end in ("highest", "lowest"))
+        for name, shown in {
+            "AUC of low influence for labelled duplicates": f"{auc['simclr']:.2f}",
+            "the same, untrained": f"{auc['untrained']:.2f}",
+            "plain backgrounds among the 100 highest": f"{highest:.0f}",
+            "plain backgrounds among the 100 lowest": f"{lowest:.0f}",
+            "score of a drawn object": f"{np.exp(swap['log_ratio']):.2f}",
+        }.items():
+            found[name] = (*found.get(name, ()), shown)
+    page = (REPOSITORY / "docs" / "method.md").read_text()
+    for name, (projector, features) in found.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name}"))
+        assert row.endswith(f"| {projector} | {features} |")
+    random, fresh = plain["no encoder", "plain: random"], plain["untrained", "plain: highest"]
+    projector, features = found["plain backgrounds among the 100 highest"]
     page = " ".join((REPOSITORY / "README.md").read_text().split())
-    assert said in page
-    assert f"plain are {there['simclr', 'plain: highest']:.0f} of the highest" in page
-    page = " ".join((REPOSITORY / "docs" / "method.md").read_text().split())
-    ends = [
-        [table["simclr", f"plain: {end}"] for end in ("highest", "lowest")]
-        for table in (there, count)
-    ]
-    (high, low), (own_high, own_low) = ends
-    assert (
-        f"{high:.0f} of SimCLR's 100 highest images and {low:.0f} of the 100 lowest "
-        f"(on features {own_high:.0f} and {own_low:.0f}, of random images {random:.0f})"
-    ) in page
-    factors = [
-        np.exp(
-            pd.read_csv(REPOSITORY / "figures" / profile / "03_background_bias_causal.csv")
-            .set_index("metric")
-            .loc["log_ratio", "value"]
-        )
-        for profile in ("overnight-projector", "overnight")
-    ]
-    assert f"factor of {factors[0]:.2f}, where on features" in page
-    assert f"higher one, by {factors[1]:.2f} " in page
+    assert f"{features} of the 100 highest images, {random:.0f} of 100 random ones" in page
+    assert f"{fresh:.0f} of the 100 highest under an untrained network" in page
+    assert f"only {projector} of the 100 highest images" in page
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:

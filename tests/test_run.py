@@ -139,6 +139,7 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
 def test_bad_input_is_one_line_before_any_work(
     arguments: str, named: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ISSL_DATA", raising=False)
     monkeypatch.setattr(Engine, "run", lambda *_: pytest.fail("work was started"))
     assert cli.main(["run", *arguments.split()]) == 2
     error = capsys.readouterr().err

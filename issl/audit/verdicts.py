@@ -466,8 +466,8 @@ def _number_asked(record: Record, test: dict[str, Any]) -> str:
     """A test's number, and what it asks of it."""
     number = _number(Estimate.of(record["metrics"][test["metric"]]))
     side = ">" if "above" in test else "<"
-    all_of_it = "" if test["bound"] == "value" else "all "
-    return f"{words(test['metric'])} = {number}; asked: {all_of_it}{side} {_asked(test):g}"
+    what = "" if test["bound"] == "value" else "interval "
+    return f"{words(test['metric'])} = {number}; asked: {what}{side} {_asked(test):g}"
 
 
 def _markdown(
