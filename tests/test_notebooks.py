@@ -476,6 +476,24 @@ def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
     assert before["simclr"] == pytest.approx(before["byol"])
 
 
+def test_20_is_what_each_state_of_the_training_scores(out: Path, plan) -> None:
+    p = plan("20_better_encoders")
+    scores, reached = p.each("scores"), p.each("reached")
+    table = numbers(out, "20_better_encoders")
+    for row in table[table["metric"] == "pearson"].itertuples():
+        state = (row.method, row.width, row.epochs, row.encoder)
+        a, b = (scores[*state, row.output, row.unit, noise]["influence"] for noise in (0, 1))
+        assert row.value == pytest.approx(a.corr(b))
+        assert row.knn == pytest.approx(reached[state]["knn"].mean())
+    assert {(s[1], s[2]) for s in reached} == {(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 3)}
+    a, b = (scores["simclr", 1, 3, k, "features", "range", k]["influence"] for k in (0, 1))
+    narrow = table[(table["metric"] == "pearson_trainings") & (table["width"] == 1)]
+    assert narrow["value"].item() == pytest.approx(a.corr(b))
+    got = record(out, "same_at_the_papers_accuracy.simclr")
+    # four states are too few for a line, so nothing is known
+    assert got["metrics"]["share_straight"]["value"] == 0 and got["outcome"] == "undecided"
+
+
 def test_a_second_run_leaves_them_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_tiny(out, HALVES[False])
     printed = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as statsmodels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,6 +212,16 @@ def test_means_and_tests() -> None:
     ratio = statistics.log_ratio(3 * b * rng.uniform(0.5, 1.5, 500), b)
     assert 0.9 < ratio.low < np.log(3) < ratio.high
     assert ends(statistics.log_ratio(np.zeros(5), np.ones(5))) == (-np.inf, np.inf)
+
+
+def test_a_line_leads_where_statsmodels_says() -> None:
+    x = np.array([0.2, 0.3, 0.5, 0.6, 0.7])
+    y = 2 * x + np.array([0.01, -0.02, 0.03, 0.0, -0.01])
+    got = statistics.extrapolated(x, y, 0.9)
+    fitted = statsmodels.OLS(y, statsmodels.add_constant(x)).fit()
+    want = fitted.get_prediction([[1, 0.9]]).summary_frame(0.05)
+    assert got.value == pytest.approx(want["mean"][0])
+    assert ends(got) == pytest.approx((want["obs_ci_lower"][0], want["obs_ci_upper"][0]))
 
 
 def test_over_encoders_holds_both_sources_of_error() -> None:

@@ -21,7 +21,16 @@ from issl.audit.claims import Learned, format_record, provenance, record
 from issl.audit.config import Config
 from issl.audit.given import CheckpointFile, Given
 from issl.audit.settings import Data, Injection
-from issl.audit.stages import Betweenness, Choice, Embed, Evaluate, Influence, Neighbours, Pretrain
+from issl.audit.stages import (
+    AnyEncoder,
+    Betweenness,
+    Choice,
+    Embed,
+    Evaluate,
+    Influence,
+    Neighbours,
+    Pretrain,
+)
 from issl.audit.stats.statistics import Estimate, proportion
 from issl.audit.table_stages import Geometry, Known, Pixels, Thumbnails, shown_images
 from issl.data import datasets
@@ -74,9 +83,7 @@ class Cells:
 
 
 def under(
-    encoders: Mapping[Labels, Pretrain | Given],
-    stage: Callable[[Pretrain | Given], Stage],
-    columns: str = BY,
+    encoders: Mapping[Labels, AnyEncoder], stage: Callable[[AnyEncoder], Stage], columns: str = BY
 ) -> Cells:
     """A stage under each encoder."""
     return Cells(columns, {labels: stage(encoder) for labels, encoder in encoders.items()})
@@ -426,7 +433,7 @@ class Scored(Plan):
         }
         return {**found, (UNTRAINED, 0): self.untrained(next(iter(found.values())))}
 
-    def scored_and_evaluated(self, encoders: Mapping[Labels, Pretrain | Given]) -> dict[str, Cells]:
+    def scored_and_evaluated(self, encoders: Mapping[Labels, AnyEncoder]) -> dict[str, Cells]:
         """The tables of most notebooks: scores and accuracy under each encoder."""
         return {
             "scores": under(encoders, self.influence),
@@ -470,9 +477,7 @@ class Scored(Plan):
     def curvature(self) -> LoGra:
         return LoGra(self.rank, self.damping)
 
-    def influence(
-        self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
-    ) -> Influence:
+    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
         """The scores of this notebook's images under an encoder; `changes` are fields of the
         stage."""
         settings: dict[str, Any] = {
@@ -483,15 +488,15 @@ class Scored(Plan):
         }
         return Influence(pretrain=encoder, **settings | changes)
 
-    def features(self, encoder: Pretrain | Given, data: Data | None = None) -> Embed:
+    def features(self, encoder: AnyEncoder, data: Data | None = None) -> Embed:
         """Features of this notebook's images, or of `data`, under an encoder."""
         return Embed(pretrain=encoder, data=data or self.data())
 
-    def nearest(self, encoder: Pretrain | Given, k: int) -> Neighbours:
+    def nearest(self, encoder: AnyEncoder, k: int) -> Neighbours:
         """The k nearest others of each of this notebook's images, under an encoder."""
         return Neighbours(features=self.features(encoder), k=k)
 
-    def geometry(self, encoder: Pretrain | Given, k: int) -> Geometry:
+    def geometry(self, encoder: AnyEncoder, k: int) -> Geometry:
         """Where each image lies among its k nearest, under an encoder."""
         return Geometry(neighbours=self.nearest(encoder, k))
 
@@ -504,12 +509,12 @@ class Scored(Plan):
         scores = [self.influence(self.pretrain(method)) for method in methods]
         return [Thumbnails(data=self.data(), scores=(s,), **settings) for s in scores]
 
-    def betweenness(self, encoder: Pretrain | Given, k: int) -> Betweenness:
+    def betweenness(self, encoder: AnyEncoder, k: int) -> Betweenness:
         """Of each of this notebook's images, in the graph of its k nearest, under an encoder."""
         return Betweenness(neighbours=self.nearest(encoder, k), seed=self.seed)
 
     def evaluation(
-        self, encoder: Pretrain | Given, train: Data | None = None, test: Data | None = None
+        self, encoder: AnyEncoder, train: Data | None = None, test: Data | None = None
     ) -> Evaluate:
         """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw
         them or not."""
@@ -547,7 +552,5 @@ class Readable(Scored):
     def gaussian(self, mean: float, std: float) -> GaussianNoise:
         return noise_in(self.unit, mean, std)
 
-    def influence(
-        self, encoder: Pretrain | Given, seed: int | None = None, **changes: Any
-    ) -> Influence:
+    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
         return super().influence(encoder, seed, **{"output": self.output, **changes})

@@ -27,6 +27,7 @@ from issl.audit.plan import (
 )
 from issl.audit.settings import Data, named_curvature
 from issl.audit.stages import (
+    AnyEncoder,
     CopiesTrainedOn,
     Cross,
     Draw,
@@ -41,6 +42,7 @@ from issl.audit.stages import (
     Prune,
     Spread,
     Stability,
+    State,
     ThroughTraining,
     Top,
     Without,
@@ -835,6 +837,65 @@ class Multiverse(Scored):
         }
 
 
+class BetterEncoders(Scored):
+    """20_better_encoders: do the answers stay as encoders get better?
+
+    snapshots   of the first encoder of each method; the last state is the encoder itself
+    widths      of further encoders, beside `width`
+    outputs, units   the readings of the score
+    """
+
+    notebook: ClassVar[str] = "20_better_encoders"
+
+    methods: tuple[recipes.Method, ...] = ("simclr",)
+    encoders: int = Field(2, ge=2)
+    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 3
+    widths: tuple[int, ...] = (4,)
+    outputs: tuple[Output, ...] = get_args(Output)
+    units: tuple[Unit, ...] = ("range",)
+    neighbours: int = Field(10, ge=1)
+
+    papers: ClassVar[float] = 0.9  # the kNN accuracy of encoders like the paper's, about
+
+    def states(self) -> dict[Labels, AnyEncoder]:
+        """Encoders by method, width, epochs trained and number: all states of the first one, the
+        end of the others, and each width before training."""
+        found: dict[Labels, AnyEncoder] = {}
+        for method, k in product(self.methods, range(self.encoders)):
+            run = self.training(method, self.seed + k)
+            for after in run.snapshots or () if k == 0 else ():
+                found[method, self.width, after, k] = State(run=run, after=after)
+            for width in (self.width, *self.widths):
+                other = run.model_copy(update={"width": width, "snapshots": None})
+                found[method, width, run.epochs, k] = run if width == self.width else other
+        for width in (self.width, *self.widths):
+            first = self.training(self.methods[0]).model_copy(update={"width": width})
+            found[UNTRAINED, width, 0, 0] = self.untrained(first)
+        return found
+
+    def tables(self) -> dict[str, Cells]:
+        states, of = self.states(), "method width epochs encoder"
+        first = {labels: state for labels, state in states.items() if labels[3] == 0}
+        scores: dict[Labels, Stage] = {
+            (*labels, output, unit, noise): self.influence(
+                state,
+                self.noise_seed + noise,
+                output=output,
+                perturbation=noise_in(unit, self.mean, self.std),
+            )
+            for labels, state in states.items()
+            for output, unit in product(self.outputs, self.units)
+            # two trainings are compared under noises of their own
+            for noise in ((0, 1) if labels in first else (int(labels[3]),))
+        }
+        return {
+            "images": Cells("part", {(0,): Known(data=self.data())}),
+            "scores": Cells(f"{of} output unit noise", scores),
+            "reached": under(states, self.evaluation, of),
+            "geometry": under(first, lambda state: self.geometry(state, self.neighbours), of),
+        }
+
+
 OWN: tuple[type[Plan], ...] = (
     Validation,
     Continual,
@@ -845,4 +906,5 @@ OWN: tuple[type[Plan], ...] = (
     Derivation,
     Objectives,
     Multiverse,
+    BetterEncoders,
 )

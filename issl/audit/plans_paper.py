@@ -12,10 +12,18 @@ from pydantic import Field, model_validator
 from issl.audit.cache import Stage
 from issl.audit.claims import Learned
 from issl.audit.data import human_choices
-from issl.audit.given import Given
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
-from issl.audit.stages import Choice, Evaluate, Influence, Pretrain, Prune, Stability, Thin
+from issl.audit.stages import (
+    AnyEncoder,
+    Choice,
+    Evaluate,
+    Influence,
+    Pretrain,
+    Prune,
+    Stability,
+    Thin,
+)
 from issl.audit.table_stages import Ambiguity, Closeness, FlatBridges, Oddness, Thumbnails
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
@@ -273,7 +281,7 @@ class Fairness(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known, seeds = self.encoders_of(self.methods), range(self.seeds)
-        without: dict[Labels, Pretrain | Given] = {
+        without: dict[Labels, AnyEncoder] = {
             (m, s, what): self.training(m, self.seed + s, self.removal(s, what == "random"))
             for m, s, what in product(self.methods, seeds, ("group", "random"))
         }
@@ -381,7 +389,7 @@ class Outliers(Readable):
             update={"inject": Injection(atypical=self.made_strange)}
         )
 
-    def asked(self, encoder: Pretrain | Given) -> dict[str, Stage]:
+    def asked(self, encoder: AnyEncoder) -> dict[str, Stage]:
         """What is measured of the new images under an encoder, influence under the curvature of the
         training images."""
         new = self.new_images()
@@ -448,14 +456,14 @@ class SupervisedVsSSL(Readable):
         """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def supervised_encoders(self) -> dict[Labels, Pretrain | Given]:
+    def supervised_encoders(self) -> dict[Labels, AnyEncoder]:
         """The supervised models that are scored."""
         return {
             ("supervised", k): self.training("supervised", self.seed + k)
             for k in range(self.supervised)
         }
 
-    def cross_entropy_scores(self, encoder: Pretrain | Given) -> Influence:
+    def cross_entropy_scores(self, encoder: AnyEncoder) -> Influence:
         """Scores by a supervised model's own loss."""
         own: dict[str, Any] = {"perturbation": GaussianNoise(0.0, 0.0), "loss": "cross_entropy"}
         return self.influence(encoder, **own, output="features")

@@ -177,6 +177,33 @@ class Pretrain(Stage):
         return keep
 
 
+class State(Stage):
+    """An encoder as it was after some epochs of a training, one of its `snapshots`: about.json. The
+    weights stay with the training."""
+
+    name: ClassVar[str] = "state"
+
+    run: Pretrain
+    after: int = Field(ge=1)
+
+    @property
+    def method(self) -> Method:
+        """By which it was trained."""
+        return self.run.method
+
+    def make(self, folder: Path, artifacts: Artifacts) -> None:
+        with atomic(folder / "about.json") as part:
+            part.write_text(json.dumps({"training": self.run.label, "epochs": self.after}))
+
+    def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
+        """The encoder, in eval mode."""
+        return self.run.encoder(artifacts, output, self.after)
+
+    def read(self, artifacts: Artifacts) -> nn.Module:
+        """The encoder, in eval mode."""
+        return self.encoder(artifacts)
+
+
 class Table(Stage):
     """A stage whose artifact is a table in one file, numbers in single precision; the subclasses
     say which. The table's `attrs` name the stage."""
@@ -204,13 +231,19 @@ class Table(Stage):
 
 
 def _kind_of_encoder(value: object) -> str:
-    given = isinstance(value, Given) or (isinstance(value, dict) and "checkpoint" in value)
-    return "given" if given else "pretrain"
+    kinds: dict[str, tuple[type[Stage], str]]
+    kinds = {"given": (Given, "checkpoint"), "state": (State, "after")}
+    for name, (kind, field) in kinds.items():
+        if isinstance(value, kind) or (isinstance(value, dict) and field in value):
+            return name
+    return "pretrain"
 
 
 # by its kind, so that an error is about the one that was meant
 AnyEncoder = Annotated[
-    Annotated[Pretrain, Tag("pretrain")] | Annotated[Given, Tag("given")],
+    Annotated[Pretrain, Tag("pretrain")]
+    | Annotated[Given, Tag("given")]
+    | Annotated[State, Tag("state")],
     Discriminator(_kind_of_encoder),
 ]
 

@@ -386,6 +386,17 @@ def slope(x: np.ndarray, y: np.ndarray) -> Estimate:
     return Estimate(float(line.slope), line.slope - half, line.slope + half, len(x))
 
 
+def extrapolated(x: np.ndarray, y: np.ndarray, at: float) -> Estimate:
+    """The least squares line through four or more points at `at`, with the interval in which a new
+    observation is expected there (Student's)."""
+    line, n = scipy.stats.linregress(x, y), len(x)
+    left = float(np.sum((y - line.intercept - line.slope * x) ** 2)) / (n - 2)
+    far = (at - float(np.mean(x))) ** 2 / float(np.sum((x - np.mean(x)) ** 2))
+    half = float(scipy.stats.t.ppf(0.975, n - 2)) * math.sqrt(left * (1 + 1 / n + far))
+    value = float(line.intercept + line.slope * at)
+    return Estimate(value, value - half, value + half, n)
+
+
 def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
     """log(mean a / mean b) of paired values ≥ 0 (0: no difference); bootstrap over pairs."""
 
