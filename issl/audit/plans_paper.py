@@ -188,8 +188,7 @@ class BackgroundBias(Readable):
     def tables(self) -> dict[str, Cells]:
         known, scenes = self.encoders_of(self.methods), self.on_scenes()
         drawn = scenes.encoders_of(self.methods[:1])
-        trained = {k: e for k, e in drawn.items() if k[0] != UNTRAINED}
-        swapped = under(trained, lambda e: self.influence(e, data=self.swapped_scenes()))
+        swapped = under(drawn, lambda e: self.influence(e, data=self.swapped_scenes()))
         return {
             **self.scored_and_evaluated(known),
             "images": self.image_tables(None, *self.heads(self.methods, most=self.gallery)),

@@ -57,12 +57,12 @@ def run(
     Raises:
         IsslError: for input that is wrong, before any long work.
     """
-    began, plans = time.monotonic(), options.plans()
+    began, device = time.monotonic(), pick_device(options.device)
+    plans = options.plans()
     if not plans:
         raise IsslError(_nothing(options))
     check(plans, options.folder)
     books = plans if notebooks else {}
-    device = pick_device(options.device)
     print(f"profile {options.profile} on {device}: {', '.join(plans)}", flush=True)
     _print_given(next(iter(plans.values())), options.left_out())
     _print_door(options, plans)
