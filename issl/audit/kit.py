@@ -38,7 +38,8 @@ def style() -> None:
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     rc: dict[Any, Any] = {"figure.constrained_layout.use": True, "pdf.fonttype": 42}
     rc |= {"figure.dpi": 110, "savefig.dpi": 220, "savefig.bbox": "tight"}
-    rc |= {"axes.spines.top": False, "axes.spines.right": False, "ytick.labelsize": 7.5}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False}
+    rc |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7)
     rc |= dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), 8)
     mpl.rcParams.update(rc)
 
@@ -158,6 +159,7 @@ def _finish(
         axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5)
     axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
     axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+    axes.locator_params(axis="x", nbins=3)  # numbers of many digits would touch each other
     values = table[["value", "low", "high"]].astype(float).to_numpy()
     if not np.isfinite(values).all():
         known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
