@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 import issl
 from issl.audit.stats import baselines, statistics
+from issl.audit.stats.neighbour_graph import nearest
 from issl.evaluate import embed
 from issl.files import provided
 
@@ -79,7 +80,7 @@ def main() -> None:
     features, scores = embed(encoder, images).double(), issl.self_influence(encoder, images)
     detectors: dict[str, np.ndarray] = {
         "cleanlab, near duplicates, on the encoder's features": by_cleanlab(features),
-        "nearest neighbour in the encoder's features": baselines.embedding_closeness(features),
+        "nearest neighbour in the encoder's features": -nearest(features, 1)[1][:, 0],
         "perceptual hash": baselines.hash_closeness(images),
         "nearest neighbour in pixels": baselines.pixel_closeness(images),
         "low influence": -scores["influence"].to_numpy(),

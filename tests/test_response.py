@@ -121,14 +121,6 @@ def test_what_statistics_explain_is_least_squares() -> None:
         explained_variance.explained(score[:20], table[:20])
 
 
-def encoders_of(signal: tuple[float, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Predictions that hold to so much of each encoder's truth, and three measurements of it."""
-    rng = np.random.default_rng(5)
-    truths = rng.normal(size=(len(signal), 15, 30))
-    predicted = [s * t + rng.normal(size=t.shape) for s, t in zip(signal, truths, strict=True)]
-    return predicted, [t + rng.normal(size=(3, *t.shape)) for t in truths]
-
-
 def test_what_statistics_leave_counts_only_where_a_second_noise_finds_it() -> None:
     rng = np.random.default_rng(3)
     known, hidden = rng.normal(size=(2, 3000))
@@ -140,29 +132,3 @@ def test_what_statistics_leave_counts_only_where_a_second_noise_finds_it() -> No
     # a third of it
     with_hidden = explained_variance.repeatable_beyond(known + hidden + noise, [table, table])
     assert with_hidden.value == pytest.approx(1 / 3, abs=0.05) and with_hidden.low > 0.25
-
-
-def test_over_encoders_the_lds_is_their_mean_and_the_interval_covers_their_differences(
-    monkeypatch,
-) -> None:
-    # enough for an interval that is twice as wide
-    monkeypatch.setattr(datamodeling, "RESAMPLES", 200)
-    predicted, measured = encoders_of((1.0, 1.0, 1.0))
-    each = [datamodeling.lds(p, m.mean(0)).value for p, m in zip(predicted, measured, strict=True)]
-    tables = [{"ours": p, "nothing": np.zeros_like(p)} for p in predicted]
-    pairs = [("ours", "nothing"), ("ours", "ours")]
-    found = datamodeling.lds_over_encoders(tables, measured, pairs)
-    alike = found["ours"]
-    assert alike.value == pytest.approx(np.mean(each)) and alike.n == 3
-    assert alike.low < alike.value < alike.high and found["ours less nothing"] == alike
-    assert found["nothing"].value == found["nothing"].high == 0
-    assert found["ours less ours"].low == found["ours less ours"].high == 0
-    other, runs = encoders_of((2.0, 0.0, -2.0))
-    differing = datamodeling.lds_over_encoders([{"x": p} for p in other], runs)["x"]
-    # images alone would not say so
-    assert differing.high - differing.low > 2 * (alike.high - alike.low)
-    agree = datamodeling.repeatability_over_encoders(measured)
-    want = np.mean([datamodeling.repeatability(m).value for m in measured])
-    assert agree.value == pytest.approx(want)
-    with pytest.raises(issl.IsslError, match="2 tables of predictions for 3 encoders"):
-        datamodeling.lds_over_encoders(tables[:2], measured)

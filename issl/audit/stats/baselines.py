@@ -17,11 +17,6 @@ from issl.audit.stats.neighbour_graph import nearest
 from issl.data.images import Images
 
 
-def embedding_closeness(features: Float[Tensor, "n d"]) -> np.ndarray:
-    """1 − cosine distance to the nearest other image: near 1 for duplicates."""
-    return 1 - nearest(features, 1)[1][:, 0]
-
-
 def pixel_closeness(images: Images) -> np.ndarray:
     """Minus the RMS pixel distance to the nearest other image, pixels in [0, 1]."""
     flat = images.tensor().flatten(1).numpy().astype(np.float32) / 255

@@ -74,55 +74,6 @@ def repeatability(measured: Runs, seed: int = 0) -> Estimate:
     return _two_way(list(measured), statistic, seed)
 
 
-def lds_over_encoders(
-    predicted: Sequence[Mapping[str, Table]],
-    measured: Sequence[Runs],
-    less: Sequence[tuple[str, str]] = (),
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """The LDS of each prediction, mean over encoders.
-
-    The bootstrap resamples encoders, then each one's repetitions, queries and subsets.
-
-    Args:
-        predicted: of each encoder, its predictions by name.
-        measured: of each encoder, its repeated measurements.
-        less: pairs of names whose difference is wanted, too.
-        seed: of the bootstrap.
-
-    Returns:
-        By name, and under "A less B" for each pair in `less`; n counts the encoders.
-    """
-    if len(predicted) != len(measured) or not predicted:
-        raise IsslError(
-            f"{len(predicted)} tables of predictions for {len(measured)} encoders: need one of each"
-        )
-    names = list(predicted[0])
-    stacked = [np.stack([np.asarray(of[name], float) for name in names]) for of in predicted]
-
-    def statistic(e: int, repetitions: Any, queries: Any, subsets: Any) -> np.ndarray:
-        ours = stacked[e][:, queries][:, :, subsets]
-        truth = measured[e][repetitions].mean(0)[queries][:, subsets]
-        return _spearman(ours, truth[None]).mean(-1)
-
-    value, drawn = _every_level(measured, statistic, seed)
-    of = {name: (value[k], drawn[:, k]) for k, name in enumerate(names)}
-    of |= {f"{a} less {b}": (of[a][0] - of[b][0], of[a][1] - of[b][1]) for a, b in less}
-    return {name: percentiles(*found, len(measured)) for name, found in of.items()}
-
-
-def repeatability_over_encoders(measured: Sequence[Runs], seed: int = 0) -> Estimate:
-    """`repeatability`, mean over encoders; the bootstrap is that of `lds_over_encoders`."""
-
-    def statistic(e: int, _: Any, queries: Any, subsets: Any) -> np.ndarray:
-        runs = measured[e][:, queries][:, :, subsets]
-        pairs = itertools.combinations(range(len(runs)), 2)
-        return np.array([np.mean([_spearman(runs[i], runs[j]) for i, j in pairs])])
-
-    value, drawn = _every_level(measured, statistic, seed)
-    return percentiles(value[0], drawn[:, 0], len(measured))
-
-
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
     """The greatest correlation of any prediction with the mean of s repetitions.
 
@@ -156,22 +107,6 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed
         rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
         found[k] = statistic(*(t[rows][:, columns] for t in tables)).mean()
     return percentiles(statistic(*tables).mean(), found, q)
-
-
-def _every_level(
-    measured: Sequence[Runs], statistic: Callable[..., np.ndarray], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of a statistic over encoders, and over resampled ones, each on resampled runs."""
-    if any(np.ndim(m) != 3 or len(m) < 2 for m in measured):
-        shapes = [np.shape(m) for m in measured]
-        raise IsslError(f"measurements of shape {shapes}: need two or more repetitions of each")
-    rng, drawn, every = np.random.default_rng(seed), [], slice(None)
-    for _ in range(RESAMPLES):
-        some = rng.integers(0, len(measured), len(measured)).tolist()
-        each = [statistic(e, *(rng.integers(0, n, n) for n in measured[e].shape)) for e in some]
-        drawn.append(np.mean(each, axis=0))
-    whole = [statistic(e, every, every, every) for e in range(len(measured))]
-    return np.mean(whole, axis=0), np.stack(drawn)
 
 
 def log_loss(losses: Any) -> np.ndarray:

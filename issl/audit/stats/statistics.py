@@ -216,19 +216,6 @@ def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> E
     return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(score))
 
 
-def auc_difference(
-    score: np.ndarray, other: np.ndarray, positive: np.ndarray, seed: int = 0
-) -> Estimate:
-    """AUC of a score minus that of another on the same images; paired bootstrap."""
-
-    def statistic(y: np.ndarray, s: np.ndarray, t: np.ndarray, axis: int = -1) -> Any:
-        rise = scipy.stats.rankdata(s, axis=axis) - scipy.stats.rankdata(t, axis=axis)
-        return (y * rise).sum(axis) / (y.sum(axis) * (1 - y).sum(axis))
-
-    columns = (_flag(positive), score, other)
-    return _bootstrap(columns, statistic, seed)
-
-
 def rank_biserial(score: np.ndarray, flag: np.ndarray) -> tuple[Estimate, float]:
     """P(a flagged image scores higher than another) − P(lower), and Mann-Whitney's p.
 
