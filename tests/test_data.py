@@ -132,6 +132,9 @@ def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
     fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
     columns = {"label": [1] * 12}
+    outside = {"label": [1] * 11 + [10]}
+    write_parquet(tmp_path, "cifar10/plain_text", "train", "img", outside, pixels)
+    fails("label goes from 1 to 10, and there are 10 names")
     path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", columns, pixels)
     fails("n=13: data set 'cifar10' has 12", n=13)
     path.write_bytes(path.read_bytes()[:9000])

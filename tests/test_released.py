@@ -160,6 +160,9 @@ def test_tables_are_compared_by_numbers_then_ranks() -> None:
     most, rank = differences(kept.assign(influence=kept["influence"].to_numpy()[::-1]), kept)
     assert most > 0.1 and rank < 0.5
     assert differences(kept[:10], kept)[1] == -1
+    for wrong in (np.nan, 0.0):
+        most, rank = differences(kept.assign(influence=wrong), kept)
+        assert most > 0.1 and rank == -1
 
 
 def test_pixels_that_are_not_shown_are_an_error(tmp_path: Path) -> None:

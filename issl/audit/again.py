@@ -45,11 +45,14 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
             most = most if a.equals(b) else np.inf
             continue
         a, b = a.astype(float), b.astype(float)
+        if not a.isna().equals(b.isna()):
+            return np.inf, -1.0
         scale = b.abs().clip(lower=b.std() if len(b) > 1 else 0.0)
         apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).fillna(0.0)
         most = max(most, float(apart.max()))
         if apart.max() > 0:
-            rank = min(rank, float(a.corr(b, method="spearman")))
+            found = float(a.corr(b, method="spearman")) if a.nunique() > 1 else np.nan
+            rank = min(rank, -1.0 if np.isnan(found) else found)  # of a constant there is none
     return most, rank
 
 
@@ -58,8 +61,10 @@ def check_again(options: ProfileOptions) -> int:
     where the table differs."""
     plans = replace(options, door="encoders", only=options.only or "01").plans()
     check(plans, options.folder)
+    index = released_index(provided("released"))
     for plan in plans.values():
-        first = next((s for s in all_stages([plan]) if isinstance(s, Influence)), None)
+        scores = (s for s in all_stages([plan]) if isinstance(s, Influence))
+        first = next((s for s in scores if s.label in index), None)
         if first is not None:
             artifacts = plan.artifacts(progress=True)
             which = first.data.which

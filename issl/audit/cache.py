@@ -144,7 +144,7 @@ class Artifacts:
     def _made(self, stage: Stage, final: Path) -> bool:
         """Make the artifact where it is not there; was it made here? Raises Removed where its files
         were deleted meanwhile: then what is left of them is no whole artifact."""
-        if self._sound(final):
+        if final.is_dir() and damaged(final) is None:
             return False
         work = final.with_name(final.name + ".part")
         _make_folder(work.parent)
@@ -235,8 +235,9 @@ class Artifacts:
         return None
 
     def has(self, stage: Stage) -> bool:
-        """Is the artifact there, whole? A damaged one is removed."""
-        return self._sound(self.folder(stage)) or self._released(stage) is not None
+        """Is the artifact there, whole?"""
+        folder = self.folder(stage)
+        return (folder.is_dir() and damaged(folder) is None) or self._released(stage) is not None
 
     def _sound(self, folder: Path) -> bool:
         """Is the artifact there and whole? A damaged one is reported and removed."""

@@ -137,7 +137,8 @@ class Plan(Config):
         """With `checkpoints`, `methods` are those of them that have a file."""
         if (
             not isinstance(fields, dict)
-            or not fields.get("checkpoints")
+            or not isinstance(fields.get("checkpoints"), dict)
+            or not fields["checkpoints"]
             or "methods" not in cls.model_fields
         ):
             return fields
@@ -417,7 +418,7 @@ class Scored(Plan):
     @classmethod
     def _as_many_encoders_as_files(cls, fields: Any) -> Any:
         given = fields.get("checkpoints") if isinstance(fields, dict) else None
-        if not given:
+        if not isinstance(given, dict) or not given:
             return fields
         return {
             **fields,

@@ -438,10 +438,9 @@ class Measured(Stage):
     def _statistics_of_one_kind(self) -> Measured:
         if self.statistics is not None and self.estimated is not None:
             raise ValueError("give `statistics` or `estimated`, not both")
-        if self.estimated is not None and isinstance(self.pretrain, Given):
+        if self.estimated is not None and not isinstance(self.pretrain, Pretrain):
             raise ValueError(
-                "`estimated` takes the views of the training, and a given encoder does not say "
-                "which"
+                "`estimated` takes the views of a training, and a given encoder does not say which"
             )
         return self
 
@@ -450,7 +449,8 @@ class Measured(Stage):
         encoder = self.pretrain.encoder(artifacts, self.output)
         if self.statistics is not None:
             return copy_statistics(self.statistics.encoder(artifacts, self.output), encoder)
-        if self.estimated is not None and isinstance(self.pretrain, Pretrain):
+        if self.estimated is not None:
+            assert isinstance(self.pretrain, Pretrain)
             return estimate_statistics(encoder, self.estimated.load(), self.pretrain.recipe.view_a)
         return encoder
 

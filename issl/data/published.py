@@ -326,6 +326,11 @@ def _images(
     attributes = pd.DataFrame({"index": rows})
     for column, values in table.items():
         names = source.names.get(str(column))
+        if names is not None and not values.between(0, len(names) - 1).all():
+            raise IsslError(
+                f"{name}: {column} goes from {values.min()} to {values.max()}, and there are "
+                f"{len(names)} names; get the published files again"
+            )
         attributes[column] = values.to_numpy() if names is None else np.array(names)[values]
     attributes["label_name"] = np.array(source.names[source.label])[labels]
     pixels = np.empty((len(rows), 3, size, size), np.uint8)

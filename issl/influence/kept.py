@@ -361,7 +361,8 @@ def settings_of(
 def as_setting(value: object) -> dict[str, Any]:
     """A frozen dataclass as its name and fields; a function by its name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, "fields": dataclasses.asdict(value)}
+        fields = json.loads(json.dumps(dataclasses.asdict(value)))  # as a file gives it back
+        return {"kind": type(value).__name__, "fields": fields}
     return {"kind": describe(value), "fields": {}}
 
 
@@ -375,7 +376,8 @@ def build(path: str | Path, name: str, settings: Mapping[str, Any], given: Any) 
             f"curvature file {path} was fitted with {name} {kind}, which this library cannot "
             f"build: give it as {name}=…"
         )
-    return BUILDS[kind](**settings[name]["fields"])
+    fields = settings[name]["fields"].items()
+    return BUILDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

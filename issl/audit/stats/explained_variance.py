@@ -127,7 +127,9 @@ def share_of(part: Estimate, whole: Estimate) -> Estimate:
     nothing."""
     if whole.low <= 0:
         return Estimate(np.nan, -np.inf, np.inf, part.n)
-    return Estimate(part.value / whole.value, part.low / whole.high, part.high / whole.low, part.n)
+    low = part.low / (whole.high if part.low > 0 else whole.low)
+    high = part.high / (whole.low if part.high > 0 else whole.high)
+    return Estimate(part.value / whole.value, low, high, part.n)
 
 
 def _held_out(
