@@ -105,12 +105,12 @@ def test_bases_from_images_are_extended_and_not_added() -> None:
 
 
 def test_noise_of_each_channel_is_read_as_it_was_written(tmp_path: Path) -> None:
-    net, images = make("stride"), pictures(12)
-    fitted = issl.fit(net, images, GaussianNoise.of_normalised((0.2, 0.3, 0.4)))
+    net, images, noise = make("stride"), pictures(12), GaussianNoise.of_normalised((0.2, 0.3, 0.4))
+    fitted = issl.fit(net, images, noise)
     fitted.save(tmp_path / "c.safetensors")
     again = issl.load_fitted(tmp_path / "c.safetensors", net)
     same(again.score(images), fitted.score(images), rtol=1e-12)
-    assert fitted.extend(pictures(5, seed=5)).add(again.extend(pictures(6, seed=6))) is not None
+    assert issl.fit(net, pictures(5, seed=5), noise).add(again).n == 17
 
 
 def test_the_same_images_twice() -> None:

@@ -220,7 +220,7 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     ]:
         assert main(["run", "--only", only, "--checkpoint", given, "--out", str(tmp_path)]) == 2
         assert named in capsys.readouterr().err
-    with pytest.raises(issl.IsslError, match=r"checkpoints = weights.ckpt"):
+    with pytest.raises(issl.IsslError, match="checkpoints = 'weights.ckpt'"):
         SeedCorrelation(checkpoints="weights.ckpt")
     with pytest.raises(issl.IsslError, match="a given encoder does not say which"):
         Embed(pretrain=Given(method="simclr", checkpoint=checkpoint), data=DATA, estimated=DATA)

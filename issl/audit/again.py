@@ -51,8 +51,9 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
         apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).fillna(0.0)
         most = max(most, float(apart.max()))
         if apart.max() > 0:
-            found = float(a.corr(b, method="spearman")) if a.nunique() > 1 else np.nan
-            rank = min(rank, -1.0 if np.isnan(found) else found)  # of a constant there is none
+            # a constant has no ranks
+            varies = a.min() < a.max() and b.min() < b.max()
+            rank = min(rank, float(a.corr(b, method="spearman")) if varies else -1.0)
     return most, rank
 
 
