@@ -182,7 +182,7 @@ def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
     for name, plan in PLANS.items():
         if plan.takes_checkpoints:
             stages = plan(checkpoints={"simclr": checkpoint}).stages()
-            needed = [need for stage in stages for need in (stage, *stage.needs().values())]
+            needed = [need for stage in stages for need in (stage, *stage.needs())]
             # the control is untrained
             assert not any(isinstance(s, Pretrain) and s.epochs for s in needed), name
     plan = SeedCorrelation(checkpoints={"simclr": str(checkpoint)})
@@ -220,7 +220,7 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     ]:
         assert main(["run", "--only", only, "--checkpoint", given, "--out", str(tmp_path)]) == 2
         assert named in capsys.readouterr().err
-    with pytest.raises(issl.IsslError, match="checkpoints = 'weights.ckpt'"):
+    with pytest.raises(issl.IsslError, match=r"checkpoints = 'weights\.ckpt'"):
         SeedCorrelation(checkpoints="weights.ckpt")
     with pytest.raises(issl.IsslError, match="a given encoder does not say which"):
         Embed(pretrain=Given(method="simclr", checkpoint=checkpoint), data=DATA, estimated=DATA)

@@ -163,7 +163,7 @@ def test_stages_are_made_in_order_where_something_needs_them_and_then_only_read(
     assert [s.label for s in found] == list(dict.fromkeys(s.label for s in found))
     assert {stage.label for stage in found} == {stage.label for stage in all_stages([plan])}
     for k, stage in enumerate(found):
-        assert all(need in found[:k] for need in stage.needs().values())
+        assert all(need in found[:k] for need in stage.needs())
 
     class There(Artifacts):
         """All that the plan reads, and nothing that only those need."""

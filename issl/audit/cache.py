@@ -17,7 +17,6 @@ checksums. The locks are filelock's, the configs pydantic's.)
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,16 +40,6 @@ from issl.files import atomic, file_digest, provided, remove_leftovers
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"  # of released artifacts
-# in the folder of an artifact that is made: whoever deletes what is in it deletes this too
-MARK = ".being-made"
-
-
-class Removed(IsslError):
-    """An artifact's files were deleted while it was made."""
-
-    def __init__(self, label: str, work: Path):
-        self.what = f"{label}: files were deleted while it was made in {work}"
-        super().__init__(f"{self.what}; leave the folder alone and run the same command again")
 
 
 class Stage(Config):
@@ -72,16 +62,11 @@ class Stage(Config):
         """As another stage names it in its own settings."""
         return self.label
 
-    def needs(self) -> dict[str, Stage]:
-        """The stages whose artifacts this one reads, by field."""
-        found: dict[str, Stage] = {}
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            several = isinstance(value, tuple)
-            for k, stage in enumerate(value if several else (value,)):
-                if isinstance(stage, Stage):
-                    found[f"{name}.{k}" if several else name] = stage
-        return found
+    def needs(self) -> list[Stage]:
+        """The stages whose artifacts this one reads."""
+        values = [getattr(self, name) for name in type(self).model_fields]
+        several = [value if isinstance(value, tuple) else (value,) for value in values]
+        return [stage for stage in chain(*several) if isinstance(stage, Stage)]
 
     @property
     def label(self) -> str:
@@ -132,18 +117,13 @@ class Artifacts:
             label in (*self.computed, *self.cached) and (final / MANIFEST).is_file()
         ):  # nobody has deleted it
             return final
-        try:
-            made = self._made(stage, final)
-        except Removed as removed:
-            print(f"{removed.what}; it is made again", file=sys.stderr, flush=True)
-            made = self._made(stage, final)
+        made = self._made(stage, final)
         if label not in (noted := self.computed if made else self.cached):
             noted.append(label)
         return final
 
     def _made(self, stage: Stage, final: Path) -> bool:
-        """Make the artifact where it is not there; was it made here? Raises Removed where its files
-        were deleted meanwhile: then what is left of them is no whole artifact."""
+        """Make the artifact where it is not there; was it made here?"""
         if final.is_dir() and damaged(final) is None:
             return False
         work = final.with_name(final.name + ".part")
@@ -155,29 +135,10 @@ class Artifacts:
             for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
                 remove_leftovers(folder)  # they would become part of the artifact
             began = time.monotonic()
-            with _marked(work) as is_whole:
-                try:
-                    stage.make(work, self)
-                    _write_manifest(work, stage, self.device, time.monotonic() - began)
-                    if is_whole():
-                        (work / MARK).unlink()
-                        work.replace(final)
-                        return True
-                except Exception as error:
-                    if is_whole() and not self._lost(stage):
-                        raise
-                    raise Removed(stage.label, work) from error
-            raise Removed(stage.label, work)
-
-    def _lost(self, stage: Stage) -> bool:
-        """Is an artifact gone that was here, and that the stage may read?"""
-        read = [s for s in in_dependency_order([stage]) if s.label != stage.label]
-        here = [
-            s
-            for s in read
-            if s.label in (*self.computed, *self.cached) and self._released(s) is None
-        ]
-        return not all((self.folder(s) / MANIFEST).is_file() for s in here)
+            stage.make(work, self)
+            _write_manifest(work, stage, self.device, time.monotonic() - began)
+            work.replace(final)
+        return True
 
     def file(self, stage: Stage, name: str) -> Path:
         """One of the stage's files; the stage is made first where it is not there."""
@@ -259,30 +220,23 @@ _said: set[str] = set()  # about damaged files, in this process
 def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:
     """What has to be made: those of these stages that are not there, each after those that it needs
     and that are not there. What nothing needs any more is left alone."""
-    seen: set[str] = set()
-
-    def visit(stage: Stage) -> Iterator[Stage]:
-        if stage.label not in seen:
-            seen.add(stage.label)
-            if not artifacts.has(stage):
-                for need in stage.needs().values():
-                    yield from visit(need)
-                yield stage
-
-    for stage in stages:
-        yield from visit(stage)
+    return in_dependency_order(stages, artifacts.has)
 
 
-def in_dependency_order(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """These stages and all that they read, each once, a stage after those it reads."""
+def in_dependency_order(
+    stages: Iterable[Stage], there: Callable[[Stage], bool] = lambda stage: False
+) -> Iterator[Stage]:
+    """These stages and all that they read, each once, a stage after those it reads; without those
+    that are `there`, and what these alone read."""
     seen: set[str] = set()
 
     def walk(stage: Stage) -> Iterator[Stage]:
         if stage.label not in seen:
             seen.add(stage.label)
-            for need in stage.needs().values():
-                yield from walk(need)
-            yield stage
+            if not there(stage):
+                for need in stage.needs():
+                    yield from walk(need)
+                yield stage
 
     for stage in stages:
         yield from walk(stage)
@@ -343,11 +297,7 @@ def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, s
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
-    made = (
-        p
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p not in (folder / MARK, folder / MANIFEST)
-    )
+    made = (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
     files = {str(p.relative_to(folder)): file_digest(p) for p in made}
     content: dict[str, Any] = {
         **stage.content(),
@@ -363,26 +313,6 @@ def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: f
     }
     with atomic(folder / MANIFEST) as part:
         part.write_text(json.dumps(content, indent=1))
-
-
-@contextmanager
-def _marked(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Put a mark into the folder; yields whether it is still there, so that nobody has deleted what
-    is in it since."""
-    path = folder / MARK
-    with path.open("w") as mark:  # as long as it is open, no other file can be taken for it
-
-        def is_there() -> bool:
-            try:
-                return os.path.samestat(os.fstat(mark.fileno()), path.stat())
-            except OSError:
-                return False
-
-        try:
-            yield is_there
-        finally:
-            if is_there():
-                path.unlink()
 
 
 def _make_folder(folder: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from issl import __version__
+from issl.audit.config import Config
 from issl.audit.stats.statistics import Estimate
 from issl.data.datasets import without_place
 from issl.devices import device_name
@@ -34,13 +35,7 @@ SUPERSEDED = "superseded"
 PASSED, FAILED = "check passed", "check failed"  # of the code
 
 
-class Entry(BaseModel):
-    """A part of claims.yaml: what is misspelt there is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Condition(Entry):
+class Condition(Config):
     """One condition: a bound of a metric's interval above or below a threshold.
 
     Attributes:
@@ -93,7 +88,7 @@ class Condition(Entry):
         return "contradicted" if (wrong or exact) and not (poor or self.p_value) else "undecided"
 
 
-class Superseded(Entry):
+class Superseded(Config):
     """Why a claim's test no longer decides: since when, by which claim, and what it had found."""
 
     date: str
@@ -102,7 +97,7 @@ class Superseded(Entry):
     found: str
 
 
-class Scale(Entry):
+class Scale(Config):
     """What a claim's encoders must have learned before its verdict says anything of the method.
 
     Attributes:
@@ -111,8 +106,8 @@ class Scale(Entry):
         encoders: how many of each method, trained from different seeds.
     """
 
-    knn: dict[str, float] = {}
-    above_untrained: dict[str, float] = {}
+    knn: dict[str, float] = Field({})
+    above_untrained: dict[str, float] = Field({})
     encoders: int = Field(1, ge=1)
 
     def reached(self, dataset: str, learned: Learned) -> bool:
@@ -130,7 +125,7 @@ class Scale(Entry):
         )
 
 
-class Claim(Entry):
+class Claim(Config):
     """One entry of claims.yaml, whose head says what the fields mean."""
 
     notebook: str

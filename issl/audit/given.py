@@ -121,7 +121,3 @@ class Given(Stage):
     def read(self, artifacts: Artifacts) -> nn.Module:
         """The encoder, in eval mode."""
         return self.encoder(artifacts)
-
-    def in_words(self, artifacts: Artifacts) -> str:
-        """Where it comes from, for the reader of a notebook."""
-        return f"given as {self.checkpoint.file.name}"

@@ -7,7 +7,7 @@ value, low and high, and columns that say what it is about.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,18 +202,11 @@ def scatter(
     axes.set(xlabel=xlabel, ylabel=ylabel)
 
 
-def curves(
-    axes: Axes,
-    table: pd.DataFrame,
-    x: str,
-    label: str,
-    colour: str = "method",
-    marks: Mapping[str, str] | None = None,
-) -> None:
+def curves(axes: Axes, table: pd.DataFrame, x: str, label: str, colour: str = "method") -> None:
     """A line with its interval for each of `colour`, along the column `x`."""
     for group, part in table.groupby(colour, sort=False):
-        paint, mark = COLOURS.get(str(group), GREY), (marks or {}).get(str(group), "o")
-        axes.plot(part[x], part["value"], color=paint, marker=mark, ms=3, label=name(str(group)))
+        paint = COLOURS.get(str(group), GREY)
+        axes.plot(part[x], part["value"], "o-", color=paint, ms=3, label=name(str(group)))
         axes.fill_between(part[x], part["low"], part["high"], color=paint, alpha=0.15, lw=0)
     axes.set(xlabel=x, ylabel=label)
 

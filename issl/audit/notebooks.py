@@ -33,17 +33,14 @@ def fingerprint(source: Path, plan: Plan, device: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def library_files() -> list[Path]:
-    """This library's code and its settings."""
-    return [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
-
-
 @lru_cache
 def _library() -> list[str]:
+    """This library's code and settings, and the versions of what it needs."""
     needed = [r for r in metadata.requires("issl") or [] if "extra ==" not in r]
     names = sorted({m[0] for r in needed if (m := re.match(r"[A-Za-z0-9._-]*[A-Za-z0-9]", r))})
     versions = [f"{name} {metadata.version(name)}" for name in names]
-    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in library_files()] + versions
+    files = [p for p in sorted(PACKAGE.rglob("*")) if p.suffix in (".py", ".yaml")]
+    return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in files] + versions
 
 
 def outputs(name: str, plan: Plan) -> dict[str, Path]:
@@ -75,10 +72,8 @@ def is_current(name: str, plan: Plan, key: str) -> bool:
     try:
         record = json.loads(_record(name, plan).read_text())
         made_from, files = record["made_from"], record["files"]
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError):
-        return False  # damaged
+    except (FileNotFoundError, ValueError, KeyError):
+        return False  # not there, or damaged
     here = outputs(name, plan)
     return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
 

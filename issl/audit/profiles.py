@@ -95,7 +95,8 @@ class ProfileOptions:
         return [
             name
             for name in covered(self.profile)
-            if needs_training(self.profile, name, self._given())
+            if not PLANS[name].takes_checkpoints
+            and _fields(self.profile, name, self._given()).get("checkpoints")
         ]
 
     def _given(self) -> dict[str, list[str]]:
@@ -172,16 +173,6 @@ def _fields(profile: str, name: str, checkpoints: Mapping[str, list[str]] | None
     content = _content(profile)
     given = {"checkpoints": checkpoints} if checkpoints else {}
     return {**(content.get("common") or {}), **(content.get(name) or {}), **given}
-
-
-def needs_training(
-    profile: str, name: str, checkpoints: Mapping[str, list[str]] | None = None
-) -> bool:
-    """Are encoders given to a notebook that has to train its own?"""
-    return (
-        bool(_fields(profile, name, checkpoints).get("checkpoints"))
-        and not PLANS[name].takes_checkpoints
-    )
 
 
 def _content(profile: str) -> dict[str, Any]:
@@ -265,12 +256,6 @@ def check(plans: dict[str, Plan], out: Path) -> None:
     """All that can be wrong before any long work: device, output folder, data present and large
     enough."""
     for folder in (out / "artifacts", out / "figures", out / "results"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise IsslError(
-                f"output folder {folder} cannot be written ({error}); choose another with --out DIR"
-            ) from error
         check_writable(folder, f"output folder {folder} (--out)")
     for place in (*(out / "figures").glob("**/"), *(out / "results").glob("**/")):
         remove_leftovers(place)

@@ -19,7 +19,7 @@ from issl.audit.cache import (
 from issl.audit.claims import readings
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
-from issl.audit.stages import Influence, Pretrain, Table
+from issl.audit.stages import Influence, Pretrain, State, Table
 from issl.data import datasets
 from issl.errors import IsslError
 from issl.files import provided
@@ -44,7 +44,7 @@ def path_of(stage: Table) -> str:
 def _data(stage: Stage) -> Data:
     """The images that a stage is about: its own, or those of the first that it reads."""
     own = getattr(stage, "data", None)
-    return own if isinstance(own, Data) else _data(next(iter(stage.needs().values())))
+    return own if isinstance(own, Data) else _data(next(iter(stage.needs())))
 
 
 def _encoder(encoder: Pretrain) -> list[str]:
@@ -54,10 +54,13 @@ def _encoder(encoder: Pretrain) -> list[str]:
 
 def _settings(stage: Table) -> list[str]:
     """What else tells tables of a kind and encoder apart."""
-    scores = [s for s in in_dependency_order([stage]) if isinstance(s, Influence)]
+    order = list(in_dependency_order([stage]))
+    scores = [s for s in order if isinstance(s, Influence)]
+    after = [f"after{s.after}" for s in order if isinstance(s, State)]
     reading = ["projector"] if any(s.output == "projector" for s in scores) else []
     if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
         reading.append("normalised")
+    reading = after + reading
     if not isinstance(stage, Influence):
         share = getattr(stage, "share", None)
         return reading + ([] if share is None else [f"{share:.0%}".replace("%", "percent")])

@@ -109,7 +109,7 @@ def default_engine(tasks: int, device: torch.device) -> Engine:
 
 def _stage_tasks(stages: dict[str, Stage], artifacts: Artifacts, device: str) -> dict[str, Task]:
     def task(stage: Stage) -> Task:
-        needs = [need.label for need in stage.needs().values() if need.label in stages]
+        needs = [need.label for need in stage.needs() if need.label in stages]
         return Task(partial(make, stage, artifacts, device), needs)
 
     return {label: task(stage) for label, stage in stages.items()}
@@ -152,7 +152,7 @@ def summary(stage: Stage) -> str:
 def _encoder(stage: Stage) -> Pretrain | Given | None:
     if isinstance(stage, Pretrain | Given):
         return stage
-    found = (_encoder(need) for need in stage.needs().values())
+    found = (_encoder(need) for need in stage.needs())
     return next((encoder for encoder in found if encoder is not None), None)
 
 

@@ -11,12 +11,12 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -163,13 +163,6 @@ class Pretrain(Stage):
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.file(self, "history.csv"))
 
-    def in_words(self, artifacts: Artifacts) -> str:
-        """How it was trained, for the reader of a notebook."""
-        if self.epochs == 0:
-            return "none"
-        loss = self.history(artifacts)["loss"]
-        return f"loss {loss.iloc[0]:.2f} → {loss.iloc[-1]:.2f} in {len(loss)} epochs"
-
     def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
         keep = torch.ones(n, dtype=torch.bool)
         if self.without is not None:
@@ -230,22 +223,7 @@ class Table(Stage):
         return pd.read_parquet(artifacts.file(self, self.file))
 
 
-def _kind_of_encoder(value: object) -> str:
-    kinds: dict[str, tuple[type[Stage], str]]
-    kinds = {"given": (Given, "checkpoint"), "state": (State, "after")}
-    for name, (kind, field) in kinds.items():
-        if isinstance(value, kind) or (isinstance(value, dict) and field in value):
-            return name
-    return "pretrain"
-
-
-# by its kind, so that an error is about the one that was meant
-AnyEncoder = Annotated[
-    Annotated[Pretrain, Tag("pretrain")]
-    | Annotated[Given, Tag("given")]
-    | Annotated[State, Tag("state")],
-    Discriminator(_kind_of_encoder),
-]
+AnyEncoder = Pretrain | Given | State
 
 
 def _computing(artifacts: Artifacts) -> Computing:
@@ -497,8 +475,8 @@ class Stability(Measured, Table):
 
 
 class Pairs(Stage):
-    """A number for each query and training image: pairs.safetensors (`scores` (q, n), `query`,
-    `index`). `sign` times it is high where the image speaks for the query."""
+    """A number for each query and training image: pairs.safetensors (`scores` (q, n)). `sign` times
+    it is high where the image speaks for the query."""
 
     sign: ClassVar[int] = 1
 
@@ -507,11 +485,9 @@ class Pairs(Stage):
         return read_safetensors(artifacts.file(self, "pairs.safetensors"), "scores")[1]["scores"]
 
 
-def _write_pairs(folder: Path, scores: Tensor, images: Images, query: Images) -> None:
+def _write_pairs(folder: Path, scores: Tensor) -> None:
     with atomic(folder / "pairs.safetensors") as part:
-        save_file(
-            {"scores": scores.contiguous(), "query": query.index, "index": images.index}, part
-        )
+        save_file({"scores": scores.contiguous()}, part)
 
 
 class Cross(Pairs):
@@ -546,7 +522,7 @@ class Cross(Pairs):
             draws=self.draws,
             computing=computing,
         )
-        _write_pairs(folder, scores, images, query)
+        _write_pairs(folder, scores)
 
 
 class Spread(Positions):
@@ -631,9 +607,7 @@ class ThroughTraining(OfRun, Pairs):
         about["growth"] = effects.growth[0].tolist()
         with atomic(folder / "through.json") as part:
             part.write_text(json.dumps(about))
-        scores = {"scores": effects.derivatives, "index": run.images.index}
-        with atomic(folder / "pairs.safetensors") as part:
-            save_file(scores, part)
+        _write_pairs(folder, effects.derivatives)
 
     def about(self, artifacts: Artifacts) -> dict[str, Any]:
         """How it was made."""
@@ -704,8 +678,7 @@ class Nearness(Pairs):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         train, query = self.train.read(artifacts), self.query.read(artifacts)
-        scores = normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T
-        _write_pairs(folder, scores, self.train.data.load(), self.query.data.load())
+        _write_pairs(folder, normalize(query.double(), dim=1) @ normalize(train.double(), dim=1).T)
 
 
 class Neighbours(Stage):

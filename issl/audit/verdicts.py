@@ -470,12 +470,9 @@ def _number_asked(record: Record, test: dict[str, Any]) -> str:
     return f"{words(test['metric'])} = {number}; asked: {what}{side} {_asked(test):g}"
 
 
-def _markdown(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | None = None
-) -> str:
-    rule = ["---:" if k == numeric else "---" for k in range(len(head))]
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"]
+    lines = [f"| {' | '.join(head)} |", f"{'|---' * len(head)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)]) + "\n"
 
 

@@ -60,17 +60,10 @@ def prototype_distance(
 
 
 def _to_nearest(rows: Float[np.ndarray, "n d"]) -> np.ndarray:
-    """Euclidean distance to the nearest other row.
+    """Euclidean distance to the nearest other row, computed from the two: a copy is at exactly
+    0."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import
 
-    The nearest is found by products of matrices, ‖a − b‖² = ‖a‖² + ‖b‖² − 2 a·b, and its distance
-    then computed from the rows themselves: a copy is at exactly 0.
-    """
-    x, found = torch.from_numpy(rows), []
-    centred = x - x.mean(0)
-    squares = centred.square().sum(1)
-    for start in range(0, len(x), 512):
-        own = torch.arange(start, min(start + 512, len(x)))
-        apart = squares - 2 * centred[own] @ centred.T  # ‖a‖² changes no order
-        apart[own - start, own] = torch.inf
-        found.append((x[own] - x[apart.argmin(1)]).norm(dim=1))
-    return torch.cat(found).numpy()
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(rows)
+    nearest_other = search.kneighbors(return_distance=False)[:, 0]
+    return np.linalg.norm(rows - rows[nearest_other], axis=1)

@@ -61,21 +61,19 @@ def flagged_cross_share(
     return np.divide(flagged, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
-def betweenness(
-    graph: sparse.csr_array, sources: int | None = 256, seed: int = 0, at_once: int = 8
-) -> np.ndarray:
+def betweenness(graph: sparse.csr_array, sources: int = 256, seed: int = 0) -> np.ndarray:
     """The share of shortest paths between other images that pass through each, (n,).
 
         δ_s(v) = Σ_w σ_s(v) / σ_s(w) · (1 + δ_s(w))
 
     over the neighbours w of v that are one step further from s (Brandes 2001, theorem 6; σ_s: the
     number of shortest paths from s). Estimated from this many random sources (Brandes & Pich 2007);
-    None: exact, from all. Steps go from `at_once` sources together, as products of matrices: a
+    exact where that is all. Steps go from several sources together, as products of matrices: a
     hundred times faster than networkx, which gives the same (tested).
     """
-    n = graph.shape[0]
+    n, at_once = graph.shape[0], 8
     every = chosen = np.arange(n)
-    if sources is not None and sources < n:
+    if sources < n:
         chosen = np.random.default_rng(seed).choice(n, sources, replace=False)
     through = np.zeros(n)
     for start in range(0, len(chosen), at_once):
