@@ -177,7 +177,7 @@ def influence() -> dict[str, Any]:
 
 
 def evaluation() -> dict[str, Any]:
-    """Features, kNN and probe of all of CIFAR-10 at full width."""
+    """Features and kNN of all of CIFAR-10 at full width."""
     encoder, train, test = wide(), issl.load("cifar10"), issl.load("cifar10", split="test")
     rows: list[torch.Tensor] = []
     labels, truth = train.require_labels(), test.require_labels()
@@ -186,9 +186,6 @@ def evaluation() -> dict[str, Any]:
             lambda: rows.extend(evaluate.embed(encoder, s, CUDA) for s in (train, test))
         ),
         "kNN": timed(lambda: hits.knn_hits(rows[0], labels, rows[1], truth, device=CUDA)),
-        "linear probe": timed(
-            lambda: hits.probe_hits(rows[0], labels, rows[1], truth, device=CUDA)
-        ),
     }
     return {"seconds": seconds}
 

@@ -10,11 +10,9 @@ import nets
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 import issl
 from issl import devices, evaluate
-from issl.audit.stats.evaluate import PENALTIES, logistic_regression
 from issl.devices import Batches, free_memory, full_precision, pick_device
 from issl.influence import passes
 from issl.influence.passes import Computing
@@ -142,14 +140,3 @@ def test_a_containers_limit_counts(
     assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
     (root / "slurm" / limit).write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == 8_900_000
-
-
-@pytest.mark.parametrize("c", PENALTIES)
-def test_our_logistic_regression_is_scikit_learns(c: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(0, 4, (300,), generator=generator)
-    x = torch.randn(300, 12, generator=generator) + torch.nn.functional.one_hot(y, 12)
-    w, b = logistic_regression(x, y, 4, c)
-    theirs = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(x.double().numpy(), y.numpy())
-    want = torch.from_numpy(theirs.predict_proba(x.double().numpy()))
-    torch.testing.assert_close((x @ w + b).softmax(1).double(), want, atol=3e-3, rtol=0)

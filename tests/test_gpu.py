@@ -82,20 +82,18 @@ def test_training_takes_the_same_steps_and_the_same_each_time(method: Method) ->
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
 
 
-def test_features_losses_votes_and_probe(net: torch.nn.Module) -> None:
+def test_features_losses_and_votes(net: torch.nn.Module) -> None:
     images, labels, found = nets.pictures(60), torch.arange(60) % 3, []
     for d in (torch.device("cpu"), CUDA):
         features = evaluate.embed(copy.deepcopy(net), images, d)
         losses = evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d)
         known = found[0][0] if found else features
         hits = evaluate.knn_hits(known, labels, known, labels, k=3, device=d)
-        probe = evaluate.probe_hits(known, labels, known, labels, device=d)[0].mean()
-        found.append((features, losses, hits, probe))
+        found.append((features, losses, hits))
     here, there = found
     torch.testing.assert_close(there[0], here[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(there[1], here[1], rtol=1e-3, atol=1e-6)
     assert (here[2] == there[2]).all() and not here[2].all()
-    assert abs(here[3] - there[3]) <= 0.05
 
 
 def waits(run: Callable[[], object]) -> Counter[str]:

@@ -738,7 +738,7 @@ class Evaluate(Table):
         train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
-        probe, c = probe_hits(train, labels, test, truth, self.seed, artifacts.device)
+        probe, c = probe_hits(train, labels, test, truth, self.seed)
         knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
         with atomic(folder / "probe.json") as part:
             part.write_text(json.dumps({"C": c}))

@@ -328,7 +328,7 @@ class Removals(Estimates):
 
         def probe(keep: np.ndarray) -> np.ndarray:
             own = features[keep], labels[keep]
-            return evaluate.probe_hits(*own, asked, truth, self.seed, artifacts.device)[0]
+            return evaluate.probe_hits(*own, asked, truth, self.seed)[0]
 
         of_probe = images.probe_gains(self.share, probe, rng)
         return {removed: gain | of_probe[removed] for removed, gain in gains.items()}
