@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -74,4 +73,4 @@ def test_evaluation_as_a_stage(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table["knn"], knn_hits(*known, k=20))
     hits, c = probe_hits(*known)
     np.testing.assert_array_equal(table["probe"], hits)
-    assert json.loads((artifacts.get(stage) / "probe.json").read_text())["C"] == c
+    assert table.attrs["C"] == c

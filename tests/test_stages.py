@@ -86,8 +86,8 @@ def test_what_depends_on_a_changed_field_is_computed_and_nothing_twice(tmp_path:
         again.get(stage)
         assert kinds(again) == computed
     assert influence().read(again).equals(scores)
-    settings = json.loads((again.get(influence()) / "settings.json").read_text())
-    assert len(settings["damping"]) == 20 and all(v >= 0 for v in settings["damping"].values())
+    damping = influence().read(again).attrs["damping"]
+    assert len(damping) == 20 and all(v >= 0 for v in damping.values())
 
 
 def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Artifacts) -> None:

@@ -235,7 +235,7 @@ def _computing(artifacts: Artifacts) -> Computing:
 
 class Influence(Table):
     """Score images under an encoder: influence.parquet (a row per image, see
-    `issl.self_influence`), settings.json (with the damping per layer).
+    `issl.self_influence`; the damping of each layer is among the table's `attrs`).
 
     others   these images are scored instead, under the curvature of `data`
     output   of the encoder, whose stability is scored; the projector's with its own layers, too
@@ -255,7 +255,7 @@ class Influence(Table):
     others: Data | None = None
     output: Output = "features"
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         supervised = self.loss == "cross_entropy"
         if supervised and self.pretrain.method != "supervised":
             raise IsslError(
@@ -272,13 +272,8 @@ class Influence(Table):
             "computing": computing,
         }
         if self.others is None:
-            scores = self_influence(encoder, images, **what)
-        else:
-            fitted = fit(encoder, images, **what)
-            scores = fitted.score(self.others.load(), computing=computing)
-        with atomic(folder / "settings.json") as part:
-            part.write_text(json.dumps(scores.attrs, indent=1))
-        self.write(scores, folder)
+            return self_influence(encoder, images, **what)
+        return fit(encoder, images, **what).score(self.others.load(), computing=computing)
 
     def order(self, artifacts: Artifacts) -> np.ndarray:
         """The positions of the images, from the highest influence to the lowest."""
@@ -723,8 +718,8 @@ class Betweenness(Table):
 
 
 class Evaluate(Table):
-    """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?),
-    probe.json (its C)."""
+    """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?; the
+    probe's C is among the table's `attrs`)."""
 
     name: ClassVar[str] = "evaluate"
     file: ClassVar[str] = "hits.parquet"
@@ -734,16 +729,15 @@ class Evaluate(Table):
     k: int = Field(200, ge=1)
     seed: int = Field(0, ge=0)
 
-    def make(self, folder: Path, artifacts: Artifacts) -> None:
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
         probe, c = probe_hits(train, labels, test, truth, self.seed)
         knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
-        with atomic(folder / "probe.json") as part:
-            part.write_text(json.dumps({"C": c}))
-        found = {"index": images.index.numpy(), "knn": knn, "probe": probe}
-        self.write(pd.DataFrame(found), folder)
+        found = pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe})
+        found.attrs["C"] = c
+        return found
 
 
 Choice = Prune | Thin | Pick | Draw | Top
