@@ -109,5 +109,5 @@ def test_it_runs_from_the_wheel_in_any_folder(built: dict[str, Path], tmp_path: 
     assert (desk / "results/quick/index.html").is_file()
     written = (desk / "results/quick/claim_method_exact.json").read_text()
     assert f'"commit": "version {issl.__version__}"' in written
-    assert run("verdicts").startswith("| claim |")
+    assert run("verdicts").startswith("### ")
     assert not (environment / "artifacts").exists()
