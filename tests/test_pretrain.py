@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -258,6 +259,7 @@ def test_an_encoder_with_its_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_is_the_same() -> None:
     images, how = issl.load("scenes", n=64), {**SMALL, "epochs": 1, "batch_size": 32}
     losses = [
