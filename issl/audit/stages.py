@@ -550,6 +550,14 @@ class OfRun(Stage):
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _what_is_asked_of_a_whole_training(self) -> OfRun:
+        if (self.asked == "own") != (self.picked is not None):
+            raise ValueError("`picked` images are asked about themselves: give it with asked='own'")
+        if self.run.without is not None:
+            raise ValueError("`run` is the training on all images; leave `without` out of it")
+        return self
+
     def training(self, artifacts: Artifacts) -> tuple[Run, list[Measure]]:
         """The training, and what is asked after it."""
         run, images = self.run, self.run.data.load()
