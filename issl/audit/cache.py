@@ -124,7 +124,7 @@ class Artifacts:
 
     def _made(self, stage: Stage, final: Path) -> bool:
         """Make the artifact where it is not there; was it made here?"""
-        if final.is_dir() and damaged(final) is None:
+        if self._there(stage):
             return False
         work = final.with_name(final.name + ".part")
         _make_folder(work.parent)
@@ -196,9 +196,19 @@ class Artifacts:
         return None
 
     def has(self, stage: Stage) -> bool:
-        """Is the artifact there, whole?"""
+        """Is the artifact there, whole? A damaged one is removed."""
+        return self._there(stage) or self._released(stage) is not None
+
+    def _there(self, stage: Stage) -> bool:
+        """Is the artifact here, whole? A damaged one is looked at again, and removed, under its
+        lock: another process may have made it anew."""
         folder = self.folder(stage)
-        return (folder.is_dir() and damaged(folder) is None) or self._released(stage) is not None
+        if damaged(folder) is None:
+            return True
+        if not folder.is_dir():
+            return False
+        with _locked(folder.with_name(folder.name + ".lock"), stage.label):
+            return self._sound(folder)
 
     def _sound(self, folder: Path) -> bool:
         """Is the artifact there and whole? A damaged one is reported and removed."""
