@@ -44,7 +44,7 @@ def path_of(stage: Table) -> str:
 def _data(stage: Stage) -> Data:
     """The images that a stage is about: its own, or those of the first that it reads."""
     own = getattr(stage, "data", None)
-    return own if isinstance(own, Data) else _data(next(iter(stage.needs())))
+    return own if isinstance(own, Data) else _data(stage.needs()[0])
 
 
 def _encoder(encoder: Pretrain) -> list[str]:
@@ -56,11 +56,11 @@ def _settings(stage: Table) -> list[str]:
     """What else tells tables of a kind and encoder apart."""
     order = list(in_dependency_order([stage]))
     scores = [s for s in order if isinstance(s, Influence)]
-    after = [f"after{s.after}" for s in order if isinstance(s, State)]
-    reading = ["projector"] if any(s.output == "projector" for s in scores) else []
+    reading = [f"after{s.after}" for s in order if isinstance(s, State)]
+    if any(s.output == "projector" for s in scores):
+        reading.append("projector")
     if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
         reading.append("normalised")
-    reading = after + reading
     if not isinstance(stage, Influence):
         share = getattr(stage, "share", None)
         return reading + ([] if share is None else [f"{share:.0%}".replace("%", "percent")])
