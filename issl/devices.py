@@ -224,6 +224,8 @@ def keep_freed_memory() -> None:
     Each step allocates and frees the same large tensors; without this, each is mapped again page by
     page, which on virtual machines costs more than the arithmetic. No effect without glibc.
     """
+    # Dask sets it in its workers, and a notebook's kernel inherits it: five times as slow.
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h

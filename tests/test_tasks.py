@@ -42,6 +42,7 @@ def die() -> None:
 def one_thread_and_gpu() -> None:
     assert torch.get_num_threads() == max(1, (os.cpu_count() or 1) // 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] in "35"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ  # kernels inherit it
 
 
 def some(log: Path) -> dict[str, Task]:
