@@ -99,6 +99,7 @@ def test_input_that_does_not_fit(
     assert named in capsys.readouterr().err and not (tmp_path / "why.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_stages_encoder_and_files_that_changed(data_root: Path, tmp_path: Path, capsys) -> None:
     from issl.audit.cache import Artifacts

@@ -34,7 +34,7 @@ from issl.pretraining.batchnorm import estimate_statistics
 # run with `--dist loadfile`: one worker runs them, once
 PROFILE = Path(__file__).parent / "tiny.yaml"
 TINY: dict[str, Any] = yaml.safe_load(PROFILE.read_text())
-LONG = "05 06 08 10 12 14 15 16 18".split()
+LONG = "05 06 08 10 12 14 15 16 17 18".split()
 HALVES = {slow: [name for name in PLANS if (name[:2] in LONG) == slow] for slow in (False, True)}
 BOTH = pytest.mark.parametrize(
     "names", [HALVES[False], pytest.param(HALVES[True], marks=pytest.mark.slow)], ids=len
@@ -440,6 +440,7 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     assert of_size["spearman"]["value"] == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(
     out: Path,
 ) -> None:

@@ -55,7 +55,7 @@ RUNS = re.compile(r"issl run|run_all.sh --profile")  # each starts the kernels o
 SMALL = {  # what follows the command as it stands; of an option that is given twice the last counts
     "run": "--only 00",
     "pretrain": "--epochs 1 --width 1 --images 12 --batch-size 4 --recipe short",
-    "influence": "--images 8 --rank 2",
+    "influence": "--images 8 --rank 2 --draws 2",
     "fit": "--images 8 --rank 2",
     "attribute": "--batch-size 4 --check 2",
 }
