@@ -7,20 +7,23 @@ similarity, distances, and low influence.
 
 2,000 training images of CIFAR-10, the judged ones among them, with their partners (ciFAIR), under
 the SimCLR encoder that comes with the repository. A member of a pair counts as found where it ranks
-high. docs/compare.md has the table.
+high. The numbers go to measured/duplicates.json; docs/compare.md has the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from cleanlab import Datalab
 from PIL import Image
+from report import machine, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -30,7 +33,8 @@ from issl.audit.stats.neighbour_graph import nearest
 from issl.evaluate import embed
 from issl.files import provided
 
-ENCODER = "pretrain/e5fc9138317555fc/encoder.safetensors"
+ENCODER = "encoders/cifar10-simclr-w16-0.safetensors"
+HERE = Path(__file__).parent
 
 
 def by_cleanlab(features: Tensor) -> np.ndarray:
@@ -90,13 +94,18 @@ def main() -> None:
         detectors["fastdup's similarity, its own features"] = by_fastdup(
             images, str(Path(options.fastdup).absolute())
         )
-    print(f"{len(images)} images, {member.sum()} of them in judged pairs\n")
-    print("| by | average precision | AUC |\n|---|---|---|")
+    rows = []
     for name, found in detectors.items():
-        print(
-            f"| {name} | {statistics.average_precision(found, member)} | "
-            f"{statistics.auc(found, member)} |"
-        )
+        precision, auc = statistics.average_precision(found, member), statistics.auc(found, member)
+        rows.append({"by": name, "precision": str(precision), "auc": str(auc)})
+    part = {"images": len(images), "in_pairs": int(member.sum()), "encoder": ENCODER, "rows": rows}
+    peers = f"cleanlab {version('cleanlab')}"
+    if options.fastdup:
+        told = [options.fastdup, "-c", "import fastdup; print(fastdup.__version__)"]
+        peers += f", fastdup {subprocess.check_output(told, text=True).split()[-1]}"
+    measured = HERE / "measured"
+    (measured / "duplicates.json").write_text(json.dumps(part | machine(peers), indent=1) + "\n")
+    write_report(measured, HERE / "RESULTS.md")
 
 
 if __name__ == "__main__":

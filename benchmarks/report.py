@@ -73,6 +73,17 @@ TABLES = {
         "in turns on one thread. The ratio is that of median steps.",
         {"loop": "{loop}", ">views/s": "{views_per_second:.0f}", ">× plain": "{ratio:.2f}"},
     ),
+    "duplicates": (
+        "Who finds duplicates?",
+        "{images:,} images of CIFAR-10, {in_pairs} of them in pairs that people judged duplicates, "
+        "under `{encoder}`.",
+        {"by": "{by}", "average precision": "{precision}", "AUC": "{auc}"},
+    ),
+    "once": (
+        "Measured once",
+        "By hand, with the version of that day.",
+        {"what": "{what}", "measured": "{measured}", "on": "{machine}", "day": "{date}"},
+    ),
 }
 EPOCHS = (
     "Pretraining at width 64 (bf16, NHWC, batches of 256), an epoch of CIFAR-10",

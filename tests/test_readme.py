@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -353,6 +354,21 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     assert f"{features} of the 100 highest images, {random:.0f} of 100 random ones" in page
     assert f"{fresh:.0f} of the 100 highest under an untrained network" in page
     assert f"only {projector} of the 100 highest images" in page
+
+
+def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
+    folder = REPOSITORY / "benchmarks"
+    report = runpy.run_path(str(folder / "report.py"))
+    report["write_report"](folder / "measured", tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_text() == (folder / "RESULTS.md").read_text()
+    part = json.loads((folder / "measured/duplicates.json").read_text())
+    page = (REPOSITORY / "docs/compare.md").read_text()
+    auc = {row["by"]: float(row["auc"].split()[0]) for row in part["rows"]}
+    for row in part["rows"]:
+        assert "| {by} | {precision} | {auc} |\n".format(**row) in page
+    cleanlab = auc["cleanlab, near duplicates, on the encoder's features"]
+    assert f"an AUC of {cleanlab:.2f}, low influence with {auc['low influence']:.2f}" in page
+    assert f"{part['images']:,} images, {part['in_pairs']} of them" in page
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:
