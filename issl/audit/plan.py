@@ -340,9 +340,14 @@ class Plan(Config):
         plt.show()
 
     @property
-    def caption(self) -> str:
-        """Images, number of encoders and profile, for figures."""
+    def scope(self) -> str:
+        """Images, profile and number of encoders, for figures."""
         return f"{self.set_name}, n = {self.n:,}, {self.profile} profile"
+
+    @property
+    def caption(self) -> str:
+        """The scope, of a figure with intervals."""
+        return f"{self.scope}; bars: 95% intervals"
 
     def reads(self) -> list[Path]:
         """What else it reads: files that other notebooks left."""
@@ -463,9 +468,9 @@ class Scored(Plan):
         return super().about_encoders(method) | {"seeds": seeds, **noises}
 
     @property
-    def caption(self) -> str:
+    def scope(self) -> str:
         of_each = f"{self.encoders} encoder{'s' * (self.encoders > 1)} a method"
-        return f"{super().caption}, {of_each}; bars: 95% intervals"
+        return f"{super().scope}, {of_each}"
 
     @property
     def noise(self) -> GaussianNoise:
