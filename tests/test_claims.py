@@ -103,6 +103,7 @@ def test_the_files_of_claims_and_words_agree_with_the_notebooks() -> None:
         for test in claim.tests:
             asked |= {test.metric} | ({test.needs.metric} if test.needs else set())
             assert claims.threshold(name, test.metric) == test.threshold
+            assert claim.question is None or test.metric in claim.numbers
         if claim.superseded:  # by one that decides, about the same
             by = claims.claims()[claim.superseded.by]
             assert by.superseded is None and by.notebook == claim.notebook
@@ -174,7 +175,7 @@ def test_the_tables_and_sentences_are_the_records(records: list[verdicts.Record]
     assert "above 0.5: it is 0.2" in verdicts.failures(duplicates)
     row = verdicts.table(records).loc[1]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
-    assert "| no (SimCLR); yes (BYOL) |" in verdicts.answers(records)
+    assert "| no | yes | r = 0.80 [0.70, 0.90], asked > 0.924 |" in verdicts.answers(records)
     assert len(verdicts.answers(records).splitlines()) == 2 + 2  # a check asks no question
     said = verdicts.sentence([simclr, byol])
     assert "holds with BYOL (0.95 [0.85, 1.05]) and does not hold with SimCLR (0.80 [" in said
@@ -185,7 +186,7 @@ def test_small_scales_decide_nothing(records: list[verdicts.Record]) -> None:
     small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
     assert verdicts.answers([*small, *records]) == verdicts.answers(records)
     untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
-    assert "| no (SimCLR); untested (BYOL) |" in verdicts.answers([small[1], untested[1]])
+    assert "| no | untested | r = 0.80" in verdicts.answers([small[1], untested[1]])
     assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
 
 

@@ -131,6 +131,7 @@ class Claim(Config):
     notebook: str
     claim: str
     question: str | None = None
+    numbers: dict[str, str] = Field({})
     paper: str | float | None
     ours: bool
     use: str | None = None

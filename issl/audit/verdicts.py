@@ -419,47 +419,43 @@ def _scale(record: Record) -> int:
 
 
 def answers(records: Sequence[Record]) -> str:
-    """The README's table: a row for each question of claims.yaml, answered at the largest scale of
-    its measurements.
+    """The README's table: a row for each question of claims.yaml and a column for each method,
+    answered at the largest scale of its measurements.
 
     What was measured on the copy of the images counts, with a star, until it is measured again.
     """
-    cells = []
     asked = [r for r in records if claims()[r["name"]].question and _scale(r) >= 0]
+    methods = [m for m in NAMES if m in {r["variant"] for r in asked}]
+    rows = []
     for of_claim in _grouped(asked, lambda r: r["name"]):
         at = max(_scale(r) for r in of_claim)
         own = [r for r in of_claim if r["provenance"]["profile"] == SCALES[at]]
-        again = {r["variant"] for r in own if not r["copied"]}
-        own = [r for r in own if not r["copied"] or r["variant"] not in again]
-        own.sort(key=lambda r: r["copied"])
-        found: dict[str, list[str]] = {}
-        for r, method in zip(own, _methods(own), strict=True):
-            star = "\\*" if r["copied"] else ""
-            found.setdefault(_answer(r), []).append(method + star)
-        stars = {r["copied"] for r in own}
-        if len(found) == len(stars) == 1:  # all agree
-            told = _answer(own[0]) + ("\\*" if own[0]["copied"] else "")
-        else:
-            told = "; ".join(f"{word} ({', '.join(methods)})" for word, methods in found.items())
-        about, number = claims()[own[0]["name"]], _deciding_number(own[0])
-        cells.append((str(about.question), told, number, about.notebook[:2]))
-    return _markdown(["question", "answer", "the number that says it", "notebook"], cells)
+        own.sort(key=lambda r: not r["copied"])
+        latest = {r["variant"]: r for r in own}  # of the copy only where there is no other
+        about, first = claims()[own[0]["name"]], next(latest[m] for m in methods if m in latest)
+        told = [_answer(latest[m]) if m in latest else "" for m in methods]
+        rows.append((str(about.question), *told, _deciding_number(first), about.notebook[:2]))
+    names = [str(NAMES[m]) for m in methods]
+    return _markdown(["question", *names, "first answer's number", "notebook"], rows)
 
 
 def _answer(record: Record) -> str:
     """A verdict as an answer to its claim's question."""
+    told, star = ANSWERS[record["verdict"]], "\\*" if record["copied"] else ""
     if record["verdict"] == "partly" and "contradicted" in {t["state"] for t in record["tests"]}:
-        return "mixed"
-    return ANSWERS[record["verdict"]]
+        told = "mixed"
+    return told + star
 
 
 def _deciding_number(record: Record) -> str:
-    """The number of the test that decides a record, with its method; where all of them hold, of the
-    last, which asks the most."""
-    test, method = deciding(record), NAMES.get(record["variant"])
+    """The number of the test that decides a record, and what it asks; where all of them hold, of
+    the last, which asks the most."""
+    test = deciding(record)
     if test["holds"]:
         test = record["tests"][-1]
-    return (f"{method}: " if method else "") + _number_asked(record, test)
+    name = claims()[record["name"]].numbers[test["metric"]]
+    number = _number(Estimate.of(record["metrics"][test["metric"]]))
+    return f"{name} = {number}, asked {'>' if 'above' in test else '<'} {_asked(test):g}"
 
 
 def _number_asked(record: Record, test: dict[str, Any]) -> str:
