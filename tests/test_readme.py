@@ -309,16 +309,38 @@ def test_what_it_links_to_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_what_a_training_did_is_the_figures_table() -> None:
-    """The page's LDS, by method and share, as notebook 16 left them."""
-    found = pd.read_csv(REPOSITORY / "figures/mini/16_training_aware.csv")
-    lds = found[found["metric"] == "lds"].set_index(["method", "predictor"])["value"]
+def test_what_a_training_did_is_the_figures_tables() -> None:
+    """The page's numbers, as notebook 16 left them: a row each, a column a method, or the LDS with
+    its slope the other way round."""
+    left = REPOSITORY / "figures/mini"
+    found, limits = (pd.read_csv(left / f"16_training_aware{name}.csv") for name in ("", "_limits"))
+    lds = found[found["metric"] == "lds"].set_index(["predictor", "method"])["value"]
+    slope = found[found["metric"] == "slope"].set_index(["share", "method"])["value"]
+    exact = found.set_index(["metric", "effect", "method"])["value"].sort_index()
+    limit = limits[limits["metric"] == "lds"].set_index(["variant", "method"])["value"]
+    rows = {f"learning rate {rate}": limit[f"learning rate {rate}"] for rate in (0.05, 0.2, 0.4)}
+    rows["four epochs from fresh weights"] = limit["fresh weights"]
+    rows["mean derivative of three runs"] = lds["other order and views"]
+    rows["agreement of two such measurements"] = lds["two measurements agree"]
+    rows["the paper's cross-influence"] = lds["cross-influence"]
+    rows["cosine similarity of features"] = lds["similarity"]
+    effects = {
+        "unseen images' stability": "unseen stability",
+        "the same, its size alone": "unseen stability (size)",
+        "unseen images' kNN margin": "unseen margin",
+    }
+    for said, effect in effects.items():
+        rows[f"{said}: the paper's score"] = exact["spearman", effect]
+        rows[f"{said}: ceiling"] = exact["ceiling", effect]
+    methods = ("simclr", "byol", "barlow_twins")
     page = (REPOSITORY / "docs/attribute.md").read_text()
-    for method in ("simclr", "byol", "barlow_twins"):
-        line = next(row for row in page.splitlines() if row.startswith(f"| {NAMES[method]} |"))
-        shown = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
-        shares = ("0.2%", "1%", "5%", "10%", "50%")
-        assert shown == [round(lds[method, f"without {share}"], 2) for share in shares]
+    for said, row in rows.items():
+        cells = [f"{row[m]:.2f}".replace("-", "−") for m in methods]
+        assert f"| {said} | {' | '.join(cells)} |" in page
+    shares = {"0.2%": 0.002, "1%": 0.01, "5%": 0.05, "10%": 0.1, "50%": 0.5}
+    for m in methods:
+        cells = [f"{lds[f'without {k}', m]:.2f} ({slope[v, m]:.1f})" for k, v in shares.items()]
+        assert f"| {NAMES[m]} | {' | '.join(cells)} |" in page
 
 
 def test_the_papers_galleries_are_the_figures_tables() -> None:
@@ -348,12 +370,22 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
         (row,) = (line for line in page.splitlines() if line.startswith(f"| {name}"))
         assert row.endswith(f"| {projector} | {features} |")
     assert f"| not measured | {np.exp(swap['untrained', 'log_ratio']):.2f} |" in page
+    ranks = pd.read_csv(REPOSITORY / "figures/overnight-projector/04_duplicates_series.csv")
+    of_each = ranks.groupby(["method", "encoder"])["rank"].median() * 100
+    *ends, last = sorted(f"{v:.0f}" for v in of_each["simclr"])
+    said = f"percentiles {', '.join(ends)} and {last} under the three encoders"
+    assert f"{said}, {of_each['untrained', 0]:.0f} under the untrained" in " ".join(page.split())
     random, fresh = plain["no encoder", "plain: random"], plain["untrained", top]
     projector, features = found["plain backgrounds among the 100 highest"]
     page = " ".join((REPOSITORY / "README.md").read_text().split())
     assert f"{features} of the 100 highest images, {random:.0f} of 100 random ones" in page
     assert f"{fresh:.0f} of the 100 highest under an untrained network" in page
     assert f"only {projector} of the 100 highest images" in page
+    draws = pd.read_csv(REPOSITORY / "figures/overnight/01_seed_correlation_draws.csv")
+    r = draws[draws["draws"] == 16].set_index(["seed", "method"])["value"]
+    assert f"scores repeat (r = {r['noise', 'simclr']:.2f})" in page
+    of_two = f"(r = {r['training', 'simclr']:.2f}; BYOL {r['training', 'byol']:.2f})"
+    assert f"another training differ {of_two}" in page
 
 
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
