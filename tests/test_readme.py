@@ -370,6 +370,13 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
         (row,) = (line for line in page.splitlines() if line.startswith(f"| {name}"))
         assert row.endswith(f"| {projector} | {features} |")
     assert f"| not measured | {np.exp(swap['untrained', 'log_ratio']):.2f} |" in page
+    colours = pd.read_csv(REPOSITORY / "figures/overnight/03_background_bias_colours.csv")
+    auc = colours[colours["score"] == "influence"].set_index(["method", "metric"])["value"]
+    white, other, both = (
+        f"{auc['untrained', f'auc_labels{kind}']:.2f}" for kind in ("_white", "_other", "")
+    )
+    said = f"(AUC {white}), others high ({other}), all together at {both}"
+    assert said in " ".join(page.split())
     ranks = pd.read_csv(REPOSITORY / "figures/overnight-projector/04_duplicates_series.csv")
     of_each = ranks.groupby(["method", "encoder"])["rank"].median() * 100
     *ends, last = sorted(f"{v:.0f}" for v in of_each["simclr"])
@@ -385,7 +392,7 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     r = draws[draws["draws"] == 16].set_index(["seed", "method"])["value"]
     assert f"scores repeat (r = {r['noise', 'simclr']:.2f})" in page
     of_two = f"(r = {r['training', 'simclr']:.2f}; BYOL {r['training', 'byol']:.2f})"
-    assert f"another training differ {of_two}" in page
+    assert f"Retraining changes them {of_two}" in page
 
 
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:

@@ -432,11 +432,14 @@ def answers(records: Sequence[Record]) -> str:
         own = [r for r in of_claim if r["provenance"]["profile"] == SCALES[at]]
         own.sort(key=lambda r: not r["copied"])
         latest = {r["variant"]: r for r in own}  # of the copy only where there is no other
-        about, first = claims()[own[0]["name"]], next(latest[m] for m in methods if m in latest)
+        about, first = claims()[own[0]["name"]], next(m for m in methods if m in latest)
         told = [_answer(latest[m]) if m in latest else "" for m in methods]
-        rows.append((str(about.question), *told, _deciding_number(first), about.notebook[:2]))
+        number = ("" if first == methods[0] else f"{NAMES[first]}: ") + _deciding_number(
+            latest[first]
+        )
+        rows.append((str(about.question), *told, number, about.notebook[:2]))
     names = [str(NAMES[m]) for m in methods]
-    return _markdown(["question", *names, "first answer's number", "notebook"], rows)
+    return _markdown(["question", *names, f"{names[0]}'s number", "notebook"], rows)
 
 
 def _answer(record: Record) -> str:
