@@ -146,13 +146,17 @@ def test_a_vote_and_a_prototype_tell_which_images_lie_between_classes() -> None:
     np.testing.assert_allclose(distance, [0, 0, 1 - np.sqrt(0.5)], atol=1e-4)
 
 
-def test_edges_to_other_classes_that_lead_to_flagged_images() -> None:
-    """A square 0-1-3-2-0 with the classes a, a, b, b, and image 2 flagged."""
+def test_edges_to_other_classes_that_are_chosen() -> None:
+    """A square 0-1-3-2-0 with the classes a, a, b, b: those that lead to image 2, or stay in a
+    group."""
     edges = np.zeros((4, 4), int)
     for i, j in ((0, 1), (1, 3), (3, 2), (2, 0)):
         edges[i, j] = edges[j, i] = 1
     square, labels = sparse.csr_array(edges), np.array([0, 0, 1, 1])
-    share = neighbour_graph.flagged_cross_share(square, labels, np.arange(4) == 2)
+    share = neighbour_graph.share_of_cross(square, labels, lambda _, to: to == 2)
     np.testing.assert_array_equal(share, [1, 0, 0, 0])  # only 0 has an edge to 2 across classes
-    alone = neighbour_graph.flagged_cross_share(square, np.zeros(4, int), np.ones(4, bool))
+    group = np.array([0, 0, 0, 1])
+    share = neighbour_graph.share_of_cross(square, labels, lambda a, b: group[a] == group[b])
+    np.testing.assert_array_equal(share, [1, 0, 1, 0])
+    alone = neighbour_graph.share_of_cross(square, np.zeros(4, int), lambda _, to: to >= 0)
     assert np.isnan(alone).all()

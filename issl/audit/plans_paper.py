@@ -24,7 +24,14 @@ from issl.audit.stages import (
     Stability,
     Thin,
 )
-from issl.audit.table_stages import Ambiguity, Closeness, FlatBridges, Oddness, Thumbnails
+from issl.audit.table_stages import (
+    Ambiguity,
+    Closeness,
+    FlatBridges,
+    Oddness,
+    RelatedBridges,
+    Thumbnails,
+)
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.pretraining import recipes
 
@@ -200,6 +207,10 @@ class BackgroundBias(Readable):
                 lambda e: FlatBridges(
                     neighbours=self.nearest(e, self.neighbours), pixels=self.pixels()
                 ),
+            ),
+            "related bridges": under(
+                known if self.dataset == "cifar100" else {},
+                lambda e: RelatedBridges(neighbours=self.nearest(e, self.neighbours)),
             ),
             "swapped": swapped,
             "accuracy on scenes": under(drawn, scenes.evaluation),

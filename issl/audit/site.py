@@ -51,6 +51,7 @@ SCALE = {
     "overnight": "trained encoders of width 16, all of CIFAR-10",
     "overnight-released": "trained encoders of width 16, all of CIFAR-10, from the tables "
     "that come with the repository",
+    "overnight-cifar100": "trained encoders of width 16, all of CIFAR-100",
     "overnight-injected": "trained encoders of width 16, CIFAR-10 with duplicates put in",
     "paper": "ResNet-18 at full width, the paper's scale",
     "paper-cifar100": "the paper's scale, on CIFAR-100",

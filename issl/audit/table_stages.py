@@ -225,8 +225,26 @@ class FlatBridges(Table):
         frames = self.pixels.read(artifacts)["border_std"]
         flat = (frames.rank(pct=True) <= 0.1).to_numpy()
         labels = images.require_labels().numpy()
-        share = neighbour_graph.flagged_cross_share(graph, labels, flat)
+        share = neighbour_graph.share_of_cross(graph, labels, lambda _, to: flat[to])
         return pd.DataFrame({"index": images.index.numpy(), "cross_flat_share": share})
+
+
+class RelatedBridges(Table):
+    """Do an image's edges to other classes stay among related ones? related_bridges.parquet (index,
+    cross_related_share: of these edges, those to classes of its own superclass)."""
+
+    name: ClassVar[str] = "related_bridges"
+    file: ClassVar[str] = "related_bridges.parquet"
+
+    neighbours: Neighbours
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        images = self.neighbours.features.data.load()
+        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
+        group = images.require(["superclass"])["superclass"].to_numpy()
+        labels = images.require_labels().numpy()
+        share = neighbour_graph.share_of_cross(graph, labels, lambda a, b: group[a] == group[b])
+        return pd.DataFrame({"index": images.index.numpy(), "cross_related_share": share})
 
 
 class Bottlenecks(Table):

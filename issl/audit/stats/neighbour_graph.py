@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,18 +49,20 @@ def cross_class_share(graph: sparse.csr_array, labels: np.ndarray) -> np.ndarray
     return different / np.maximum(np.bincount(i, minlength=graph.shape[0]), 1)
 
 
-def flagged_cross_share(
-    graph: sparse.csr_array, labels: np.ndarray, flag: np.ndarray
+def share_of_cross(
+    graph: sparse.csr_array,
+    labels: np.ndarray,
+    chosen: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Of each image's edges to other classes, the share that lead to flagged images; NaN for an
-    image without such edges."""
+    """Of each image's edges to other classes, the share that is `chosen`, by the two ends of all
+    edges; NaN for an image without such edges."""
     i, j = graph.nonzero()
     cross = labels[i] != labels[j]
-    count, flagged = (
+    count, found = (
         np.bincount(i, weights=edges, minlength=graph.shape[0])
-        for edges in (cross, cross & flag[j])
+        for edges in (cross, cross & chosen(i, j))
     )
-    return np.divide(flagged, count, out=np.full(len(count), np.nan), where=count > 0)
+    return np.divide(found, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def betweenness(graph: sparse.csr_array, sources: int = 256, seed: int = 0) -> np.ndarray:
