@@ -21,7 +21,7 @@ from issl.audit import claims, profiles, run, verdicts
 from issl.audit.cache import Artifacts
 from issl.audit.plans import PLANS
 from issl.audit.plans_own import ALL, Channel, Kind
-from issl.audit.plans_paper import EQUAL
+from issl.audit.plans_paper import EQUAL, ON_VIEWS
 from issl.audit.profiles import ProfileOptions
 from issl.audit.stages import Stability
 from issl.audit.stats import explained_variance, statistics
@@ -257,9 +257,9 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
 
     first, second = (("simclr", k) for k in range(2))
     seeds = agreement(first, second)
-    across, control = (
-        np.mean([agreement(e, (who, k)) for e in (first, second) for k in range(2)])
-        for who in ("supervised", EQUAL)
+    across, control, on_views = (
+        np.mean([agreement(e, (who, k)) for e in (first, second) for k in range(count)])
+        for who, count in (("supervised", 2), (EQUAL, 2), (ON_VIEWS, 1))
     )
     got = record(out, "supervised_differs_more_than_seeds.simclr")["metrics"]
     assert got["seeds"]["value"] == pytest.approx(seeds)
@@ -267,6 +267,13 @@ def test_08_is_the_difference_of_two_correlations_without_their_noise(out: Path,
     assert got["seeds_less_supervised"]["value"] == pytest.approx(seeds - across)
     assert got["supervised_at_equal_strength"]["value"] == pytest.approx(control) != across
     assert got["seeds_less_supervised_at_equal_strength"]["value"] == pytest.approx(seeds - control)
+    table = numbers(out, COMPARED).set_index(["method", "metric"])["value"]
+    two = agreement(("supervised", 0), ("supervised", 1))
+    assert table["supervised", "seeds"] == pytest.approx(two)
+    assert got["supervised_on_ssl_views"]["value"] == pytest.approx(on_views) != across
+    views = p.cells["scores"].stages[ON_VIEWS, 0, 0].pretrain.recipe.view_a
+    ssl, usual = (p.training(method).recipe.view_a for method in ("simclr", "supervised"))
+    assert views == ssl != usual
     weak = p.cells["scores"].stages[EQUAL, 1, 1]
     assert weak.perturbation.std == 0.1 and weak.pretrain.method == "supervised"
 

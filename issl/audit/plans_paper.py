@@ -3,6 +3,7 @@ they share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -433,6 +434,8 @@ class Outliers(Readable):
 
 REMOVED = ("top by ssl", "top by supervised", "random")  # what models are retrained without
 EQUAL = "supervised, equal strength"  # supervised models under the weaker noise
+ON_VIEWS = "supervised, SSL's views"  # … trained on the views of SSL, and scored as usual
+CONTROLS = {EQUAL: "supervised_at_equal_strength", ON_VIEWS: "supervised_on_ssl_views"}
 
 
 class SupervisedVsSSL(Readable):
@@ -442,6 +445,7 @@ class SupervisedVsSSL(Readable):
     equal_std    a control: the standard deviation of a weaker noise, by which a supervised model's
                  features turn as far as an SSL encoder's by the usual one; the supervised models
                  are scored under it, too
+    on_views     another: how many supervised models are trained on the views of the first method
     seeds        of the trainings without the top `share` by either score; 0: none
     """
 
@@ -453,6 +457,7 @@ class SupervisedVsSSL(Readable):
     )  # two trainings of a method are what a supervised one is compared with
     supervised: int = Field(1, ge=1)
     equal_std: float | None = Field(None, gt=0)
+    on_views: int = Field(0, ge=0)
     share: float = Field(0.2, gt=0, lt=1)
     seeds: int = Field(2, ge=0)
 
@@ -473,6 +478,15 @@ class SupervisedVsSSL(Readable):
             for k in range(self.supervised)
         }
 
+    def supervised_on_views(self) -> dict[Labels, AnyEncoder]:
+        """Supervised models that are trained on the views of the first method."""
+        ssl = self.training(self.methods[0]).recipe
+        runs = [self.training("supervised", self.seed + k) for k in range(self.on_views)]
+        how = [replace(run.recipe, view_a=ssl.view_a, view_b=ssl.view_b) for run in runs]
+        return {
+            (ON_VIEWS, k): run.model_copy(update={"recipe": how[k]}) for k, run in enumerate(runs)
+        }
+
     def cross_entropy_scores(self, encoder: AnyEncoder) -> Influence:
         """Scores by a supervised model's own loss."""
         own: dict[str, Any] = {"perturbation": GaussianNoise(0.0, 0.0), "loss": "cross_entropy"}
@@ -489,9 +503,10 @@ class SupervisedVsSSL(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known, classifiers = self.encoders_of(self.methods), self.supervised_encoders()
+        on_views = self.supervised_on_views()
         scores: dict[Labels, Influence] = {
             (*labels, noise): self.influence(encoder, self.noise_seed + noise)
-            for labels, encoder in {**known, **classifiers}.items()
+            for labels, encoder in {**known, **classifiers, **on_views}.items()
             for noise in range(2)
         }
         if self.equal_std is not None:
@@ -519,7 +534,7 @@ class SupervisedVsSSL(Readable):
             "images": self.image_tables(None, *heads),
             "scores": Cells(f"{BY} noise", scores),
             "by cross-entropy": by_label,
-            "accuracy": under({**known, **classifiers}, self.evaluation),
+            "accuracy": under({**known, **classifiers, **on_views}, self.evaluation),
             "runs": Cells("trained removed seed", runs),
         }
 
