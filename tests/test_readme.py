@@ -385,7 +385,9 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     random, fresh = plain["no encoder", "plain: random"], plain["untrained", top]
     projector, features = found["plain backgrounds among the 100 highest"]
     page = " ".join((REPOSITORY / "README.md").read_text().split())
-    assert f"{features} of the 100 highest images, {random:.0f} of 100 random ones" in page
+    byol = plain["byol", top]
+    of_each = f"{features} of the 100 highest images (BYOL {byol:.0f})"
+    assert f"{of_each}, {random:.0f} of 100 random ones" in page
     assert f"{fresh:.0f} of the 100 highest under an untrained network" in page
     assert f"only {projector} of the 100 highest images" in page
     draws = pd.read_csv(REPOSITORY / "figures/overnight/01_seed_correlation_draws.csv")
