@@ -215,7 +215,7 @@ def memory(n: int) -> dict[str, Any]:
     """Peak memory and time at n/4, n and 4n images, each in a process of its own; width 8, rank
     16."""
     rows = []
-    for way in ("ram", "mapped", "recomputed"):
+    for way in ("ram", "recomputed"):
         for many in (n // 4, n, 4 * n):
             command = [sys.executable, __file__, "--one", way, "--images", str(many)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

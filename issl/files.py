@@ -91,26 +91,6 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return _remove_unlocked(folder.glob(f".*{PART}*"))
 
 
-def scratch_folder(prefix: str, parent: str | Path | None = None) -> tuple[Path, int]:
-    """A new folder for temporary files, and the handle of its lock; those of processes that were
-    killed are removed.
-
-    Args:
-        prefix: Of its name.
-        parent: Where it is made; default: the system's folder for such.
-
-    Raises:
-        IsslError: It cannot be made there.
-    """
-    parent = Path(tempfile.gettempdir() if parent is None else parent)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IsslError(f"folder {parent} cannot be written ({error}); choose another") from error
-    _remove_unlocked(parent.glob(f"{prefix}*"))
-    return _locked_new(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
-
-
 def _locked_new(make: Callable[[], Path]) -> tuple[Path, int]:
     """A new file or folder, locked as long as this process uses it."""
     while True:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import issl
-from issl import EKFAC, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra
+from issl import EKFAC, Diagonal, Exact, GaussianNoise, Identity, LoGra
 from issl.influence import reference
 from issl.influence.kept import HEADER
 from issl.influence.losses import CrossEntropy
@@ -187,7 +187,6 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
 CANNOT = {
     r"are \(16, 16\) px, the curvature is of": lambda f: f.score(pictures(4, side=16)),
     "empty": lambda f: f.score(pictures(4).subset([])),
-    "store='rows'.*drop it": lambda f: f.score(pictures(4), computing=Computing(store="rows")),
     "damping 0.0": lambda f: f.score(pictures(4), sweep=[0.0]),
     r"Identity\(\) sums nothing": lambda f: issl.fit(large(), pictures(4), curvature=Identity()),
     r"take .* GB.*lower rank": lambda f: issl.fit(large(), pictures(4), curvature=Exact()),

@@ -230,13 +230,3 @@ def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
     assert issl.load_fitted(tmp_path / "kept.safetensors", copy.deepcopy(first)).n == 6
     with pytest.raises(issl.IsslError, match="other numbers of the images"):
         issl.load_fitted(tmp_path / "kept.safetensors", other)
-
-
-def test_what_is_kept_on_disk_is_never_taken_for_another_calls(tmp_path) -> None:
-    encoder, images = nets.make("stride", torch.float32), nets.pictures(9)
-    store = issl.Computing(store=tmp_path / "rows")
-    for strength in (0.05, 0.6):
-        shake = lambda x, index, s=strength: x + s * torch.sin(7 * x)  # noqa: E731
-        kept = issl.self_influence(encoder, images, shake, computing=store)
-        assert kept.equals(issl.self_influence(encoder, images, shake))
-    assert list((tmp_path / "rows").iterdir()) == []

@@ -37,7 +37,7 @@ def engine() -> dict[str, list[float]]:
     queries = issl.load("scenes", "test", n=3)
     found: dict[str, Any] = {}
     for name, curvature in CURVATURES.items():
-        for seed in (0, 1):
+        for seed in (0, 1) if name == "LoGra" else (0,):
             scores = issl.self_influence(encoder, images, curvature=curvature, seed=seed)
             found[f"self, {name}, noise {seed}"] = scores["influence"]
         cross = issl.cross_influence(encoder, images, queries, curvature=curvature)

@@ -34,7 +34,7 @@ from issl.pretraining.batchnorm import estimate_statistics
 # run with `--dist loadfile`: one worker runs them, once
 PROFILE = Path(__file__).parent / "tiny.yaml"
 TINY: dict[str, Any] = yaml.safe_load(PROFILE.read_text())
-LONG = "05 06 08 10 12 14 15 16 17 18".split()
+LONG = "05 06 08 10 12 14 15 16 17 18 19 20".split()
 HALVES = {slow: [name for name in PLANS if (name[:2] in LONG) == slow] for slow in (False, True)}
 BOTH = pytest.mark.parametrize(
     "names", [HALVES[False], pytest.param(HALVES[True], marks=pytest.mark.slow)], ids=len
@@ -484,6 +484,7 @@ def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
     assert before["simclr"] == pytest.approx(before["byol"])
 
 
+@pytest.mark.slow
 def test_20_is_what_each_state_of_the_training_scores(out: Path, plan) -> None:
     p = plan("20_better_encoders")
     scores, reached = p.each("scores"), p.each("reached")

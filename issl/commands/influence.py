@@ -38,9 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--curvature-from", type=Path, metavar="FILE", help=kept)
     beside = "add each score's percentile among the released scores of such an encoder"
     add("--reference", metavar="NAME", help=f"{beside}, such as cifar10-simclr-w16")
-    memories = ["auto", "ram", "mapped", "recomputed"]
+    memories = ["auto", "ram", "recomputed"]
     add("--memory", default="auto", choices=memories, help="where gradients stay (auto)")
-    add("--store", type=Path, metavar="DIR", help="where mapped gradients stay meanwhile")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -98,11 +97,6 @@ def _in_parts(options: argparse.Namespace) -> int:
     """Fill a folder with scores, in parts; 1 if some could not be made."""
     if options.reference is not None:
         raise IsslError(f"--reference {options.reference}: --out {options.out} is filled in parts")
-    if options.store is not None:
-        raise IsslError(
-            f"--store {options.store}: --out {options.out} is filled in parts, which keep no "
-            "gradients; drop it"
-        )
     began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
     given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
     load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))

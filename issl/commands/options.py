@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -68,8 +68,7 @@ def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
     add("--draws", type=int, help="perturbations per image, gradients averaged (1)")
     add("--skip", metavar="A,B", help="layers or parameters to leave out of the score, by name")
     add("--untrained", action="store_true", default=None, help="score an encoder as initialised")
-    size = "images at once (64), or auto: what fits into memory"
-    add("--batch-size", type=number_or_auto, default=64, metavar="B", help=size)
+    add("--batch-size", type=int, default=64, metavar="B", help="images at once (64)")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the forward pass (fp32)")
 
 
@@ -87,7 +86,6 @@ def scoring_of(options: argparse.Namespace) -> tuple[Opened, Scoring]:
         batch_size=options.batch_size,
         precision=options.precision,
         memory=getattr(options, "memory", "auto"),
-        store=getattr(options, "store", None),
         progress=sys.stderr.isatty(),
     )
     return opened, Scoring(opened.encoder, images, what, computing, kept)
@@ -149,8 +147,3 @@ def write_broken(out: Path, images: Images) -> str:
     with atomic(path) as part:
         pd.DataFrame(images.broken, columns=["image", "why"]).to_csv(part, index=False)
     return f"; {len(images.broken)} images were left out: {path}"
-
-
-def number_or_auto(text: str) -> int | Literal["auto"]:
-    """A number of images; argparse names this function where it is none."""
-    return "auto" if text == "auto" else int(text)

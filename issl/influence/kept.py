@@ -196,7 +196,7 @@ class Fitted:
             raise IsslError(
                 "encoder gives other features than when it was fitted; put it back, or fit again"
             )
-        return Pass(self.scorer, data, once(computing))
+        return Pass(self.scorer, data, replace(computing, memory="recomputed"))
 
 
 def fit(
@@ -229,7 +229,7 @@ def fit(
             "call self_influence on the images that you want to score"
         )
     with full_precision():
-        rows = prepare(encoder, images, what, once(computing))
+        rows = prepare(encoder, images, what, replace(computing, memory="recomputed"))
         bases: dict[str, Tensor] = {}
         if curvature.moment_images(rows.images.index[:1]) is not None:
             for name, s in rows.scorer.sketches.items():
@@ -293,16 +293,6 @@ def load_fitted(
         )
     sums = tensors["vector"] | {name: unpack(v) for name, v in tensors["triangle"].items()}
     return Fitted(scorer, settings, tuple(header["parts"]), sums, bases)
-
-
-def once(computing: Computing) -> Computing:
-    """For a pass whose rows are needed once. Raises IsslError where they are to be stored."""
-    if computing.store is not None:
-        raise IsslError(
-            f"store={str(computing.store)!r}: with a curvature that is kept, each image is needed "
-            "once and no gradient is stored; drop it"
-        )
-    return replace(computing, memory="recomputed")
 
 
 def summed(rows: Pass) -> dict[str, Tensor]:

@@ -308,7 +308,7 @@ def _blocks(
         means = {n: read(f"layer.{n}").to(scorer.device).double().mean(1) for n in inverse}
         return torch.cat([w.whiten(means[name]) for name, w in inverse.items()], 1)
 
-    once = replace(rows.computing, memory="recomputed", store=None, progress=False)
+    once = replace(rows.computing, memory="recomputed", progress=False)
     asked = torch.cat([whitened(read) for _, read in Pass(scorer, queries, once)])
     for positions, read in rows:
         yield positions, asked @ whitened(read).T
