@@ -1,5 +1,5 @@
 """Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers
-are. Those that train again and again are marked slow."""
+are. Those that take longest are marked slow."""
 
 from __future__ import annotations
 
