@@ -7,9 +7,8 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,16 +54,9 @@ def atomic(path: Path) -> Iterator[Path]:
     right, to write the file.
     """
 
-    def make() -> Path:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name}{PART}", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
-        return Path(name)
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, handle = _locked_new(make)
+        part, handle = _locked_new(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -88,13 +80,32 @@ def atomic(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what killed processes left in this folder of files that they were writing; returns
     what it was."""
-    return _remove_unlocked(folder.glob(f".*{PART}*"))
+    removed = []
+    for path in folder.glob(f".*{PART}*"):
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # it was just finished, or is another user's
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # it is used, or there are no locks here
+        else:
+            path.unlink(missing_ok=True)
+            removed.append(path)
+        finally:
+            os.close(handle)
+    return removed
 
 
-def _locked_new(make: Callable[[], Path]) -> tuple[Path, int]:
-    """A new file or folder, locked as long as this process uses it."""
+def _locked_new(target: Path) -> tuple[Path, int]:
+    """A new file beside this one, locked as long as this process uses it."""
     while True:
-        path = make()
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.name}{PART}", suffix=target.suffix, dir=target.parent
+        )
+        os.close(handle)
+        path = Path(name)
         try:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -108,29 +119,6 @@ def _locked_new(make: Callable[[], Path]) -> tuple[Path, int]:
         if path.exists():
             return path, handle
         os.close(handle)
-
-
-def _remove_unlocked(paths: Iterable[Path]) -> list[Path]:
-    """Remove those of these files and folders that no process uses."""
-    removed = []
-    for path in paths:
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue  # it was just finished, or is another user's
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # it is used, or there are no locks here
-        else:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-            removed.append(path)
-        finally:
-            os.close(handle)
-    return removed
 
 
 def why_no_room(error: BaseException) -> str | None:

@@ -14,6 +14,7 @@ import torch
 import issl
 from issl import devices, evaluate
 from issl.devices import Batches, free_memory, full_precision, pick_device
+from issl.influence import passes
 from issl.influence.passes import Computing
 from issl.influence.scores import self_influence
 
@@ -136,5 +137,6 @@ def test_a_containers_limit_counts(
     assert free_memory() == 600_000  # the limit above the own one is tighter
     (root / "slurm/memory.stat").write_text("anon 1\ninactive_file 50000\n")
     assert free_memory() == 650_000
+    assert passes.choose_memory(400_000) != "ram" and passes.choose_memory(300_000) == "ram"
     (root / "slurm" / limit).write_text("max" if version == 2 else "1000000000000000")
     assert free_memory() == 8_900_000

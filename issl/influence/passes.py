@@ -75,7 +75,7 @@ class Pass:
         self.chunks = [slice(k, min(k + step, n)) for k in range(0, n, step)]
         memory = computing.memory
         if memory == "auto":
-            memory = "ram" if row_bytes * n <= 0.5 * free_memory() else "recomputed"
+            memory = choose_memory(row_bytes * n)
         self.computing = replace(computing, memory=memory)
         self._in_batches, self._kept = Batches(computing.batch_size), dict[int, Read]()
 
@@ -115,3 +115,8 @@ class Pass:
         if self.computing.memory == "ram":
             self._kept[k] = rows.__getitem__
         return rows.__getitem__
+
+
+def choose_memory(need: int) -> Memory:
+    """Where rows of `need` bytes stay."""
+    return "ram" if need <= 0.5 * free_memory() else "recomputed"
