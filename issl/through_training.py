@@ -35,12 +35,13 @@ from issl.files import atomic, read_safetensors
 from issl.influence.scorer import as_images
 from issl.measures import Measure, stability_measures
 from issl.pretraining.batchnorm import STATISTICS, differentiable_statistics
+from issl.pretraining.checkpoint import MOMENTUM, State
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, load_learner
 from issl.pretraining.loop import Course, Step
 from issl.pretraining.optimizer import moved
 from issl.pretraining.recipes import Recipe
-from issl.pretraining.states import MOMENTUM, Run, State, States, cast
+from issl.pretraining.states import Run, States
 
 SAVED = 30.0  # seconds between two saves of the way back
 
@@ -285,7 +286,7 @@ class Back:
             disable=not progress,
         )
         for number in numbers:
-            self._through(learner, cast(self.states.course.step(number), learner))
+            self._through(learner, self.states.course.step(number))
             self.number = number
             self._note()
             if time.monotonic() - saved > SAVED or number == 0:

@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: all that the loop needs to continue, in one file."""
+"""All that the next step of a training reads, and the file that a run is continued from."""
 
 from __future__ import annotations
 
@@ -11,13 +11,33 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 from issl.pretraining.learner import Learner
 
 History = list[dict[str, int | float]]  # one entry per epoch
+State = dict[str, Tensor]
+MOMENTUM = "momentum."  # before the name of the weight that it belongs to
+
+
+def snapshot(learner: Learner, optimizer: torch.optim.Optimizer) -> State:
+    """All that the next step reads: a copy of weights, momenta and BatchNorm's statistics."""
+    state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    for name, p in learner.named_parameters():
+        if p.requires_grad:
+            found = optimizer.state.get(p, {}).get("momentum_buffer")
+            state[MOMENTUM + name] = torch.zeros_like(p) if found is None else found.clone()
+    return state
+
+
+def restore(state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    """The opposite of `snapshot`."""
+    learner.load_state_dict({k: v for k, v in state.items() if not k.startswith(MOMENTUM)})
+    for name, p in learner.named_parameters():
+        if (momentum := state.get(MOMENTUM + name)) is not None:
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
 
 
 @dataclass(frozen=True)
@@ -47,10 +67,8 @@ class Checkpoint:
         decides the run."""
         if self.path is None:
             return
-        tensors = {f"model.{k}": v for k, v in learner.state_dict().items()}
-        for name, p in learner.named_parameters():
-            if p in optimizer.state:
-                tensors[f"momentum.{name}"] = optimizer.state[p]["momentum_buffer"]
+        state = snapshot(learner, optimizer)
+        tensors = {k if k.startswith(MOMENTUM) else f"model.{k}": v for k, v in state.items()}
         header = {"identity": json.dumps(identity), "history": json.dumps(history)}
         with atomic(self.path) as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part, header)
@@ -73,12 +91,8 @@ class Checkpoint:
                 f"checkpoint {self.path} belongs to another run: {', '.join(differing)} differ; "
                 "delete or move it"
             )
-        learner.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        for name, p in learner.named_parameters():
-            if (saved_momentum := tensors.get(f"momentum.{name}")) is not None:
-                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(saved_momentum)
+        state = {name.removeprefix("model."): value for name, value in tensors.items()}
+        restore(state, learner, optimizer)
         history: History = json.loads(header["history"])
         return history
 

@@ -1,8 +1,6 @@
 """A training with its seeds fixed, and the states that it passes through.
 
-The steps are those of `pretrain`, taken by its loop and optimizer. A state is all that the next
-step reads: weights, momenta, BatchNorm's running statistics, what a method trains beside the
-encoder.
+The steps are those of `pretrain`, taken by its loop and optimizer.
 """
 
 from __future__ import annotations
@@ -16,19 +14,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
-from issl.pretraining.checkpoint import weights_digest
+from issl.pretraining.checkpoint import State, restore, snapshot, weights_digest
 from issl.pretraining.learner import Learner
-from issl.pretraining.loop import Course, Step, optimizer_of, take
+from issl.pretraining.loop import Course, optimizer_of, take
 from issl.pretraining.recipes import plain
-
-State = dict[str, Tensor]
-MOMENTUM = "momentum."  # before the name of the weight that it belongs to
 
 
 @dataclass(frozen=True)
@@ -62,11 +56,10 @@ class Run:
         learner = copy.deepcopy(self.start).for_training()
         optimizer = optimizer_of(learner, self.batch_size)
         if state is not None:
-            load(state, learner, optimizer)
+            restore(state, learner, optimizer)
         yield learner, optimizer
         for number in range(first, course.steps):
-            step = cast(course.step(number), learner)
-            loss, _ = take(step, learner, optimizer, "fp32")
+            loss, _ = take(course.step(number), learner, optimizer, "fp32")
             if not loss.isfinite():
                 raise IsslError(
                     f"the training diverged at step {number}: its loss is {loss}; lower the "
@@ -78,36 +71,6 @@ class Run:
         """The learner at the end of the training without some images."""
         *_, (learner, _) = self.learners(self.course(without))
         return learner
-
-
-def cast(step: Step, learner: Learner) -> Step:
-    """The step, its views in the precision of the learner."""
-    dtype = next(learner.parameters()).dtype
-    xb = None if step.xb is None else step.xb.to(dtype)
-    return Step(step.number, step.done, step.lr, step.rows, step.xa.to(dtype), xb, step.labels)
-
-
-# --- the states of a training ---
-
-
-def snapshot(learner: Learner, optimizer: torch.optim.Optimizer) -> State:
-    """All that the next step reads."""
-    state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
-    for name, p in learner.named_parameters():
-        if p.requires_grad:
-            found = optimizer.state.get(p, {}).get("momentum_buffer")
-            state[MOMENTUM + name] = torch.zeros_like(p) if found is None else found.clone()
-    return state
-
-
-def load(state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
-    """The opposite of `snapshot`."""
-    learner.load_state_dict({k: v for k, v in state.items() if not k.startswith(MOMENTUM)})
-    for name, p in learner.named_parameters():
-        if p.requires_grad:
-            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(
-                state[MOMENTUM + name]
-            )
 
 
 @dataclass
@@ -154,7 +117,6 @@ class States:
         while self.folder is not None and self._path(first + self.every).exists():
             first += self.every
         state = self._read(first) if first else None
-        each = {k: v.nbytes for k, v in (state or {}).items()}
         numbers = tqdm(
             range(first, steps + 1), initial=first, desc="training", disable=not progress
         )
@@ -163,14 +125,13 @@ class States:
             numbers, self.run.learners(self.course, first, state), strict=True
         ):
             if number % self.every == 0 and number < steps:
-                now = snapshot(learner, optimizer)
-                each = {k: v.nbytes for k, v in now.items()}
+                state = snapshot(learner, optimizer)
                 if self.folder is None:
-                    self.kept[number] = now
+                    self.kept[number] = state
                 elif not self._path(number).exists():
                     with atomic(self._path(number)) as part:
-                        save_file({k: v.contiguous() for k, v in now.items()}, part)
-        self.bytes = sum(each.values()) * -(-steps // self.every)
+                        save_file({k: v.contiguous() for k, v in state.items()}, part)
+        self.bytes = sum(v.nbytes for v in (state or {}).values()) * -(-steps // self.every)
         return learner, time.monotonic() - began
 
     def before(self, number: int) -> State:
