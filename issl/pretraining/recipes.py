@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from issl.data.views import View
@@ -45,40 +44,30 @@ SHORT = View(min_area=0.2, **_CHANCES, **_MILD | {"saturation": 0.4})
 CROPPED = View(min_area=0.5, flip=0.5)
 
 
-def _row(method: str, lr: float, weight_decay: float, *views: View, **more: Any) -> Recipe:
-    """A row of the table; the second view is by default made like the first."""
-    return Recipe(method, more.pop("optimizer"), lr, weight_decay, views[0], views[-1], **more)
-
-
-def _published() -> Iterable[Recipe]:
-    lars = {"optimizer": "lars"}
-    wide = {"out": 4.0, "layers": 3, "norm": True}
-    yield _row("simclr", 0.4, 1e-4, STRONG, **lars)
-    yield _row("byol", 1.0, 1e-5, MILD, SOLARIZED, hidden=8.0, norm=True, **lars)
-    yield _row("barlow_twins", 0.3, 1e-4, MILD, SOLARIZED, **wide, **lars)
-    yield _row("vicreg", 0.3, 1e-4, LARGER, **wide, **lars)
+_WIDE: dict[str, Any] = {"out": 4.0, "layers": 3, "norm": True}
+PUBLISHED = (
+    Recipe("simclr", "lars", 0.4, 1e-4, STRONG, STRONG),
+    Recipe("byol", "lars", 1.0, 1e-5, MILD, SOLARIZED, hidden=8.0, norm=True),
+    Recipe("barlow_twins", "lars", 0.3, 1e-4, MILD, SOLARIZED, **_WIDE),
+    Recipe("vicreg", "lars", 0.3, 1e-4, LARGER, LARGER, **_WIDE),
     # not solo-learn's: the usual SGD of supervised CIFAR training
-    yield _row("supervised", 0.2, 5e-4, CROPPED, layers=1, optimizer="sgd")
-
-
-def _short() -> Iterable[Recipe]:
-    sgd = {"optimizer": "sgd", "small": 0.85}
-    heads = {"hidden": 2.0, "norm": True}
-    yield _row("simclr", 0.8, 1e-4, SHORT, hidden=1.0, out=1.0, temperature=0.5, **sgd)
-    yield _row("byol", 0.4, 1e-4, SHORT, out=1.0, tau=0.97, **heads, **sgd | {"small": 1.0})
-    yield _row("barlow_twins", 0.2, 1e-4, SHORT, out=2.0, off_diagonal=0.02, **heads, **sgd)
-    yield _row("vicreg", 0.05, 1e-4, SHORT, out=2.0, **heads, **sgd)
-    yield _row("supervised", 0.4, 5e-4, CROPPED, layers=1, **sgd)
-
-
-def _long() -> Iterable[Recipe]:
-    for row in _short():
-        yield dataclasses.replace(row, temperature=0.2) if row.method == "simclr" else row
-
-
+    Recipe("supervised", "sgd", 0.2, 5e-4, CROPPED, CROPPED, layers=1),
+)
+_SMALL: dict[str, Any] = {"small": 0.85, "hidden": 2.0, "norm": True}
+SHORT_RUNS = (
+    Recipe(
+        "simclr", "sgd", 0.8, 1e-4, SHORT, SHORT, small=0.85, hidden=1.0, out=1.0, temperature=0.5
+    ),
+    Recipe("byol", "sgd", 0.4, 1e-4, SHORT, SHORT, out=1.0, tau=0.97, **_SMALL | {"small": 1.0}),
+    Recipe("barlow_twins", "sgd", 0.2, 1e-4, SHORT, SHORT, out=2.0, off_diagonal=0.02, **_SMALL),
+    Recipe("vicreg", "sgd", 0.05, 1e-4, SHORT, SHORT, out=2.0, **_SMALL),
+    Recipe("supervised", "sgd", 0.4, 5e-4, CROPPED, CROPPED, layers=1, small=0.85),
+)
+_of_short = {row.method: row for row in SHORT_RUNS}
 RECIPES: dict[str, dict[str, Recipe]] = {
-    variant: {row.method: row for row in rows}
-    for variant, rows in (("published", _published()), ("short", _short()), ("long", _long()))
+    "published": {row.method: row for row in PUBLISHED},
+    "short": _of_short,
+    "long": _of_short | {"simclr": dataclasses.replace(_of_short["simclr"], temperature=0.2)},
 }
 
 
