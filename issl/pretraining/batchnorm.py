@@ -72,30 +72,31 @@ def _replaced_forward(
 
 def _by_running_statistics(layer: _BatchNorm, x: Tensor) -> Tensor:
     assert layer.running_mean is not None and layer.running_var is not None
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    return _scaled(layer, x - layer.running_mean.view(shape), layer.running_var)
+    return _scaled(layer, x - _of_channels(layer.running_mean, x), layer.running_var)
 
 
 def _scaled(layer: _BatchNorm, centred: Tensor, var: Tensor) -> Tensor:
-    shape = [1, -1, *[1] * (centred.ndim - 2)]
     scale = (var + layer.eps).rsqrt() * layer.weight
-    return centred * scale.view(shape) + layer.bias.view(shape)
+    return centred * _of_channels(scale, centred) + _of_channels(layer.bias, centred)
+
+
+def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+    """One value a channel, in a shape that goes with x."""
+    return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
 def _weighted(weights: Tensor, layer: _BatchNorm, x: Tensor) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, x)
     values = full(x)
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    places = values[0, 0].numel()
     w = weights.to(values.dtype).repeat(len(x) // len(weights))
-    count = w.sum() * places
+    count = w.sum() * values[0, 0].numel()
 
     def average(v: Tensor) -> Tensor:
         return torch.tensordot(w, v.flatten(2).sum(2) if v.ndim > 2 else v, 1) / count
 
     mean = average(values)
-    centred = values - mean.view(shape)
+    centred = values - _of_channels(mean, values)
     var = average(centred.square())
     momentum, seen = layer.momentum, layer.num_batches_tracked
     assert momentum is not None and seen is not None  # of all networks of this library
