@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -148,15 +145,6 @@ def check_range(image: Image.Image) -> None:
         raise ValueError(
             f"pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits"
         )
-
-
-def stamp(paths: Iterable[Path]) -> str:
-    """The paths, sizes and times of files, as one hash."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
 
 
 def _in_words(error: Exception) -> str:

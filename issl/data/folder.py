@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from issl.data.decoding import Encoded, stamp
-from issl.data.identity import SetIdentity, digest
+from issl.data.decoding import Encoded
+from issl.data.identity import SetIdentity, digest, stamp
 from issl.errors import IsslError
 
 PREFIX = "folder:"

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from issl.errors import IsslError
 from issl.files import PACKAGE, atomic
 
-VERSION = 1  # of what is remembered
+VERSION = 2  # of what is remembered
 DIGITS = 16  # of a digest
 REFERENCE = np.dtype([("pixels", "<u4"), ("sample", "u1", 3), ("label", "u1")])
 # of 255: the largest median difference of a pixel that lossy compression is believed to make
@@ -49,12 +49,21 @@ class SetIdentity:
     digest: str
     name: str
     about: str = ""
-    order: tuple[int, ...] | None = None
+    order: list[int] | None = None
 
 
 def digest(data: bytes) -> str:
     """The hash that stands in keys."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """The paths, sizes and times of change of files, as one hash."""
+    whole = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        whole.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
+    return whole.hexdigest()
 
 
 def as_records(labels: np.ndarray, pixels: UInt8[np.ndarray, "n 3 h w"]) -> Records:
@@ -113,16 +122,13 @@ def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> Se
 
     It is kept in `cache_folder`; where that cannot be written, a line says so.
     """
-    stats = [(path, path.stat()) for path in files]
-    key = tuple((str(path.absolute()), s.st_size, s.st_mtime_ns) for path, s in stats)
+    key = stamp(path.absolute() for path in files)
     if key in _known:
         return _known[key]
-    kept = cache_folder("identities") / f"{digest(repr((VERSION, key)).encode())}.json"
+    kept = cache_folder("identities") / f"{key[:DIGITS]}-{VERSION}.json"
     try:
-        content = json.loads(kept.read_text())
-        order = content.pop("order")
-        found = SetIdentity(**content, order=None if order is None else tuple(order))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        found = SetIdentity(**json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         found = identify()
         try:
             with atomic(kept) as part:
@@ -134,4 +140,4 @@ def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> Se
     return found
 
 
-_known: dict[tuple[tuple[str, int, int], ...], SetIdentity] = {}  # in this process
+_known: dict[str, SetIdentity] = {}  # in this process

@@ -225,7 +225,7 @@ def _identify(name: str, split: str, found: list[Path]) -> SetIdentity:
     if source.unordered:
         hashes = np.array([hashlib.sha256(record.tobytes()).digest() for record in records])
         rows = np.argsort(hashes, kind="stable")
-        records, order = records[rows], tuple(rows.tolist())
+        records, order = records[rows], rows.tolist()
     here = digest(records.tobytes())
     if here == known.digest and not resized:
         return replace(known, order=order)
