@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +22,16 @@ from issl.data import published
 from issl.pretraining.encoder import Head, new_encoder, save_encoder
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """One image (3, h, w), encoded."""
+def encoded(image: Image.Image | np.ndarray, kind: str, **how: Any) -> bytes:
+    """An image, or its pixels (3, h, w), as a file."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.transpose(1, 2, 0))
     out = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(out, "png")
+    image.save(out, kind, **how)
     return out.getvalue()
 
 
-def jpeg(pixels: np.ndarray, orientation: int = 1) -> bytes:
-    """One image (3, h, w), encoded, from a camera that was held so."""
-    out, exif = io.BytesIO(), Image.Exif()
-    exif[274] = orientation
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(out, "jpeg", exif=exif)
-    return out.getvalue()
+png = partial(encoded, kind="png")
 
 
 def net() -> torch.nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import struct
@@ -25,12 +24,6 @@ PICTURE = Image.fromarray(PIXELS.transpose(1, 2, 0))
 
 
 # --- images ---
-
-
-def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **how)
-    return out.getvalue()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

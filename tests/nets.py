@@ -100,6 +100,12 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return net.eval()
 
 
+def same_weights(one: nn.Module, other: nn.Module) -> None:
+    """Bit for bit."""
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:
     fixed = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=fixed)

@@ -6,7 +6,6 @@ One row a case: an IsslError in one line that names the thing, before any long w
 from __future__ import annotations
 
 import io
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hostile import GOOD, PICTURE, PIXELS, declaring, encoded, with_text_of
+from disk import encoded
+from hostile import GOOD, PICTURE, PIXELS, declaring, with_text_of
 from hostile import folder as images_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -78,11 +78,6 @@ def with_nan() -> nn.Module:
     return model
 
 
-def drifting() -> nn.Module:
-    calls = itertools.count(1)
-    return Gives(lambda f: f * (1 + 0.1 * next(calls)))
-
-
 def fresh_norm() -> nn.Module:
     return pooled(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
@@ -137,7 +132,6 @@ BAD: dict[str, tuple[Case, str]] = {
         "0.weight .is a weight of ConvTranspose2d",
     ),
     "detached": (lambda _: score(Gives(lambda f: f.detach())), "encoder cuts its features"),
-    "stateful": (lambda _: score(drifting()), "other features alone than in a batch"),
     "mixing": (lambda _: score(Gives(lambda f: f + f.mean(0))), "other features alone"),
     "traced": (lambda _: score(torch.jit.trace(net(), IMAGES.pixels[:1] / 255)), "torch.jit"),
     "quantised": (

@@ -4,15 +4,13 @@ published ones."""
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from disk import png, write_parquet, write_torchvision
-from PIL import Image
+from disk import encoded, png, write_parquet, write_torchvision
 
 import issl
 from issl.audit.profiles import ProfileOptions, all_stages
@@ -31,18 +29,6 @@ PUBLISHED = {
     ],
     "test": ["803d5f7f4d78ea53de84dbe85f74fb6d"],
 }
-
-
-def encoded(form: str, **options) -> Callable[[np.ndarray], bytes]:
-    def encode(pixels: np.ndarray) -> bytes:
-        out = io.BytesIO()
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(out, form, **options)
-        return out.getvalue()
-
-    return encode
-
-
-webp = encoded("webp", lossless=True)
 
 
 def write(root: Path, pixels: np.ndarray, labels: list[int], encode=png) -> Path:
@@ -72,7 +58,7 @@ def test_an_identity_is_that_of_the_content(
     labels = [0, 1, 2, 3, 4, 5, 6]
     roots = [
         write(tmp_path / "png", pixels, labels),
-        write(tmp_path / "webp", pixels, labels, webp),
+        write(tmp_path / "webp", pixels, labels, partial(encoded, kind="webp", lossless=True)),
         write_batches(tmp_path / "torchvision", pixels, labels, monkeypatch),
     ]
     found = [datasets.identity("cifar10", "test", root) for root in roots]
@@ -138,8 +124,8 @@ def test_a_copy_that_is_something_else_is_named(
     np.save(tmp_path / "data/reference/cifar10-test.npy", known)
     monkeypatch.setattr(identity, "PACKAGE", tmp_path)
     change, differs = COPIES[what]
-    quick = encoded("png", compress_level=1)
-    encode = encoded("jpeg", quality=90) if what == "re-encoded?" else quick
+    quick = partial(encoded, kind="png", compress_level=1)
+    encode = partial(encoded, kind="jpeg", quality=90) if what == "re-encoded?" else quick
     root = write(tmp_path, *change(published[0][:500], published[1][:500]), encode)
     which = datasets.identity("cifar10", "test", root)
     assert which.name == f"cifar10, not as published: {what}"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nets import same_weights
 
 import issl
 from issl import cli
@@ -23,14 +24,7 @@ from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.data.views import View
 from issl.pretraining.checkpoint import Checkpoint
-from issl.pretraining.encoder import (
-    BasicBlock,
-    Head,
-    load_encoder,
-    new_encoder,
-    read_encoder,
-    save_encoder,
-)
+from issl.pretraining.encoder import BasicBlock, load_encoder, read_encoder
 from issl.pretraining.learner import Learner, load_learner
 from issl.pretraining.loop import Execution, epoch_order, pretrain
 from issl.pretraining.recipes import NAMES, recipe
@@ -56,11 +50,6 @@ for ours, exact in zip(*found):
     atol = 1e-3 * float(exact.abs().max())
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
 """
-
-
-def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture
@@ -124,17 +113,6 @@ def test_numbers_returned_after_an_epoch_join_the_history_and_disturb_nothing() 
     np.testing.assert_array_equal(history["number"], [np.nan, 1.0, 1.5])
     plain, _ = pretrain(images, BYOL, **how)
     same_weights(encoder, plain)
-
-
-def test_encoder_files(tmp_path: Path) -> None:
-    encoder, path = new_encoder(2, Head(hidden=8, out=4), 0).eval(), tmp_path / "e.safetensors"
-    save_encoder(path, encoder, {"note": 1})
-    x = torch.rand(3, 3, 32, 32)
-    assert torch.equal(load_encoder(path)(x), encoder.backbone(x))
-    assert torch.equal(load_encoder(path, output="projector")(x), encoder(x))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(issl.IsslError, match="damaged"):
-        load_encoder(path)
 
 
 OUT = torch.ones(64, dtype=torch.bool)
@@ -223,9 +201,9 @@ def test_a_checkpoint_serves_its_own_run_in_any_precision_and_no_other(
     how = {**SMALL, "checkpoint": Checkpoint(path, seconds=0.0)}
     one, _ = pretrain(images, **{**how, "execution": bf16})
     went_on, history = pretrain(images, **{**how, "execution": fp32})
-    assert "bf16: going on in fp32" in capsys.readouterr().err and len(history) == 2
+    assert "bf16" in capsys.readouterr().err and len(history) == 2
     same_weights(one, went_on)  # no epoch was left
-    with pytest.raises(issl.IsslError, match="another run: seed differ"):
+    with pytest.raises(issl.IsslError, match="seed"):
         pretrain(images, **how, seed=1)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(issl.IsslError, match="is damaged"):
@@ -255,6 +233,7 @@ def test_an_encoder_with_its_history(tmp_path: Path) -> None:
     want, _ = pretrain(issl.load("scenes", n=64), BYOL, **{**SMALL, "epochs": 3})
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(issl.load_encoder(out)(x), want.backbone(x))
+    assert torch.equal(issl.load_encoder(out, output="projector")(x), want(x))
     assert load_learner(out).recipe == BYOL
 
 

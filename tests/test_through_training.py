@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nets import same_weights
 from torch import Tensor, nn
 
 import issl
@@ -20,7 +21,7 @@ from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import Learner, save_learner
 from issl.pretraining.loop import Execution, Step, optimizer_of, pretrain, take
 from issl.pretraining.recipes import Recipe, recipe
-from issl.pretraining.states import Run, cast
+from issl.pretraining.states import Run
 from issl.through_training import agreement, influence_through_training, random_subsets, values_of
 
 N, BATCH = 12, 6
@@ -85,7 +86,7 @@ def trained_with(run: Run, weights: Tensor) -> Learner:
     course, made = run.course(), copy.deepcopy(run.start).train()
     optimizer = optimizer_of(made, run.batch_size)
     for number in range(course.steps):
-        step = cast(course.step(number), made)
+        step = course.step(number)
         take(step, made, optimizer, "fp32", weights[step.rows])
     return made
 
@@ -134,12 +135,6 @@ def test_a_weight_of_zero_is_the_training_without_the_image(
         values_of(by_weight, measures), values_of(left_out, measures), rtol=1e-9, atol=1e-12
     )
     assert not torch.allclose(values_of(run.trained(), measures), values_of(left_out, measures))
-
-
-def same_weights(one: nn.Module, other: nn.Module) -> None:
-    """Bit for bit."""
-    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars")])
