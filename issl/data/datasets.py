@@ -64,11 +64,8 @@ def load(
         raise IsslError(f"seed={seed!r}: give a whole number from 0 to 2³²")
     if workers is not None and not is_whole(workers, 1):
         raise IsslError(f"workers={workers!r}: give a number of threads, or None for the cores")
-    if (
-        size is not None
-        and name in (*DRAWN, *published.SOURCES, "cifair10")
-        and not is_resized(name)
-    ):
+    known = (*DRAWN, *published.SOURCES, "cifair10")
+    if size is not None and name in known and not is_resized(name):
         raise IsslError(f"size={size}: {name!r} has a fixed size")
     if size is not None and not is_whole(size, 8, LARGEST_SIDE):
         raise IsslError(f"size={size!r}: give a whole number of px, 8 to {LARGEST_SIDE}")

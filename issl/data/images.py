@@ -53,7 +53,6 @@ class LazyPixels:
     process that holds a GPU need not fork. At most one further batch is held.
 
     Args:
-        source: From which images are decoded.
         size: (h, w) of every image.
         rows: Which images of the source; default: all.
         workers: Threads that decode; default: the cores.

@@ -49,7 +49,6 @@ def draw(
     Args:
         n: None gives 10,000 train or 2,000 test images.
         split: `train` or `test`.
-        seed: Of all that is drawn.
         uniform: Share of backgrounds that are white, black or one colour. Each share is a
             probability per image.
         exact_duplicates: Share of images that are copies of another one.

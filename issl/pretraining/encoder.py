@@ -155,7 +155,6 @@ def save_encoder(
 
     Args:
         path: Where; the file is replaced in one step.
-        encoder: What is saved.
         about: More entries of the header.
         beside: More tensors: what a learner has beside its encoder.
         half: Kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics

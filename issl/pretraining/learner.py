@@ -41,7 +41,6 @@ class Learner(nn.Module):
             recipe: How it is trained.
             width: Of its ResNet-18.
             classes: How many, for a supervised method.
-            seed: Of the weights.
             start: An encoder that gives its weights instead, or a learner that gives what is
                 beside its encoder, too.
 
@@ -86,9 +85,8 @@ class Learner(nn.Module):
             xb: The second; None for a supervised method.
             labels: Of the images, for a supervised method.
             precision: Of the networks; the loss is taken in fp32 or wider.
-            weights: Of the images. An image of weight 0 is not there: neither in the loss nor in
-                BatchNorm's statistics. The loss is twice differentiable in them. None: all the
-                same, by the usual and faster formulas.
+            weights: Of the images (`issl.pretraining.methods.base`), for BatchNorm's statistics
+                too; None: all the same, by the usual and faster formulas.
         """
         both = (xa if xb is None else torch.cat([xa, xb])).to(next(self.parameters()).dtype)
         both, device = both.contiguous(memory_format=self.layout), both.device

@@ -243,7 +243,6 @@ def pretrain(
         recipe: How; default: SimCLR's published one, see `issl.pretraining.recipes`.
         width: Of ResNet-18's first stage.
         epochs: How many passes over the images; 0 gives the encoder as initialised.
-        batch_size: Images in a batch.
         seed: Of the initial weights, of the order and of the views.
         keep: False leaves an image out and changes neither order nor views of the others.
         gaps: Its place in its batch stays empty, so the other batches do not change either (the

@@ -97,8 +97,7 @@ def plain(how: Recipe) -> dict[str, Any]:
 
 
 def _view(settings: dict[str, Any]) -> View:
-    sigma = {k: tuple(settings[k]) for k in ("blur_sigma",) if k in settings}  # JSON has lists
-    return View(**settings | sigma)
+    return View(**settings | {"blur_sigma": tuple(settings["blur_sigma"])})  # JSON has lists
 
 
 def from_plain(settings: dict[str, Any]) -> Recipe:

@@ -97,7 +97,6 @@ class Batch:
     """What a loss needs to know of its batch, and the means over its images.
 
     Attributes:
-        recipe: The method's constants.
         labels: Of the images, for a method that is `labelled`.
         weights: Of the images; None: all the same, by the usual formulas.
     """
