@@ -31,6 +31,7 @@ from issl.files import read_safetensors
 from issl.pretraining.other_encoders import open_encoder
 
 IMAGES = issl.load("scenes", n=6)
+FLOATS = encoded(Image.fromarray(np.zeros((20, 28), np.float32)), "TIFF")
 Case = Callable[[Path], Any]
 
 
@@ -162,6 +163,7 @@ BAD: dict[str, tuple[Case, str]] = {
     # files
     "an image cut off": (lambda f: two(f, GOOD[:60]), "b.png .*truncated"),
     "an image of 3,600 million pixels": (lambda f: two(f, declaring(60_000, 60_000)), "b.png"),
+    "pixels of floats": (lambda f: load(images_in(f, a__tiff=FLOATS)), "a.tiff .*mode F"),
     "an image with a text of 30 MB": (lambda f: two(f, with_text_of(30_000_000)), "b.png"),
     "another width in it": (lambda f: open_encoder(of_another_width(f)), "width 1"),
     "pixels of no spread": (lambda f: open_encoder(saved_encoder(f), std=(0.0, 1.0, 1.0)), "std="),
@@ -253,12 +255,16 @@ def test_an_encoder_as_initialised_is_a_control_where_it_is_asked_for(tmp_path: 
 
 GREY = PIXELS[0]
 GREY16 = GREY.astype(np.uint16) * 257
+SIDEWAYS = Image.Exif()
+SIDEWAYS[274] = 6  # the orientation: the camera was held a quarter turn clockwise
 PAIR: dict[str, Any] = {"save_all": True, "append_images": [PICTURE.rotate(90)]}
 STRANGE_IMAGES: dict[str, tuple[bytes, np.ndarray]] = {
     "grey of 16 bits": (encoded(Image.fromarray(GREY16), "PNG"), np.stack([GREY] * 3)),
     "with transparency": (encoded(PICTURE.convert("RGBA"), "PNG"), PIXELS),
     "CMYK": (encoded(PICTURE.convert("CMYK"), "TIFF"), PIXELS),
     "animated: the first": (encoded(PICTURE, "WEBP", lossless=True, **PAIR), PIXELS),
+    "sideways": (encoded(PICTURE, "PNG", exif=SIDEWAYS), np.rot90(PIXELS, -1, (1, 2))),
+    "wide: the middle third": (encoded(np.tile(PIXELS, (1, 1, 3)), "PNG"), PIXELS),
     "long": (encoded(Image.new("RGB", (1, 900), (9, 9, 9)), "PNG"), np.full((3, 16, 16), 9)),
 }
 

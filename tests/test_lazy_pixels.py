@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from disk import encoded, encoder, net
+from disk import encoder, net
 from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -84,35 +84,17 @@ def test_a_torch_dataset(photos: Path) -> None:
 
 def test_bad_datasets() -> None:
     bad = [
+        ([Image.fromarray(np.zeros((20, 28), np.float32))], "item 0 of dataset .*mode F"),
         (TensorDataset(torch.zeros(3, 5)), r"item 0 of dataset gives \(5,\)"),
         (TensorDataset(torch.randn(3, 3, 8, 8)), "normalisation is part of the encoder"),
         ([torch.tensor([0, 65535], dtype=torch.uint16).expand(3, 4, 2)], "torch.uint16 from 0 to"),
     ]
     for dataset, message in bad:
         with pytest.raises(issl.IsslError, match=message):
-            issl.from_dataset(dataset)
+            issl.from_dataset(dataset, size=16)
     uneven = issl.from_dataset([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)])
     with pytest.raises(issl.IsslError, match=r"item 1 of dataset is \(9, 8\) px"):
         uneven.tensor()
-
-
-def test_a_camera_held_sideways(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[274] = 6  # orientation: a quarter turn clockwise
-    (tmp_path / "a.jpg").write_bytes(encoded(pixels, "jpeg"))
-    (tmp_path / "b.jpg").write_bytes(encoded(pixels, "jpeg", exif=exif))
-    upright, turned = issl.load(f"folder:{tmp_path}").tensor()
-    assert torch.equal(turned, upright.rot90(-1, (1, 2)))
-
-
-def test_an_unknown_range_is_an_error(tmp_path: Path) -> None:
-    image = Image.fromarray(np.full((20, 28), 3, np.float32))
-    image.save(tmp_path / "a.tiff")
-    with pytest.raises(issl.IsslError, match=r"a.tiff .pixels of mode F, whose range is not"):
-        issl.load(f"folder:{tmp_path}", size=16)
-    with pytest.raises(issl.IsslError, match=r"item 0 of dataset .*pixels of mode F"):
-        issl.from_dataset([image], size=16)
 
 
 TEXTS, NUMBERS = ["cat", "dog", "cat", "ant"], [2, 0, 2, 1]
