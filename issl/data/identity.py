@@ -72,17 +72,22 @@ def as_records(labels: np.ndarray, pixels: UInt8[np.ndarray, "n 3 h w"]) -> Reco
     return np.concatenate([first, pixels.reshape(len(pixels), -1)], axis=1)
 
 
-def differences(name: str, split: str, records: Records, resized: int) -> tuple[str, str]:
-    """What these images are instead of the published ones, of which `resized` are stored at another
-    size: in a word or two; and what differs, in a sentence."""
-    known = np.load(PACKAGE / "data" / "reference" / f"{name}-{split}.npy")
+def in_short(records: Records) -> np.ndarray:
+    """The 8 bytes an image that `reference/` holds."""
     found = np.empty(len(records), REFERENCE)
     pixels, rows = records[:, 1:].reshape(len(records), 3, -1), np.arange(len(records))
     hashes = (hashlib.sha256(p.tobytes()).digest() for p in pixels)
     found["pixels"] = [int.from_bytes(h[:4], "little") for h in hashes]
     found["sample"] = pixels[rows, :, rows * 7919 % pixels.shape[2]]
     found["label"] = records[:, 0]
+    return found
 
+
+def differences(name: str, split: str, records: Records, resized: int) -> tuple[str, str]:
+    """What these images are instead of the published ones, of which `resized` are stored at another
+    size: in a word or two; and what differs, in a sentence."""
+    known = np.load(PACKAGE / "data" / "reference" / f"{name}-{split}.npy")
+    found, rows = in_short(records), np.arange(len(records))
     by_hash = np.argsort(known["pixels"], kind="stable")
     nearest = np.searchsorted(known["pixels"], found["pixels"], sorter=by_hash)
     place = by_hash[nearest.clip(max=len(known) - 1)]
