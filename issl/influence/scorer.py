@@ -76,19 +76,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scorer:
-    """An encoder that is scored: its frozen copy, and what is measured of it. From `open_scorer`.
-
-    Attributes:
-        encoder: The copy, with the layers that are scored.
-        what: What is measured.
-        device: Where it computes.
-        sketches: What is kept of each image's gradient, by layer, once `sketched`.
-    """
+    """An encoder that is scored: its frozen copy, and what is measured of it (`open_scorer`)."""
 
     encoder: Followed
     what: Measurement
     device: torch.device
-    sketches: Mapping[str, Sketch]
+    sketches: Mapping[str, Sketch]  # by layer, once `sketched`
 
     @property
     def layers(self) -> Mapping[str, Layer]:

@@ -51,9 +51,6 @@ def self_influence(
 ) -> pd.DataFrame:
     """The influence of each image on the encoder (arXiv 2412.17170, §3).
 
-    The formula, one image at a time by plain autograd, is
-    `issl.influence.reference.self_influence`.
-
     Args:
         encoder: Any nn.Module in eval mode, from float pixels in [0, 1] to features (n, d). It is
             left untouched.
