@@ -43,7 +43,6 @@ ALTERED = ("inject", "first", "uniform", "classes")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl explain`."""
     add = command.add_argument
     text = "an image file, or test:17 (train:17) for an image of the data set itself"
     add("image", metavar="IMAGE", help=text)
@@ -63,7 +62,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".png", ".pdf"))
     device = pick_device(options.device)

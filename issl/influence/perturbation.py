@@ -110,12 +110,16 @@ class Augmentation:
         """The settings of the view, see `issl.data.views.View`."""
         s = self.strength
         crop = {"min_area": 1 - 0.92 * s}
-        shifts = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-        colours = dict(zip(["brightness", "contrast", "saturation", "hue"], shifts, strict=True))
+        colours = {
+            "brightness": 0.8 * s,
+            "contrast": 0.8 * s,
+            "saturation": 0.8 * s,
+            "hue": 0.2 * s,
+        }
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
         chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
         settings: dict[str, dict[str, Any]] = {
-            "crop": {**crop},
+            "crop": crop,
             "flip": {"flip": s},
             "jitter": {"jitter": 1.0, **colours},
             "grayscale": {"grayscale": s},
