@@ -216,20 +216,14 @@ def _one(pixels: torch.Tensor, index: int) -> Images:
 def lists(
     images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, own: np.ndarray
 ) -> pd.DataFrame:
-    """The training images of each list.
-
-    Args:
-        images: The n training images.
-        influence: Of each on the query, (n,).
-        similarity: Cosine similarity of each to the query, (n,).
-        k: Images in a list.
-        own: A mask, (n,): the query itself, if it is one of them. It comes last, in a list of its
-            own (`itself`).
+    """The k training images of each list, by their influence on the query and their similarity to
+    it, (n,). The query itself, if it is one of them (`own`, a mask), comes last, in a list of its
+    own (`itself`).
 
     Returns:
-        One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
-        query, similarity to it, the ranks by both among all training images (1 is the highest), and
-        what is known about the image.
+        One row for each image of the lists: list (see LISTS), rank in it, index, influence,
+        similarity, the ranks by both among all training images (1 is the highest), and what is
+        known about the image.
     """
     scores = {"influence": influence, "similarity": similarity}
     ranks = {}

@@ -14,12 +14,8 @@ from issl.pretraining.encoder import load_encoder
 
 
 def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Series:
-    """The released scores under an encoder, in increasing order.
-
-    Args:
-        name: Of a released encoder, such as cifar10-simclr-w16.
-        encoder: Whose scores are compared with them.
-        what: How those are measured.
+    """The released scores under a released encoder, such as cifar10-simclr-w16, in increasing
+    order, to compare those under `encoder` with.
 
     Raises:
         IsslError: For a name that is not released, an encoder of another architecture, or scores
