@@ -54,7 +54,7 @@ class Effects:
         derivatives: ∂m_q/∂w_i, in double precision on the CPU. Negative: training on image i
             lowers the measure.
         value: m_q at the end of the training.
-        learner: Then.
+        learner: At the end of the training.
         growth: ‖λ_t‖ / ‖λ_T‖ over the weights before each step t. Where it rises by orders of
             magnitude from the last to the first, the training is chaotic.
         state_bytes: Of all states that were kept.
