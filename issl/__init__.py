@@ -11,55 +11,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from issl.data.datasets import load
-    from issl.data.images import Images
-    from issl.data.torch_dataset import from_dataset
-    from issl.errors import IsslError
-    from issl.influence.curvature import (
-        EKFAC,
-        Curvature,
-        Diagonal,
-        Exact,
-        Identity,
-        LoGra,
-        RandomProjection,
-    )
-    from issl.influence.kept import Fitted, fit, load_fitted
-    from issl.influence.passes import Computing
-    from issl.influence.perturbation import Augmentation, GaussianNoise
-    from issl.influence.scores import cross_influence, self_influence, top_influences
-    from issl.measures import knn_margins, mean_of, stability_measures
-    from issl.pretraining.encoder import load_encoder
-    from issl.through_training import influence_through_training
+    from issl.data.datasets import load as load
+    from issl.data.images import Images as Images
+    from issl.data.torch_dataset import from_dataset as from_dataset
+    from issl.errors import IsslError as IsslError
+    from issl.influence.curvature import EKFAC as EKFAC
+    from issl.influence.curvature import Curvature as Curvature
+    from issl.influence.curvature import Diagonal as Diagonal
+    from issl.influence.curvature import Exact as Exact
+    from issl.influence.curvature import Identity as Identity
+    from issl.influence.curvature import LoGra as LoGra
+    from issl.influence.curvature import RandomProjection as RandomProjection
+    from issl.influence.kept import Fitted as Fitted
+    from issl.influence.kept import fit as fit
+    from issl.influence.kept import load_fitted as load_fitted
+    from issl.influence.passes import Computing as Computing
+    from issl.influence.perturbation import Augmentation as Augmentation
+    from issl.influence.perturbation import GaussianNoise as GaussianNoise
+    from issl.influence.scores import cross_influence as cross_influence
+    from issl.influence.scores import self_influence as self_influence
+    from issl.influence.scores import top_influences as top_influences
+    from issl.measures import knn_margins as knn_margins
+    from issl.measures import mean_of as mean_of
+    from issl.measures import stability_measures as stability_measures
+    from issl.pretraining.encoder import load_encoder as load_encoder
+    from issl.through_training import influence_through_training as influence_through_training
 
 __version__ = "0.3.0"
-__all__ = [
-    "EKFAC",
-    "Augmentation",
-    "Computing",
-    "Curvature",
-    "Diagonal",
-    "Exact",
-    "Fitted",
-    "GaussianNoise",
-    "Identity",
-    "Images",
-    "IsslError",
-    "LoGra",
-    "RandomProjection",
-    "cross_influence",
-    "fit",
-    "from_dataset",
-    "influence_through_training",
-    "knn_margins",
-    "load",
-    "load_encoder",
-    "load_fitted",
-    "mean_of",
-    "self_influence",
-    "stability_measures",
-    "top_influences",
-]
 # the names of each module; none is called like its module, which would hide it once imported
 _MODULES = {
     "data.datasets": "load",
@@ -75,6 +53,7 @@ _MODULES = {
     "measures": "knn_margins mean_of stability_measures",
     "through_training": "influence_through_training",
 }
+__all__ = [name for names in _MODULES.values() for name in names.split()]
 
 if not TYPE_CHECKING:  # a type checker would take every attribute for known
 

@@ -64,11 +64,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Returns:
-        The exit code: 2 for bad input, with one line on stderr.
-    """
+    """Run a command; returns the exit code, which is 2 for bad input, with one line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     # libgomp reads this when torch is imported, here and in the processes that start from here:
     # threads that wait for each other soon sleep. By default they spin, and processes that share

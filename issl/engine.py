@@ -39,33 +39,21 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done.
-
-    Attributes:
-        work: a function without arguments that another process can call; its result is dropped.
-            If a worker dies it may be called again, and should then leave what is there.
-        needs: names of the tasks that must have ended well before.
-    """
+    """What is to be done, by a function that another process can call, and whose result is dropped.
+    If a worker dies it may be called again, and should then leave what is there."""
 
     work: Callable[[], object]
-    needs: Sequence[str] = ()
+    needs: Sequence[str] = ()  # names of the tasks that must have ended well before
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a task ended.
-
-    Attributes:
-        name: the task's.
-        seconds: that it took.
-        error: what went wrong, for the reader; empty if it ended well.
-        blocked: the error is that of a task that it needs, so it was not begun.
-    """
+    """How a task ended."""
 
     name: str
     seconds: float = 0.0
-    error: str = ""
-    blocked: bool = False
+    error: str = ""  # for the reader; empty if it ended well
+    blocked: bool = False  # the error is that of a task that it needs, so it was not begun
 
 
 @dataclass(frozen=True)
@@ -88,10 +76,7 @@ class Engine:
     scheduler: str | None = None
 
     def run(self, tasks: Mapping[str, Task]) -> Iterator[Ended]:
-        """Run the tasks, each after those it needs.
-
-        Yields:
-            How each ended, as soon as it has.
+        """Run the tasks, each after those it needs; yields how each ended, as soon as it has.
 
         Raises:
             IsslError: if there is no scheduler, or it went away. What was made stays.

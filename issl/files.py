@@ -53,7 +53,6 @@ def atomic(path: Path) -> Iterator[Path]:
     a killed process leaves, `remove_leftovers` finds. IsslError where there is no room, or no
     right, to write the file.
     """
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part, handle = _locked_new(path)
@@ -77,10 +76,8 @@ def atomic(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed processes left in this folder of files that they were writing; returns
-    what it was."""
-    removed = []
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in this folder of files that they were writing."""
     for path in folder.glob(f".*{PART}*"):
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -92,10 +89,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
             continue  # it is used, or there are no locks here
         else:
             path.unlink(missing_ok=True)
-            removed.append(path)
         finally:
             os.close(handle)
-    return removed
 
 
 def _locked_new(target: Path) -> tuple[Path, int]:
@@ -136,14 +131,14 @@ def _cannot_write(path: Path, error: Exception) -> IsslError:
     )
 
 
-def writable(out: Path, suffixes: Sequence[str], option: str = "--out") -> None:
-    """Make the folder of an output file; IsslError for a suffix that is not allowed, or if it
-    cannot be written."""
+def writable(out: Path, suffixes: Sequence[str]) -> None:
+    """Make the folder of a command's output file; IsslError for a suffix that is not allowed, or if
+    it cannot be written."""
     if out.suffix not in suffixes:
-        raise IsslError(f"{option} {out}: give a file name that ends in {' or '.join(suffixes)}")
+        raise IsslError(f"--out {out}: give a file name that ends in {' or '.join(suffixes)}")
     if out.is_dir():
-        raise IsslError(f"{option} {out}: is a folder; give the name of a file")
-    check_writable(out.parent, f"{option} {out}")
+        raise IsslError(f"--out {out}: is a folder; give the name of a file")
+    check_writable(out.parent, f"--out {out}")
     remove_leftovers(out.parent)
 
 

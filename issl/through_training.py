@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +52,14 @@ class Effects:
     """What training on each image did to each measure.
 
     Attributes:
-        derivatives: ∂m_q/∂w_i, of query q (row) and training image i (column), in double precision
-            on the CPU. Negative: training on the image lowers the measure.
+        derivatives: ∂m_q/∂w_i, in double precision on the CPU. Negative: training on image i
+            lowers the measure.
         value: m_q at the end of the training.
         learner: At the end of the training.
         growth: ‖λ_t‖ / ‖λ_T‖ over the weights before each step t. Where it rises by orders of
             magnitude from the last to the first, the training is chaotic.
         state_bytes: Of all states that were kept.
         seconds: Of the training, and of the way back.
-        run: The training.
-        measures: As they were given.
     """
 
     derivatives: Float[Tensor, "q n"]
@@ -77,7 +76,6 @@ class Effects:
 
         Args:
             subsets: Positions of the images that are left out.
-            progress: Whether a bar is shown.
 
         Returns:
             A row for each subset and query: subset, left_out (how many), query, predicted and
@@ -119,7 +117,6 @@ def agreement(removals: pd.DataFrame) -> pd.DataFrame:
     """By the number of images left out: `lds`, the rank correlation over subsets of predicted and
     measured changes, mean over queries (Park et al. 2023, arXiv 2303.14186, Definition 2.3); and
     `slope`, of measured on predicted through the origin."""
-
     rows = []
     for left_out, part in removals.groupby("left_out"):
         ranks = [
@@ -160,8 +157,6 @@ def influence_through_training(
         folder: Where states and the way back are kept, and continued from after an interruption;
             default: in memory. It may be deleted afterwards.
         every: A state is kept before every so many steps; the others are computed again.
-        device: Where to compute.
-        progress: Whether bars are shown.
 
     Raises:
         IsslError: For settings that do not fit, a folder of another training, a training that
@@ -334,41 +329,32 @@ class Back:
 # --- what is asked at the end ---
 
 
-def asked(
-    learner: Learner, measures: Sequence[Measure], read: Callable[[nn.Module, Tensor], None]
-) -> None:
-    """Call `read` with a copy of the backbone, in eval mode, and the values of each measure of
-    it."""
+@contextmanager
+def backbone_of(learner: Learner) -> Iterator[nn.Module]:
+    """A copy of the backbone, in eval mode, that is differentiable in its statistics, too."""
     backbone = copy.deepcopy(learner.encoder.backbone).eval()
     for name, value in backbone.named_buffers():
         if name.endswith(STATISTICS[:2]):
             value.requires_grad_()
     with differentiable_statistics(backbone):
-        for measure in measures:
-            read(backbone, measure(backbone))
+        yield backbone
 
 
 def values_of(learner: Learner, measures: Sequence[Measure]) -> Float[Tensor, " q"]:
     """The measures' values, in double precision on the CPU."""
-    found: list[Tensor] = []
-    with torch.no_grad():
-        asked(learner, measures, lambda _, values: found.append(values.double().cpu()))
-    return torch.cat(found)
+    with torch.no_grad(), backbone_of(learner) as backbone:
+        return torch.cat([measure(backbone).double().cpu() for measure in measures])
 
 
 def gradients_of(learner: Learner, measures: Sequence[Measure]) -> State:
     """∇m_q with respect to all that the backbone computes with, (q, …) by the name in a state."""
-    rows: list[State] = []
-
-    def read(backbone: nn.Module, values: Tensor) -> None:
-        leaves = {
-            f"encoder.backbone.{k}": v
-            for k, v in (*backbone.named_parameters(), *backbone.named_buffers())
-            if v.requires_grad
-        }
-        for value in values:
-            found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True)
-            rows.append(dict(zip(leaves, found, strict=True)))
-
-    asked(learner, measures, read)
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    rows: list[tuple[Tensor, ...]] = []
+    with backbone_of(learner) as backbone:
+        values = (*backbone.named_parameters(), *backbone.named_buffers())
+        leaves = {f"encoder.backbone.{k}": v for k, v in values if v.requires_grad}
+        inputs = list(leaves.values())
+        for measure in measures:
+            rows += [
+                torch.autograd.grad(value, inputs, retain_graph=True) for value in measure(backbone)
+            ]
+    return {name: torch.stack(found) for name, *found in zip(leaves, *rows, strict=True)}

@@ -23,7 +23,6 @@ from issl.through_training import Effects, agreement, influence_through_training
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl attribute`."""
     add = command.add_argument
     text = "a file that `issl pretrain` wrote: training goes on from it"
     add("--encoder", required=True, type=Path, metavar="FILE", help=text)
@@ -49,7 +48,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     began, out, shown = time.monotonic(), options.out, sys.stderr.isatty()
     writable(out, (".csv",))
     device, learner = pick_device(options.device), load_learner(options.encoder)

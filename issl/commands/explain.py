@@ -43,7 +43,6 @@ ALTERED = ("inject", "first", "uniform", "classes")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl explain`."""
     add = command.add_argument
     text = "an image file, or test:17 (train:17) for an image of the data set itself"
     add("image", metavar="IMAGE", help=text)
@@ -63,7 +62,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".png", ".pdf"))
     device = pick_device(options.device)
@@ -74,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
     query, what, own = read_query(options, images)
     about = f"{len(images):,} images of {images.name}{known}; {opened.about}"
     print(f"{what} among {about}", flush=True)
-    queries, noise = as_queries(query) if own is None else query, GaussianNoise()
+    queries, noise = query if own.any() else as_queries(query), GaussianNoise()
     influence = cross_influence(
         encoder,
         images,
@@ -155,12 +153,10 @@ def _header(path: Path) -> dict[str, Any] | None:
     return entry if entry is not None and ("config" in entry or "data" in entry) else None
 
 
-def read_query(
-    options: argparse.Namespace, images: Images
-) -> tuple[Images, str, np.ndarray | None]:
+def read_query(options: argparse.Namespace, images: Images) -> tuple[Images, str, np.ndarray]:
     """The one image that is asked about; what titles call it; where it is among `images`, as a
-    mask, or None if it is none of them."""
-    side, data = int(images.pixels.shape[2]), options.data
+    mask, if it is one of them."""
+    side, data, none = int(images.pixels.shape[2]), options.data, np.zeros(len(images), bool)
     # a name may hold a newline
     member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)
     if member and member[1]:
@@ -176,7 +172,7 @@ def read_query(
             raise IsslError(
                 f"{options.image}: the test set of {data} has {len(test)} images, numbered from 0"
             )
-        return _one(test.pixels[place], place), f"test image {place}", None
+        return _one(test.pixels[place], place), f"test image {place}", none
     path = Path(options.image)
     if not path.is_file():
         part = "train" if data.startswith("folder:") else "test"  # a folder has no test set
@@ -193,7 +189,7 @@ def read_query(
             f"{path} is {width} × {height} px, the images of {images.name} are {side} × {side}: "
             "add --fit to take its centred square and resize it, or bring it to that size yourself"
         )
-    return _one(torch.from_numpy(pixels.copy()), 0), path.name, None
+    return _one(torch.from_numpy(pixels.copy()), 0), path.name, none
 
 
 def _own(option: str, which: str, images: Images) -> np.ndarray:
@@ -218,28 +214,17 @@ def _one(pixels: torch.Tensor, index: int) -> Images:
 
 
 def lists(
-    images: Images,
-    influence: np.ndarray,
-    similarity: np.ndarray,
-    k: int,
-    leave_out: np.ndarray | None = None,
+    images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, own: np.ndarray
 ) -> pd.DataFrame:
-    """The training images of each list.
-
-    Args:
-        images: The n training images.
-        influence: Of each on the query, (n,).
-        similarity: Cosine similarity of each to the query, (n,).
-        k: Images in a list.
-        leave_out: A mask, (n,): the query itself, if it is one of them. It comes last, in a list of
-            its own (`itself`).
+    """The k training images of each list, by their influence on the query and their similarity to
+    it, (n,). The query itself, if it is one of them (`own`, a mask), comes last, in a list of its
+    own (`itself`).
 
     Returns:
-        One row for each image of the lists: list (see LISTS), rank in it, index, influence on the
-        query, similarity to it, the ranks by both among all training images (1 is the highest), and
-        what is known about the image.
+        One row for each image of the lists: list (see LISTS), rank in it, index, influence,
+        similarity, the ranks by both among all training images (1 is the highest), and what is
+        known about the image.
     """
-    own = np.zeros(len(images), bool) if leave_out is None else leave_out
     scores = {"influence": influence, "similarity": similarity}
     ranks = {}
     for name, values in scores.items():

@@ -13,14 +13,12 @@ from issl.influence.kept import fit
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl fit`."""
     add_scoring_arguments(command)
     help_ = "the curvature, .safetensors"
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help=help_)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     writable(options.out, (".safetensors",))
     began = time.monotonic()
     opened, asked = scoring_of(options)

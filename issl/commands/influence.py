@@ -22,7 +22,6 @@ from issl.influence.scores import self_influence
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl influence`."""
     add = command.add_argument
     add_scoring_arguments(command)
     add(
@@ -43,7 +42,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     out: Path = options.out
     if out.suffix in ("", ".parquet") and find_spec("pyarrow") is None:
         raise IsslError(f"--out {out}: parquet needs pyarrow; pip install pyarrow, or write .csv")

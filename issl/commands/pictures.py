@@ -19,13 +19,8 @@ Row = tuple[str, Sequence[tuple[np.ndarray, str]]]
 
 
 def write(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Draw the rows below each other, and write the picture (.png or .pdf).
-
-    Args:
-        path: The file.
-        title: Above all; it may have several lines.
-        rows: At least one.
-    """
+    """Draw one row or more below each other, under a title that may have several lines, and write
+    the picture (.png or .pdf)."""
     lines = [1 + max((t.count("\n") + 1 for _, t in images), default=0) for _, images in rows]
     heights = [LINE * n + SIDE + 2 * GAP for n in lines]
     top = LINE * (title.count("\n") + 1) + 2 * GAP
@@ -46,17 +41,15 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
         sheet.save(part)
 
 
-def contact_sheet(
-    path: Path, scores: pd.DataFrame, images: Images, about: str, k: int = 10
-) -> None:
-    """The k images of the highest and of the lowest influence; `scores` as `issl.self_influence`
+def contact_sheet(path: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
+    """The ten images of the highest and of the lowest influence; `scores` as `issl.self_influence`
     returns them, in the order of the images, `about` the encoder and the curvature, for the
     title."""
     influence = scores["influence"].to_numpy()
     order = influence.argsort(kind="stable")[::-1]
     known = images.attributes["path" if "path" in images.attributes else "index"]
     rows = []
-    for which, places in (("highest", order[:k]), ("lowest", order[::-1][:k])):
+    for which, places in (("highest", order[:10]), ("lowest", order[::-1][:10])):
         texts = [f"{short(known.iloc[i])}\n{influence[i]:.3g}" for i in places]
         pixels = (images.pixels[int(i)].numpy() for i in places)
         rows.append((f"{which} influence", list(zip(pixels, texts, strict=True))))

@@ -19,7 +19,6 @@ from issl.pretraining.recipes import NAMES, Variant, plain, recipe
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The options of `issl pretrain`."""
     add = command.add_argument
     sets = "folder:PATH, cifar10, cifar100, fairface or scenes"
     add("--data", required=True, metavar="SET", help=sets)
@@ -46,7 +45,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command; raises IsslError for bad input, before any long work."""
     began, out = time.monotonic(), options.out
     writable(out, (".safetensors",))
     # 32 px: what the encoder's stem is made for

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from torch import nn
@@ -16,12 +14,8 @@ from issl.pretraining.encoder import load_encoder
 
 
 def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Series:
-    """The released scores under an encoder, in increasing order.
-
-    Args:
-        name: Of a released encoder, such as cifar10-simclr-w16.
-        encoder: Whose scores are compared with them.
-        what: How those are measured.
+    """The released scores under a released encoder, such as cifar10-simclr-w16, in increasing
+    order, to compare those under `encoder` with.
 
     Raises:
         IsslError: For a name that is not released, an encoder of another architecture, or scores
@@ -37,11 +31,16 @@ def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Serie
             f"--reference {name}: no scores of that name are released; there are {names}"
         )
     table = pd.read_parquet(whole[0])
-    kept, asked = table.attrs, _settings(what)
+    asked = {  # what decides the size of a score, as a table of scores says it
+        "curvature": repr(what.curvature),
+        "perturbation": describe(what.perturbation),
+        "draws": what.draws,
+        "skip": list(what.skip),
+    }
     for setting, value in asked.items():
-        if kept[setting] != value:
+        if (kept := table.attrs[setting]) != value:
             raise IsslError(
-                f"--reference {name}: its scores have {setting} {kept[setting]}, and {value} is "
+                f"--reference {name}: its scores have {setting} {kept}, and {value} is "
                 "asked for; score with the same settings, or without --reference"
             )
     weights = folder / "encoders" / f"{whole[0].stem.removesuffix('-noise0')}.safetensors"
@@ -56,16 +55,6 @@ def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Serie
 def percentiles(scores: pd.Series, reference: pd.Series) -> np.ndarray:
     """The share of the reference that each score is above, in percent (n,)."""
     return 100 * np.searchsorted(reference, scores.to_numpy()) / len(reference)
-
-
-def _settings(what: Measurement) -> dict[str, Any]:
-    """What decides the size of a score, as a table of scores says it."""
-    return {
-        "curvature": repr(what.curvature),
-        "perturbation": describe(what.perturbation),
-        "draws": what.draws,
-        "skip": list(what.skip),
-    }
 
 
 def _shapes(encoder: nn.Module) -> list[tuple[int, ...]]:

@@ -19,12 +19,13 @@ from its defaults.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import scipy.sparse.linalg
@@ -60,26 +61,31 @@ NOTHING = Whitening(0.0, lambda g: torch.zeros_like(g).double())  # no gradient:
 NO_CURVATURE = Whitening(0.0, lambda g: g.double())
 
 
-@runtime_checkable
-class Accumulator(Protocol):
+class Accumulator(ABC):
     """A sum over rows, from which a layer's inverse curvature is made.
 
     To be kept in a file, it must follow from `total`, (r,) or (r, r), and `count` alone.
     """
 
-    total: Tensor | None
-    count: int
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
 
+    @abstractmethod
     def add(self, g: Float[Tensor, "b r"]) -> None:
         """Add some rows."""
-        ...
 
+    @abstractmethod
     def whitening(self, damping: float) -> Whitening:
         """The damped inverse, once all rows were added."""
-        ...
+
+    def mean(self) -> Tensor:
+        """The total, divided by the count."""
+        assert self.total is not None  # rows were added
+        return self.total / self.count
 
 
-class DenseSum:
+class DenseSum(Accumulator):
     """H = mean g gᵀ.
 
     Args:
@@ -88,8 +94,8 @@ class DenseSum:
     """
 
     def __init__(self, gram: bool = False):
-        self.total: Tensor | None = None
-        self.count, self.gram = 0, gram
+        super().__init__()
+        self.gram = gram
         self.rows: list[Tensor] = []
 
     def add(self, g: Float[Tensor, "b r"]) -> None:
@@ -103,8 +109,7 @@ class DenseSum:
     def whitening(self, damping: float) -> Whitening:
         if self.gram:
             return self._by_gram(torch.cat(self.rows), damping)
-        assert self.total is not None  # rows were added
-        h = self.total / self.count
+        h = self.mean()
         lam = damping * float(h.diagonal().mean())
         if lam == 0:
             return NOTHING
@@ -126,12 +131,8 @@ class DenseSum:
         return Whitening(lam, lambda rows: rows.double() @ to_v)
 
 
-class DiagonalSum:
+class DiagonalSum(Accumulator):
     """D = mean g²."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count = 0
 
     def add(self, g: Float[Tensor, "b r"]) -> None:
         squares = g.double().square().sum(0)
@@ -139,8 +140,7 @@ class DiagonalSum:
         self.total = squares if self.total is None else self.total + squares
 
     def whitening(self, damping: float) -> Whitening:
-        assert self.total is not None  # rows were added
-        d = self.total / self.count
+        d = self.mean()
         lam = damping * float(d.mean())
         scale = (d + lam).rsqrt()
         return NOTHING if lam == 0 else Whitening(lam, lambda g: g.double() * scale)
@@ -183,7 +183,6 @@ class Curvature(ABC):
         """What is kept of each image's gradient in this layer: by default the whole.
 
         Args:
-            layer: The layer.
             position: Of the layer among those that are scored. With a seed it fixes a random
                 projection.
             moments: Of the images chosen by `moment_images`.
@@ -237,13 +236,8 @@ class RandomProjection(Curvature):
 
 @dataclass(frozen=True)
 class Exact(Curvature):
-    """The whole gradient of each layer with its dense damped curvature, for small networks.
-
-    Memory grows as weights², or as n × weights where that is less.
-
-    Args:
-        damping: λ as a fraction of the mean diagonal of H.
-    """
+    """The whole gradient of each layer with its dense damped curvature, for small networks: memory
+    grows as weights², or as n × weights where that is less. Damping as in `LoGra`."""
 
     damping: float = 0.1
 
@@ -253,11 +247,7 @@ class Exact(Curvature):
 
 @dataclass(frozen=True)
 class Diagonal(Curvature):
-    """The diagonal of the curvature: one number per weight.
-
-    Args:
-        damping: λ as a fraction of the diagonal's mean.
-    """
+    """The diagonal of the curvature: one number per weight. Damping as in `LoGra`."""
 
     damping: float = 0.1
 
@@ -269,10 +259,9 @@ class Diagonal(Curvature):
 class EKFAC(Curvature):
     """The diagonal in the eigenbasis of the layer's second moments (arXiv 1806.03884).
 
-    Only weights are scored, so a layer's bias has no place in its moments.
+    Only weights are scored, so a layer's bias has no place in its moments. Damping as in `LoGra`.
 
     Args:
-        damping: λ as a fraction of the diagonal's mean.
         fit: How many images the moments are taken over; default: all.
     """
 
@@ -284,7 +273,7 @@ class EKFAC(Curvature):
 
     def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
         assert moments is not None
-        p_in, p_out = eigenrows(moments.inputs), eigenrows(moments.outputs)
+        p_in, p_out = (leading_rows(m, len(m)) for m in (moments.inputs, moments.outputs))
         return Sketch(p_in.to(layer.weight), p_out.to(layer.weight))
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
@@ -340,14 +329,14 @@ class LoGra(Curvature):
         return None if self.projection == "pca" and scale != 1 else scale
 
 
-KINDS: dict[str, Callable[[int, float, int], Curvature]] = {  # from rank, damping and seed
+KINDS: dict[str, Callable[..., Curvature]] = {
     "logra": LoGra,
     "logra-pca": partial(LoGra, projection="pca"),
-    "ekfac": lambda _, damping, __: EKFAC(damping),
-    "diagonal": lambda _, damping, __: Diagonal(damping),
-    "identity": lambda _, __, ___: Identity(),
-    "random-projection": lambda rank, _, seed: RandomProjection(rank, seed),
-    "exact": lambda _, damping, __: Exact(damping),
+    "ekfac": EKFAC,
+    "diagonal": Diagonal,
+    "identity": Identity,
+    "random-projection": RandomProjection,
+    "exact": Exact,
 }
 
 
@@ -359,7 +348,9 @@ def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int =
     """
     if kind not in KINDS:
         raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
-    return KINDS[kind](rank, damping, seed)
+    known = inspect.signature(KINDS[kind]).parameters
+    settings = {"rank": rank, "damping": damping, "seed": seed}
+    return KINDS[kind](**{name: value for name, value in settings.items() if name in known})
 
 
 # --- the bases that gradients are projected on, and the images that they are made from ---
@@ -391,18 +382,13 @@ def orthonormal_rows(rank: int, dim: int, generator: torch.Generator) -> Float[T
     return (q * r.diagonal().sign()).T.contiguous()
 
 
-def eigenrows(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """The eigenvectors as rows, those of the largest eigenvalues last."""
-    return torch.linalg.eigh(moment).eigenvectors.T.contiguous()
-
-
 def leading_rows(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "k d"]:
-    """The min(k, d) leading eigenvectors as rows (Lanczos, by scipy, where they are few of
-    many)."""
+    """The min(k, d) leading eigenvectors as rows, those of the largest eigenvalues last (Lanczos,
+    by scipy, where they are few of many)."""
     d = len(moment)
     k = min(k, d)
     if 8 * k > d or d < 256:
-        return eigenrows(moment)[-k:]
+        return torch.linalg.eigh(moment).eigenvectors.T[-k:].contiguous()
     start = np.ones(d) / math.sqrt(d)  # fixed, so that the same moments give the same rows
     vectors = scipy.sparse.linalg.eigsh(moment.cpu().numpy(), k, v0=start)[1]
     return torch.from_numpy(np.ascontiguousarray(vectors.T))

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from issl.devices import without_onednn
+from issl.influence.frozen_encoder import requiring_grad
 from issl.influence.layers import Layer, weight_shape
 
 CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's, after its bias
@@ -237,22 +238,16 @@ def examine(
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}
     weights = [layer.weight for layer in layers.values()]
-    asked = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
+    found: Sequence[Tensor | None] = [None] * len(weights)
+    with requiring_grad(weights, True):
         with torch.enable_grad(), followed(products) as following:
             features = run()
         fixed = torch.Generator().manual_seed(0)
         direction = torch.randn(features.shape[1], generator=fixed).to(features)
         wanted = (features[IMAGE] * direction).sum()
-        found: Sequence[Tensor | None] = [None] * len(weights)
         if wanted.requires_grad:
             with without_onednn():
                 found = torch.autograd.grad(wanted, weights, allow_unused=True)
-    finally:
-        for weight, before in zip(weights, asked, strict=True):
-            weight.requires_grad_(before)
     token_major = {
         name
         for (name, trial), gradient in zip(trials.items(), found, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -61,16 +61,16 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
 
 
 @contextmanager
-def without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside; afterwards those that did ask again."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
+def requiring_grad(weights: Iterable[Tensor], required: bool) -> Iterator[None]:
+    """Inside, all of these weights ask for a gradient, or none does."""
+    before = [(weight, weight.requires_grad) for weight in weights]
     try:
+        for weight, _ in before:
+            weight.requires_grad_(required)
         yield
     finally:
-        for p in asking:
-            p.requires_grad_(True)
+        for weight, own in before:
+            weight.requires_grad_(own)
 
 
 def _has_functions(m: nn.Module) -> bool:

@@ -252,7 +252,6 @@ def load_fitted(
     """What `Fitted.save` wrote, with the encoder that it was fitted on.
 
     Args:
-        path: The file.
         encoder: The one that it was fitted on.
         perturbation: Only needed where it is not this library's own, like `curvature` and `loss` (a
             function cannot be kept in a file). It must be that of the file.

@@ -30,7 +30,6 @@ def find_layers(
     result. The input projections of nn.MultiheadAttention are Linear layers, too.
 
     Args:
-        encoder: In eval mode.
         skip: Names of layers, parameters, or modules that hold them, to leave out.
         untrained: BatchNorm that was never trained is no error.
 

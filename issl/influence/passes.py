@@ -9,7 +9,7 @@ for the scores. So a pass can be repeated, in one of two ways with the same numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,7 +24,7 @@ from issl.influence.curvature import Accumulator
 from issl.influence.scorer import Scorer
 
 Memory = Literal["auto", "ram", "recomputed"]
-Read = Callable[[str], Tensor]  # "loss" or "layer.NAME" to the rows of a chunk, on the CPU
+Rows = Mapping[str, Tensor]  # of a chunk, on the CPU: see `Scorer.rows`
 CHUNK = 512  # the most images whose rows are computed together;
 CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
 
@@ -73,20 +73,19 @@ class Pass:
         row_bytes = scorer.dtype.itemsize * scorer.what.draws * sum(scorer.widths.values())
         step, n = max(1, min(CHUNK, CHUNK_BYTES // row_bytes)), len(images)
         self.chunks = [slice(k, min(k + step, n)) for k in range(0, n, step)]
-        memory = computing.memory
-        if memory == "auto":
-            memory = choose_memory(row_bytes * n)
-        self.computing = replace(computing, memory=memory)
-        self._in_batches, self._kept = Batches(computing.batch_size), dict[int, Read]()
+        if computing.memory == "auto":
+            self.computing = replace(computing, memory=choose_memory(row_bytes * n))
+        self._in_batches, self._kept = Batches(computing.batch_size), dict[int, Rows]()
 
-    def __iter__(self) -> Iterator[tuple[slice, Read]]:
-        total = len(self.images) if len(self._kept) < len(self.chunks) else 0
-        shown = self.computing.progress and total > 0
-        with tqdm(total=total, unit="img", desc="influence", disable=not shown) as bar:
+    def __iter__(self) -> Iterator[tuple[slice, Rows]]:
+        n, shown = len(self.images), self.computing.progress and len(self._kept) < len(self.chunks)
+        with tqdm(total=n, unit="img", desc="influence", disable=not shown) as bar:
             for k, chunk in enumerate(self.chunks):
-                read = self._kept.get(k) or self._rows(k, chunk)
+                rows = self._kept.get(k) or self._computed(chunk)
+                if self.computing.memory == "ram":
+                    self._kept[k] = rows
                 bar.update(chunk.stop - chunk.start)
-                yield chunk, read
+                yield chunk, rows
 
     def accumulate(self, gram: bool = False) -> dict[str, Accumulator | None]:
         """What each layer's curvature is made from, over these images; for `gram` see
@@ -101,20 +100,16 @@ class Pass:
         for _, rows in self:
             for name, total in sums.items():
                 if total is not None:
-                    total.add(rows(f"layer.{name}").to(self.scorer.device).mean(1))
+                    total.add(rows[f"layer.{name}"].to(self.scorer.device).mean(1))
         return sums
 
-    def _compute(self, batch: slice) -> dict[str, Tensor]:
-        rows = self.scorer.rows(self.images, batch, self.computing.precision == "bf16")
-        return {name: value.cpu() for name, value in rows.items()}
+    def _computed(self, chunk: slice) -> Rows:
+        def run(batch: slice) -> Rows:
+            rows = self.scorer.rows(self.images, batch, self.computing.precision == "bf16")
+            return {name: value.cpu() for name, value in rows.items()}
 
-    def _rows(self, k: int, chunk: slice) -> Read:
-        """Compute a chunk, and keep it where that is asked."""
-        parts = list(self._in_batches(chunk, self._compute))
-        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if self.computing.memory == "ram":
-            self._kept[k] = rows.__getitem__
-        return rows.__getitem__
+        parts = list(self._in_batches(chunk, run))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def choose_memory(need: int) -> Memory:

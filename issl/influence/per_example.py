@@ -36,7 +36,7 @@ from issl.influence.following import (
     read_inputs,
     read_outputs,
 )
-from issl.influence.frozen_encoder import without_weight_gradients
+from issl.influence.frozen_encoder import requiring_grad
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
 
@@ -82,25 +82,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Followed:
-    """An encoder whose gradients are followed.
+    """An encoder whose gradients are followed."""
 
-    Attributes:
-        model: From `issl.influence.frozen_encoder.frozen`.
-        layers: That are scored, by name.
-        layout: Of the pixels that it is given.
-        token_major: Layers whose rows are not image by image, from
-            `issl.influence.following.examine`.
-    """
-
-    model: nn.Module
-    layers: Mapping[str, Layer]
-    layout: torch.memory_format = torch.channels_last
+    model: nn.Module  # from `issl.influence.frozen_encoder.frozen`
+    layers: Mapping[str, Layer]  # that are scored
+    layout: torch.memory_format = torch.channels_last  # of the pixels that it is given
+    # layers whose rows are not image by image, from `issl.influence.following.examine`
     token_major: Set[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The features, whatever the encoder makes of them."""
-        found: Tensor = self.model(x.contiguous(memory_format=self.layout))
-        return found
+        return self.model(x.contiguous(memory_format=self.layout))
 
 
 def per_example(
@@ -115,8 +107,6 @@ def per_example(
     """The losses of a batch and, per layer, the sketch of each image's gradient.
 
     Args:
-        encoder: The encoder.
-        sketches: What is kept of the gradient in each layer.
         x: Pixels in [0, 1].
         perturbed: Their perturbed views.
         index: Names the images in errors.
@@ -163,7 +153,7 @@ def _backward(
 ) -> Tensor:
     """One forward and backward with the taps in place; returns the losses."""
     b, products = len(x), {id(tap.layer.weight): tap.on_product for tap in taps.values()}
-    with without_weight_gradients(encoder.model), torch.enable_grad():
+    with requiring_grad(encoder.model.parameters(), False), torch.enable_grad():
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
         with autocast, followed(products):
             features = encoder(torch.cat([x, perturbed]))
@@ -264,10 +254,8 @@ class _Tap:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
-        """The views' inputs (2b, g, k, t) and output gradients (2b, g, o, t).
-
-        p_in    the projection that still has to be applied to the inputs, if any
-        """
+        """The views' inputs (2b, g, k, t), which may still have to be projected by `p_in`, and
+        their output gradients (2b, g, o, t)."""
         # under autocast both are bf16, but sums over positions must not be
         outputs, inputs = outputs.to(self.layer.weight.dtype), inputs.to(self.layer.weight.dtype)
         if self.sketch.norm and self.calls == 1 and _gram_is_cheaper(inputs, outputs):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -20,7 +20,7 @@ from issl.keyed_random import normal, uniform
 
 Perturb = Callable[[Pixels, Int[Tensor, " b"]], Pixels]
 Channels = float | tuple[float, ...]  # one number, or one for each channel
-Kind = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "chain"]
+KINDS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize", "chain")
 
 
 @runtime_checkable
@@ -100,10 +100,8 @@ class Augmentation:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise IsslError(
-                f"Augmentation({self.kind!r}): the kinds are {', '.join(get_args(Kind))}"
-            )
+        if self.kind not in KINDS:
+            raise IsslError(f"Augmentation({self.kind!r}): the kinds are {', '.join(KINDS)}")
         if not 0 < number_or_nan(self.strength) <= 1:
             raise IsslError(f"Augmentation(strength={self.strength!r}): must lie in (0, 1]")
 
@@ -112,12 +110,16 @@ class Augmentation:
         """The settings of the view, see `issl.data.views.View`."""
         s = self.strength
         crop = {"min_area": 1 - 0.92 * s}
-        shifts = (0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-        colours = dict(zip(["brightness", "contrast", "saturation", "hue"], shifts, strict=True))
+        colours = {
+            "brightness": 0.8 * s,
+            "contrast": 0.8 * s,
+            "saturation": 0.8 * s,
+            "hue": 0.2 * s,
+        }
         sigma = {"blur_sigma": (0.1, 0.1 + 1.9 * s)}
         chances = {"flip": 0.5 * s, "jitter": 0.8, "grayscale": 0.2 * s, "blur": 0.5 * s}
         settings: dict[str, dict[str, Any]] = {
-            "crop": {**crop},
+            "crop": crop,
             "flip": {"flip": s},
             "jitter": {"jitter": 1.0, **colours},
             "grayscale": {"grayscale": s},

@@ -76,19 +76,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scorer:
-    """An encoder that is scored: its frozen copy, and what is measured of it. From `open_scorer`.
-
-    Attributes:
-        encoder: The copy, with the layers that are scored.
-        what: What is measured.
-        device: Where it computes.
-        sketches: What is kept of each image's gradient, by layer, once `sketched`.
-    """
+    """An encoder that is scored: its frozen copy, and what is measured of it (`open_scorer`)."""
 
     encoder: Followed
     what: Measurement
     device: torch.device
-    sketches: Mapping[str, Sketch]
+    sketches: Mapping[str, Sketch]  # by layer, once `sketched`
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -217,11 +210,16 @@ def open_scorer(
         raise IsslError(f"device={str(device)!r} cannot be used here ({said}); try cpu") from error
     some = images.pixels[: min(3, len(images))].to(place).to(first.dtype) / 255
     x = torch.cat([some, *(some[:1].flip(-1 - k) for k in range(3 - len(some)))])
-    followed, others = _running(encoder, what, place, x)
     try:
+        try:
+            followed, others = _copied(encoder, what, place, x, torch.channels_last)
+        except RuntimeError:  # a .view of features asks for the plain layout
+            followed, others = _copied(encoder, what, place, x, torch.contiguous_format)
         _check_independent(followed, x)
         token_major, problems = examine(followed.layers, lambda: followed(x))
-    except (RuntimeError, MemoryError) as error:
+    except IsslError:
+        raise
+    except Exception as error:
         raise _fails(x, error) from error
     if problems := others | problems:
         raise unscored(problems, followed.layers)
@@ -248,30 +246,20 @@ def with_features(
     return replace(images.subset(good), broken=(*images.broken, *broken))
 
 
-def _running(
-    encoder: nn.Module, what: Measurement, device: torch.device, x: Tensor
+@torch.no_grad()
+def _copied(
+    encoder: nn.Module,
+    what: Measurement,
+    device: torch.device,
+    x: Tensor,
+    layout: torch.memory_format,
 ) -> tuple[Followed, dict[str, str]]:
-    """A frozen copy, in a layout of pixels that it can read, and its weights that cannot be scored.
-
-    Raises IsslError if there is none."""
-
-    @torch.no_grad()
-    def copied(layout: torch.memory_format) -> tuple[Followed, dict[str, str]]:
-        model = frozen(encoder, device, layout)
-        layers, others = find_layers(model, what.skip, what.untrained)
-        followed = Followed(model, layers, layout)
-        check_shape(followed(x), len(x))
-        return followed, others
-
-    try:
-        try:
-            return copied(torch.channels_last)
-        except RuntimeError:  # a .view of features asks for the plain layout
-            return copied(torch.contiguous_format)
-    except IsslError:
-        raise
-    except Exception as error:
-        raise _fails(x, error) from error
+    """A frozen copy that reads pixels in this layout, and its weights that cannot be scored."""
+    model = frozen(encoder, device, layout)
+    layers, others = find_layers(model, what.skip, what.untrained)
+    followed = Followed(model, layers, layout)
+    check_shape(followed(x), len(x))
+    return followed, others
 
 
 def _fails(x: Tensor, error: Exception) -> Exception:

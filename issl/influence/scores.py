@@ -26,7 +26,7 @@ from issl.devices import full_precision
 from issl.errors import IsslError, is_whole, number_or_nan
 from issl.influence.curvature import NO_CURVATURE, Accumulator, Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.passes import Computing, Pass, Read
+from issl.influence.passes import Computing, Pass, Rows
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, describe
 from issl.influence.scorer import Measurement, as_images, open_scorer
 
@@ -50,9 +50,6 @@ def self_influence(
     computing: Computing = Computing(),
 ) -> pd.DataFrame:
     """The influence of each image on the encoder (arXiv 2412.17170, §3).
-
-    The formula, one image at a time by plain autograd, is
-    `issl.influence.reference.self_influence`.
 
     Args:
         encoder: Any nn.Module in eval mode, from float pixels in [0, 1] to features (n, d). It is
@@ -224,10 +221,10 @@ def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
     scorer, what, n = rows.scorer, rows.scorer.what, len(rows.images)
     inverses = [whitenings(sums, damping) for damping in (what.curvature.damping, *sweep)]
     losses, squares, shares = np.zeros(n), np.zeros(n), np.zeros((len(inverses), n, what.draws))
-    for positions, read in rows:
-        losses[positions] = read("loss").double()
+    for positions, chunk in rows:
+        losses[positions] = chunk["loss"].double()
         for name, layer in scorer.layers.items():
-            g = read(f"layer.{name}").to(scorer.device)  # (b, draws, r)
+            g = chunk[f"layer.{name}"].to(scorer.device)  # (b, draws, r)
             scale = what.curvature.norm_scale(layer)
             size = g.double().mean(1).square().sum(1)
             squares[positions] += np.nan if scale is None else (size * scale).cpu().numpy()
@@ -303,15 +300,17 @@ def _blocks(
     scorer = rows.scorer
     inverse = whitenings(sums, scorer.what.curvature.damping)
 
-    def whitened(read: Read) -> Float[Tensor, "b m"]:
+    def whitened(chunk: Rows) -> Float[Tensor, "b m"]:
         """All layers' whitened rows side by side, so that one product sums over layers."""
-        means = {n: read(f"layer.{n}").to(scorer.device).double().mean(1) for n in inverse}
+        means = {
+            name: chunk[f"layer.{name}"].to(scorer.device).double().mean(1) for name in inverse
+        }
         return torch.cat([w.whiten(means[name]) for name, w in inverse.items()], 1)
 
     once = replace(rows.computing, memory="recomputed", progress=False)
-    asked = torch.cat([whitened(read) for _, read in Pass(scorer, queries, once)])
-    for positions, read in rows:
-        yield positions, asked @ whitened(read).T
+    asked = torch.cat([whitened(chunk) for _, chunk in Pass(scorer, queries, once)])
+    for positions, chunk in rows:
+        yield positions, asked @ whitened(chunk).T
 
 
 def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.0) -> str | None:
