@@ -48,11 +48,6 @@ def flattened(net: Base, x: Tensor) -> Tensor:
     return net.mlp(t.flatten(0, 1)).unflatten(0, t.shape[:2]).mean(0)
 
 
-def windows(net: Base, x: Tensor) -> Tensor:
-    """(B · W, T / W, C), as in Swin."""
-    return net.mlp(net.tokens(x).reshape(-1, 3, 8)).reshape(len(x), 9, 8).mean(1)
-
-
 def by_function(net: Base, x: Tensor) -> Tensor:
     """A layer's weight is used by F.linear, too."""
     t = F.relu(net.f1(net.tokens(x)))
@@ -124,7 +119,6 @@ class Checkpointed(Base):
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "tokens first": lambda: Base(tokens_first),
     "flattened": lambda: Base(flattened),
-    "windows": lambda: Base(windows),
     "by function": lambda: Base(by_function),
     "subclasses": Subclasses,
     "in place": InPlace,
@@ -155,7 +149,7 @@ def brute(
     return reference.self_influence(kept), norms
 
 
-@pytest.mark.parametrize("batch", [3, 9])  # 9: as many as tokens; 3: as many as in a window
+@pytest.mark.parametrize("batch", [3, 9])  # 9: as many as tokens
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_scored_as_autograd_says(kind: str, batch: int) -> None:
     with torch.random.fork_rng():
