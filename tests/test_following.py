@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import nets
@@ -20,7 +21,10 @@ from issl.influence.layers import find_layers
 
 
 class Base(nn.Module):
-    """A picture's patches as 9 tokens of 8 numbers, and two layers, used as told."""
+    """A picture's patches as 9 tokens of 8 numbers, and two layers, used as told; `plain`: in a
+    way that autograd follows."""
+
+    plain = False
 
     def __init__(self, how: Callable[[Any, Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -78,16 +82,18 @@ class Subclasses(nn.Module):
         return self.f(torch.tanh(self.c(x)).mean((2, 3)))
 
 
-class InPlace(Base):
+def in_place(net: Base, x: Tensor) -> Tensor:
     """What a layer has read is changed afterwards."""
+    t = net.tokens(x).contiguous()
+    y = net.f1(t.clone() if net.plain else t)  # autograd itself refuses the second
+    t.mul_(2).add_(1)
+    return net.f2(y).mean(1) + t.mean(1)
 
-    plain = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        t = self.tokens(x).contiguous()
-        y = self.f1(t.clone() if self.plain else t)  # autograd itself refuses the second
-        t.mul_(2).add_(1)
-        return self.f2(y).mean(1) + t.mean(1)
+def checkpointed(net: Base, x: Tensor, reentrant: bool) -> Tensor:
+    if net.plain:  # a reentrant one gives autograd.grad nothing
+        return net.mlp(net.tokens(x)).mean(1)
+    return checkpoint(net.mlp, net.tokens(x), use_reentrant=reentrant).mean(1)
 
 
 class Attention(nn.Module):
@@ -105,27 +111,15 @@ class Attention(nn.Module):
         return self.t(t).mean(1) if self.batch_first else self.t(t.transpose(0, 1)).mean(0)
 
 
-class Checkpointed(Base):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant, self.plain = reentrant, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.plain:  # a reentrant one gives autograd.grad nothing
-            return self.mlp(self.tokens(x)).mean(1)
-        return checkpoint(self.mlp, self.tokens(x), use_reentrant=self.reentrant).mean(1)
-
-
 KINDS: dict[str, Callable[[], nn.Module]] = {
-    "tokens first": lambda: Base(tokens_first),
-    "flattened": lambda: Base(flattened),
-    "by function": lambda: Base(by_function),
+    **{
+        how.__name__: partial(Base, how) for how in (tokens_first, flattened, by_function, in_place)
+    },
     "subclasses": Subclasses,
-    "in place": InPlace,
     "attention": lambda: Attention(True),
     "attention, tokens first": lambda: Attention(False),
-    "reentrant checkpoint": lambda: Checkpointed(True),
-    "checkpoint": lambda: Checkpointed(False),
+    "reentrant checkpoint": lambda: Base(partial(checkpointed, reentrant=True)),
+    "checkpoint": lambda: Base(partial(checkpointed, reentrant=False)),
 }
 
 
