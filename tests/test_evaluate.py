@@ -12,7 +12,7 @@ import issl
 from issl.audit.cache import Artifacts
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Evaluate, Pretrain
-from issl.audit.stats.evaluate import PENALTIES, knn_hits, probe_hits
+from issl.audit.stats.evaluate import PENALTIES, knn_hits, knn_votes, probe_hits
 from issl.pretraining.recipes import recipe
 
 
@@ -27,12 +27,13 @@ def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch
 
 def test_knn_is_brute_force() -> None:
     (train, labels), (test, truth) = clusters(60, 0, 2.0), clusters(30, 1, 2.0)
-    want = []
-    for x, y in zip(test, truth, strict=True):
+    votes = torch.zeros(30, 10)
+    for x, own in zip(test, votes, strict=True):
         s, near = torch.nn.functional.cosine_similarity(x[None], train).topk(7)
-        votes = torch.zeros(10).index_add(0, labels[near], (s / 0.1).exp())
-        want.append(bool(votes.argmax() == y))
-    got = knn_hits(train, labels, test, truth, k=7)
+        own.index_add_(0, labels[near], (s / 0.1).exp())
+    shares = votes / votes.sum(1, keepdim=True)
+    torch.testing.assert_close(knn_votes(train, labels, test, k=7), shares)
+    got, want = knn_hits(train, labels, test, truth, k=7), (votes.argmax(1) == truth).numpy()
     np.testing.assert_array_equal(got, want)
     assert 0 < got.sum() < 30
     # in parts or at once, and with more neighbours asked for than there are

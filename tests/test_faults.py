@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import numpy as np
 import pytest
 import torch
 
@@ -147,17 +146,3 @@ def test_a_damaged_artifact_is_told_and_made_again_alone(
     assert made(tmp_path) == undisturbed
     assert "; it will be made again" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in others} == others
-
-
-def test_a_run_killed_at_random_moments_gives_the_same_numbers(
-    tmp_path: Path, undisturbed: Any
-) -> None:
-    moments, kills = np.random.default_rng(0).uniform(0.1, 1.5, 4), 0
-    for moment in moments:
-        process = forked.context.Process(target=made, args=(tmp_path,))
-        process.start()
-        process.join(moment)
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-    assert kills >= 1 and made(tmp_path) == undisturbed and left_over(tmp_path) == []

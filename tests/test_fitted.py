@@ -138,12 +138,14 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     fitted.save(files["good"])
     save_file({"a": torch.zeros(1)}, files["old"], {HEADER: json.dumps({"version": 0})})
     files["broken"].write_bytes(files["good"].read_bytes()[:-50])
-    other = make("batchnorm")
+    other, darker = make("batchnorm"), make("batchnorm")
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-3
+    darker.forward = lambda x: nn.Sequential.forward(darker, x - 0.5)
     marks = {name: v + 1 for name, v in fitted.settings["marks"].items()}
     for name, encoder, changed, curvature, message in [
         ("good", other, {}, None, "another encoder"),
+        ("good", darker, {}, None, "other numbers of the images"),
         ("old", net, {}, None, "version 0"),
         ("broken", net, {}, None, "curvature file .* is damaged"),
         ("changed", net, {"layers": {"0": 16}}, None, "layers is"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -194,13 +193,3 @@ def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> 
     images = nets.pictures(6)
     found = issl.self_influence(encoder, images, curvature=issl.Identity(), skip=skip)
     np.testing.assert_allclose(found["influence"], brute(encoder, images, skip)[1], rtol=1e-5)
-
-
-def test_a_kept_curvature_knows_what_the_encoder_computes(tmp_path) -> None:
-    first, images = Base(lambda net, x: tokens_first(net, x - 0.5)).eval(), nets.pictures(6)
-    other = copy.deepcopy(first)
-    other.how = lambda net, x: tokens_first(net, 4 * (x - 0.5))
-    issl.fit(first, images).save(tmp_path / "kept.safetensors")
-    assert issl.load_fitted(tmp_path / "kept.safetensors", copy.deepcopy(first)).n == 6
-    with pytest.raises(issl.IsslError, match="other numbers of the images"):
-        issl.load_fitted(tmp_path / "kept.safetensors", other)

@@ -100,9 +100,6 @@ def test_matched_controls() -> None:
 
 
 def test_baselines_find_what_is_planted(features: torch.Tensor) -> None:
-    doubled = torch.cat([features, 2 * features[:1]])  # the same direction
-    near = neighbour_graph.nearest(doubled, 1)[1][:, 0]
-    assert set(np.argsort(near)[:2]) == {0, 60} and near[0] == pytest.approx(0, abs=1e-6)
     far = torch.cat([features.abs(), -20 * torch.ones(1, 8)])
     assert baselines.knn_distance(far).argmax() == 60 and baselines.isolation(far).argmax() == 60
 
@@ -122,20 +119,16 @@ def test_pixel_baselines() -> None:
     assert by_hash[3] == by_hash[7] == 0 and by_hash[4] >= -6 and by_hash.min() < -6
 
 
-def test_a_vote_and_a_prototype_tell_which_images_lie_between_classes() -> None:
+def test_votes_and_prototypes_tell_which_images_lie_between_classes() -> None:
     """Two tight classes along the axes: an image on an axis is sure, one on the diagonal is not."""
     turned = torch.linspace(-0.02, 0.02, 40)
     axis = torch.stack([turned.cos(), turned.sin()], 1)
     train, labels = torch.cat([axis, axis.flip(1)]), torch.arange(2).repeat_interleave(40)
     asked = torch.tensor([[5.0, 0.0], [0.0, 0.1], [1.0, 1.0]])
-    votes = knn_votes(train, labels, asked, k=40)
-    torch.testing.assert_close(votes.sum(1), torch.ones(3))
-    entropy = baselines.vote_entropy(votes)
-    assert (entropy[:2] < 1e-6).all() and entropy[2] < np.log(2) + 1e-6
-    all_vote = baselines.vote_entropy(knn_votes(train, labels, asked, k=80))
-    assert np.isclose(all_vote[2], np.log(2), atol=1e-4)
     distance = baselines.prototype_distance(asked, train, labels)
     np.testing.assert_allclose(distance, [0, 0, 1 - np.sqrt(0.5)], atol=1e-4)
+    entropy = baselines.vote_entropy(knn_votes(train, labels, asked, k=80))
+    np.testing.assert_allclose(entropy, [0, 0, np.log(2)], atol=1e-2)
 
 
 def test_edges_to_other_classes_that_are_chosen() -> None:

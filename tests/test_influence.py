@@ -279,15 +279,6 @@ def test_noise_of_normalised_pixels_is_added_after_the_normalisation() -> None:
     torch.testing.assert_close(normalise(noisy), wanted, rtol=0, atol=1e-5)
 
 
-def test_a_plain_callable_is_a_perturbation() -> None:
-    net, images = make("stride"), pictures(8)
-    by_object = self_influence(net, images, NOISE, seed=4)
-    by_function = self_influence(net, images, NOISE.keyed(4))
-    np.testing.assert_array_equal(by_object["influence"], by_function["influence"])
-    still = self_influence(net, images, lambda x, index: x)
-    assert (still[["influence", "stability_loss", "grad_norm"]].to_numpy() == 0).all()
-
-
 def test_the_encoder_is_left_as_it_was() -> None:
     net = make("batchnorm")
     net[0].weight.requires_grad_(False)
