@@ -133,7 +133,8 @@ def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
-    net, files = make("batchnorm"), {n: tmp_path / n for n in ("good", "old", "broken", "changed")}
+    net, names = make("batchnorm"), ("good", "old", "broken", "changed")
+    files = {name: tmp_path / f"{name}.safetensors" for name in names}
     fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
     fitted.save(files["good"])
     save_file({"a": torch.zeros(1)}, files["old"], {HEADER: json.dumps({"version": 0})})
