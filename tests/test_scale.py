@@ -119,7 +119,8 @@ def test_scores_of_ones_own_images(photos: Path, tmp_path: Path) -> None:
 
 def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: Any) -> None:
     """Fitted on some images and used for others."""
-    file, (a, b) = encoder(tmp_path / "e.safetensors"), (f"folder:{photos / x}" for x in "ab")
+    file = encoder(tmp_path / "e.safetensors")
+    a, b = (f"folder:{photos / name}" for name in "ab")
     kept, out = str(tmp_path / "kept.safetensors"), str(tmp_path / "scores.csv")
     assert cli.main(["fit", "--data", a, "--encoder", file, "--rank", "2", "--out", kept]) == 0
     score = ["influence", "--data", b, "--encoder", file, "--curvature-from", kept, "--out", out]
