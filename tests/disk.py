@@ -72,9 +72,8 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
 def write_torchvision(
     root: Path, kind: str, batches: dict, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """CIFAR in torchvision's layout: the pixels and labels of each file, of which the last is the
-    test set's. The checksums that torchvision verifies are made those of its files. Returns its
-    folder."""
+    """CIFAR in torchvision's layout, with the checksums that it verifies: the pixels and labels of
+    each file, of which the last is the test set's. Returns its folder."""
     of = getattr(torchvision.datasets, kind)
     base, sums = root / of.base_folder, {}
     base.mkdir(parents=True)

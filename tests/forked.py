@@ -1,21 +1,16 @@
-"""Processes of their own that need not import everything again: forked from a server that has
-imported it.
+"""Processes that need not import everything again: forked from a server that has imported it.
 
-(Not from the test's own process: torch refuses a backward pass in a child of a process that has run
-one.)
+(Not from the test's own: torch refuses a backward pass in a child of a process that has run one.)
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from issl.audit.cache import Artifacts, Stage
-from issl.errors import IsslError
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["issl.audit.stages", "forked"])
@@ -27,14 +22,3 @@ def make(root: Path, stage: Stage) -> int:
     artifacts = Artifacts(root, checkpoint_seconds=0.0)
     artifacts.get(stage)
     return len(artifacts.computed)
-
-
-def report(queue, function: Callable, *arguments: object) -> None:
-    """Run in a child: its result, or its error as text."""
-    try:
-        queue.put(function(*arguments))
-    except IsslError as error:
-        queue.put(str(error))
-    except BaseException:
-        queue.put(traceback.format_exc())
-        raise

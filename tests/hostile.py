@@ -57,9 +57,8 @@ def folder(parent: Path, **files: bytes) -> str:
 # --- archives and tables ---
 
 
-def parquet(parent: Path, metadata: dict[bytes, bytes] | None = None, **columns: Any) -> str:
-    table = pa.table(columns)
-    pq.write_table(table.replace_schema_metadata(metadata or {}), parent / "set.parquet")
+def parquet(parent: Path, **columns: Any) -> str:
+    pq.write_table(pa.table(columns), parent / "set.parquet")
     return f"hf:{parent / 'set.parquet'}"
 
 
@@ -77,8 +76,7 @@ class Evil:
 
 
 def malicious(path: Path, mark: Path, how: str) -> Path:
-    """A checkpoint that would run a command: as torch writes them now, as it did before, and as a
-    bare pickle."""
+    """A checkpoint that would run a command: `zip` as torch writes them now, `legacy`, `pickle`."""
     if how == "pickle":
         path.write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
     else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issl import Images
+from issl import Curvature, Images
+from issl.influence.layers import Layer
 
 
 class Reused(nn.Module):
@@ -40,12 +41,10 @@ class Tokens(nn.Module):
 
 
 class Residual(nn.Module):
-    """BatchNorm after convolutions with bias and groups; `two_users`: a convolution's output is
-    used beside it, too."""
+    """BatchNorm after convolutions with bias and groups; one's output is used twice."""
 
-    def __init__(self, two_users: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.two_users = two_users
         self.stem, self.norm0 = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
         self.conv, self.norm = nn.Conv2d(6, 6, 3, 1, 1, groups=3), nn.BatchNorm2d(6)
         self.out = nn.Linear(6, 5)
@@ -53,7 +52,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.norm0(self.stem(x)))
         y = self.conv(x)
-        return self.out(F.relu(self.norm(y) + (y if self.two_users else x)).mean((2, 3)))
+        return self.out(F.relu(self.norm(y) + y + x).mean((2, 3)))
 
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
@@ -81,7 +80,6 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
         *(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 6)),
     ),
     "residual": Residual,
-    "two users": lambda: Residual(two_users=True),
     "reused": Reused,
     "tokens": Tokens,
 }
@@ -104,6 +102,14 @@ def same_weights(one: nn.Module, other: nn.Module) -> None:
     """Bit for bit."""
     a, b = one.state_dict(), other.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def projections(
+    curvature: Curvature, layers: Mapping[str, Layer]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(P_out, P_in) that LoGra draws for each layer, in double precision."""
+    sketches = {name: curvature.sketch(m, k) for k, (name, m) in enumerate(layers.items())}
+    return {name: (s.p_out.double(), s.p_in.double()) for name, s in sketches.items()}
 
 
 def pictures(n: int, seed: int = 0, side: int = 12) -> Images:

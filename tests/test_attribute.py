@@ -23,9 +23,10 @@ def test_lists_are_the_librarys_derivatives(
     how = recipe("byol", "short")
     learner, file, out = Learner(how, 1, None, 0), tmp_path / "e.safetensors", tmp_path / "a.csv"
     save_learner(file, learner, {"recipe": plain(how)}, half=False)
-    what = ["--images", "scenes", "--n", "12", "--queries", "scenes", "--asked", "2"]
-    how_long = ["--batch-size", "6", "--k", "3", "--check", "3", "--device", "cpu"]
-    given = ["attribute", "--encoder", str(file), *what, *how_long, "--out", str(out)]
+    given = (
+        "attribute --images scenes --n 12 --queries scenes --asked 2 --batch-size 6 --k 3".split()
+    )
+    given += ["--check", "3", "--device", "cpu", "--encoder", str(file), "--out", str(out)]
     assert cli.main(given) == 0
     assert "LDS" in capsys.readouterr().out
     images = issl.load("scenes").subset(range(12))
@@ -36,12 +37,9 @@ def test_lists_are_the_librarys_derivatives(
     ).derivatives
     found = load_file(out.with_suffix(".safetensors"))["derivatives"]
     np.testing.assert_allclose(found, want, rtol=1e-6)
-    table = pd.read_csv(out)
-    assert list(table["query"].unique()) == [0, 1]
-    for q, part in table.groupby("query"):
-        order = np.argsort(want[q].numpy())
-        by = part.groupby("list")["index"].apply(list)
-        assert by["helped"] == order[:3].tolist()
-        assert by["hurt"] == order[::-1][:3].tolist()
+    lists = pd.read_csv(out).groupby(["query", "list"])["index"].apply(list)
+    for q in range(2):
+        order = np.argsort(want[q].numpy()).tolist()
+        assert lists[q, "helped"] == order[:3] and lists[q, "hurt"] == order[::-1][:3]
     assert cli.main([*given[:-1], str(tmp_path / "a.txt")]) == 2
     assert cli.main([*given, "--asked", "1000000000"]) == 2

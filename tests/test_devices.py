@@ -1,5 +1,4 @@
-"""The machine: precision that is restored, GPUs that cannot be used, memory that runs out or is
-limited."""
+"""The machine: precision, GPUs that cannot be used, memory that runs out or is limited."""
 
 from __future__ import annotations
 
@@ -44,9 +43,10 @@ def test_full_precision_is_that_of_the_block_alone(mine: str, places: tuple) -> 
     assert [place.fp32_precision for place in places] == [mine] * 2 and not cudnn.deterministic
 
 
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a GPU that torch does not see; the file that stands for it."""
+def test_a_gpu_that_torch_cannot_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver is too old, or torch has no CUDA."""
     gpu, version = tmp_path / "dev" / "nvidia0", tmp_path / "version"
     gpu.parent.mkdir()
     gpu.touch()
@@ -56,13 +56,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return gpu
-
-
-def test_a_gpu_that_torch_cannot_use_is_named(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its driver is too old, or torch has no CUDA."""
     with pytest.raises(issl.IsslError, match=r"driver 535\.104\.05.*CUDA 13\.2.*driver 580"):
         pick_device("auto")
     assert pick_device("cpu").type == "cpu"
@@ -72,9 +65,9 @@ def test_a_gpu_that_torch_cannot_use_is_named(
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(issl.IsslError, match="torch has no CUDA"):
         pick_device("auto")
-    machine.rename(machine.with_name("nvidiactl"))  # a container without the GPU sees the driver
+    gpu.rename(gpu.with_name("nvidiactl"))  # a container without the GPU sees the driver
     assert pick_device("auto").type == "cpu"
-    with pytest.raises(issl.IsslError, match="torch sees no GPU here"):
+    with pytest.raises(issl.IsslError, match="torch sees no GPU"):
         pick_device("cuda")
 
 
@@ -96,7 +89,7 @@ def test_where_the_gpus_memory_runs_out_batches_are_halved() -> None:
     def never(_: slice) -> None:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(issl.IsslError, match="memory does not suffice for one image"):
+    with pytest.raises(issl.IsslError, match="one image"):
         list(Batches(4)(slice(0, 4), never))
 
 

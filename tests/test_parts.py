@@ -1,10 +1,11 @@
-"""Large sets in parts: the same scores whoever computes what, and nothing computed twice."""
+"""Large sets in parts: the same scores, and nothing computed twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,8 @@ def load(what: Measurement = WHAT, seed: int = 0, kept: Path | None = None) -> S
     return Scoring(make("residual"), pictures(53, seed=seed), what, kept=kept)
 
 
-def tasks_of(folder: Path, loaded: Callable[[], Scoring] = load) -> dict[str, Task]:
-    return score_in_parts(folder, loaded, fit_part=20, score_part=8)
+def tasks_of(folder: Path, **other: Any) -> dict[str, Task]:
+    return score_in_parts(folder, partial(load, **other), fit_part=20, score_part=8)
 
 
 def same(folder: Path) -> None:
@@ -38,9 +39,8 @@ def same(folder: Path) -> None:
 
 
 def test_parts_give_the_scores_of_the_whole(tmp_path: Path) -> None:
-    """Three parts of the fit, their sum, seven parts of the scores, in two processes."""
+    """Three of the fit, their sum, seven of the scores, in two processes."""
     tasks = tasks_of(tmp_path)
-    assert len(tasks) == 3 + 1 + 7
     assert [end.error for end in Engine(2).run(tasks)] == [""] * 11
     same(tmp_path)
 
@@ -57,32 +57,29 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert tasks_of(tmp_path) == {}
     same(tmp_path)
-    again = partial(load, kept=tmp_path / "curvature.safetensors")
-    other = tasks_of(tmp_path / "other", again)  # under a curvature that was kept
+    other = tasks_of(tmp_path / "other", kept=tmp_path / "curvature.safetensors")
     assert len(other) == 7 and not any(end.error for end in Engine().run(other))
     same(tmp_path / "other")
 
 
 def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
     tasks_of(tmp_path)
-    of_another_seed = Measurement(GaussianNoise(), LoGra(4), seed=1)
-    for other in (partial(load, of_another_seed), partial(load, seed=1)):
-        with pytest.raises(issl.IsslError, match="holds scores of another encoder, images or"):
-            tasks_of(tmp_path, other)
-    with pytest.raises(issl.IsslError, match=r"makes its bases from images.*--curvature-from"):
-        tasks_of(tmp_path / "new", partial(load, Measurement(GaussianNoise(), EKFAC())))
+    for other in ({"what": replace(WHAT, seed=1)}, {"seed": 1}):
+        with pytest.raises(issl.IsslError, match="holds scores of another"):
+            tasks_of(tmp_path, **other)
+    with pytest.raises(issl.IsslError, match="bases from images"):
+        tasks_of(tmp_path / "new", what=replace(WHAT, curvature=EKFAC()))
 
 
 def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "all")
-    given = ["influence", "--data", "scenes", "--n", "12", "--rank", "2"]
-    given += ["--encoder", encoder(tmp_path / "e.safetensors"), "--device", "cpu", "--out"]
-    assert cli.main([*given, out]) == 0
-    assert "3 of 3 missing parts made" in capsys.readouterr().out
-    assert cli.main([*given, str(tmp_path / "one.parquet")]) == 0
-    one, parts = (pd.read_parquet(tmp_path / name) for name in ("one.parquet", "all/scores"))
-    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
-    assert cli.main([*given, out, "--jobs", "2"]) == 0
+    folder, file = str(tmp_path / "all"), str(tmp_path / "one.parquet")
+    given = "influence --data scenes --n 12 --rank 2 --device cpu --encoder".split()
+    given += [encoder(tmp_path / "e.safetensors"), "--out"]
+    for out in (folder, file, folder):
+        capsys.readouterr()
+        assert cli.main([*given, out]) == 0
     assert "0 of 0 missing parts made" in capsys.readouterr().out
-    assert cli.main([*given, out, "--rank", "3"]) == 2
-    assert "of another encoder, images or setting" in capsys.readouterr().err
+    one, parts = (pd.read_parquet(path) for path in (file, tmp_path / "all/scores"))
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
+    assert cli.main([*given, folder, "--rank", "3"]) == 2
+    assert "all holds scores of another" in capsys.readouterr().err

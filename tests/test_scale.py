@@ -12,15 +12,13 @@ import pytest
 import torch
 from disk import encoder
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet
 
 import issl
 from issl import LoGra, cli, self_influence
 from issl.commands.pictures import SIDE
 from issl.pretraining.other_encoders import Triple, open_encoder
-
-# --- encoders from elsewhere ---
 
 
 def trained(net: nn.Module) -> nn.Module:
@@ -48,7 +46,7 @@ def same_features(
 
 
 def small(net: nn.Module, padding: int = 1) -> nn.Module:
-    """The usual change for small images; solo-learn's own pads the stem by 2."""
+    """As for small images; solo-learn's own pads the stem by 2."""
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, padding, bias=False), nn.Identity()
     return net
 
@@ -76,16 +74,11 @@ def test_lightlys_own_resnet(tmp_path: Path) -> None:
     net = trained(models.ResNetGenerator("resnet-18", width=0.25))
     body = nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1))
     owner = nn.ModuleDict({"backbone": body, "head": nn.Linear(128, 8)})
-    for content, name in ((owner.state_dict(), "a.pt"), (net.state_dict(), "b.pt")):
-        torch.save({"state_dict": content}, tmp_path / name)
-
-    class Reference(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(net.bn1(net.conv1(x)))
-            return net.layer4(net.layer3(net.layer2(net.layer1(x)))).mean((2, 3))
-
-    same_features(open_encoder(str(tmp_path / "b.pt")).encoder, Reference(), 32)
-    same_features(open_encoder(str(tmp_path / "a.pt")).encoder, Reference(), 32)
+    layers = net.layer1, net.layer2, net.layer3, net.layer4
+    want = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *layers, nn.AdaptiveAvgPool2d(1))
+    for content in (owner.state_dict(), net.state_dict()):
+        torch.save({"state_dict": content}, tmp_path / "weights.pt")
+        same_features(open_encoder(str(tmp_path / "weights.pt")).encoder, want, 32)
 
 
 def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +89,13 @@ def test_bad_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     for spec, message in (
-        (str(tmp_path / "text.pt"), "is no checkpoint; give"),
-        (str(tmp_path / "empty.pt"), "holds no state dict"),
+        (str(tmp_path / "text.pt"), "no checkpoint"),
+        (str(tmp_path / "empty.pt"), "no state dict"),
         ("torchvision:resnet7", "no model 'resnet7'"),
-        ("torchvision:resnet18", r"could not be downloaded .*--weights FILE"),
+        ("torchvision:resnet18", "--weights FILE"),
     ):
         with pytest.raises(issl.IsslError, match=message):
             open_encoder(spec)
-
-
-# --- the command ---
 
 
 def test_scores_of_ones_own_images(photos: Path, tmp_path: Path) -> None:
@@ -120,34 +110,22 @@ def test_scores_of_ones_own_images(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(table["influence"], want["influence"])
     assert table["path"][0] == "a/00.jpg"
     assert table["label_name"].tolist() == list("aaaaabbbbcccc")
-    assert table.attrs["curvature"] == repr(LoGra(2)) and len(table.attrs["damping"]) == 20
+    assert table.attrs["curvature"] == repr(LoGra(2))
     more = f"{tmp_path}/s.csv --n 4 --draws 2 --curvature ekfac"
     assert cli.main([*given.split(), *more.split()]) == 0
     assert len(pd.read_csv(tmp_path / "s.csv")["standard_error"]) == 4
-    assert (tmp_path / "s.png").is_file()
     assert json.loads((tmp_path / "s.json").read_text())["draws"] == 2
 
 
 def test_a_kept_curvature(photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """Fitted on images, and used for these and for others."""
-    common = ["--encoder", encoder(tmp_path / "e.safetensors"), "--data"]
-
-    def scored(name: str, folder: Path, *more: str) -> pd.DataFrame:
-        out = tmp_path / f"{name}.parquet"
-        data = f"folder:{folder}"
-        assert cli.main(["influence", *common, data, "--out", str(out), *more]) == 0
-        return pd.read_parquet(out)
-
-    def fitted(name: str, folder: Path) -> str:
-        path = str(tmp_path / f"{name}.safetensors")
-        assert cli.main(["fit", *common, f"folder:{folder}", "--rank", "2", "--out", path]) == 0
-        return path
-
-    whole, kept = scored("whole", photos, "--rank", "2"), fitted("all", photos)
-    later = scored("later", photos, "--curvature-from", kept)
-    pd.testing.assert_frame_equal(later, whole, rtol=1e-6)
-    few = scored("few", photos / "b", "--curvature-from", fitted("a", photos / "a"))
-    assert len(few) == 4 and (few["influence"] > 0).all()
-    told = ["influence", *common, f"folder:{photos}", "--out", str(tmp_path / "x.csv")]
-    assert cli.main([*told, "--curvature-from", kept, "--rank", "3"]) == 2
+    """Fitted on some images and used for others."""
+    file = encoder(tmp_path / "e.safetensors")
+    a, b = (f"folder:{photos / name}" for name in "ab")
+    kept, out = str(tmp_path / "kept.safetensors"), str(tmp_path / "scores.csv")
+    assert cli.main(["fit", "--data", a, "--encoder", file, "--rank", "2", "--out", kept]) == 0
+    score = ["influence", "--data", b, "--encoder", file, "--curvature-from", kept, "--out", out]
+    assert cli.main(score) == 0
+    want = issl.fit(issl.load_encoder(file), issl.load(a), curvature=LoGra(2)).score(issl.load(b))
+    np.testing.assert_allclose(pd.read_csv(out)["influence"], want["influence"], rtol=1e-6)
+    assert cli.main([*score, "--rank", "3"]) == 2
     assert "--rank 3" in capsys.readouterr().err

@@ -126,14 +126,9 @@ def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
     stage = Pretrain(data=Data(name="scenes", n=96), width=1, epochs=2, batch_size=32)
-    counts = forked.context.Queue()
-    told = {"target": forked.report, "args": (counts, forked.make, tmp_path, stage)}
-    both = [forked.context.Process(**told) for _ in range(2)]
-    for process in both:
-        process.start()
-    assert sorted(counts.get(timeout=900) for _ in both) == [0, 1]
-    for process in both:
-        process.join()
+    with forked.context.Pool(2) as pool:
+        told = pool.starmap_async(forked.make, [(tmp_path, stage)] * 2, chunksize=1)
+        assert sorted(told.get(timeout=900)) == [0, 1]
     assert not list(tmp_path.rglob("*.part"))
 
 

@@ -1,4 +1,4 @@
-"""Tasks that need each other: order, failures, processes that die, a Dask that is there already."""
+"""Tasks that need each other: order, failures, processes that die, other people's Dask."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ def one_thread_and_gpu() -> None:
 
 
 def some(log: Path) -> dict[str, Task]:
-    """One fails, and what needs it cannot be done."""
     return {
         "a": Task(partial(append, log, "a")),
         "wrong": Task(fail, ["a"]),
@@ -58,16 +57,15 @@ def some(log: Path) -> dict[str, Task]:
 
 
 def test_a_failure_blocks_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
-    ended = list(Engine().run(some(tmp_path / "log")))
-    names = [end.name for end in ended]
-    assert sorted(names) == sorted(some(tmp_path)) and names.index("later") > names.index("late")
+    ended = {end.name: end for end in Engine().run(some(tmp_path / "log"))}
+    assert list(ended).index("later") > list(ended).index("late")
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
-    assert {end.name for end in ended if end.blocked} == {"late", "later"}
-    assert {end.error for end in ended} == {"", "the cat sat on the tensor"}
+    assert {name for name, end in ended.items() if end.blocked} == {"late", "later"}
+    assert {end.error for end in ended.values()} == {"", "the cat sat on the tensor"}
 
 
 def trained(stage: Pretrain, root: Path, kill: bool) -> None:
-    """Train; the first time, end by SIGKILL as soon as there is a checkpoint."""
+    """Train; `kill`: the first time, until there is a checkpoint."""
     artifacts = Artifacts(root, checkpoint_seconds=0.0, released=None)
     checkpoint = artifacts.folder(stage).with_suffix(".part") / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -84,9 +82,9 @@ def trained(stage: Pretrain, root: Path, kill: bool) -> None:
 
 
 def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two, which share the cores and the GPUs: a task that kills its process each time fails and
-    blocks what needs it; of a training, another process goes on from the checkpoint, and the
-    encoder is that of an undisturbed one, bit for bit."""
+    """Of two, which share the cores and the GPUs: a task that kills its process each time fails;
+    another process goes on from a training's checkpoint, and the encoder is the same bit for
+    bit."""
     monkeypatch.setitem(engine.SETTINGS, "distributed.scheduler.allowed-failures", 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     stage = PLANS["00_method"](n=32, width=1, epochs=30, batch_size=16).pretrain()
@@ -173,7 +171,7 @@ def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_real_slurm_runs_two_jobs(slurm: Path, tmp_path: Path) -> None:
-    """As workers that come when there is work; each asks for a GPU, which it does not use."""
+    """Each asks for a GPU, which it does not use."""
     log = tmp_path / "log"
     tasks = {"first": Task(partial(append, log, "first"))}
     tasks |= {name: Task(partial(time.sleep, 10), ["first"]) for name in ("a", "b")}

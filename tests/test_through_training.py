@@ -1,5 +1,4 @@
-"""The derivative of a training: against central differences of whole trainings, and leaving images
-out."""
+"""The derivative of a training, against central differences of whole trainings."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from issl.measures import knn_margins, mean_of, stability_measures
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import Learner, save_learner
 from issl.pretraining.loop import Execution, Step, optimizer_of, pretrain, take
+from issl.pretraining.methods import METHODS
 from issl.pretraining.recipes import Recipe, recipe
 from issl.pretraining.states import Run
 from issl.through_training import agreement, influence_through_training, random_subsets, values_of
@@ -34,22 +34,13 @@ def drawn(split: str, n: int) -> issl.Images:
     return replace(found, pixels=found.tensor()[:, :, 8:24, 8:24], masks=None)
 
 
-@pytest.fixture(scope="module")
-def images() -> issl.Images:
-    return drawn("train", N)
-
-
-@pytest.fixture(scope="module")
-def query() -> issl.Images:
-    return drawn("test", 3)
+IMAGES, QUERY = drawn("train", N), drawn("test", 3)
 
 
 def how(method: str, optimizer: str = "sgd") -> Recipe:
     """A recipe under which a few steps move the weights."""
-    rates = {"sgd": 0.5, "lars": 3.0}
-    return replace(
-        recipe(method, "short"), optimizer=optimizer, lr=rates[optimizer], small=0.0, trust=0.02
-    )
+    rate = {"sgd": 0.5, "lars": 3.0}[optimizer]
+    return replace(recipe(method, "short"), optimizer=optimizer, lr=rate, small=0.0, trust=0.02)
 
 
 def tiny() -> nn.Module:
@@ -91,21 +82,17 @@ def trained_with(run: Run, weights: Tensor) -> Learner:
     return made
 
 
-CASES = [
-    *((m, "sgd") for m in ("simclr", "byol", "barlow_twins", "vicreg", "supervised")),
-    ("simclr", "lars"),
-    ("byol", "lars"),
-]
+CASES = [*((method, "sgd") for method in METHODS), ("simclr", "lars"), ("byol", "lars")]
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "optimizer"), CASES)
 def test_the_derivative_is_that_of_the_whole_training(
-    method: str, optimizer: str, whole: bool, images: issl.Images, query: issl.Images
+    method: str, optimizer: str, whole: bool
 ) -> None:
     """Of a small network, or of a whole ResNet: the central difference of trainings."""
     start = learner(how(method, optimizer), resnet18(1) if whole else None)
-    found = influence_through_training(start, images, query, **SMALL)
+    found = influence_through_training(start, IMAGES, QUERY, **SMALL)
 
     def difference(i: int, eps: float) -> Tensor:
         ends = []
@@ -123,40 +110,37 @@ def test_the_derivative_is_that_of_the_whole_training(
     assert found.derivatives.abs().gt(0).all()  # every image counts
 
 
-@pytest.mark.parametrize("method", ["simclr", "byol", "barlow_twins", "vicreg", "supervised"])
-def test_a_weight_of_zero_is_the_training_without_the_image(
-    method: str, images: issl.Images, query: issl.Images
-) -> None:
-    run = Run(learner(how(method)), images, **SMALL)
-    weights, measures = torch.ones(N, dtype=torch.float64), stability_measures(query)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_of_zero_is_the_training_without_the_image(method: str) -> None:
+    run = Run(learner(how(method)), IMAGES, **SMALL)
+    weights = torch.ones(N, dtype=torch.float64)
     weights[4] = 0
-    by_weight, left_out = trained_with(run, weights), run.trained([4])
-    torch.testing.assert_close(
-        values_of(by_weight, measures), values_of(left_out, measures), rtol=1e-9, atol=1e-12
+    by_weight, left_out, whole = (
+        values_of(trained, stability_measures(QUERY))
+        for trained in (trained_with(run, weights), run.trained([4]), run.trained())
     )
-    assert not torch.allclose(values_of(run.trained(), measures), values_of(left_out, measures))
+    torch.testing.assert_close(by_weight, left_out, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(whole, left_out)
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars")])
-def test_the_training_is_pretrains(
-    method: str, optimizer: str, images: issl.Images, query: issl.Images
-) -> None:
+def test_the_training_is_pretrains(method: str, optimizer: str) -> None:
     recipe = replace(how(method, optimizer), lr=0.2, small=0.5)
-    found = influence_through_training(3, images, query, recipe, width=1, **SMALL)
-    encoder, _ = pretrain(images, recipe, width=1, **SMALL, execution=QUIET)
+    found = influence_through_training(3, IMAGES, QUERY, recipe, width=1, **SMALL)
+    encoder, _ = pretrain(IMAGES, recipe, width=1, **SMALL, execution=QUIET)
     same_weights(encoder, found.learner.encoder)
     kept = torch.ones(N, dtype=torch.bool)
     kept[[1, 8]] = False
-    without, _ = pretrain(images, recipe, width=1, **SMALL, keep=kept, gaps=True, execution=QUIET)
+    without, _ = pretrain(IMAGES, recipe, width=1, **SMALL, keep=kept, gaps=True, execution=QUIET)
     same_weights(without, found.run.trained([1, 8]).encoder)
 
 
 def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
-    images: issl.Images, query: issl.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = Learner(how("byol"), 1, None, 0)
-    want = influence_through_training(start, images, query, **SMALL)
-    again = influence_through_training(start, images, query, **SMALL, every=3)
+    want = influence_through_training(start, IMAGES, QUERY, **SMALL)
+    again = influence_through_training(start, IMAGES, QUERY, **SMALL, every=3)
     torch.testing.assert_close(again.derivatives, want.derivatives, rtol=0, atol=0)
     assert again.state_bytes == want.state_bytes // 2  # steps 0 and 3 of four
 
@@ -171,27 +155,24 @@ def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
 
     monkeypatch.setattr(through_training.Back, "_through", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        influence_through_training(start, images, query, **SMALL, folder=tmp_path)
+        influence_through_training(start, IMAGES, QUERY, **SMALL, folder=tmp_path)
     taken.append(-1)
-    on_disk = influence_through_training(start, images, query, **SMALL, folder=tmp_path)
+    on_disk = influence_through_training(start, IMAGES, QUERY, **SMALL, folder=tmp_path)
     assert taken == [3, 2, -1, 1, 0]
     torch.testing.assert_close(on_disk.derivatives, want.derivatives, rtol=0, atol=0)
     torch.testing.assert_close(on_disk.growth, want.growth)
-    others = images.subset(range(2))
+    others = IMAGES.subset(range(2))
     with pytest.raises(issl.IsslError, match="other measures"):
-        influence_through_training(start, images, others, **SMALL, folder=tmp_path)
+        influence_through_training(start, IMAGES, others, **SMALL, folder=tmp_path)
     with pytest.raises(issl.IsslError, match="seed differ"):
-        influence_through_training(start, images, query, **SMALL | {"seed": 4}, folder=tmp_path)
+        influence_through_training(start, IMAGES, QUERY, **SMALL | {"seed": 4}, folder=tmp_path)
 
 
-def test_removals_are_trainings_and_small_ones_are_predicted(
-    images: issl.Images, query: issl.Images
-) -> None:
+def test_removals_are_trainings_and_small_ones_are_predicted() -> None:
     start = learner(replace(how("simclr"), lr=0.02))
-    found = influence_through_training(start, images, query, **SMALL)
+    found = influence_through_training(start, IMAGES, QUERY, **SMALL)
     subsets = random_subsets(N, 0.1, 8)
-    table = found.removals([*subsets])
-    assert list(table["left_out"].unique()) == [1]
+    table = found.removals(subsets)
     measured = values_of(found.run.trained(subsets[2]), found.measures) - found.value
     of_third = table[table["subset"] == 2]
     np.testing.assert_array_equal(of_third["measured"], measured)
@@ -210,35 +191,31 @@ def test_agreement_of_known_tables() -> None:
     assert found["slope"].tolist() == pytest.approx([(28 + 20) / 28])
 
 
-def test_measures(images: issl.Images, query: issl.Images) -> None:
-    """A mean is the mean, and a vote of a bank is by hand."""
+def test_a_mean_is_the_mean_and_a_vote_of_a_bank_is_by_hand() -> None:
     net = learner(how("simclr")).encoder.backbone.eval()
-    each = stability_measures(query, together=2)
+    each = stability_measures(QUERY, together=2)
     with torch.no_grad():
         values = torch.cat([measure(net) for measure in each])
         torch.testing.assert_close(mean_of(each)(net), values.mean()[None])
-        bank = net(images.pixels.double() / 255)
+        bank = net(IMAGES.pixels.double() / 255)
         labels = torch.arange(N) % 2
-        asked = replace(query, labels=torch.tensor([0, 1, 1]))
+        asked = replace(QUERY, labels=torch.tensor([0, 1, 1]))
         found = torch.cat([m(net) for m in knn_margins(asked, bank, labels, 0.5)])
         features = net(asked.pixels.double() / 255)
     cosines = nn.functional.cosine_similarity(features[:, None], bank[None], dim=2)
     votes = (cosines / 0.5).exp()
-    shares = torch.stack([votes[:, labels == c].sum(1) for c in (0, 1)], 1)
-    shares /= shares.sum(1, keepdim=True)
+    shares = votes @ nn.functional.one_hot(labels).double() / votes.sum(1, keepdim=True)
     want = (shares[:, 0] - shares[:, 1]) * torch.tensor([1, -1, -1])
     torch.testing.assert_close(found, want)
     with pytest.raises(issl.IsslError, match="classes"):
-        knn_margins(replace(query, labels=torch.tensor([0, 1, 2])), bank, labels)
+        knn_margins(replace(QUERY, labels=torch.tensor([0, 1, 2])), bank, labels)
 
 
-def test_a_learner_in_a_file_and_bad_input(
-    images: issl.Images, query: issl.Images, tmp_path: Path
-) -> None:
+def test_a_learner_in_a_file_and_bad_input(tmp_path: Path) -> None:
     file, other = tmp_path / "learner.safetensors", Learner(how("simclr"), 2, None, 0)
     save_learner(file, other, {}, half=False)
-    by_file = influence_through_training(file, images, query, how("simclr"), **SMALL)
-    by_learner = influence_through_training(other, images, query, **SMALL)
+    by_file = influence_through_training(file, IMAGES, QUERY, how("simclr"), **SMALL)
+    by_learner = influence_through_training(other, IMAGES, QUERY, **SMALL)
     torch.testing.assert_close(by_file.derivatives, by_learner.derivatives)
     with pytest.raises(issl.IsslError, match="12 is no position"):
         by_learner.removals([[N]])
@@ -249,4 +226,4 @@ def test_a_learner_in_a_file_and_bad_input(
         (broken, {"width": 1}, "diverged at step"),
     ]:
         with pytest.raises(issl.IsslError, match=named):
-            influence_through_training(0, images, query, used, **SMALL | changes)
+            influence_through_training(0, IMAGES, QUERY, used, **SMALL | changes)
