@@ -47,8 +47,6 @@ def test_modularity_spectrum_and_silhouette_are_what_their_definitions_say(
     laplacian = np.eye(60) - a / np.sqrt(np.outer(degree, degree))
     np.testing.assert_allclose(values, np.linalg.eigvalsh(laplacian)[:6], atol=1e-8)
     np.testing.assert_allclose(laplacian @ vectors, vectors * values, atol=1e-6)
-    keep = np.arange(60) < 40
-    np.testing.assert_array_equal(neighbour_graph.induced(net, keep).toarray(), a[:40, :40])
     apart = torch.eye(3)[labels] + 0.01 * features[:, :3]
     assert neighbour_graph.separability(apart, labels) > 0.9
     alone = np.where(np.arange(60) == 7, 9, labels)

@@ -43,7 +43,7 @@ class Seen:
 
     def of_those_left(self, keep: Mask) -> dict[str, float]:
         """Modularity and separability of the images that are kept."""
-        graph, labels = neighbour_graph.induced(self.graph, keep), self.labels[keep]
+        graph, labels = self.graph[keep][:, keep], self.labels[keep]
         return {
             "modularity": neighbour_graph.modularity(graph, labels),
             "separability": neighbour_graph.separability(self.features[keep], labels),

@@ -86,23 +86,12 @@ def tidy(found: Mapping[Any, Numbers], columns: str) -> pd.DataFrame:
         found: by labels (a tuple, or one), the estimate of each metric.
         columns: what the labels are called, such as "method score".
     """
-    return pd.DataFrame(
-        [
-            {
-                **dict(
-                    zip(
-                        columns.split(),
-                        labels if isinstance(labels, tuple) else (labels,),
-                        strict=True,
-                    )
-                ),
-                "metric": metric,
-                **estimate.as_dict(),
-            }
-            for labels, numbers in found.items()
-            for metric, estimate in numbers.items()
-        ]
-    )
+    rows = []
+    for labels, numbers in found.items():
+        each = labels if isinstance(labels, tuple) else (labels,)
+        about = dict(zip(columns.split(), each, strict=True))
+        rows += [about | {"metric": m} | estimate.as_dict() for m, estimate in numbers.items()]
+    return pd.DataFrame(rows)
 
 
 def shown(table: pd.DataFrame, rows: Sequence[str], columns: str = "metric") -> pd.DataFrame:
