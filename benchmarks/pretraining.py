@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = (
-    "1"  # before torch starts its threads
-)
+# before torch starts its threads
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import argparse
 import json
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
+from itertools import chain, islice, repeat
 from statistics import median
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from alternate import Turn, alternate
 from influence import some_images
 from PIL import Image
-from report import machine, write_report
+from report import keep, machine
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,7 +39,6 @@ from issl.pretraining.methods.base import Batch
 from issl.pretraining.optimizer import groups
 from issl.pretraining.recipes import recipe
 
-HERE = Path(__file__).parent
 HOW = recipe("simclr", "short")
 
 
@@ -116,14 +114,10 @@ def lightlys(
         learner, optimizer = new(width)
         criterion = NTXentLoss(HOW.temperature)
         loader = DataLoader(Pictures(), batch_size, shuffle=True, drop_last=True)
-        done = 0
-        while done < steps:
-            for a, b in loader:
-                update(criterion(learner.encoder(a), learner.encoder(b)), optimizer)
-                done += 1
-                turn.next()
-                if done == steps:
-                    break
+        epochs = chain.from_iterable(repeat(loader))
+        for a, b in islice(epochs, steps):
+            update(criterion(learner.encoder(a), learner.encoder(b)), optimizer)
+            turn.next()
 
     return program
 
@@ -133,10 +127,8 @@ def batches(images: issl.Images, batch_size: int, steps: int, turn: Turn) -> Any
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        yield (
-            images.pixels[rows].float() / 255,
-            torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator),
-        )
+        uniforms = torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator)
+        yield images.pixels[rows].float() / 255, uniforms
         turn.next()
 
 
@@ -176,12 +168,9 @@ def main() -> None:
         {"loop": name, "views_per_second": 2 * options.batch_size / lap, "ratio": base / lap}
         for name, lap in laps.items()
     ]
-    found = {**vars(options), "data": images.name, "rows": rows} | machine(
-        f"lightly {version('lightly')}"
-    )
-    (HERE / "measured").mkdir(exist_ok=True)
-    (HERE / "measured" / "pretraining.json").write_text(json.dumps(found, indent=1) + "\n")
-    write_report(HERE / "measured", HERE / "RESULTS.md")
+    found = {**vars(options), "data": images.name, "rows": rows}
+    found |= machine(f"lightly {version('lightly')}")
+    keep("pretraining", found)
     print(json.dumps(found, indent=1))
 
 
