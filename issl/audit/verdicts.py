@@ -15,13 +15,11 @@ from issl.audit.claims import (
     PASSED,
     SUPERSEDED,
     UNTESTED,
-    Condition,
     Superseded,
     claims,
-    outcome,
+    decide,
     over_readings,
     readings,
-    verdict,
     words,
 )
 from issl.audit.stats.statistics import Estimate
@@ -31,6 +29,7 @@ from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.audit.claims.record writes it, and `copied`, see `read_records`
+Test = dict[str, Any]  # of a record
 KEPT = "claims.json"  # a profile's records, beside its figures
 PHRASES = {
     "reproduced": "holds",
@@ -89,15 +88,10 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 def _by_todays_rules(record: Record) -> Record:
     """A record with the outcome of its own tests, and its verdict, by the rules that hold now."""
     metrics = {name: Estimate.of(m) for name, m in record["metrics"].items()}
-    tests = []
-    for test in record["tests"]:
-        asked = {k: v for k, v in test.items() if k not in ("holds", "state")}
-        state = Condition(**asked).state(metrics)
-        tests.append(asked | {"holds": state == "holds", "state": state})
-    found = outcome([t["state"] for t in tests])
+    old = ("holds", "state")
+    tests = [{k: v for k, v in test.items() if k not in old} for test in record["tests"]]
     profile, learned = record["provenance"]["profile"], record.get("learned")  # older ones lack it
-    reached = verdict(record["name"], found, profile, record["dataset"], learned)
-    return record | {"tests": tests, "outcome": found, "verdict": reached}
+    return record | decide(record["name"], tests, metrics, profile, record["dataset"], learned)
 
 
 def keep(records: Sequence[Record], folder: Path) -> Path:
@@ -197,19 +191,27 @@ def by_reading(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def deciding(record: Record) -> dict[str, Any]:
+def deciding(record: Record) -> Test:
     """The test that decides a record's outcome: the first that is contradicted, else the first that
     is undecided, else the first of all."""
-    states = {t["state"]: t for t in reversed(record["tests"])}
-    found: dict[str, Any] = next(
-        states[s] for s in ("contradicted", "undecided", "holds") if s in states
-    )
+    order = ("contradicted", "undecided", "holds")
+    found: Test = min(record["tests"], key=lambda test: order.index(test["state"]))
     return found
 
 
-def _asked(test: dict[str, Any]) -> float:
+def _asked(test: Test) -> float:
     """A test's threshold."""
     return float(test["above"] if "above" in test else test["below"])
+
+
+def _measured(record: Record, test: Test) -> Estimate:
+    """The number that a test is about."""
+    return Estimate.of(record["metrics"][test["metric"]])
+
+
+def _bound(test: Test) -> str:
+    """What it asks of that number."""
+    return f"{'>' if 'above' in test else '<'} {_asked(test):g}"
 
 
 def summary(records: Sequence[Record]) -> list[Row]:
@@ -255,8 +257,7 @@ def _grouped(
 
 
 def _first(record: Record) -> Estimate:
-    """The number of a record's first test."""
-    return Estimate.of(record["metrics"][record["tests"][0]["metric"]])
+    return _measured(record, record["tests"][0])
 
 
 def _number(e: Estimate) -> str:
@@ -302,7 +303,7 @@ def failures(record: Record) -> str:
     found = []
     for test in record["tests"]:
         if not test["holds"]:
-            e = Estimate.of(record["metrics"][test["metric"]])
+            e = _measured(record, test)
             side = "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
             value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
@@ -456,17 +457,15 @@ def _deciding_number(record: Record) -> str:
     test = deciding(record)
     if test["holds"]:
         test = record["tests"][-1]
-    name = claims()[record["name"]].numbers[test["metric"]]
-    number = _number(Estimate.of(record["metrics"][test["metric"]]))
-    return f"{name} = {number}, asked {'>' if 'above' in test else '<'} {_asked(test):g}"
+    name, number = claims()[record["name"]].numbers[test["metric"]], _measured(record, test)
+    return f"{name} = {_number(number)}, asked {_bound(test)}"
 
 
-def _number_asked(record: Record, test: dict[str, Any]) -> str:
+def _number_asked(record: Record, test: Test) -> str:
     """A test's number, and what it asks of it."""
-    number = _number(Estimate.of(record["metrics"][test["metric"]]))
-    side = ">" if "above" in test else "<"
     what = "" if test["bound"] == "value" else "interval "
-    return f"{words(test['metric'])} = {number}; asked: {what}{side} {_asked(test):g}"
+    number = _number(_measured(record, test))
+    return f"{words(test['metric'])} = {number}; asked: {what}{_bound(test)}"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
