@@ -92,7 +92,7 @@ def test_betweenness_is_the_share_of_shortest_paths(features: torch.Tensor, k: i
 def test_matched_controls() -> None:
     labels = np.repeat([0, 1, 2], 20)
     chosen = np.array([0, 1, 25, 45, 46, 47])
-    controls = neighbour_graph.matched(labels, chosen, seed=1)
+    controls = neighbour_graph.matched(labels, chosen, seed=1, by=np.zeros(60))
     assert (labels[controls] == labels[chosen]).all() and not set(controls) & set(chosen)
     degree = np.random.default_rng(0).integers(1, 6, 60)
     alike = neighbour_graph.matched(labels, chosen, seed=1, by=degree)
@@ -101,7 +101,7 @@ def test_matched_controls() -> None:
         pool = [k for k in range(60) if labels[k] == labels[i] and k not in chosen]
         assert abs(degree[j] - degree[i]) == min(abs(degree[k] - degree[i]) for k in pool)
     with pytest.raises(issl.IsslError, match="every image of class 1"):
-        neighbour_graph.matched(labels, np.arange(20, 40))
+        neighbour_graph.matched(labels, np.arange(20, 40), seed=1, by=degree)
 
 
 def test_baselines_find_what_is_planted(features: torch.Tensor) -> None:

@@ -204,9 +204,6 @@ def judge(
     """The claim's tests with their states, the outcome, and the verdict at this profile.
 
     Args:
-        name: of the claim.
-        metrics: what was measured.
-        profile: at which.
         dataset: the images that were scored.
         learned: by the encoders, as `issl.audit.plan` gives it; a claim about encoders needs it.
 
@@ -321,13 +318,10 @@ def record(
     """Judge a claim and write FOLDER/claim_NAME.json (or claim_NAME.VARIANT.json).
 
     Args:
-        name: of the claim.
-        metrics: what was measured.
         source: as `provenance` gives it.
-        folder: where the record goes.
         variant: for a claim that a notebook tests more than once: the method, say.
         dataset: the images that were scored.
-        learned: by the encoders that scored them, see `judge`.
+        learned: see `judge`.
         **about: method, n, seeds and whatever else qualifies it. Of an encoder that was given as a
             file neither recipe nor seeds are known: the record names the file instead.
 

@@ -108,9 +108,7 @@ def forest(
     point for each of `colour`.
 
     Args:
-        axes: where to draw.
         table: tidy, with value, low and high.
-        label: of the axis.
         rows: the column that names lines.
         colour: the column that colours points, methods mostly.
         nothing: a dashed line, no effect.
@@ -227,8 +225,6 @@ def specifications(
     choices, in increasing order, and below each what was chosen.
 
     Args:
-        curve: where the estimates are drawn.
-        choices: below it.
         table: tidy, with value, low and high; a row for each combination.
         columns: its choices.
         label: of the estimates.

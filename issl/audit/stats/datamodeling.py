@@ -165,7 +165,6 @@ def own_rise(before: Any, after: Any, at: int) -> float:
     Args:
         before: stability losses of all images after training on all of them.
         after: the same without image `at`.
-        at: its position.
     """
     rise = log_loss(after) - log_loss(before)
     return float(rise[at] - np.delete(rise, at).mean())
@@ -186,8 +185,7 @@ def query_changes(
     Args:
         before: features after training on all images.
         after: features after training without some.
-        losses: stability losses after training on all images.
-        losses_after: those after training without some.
+        losses: stability losses, `losses_after` likewise.
 
     Returns:
         moved, the log cosine distance of a query's features; and rise of its log loss, less the

@@ -44,7 +44,6 @@ def differences(
 
     Args:
         scores: by name.
-        k: the length of the lists.
         labels: the classes of the training images.
         of_query: the classes of the queries.
 

@@ -178,16 +178,13 @@ def neighbours_kept(
     return overlap(nearest(before, k)[0], nearest(after, k)[0])
 
 
-def matched(
-    labels: np.ndarray, chosen: np.ndarray, seed: int = 0, by: np.ndarray | None = None
-) -> np.ndarray:
+def matched(labels: np.ndarray, chosen: np.ndarray, seed: int, by: np.ndarray) -> np.ndarray:
     """For each chosen position, a random one of the same class that was not chosen.
 
-    Drawn with replacement; with `by` (the number of neighbours, say), among those with the same
-    value of it, or else the nearest. Raises IsslError if all images of a class were chosen.
+    Drawn with replacement among those with the same value of `by` (the number of neighbours, say),
+    or else the nearest. Raises IsslError if all images of a class were chosen.
     """
     rng, free = np.random.default_rng(seed), np.setdiff1d(np.arange(len(labels)), chosen)
-    by = np.zeros(len(labels)) if by is None else by
     controls = np.empty(len(chosen), int)
     for label in np.unique(labels[chosen]):
         pool, rows = free[labels[free] == label], np.flatnonzero(labels[chosen] == label)

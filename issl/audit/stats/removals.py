@@ -26,8 +26,6 @@ class Seen:
     """Images as one encoder sees them.
 
     Attributes:
-        labels: Their classes.
-        features: Their features.
         graph: Of their nearest neighbours, see `neighbour_graph.knn_graph`.
         rankings: Scores of the images by name; what is high goes first. "influence" is among them.
     """
@@ -81,9 +79,7 @@ class Seen:
         as many at random: a paired difference over test images.
 
         Args:
-            share: Of the images, removed.
             probe: Of each test image, is its class found by a probe fitted on the images kept?
-            rng: Of the random removal.
         """
         gone = self.gone(share)
         chance = probe(at_random(gone["influence"], rng)).astype(float)

@@ -40,9 +40,6 @@ def by_method(
     Args:
         table: tidy, with the columns method and encoder.
         numbers: of the part of the table that is about one encoder.
-
-    Returns:
-        By method, in the order of the table, each metric's estimate.
     """
     methods = table.groupby("method", sort=False)
     return {
