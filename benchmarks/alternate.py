@@ -22,9 +22,8 @@ class Turn:
 
     table: Table
     name: str
-    laps: list[float] = field(
-        default_factory=list
-    )  # seconds: everything before the first batch, then each batch
+    # seconds: everything before the first batch, then each batch
+    laps: list[float] = field(default_factory=list)
     scale: float = 1.0  # whole task ÷ the part that was run
     began: float = 0.0
     done: bool = False
@@ -34,6 +33,11 @@ class Turn:
     @property
     def seconds(self) -> float:
         return sum(self.laps)
+
+    @property
+    def failure(self) -> str | None:
+        """The last line of its error."""
+        return None if self.error is None else self.error.strip().splitlines()[-1][:200]
 
     def next(self) -> None:
         """Hand over to the others; returns when it is this program's turn again."""

@@ -13,7 +13,6 @@ high. The numbers go to measured/duplicates.json; docs/compare.md has the table.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import tempfile
 from importlib.metadata import version
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 from cleanlab import Datalab
 from PIL import Image
-from report import machine, write_report
+from report import keep, machine
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -34,7 +33,6 @@ from issl.evaluate import embed
 from issl.files import provided
 
 ENCODER = "encoders/cifar10-simclr-w16-0.safetensors"
-HERE = Path(__file__).parent
 
 
 def by_cleanlab(features: Tensor) -> np.ndarray:
@@ -75,10 +73,8 @@ def main() -> None:
     )
     parser.add_argument("--fastdup", metavar="PYTHON", help="that has fastdup; left out without")
     options = parser.parse_args()
-    encoder, images = (
-        issl.load_encoder(provided("released") / ENCODER),
-        issl.load("cifair10", n=2000),
-    )
+    encoder = issl.load_encoder(provided("released") / ENCODER)
+    images = issl.load("cifair10", n=2000)
     partner = images.attributes["duplicate_of"].to_numpy()
     member = (partner >= 0) | np.isin(images.index.numpy(), partner[partner >= 0])
     features, scores = embed(encoder, images).double(), issl.self_influence(encoder, images)
@@ -103,9 +99,7 @@ def main() -> None:
     if options.fastdup:
         told = [options.fastdup, "-c", "import fastdup; print(fastdup.__version__)"]
         peers += f", fastdup {subprocess.check_output(told, text=True).split()[-1]}"
-    measured = HERE / "measured"
-    (measured / "duplicates.json").write_text(json.dumps(part | machine(peers), indent=1) + "\n")
-    write_report(measured, HERE / "RESULTS.md")
+    keep("duplicates", part | machine(peers))
 
 
 if __name__ == "__main__":

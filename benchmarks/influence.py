@@ -1,10 +1,10 @@
 """Influence scores: time, agreement and memory against the plain pass and other libraries, in one
 command.
 
-    python benchmarks/influence.py                 # everything that is installed; hours on a slow
-    machine python benchmarks/influence.py --only wide     # one part: wide, narrow, agreement,
-    memory OMP_NUM_THREADS=2 python benchmarks/influence.py --only wide    # on two threads, as
-    people run it pip install --group peers                      # the other libraries
+    python benchmarks/influence.py                 # all that is installed; hours on a slow machine
+    python benchmarks/influence.py --only wide     # a part: wide, narrow, agreement, memory
+    OMP_NUM_THREADS=2 python benchmarks/influence.py --only wide    # on two threads
+    pip install --group peers                      # the other libraries
 
 Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them. Times
 are taken in alternation (alternate.py), so ratios hold where seconds do not.
@@ -23,18 +23,18 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import peers
 import programs
 import torch
 from alternate import Turn, alternate
-from programs import Task
-from report import machine, write_report
+from programs import Task, random_encoder
+from report import keep, machine
 from scipy.stats import spearmanr
 
 import issl
@@ -42,9 +42,7 @@ from issl.audit.profiles import read_profile
 from issl.devices import keep_freed_memory
 from issl.files import REPOSITORY
 from issl.influence import per_example
-from issl.pretraining.encoder import resnet18
 
-HERE = Path(__file__).parent
 WIDE = (
     "plain forward + backward",
     "plain forward + backward, NHWC",
@@ -85,18 +83,7 @@ def some_images(n: int) -> issl.Images:
     return issl.load("cifar10" if os.environ.get("ISSL_DATA") else "scenes", n=n)
 
 
-def a_task(
-    width: int, batch_size: int, encoder: torch.nn.Module | None, images: issl.Images
-) -> Task:
-    """Without an encoder: random weights with BatchNorm statistics (time does not depend on
-    training)."""
-    if encoder is None:
-        torch.manual_seed(0)
-        encoder = resnet18(width).train()
-        with torch.no_grad():
-            for _ in range(3):
-                encoder(images.pixels[:64].float() / 255)
-        encoder.eval()
+def a_task(encoder: torch.nn.Module, images: issl.Images, batch_size: int) -> Task:
     noise = issl.GaussianNoise(0.05, 0.2).keyed(0)
     noisy = noise(images.pixels.float() / 255, images.index)
     return Task(encoder, images, noisy, batch_size)
@@ -107,13 +94,15 @@ def timed(task: Task, names: Sequence[str]) -> dict[str, Turn]:
     return alternate({name: found[name] for name in names if name in found})
 
 
-def table(task: Task, turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
+def ratios(task: Task, names: Sequence[str]) -> dict[str, Any]:
+    """The times of these methods over that of the plain pass."""
+    turns = timed(task, names)
     for turn in turns.values():
         if turn.error is not None:
             print(turn.name, turn.error, file=sys.stderr)
     batches = len(task.batches())
     plain = turns[WIDE[0]]
-    return [
+    rows = [
         {
             "method": t.name,
             "seconds": t.seconds * t.scale,
@@ -122,61 +111,48 @@ def table(task: Task, turns: Mapping[str, Turn]) -> list[dict[str, Any]]:
             if len(t.laps) == batches + 1
             else None,
             "scale": t.scale,
-            "error": None if t.error is None else t.error.strip().splitlines()[-1][:200],
+            "error": t.failure,
         }
         for t in turns.values()
     ]
+    return {"images": len(task.images), "data": task.images.name, "rows": rows}
 
 
 def wide(n: int) -> dict[str, Any]:
     """ResNet-18 of full width."""
-    task = a_task(64, 16, None, some_images(n))
-    turns = timed(task, WIDE)
-    return {
-        "width": 64,
-        "images": n,
-        "data": task.images.name,
-        "rows": table(task, turns),
-        "shares": shares(task),
-    }
+    images = some_images(n)
+    task = a_task(random_encoder(64, images), images, 16)
+    return {"width": 64, **ratios(task, WIDE), "shares": shares(task)}
 
 
 def shares(task: Task) -> dict[str, float]:
     """Shares of the time of LoGra rank 16 outside the forward and backward passes."""
-    spent = {"read_inputs": 0.0, "_Tap.add": 0.0}
-    places = {"read_inputs": per_example, "_Tap.add": per_example._Tap}
-    kept = {name: getattr(place, name.split(".")[-1]) for name, place in places.items()}
+    spent = {"P_in a": 0.0, "P_out Σ d aᵀ": 0.0}
 
-    def counted(name: str) -> Any:
-        def function(*arguments: Any, **options: Any) -> Any:
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
-            found = kept[name](*arguments, **options)
-            spent[name] += time.perf_counter() - began
+            found = function(*arguments, **options)
+            spent[what] += time.perf_counter() - began
             return found
 
-        return function
+        return timed
 
+    read, add = per_example.read_inputs, per_example._Tap.add
     n = min(4 * task.batch_size, len(task.images))
     few = Task(task.encoder, task.images.subset(range(n)), task.noisy[:n], task.batch_size)
-    try:
-        for name, place in places.items():
-            setattr(place, name.split(".")[-1], counted(name))
+    with (
+        mock.patch.object(per_example, "read_inputs", counted("P_in a", read)),
+        mock.patch.object(per_example._Tap, "add", counted("P_out Σ d aᵀ", add)),
+    ):
         whole = alternate({"one": programs.programs(few)["LoGra rank 16"]})["one"].seconds
-    finally:
-        for name, place in places.items():
-            setattr(place, name.split(".")[-1], kept[name])
-    return {"P_in a": spent["read_inputs"] / whole, "P_out Σ d aᵀ": spent["_Tap.add"] / whole}
+    return {what: seconds / whole for what, seconds in spent.items()}
 
 
 def narrow(n: int) -> dict[str, Any]:
     """Width 16, for methods that keep whole gradients or decompose whole layers."""
-    task = a_task(16, 32, None, some_images(n))
-    return {
-        "width": 16,
-        "images": n,
-        "data": task.images.name,
-        "rows": table(task, timed(task, NARROW)),
-    }
+    images = some_images(n)
+    return {"width": 16, **ratios(a_task(random_encoder(16, images), images, 32), NARROW)}
 
 
 def agreement(n: int, profile: str) -> dict[str, Any]:
@@ -188,19 +164,14 @@ def agreement(n: int, profile: str) -> dict[str, Any]:
     )[notebook]
     encoder = plan.pretrain().encoder(plan.artifacts(progress=True))
     images = plan.data().load()
-    task = a_task(0, 64, encoder, images.subset(range(min(n, len(images)))))
+    task = a_task(encoder, images.subset(range(min(n, len(images)))), 64)
     turns = timed(task, sorted({name for pair in AGREEMENT for name in pair}))
-    rows = []
-    for a, b in AGREEMENT:
-        if a in turns and b in turns and turns[a].error is None and turns[b].error is None:
-            rows.append(
-                {"a": a, "b": b, "spearman": float(spearmanr(turns[a].result, turns[b].result)[0])}
-            )
-    errors = {
-        t.name: t.error.strip().splitlines()[-1][:200]
-        for t in turns.values()
-        if t.error is not None
-    }
+    errors = {name: turn.failure for name, turn in turns.items() if turn.error is not None}
+    rows = [
+        {"a": a, "b": b, "spearman": float(spearmanr(turns[a].result, turns[b].result)[0])}
+        for a, b in AGREEMENT
+        if {a, b} <= turns.keys() - errors.keys()
+    ]
     return {
         "width": plan.width,
         "profile": profile,
@@ -226,16 +197,14 @@ def memory(n: int) -> dict[str, Any]:
 def one(way: str, n: int) -> dict[str, float]:
     """The child process of `memory`. 2,048 images are repeated, so the images themselves add little
     memory."""
-    task = a_task(8, 64, None, some_images(2048))
-    index = torch.arange(n) % 2048
-    images = issl.Images(
-        task.images.pixels[index], None, pd.DataFrame({"index": range(n)}), task.images.name
-    )
+    some = some_images(2048)
+    encoder, index = random_encoder(8, some), torch.arange(n) % 2048
+    images = issl.Images(some.pixels[index], None, pd.DataFrame({"index": range(n)}), some.name)
     warm_up = images.subset(range(min(64, n)))
-    issl.self_influence(task.encoder, warm_up, computing=issl.Computing(batch_size=64))
+    issl.self_influence(encoder, warm_up, computing=issl.Computing(batch_size=64))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    issl.self_influence(task.encoder, images, computing=issl.Computing(batch_size=64, memory=way))
+    issl.self_influence(encoder, images, computing=issl.Computing(batch_size=64, memory=way))
     seconds = time.perf_counter() - began
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -269,16 +238,13 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one, options.images)))
         return
-    results = HERE / "measured"
-    results.mkdir(exist_ok=True)
     for name in options.only or PARTS:
         part, images = PARTS[name]
         print(f"{name} …", flush=True)
         more = {"profile": options.profile} if name == "agreement" else {}
         found = part(options.images or images, **more) | machine(peers.versions(), threads)
         several = f"-{threads}" if threads > 1 else ""
-        (results / f"{name}{several}.json").write_text(json.dumps(found, indent=1) + "\n")
-        write_report(results, HERE / "RESULTS.md")
+        keep(f"{name}{several}", found)
         print(json.dumps(found, indent=1), flush=True)
 
 

@@ -33,12 +33,8 @@ class Pairs(Dataset):
     """(pixels, noisy pixels) of each image; the first of every batch hands the turn over."""
 
     def __init__(self, task: Task, turn: Turn):
-        self.pixels, self.noisy, self.every, self.turn = (
-            task.pixels(),
-            task.noisy,
-            task.batch_size,
-            turn,
-        )
+        self.pixels, self.noisy = task.pixels(), task.noisy
+        self.every, self.turn = task.batch_size, turn
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -125,9 +121,8 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
                     stability_loss(model(x), model(noisy)).sum().backward()
                 logs.append(run.get_log(copy=True))
             run.finalize()
-            run.state.covariance_inverse(
-                damping=None
-            )  # 0.1 × the mean of each layer's diagonal, as ours
+            # 0.1 × the mean of each layer's diagonal, as ours
+            run.state.covariance_inverse(damping=None)
             return run.compute_self_influence(merge_logs(logs), hessian="raw")["influence"].numpy()
 
     return program
@@ -208,9 +203,8 @@ def dattri_trak(task: Task) -> Program:
                 "proj_max_batch_size": task.batch_size,
             },
         )
-        few = Task(
-            task.encoder, task.images.subset(range(DATTRI)), task.noisy[:DATTRI], DATTRI // 2
-        )
+        some = task.images.subset(range(DATTRI))
+        few = Task(task.encoder, some, task.noisy[:DATTRI], DATTRI // 2)
         turn.scale = len(task.images) / DATTRI
         return attributor.self_attribute(loader(few, turn)).numpy()
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = (
-    "1"  # before torch starts its threads
-)
+# before torch starts its threads
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import argparse
 import json
-from collections.abc import Callable
+from argparse import Namespace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from itertools import chain, islice, repeat
 from statistics import median
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from alternate import Turn, alternate
 from influence import some_images
 from PIL import Image
-from report import machine, write_report
+from report import keep, machine
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,7 +40,6 @@ from issl.pretraining.methods.base import Batch
 from issl.pretraining.optimizer import groups
 from issl.pretraining.recipes import recipe
 
-HERE = Path(__file__).parent
 HOW = recipe("simclr", "short")
 
 
@@ -50,38 +49,26 @@ def new(width: int) -> tuple[Learner, torch.optim.Optimizer]:
     return learner, torch.optim.SGD(groups(learner, HOW.weight_decay), **rate)
 
 
-def ours(
-    images: issl.Images, width: int, batch_size: int, steps: int, precision: str
-) -> Callable[[Turn], None]:
+def ours(images: issl.Images, asked: Namespace, precision: str, turn: Turn) -> None:
     """The step of issl.pretrain: views as tensor operations, NHWC, bf16 where the CPU computes
     it."""
-
-    def program(turn: Turn) -> None:
-        learner, optimizer = new(width)
-        learner = learner.for_training()
-        for x, u in batches(images, batch_size, steps, turn):
-            loss, _ = learner(HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1]), None, precision)
-            update(loss, optimizer)
-
-    return program
+    learner, optimizer = new(asked.width)
+    learner = learner.for_training()
+    for x, u in batches(images, asked, turn):
+        loss, _ = learner(HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1]), None, precision)
+        update(loss, optimizer)
 
 
-def plain(images: issl.Images, width: int, batch_size: int, steps: int) -> Callable[[Turn], None]:
+def plain(images: issl.Images, asked: Namespace, turn: Turn) -> None:
     """The same step in torch's defaults: fp32, NCHW."""
-
-    def program(turn: Turn) -> None:
-        learner, optimizer = new(width)
-        for x, u in batches(images, batch_size, steps, turn):
-            both = torch.cat([HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1])])
-            loss = METHODS["simclr"].loss((learner.encoder(both),), Batch(HOW))
-            update(loss, optimizer)
-
-    return program
+    learner, optimizer = new(asked.width)
+    for x, u in batches(images, asked, turn):
+        both = torch.cat([HOW.view_a(x, u[:, 0]), HOW.view_b(x, u[:, 1])])
+        loss = METHODS["simclr"].loss((learner.encoder(both),), Batch(HOW))
+        update(loss, optimizer)
 
 
-def lightlys(
-    images: issl.Images, width: int, batch_size: int, steps: int
-) -> Callable[[Turn], None]:
+def lightlys(images: issl.Images, asked: Namespace, turn: Turn) -> None:
     """lightly's example of SimCLR: its transform of PIL images in a DataLoader, its loss; the views
     one by one."""
     from lightly.loss import NTXentLoss
@@ -112,31 +99,22 @@ def lightlys(
         def __getitem__(self, k: int) -> list[Tensor]:
             return list(transform(self.pictures[k]))
 
-    def program(turn: Turn) -> None:
-        learner, optimizer = new(width)
-        criterion = NTXentLoss(HOW.temperature)
-        loader = DataLoader(Pictures(), batch_size, shuffle=True, drop_last=True)
-        done = 0
-        while done < steps:
-            for a, b in loader:
-                update(criterion(learner.encoder(a), learner.encoder(b)), optimizer)
-                done += 1
-                turn.next()
-                if done == steps:
-                    break
-
-    return program
+    learner, optimizer = new(asked.width)
+    criterion = NTXentLoss(HOW.temperature)
+    loader = DataLoader(Pictures(), asked.batch_size, shuffle=True, drop_last=True)
+    epochs = chain.from_iterable(repeat(loader))
+    for a, b in islice(epochs, asked.steps):
+        update(criterion(learner.encoder(a), learner.encoder(b)), optimizer)
+        turn.next()
 
 
-def batches(images: issl.Images, batch_size: int, steps: int, turn: Turn) -> Any:
+def batches(images: issl.Images, asked: Namespace, turn: Turn) -> Any:
     """Batches with the uniform numbers of their views; hands over after each."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        rows = torch.randint(len(images), (batch_size,), generator=generator)
-        yield (
-            images.pixels[rows].float() / 255,
-            torch.rand(batch_size, 2, VIEW_UNIFORMS, generator=generator),
-        )
+    for _ in range(asked.steps):
+        rows = torch.randint(len(images), (asked.batch_size,), generator=generator)
+        uniforms = torch.rand(asked.batch_size, 2, VIEW_UNIFORMS, generator=generator)
+        yield images.pixels[rows].float() / 255, uniforms
         turn.next()
 
 
@@ -157,13 +135,12 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     images = some_images(2048)
-    common = (images, options.width, options.batch_size, options.steps)
     turns = alternate(
         {
-            "plain fp32, NCHW": plain(*common),
-            "ours, fp32, NHWC": ours(*common, "fp32"),
-            "ours": ours(*common, "auto"),
-            "lightly's loop, PIL transforms": lightlys(*common),
+            "plain fp32, NCHW": partial(plain, images, options),
+            "ours, fp32, NHWC": partial(ours, images, options, "fp32"),
+            "ours": partial(ours, images, options, "auto"),
+            "lightly's loop, PIL transforms": partial(lightlys, images, options),
         }
     )
     for turn in turns.values():
@@ -176,12 +153,9 @@ def main() -> None:
         {"loop": name, "views_per_second": 2 * options.batch_size / lap, "ratio": base / lap}
         for name, lap in laps.items()
     ]
-    found = {**vars(options), "data": images.name, "rows": rows} | machine(
-        f"lightly {version('lightly')}"
-    )
-    (HERE / "measured").mkdir(exist_ok=True)
-    (HERE / "measured" / "pretraining.json").write_text(json.dumps(found, indent=1) + "\n")
-    write_report(HERE / "measured", HERE / "RESULTS.md")
+    found = {**vars(options), "data": images.name, "rows": rows}
+    found |= machine(f"lightly {version('lightly')}")
+    keep("pretraining", found)
     print(json.dumps(found, indent=1))
 
 

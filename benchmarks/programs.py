@@ -17,10 +17,10 @@ from issl import EKFAC, Computing, Exact, Images, LoGra, self_influence
 from issl.influence.curvature import Curvature
 from issl.influence.frozen_encoder import frozen
 from issl.influence.losses import stability_loss
+from issl.pretraining.encoder import resnet18
 
-STEM = (
-    "1",
-)  # the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
+# the first convolution of our ResNet: three input channels leave LogIX no more than rank 3 there
+STEM = ("1",)
 Program = Callable[[Turn], np.ndarray | None]
 
 
@@ -37,11 +37,19 @@ class Task:
         return self.images.pixels.float() / 255
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        return list(
-            zip(
-                self.pixels().split(self.batch_size), self.noisy.split(self.batch_size), strict=True
-            )
-        )
+        parts = (whole.split(self.batch_size) for whole in (self.pixels(), self.noisy))
+        return list(zip(*parts, strict=True))
+
+
+def random_encoder(width: int, images: Images) -> nn.Module:
+    """Random weights, BatchNorm with statistics of some images: time does not depend on
+    training."""
+    torch.manual_seed(0)
+    encoder = resnet18(width).train()
+    with torch.no_grad():
+        for _ in range(3):
+            encoder(images.pixels[:64].float() / 255)
+    return encoder.eval()
 
 
 def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> Program:

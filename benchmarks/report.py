@@ -68,8 +68,7 @@ TABLES = {
     ),
     "pretraining": (
         "SimCLR pretraining, ResNet-18 width {width}, batches of {batch_size} images",
-        "One step on {data}: two views of each image, forward, backward, update; {steps} steps "
-        "each, "
+        "One step on {data}: two views of each image, forward, backward, update; {steps} steps each, "
         "in turns on one thread. The ratio is that of median steps.",
         {"loop": "{loop}", ">views/s": "{views_per_second:.0f}", ">× plain": "{ratio:.2f}"},
     ),
@@ -102,6 +101,14 @@ SMALL = (
     {"method": "{method}", "images/s": "{images_per_second}"},
 )
 ON_A_GPU = {"small": SMALL, "pretraining": EPOCHS}
+
+
+def keep(name: str, part: Part) -> None:
+    """Write measured/NAME.json, and RESULTS.md from all parts."""
+    measured = Path(__file__).with_name("measured")
+    measured.mkdir(exist_ok=True)
+    (measured / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n")
+    write_report(measured, measured.with_name("RESULTS.md"))
 
 
 def write_report(results: Path, out: Path) -> None:

@@ -49,25 +49,23 @@ def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> to
     """LoGra's scores and the squared gradient norms by plain autograd, one image at a time, in
     double precision."""
     sketches = [issl.LoGra(16).sketch(layer, k) for k, layer in enumerate(layers.values())]
-    weights, rows = (
-        [layer.weight.requires_grad_() for layer in layers.values()],
-        [[] for _ in layers],
-    )
+    weights = [layer.weight.requires_grad_() for layer in layers.values()]
+    rows = [[] for _ in layers]
     scores, norms = torch.zeros(2, len(images), dtype=torch.float64)
-    for m in (
-        encoder.modules()
-    ):  # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
+
+    def straighten(_module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        output.register_hook(torch.Tensor.contiguous)
+
+    # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
+    for m in encoder.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
-            m.register_forward_hook(
-                lambda _, __, output: output.register_hook(torch.Tensor.contiguous) and None
-            )
+            m.register_forward_hook(straighten)
     for i in range(len(images)):
         x = images.pixels[i : i + 1].float() / 255
         shaken = issl.GaussianNoise().keyed(0)(x, images.index[i : i + 1]).double()
         loss = cosine_loss(encoder(x.double()), encoder(shaken)).squeeze()
-        for row, s, g in zip(
-            rows, sketches, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True
-        ):
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        for row, s, g in zip(rows, sketches, gradients, strict=True):
             norms[i] += g.square().sum()
             row.append((s.p_out.double() @ g.flatten(1) @ s.p_in.double().T).flatten())
     for p in map(torch.stack, rows):
@@ -85,29 +83,17 @@ def measured(encoder: torch.nn.Module, images: issl.Images, skip: list[str]) -> 
             for h in hows
         ]
     except Exception as error:  # noqa: BLE001 (a crash is what we look for; the others continue)
-        named = (
-            re.findall(r"skip=(\[.*?\])", str(error)) if isinstance(error, issl.IsslError) else []
-        )
-        if more := [name for name in ast.literal_eval((named or ["[]"])[-1]) if name not in skip]:
+        ours = isinstance(error, issl.IsslError)
+        named = re.findall(r"skip=(\[.*?\])", str(error)) if ours else []
+        asked = ast.literal_eval(named[-1]) if named else []
+        if more := [name for name in asked if name not in skip]:
             return measured(encoder, images, skip + more)
-        return {
-            "outcome": f"refused, {type(error).__name__}: {str(error)[:100]}",
-            "skip": " ".join(skip),
-        }
+        outcome = f"refused, {type(error).__name__}: {str(error)[:100]}"
+        return {"outcome": outcome, "skip": " ".join(skip)}
     seconds, layers = time.perf_counter() - began, scored_layers(encoder, skip, untrained=True)
-    worst = (
-        (torch.tensor([list(f) for f in found]) / reference(encoder, images, layers) - 1)
-        .abs()
-        .max()
-        .item()
-    )
-    return {
-        "outcome": "scored",
-        "skip": " ".join(skip),
-        "layers": len(layers),
-        "error": worst,
-        "seconds": seconds,
-    }
+    ratios = torch.tensor([list(f) for f in found]) / reference(encoder, images, layers)
+    about = {"outcome": "scored", "skip": " ".join(skip), "layers": len(layers)}
+    return about | {"error": (ratios - 1).abs().max().item(), "seconds": seconds}
 
 
 if __name__ == "__main__":
@@ -115,24 +101,14 @@ if __name__ == "__main__":
     options.add_argument("--only", default="", help="names with this in them")
     options.add_argument("--out", default="timm_sweep.csv")
     given, rows, scenes = options.parse_args(), [], issl.load("scenes", n=8)
-    for name, side in (
-        entry.split() for entry in MODELS.split(",") if given.only in entry.split()[0]
-    ):
+    for name, side in map(str.split, MODELS.split(",")):
+        if given.only not in name:
+            continue
         size = int(side.rstrip("*"))
         net = build(name, size, **({"img_size": size} if "*" in side else {}))
-        images = replace(
-            scenes, pixels=torch.nn.functional.interpolate(scenes.pixels, size), masks=None
-        )
-        rows.append(
-            {
-                "family": type(net).__module__.split(".")[-1],
-                "name": name,
-                **measured(net, images, []),
-            }
-        )
-        print(
-            *(f"{v:.2g}" if isinstance(v, float) else v for v in rows[-1].values()),
-            sep=" | ",
-            flush=True,
-        )
+        pixels = torch.nn.functional.interpolate(scenes.pixels, size)
+        family = {"family": type(net).__module__.split(".")[-1], "name": name}
+        rows.append(family | measured(net, replace(scenes, pixels=pixels, masks=None), []))
+        told = (f"{v:.2g}" if isinstance(v, float) else v for v in rows[-1].values())
+        print(*told, sep=" | ", flush=True)
         pd.DataFrame(rows).to_csv(given.out, index=False)

@@ -89,14 +89,14 @@ def test_betweenness_is_the_share_of_shortest_paths(features: torch.Tensor, k: i
 def test_matched_controls() -> None:
     labels, degree = np.repeat([0, 1, 2], 20), np.random.default_rng(0).integers(1, 6, 60)
     chosen = np.array([0, 1, 25, 45, 46, 47])
-    for by in (None, degree):
+    for by in (np.zeros(60), degree):
         controls = neighbour_graph.matched(labels, chosen, seed=1, by=by)
         assert (labels[controls] == labels[chosen]).all() and not set(controls) & set(chosen)
     for i, j in zip(chosen, controls, strict=True):
         pool = [k for k in range(60) if labels[k] == labels[i] and k not in chosen]
         assert abs(degree[j] - degree[i]) == min(abs(degree[k] - degree[i]) for k in pool)
     with pytest.raises(issl.IsslError, match="class 1"):
-        neighbour_graph.matched(labels, np.arange(20, 40))
+        neighbour_graph.matched(labels, np.arange(20, 40), seed=1, by=degree)
 
 
 def test_baselines_find_what_is_planted(features: torch.Tensor) -> None:

@@ -29,8 +29,13 @@ State = Literal["holds", "contradicted", "undecided"]
 # knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
 Learned = dict[str, float]
 UNTESTED = "not tested at this scale"
-OUTCOMES = ("reproduced", "partly", "undecided", "contradicted")
-COUNTED = {"reproduced": "holds", "partly": "holds in part"}  # where readings are counted
+# outcomes, as they are called where readings are counted
+COUNTED = {
+    "reproduced": "holds",
+    "partly": "holds in part",
+    "undecided": "undecided",
+    "contradicted": "contradicted",
+}
 SUPERSEDED = "superseded"
 PASSED, FAILED = "check passed", "check failed"  # of the code
 
@@ -199,9 +204,6 @@ def judge(
     """The claim's tests with their states, the outcome, and the verdict at this profile.
 
     Args:
-        name: of the claim.
-        metrics: what was measured.
-        profile: at which.
         dataset: the images that were scored.
         learned: by the encoders, as `issl.audit.plan` gives it; a claim about encoders needs it.
 
@@ -215,16 +217,29 @@ def judge(
         raise IsslError(
             f"claim {name!r} is about encoders: say what they learned (learned=plan.scale(method))"
         )
-    tests = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
-    states = [test.state(metrics) for test in tests]
+    asked = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
+    tests = [t.model_dump(exclude_none=True, exclude_defaults=True) for t in asked]
+    return decide(name, tests, metrics, profile, dataset, learned)
+
+
+def decide(
+    name: str,
+    tests: Sequence[dict[str, Any]],
+    metrics: dict[str, Estimate],
+    profile: str,
+    dataset: str,
+    learned: Learned | None,
+) -> dict[str, Any]:
+    """What `judge` gives, by these conditions."""
+    states = [Condition(**test).state(metrics) for test in tests]
+    found = outcome(states)
     return {
         "tests": [
-            t.model_dump(exclude_none=True, exclude_defaults=True)
-            | {"holds": s == "holds", "state": s}
-            for t, s in zip(tests, states, strict=True)
+            test | {"holds": state == "holds", "state": state}
+            for test, state in zip(tests, states, strict=True)
         ],
-        "outcome": outcome(states),
-        "verdict": verdict(name, outcome(states), profile, dataset, learned),
+        "outcome": found,
+        "verdict": verdict(name, found, profile, dataset, learned),
     }
 
 
@@ -241,9 +256,8 @@ def over_readings(outcomes: Sequence[str]) -> str:
     """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome in
     each."""
     counted = Counter(outcomes)
-    counts = ", ".join(
-        f"{COUNTED.get(word, word)} in {counted[word]}" for word in OUTCOMES if counted[word]
-    )
+    each = (f"{said} in {counted[word]}" for word, said in COUNTED.items() if counted[word])
+    counts = ", ".join(each)
     if counted["reproduced"] == len(outcomes):
         return "holds in every reading"
     if counted["reproduced"] and counted["contradicted"]:
@@ -304,13 +318,10 @@ def record(
     """Judge a claim and write FOLDER/claim_NAME.json (or claim_NAME.VARIANT.json).
 
     Args:
-        name: of the claim.
-        metrics: what was measured.
         source: as `provenance` gives it.
-        folder: where the record goes.
         variant: for a claim that a notebook tests more than once: the method, say.
         dataset: the images that were scored.
-        learned: by the encoders that scored them, see `judge`.
+        learned: see `judge`.
         **about: method, n, seeds and whatever else qualifies it. Of an encoder that was given as a
             file neither recipe nor seeds are known: the record names the file instead.
 

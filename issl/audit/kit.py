@@ -29,7 +29,12 @@ PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = sns.color_palette("colorblind")
 # of each method, the same in every figure; whatever is no method's is grey
 COLOURS: dict[str, Any] = dict(zip(NAMES, PALETTE, strict=False))
+# ways to retrain, and to measure a retrained encoder (`issl.audit.plans_own.Channel`): the one that
+# decides is black
+COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
+COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
 GREY = "0.45"
+GAP = 3  # pixels, between the images of a gallery
 MARK = PALETTE[1]  # of what a gallery outlines
 
 
@@ -86,7 +91,7 @@ def name(method: str) -> str:
 
 def in_words(what: str) -> str:
     """A method or a metric as people write it; any other text as it is."""
-    return NAMES.get(what) or all_words().get(what, what)
+    return (all_words() | NAMES).get(what, what)
 
 
 def forest(
@@ -103,21 +108,21 @@ def forest(
     point for each of `colour`.
 
     Args:
-        axes: where to draw.
         table: tidy, with value, low and high.
-        label: of the axis.
         rows: the column that names lines.
         colour: the column that colours points, methods mostly.
         nothing: a dashed line, no effect.
         asked: a dotted line, what a claim's test asks for (`issl.audit.claims.threshold`).
         legend: name the colours, below the figure.
     """
-    lines = list(dict.fromkeys(table[rows]))
-    groups = list(dict.fromkeys(table[colour])) if colour in table else [""]
+    if colour not in table:
+        table = table.assign(**{colour: ""})
+    lines, groups = (list(dict.fromkeys(table[column])) for column in (rows, colour))
+    of_line = {line: list(dict.fromkeys(part)) for line, part in table.groupby(rows)[colour]}
     for group in groups:
-        part = table[table[colour] == group] if colour in table else table
+        part = table[table[colour] == group]
         # a group that is alone in its lines stands in their middle
-        together = [groups_of(table, rows, colour, line) for line in part[rows]]
+        together = [of_line[line] for line in part[rows]]
         offset = [(0.7 / len(g)) * ((len(g) - 1) / 2 - g.index(group)) for g in together]
         at = np.array([len(lines) - 1 - lines.index(line) for line in part[rows]]) + offset
         paint = colour_of(group, groups)
@@ -125,7 +130,18 @@ def forest(
         axes.hlines(at, *np.clip(ends.to_numpy(), -1e12, 1e12).T, color=paint, lw=1.2)
         shown = literal(name(group))
         axes.scatter(part["value"].astype(float), at, color=paint, s=12, zorder=3, label=shown)
-    _finish(axes, table, lines, label, nothing, asked)
+    if nothing is not None:
+        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
+    if asked is not None:
+        axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5)
+    _name_lines(axes, lines, label)
+    axes.locator_params(axis="x", nbins=3)  # numbers of many digits would touch each other
+    values = table[["value", "low", "high"]].astype(float).to_numpy()
+    if not np.isfinite(values).all():  # limits that hold all that is finite
+        known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
+        known = known or [0.0]  # nothing that could be drawn
+        room = 0.1 * np.ptp(known) or 0.1
+        axes.set_xlim(min(known) - room, max(known) + room)
     if legend and isinstance(axes.figure, Figure):
         handles, labels = axes.get_legend_handles_labels()
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
@@ -138,34 +154,9 @@ def colour_of(group: str, groups: Sequence[str]) -> Any:
     return PALETTE[list(groups).index(group) % len(PALETTE)]
 
 
-def groups_of(table: pd.DataFrame, rows: str, colour: str, line: object) -> list[str]:
-    """The groups that have a point in a line, in the order of the table."""
-    part = table[table[rows] == line]
-    return list(dict.fromkeys(part[colour])) if colour in table else [""]
-
-
-def _finish(
-    axes: Axes,
-    table: pd.DataFrame,
-    lines: list[str],
-    label: str,
-    nothing: float | None,
-    asked: float | None,
-) -> None:
-    """Names, label and lines; where an interval is open, limits that hold all that is finite."""
-    if nothing is not None:
-        axes.axvline(nothing, color="grey", lw=0.8, ls="--")
-    if asked is not None:
-        axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5)
+def _name_lines(axes: Axes, lines: Sequence[str], label: str) -> None:
     axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
     axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))
-    axes.locator_params(axis="x", nbins=3)  # numbers of many digits would touch each other
-    values = table[["value", "low", "high"]].astype(float).to_numpy()
-    if not np.isfinite(values).all():
-        known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
-        known = known or [0.0]  # nothing that could be drawn
-        room = 0.1 * np.ptp(known) or 0.1
-        axes.set_xlim(min(known) - room, max(known) + room)
 
 
 def gallery(
@@ -173,8 +164,8 @@ def gallery(
 ) -> None:
     """All images in reading order; those that are `outlined` get a border."""
     axes.set_title(literal(label), loc="left")
-    side, gap = images.pixels.shape[-1], 3
-    step = side + gap
+    side = images.pixels.shape[-1]
+    step = side + GAP
     canvas = np.full((-(-len(images) // columns) * step, columns * step, 3), 255, np.uint8)
     for k, pixels in enumerate(images.tensor().numpy()):
         y, x = divmod(k, columns)
@@ -188,16 +179,10 @@ def gallery(
 
 
 def scatter(
-    axes: Axes,
-    x: np.ndarray,
-    y: np.ndarray,
-    xlabel: str,
-    ylabel: str,
-    colour: Any = None,
-    most: int = 5000,
+    axes: Axes, x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str, colour: Any = None
 ) -> None:
     """One point an image; of very many, some at random (the same ones each time)."""
-    some = np.random.default_rng(0).permutation(len(x))[:most]
+    some = np.random.default_rng(0).permutation(len(x))[:5000]
     axes.scatter(x[some], y[some], s=4, lw=0, alpha=0.5, color=colour or PALETTE[0])
     axes.set(xlabel=xlabel, ylabel=ylabel)
 
@@ -211,15 +196,9 @@ def curves(axes: Axes, table: pd.DataFrame, x: str, label: str, colour: str = "m
     axes.set(xlabel=x, ylabel=label)
 
 
-# ways to retrain, and to measure a retrained encoder (`issl.audit.plans_own.Channel`): the one that
-# decides is black
-COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
-COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
-
-
 def name_rows(axes: Axes, images: Images, names: Sequence[str]) -> None:
     """A name at the left of each row of a gallery."""
-    step = images.pixels.shape[-1] + 3
+    step = images.pixels.shape[-1] + GAP
     for k, row in enumerate(names):
         place = (-4, (k + 0.5) * step)
         axes.text(*place, literal(row), ha="right", va="center", fontsize=7.5)
@@ -236,8 +215,7 @@ def dots(
         paint = COLOURS.get(line, GREY)
         axes.scatter(values, np.full(len(values), y), color=paint, s=10, alpha=0.5, lw=0)
         axes.vlines(values.agg(middle), y - 0.3, y + 0.3, color="black", lw=1.4)
-    axes.set_yticks(np.arange(len(lines))[::-1], [literal(in_words(line)) for line in lines])
-    axes.set(xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+    _name_lines(axes, lines, label)
 
 
 def specifications(
@@ -247,8 +225,6 @@ def specifications(
     choices, in increasing order, and below each what was chosen.
 
     Args:
-        curve: where the estimates are drawn.
-        choices: below it.
         table: tidy, with value, low and high; a row for each combination.
         columns: its choices.
         label: of the estimates.

@@ -2,9 +2,8 @@
 network.
 
 Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), and
-where the numbers come from. It shows what the run left
-and computes nothing itself. This module collects the values; the HTML is in templates/, styles and
-scripts are in static/.
+where the numbers come from. It shows what the run left and computes nothing itself. The HTML is in
+templates/, styles and scripts are in static/.
 """
 
 from __future__ import annotations
@@ -85,6 +84,7 @@ def build(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
     rows = [(row, bars(row)) for row in verdicts.summary(records)]
+    left_out = left_out or {}
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
     uses = verdicts.good_for(verdicts.decided(records))
@@ -92,7 +92,7 @@ def build(
         _card(name, records, results / f"{name}.ipynb", figures, site, places) for name in done
     ]
     scale = profile.split("-")[0]
-    kept = [_card_of_kept(name, scale) for name in left_out or {} if name not in plans]
+    kept = [_card_of_kept(name, scale) for name in left_out if name not in plans]
     _write(
         index,
         "index.html",
@@ -100,7 +100,7 @@ def build(
         scale=SCALE.get(profile, "a profile of its own"),
         claims=rows,
         answers=_answers(records),
-        missing=in_words_left_out(left_out or {}),
+        missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
         cards=sorted([*cards, *kept], key=lambda card: str(card["name"])),
@@ -128,10 +128,15 @@ def _card_of_kept(name: str, scale: str) -> dict[str, Any]:
     if own:
         where = f" On {verdicts.COPY}" if own[0]["copied"] else f" By the record of {scale}"
         said += f"{where}: {found['sentence']}"
-    source = nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4).cells[0].source
-    title = source.splitlines()[0].lstrip("# ").strip()
+    title = _title(nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4))
     about = {"page": "", "image": "", "width": "", "height": "", "links": []}
     return {"name": name, "title": title, "finding": found | {"sentence": said}, **about}
+
+
+def _title(notebook: Any) -> str:
+    """Its first heading."""
+    source: str = next(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return source.splitlines()[0].lstrip("# ").strip()
 
 
 def bars(row: verdicts.Row) -> list[dict[str, Any] | None]:
@@ -174,12 +179,7 @@ def _card(
     places   of this machine, which the page must not show
     """
     notebook = nbformat.read(executed, as_version=4)
-    first = next((c.source for c in notebook.cells if c.cell_type == "markdown"), name)
-    title, page, picture = (
-        first.splitlines()[0].lstrip("# ").strip(),
-        f"report/{name}.html",
-        figures / f"{name}.png",
-    )
+    title, page, picture = _title(notebook), f"report/{name}.html", figures / f"{name}.png"
     cells, parts = notebook_cells(notebook, places)
     _write(site / f"{name}.html", "notebook.html", name=name, title=title, cells=cells, parts=parts)
     card: dict[str, Any] = {
@@ -205,11 +205,8 @@ def _card(
 
 def _first_finding(name: str, records: Sequence[Record]) -> dict[str, Any]:
     """The result of the notebook's first claim."""
-    own = [r for r in records if r["notebook"] == name]
-    return finding(own, own[0]["name"]) if own else _nothing_found(name)
-
-
-def _nothing_found(name: str) -> dict[str, Any]:
+    if own := [r for r in records if r["notebook"] == name]:
+        return finding(own, own[0]["name"])
     claim = "All verdicts together." if name == "11_claims_audit" else "No claim was recorded."
     return {"claim": claim, "sentence": "", "reached": [], "more": 0, "notebook": name}
 
@@ -250,32 +247,24 @@ def notebook_cells(
     cells: list[dict[str, Any]] = []
     headings = []
     for number, cell in enumerate(notebook.cells):
+        source, place = cell.source, f"cell-{number}"
         if cell.cell_type == "markdown":
-            found = re.search(r"^## (.+)$", cell.source, re.MULTILINE)
-            if found:
-                headings.append((f"cell-{number}", re.sub(r"[`$*]", "", found[1])))
-            cells.append(
-                {"id": f"cell-{number}", "text": Markup(markdown2html(_with_mathml(cell.source)))}
-            )
+            if found := re.search(r"^## (.+)$", source, re.MULTILINE):
+                headings.append((place, re.sub(r"[`$*]", "", found[1])))
+            cells.append({"id": place, "text": Markup(markdown2html(_with_mathml(source)))})
         elif cell.cell_type == "code":
-            tags = cell.metadata.get("tags", [])
-            code = Markup(
-                highlight(hidden(cell.source, places), PythonLexer(), HtmlFormatter(nowrap=True))
-            )
-            fold = next(
-                (text for tag, text in folded.items() if tag in tags), _code_summary(cell.source)
-            )
-            outputs = [_output(output, places) for output in cell.outputs]
+            tags, lines = cell.metadata.get("tags", []), len(source.splitlines())
+            summary = f"Code, {lines} line{'' if lines == 1 else 's'}"
+            listing = highlight(hidden(source, places), PythonLexer(), HtmlFormatter(nowrap=True))
             cells.append(
-                {"code": code, "folded": fold, "outputs": outputs, "solution": "solution" in tags}
+                {
+                    "code": Markup(listing),
+                    "folded": next((folded[tag] for tag in folded if tag in tags), summary),
+                    "outputs": [_output(output, places) for output in cell.outputs],
+                    "solution": "solution" in tags,
+                }
             )
     return cells, headings
-
-
-def _code_summary(source: str) -> str:
-    """What stands for a folded cell of code: how much there is of it."""
-    lines = len(source.splitlines())
-    return f"Code, {lines} line{'' if lines == 1 else 's'}"
 
 
 def _output(output: Any, places: Mapping[str, str]) -> tuple[str, str]:
@@ -354,9 +343,8 @@ def _write(path: Path, template: str, **values: Any) -> None:
     """Write a page from a template. Only scripts with the page's own nonce run, which nobody can
     know beforehand."""
     with atomic(path) as part:
-        part.write_text(
-            _templates().get_template(template).render(**values, nonce=secrets.token_urlsafe(16))
-        )
+        page = _templates().get_template(template)
+        part.write_text(page.render(**values, nonce=secrets.token_urlsafe(16)))
 
 
 @lru_cache

@@ -15,13 +15,11 @@ from issl.audit.claims import (
     PASSED,
     SUPERSEDED,
     UNTESTED,
-    Condition,
-    Superseded,
+    Claim,
     claims,
-    outcome,
+    decide,
     over_readings,
     readings,
-    verdict,
     words,
 )
 from issl.audit.stats.statistics import Estimate
@@ -31,6 +29,7 @@ from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.audit.claims.record writes it, and `copied`, see `read_records`
+Test = dict[str, Any]  # of a record
 KEPT = "claims.json"  # a profile's records, beside its figures
 PHRASES = {
     "reproduced": "holds",
@@ -89,15 +88,10 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 def _by_todays_rules(record: Record) -> Record:
     """A record with the outcome of its own tests, and its verdict, by the rules that hold now."""
     metrics = {name: Estimate.of(m) for name, m in record["metrics"].items()}
-    tests = []
-    for test in record["tests"]:
-        asked = {k: v for k, v in test.items() if k not in ("holds", "state")}
-        state = Condition(**asked).state(metrics)
-        tests.append(asked | {"holds": state == "holds", "state": state})
-    found = outcome([t["state"] for t in tests])
+    old = ("holds", "state")
+    tests = [{k: v for k, v in test.items() if k not in old} for test in record["tests"]]
     profile, learned = record["provenance"]["profile"], record.get("learned")  # older ones lack it
-    reached = verdict(record["name"], found, profile, record["dataset"], learned)
-    return record | {"tests": tests, "outcome": found, "verdict": reached}
+    return record | decide(record["name"], tests, metrics, profile, record["dataset"], learned)
 
 
 def keep(records: Sequence[Record], folder: Path) -> Path:
@@ -134,15 +128,10 @@ class Row:
 
     Attributes:
         claim: in words; whose it is, if not the paper's; why its test was replaced, if it was.
-        notebook: that recorded it.
-        paper: the paper's number.
         measured: the metric, in words.
         methods: of each record; "" where there is but one.
-        estimates: of each record.
         asked: the test's threshold.
         n: images.
-        profile: at which it was measured.
-        data: the images, and whether they are the copy.
         verdicts: with the tests that hold, of each record; one where all agree.
         reached: the plain verdict of each record.
         failed: the tests that do not hold, in words.
@@ -156,8 +145,6 @@ class Row:
     estimates: list[Estimate]
     asked: float
     n: int
-    profile: str
-    data: str
     verdicts: list[str]
     reached: list[str]
     failed: list[str]
@@ -197,19 +184,27 @@ def by_reading(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def deciding(record: Record) -> dict[str, Any]:
+def deciding(record: Record) -> Test:
     """The test that decides a record's outcome: the first that is contradicted, else the first that
     is undecided, else the first of all."""
-    states = {t["state"]: t for t in reversed(record["tests"])}
-    found: dict[str, Any] = next(
-        states[s] for s in ("contradicted", "undecided", "holds") if s in states
-    )
+    order = ("contradicted", "undecided", "holds")
+    found: Test = min(record["tests"], key=lambda test: order.index(test["state"]))
     return found
 
 
-def _asked(test: dict[str, Any]) -> float:
+def _asked(test: Test) -> float:
     """A test's threshold."""
     return float(test["above"] if "above" in test else test["below"])
+
+
+def _measured(record: Record, test: Test) -> Estimate:
+    """The number that a test is about."""
+    return Estimate.of(record["metrics"][test["metric"]])
+
+
+def _bound(test: Test) -> str:
+    """What it asks of that number."""
+    return f"{'>' if 'above' in test else '<'} {_asked(test):g}"
 
 
 def summary(records: Sequence[Record]) -> list[Row]:
@@ -222,13 +217,16 @@ def summary(records: Sequence[Record]) -> list[Row]:
 
 def _row(own: Sequence[Record]) -> Row:
     one, methods = own[0], _methods(own)
+    about = claims()[one["name"]]
     test, plain = one["tests"][0], [_verdict(r) for r in own]
     failed = [
-        f"{m}: {failures(r)}" if m else failures(r) for m, r in zip(methods, own, strict=True)
+        f"{m}: {failures(r)}".removeprefix(": ")
+        for m, r in zip(methods, own, strict=True)
+        if r["outcome"] != "reproduced"
     ]
     named = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
     return Row(
-        claim=_in_words(one["name"]),
+        claim=f"{about.claim}{' (ours)' if about.ours else ''} {_why(about)}".rstrip(),
         notebook=one["notebook"],
         paper="–" if one["paper"] is None else str(one["paper"]),
         measured=words(test["metric"]),
@@ -236,11 +234,9 @@ def _row(own: Sequence[Record]) -> Row:
         estimates=[_first(r) for r in own],
         asked=_asked(test),
         n=one["n"],
-        profile=one["provenance"]["profile"],
-        data=one["dataset"] + _copied(one),
         verdicts=named if len(set(plain)) > 1 else plain[:1],
         reached=[r["verdict"] for r in own],
-        failed=[text for text, r in zip(failed, own, strict=True) if r["outcome"] != "reproduced"],
+        failed=failed,
     )
 
 
@@ -255,34 +251,28 @@ def _grouped(
 
 
 def _first(record: Record) -> Estimate:
-    """The number of a record's first test."""
-    return Estimate.of(record["metrics"][record["tests"][0]["metric"]])
+    return _measured(record, record["tests"][0])
 
 
 def _number(e: Estimate) -> str:
     return f"{e.value:.2g}" if e.low == e.high == e.value else str(e)
 
 
+def _method(record: Record) -> str:
+    """Its variant as people write it."""
+    return str(NAMES.get(record["variant"], record["variant"]))
+
+
 def _methods(records: Sequence[Record]) -> list[str]:
-    """Each record's variant as people write it; of a single record only where it is a method."""
-    alone = len(records) == 1
-    return [NAMES.get(v, "" if alone else v) for v in (r["variant"] for r in records)]
+    """Of each record; of a single one only where it is a method."""
+    alone = len(records) == 1 and records[0]["variant"] not in NAMES
+    return [""] if alone else [_method(r) for r in records]
 
 
-def _in_words(name: str) -> str:
-    claim = claims()[name]
-    text = claim.claim + (" (ours)" if claim.ours else "")
-    if claim.superseded is None:
-        return text
-    return f"{text} {_why(claim.superseded)}"
-
-
-def _copied(record: Record) -> str:
-    return f" ({COPY})" if record["copied"] else ""
-
-
-def _why(past: Superseded) -> str:
-    """Why a test no longer decides."""
+def _why(claim: Claim) -> str:
+    """Why its test no longer decides; "" where it does."""
+    if (past := claim.superseded) is None:
+        return ""
     return f"Superseded on {past.date} by `{past.by}`: {past.reason} It had found: {past.found}"
 
 
@@ -302,7 +292,7 @@ def failures(record: Record) -> str:
     found = []
     for test in record["tests"]:
         if not test["holds"]:
-            e = Estimate.of(record["metrics"][test["metric"]])
+            e = _measured(record, test)
             side = "above" if "above" in test else "below"
             bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
             value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
@@ -318,11 +308,12 @@ def sentence(records: Sequence[Record]) -> str:
     phrases = {"reproduced": "passed", "contradicted": "failed"} if check else PHRASES
     parts = []
     for found, phrase in phrases.items():
-        own = [(r["variant"], _number(_first(r))) for r in records if r["outcome"] == found]
-        if own and all(variant in NAMES for variant, _ in own):
-            parts.append(f"{phrase} with {_listed([f'{NAMES[v]} ({x})' for v, x in own])}")
+        own = [r for r in records if r["outcome"] == found]
+        each = [(_method(r), _number(_first(r))) for r in own]
+        if own and all(r["variant"] in NAMES for r in own):
+            parts.append(f"{phrase} with {_listed([f'{m} ({x})' for m, x in each])}")
         elif own:
-            told = [f"{NAMES.get(v, v)}: {x}" if v else x for v, x in own]
+            told = [f"{m}: {x}".removeprefix(": ") for m, x in each]
             parts.append(f"{phrase} ({'; '.join(told)})")
     measured, subject = words(records[0]["tests"][0]["metric"]), "check" if check else "claim"
     text = f"Measured: {measured}. The {subject} {_listed(parts)}"
@@ -353,9 +344,7 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
         if claim.use is None or claim.superseded or not own:
             continue
         for reached, uses in found.items():
-            variants = [r["variant"] for r in own if r["outcome"] == reached]
-            which = [str(NAMES.get(v, v)) for v in variants]
-            if which:
+            if which := [_method(r) for r in own if r["outcome"] == reached]:
                 named = "" if len(which) == len(own) else f" [{', '.join(which)}]"
                 uses.append(claim.use + named)
     return found
@@ -392,7 +381,7 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     asked = f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`"
     lines.append(f"{asked}; {stated}first recorded at {first['profile']} {first['time'][:10]}.")
     if about.superseded:
-        lines.append(_why(about.superseded))
+        lines.append(_why(about))
     read = by_reading(own)
     for method, part in read.groupby("method", sort=False) if len(read) else ():
         if together := part["over_readings"].iloc[0]:
@@ -401,14 +390,13 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
             lines.append(f"Over {len(part)} readings{who}: {tried}: **{together}**.")
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
-        data = f"{r['dataset']}, n = {r['n']:,}{_copied(r)}"
+        data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"
         where = r["provenance"]["profile"]
         figure = f"figures/{where}{COPIED if r['copied'] else ''}/{about.notebook}.png"
         if repository is not None and (repository / figure).is_file():
             where = f"[{where}](../{figure})"
         numbers = [f"{STATES[t['state']]} {_number_asked(r, t)}" for t in r["tests"]]
-        method = str(NAMES.get(r["variant"], r["variant"]))
-        rows.append((method, f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
+        rows.append((_method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
     head = ["", "measured at", "verdict (tests held)", "its tests"]
     return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
 
@@ -434,9 +422,8 @@ def answers(records: Sequence[Record]) -> str:
         latest = {r["variant"]: r for r in own}  # of the copy only where there is no other
         about, first = claims()[own[0]["name"]], next(m for m in methods if m in latest)
         told = [_answer(latest[m]) if m in latest else "" for m in methods]
-        number = ("" if first == methods[0] else f"{NAMES[first]}: ") + _deciding_number(
-            latest[first]
-        )
+        whose = "" if first == methods[0] else f"{NAMES[first]}: "
+        number = whose + _deciding_number(latest[first])
         rows.append((str(about.question), *told, number, about.notebook[:2]))
     names = [str(NAMES[m]) for m in methods]
     return _markdown(["question", *names, f"{names[0]}'s number", "notebook"], rows)
@@ -456,17 +443,15 @@ def _deciding_number(record: Record) -> str:
     test = deciding(record)
     if test["holds"]:
         test = record["tests"][-1]
-    name = claims()[record["name"]].numbers[test["metric"]]
-    number = _number(Estimate.of(record["metrics"][test["metric"]]))
-    return f"{name} = {number}, asked {'>' if 'above' in test else '<'} {_asked(test):g}"
+    name, number = claims()[record["name"]].numbers[test["metric"]], _measured(record, test)
+    return f"{name} = {_number(number)}, asked {_bound(test)}"
 
 
-def _number_asked(record: Record, test: dict[str, Any]) -> str:
+def _number_asked(record: Record, test: Test) -> str:
     """A test's number, and what it asks of it."""
-    number = _number(Estimate.of(record["metrics"][test["metric"]]))
-    side = ">" if "above" in test else "<"
     what = "" if test["bound"] == "value" else "interval "
-    return f"{words(test['metric'])} = {number}; asked: {what}{side} {_asked(test):g}"
+    number = _number(_measured(record, test))
+    return f"{words(test['metric'])} = {number}; asked: {what}{_bound(test)}"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@ drawn scenes."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from issl.data.images import Images
@@ -18,21 +19,16 @@ def background_labels(images: Images, split: str = "train") -> pd.DataFrame | No
     where the set has no labels."""
     if images.name == "scenes":
         truth = images.attributes
-        ordinary = (
-            truth["atypical"] == ""
-        ).to_numpy()  # of the others the background is not what was drawn
-        uniform = truth["uniform"].to_numpy(bool)
-        colour = (
-            truth["background"]
-            .where(truth["background"].isin(["white", "black"]), "other")
-            .where(uniform, "")
-        )
-        table = pd.DataFrame({"uniform": uniform, "colour": colour.to_numpy(), "sure": True})
-        return table.assign(position=range(len(images)))[ordinary].reset_index(drop=True)
+        uniform, colour = truth["uniform"].astype(bool), truth["background"]
+        colour = colour.where(colour.isin(["white", "black"]), "other").where(uniform, "")
+        table = pd.DataFrame({"uniform": uniform, "colour": colour, "sure": True})
+        table["position"] = range(len(images))
+        # of atypical ones the background is not what was drawn
+        return table[truth["atypical"] == ""].reset_index(drop=True)
     if (images.name, split) == ("cifar10", "train"):
         labels = pd.read_csv(LABELS, keep_default_na=False).set_index("index")
-        index = pd.Series(images.index.numpy(), name="index")
-        place = index[index.isin(labels.index)].index
+        index = images.index.numpy()
+        place = np.flatnonzero(np.isin(index, labels.index))
         known = labels.loc[index[place]]
         return pd.DataFrame(
             {

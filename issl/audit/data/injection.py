@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from issl import keyed_random
+from issl.audit.data.known_duplicates import marks
 from issl.data import scenes
 from issl.data.images import Images
 from issl.data.views import hue
@@ -60,10 +61,9 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
     places = rng.permutation(n)
     originals, copied, odd, _ = np.split(places, np.cumsum([copies, copies, strange]))
     pixels, index, attributes = images.tensor().clone(), images.index, images.attributes.copy()
-    of, kind, unusual = np.full(n, -1), np.full(n, "", dtype=object), np.full(n, "", dtype=object)
-    for column, known in (("duplicate_of", of), ("duplicate_kind", kind), ("atypical", unusual)):
-        if column in attributes:
-            known[:] = attributes[column]
+    said = marks(images)
+    of = said["duplicate_of"].to_numpy(np.int64, copy=True)
+    kind, unusual = (said[c].to_numpy(object, copy=True) for c in ("duplicate_kind", "atypical"))
     labels = None if images.labels is None else images.labels.clone()
     masks = None if images.masks is None else images.masks.clone()
     for k, (source, place) in enumerate(zip(originals, copied, strict=True)):

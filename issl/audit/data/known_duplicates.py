@@ -11,10 +11,18 @@ from scipy.sparse.csgraph import connected_components
 from issl.data.images import Images
 from issl.files import PACKAGE
 
-LABELS = (
-    PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
-)  # how they were made: README.md beside it
+# how they were made: README.md beside it
+LABELS = PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
 SERIES = 5  # as many images of one thing, or more, are a series; fewer are pairs
+UNMARKED = {"duplicate_of": -1, "duplicate_kind": "", "atypical": ""}
+
+
+def marks(images: Images) -> pd.DataFrame:
+    """What the set says of itself in the columns of UNMARKED, which is what it does not say."""
+    given = images.attributes
+    return pd.DataFrame(
+        {c: given.get(c, default=none) for c, none in UNMARKED.items()}, given.index
+    )
 
 
 def known_duplicates(images: Images, split: str = "train") -> pd.DataFrame:
@@ -26,24 +34,11 @@ def known_duplicates(images: Images, split: str = "train") -> pd.DataFrame:
     more images show one thing, `series`. Of such a group the first image counts as the original. An
     image that was overwritten is in no labelled pair.
     """
-    given = images.attributes
-    known = pd.DataFrame(
-        {
-            "duplicate_of": given.get("duplicate_of", pd.Series(-1, given.index)).to_numpy(
-                np.int64
-            ),
-            "duplicate_kind": given.get("duplicate_kind", pd.Series("", given.index)).to_numpy(
-                object
-            ),
-        }
-    )
+    said, index = marks(images), images.index.numpy()
+    known = said[["duplicate_of", "duplicate_kind"]].copy()
     if (images.name, split) != ("cifar10", "train"):
         return known
-    index, strange = (
-        images.index.numpy(),
-        given.get("atypical", pd.Series("", given.index)).to_numpy(object),
-    )
-    usable = (known["duplicate_kind"] == "").to_numpy() & (strange == "")
+    usable = ((said["duplicate_kind"] == "") & (said["atypical"] == "")).to_numpy()
     place = pd.Series(np.flatnonzero(usable), index[usable])
     pairs = pd.read_csv(LABELS).query("same == 'yes'")
     pairs = pairs[pairs["a"].isin(place.index) & pairs["b"].isin(place.index)]

@@ -46,24 +46,24 @@ def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m
     return -np.asarray(scores, float) @ np.asarray(kept, float).T
 
 
-def lds(predicted: Table, measured: Table, seed: int = 0) -> Estimate:
+def lds(predicted: Table, measured: Table) -> Estimate:
     """The mean over queries of the rank correlation over subsets, in [−1, 1].
 
     A query that does not vary counts 0. The bootstrap resamples queries and subsets.
     """
-    return _two_way([predicted, measured], _spearman, seed)
+    return _two_way([predicted, measured], _spearman)
 
 
-def lds_difference(predicted: Table, other: Table, measured: Table, seed: int = 0) -> Estimate:
+def lds_difference(predicted: Table, other: Table, measured: Table) -> Estimate:
     """The LDS of one prediction minus that of another, on the same queries and subsets."""
 
     def statistic(p: Table, o: Table, y: Table) -> np.ndarray:
         return _spearman(p, y) - _spearman(o, y)
 
-    return _two_way([predicted, other, measured], statistic, seed)
+    return _two_way([predicted, other, measured], statistic)
 
 
-def repeatability(measured: Runs, seed: int = 0) -> Estimate:
+def repeatability(measured: Runs) -> Estimate:
     """The same correlation between any two of s ≥ 2 repetitions, mean over all pairs."""
     if measured.ndim != 3 or len(measured) < 2:
         raise IsslError(f"repeatability of shape {measured.shape}: need two or more repetitions")
@@ -71,7 +71,7 @@ def repeatability(measured: Runs, seed: int = 0) -> Estimate:
     def statistic(*runs: Table) -> np.ndarray:
         return np.mean([_spearman(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
 
-    return _two_way(list(measured), statistic, seed)
+    return _two_way(list(measured), statistic)
 
 
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
@@ -92,7 +92,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
 
 
-def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed: int) -> Estimate:
+def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray]) -> Estimate:
     """The mean of a statistic of each query, over resampled queries and subsets."""
     tables = [np.asarray(t, float) for t in tables]
     shapes = {t.shape for t in tables}
@@ -101,7 +101,7 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray], seed
             f"tables of shape {sorted(shapes)}: need one shape (queries, subsets), 3 or more "
             "subsets"
         )
-    (q, m), rng = tables[0].shape, np.random.default_rng(seed)
+    (q, m), rng = tables[0].shape, np.random.default_rng(0)
     found = np.empty(RESAMPLES)
     for k in range(RESAMPLES):
         rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
@@ -165,7 +165,6 @@ def own_rise(before: Any, after: Any, at: int) -> float:
     Args:
         before: stability losses of all images after training on all of them.
         after: the same without image `at`.
-        at: its position.
     """
     rise = log_loss(after) - log_loss(before)
     return float(rise[at] - np.delete(rise, at).mean())
@@ -186,8 +185,7 @@ def query_changes(
     Args:
         before: features after training on all images.
         after: features after training without some.
-        losses: stability losses after training on all images.
-        losses_after: those after training without some.
+        losses: stability losses, `losses_after` likewise.
 
     Returns:
         moved, the log cosine distance of a query's features; and rise of its log loss, less the

@@ -44,7 +44,7 @@ class Agreements:
     images: int
 
     @classmethod
-    def of(cls, scores: Sequence[np.ndarray], seed: int = 0) -> Agreements:
+    def of(cls, scores: Sequence[np.ndarray]) -> Agreements:
         """Of k encoders, each with two measurements of the same n ≥ 4 images, (2, n)."""
         measured = [np.asarray(v, float) for v in scores]
         shapes = [v.shape for v in measured]
@@ -57,7 +57,7 @@ class Agreements:
         ranks = np.concatenate([scipy.stats.rankdata(v, axis=1) for v in measured])
         pairs = list(itertools.product(range(0, 2 * k, 2), range(1, 2 * k, 2)))  # 0 with 1
         whole = np.array([[pearson(ranks[i], ranks[j], -1) for i, j in pairs]])
-        drawn = resampled_correlations(ranks, pairs, False, seed)
+        drawn = resampled_correlations(ranks, pairs, ranked=False)
         (value,), resampled = (_divided(r.reshape(-1, k, k)) for r in (whole, drawn))
         return cls(value, resampled, ranks.shape[1])
 

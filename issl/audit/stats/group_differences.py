@@ -32,7 +32,6 @@ def group_differences(
     Args:
         ranks: of the same n images under e encoders, higher for a higher score.
         groups: an attribute in each column, one row per image.
-        smallest: the fewest images of a group.
         given: columns that might explain a difference (brightness, say).
 
     Returns:

@@ -23,13 +23,13 @@ def leading(scores: Float[Tensor, "q n"], k: int) -> Lists:
 
 def overlap(a: Lists, b: Lists) -> Float[np.ndarray, " q"]:
     """The share of a query's list that is in its other list."""
-    return np.array([len(set(x) & set(y)) / len(x) for x, y in zip(a, b, strict=True)])
+    return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
 
 
 def between_queries(lists: Lists) -> float:
     """The share that the lists of two queries have in common, mean over pairs of queries."""
-    pairs = combinations(lists, 2)
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]))
+    pairs = np.array(list(combinations(lists, 2)))
+    return float(overlap(pairs[:, 0], pairs[:, 1]).mean())
 
 
 def of_class(lists: Lists, labels: np.ndarray, of_query: np.ndarray) -> Float[np.ndarray, " q"]:
@@ -44,7 +44,6 @@ def differences(
 
     Args:
         scores: by name.
-        k: the length of the lists.
         labels: the classes of the training images.
         of_query: the classes of the queries.
 

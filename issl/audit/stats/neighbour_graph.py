@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
+from issl.audit.stats.lists import overlap
 from issl.errors import IsslError
 
 
@@ -101,12 +102,6 @@ def betweenness(graph: sparse.csr_array, sources: int = 256, seed: int = 0) -> n
     return through / ((len(chosen) - np.isin(every, chosen)) * (n - 2))
 
 
-def induced(graph: sparse.csr_array, keep: np.ndarray) -> sparse.csr_array:
-    """The graph of the images that are kept, with the edges among them."""
-    rows = np.flatnonzero(keep)
-    return graph[rows][:, rows].tocsr()
-
-
 def modularity(graph: sparse.csr_array, labels: np.ndarray) -> float:
     """How much more often edges join images of one class than by chance (Newman 2006).
 
@@ -180,20 +175,16 @@ def neighbours_kept(
 
     Unlike a distance between features, it stays when an encoder rotates all of them together.
     """
-    a, b = nearest(before, k)[0], nearest(after, k)[0]
-    return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
+    return overlap(nearest(before, k)[0], nearest(after, k)[0])
 
 
-def matched(
-    labels: np.ndarray, chosen: np.ndarray, seed: int = 0, by: np.ndarray | None = None
-) -> np.ndarray:
+def matched(labels: np.ndarray, chosen: np.ndarray, seed: int, by: np.ndarray) -> np.ndarray:
     """For each chosen position, a random one of the same class that was not chosen.
 
-    Drawn with replacement; with `by` (the number of neighbours, say), among those with the same
-    value of it, or else the nearest. Raises IsslError if all images of a class were chosen.
+    Drawn with replacement among those with the same value of `by` (the number of neighbours, say),
+    or else the nearest. Raises IsslError if all images of a class were chosen.
     """
     rng, free = np.random.default_rng(seed), np.setdiff1d(np.arange(len(labels)), chosen)
-    by = np.zeros(len(labels)) if by is None else by
     controls = np.empty(len(chosen), int)
     for label in np.unique(labels[chosen]):
         pool, rows = free[labels[free] == label], np.flatnonzero(labels[chosen] == label)

@@ -168,13 +168,9 @@ def weight_cosines(
     Args:
         learner: At whose weights. Objectives of other methods see its projections.
         losses: Names of methods, and STABILITY: the stability loss of the same images.
-        images: Of which batches are drawn.
         variant: Of the recipes of the other methods.
-        batch_size: Of the batches.
         draws: How many batches.
         seed: Of the batches and views.
-        noise: Of the stability loss.
-        noise_seed: Its seed.
 
     Returns:
         draw, loss, other, value: between two losses on one batch; of a loss with itself, between

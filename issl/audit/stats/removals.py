@@ -26,8 +26,6 @@ class Seen:
     """Images as one encoder sees them.
 
     Attributes:
-        labels: Their classes.
-        features: Their features.
         graph: Of their nearest neighbours, see `neighbour_graph.knn_graph`.
         rankings: Scores of the images by name; what is high goes first. "influence" is among them.
     """
@@ -43,7 +41,7 @@ class Seen:
 
     def of_those_left(self, keep: Mask) -> dict[str, float]:
         """Modularity and separability of the images that are kept."""
-        graph, labels = neighbour_graph.induced(self.graph, keep), self.labels[keep]
+        graph, labels = self.graph[keep][:, keep], self.labels[keep]
         return {
             "modularity": neighbour_graph.modularity(graph, labels),
             "separability": neighbour_graph.separability(self.features[keep], labels),
@@ -81,9 +79,7 @@ class Seen:
         as many at random: a paired difference over test images.
 
         Args:
-            share: Of the images, removed.
             probe: Of each test image, is its class found by a probe fitted on the images kept?
-            rng: Of the random removal.
         """
         gone = self.gone(share)
         chance = probe(at_random(gone["influence"], rng)).astype(float)

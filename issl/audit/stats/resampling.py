@@ -20,7 +20,7 @@ def pearson(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
 
 
 @lru_cache(maxsize=2)  # a notebook asks for the same resamples again and again
-def times_drawn(n: int, seed: int) -> UInt16[np.ndarray, "r n"]:
+def times_drawn(n: int, seed: int = 0) -> UInt16[np.ndarray, "r n"]:
     """How often each of n images was drawn, in each of RESAMPLES resamples."""
     rng, found = np.random.default_rng(seed), np.empty((RESAMPLES, n), np.uint16)
     for row in found:
@@ -30,7 +30,7 @@ def times_drawn(n: int, seed: int) -> UInt16[np.ndarray, "r n"]:
 
 
 def resampled_correlations(
-    columns: Float[np.ndarray, "m n"], pairs: Sequence[tuple[int, int]], ranked: bool, seed: int = 0
+    columns: Float[np.ndarray, "m n"], pairs: Sequence[tuple[int, int]], ranked: bool
 ) -> Float[np.ndarray, "r p"]:
     """Correlations of pairs of columns in resamples of the n images, the same for all columns.
 
@@ -43,7 +43,6 @@ def resampled_correlations(
         columns: a score in each row.
         pairs: which rows to correlate.
         ranked: correlate ranks, taken anew in each resample; equal values share their mean.
-        seed: of the draws.
 
     Returns:
         A row for each resample; 0 where a column does not vary.
@@ -53,7 +52,7 @@ def resampled_correlations(
     equal = [runs(c[order]) for c, order in zip(columns, orders, strict=True)]
     values = columns - columns.mean(1, keepdims=True)
     found = np.empty((RESAMPLES, len(pairs)))
-    for k, counts in enumerate(times_drawn(n, seed)):
+    for k, counts in enumerate(times_drawn(n)):
         if ranked:
             for row, order, (run, ends) in zip(values, orders, equal, strict=True):
                 row[order] = _ranks(counts[order], run, ends)

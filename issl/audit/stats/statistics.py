@@ -1,7 +1,7 @@
 """What the notebooks measure: correlations, AUCs, enrichment and differences, with intervals.
 
 Every number comes as an `Estimate` with a 95% confidence interval. A bootstrap draws images with
-replacement and takes percentiles; everything random follows from `seed`.
+replacement and takes percentiles; it draws the same ones each time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,8 @@ import pandas as pd
 import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
 
-from issl.audit.stats.resampling import (
-    RESAMPLES,
-    pearson,
-    resampled_correlations,
-    runs,
-    times_drawn,
-)
+from issl.audit.stats import resampling
+from issl.audit.stats.resampling import pearson
 from issl.errors import IsslError
 
 LARGE = 5000  # images, from which on an AUC's interval is computed rather than bootstrapped
@@ -43,7 +38,7 @@ class Estimate:
     def __str__(self) -> str:
         """Two decimals, or as many more as tell the ends of a narrow interval apart."""
         width = self.high - self.low
-        digits = 2 if not 0 < width < NARROW else 2 + math.ceil(math.log10(NARROW / width))
+        digits = 2 + math.ceil(math.log10(NARROW / width)) if 0 < width < NARROW else 2
         # adding 0 takes the sign from a rounded −0
         value, low, high = (
             f"{round(x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high)
@@ -175,7 +170,7 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
     return Estimate(float(risk.relative_risk), float(low), float(high), len(score))
 
 
-def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
+def auc(score: np.ndarray, flag: np.ndarray) -> Estimate:
     """P(a flagged image scores higher than another), ties count half; 0.5: no relation.
 
     Bootstrap over both groups. From LARGE images on, the normal interval of DeLong et al. (1988,
@@ -189,7 +184,7 @@ def auc(score: np.ndarray, flag: np.ndarray, seed: int = 0) -> Estimate:
         u = scipy.stats.mannwhitneyu(a, b, method="asymptotic", axis=axis).statistic
         return u / (a.shape[axis] * b.shape[axis])
 
-    return _bootstrap((score[flag], score[~flag]), statistic, seed, paired=False)
+    return _bootstrap((score[flag], score[~flag]), statistic, paired=False)
 
 
 def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> Estimate:
@@ -229,7 +224,7 @@ def rank_biserial(score: np.ndarray, flag: np.ndarray) -> tuple[Estimate, float]
 
 
 def average_precision(
-    score: np.ndarray, positive: np.ndarray, cluster: np.ndarray | None = None, seed: int = 0
+    score: np.ndarray, positive: np.ndarray, cluster: np.ndarray | None = None
 ) -> Estimate:
     """Area under the precision-recall curve when a high score is to find the positive images.
 
@@ -238,7 +233,7 @@ def average_precision(
     """
     score, positive = np.asarray(score, float), _flag(positive)
     order = np.argsort(-score, kind="stable")
-    run, ends = runs(score[order])
+    run, ends = resampling.runs(score[order])
     at = np.flatnonzero(positive[order])
     last = ends[run[at]]  # equal scores are found together
     known = np.searchsorted(at, last, "right") - 1
@@ -251,18 +246,19 @@ def average_precision(
             return np.nan  # a resample without any positive image is left out
         return float((counts[at] * hits / np.maximum(places, 1)).sum() / hits[-1])
 
-    draws = np.array([mean_precision(drawn[of]) for drawn in times_drawn(int(of.max()) + 1, seed)])
+    drawn = resampling.times_drawn(int(of.max()) + 1)
+    draws = np.array([mean_precision(counts[of]) for counts in drawn])
     return percentiles(mean_precision(np.ones(len(score), int)), draws, len(score))
 
 
-def correlation(a: np.ndarray, b: np.ndarray, kind: Kind = "pearson", seed: int = 0) -> Estimate:
+def correlation(a: np.ndarray, b: np.ndarray, kind: Kind = "pearson") -> Estimate:
     """Correlation of two scores of the same 3 or more images, in [−1, 1]; bootstrap."""
     if len(a) != len(b) or len(a) < 3:
         raise IsslError(f"correlation of {len(a)} and {len(b)} values: need as many, 3 or more")
-    return agreement(np.stack([np.asarray(a, float), np.asarray(b, float)]), kind, seed)
+    return agreement(np.stack([a, b]), kind)
 
 
-def agreement(scores: Float[np.ndarray, "s n"], kind: Kind = "pearson", seed: int = 0) -> Estimate:
+def agreement(scores: Float[np.ndarray, "s n"], kind: Kind = "pearson") -> Estimate:
     """The correlation of any two of s scores of the same images, mean over all pairs; bootstrap."""
     scores = np.asarray(scores, float)
     if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
@@ -271,7 +267,7 @@ def agreement(scores: Float[np.ndarray, "s n"], kind: Kind = "pearson", seed: in
             "or more images"
         )
     pairs = list(itertools.combinations(range(len(scores)), 2))
-    return _of_correlations(scores, pairs, lambda r: r.mean(1), seed, kind == "spearman")
+    return _of_correlations(scores, pairs, lambda r: r.mean(1), kind == "spearman")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> Estimate:
@@ -301,12 +297,10 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estim
     return _by_fisher(value, 1 / (n - given.shape[1] - 3), n)
 
 
-def correlation_difference(
-    a: np.ndarray, b: np.ndarray, truth: np.ndarray, seed: int = 0
-) -> Estimate:
+def correlation_difference(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> Estimate:
     """Spearman's ρ of `a` with the truth minus that of `b`; paired bootstrap."""
     columns = np.stack([np.asarray(v, float) for v in (a, b, truth)])
-    return _of_correlations(columns, [(0, 2), (1, 2)], lambda r: r[:, 0] - r[:, 1], seed, True)
+    return _of_correlations(columns, [(0, 2), (1, 2)], lambda r: r[:, 0] - r[:, 1], ranked=True)
 
 
 def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
@@ -321,15 +315,12 @@ def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
 
 
 def correlation_margin(
-    grid: Float[np.ndarray, "g 2 n"],
-    weights: np.ndarray,
-    other: Float[np.ndarray, "2 n"],
-    seed: int = 0,
+    grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"]
 ) -> Estimate:
     """r between two seeds, weighted over a grid of settings, less r of another; bootstrap."""
     columns = np.concatenate([*np.asarray(grid, float), np.asarray(other, float)])
     pairs = [(k, k + 1) for k in range(0, len(columns), 2)]
-    return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1], seed)
+    return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1])
 
 
 def margin_at_equal_strength(
@@ -384,13 +375,13 @@ def extrapolated(x: np.ndarray, y: np.ndarray, at: float) -> Estimate:
     return Estimate(value, value - half, value + half, n)
 
 
-def log_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
+def log_ratio(a: np.ndarray, b: np.ndarray) -> Estimate:
     """log(mean a / mean b) of paired values ≥ 0 (0: no difference); bootstrap over pairs."""
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
         return np.log(x.mean(axis) / y.mean(axis))
 
-    return _bootstrap((a, b), statistic, seed)
+    return _bootstrap((a, b), statistic)
 
 
 def distance(estimate: Estimate, number: float) -> Estimate:
@@ -421,18 +412,17 @@ def _of_correlations(
     columns: Float[np.ndarray, "m n"],
     pairs: Sequence[tuple[int, int]],
     combined: Callable[[np.ndarray], np.ndarray],
-    seed: int,
     ranked: bool = False,
 ) -> Estimate:
     """What `combined` makes of the correlations of pairs of columns, (r, pairs) to (r,)."""
     values = scipy.stats.rankdata(columns, axis=1) if ranked else columns
     whole = np.array([[pearson(values[i], values[j], -1) for i, j in pairs]])
-    draws = combined(resampled_correlations(columns, pairs, ranked, seed))
+    draws = combined(resampling.resampled_correlations(columns, pairs, ranked))
     return percentiles(combined(whole)[0], draws, columns.shape[1])
 
 
 def _bootstrap(
-    columns: Sequence[Any], statistic: Callable[..., Any], seed: int, paired: bool = True
+    columns: Sequence[Any], statistic: Callable[..., Any], paired: bool = True
 ) -> Estimate:
     """A statistic of columns, over rows drawn with replacement (of each column, if not paired)."""
     columns = tuple(np.asarray(c, float) for c in columns)
@@ -441,12 +431,12 @@ def _bootstrap(
         result = scipy.stats.bootstrap(
             columns,
             statistic,
-            n_resamples=RESAMPLES,
+            n_resamples=resampling.RESAMPLES,
             vectorized=True,
             paired=paired,
             method="percentile",
             batch=max(1, 4_000_000 // n),
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(0),
         )
         value = statistic(*columns)
     return percentiles(value, result.bootstrap_distribution, n)

@@ -40,9 +40,6 @@ def by_method(
     Args:
         table: tidy, with the columns method and encoder.
         numbers: of the part of the table that is about one encoder.
-
-    Returns:
-        By method, in the order of the table, each metric's estimate.
     """
     methods = table.groupby("method", sort=False)
     return {
@@ -86,23 +83,12 @@ def tidy(found: Mapping[Any, Numbers], columns: str) -> pd.DataFrame:
         found: by labels (a tuple, or one), the estimate of each metric.
         columns: what the labels are called, such as "method score".
     """
-    return pd.DataFrame(
-        [
-            {
-                **dict(
-                    zip(
-                        columns.split(),
-                        labels if isinstance(labels, tuple) else (labels,),
-                        strict=True,
-                    )
-                ),
-                "metric": metric,
-                **estimate.as_dict(),
-            }
-            for labels, numbers in found.items()
-            for metric, estimate in numbers.items()
-        ]
-    )
+    rows = []
+    for labels, numbers in found.items():
+        each = labels if isinstance(labels, tuple) else (labels,)
+        about = dict(zip(columns.split(), each, strict=True))
+        rows += [about | {"metric": m} | estimate.as_dict() for m, estimate in numbers.items()]
+    return pd.DataFrame(rows)
 
 
 def shown(table: pd.DataFrame, rows: Sequence[str], columns: str = "metric") -> pd.DataFrame:
