@@ -8,7 +8,6 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from test_notebooks import TINY
 
 from issl import cli
 from issl.audit import notebooks, profiles, run
@@ -29,9 +28,9 @@ SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A profile of the smallest sizes; real notebooks."""
+    """A profile of the smallest sizes."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
+    path.write_text(yaml.safe_dump(FEW))
     monkeypatch.setattr(profiles, "profiles", lambda: {"tiny": path})
     monkeypatch.delenv("ISSL_DATA", raising=False)
     return path
@@ -80,7 +79,7 @@ def test_the_output_folder_may_have_any_name(books, tmp_path: Path) -> None:
     assert cli.main(["run", "--profile", "tiny", "--only", "09", "--out", str(out)]) == 0
     results = out / "results/tiny"
     copy = nbformat.read(results / "09_linear_theory.ipynb", as_version=4)
-    assert copy.cells[-1].outputs[0].text == "96\n"  # the profile's n
+    assert copy.cells[-1].outputs[0].text == "64\n"  # the profile's n
     (page,) = (results / "report").glob("09*.html")
     assert page.stat().st_size > 1000
     assert {p for p in tmp_path.iterdir() if p.is_dir()} == {out, tmp_path / "notebooks"}
@@ -156,7 +155,6 @@ def test_stages_are_made_in_order_where_something_needs_them_and_then_only_read(
     tiny: Path, tmp_path: Path, capsys
 ) -> None:
     """In two processes; `issl run --stages` makes all that the notebook and the report read."""
-    tiny.write_text(yaml.safe_dump(FEW))
     (plan,) = ProfileOptions("tiny", only="07", out=tmp_path).plans().values()
     artifacts = Artifacts(tmp_path / "artifacts", released=None)
     found = list(missing(plan.stages(), artifacts))

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 import issl
 from issl.audit import stages, table_stages
-from issl.audit.cache import Artifacts, Stage, release
+from issl.audit.cache import Artifacts, Stage
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
 from issl.audit.settings import KINDS, Data, named_curvature
@@ -104,24 +104,6 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Arti
     again, own = (influence(**how).read(artifacts)["influence"] for how in ({"others": DATA}, {}))
     np.testing.assert_allclose(again, own, rtol=1e-4)
     assert influence(others=test).key != influence().key
-
-
-def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
-    made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
-    stage = TRAIN.model_copy(update={"epochs": 2, "snapshots": (1,)})
-    encoder = stage.encoder(made)
-    files = {"encoder.safetensors": "encoders/a.safetensors", "history.csv": "encoders/a.csv"}
-    release(made, stage, released, files)
-    there = sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*"))
-    fresh = Artifacts(tmp_path / "b", released=released)
-    assert fresh.has(stage) and equal(stage.encoder(fresh), encoder)
-    influence(pretrain=stage).read(fresh)  # what depends on it is computed into the cache
-    assert kinds(fresh) == ["influence"] and stage.label in fresh.cached
-    assert not (tmp_path / "b" / stage.name).exists()
-    assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
-    with pytest.raises(issl.IsslError, match=r"encoder-0001.* is not among the released files"):
-        stage.encoder(fresh, after=1)
-    assert not Artifacts(tmp_path / "d", released=None).has(stage)
 
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
