@@ -201,8 +201,8 @@ def test_a_profile_may_change_another_and_be_for_some_notebooks_alone(
     base, own = (profiles.read_profile(p, [name])[name] for p in ("tiny", "tinier"))
     assert own.settings() == {**base.settings(), "profile": "tinier", "n": 32, "rank": 3}
     assert list(ProfileOptions("tinier", out=tmp_path).plans()) == ["09_linear_theory"]
-    named = ProfileOptions("tinier", out=tmp_path, only="01")
-    assert list(named.plans()) == [name]  # it has an entry
+    asked = ProfileOptions("tinier", out=tmp_path, only="01")
+    assert list(asked.plans()) == [name]  # it has an entry
     for wrong, named in (
         ({"base": "tinier"}, "tinier.yaml: base 'tinier'"),
         ({"common": {"epoch": 3}}, "tinier.yaml, notebook 00_method: .*'epoch'"),
