@@ -19,10 +19,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("issl", "beartype.beartype")
 
-CHROMIUM = next(
-    (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))),
-    None,
-)
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+LONGEST = ("test_notebooks.py", "test_readme.py", "test_run.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,19 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     from issl.devices import keep_freed_memory
 
     keep_freed_memory()
-    if (
-        "XDG_CACHE_HOME" not in os.environ
-    ):  # what is remembered of data sets; the workers inherit it
+    if "XDG_CACHE_HOME" not in os.environ:  # of what is known of data sets; workers inherit it
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="issl-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
 
 
-LONGEST = ("test_notebooks.py", "test_readme.py", "test_run.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two workers one would wait for a file that was begun last."""
-    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.name) in LONGEST else 9)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +45,6 @@ def data_root() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("needs real data: set ISSL_DATA to a folder with cifar10/ and fairface/")
     return Path(root).resolve()
-
-
-@pytest.fixture
-def repository() -> Path:
-    return Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -73,11 +61,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, for the report's pages; the test is skipped where there is none."""
-    if CHROMIUM is None:
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
         pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield opened
         opened.close()

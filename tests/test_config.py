@@ -28,22 +28,18 @@ class Run(Config):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"epoch": 3}, "unknown field 'epoch' (value 3); did you mean 'epochs'?"),
+        ({"epoch": 3}, "'epoch' .*3.* 'epochs'"),
         ({"epochs": -1}, "epochs = -1: "),
-        ({"views": [{"std": 1}, {"area": 2}]}, "views.1.Crop.area = 2: "),
+        ({"views": [{"std": 1}, {"area": 2}]}, r"views\.1\.Crop\.area = 2: "),
     ],
 )
 def test_every_bad_setting_is_named_with_its_path_and_value(settings: dict, named: str) -> None:
-    for build in (lambda: Run(**settings), lambda: Run.model_validate(settings)):
-        with pytest.raises(issl.IsslError) as caught:
-            build()
-        said = str(caught.value)
-        assert said.startswith("Run: ") and named in said and "\n" not in said
+    for build in (Run.model_validate, lambda given: Run(**given)):
+        with pytest.raises(issl.IsslError, match=rf"^Run: .*{named}.*\Z"):  # in one line
+            build(settings)
 
 
-def test_good_settings_are_as_pydantics() -> None:
-    """A union takes the member that fits, though the first does not; copies and pickles are
-    equal."""
+def test_a_union_takes_the_member_that_fits_and_copies_are_equal() -> None:
     run = Run(views=[{"std": 1}, {"area": 0.5}])
     assert run.views == (Noise(std=1), Crop(area=0.5))
     pickled, validated = pickle.loads(pickle.dumps(run)), Run.model_validate(run.model_dump())

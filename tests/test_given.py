@@ -169,9 +169,9 @@ def test_the_key_follows_the_bytes_not_the_name(checkpoint: Path, tmp_path: Path
     def given(file: Path, **more: object) -> Given:
         return Given(method="simclr", checkpoint={"file": file, **more})
 
-    (tmp_path / "other.ckpt").write_bytes(checkpoint.read_bytes())
-    key = given(checkpoint).key
-    assert given(tmp_path / "other.ckpt").key == key
+    key, other = given(checkpoint).key, tmp_path / "other.ckpt"
+    other.write_bytes(checkpoint.read_bytes())
+    assert given(other).key == key
     assert given(checkpoint, mean=(0.1, 0.2, 0.3)).key != key
     checkpoint.write_bytes(checkpoint.read_bytes() + b" ")
     assert given(checkpoint).key != key

@@ -35,19 +35,16 @@ def test_entropy_by_the_images_own_index(root: Path) -> None:
     np.testing.assert_array_equal(human_choices.ambiguity(some, root), found[[5, 1, 0]])
 
 
-def test_wrong_counts(root: Path) -> None:
-    np.save(root / human_choices.FILE, np.ones((100, 10), np.int64))
-    with pytest.raises(issl.IsslError, match=r"holds int64 \(100, 10\); need counts \(10000, 10\)"):
-        human_choices.read(root)
-
-
-def test_images_that_nobody_judged(root: Path) -> None:
-    with pytest.raises(issl.IsslError, match="not of scenes"):
-        human_choices.ambiguity(issl.load("scenes", n=16), root)
+def test_wrong_counts_and_images_that_nobody_judged(root: Path) -> None:
     images = issl.load("cifar10", split="test", root=root)
-    attributes = images.attributes.assign(index=images.attributes["index"] + 9990)
-    with pytest.raises(issl.IsslError, match="index 10019; people judged test images 0 to 9999"):
-        human_choices.ambiguity(replace(images, attributes=attributes), root)
+    beyond = images.attributes.assign(index=images.attributes["index"] + 9990)
+    unknown = {"scenes": issl.load("scenes", n=16), "10019": replace(images, attributes=beyond)}
+    for named, others in unknown.items():
+        with pytest.raises(issl.IsslError, match=named):
+            human_choices.ambiguity(others, root)
+    np.save(root / human_choices.FILE, np.ones((100, 10), np.int64))
+    with pytest.raises(issl.IsslError, match=r"\(100, 10\).*\(10000, 10\)"):
+        human_choices.read(root)
 
 
 @pytest.mark.data

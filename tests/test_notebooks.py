@@ -104,17 +104,16 @@ def test_each_leaves_figures_an_executed_copy_and_its_claims(out: Path, names: l
 
 @BOTH
 def test_no_record_passes_for_a_larger_scale(out: Path, names: list[str]) -> None:
+    """And the checks of the code hold at any."""
     for path in (out / "results/tiny").glob("claim_*.json"):
         written = json.loads(path.read_text())
         assert written["provenance"]["profile"] == "tiny"
         assert written["verdict"] in (claims.UNTESTED, claims.SUPERSEDED)
+        if claims.claims()[written["name"]].check:
+            assert written["outcome"] == "reproduced", path.name
         for m in written["metrics"].values():
             if None not in (m["low"], m["value"], m["high"]):
                 assert m["low"] <= m["value"] + 1e-9 and m["value"] <= m["high"] + 1e-9, path.name
-
-
-def test_00_at_full_rank_logra_is_exact(out: Path) -> None:
-    assert record(out, "method_exact")["metrics"]["relative_difference"]["value"] < 1e-6
 
 
 def test_01_is_the_correlation_of_the_scores_in_the_cache(out: Path, plan) -> None:
@@ -185,11 +184,9 @@ def test_05_the_effect_is_of_one_group_and_over_encoders(out: Path, plan) -> Non
     assert metrics["signed_effect"] == pytest.approx((first + second) / 2)
     assert metrics["untrained"] == pytest.approx(before)
     table = numbers(out, "05_fairness")
-    assert (table["adjusted_p"] >= table["p"]).all() and (table["images"] >= p.smallest).all()
     scored = table[table["scored"] == "simclr"]
     row = scored[(scored["attribute"] == attribute) & (scored["group"] == group)].iloc[0]
     assert metrics["its_adjusted_p"] == pytest.approx(row["adjusted_p"])
-    assert row["p"] == pytest.approx(statistics.rank_biserial(sum(ranks[:2]), member)[1])
     assert abs(metrics["signed_effect"]) == scored["value"].abs().max()
 
 
@@ -296,7 +293,6 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.slow
 def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
-    assert record(out, "convex_theory")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("10_validation")
     n, tables = len(p.training_set), p.tables()
     after, own = (tables[name].stages for name in ("after subsets", "own losses"))
@@ -448,11 +444,7 @@ def test_16_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
 
 
 @pytest.mark.slow
-def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was_trained(
-    out: Path,
-) -> None:
-    got = record(out, "formula_is_the_derivative")["metrics"]
-    assert got["relative_difference"]["value"] < 1e-3
+def test_17_the_theory_needs_the_loss_that_was_trained(out: Path) -> None:
     table = numbers(out, "17_derivation").groupby("table")
     error = table.get_group("epsilon").sort_values("epsilon")["error"].to_numpy()
     np.testing.assert_allclose(np.log10(error[1] / error[0]), 1, atol=0.1)  # of first order
@@ -467,7 +459,6 @@ def test_17_the_formula_is_the_derivative_and_the_theory_needs_the_loss_that_was
 
 @pytest.mark.slow
 def test_18_is_what_the_states_in_the_cache_show(out: Path, plan) -> None:
-    assert record(out, "objective_gradients")["metrics"]["relative_difference"]["value"] < 1e-6
     p = plan("18_objectives")
     images, asked = p.data().load(), p.asked_data().load()
     table = numbers(out, "18_objectives").dropna(subset="stability loss")

@@ -8,38 +8,35 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 
 import issl
+from issl.files import REPOSITORY
+
+ABOUT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
-def project(repository: Path) -> dict:
-    return tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-
-
-def test_packages_and_python_have_one_truth(repository: Path) -> None:
+def test_packages_and_python_have_one_truth() -> None:
     """pyproject.toml; environment.yml agrees, and the lock holds every dependency with hashes and
     no address."""
-    about = project(repository)
-    environment = yaml.safe_load((repository / "environment.yml").read_text())
-    packages = ["python" + about["requires-python"], "pip", {"pip": ["-r requirements.lock"]}]
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    packages = ["python" + ABOUT["requires-python"], "pip", {"pip": ["-r requirements.lock"]}]
     assert environment["dependencies"] == packages
-    wanted = [*about["dependencies"], *itertools.chain(*about["optional-dependencies"].values())]
+    wanted = [*ABOUT["dependencies"], *itertools.chain(*ABOUT["optional-dependencies"].values())]
     names = {re.match(r"[A-Za-z0-9-]+", r).group().lower() for r in wanted} - {"issl"}
-    text = (repository / "requirements.lock").read_text()
+    text = (REPOSITORY / "requirements.lock").read_text()
     assert "://" not in text and "--index" not in text
     entries = re.split(r"^(?=[a-z0-9-]+==)", text, flags=re.M)[1:]
     assert all("--hash=sha256:" in e for e in entries)
     assert names <= {e.split("==")[0] for e in entries}
 
 
-def test_version_is_one(repository: Path) -> None:
-    cited = yaml.safe_load((repository / "CITATION.cff").read_text())["version"]
-    latest = re.search(r"^## (\S+)$", (repository / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert project(repository)["version"] == issl.__version__ == cited == latest[1]
+def test_version_is_one() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"]
+    latest = re.search(r"^## (\S+)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert ABOUT["version"] == issl.__version__ == cited == latest[1]
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:
@@ -66,15 +63,15 @@ assert "torch" in sys.modules and dict(os.environ) == before
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_nothing_names_a_machine_or_a_registry_host(repository: Path) -> None:
+def test_nothing_names_a_machine_or_a_registry_host() -> None:
     found = subprocess.run(
-        ["git", "-C", repository, "ls-files"], check=False, capture_output=True, text=True
+        ["git", "-C", REPOSITORY, "ls-files"], check=False, capture_output=True, text=True
     )
     if found.returncode:
         pytest.skip("not a git checkout")
     pattern = re.compile(r"/(?:work|farm)/|py" + r"pi\.org|npm" + r"js\.org|deb\.deb" + r"ian\.org")
     for name in found.stdout.split():
-        path = repository / name
+        path = REPOSITORY / name
         if path.suffix in (".png", ".pdf") or not path.is_file():
             continue
         assert not pattern.search(path.read_text(errors="replace")), name

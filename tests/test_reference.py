@@ -13,6 +13,7 @@ import issl
 from issl import cli
 from issl.commands.reference import open_reference, percentiles
 from issl.errors import IsslError
+from issl.files import REPOSITORY
 from issl.influence.scorer import Measurement
 from issl.pretraining.encoder import Encoder
 
@@ -21,8 +22,8 @@ USUAL = Measurement(issl.GaussianNoise(0.05, 0.2), issl.LoGra(16, 0.1))
 
 
 @pytest.fixture
-def weights(repository: Path) -> Path:
-    return repository / f"released/encoders/{NAME}-1.safetensors"
+def weights() -> Path:
+    return REPOSITORY / f"released/encoders/{NAME}-1.safetensors"
 
 
 def test_a_percentile_is_the_share_of_the_reference_below(weights: Path) -> None:

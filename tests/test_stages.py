@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 import issl
 from issl.audit import stages, table_stages
-from issl.audit.cache import Artifacts, Stage, release
+from issl.audit.cache import Artifacts, Stage
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
 from issl.audit.settings import KINDS, Data, named_curvature
@@ -86,8 +86,7 @@ def test_what_depends_on_a_changed_field_is_computed_and_nothing_twice(tmp_path:
         again.get(stage)
         assert kinds(again) == computed
     assert influence().read(again).equals(scores)
-    damping = influence().read(again).attrs["damping"]
-    assert len(damping) == 20 and all(v >= 0 for v in damping.values())
+    assert len(influence().read(again).attrs["damping"]) == 20
 
 
 def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Artifacts) -> None:
@@ -106,38 +105,12 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Arti
     assert influence(others=test).key != influence().key
 
 
-def test_a_released_artifact_is_read_and_never_written(tmp_path: Path) -> None:
-    made, released = Artifacts(tmp_path / "a"), tmp_path / "released"
-    stage = TRAIN.model_copy(update={"epochs": 2, "snapshots": (1,)})
-    encoder = stage.encoder(made)
-    files = {"encoder.safetensors": "encoders/a.safetensors", "history.csv": "encoders/a.csv"}
-    release(made, stage, released, files)
-    there = sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*"))
-    fresh = Artifacts(tmp_path / "b", released=released)
-    assert fresh.has(stage) and equal(stage.encoder(fresh), encoder)
-    influence(pretrain=stage).read(fresh)  # what depends on it is computed into the cache
-    assert kinds(fresh) == ["influence"] and stage.label in fresh.cached
-    assert not (tmp_path / "b" / stage.name).exists()
-    assert sorted((p, p.stat().st_mtime_ns) for p in released.rglob("*")) == there
-    with pytest.raises(issl.IsslError, match=r"encoder-0001.* is not among the released files"):
-        stage.encoder(fresh, after=1)
-    assert not Artifacts(tmp_path / "d", released=None).has(stage)
-
-
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
     stage = Pretrain(data=Data(name="scenes", n=96), width=1, epochs=2, batch_size=32)
     with forked.context.Pool(2) as pool:
         told = pool.starmap_async(forked.make, [(tmp_path, stage)] * 2, chunksize=1)
         assert sorted(told.get(timeout=900)) == [0, 1]
     assert not list(tmp_path.rglob("*.part"))
-
-
-def test_settings_of_every_kind_stand_in_keys() -> None:
-    assert len({influence(curvature=named_curvature(kind)).key for kind in KINDS}) == len(KINDS)
-    blur = influence(perturbation=Augmentation("blur", 0.5)).settings()["perturbation"]
-    assert blur == {"type": "Augmentation", "kind": "blur", "strength": 0.5}
-    assert "curvature" not in influence(curvature=LoGra()).settings()  # the default
-    assert as_plain(1.0) == 1 and as_plain(0.5) == 0.5  # 1 and 1.0 give one key
 
 
 def test_a_key_is_the_hash_of_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +121,11 @@ def test_a_key_is_the_hash_of_what_is_set(monkeypatch: pytest.MonkeyPatch) -> No
     assert trained.settings() == {"data": data, "width": 4, "epochs": 2}
     content = {"stage": "pretrain", "version": Pretrain.version, "settings": trained.settings()}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    assert trained.key == digest[:16] == trained.model_copy().key
-    assert trained.model_copy(update={"seed": 1}).key != trained.key
+    assert trained.key == digest[:16]
+    assert len({influence(curvature=named_curvature(kind)).key for kind in KINDS}) == len(KINDS)
+    blur = influence(perturbation=Augmentation("blur", 0.5)).settings()["perturbation"]
+    assert blur == {"type": "Augmentation", "kind": "blur", "strength": 0.5}
+    assert as_plain(1.0) == 1 and as_plain(0.5) == 0.5  # 1 and 1.0 give one key
     assert influence(pretrain=trained).settings()["pretrain"] == trained.label
     before = influence().key
     monkeypatch.setattr(Pretrain, "version", Pretrain.version + 1)

@@ -24,6 +24,7 @@ from issl.audit.plans import PLANS
 from issl.audit.stages import Pretrain
 from issl.engine import Engine, Task
 from issl.errors import IsslError
+from issl.files import REPOSITORY
 
 
 def append(path: Path, text: str) -> None:
@@ -153,15 +154,15 @@ def test_a_dask_that_is_there_and_goes_away(dask: tuple, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def slurm(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Slurm of one node, this machine; its folder."""
     if os.geteuid() != 0 or not all(shutil.which(p) for p in ("slurmctld", "slurmd", "munged")):
         pytest.skip("needs root and Debian's slurm-wlm and munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a socket's path must be short
-    script = repository / "tests" / "slurm.sh"
+    script = REPOSITORY / "tests/slurm.sh"
     subprocess.run([script, "start", folder], check=True)
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}{repository / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
     try:
         yield folder
     finally:

@@ -8,7 +8,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +15,51 @@ import pathspec
 import pytest
 
 import issl
+from issl.files import REPOSITORY
 
 
-def ours(repository: Path, folder: str, pattern: str = "**/*") -> list[Path]:
-    """Files of the repository, without those that runs, tests and editors leave in a clone
-    (.gitignore)."""
+def ours(folder: str, pattern: str = "**/*") -> list[Path]:
+    """Files of the repository, relative to it, without those that .gitignore names."""
     ignored = pathspec.GitIgnoreSpec.from_lines(
-        (repository / ".gitignore").read_text().splitlines()
+        (REPOSITORY / ".gitignore").read_text().splitlines()
     )
-    found = [p for p in sorted((repository / folder).glob(pattern)) if p.is_file()]
-    return [p for p in found if not ignored.match_file(str(p.relative_to(repository)))]
+    found = [p for p in sorted((REPOSITORY / folder).glob(pattern)) if p.is_file()]
+    return [p for f in found if not ignored.match_file(p := f.relative_to(REPOSITORY))]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The wheel and the sdist of this checkout, by kind."""
     out = tmp_path_factory.mktemp("dist")
-    repository = Path(__file__).parent.parent
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", str(out)], cwd=repository, check=True
-    )
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
 
 
-def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path], repository: Path) -> None:
+def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path]) -> None:
+    left_out = {"along", "unfinished"}  # states along trainings, and trainings under way
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = set(wheel.namelist())
-        notebooks = ours(repository, "notebooks", "*.ipynb")
-        profiles = ours(repository, "notebooks", "profiles/*.yaml")
-        records = ours(repository, "figures", "*/claims.json")
-        assert notebooks and profiles and records
-        for path in notebooks + profiles + records:
-            place = f"issl/bundled/{path.relative_to(repository)}"
-            assert wheel.read(place) == path.read_bytes()
-        (about,) = (n for n in names if n.endswith("METADATA"))
-        said = Parser().parsestr(wheel.read(about).decode())
-    left_out = {"along", "unfinished"}  # states along trainings, and trainings under way
-    released = [p for p in ours(repository, "released") if not left_out & set(p.parts)]
-    assert not [name for name in names if left_out & set(name.split("/"))]
-    assert len(released) > 3
-    assert {f"issl/bundled/{p.relative_to(repository)}" for p in released} <= names
-    code = {str(p.relative_to(repository)) for p in ours(repository, "issl")}
+        notebooks, profiles = ours("notebooks", "*.ipynb"), ours("notebooks", "profiles/*.yaml")
+        records, released = ours("figures", "*/claims.json"), ours("released")
+        released = [p for p in released if not left_out & set(p.parts)]
+        assert notebooks and profiles and records and len(released) > 3
+        for path in notebooks + profiles + records + released:
+            assert wheel.read(f"issl/bundled/{path}") == (REPOSITORY / path).read_bytes()
+    code = {str(p) for p in ours("issl")}
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
-    assert not any(n.endswith((".png", ".pdf")) for n in names)  # figures are made, not shipped
-    assert said["Version"] == issl.__version__
+    assert not [n for n in names if left_out & set(n.split("/")) or n.endswith((".png", ".pdf"))]
     assert built["wheel"].stat().st_size < 60e6  # PyPI takes 100
 
 
-def test_the_sdist_can_build_the_wheel_and_run_the_tests(
-    built: dict[str, Path], repository: Path
-) -> None:
+def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path]) -> None:
     with tarfile.open(built["sdist"]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     for folder in ("notebooks", "released", "tests", "docs"):
-        here = [
-            p for p in ours(repository, folder) if p.suffix in (".py", ".ipynb", ".yaml", ".md")
-        ]
-        assert here and {str(p.relative_to(repository)) for p in here} <= names
+        here = [p for p in ours(folder) if p.suffix in (".py", ".ipynb", ".yaml", ".md")]
+        assert here and set(map(str, here)) <= names
     assert {"pyproject.toml", "README.md", "requirements.lock", "run_all.sh"} <= names
 
 
