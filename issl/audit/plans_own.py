@@ -25,7 +25,7 @@ from issl.audit.plan import (
     noise_in,
     under,
 )
-from issl.audit.settings import Data, named_curvature
+from issl.audit.settings import Data
 from issl.audit.stages import (
     AnyEncoder,
     CopiesTrainedOn,
@@ -56,7 +56,7 @@ from issl.audit.table_stages import (
     Pixels,
     Removals,
 )
-from issl.influence.curvature import Curvature, Identity, LoGra
+from issl.influence.curvature import Curvature, Identity, LoGra, named_curvature
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize, Output

@@ -185,9 +185,10 @@ def _content(profile: str) -> dict[str, Any]:
         possible = [name for name in profiles() if "base" not in _file(name)]
         raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
     for entry, value in content.items():
-        changed[entry] = (
-            {**(changed.get(entry) or {}), **(value or {})} if entry != "notebooks" else value
-        )
+        if entry == "notebooks":
+            changed[entry] = value
+        else:
+            changed[entry] = {**(changed.get(entry) or {}), **(value or {})}
     return changed
 
 

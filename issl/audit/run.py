@@ -123,7 +123,7 @@ def _notebook_tasks(
         source = notebooks_folder() / f"{name}.ipynb"
         key = fingerprint(source, plan, device_name(device))
         needs = [stage.label for stage in plan.stages() if stage.label in missing]
-        if not needs and not again and is_current(name, plan, key):
+        if not needs and not again and is_current(plan, key):
             print(f"current {name:24} (--again executes it anyway)", flush=True)
         else:
             yield name, Task(partial(make_notebook, source, plan, key), needs)

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -93,11 +94,13 @@ class Pretrain(Stage):
 
     @property
     def method(self) -> Method:
-        """By which it is trained."""
         return self.recipe.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
+        keep = torch.ones(len(images), dtype=torch.bool)
+        if self.without is not None:
+            keep[self.without.read(artifacts)] = False
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed"})
         about = {"config": self.model_dump(mode="json")}
 
@@ -112,7 +115,7 @@ class Pretrain(Stage):
             images,
             self.recipe,
             **settings,
-            keep=self._keep(len(images), artifacts),
+            keep=keep,
             gaps=self.gaps,
             start=None if self.start is None else self.start.to_continue(artifacts),
             execution=Execution(device=artifacts.device, progress=artifacts.progress),
@@ -135,7 +138,6 @@ class Pretrain(Stage):
         return load_encoder(self._file(artifacts, after), output)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
-        """The encoder, in eval mode."""
         return self.encoder(artifacts)
 
     def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
@@ -163,12 +165,6 @@ class Pretrain(Stage):
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.file(self, "history.csv"))
 
-    def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
-        keep = torch.ones(n, dtype=torch.bool)
-        if self.without is not None:
-            keep[self.without.read(artifacts)] = False
-        return keep
-
 
 class State(Stage):
     """An encoder as it was after some epochs of a training, one of its `snapshots`: about.json. The
@@ -181,7 +177,6 @@ class State(Stage):
 
     @property
     def method(self) -> Method:
-        """By which it was trained."""
         return self.run.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
@@ -189,11 +184,9 @@ class State(Stage):
             part.write_text(json.dumps({"training": self.run.label, "epochs": self.after}))
 
     def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
-        """The encoder, in eval mode."""
         return self.run.encoder(artifacts, output, self.after)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
-        """The encoder, in eval mode."""
         return self.encoder(artifacts)
 
 
@@ -703,6 +696,14 @@ class Neighbours(Stage):
         kept = read_safetensors(artifacts.file(self, "neighbours.safetensors"), "neighbours")[1]
         return kept["places"].numpy(), kept["distances"].numpy()
 
+    def graph(self, artifacts: Artifacts) -> csr_array:
+        """The graph of nearest neighbours, see `issl.audit.stats.neighbour_graph.knn_graph`."""
+        return knn_graph(self.read(artifacts)[0])
+
+    def images(self) -> Images:
+        """Those whose neighbours they are."""
+        return self.features.data.load()
+
 
 class Betweenness(Table):
     """The share of shortest paths through each image in the graph of nearest neighbours:
@@ -716,9 +717,8 @@ class Betweenness(Table):
     seed: int = Field(0, ge=0)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        graph = knn_graph(self.neighbours.read(artifacts)[0])
-        index = self.neighbours.features.data.load().index.numpy()
-        found = betweenness(graph, self.sources, self.seed)
+        found = betweenness(self.neighbours.graph(artifacts), self.sources, self.seed)
+        index = self.neighbours.images().index.numpy()
         return pd.DataFrame({"index": index, "betweenness": found})
 
     def read(self, artifacts: Artifacts) -> np.ndarray:
