@@ -188,9 +188,7 @@ class Artifacts:
         said = f"released artifact {path} {what}; get it again (git checkout -- {path})"
         if stage.takes_hours:
             raise IsslError(said)
-        if said not in _said:
-            _said.add(said)
-            print(f"{said}; until then it has to be computed", file=sys.stderr, flush=True)
+        _say_once(f"{said}; until then it has to be computed")
         return None
 
     def has(self, stage: Stage) -> bool:
@@ -220,7 +218,9 @@ class Artifacts:
         return False
 
 
-_said: set[str] = set()  # about damaged files, in this process
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:

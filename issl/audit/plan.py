@@ -311,7 +311,7 @@ class Plan(Config):
         trained = method in recipes.NAMES
         known |= self.about_encoders(method) if trained else {"method": method}
         known |= {"variant": method if trained else "", **about}
-        written = record(name, metrics, self.source(self.store), self.results, **known)
+        written = record(name, metrics, self.source(), self.results, **known)
         print(format_record(written))
         return written
 
@@ -327,7 +327,7 @@ class Plan(Config):
         from issl.audit.kit import save  # slow to import, as matplotlib is
 
         file = f"{self.notebook}_{name}" if name else self.notebook
-        save(figure, file, table, self.figures, self.source(self.store))
+        save(figure, file, table, self.figures, self.source())
         plt.show()
 
     @property
@@ -370,11 +370,10 @@ class Plan(Config):
             for method, files in self.checkpoints.items()
         }
 
-    def source(self, artifacts: Artifacts) -> dict[str, Any]:
+    def source(self) -> dict[str, Any]:
         """Where this notebook's numbers come from, for its figures and records."""
-        found = provenance(
-            self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed
-        )
+        read = self.store.cached + self.store.computed
+        found = provenance(self.profile, self.settings(), self.store.device, read)
         given = {"checkpoints": self.given_files()} if self.checkpoints else {}
         return found | {"images": self.identities()} | given
 

@@ -28,6 +28,7 @@ from issl.audit.plan import (
 from issl.audit.settings import Data
 from issl.audit.stages import (
     AnyEncoder,
+    Asked,
     CopiesTrainedOn,
     Cross,
     Draw,
@@ -67,7 +68,6 @@ ALL = -1  # in the place of an image that is left out: trained on all
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
-Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 # how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
 # differ; as it was trained; or only the statistics, on the weights of the encoder that was scored
 Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
@@ -139,7 +139,6 @@ class Retrained(Scored):
         )
 
     def query_data(self) -> Data:
-        """The queries."""
         return self.data("test", first=self.queries)
 
     def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
@@ -272,8 +271,8 @@ class Continual(Scored):
             first, second = (Data(name="scenes", split=split, n=n, uniform=u) for u in (0.0, 1.0))
             return first, second
         labels = range(100)  # more than any set has
-        first, second = labels[: self.classes], labels[self.classes :]
-        return self.data(split, classes=first), self.data(split, classes=second)
+        old, new = labels[: self.classes], labels[self.classes :]
+        return self.data(split, classes=old), self.data(split, classes=new)
 
     def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
         """After the first task; after `leg` legs on the second task; or after as many more on the
@@ -292,9 +291,8 @@ class Continual(Scored):
             }
         )
 
-    def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
+    def accuracy(self, task: Task, encoder: Pretrain, at: Literal[0, 1]) -> Evaluate:
         """Accuracy of an encoder on the first or the second task."""
-        at = 0 if on == "old" else 1
         return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
 
     def tables(self) -> dict[str, Cells]:
@@ -305,20 +303,23 @@ class Continual(Scored):
         hits: dict[Labels, Stage] = {}
         learned: dict[str, Cells] = {}
         for task, s, (way, leg) in product(self.tasks, range(self.seeds), path):
-            encoder, after_first = self.encoder(task, s, way, leg), self.encoder(task, s)
-            at, old = (task, s, way, leg), self.sets(task)[0]
+            at, old, encoder = (
+                (task, s, way, leg),
+                self.sets(task)[0],
+                self.encoder(task, s, way, leg),
+            )
             scores[at] = self.influence(encoder, data=old)
             for channel in self.channels:
-                held = after_first if leg and channel == "BatchNorm held" else None
+                held = self.encoder(task, s) if leg and channel == "BatchNorm held" else None
                 features[*at, channel] = Embed(pretrain=encoder, data=old, statistics=held)
-            hits[*at, "old"] = self.accuracy(task, encoder, "old")
-            hits[*at, "new"] = self.accuracy(task, encoder, "new")
+            hits[*at, "old"] = self.accuracy(task, encoder, 0)
+            hits[*at, "new"] = self.accuracy(task, encoder, 1)
         for task in self.tasks:
             fresh = self.untrained(self.encoder(task, 0))
             firsts: dict[Labels, Stage] = {
                 (self.method, s): hits[task, s, "first", 0, "old"] for s in range(self.seeds)
             }
-            firsts[UNTRAINED, 0] = self.accuracy(task, fresh, "old")
+            firsts[UNTRAINED, 0] = self.accuracy(task, fresh, 0)
             learned[f"accuracy on {task}"] = Cells(BY, firsts)
         columns = "task seed way leg"
         return {
@@ -410,39 +411,39 @@ class Bridges(Readable):
         )
 
     def tables(self) -> dict[str, Cells]:
-        known, k = self.encoders_of(self.methods), self.neighbours
-        trained = {labels: e for labels, e in known.items() if labels[0] != UNTRAINED}
-        of_each = {labels: e for labels, e in trained.items() if labels[1] == 0}
-        first = {labels: e for labels, e in of_each.items() if labels[0] == self.methods[0]}
+        known, who = self.encoders_of(self.methods), self.methods[0]
+        of_each: dict[Labels, AnyEncoder] = {(m, 0): known[m, 0] for m in self.methods}
         removals: dict[Labels, Stage] = {
             (*labels, share): self.removals(encoder, labels, share)
             for (labels, encoder), share in product(known.items(), self.shares)
         }
-        doses = list(product(self.trained_doses, range(self.dose_seeds)))
-        drawn = [self.dose_encoder(*dose) for dose in doses]
-        by_dose: dict[Labels, Stage] = {
-            dose: self.influence(e, data=e.data) for dose, e in zip(doses, drawn, strict=True)
+        drawn: dict[Labels, Pretrain] = {
+            dose: self.dose_encoder(*dose)
+            for dose in product(self.trained_doses, range(self.dose_seeds))
         }
+        on_scenes: dict[Labels, Pretrain] = {(who, k): e for k, e in enumerate(drawn.values())}
+        if drawn:
+            on_scenes[UNTRAINED, 0] = self.untrained(on_scenes[who, 0])
         # on scenes of the usual backgrounds
         test = Data(name="scenes", split="test", n=self.n_test)
-        on_scenes: dict[Labels, Stage] = {
-            (self.methods[0], number): self.evaluation(e, e.data, test)
-            for number, e in enumerate(drawn)
-        }
-        if drawn:
-            fresh = self.untrained(drawn[0])
-            on_scenes[UNTRAINED, 0] = self.evaluation(fresh, fresh.data, test)
+        hits = {labels: self.evaluation(e, e.data, test) for labels, e in on_scenes.items()}
         return {
             **self.scored_and_evaluated(known),
             "images": Cells("part", {(0,): Known(data=self.data())}),
             "removals": Cells(f"{BY} share", removals),
-            "map": under(first, lambda e: Map(features=self.features(e), seed=self.seed)),
-            "geometry": under(of_each, lambda e: self.geometry(e, k)),
-            "betweenness": under(of_each, lambda e: self.betweenness(e, k)),
-            "bottlenecks": under(of_each, lambda e: Bottlenecks(neighbours=self.nearest(e, k))),
+            "map": Cells(
+                BY, {(who, 0): Map(features=self.features(known[who, 0]), seed=self.seed)}
+            ),
+            "geometry": under(of_each, lambda e: self.geometry(e, self.neighbours)),
+            "betweenness": under(of_each, lambda e: self.betweenness(e, self.neighbours)),
+            "bottlenecks": under(
+                of_each, lambda e: Bottlenecks(neighbours=self.nearest(e, self.neighbours))
+            ),
             "scenes": Cells("share", {(s,): Known(data=self.dose(s)) for s in self.trained_doses}),
-            "doses": Cells("share seed", by_dose),
-            "accuracy on scenes": Cells(BY, on_scenes),
+            "doses": Cells(
+                "share seed", {dose: self.influence(e, data=e.data) for dose, e in drawn.items()}
+            ),
+            "accuracy on scenes": Cells(BY, hits),
         }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,16 @@ from issl.audit.claims import Learned
 from issl.audit.data import human_choices
 from issl.audit.plan import BY, UNTRAINED, Cells, Labels, Plan, Readable, under
 from issl.audit.settings import Data, Injection
-from issl.audit.stages import AnyEncoder, Choice, Influence, Pretrain, Prune, Stability, Thin
+from issl.audit.stages import (
+    AnyEncoder,
+    Choice,
+    Influence,
+    Pretrain,
+    Prune,
+    Removed,
+    Stability,
+    Thin,
+)
 from issl.audit.table_stages import (
     Ambiguity,
     Closeness,
@@ -291,9 +300,6 @@ class Fairness(Readable):
         }
 
 
-Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
-
-
 class Pruning(Readable):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
@@ -339,14 +345,14 @@ class Pruning(Readable):
     def tables(self) -> dict[str, Cells]:
         each = list(product(self.methods, self.judges))
         kept: dict[Labels, AnyEncoder] = {(m, s): self.judge(m, s) for m, s in each}
-        fresh = {(UNTRAINED, 0): self.untrained(self.judge(*each[0]))}
         judges: dict[Labels, AnyEncoder] = {(m, "none", 0.0, s): kept[m, s] for m, s in each}
         for which, share, (m, s) in product(self.arms, self.shares, each):
             without = self.removal(m, which, share, s)
             judges[m, which, share, s] = self.judge(m, s, without)
+        kept[UNTRAINED, 0] = self.untrained(self.judge(*each[0]))
         return {
             "scores": Cells("method", {(m,): self.scores(m) for m in self.methods}),
-            "accuracy": under({**kept, **fresh}, self.evaluation),
+            "accuracy": under(kept, self.evaluation),
             "runs": under(judges, self.evaluation, "method removed share seed"),
         }
 
@@ -443,13 +449,6 @@ class SupervisedVsSSL(Readable):
         """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def supervised_encoders(self) -> dict[Labels, AnyEncoder]:
-        """The supervised models that are scored."""
-        return {
-            ("supervised", k): self.training("supervised", self.seed + k)
-            for k in range(self.supervised)
-        }
-
     def supervised_on_views(self) -> dict[Labels, AnyEncoder]:
         """Supervised models that are trained on the views of the first method."""
         ssl, usual = (recipes.recipe(m, self.recipe) for m in (self.methods[0], "supervised"))
@@ -474,8 +473,11 @@ class SupervisedVsSSL(Readable):
         return Prune(influence=by, which="top", share=self.share)
 
     def tables(self) -> dict[str, Cells]:
-        known, classifiers = self.encoders_of(self.methods), self.supervised_encoders()
-        on_views = self.supervised_on_views()
+        known, on_views = self.encoders_of(self.methods), self.supervised_on_views()
+        classifiers: dict[Labels, AnyEncoder] = {
+            ("supervised", k): self.training("supervised", self.seed + k)
+            for k in range(self.supervised)
+        }
         scores: dict[Labels, Influence] = {
             (*labels, noise): self.influence(encoder, self.noise_seed + noise)
             for labels, encoder in {**known, **classifiers, **on_views}.items()

@@ -50,6 +50,8 @@ from issl.pretraining.states import Run
 from issl.through_training import Effects, influence_through_training, learner_of, values_of
 
 TOGETHER = 64  # queries of a mean in one pass
+Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # what is pruned
+Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 
 
 class Pretrain(Stage):
@@ -202,10 +204,7 @@ class Table(Stage):
         raise NotImplementedError
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        self.write(self.compute(artifacts), folder)
-
-    def write(self, table: pd.DataFrame, folder: Path) -> None:
-        """The table as the artifact's file."""
+        table = self.compute(artifacts)
         single = table.astype(dict.fromkeys(table.select_dtypes("float64"), "float32"))
         single.attrs = {**table.attrs, "stage": self.label}
         with atomic(folder / self.file) as part:
@@ -299,7 +298,7 @@ class Prune(Positions):
     name: ClassVar[str] = "prune"
 
     influence: Influence
-    which: Literal["top", "bottom", "random", "top flat", "random flat"]
+    which: Removed
     share: float = Field(gt=0, lt=1)
     column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
@@ -537,7 +536,7 @@ class OfRun(Stage):
 
     run: Pretrain
     query: Data
-    asked: Literal["each", "unseen", "own"] = "each"
+    asked: Asked = "each"
     picked: Spread | None = None
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
