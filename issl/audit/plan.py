@@ -195,10 +195,10 @@ class Plan(Config):
         return self.epochs[method]
 
     def training(
-        self, method: recipes.Method | None = None, seed: int | None = None, **changes: Any
+        self, method: recipes.Method | None = None, number: int = 0, **changes: Any
     ) -> Pretrain:
-        """A training on this notebook's images, by default of `method` from `seed`; `changes` are
-        fields of the stage."""
+        """A training on this notebook's images, by default of `method`: this number of those from
+        the seeds `seed`, `seed` + 1, …; `changes` are fields of the stage."""
         method = method or self.method
         epochs, shares = self.epochs_of(method), self.snapshots
         if isinstance(shares, int):
@@ -209,26 +209,24 @@ class Plan(Config):
             "width": self.width,
             "epochs": epochs,
             "batch_size": self.batch_size,
-            "seed": self.seed if seed is None else seed,
+            "seed": self.seed + number,
         }
         if shares is not None:
             found["snapshots"] = sorted({int(share * epochs + 1e-9) for share in shares} - {0})
         return Pretrain(**found | changes)
 
-    def pretrain(
-        self, method: recipes.Method | None = None, seed: int | None = None
-    ) -> Pretrain | Given:
-        """The encoder of a method: a training, or a given one (the first for `seed`, the second for
-        the next)."""
+    def pretrain(self, method: recipes.Method | None = None, number: int = 0) -> Pretrain | Given:
+        """An encoder of a method: a training, or a given one."""
         if not self.checkpoints:
-            return self.training(method, seed)
+            return self.training(method, number)
         method = method or self.method
-        files, k = self.checkpoints.get(method, ()), 0 if seed is None else seed - self.seed
-        if not 0 <= k < len(files):
+        files = self.checkpoints.get(method, ())
+        if number >= len(files):
             raise IsslError(
-                f"{self.notebook}: no checkpoint number {k} of {method}; there are {len(files)}"
+                f"{self.notebook}: no checkpoint number {number} of {method}; there are "
+                f"{len(files)}"
             )
-        return Given(method=method, checkpoint=files[k])
+        return Given(method=method, checkpoint=files[number])
 
     @classmethod
     def of(cls: type[P], cell: Mapping[str, Any]) -> P:
@@ -408,10 +406,9 @@ class Scored(Plan):
     encoders: int = Field(1, ge=1)
 
     def encoders_of(self, methods: Iterable[recipes.Method]) -> dict[Labels, Pretrain | Given]:
-        """The encoders that are scored, by method and number: trained from the seeds `seed`,
-        `seed` + 1, …, or those given; and their network before training."""
+        """The encoders that are scored, by method and number, and their network before training."""
         found: dict[Labels, Pretrain | Given] = {
-            (method, k): self.pretrain(method, self.seed + k)
+            (method, k): self.pretrain(method, k)
             for method in methods
             for k in range(self.encoders)
         }
@@ -456,14 +453,14 @@ class Scored(Plan):
     def curvature(self) -> LoGra:
         return LoGra(self.rank, self.damping)
 
-    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
-        """The scores of this notebook's images under an encoder; `changes` are fields of the
-        stage."""
+    def influence(self, encoder: AnyEncoder, noise: int = 0, **changes: Any) -> Influence:
+        """The scores of this notebook's images under an encoder, and this number of the noises of
+        the seeds `noise_seed`, `noise_seed` + 1, …; `changes` are fields of the stage."""
         settings: dict[str, Any] = {
             "data": self.data(),
             "perturbation": self.noise,
             "curvature": self.curvature,
-            "seed": self.noise_seed if seed is None else seed,
+            "seed": self.noise_seed + noise,
         }
         return Influence(pretrain=encoder, **settings | changes)
 
@@ -533,5 +530,5 @@ class Readable(Scored):
     def gaussian(self, mean: float, std: float) -> GaussianNoise:
         return noise_in(self.unit, mean, std)
 
-    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
-        return super().influence(encoder, seed, **{"output": self.output, **changes})
+    def influence(self, encoder: AnyEncoder, noise: int = 0, **changes: Any) -> Influence:
+        return super().influence(encoder, noise, **{"output": self.output, **changes})

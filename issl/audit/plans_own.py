@@ -119,7 +119,7 @@ class Retrained(Scored):
         """Training number `seed` without these images: from fresh weights, or continued from the
         encoder `first`."""
         if kind == "from scratch":
-            return self.training(seed=self.seed + seed, without=without, gaps=gaps, snapshots=None)
+            return self.training(None, seed, without=without, gaps=gaps, snapshots=None)
         first = first or self.training()
         small = 1.0 if first.recipe.small == 1 else 0.0
         # plain steps: LARS would scale each layer's gradient, and no score knows of that
@@ -279,7 +279,7 @@ class Continual(Scored):
         first."""
         old, new = self.sets(task)
         if way == "first":
-            return self.training(seed=self.seed + seed, data=old)
+            return self.training(None, seed, data=old)
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
@@ -291,8 +291,9 @@ class Continual(Scored):
             }
         )
 
-    def accuracy(self, task: Task, encoder: Pretrain, at: Literal[0, 1]) -> Evaluate:
+    def accuracy(self, task: Task, encoder: Pretrain, on: Literal["old", "new"]) -> Evaluate:
         """Accuracy of an encoder on the first or the second task."""
+        at = 0 if on == "old" else 1
         return self.evaluation(encoder, self.sets(task)[at], self.sets(task, "test")[at])
 
     def tables(self) -> dict[str, Cells]:
@@ -303,23 +304,20 @@ class Continual(Scored):
         hits: dict[Labels, Stage] = {}
         learned: dict[str, Cells] = {}
         for task, s, (way, leg) in product(self.tasks, range(self.seeds), path):
-            at, old, encoder = (
-                (task, s, way, leg),
-                self.sets(task)[0],
-                self.encoder(task, s, way, leg),
-            )
+            at, old = (task, s, way, leg), self.sets(task)[0]
+            encoder = self.encoder(task, s, way, leg)
             scores[at] = self.influence(encoder, data=old)
             for channel in self.channels:
                 held = self.encoder(task, s) if leg and channel == "BatchNorm held" else None
                 features[*at, channel] = Embed(pretrain=encoder, data=old, statistics=held)
-            hits[*at, "old"] = self.accuracy(task, encoder, 0)
-            hits[*at, "new"] = self.accuracy(task, encoder, 1)
+            hits[*at, "old"] = self.accuracy(task, encoder, "old")
+            hits[*at, "new"] = self.accuracy(task, encoder, "new")
         for task in self.tasks:
             fresh = self.untrained(self.encoder(task, 0))
             firsts: dict[Labels, Stage] = {
                 (self.method, s): hits[task, s, "first", 0, "old"] for s in range(self.seeds)
             }
-            firsts[UNTRAINED, 0] = self.accuracy(task, fresh, 0)
+            firsts[UNTRAINED, 0] = self.accuracy(task, fresh, "old")
             learned[f"accuracy on {task}"] = Cells(BY, firsts)
         columns = "task seed way leg"
         return {
@@ -342,7 +340,7 @@ class Explained(Readable):
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
         scores: dict[Labels, Influence] = {
-            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            (*labels, noise): self.influence(encoder, noise)
             for labels, encoder in known.items()
             for noise in range(2)
         }
@@ -395,7 +393,7 @@ class Bridges(Readable):
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
         changes = {"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
-        return self.training(self.methods[0], self.seed + seed, **changes)
+        return self.training(self.methods[0], seed, **changes)
 
     def removals(self, encoder: Pretrain | Given, labels: Labels, share: float) -> Removals:
         """What classes gain without this share of the images; the network before training is asked
@@ -606,7 +604,7 @@ class TrainingAware(Retrained):
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
-            first, who = self.training(m, self.seed + e), (m, e)
+            first, who = self.training(m, e), (m, e)
             scores = of["scores"][who] = self.score(first)
             of["known"] |= {(*who, k): stage for k, stage in self.known(first).items()}
             picked = Spread(influence=scores, count=self.own)
@@ -827,7 +825,7 @@ class BetterEncoders(Scored):
         end of the others, and each width before training."""
         found: dict[Labels, AnyEncoder] = {}
         for method, k in product(self.methods, range(self.encoders)):
-            run = self.training(method, self.seed + k)
+            run = self.training(method, k)
             for after in run.snapshots or () if k == 0 else ():
                 found[method, self.width, after, k] = State(run=run, after=after)
             for width in (self.width, *self.widths):
@@ -843,10 +841,7 @@ class BetterEncoders(Scored):
         first = {labels: state for labels, state in states.items() if labels[3] == 0}
         scores: dict[Labels, Stage] = {
             (*labels, output, unit, noise): self.influence(
-                state,
-                self.noise_seed + noise,
-                output=output,
-                perturbation=noise_in(unit, self.mean, self.std),
+                state, noise, output=output, perturbation=noise_in(unit, self.mean, self.std)
             )
             for labels, state in states.items()
             for output, unit in product(self.outputs, self.units)

@@ -77,14 +77,12 @@ class SeedCorrelation(Readable):
         known = self.encoders_of(self.methods)
         first = self.data(first=self.averaged)
         scores: dict[Labels, Stage] = {
-            (method, k, noise): self.influence(encoder, self.noise_seed + noise)
+            (method, k, noise): self.influence(encoder, noise)
             for (method, k), encoder in known.items()
             for noise in sorted({*range(self.noise_seeds), int(k)})  # one noise is its own
         }
         averaged: dict[Labels, Stage] = {
-            (method, draws, k, noise): self.influence(
-                encoder, self.noise_seed + noise, data=first, draws=draws
-            )
+            (method, draws, k, noise): self.influence(encoder, noise, data=first, draws=draws)
             for (method, k), encoder in known.items()
             if method != UNTRAINED
             for draws in self.draws
@@ -155,7 +153,7 @@ class AugmentationAblation(Readable):
         known, first = self.encoders_of(self.methods), self.data(first=self.scored)
         scores: dict[Labels, Stage] = {
             (method, k, name, draws, seed): self.influence(
-                encoder, self.noise_seed + seed, data=first, perturbation=how, draws=draws
+                encoder, seed, data=first, perturbation=how, draws=draws
             )
             for (name, how), ((method, k), encoder) in product(
                 self.perturbations().items(), known.items()
@@ -286,7 +284,7 @@ class Fairness(Readable):
     def tables(self) -> dict[str, Cells]:
         known, seeds = self.encoders_of(self.methods), range(self.seeds)
         without: dict[Labels, AnyEncoder] = {
-            (m, s, what): self.training(m, self.seed + s, without=self.removal(s, what == "random"))
+            (m, s, what): self.training(m, s, without=self.removal(s, what == "random"))
             for m, s, what in product(self.methods, seeds, ("group", "random"))
         }
         fresh = {(UNTRAINED, 0, "none"): known[UNTRAINED, 0]}
@@ -327,10 +325,10 @@ class Pruning(Readable):
     def judge(self, method: recipes.Method, seed: int, without: Choice | None = None) -> Pretrain:
         """An encoder of this seed, trained from scratch on all images or without the chosen
         ones."""
-        changes: dict[str, Any] = {"without": without}
+        changes: dict[str, Any] = {"seed": seed, "without": without}
         if self.judges_epochs is not None:
             changes |= {"epochs": self.judges_epochs, "snapshots": None}
-        return self.training(method, seed, **changes)
+        return self.training(method, **changes)
 
     def scores(self, method: recipes.Method) -> Influence:
         """Scores under the encoder of the first seed."""
@@ -454,7 +452,7 @@ class SupervisedVsSSL(Readable):
         ssl, usual = (recipes.recipe(m, self.recipe) for m in (self.methods[0], "supervised"))
         recipe = replace(usual, view_a=ssl.view_a, view_b=ssl.view_b)
         return {
-            (ON_VIEWS, k): self.training("supervised", self.seed + k, recipe=recipe)
+            (ON_VIEWS, k): self.training("supervised", k, recipe=recipe)
             for k in range(self.on_views)
         }
 
@@ -463,8 +461,10 @@ class SupervisedVsSSL(Readable):
         still = GaussianNoise(0.0, 0.0)
         return self.influence(encoder, perturbation=still, loss="cross_entropy", output="features")
 
-    def removal(self, removed: str, seed: int) -> Prune:
-        """The top of one of the two scores, or as many images at random."""
+    def removal(self, removed: str, seed: int) -> Prune | None:
+        """The top of one of the two scores, as many images at random, or none."""
+        if removed == "none":
+            return None
         ssl = self.influence(self.pretrain(self.methods[0]))
         if removed == "random":
             return Prune(influence=ssl, which="random", share=self.share, seed=seed)
@@ -475,23 +475,20 @@ class SupervisedVsSSL(Readable):
     def tables(self) -> dict[str, Cells]:
         known, on_views = self.encoders_of(self.methods), self.supervised_on_views()
         classifiers: dict[Labels, AnyEncoder] = {
-            ("supervised", k): self.training("supervised", self.seed + k)
-            for k in range(self.supervised)
+            ("supervised", k): self.training("supervised", k) for k in range(self.supervised)
         }
         scores: dict[Labels, Influence] = {
-            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            (*labels, noise): self.influence(encoder, noise)
             for labels, encoder in {**known, **classifiers, **on_views}.items()
             for noise in range(2)
         }
         if self.equal_std is not None:
             weak = self.gaussian(self.mean, self.equal_std)
-            for (_, k), encoder in classifiers.items():
-                for noise in range(2):
-                    seed = self.noise_seed + noise
-                    scores[EQUAL, k, noise] = self.influence(encoder, seed, perturbation=weak)
+            for ((_, k), encoder), noise in product(classifiers.items(), range(2)):
+                scores[EQUAL, k, noise] = self.influence(encoder, noise, perturbation=weak)
         runs: dict[Labels, Stage] = {
             (m, removed, s): self.evaluation(
-                self.training(m, s, without=None if removed == "none" else self.removal(removed, s))
+                self.training(m, seed=s, without=self.removal(removed, s))
             )
             for m, removed, s in product(self.trained, ("none", *REMOVED), self.judges)
         }

@@ -139,11 +139,10 @@ def line(ended: Ended, what: str) -> str:
 def summary(stage: Stage) -> str:
     """The settings that distinguish a stage from its neighbours: its encoder's and its images."""
     encoder, data, parts = _encoder(stage), getattr(stage, "data", None), []
-    if encoder is not None:
-        if isinstance(encoder, Given):
-            parts.append(f"{encoder.method} {encoder.checkpoint.file.name}")
-        else:
-            parts.append(f"{encoder.method} seed {encoder.seed}")
+    if isinstance(encoder, Given):
+        parts.append(f"{encoder.method} {encoder.checkpoint.file.name}")
+    elif encoder is not None:
+        parts.append(f"{encoder.method} seed {encoder.seed}")
     if isinstance(data, Data):
         parts.append(f"{data.name} {data.split} n={data.n}")
     return ", ".join(parts)

@@ -267,9 +267,9 @@ class Influence(Table):
             return self_influence(encoder, images, **what)
         return fit(encoder, images, **what).score(self.others.load(), computing=computing)
 
-    def order(self, artifacts: Artifacts) -> np.ndarray:
-        """The positions of the images, from the highest influence to the lowest."""
-        return np.argsort(-self.read(artifacts)["influence"].to_numpy(), kind="stable")
+    def order(self, artifacts: Artifacts, column: str = "influence") -> np.ndarray:
+        """The positions of the images, from the highest number in a column to the lowest."""
+        return np.argsort(-self.read(artifacts)[column].to_numpy(), kind="stable")
 
 
 class Positions(Stage):
@@ -304,11 +304,10 @@ class Prune(Positions):
     seed: int = Field(0, ge=0)  # of `random`
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        scores = self.influence.read(artifacts)[self.column].to_numpy()
-        count = round(self.share * len(scores))
-        order = np.argsort(-scores, kind="stable")
+        order = self.influence.order(artifacts, self.column)
+        count = round(self.share * len(order))
         if self.which.startswith("random"):
-            order = np.random.default_rng(self.seed).permutation(len(scores))
+            order = np.random.default_rng(self.seed).permutation(len(order))
         if self.which.endswith("flat"):
             images = (self.influence.others or self.influence.data).load()
             frames = pixel_features(images)["border_std"].to_numpy()
