@@ -64,8 +64,7 @@ class Stage(Config):
 
     def needs(self) -> list[Stage]:
         """The stages whose artifacts this one reads."""
-        values = [getattr(self, name) for name in type(self).model_fields]
-        several = [value if isinstance(value, tuple) else (value,) for value in values]
+        several = [value if isinstance(value, tuple) else (value,) for _, value in self]
         return [stage for stage in chain(*several) if isinstance(stage, Stage)]
 
     @property

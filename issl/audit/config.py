@@ -45,7 +45,7 @@ class Config(BaseModel):
     def __copy__(self: C) -> C:
         copied = super().__copy__()
         # no cached property: `model_copy` is about to change the fields
-        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+        for name in copied.__dict__.keys() - type(self).model_fields:
             del copied.__dict__[name]
         return copied
 

@@ -238,7 +238,6 @@ class Plan(Config):
         return {}
 
     def stages(self) -> list[Stage]:
-        """Every stage that the notebook reads."""
         return [stage for cells in self.cells.values() for stage in cells.stages.values()]
 
     @cached_property

@@ -491,17 +491,15 @@ class Cross(Pairs):
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder = self.pretrain.encoder(artifacts)
-        images, query = self.data.load(), self.query.load()
         computing = _computing(artifacts)
         if not isinstance(self.curvature, LoGra | RandomProjection):
             # whole gradients: as many numbers an image as weights. Twice the passes, instead of
             # tens of gigabytes
             computing = replace(computing, memory="recomputed")
         scores = cross_influence(
-            encoder,
-            images,
-            as_queries(query),
+            self.pretrain.encoder(artifacts),
+            self.data.load(),
+            as_queries(self.query.load()),
             self.perturbation,
             self.curvature,
             self.seed,
@@ -558,7 +556,6 @@ class OfRun(Stage):
         return steps, self.measures(learner, images, artifacts)
 
     def effects(self, run: Run, measures: list[Measure], artifacts: Artifacts) -> Effects:
-        """What training on each image did to these measures."""
         return influence_through_training(
             run.start,
             run.images,
@@ -604,7 +601,7 @@ class ThroughTraining(OfRun, Pairs):
         _write_pairs(folder, effects.derivatives)
 
     def about(self, artifacts: Artifacts) -> dict[str, Any]:
-        """How it was made."""
+        """What through.json says."""
         found: dict[str, Any] = json.loads(artifacts.file(self, "through.json").read_text())
         return found
 
