@@ -119,7 +119,7 @@ class Retrained(Scored):
         """Training number `seed` without these images: from fresh weights, or continued from the
         encoder `first`."""
         if kind == "from scratch":
-            return self.training(None, seed, without=without, gaps=gaps, snapshots=None)
+            return self.training(number=seed, without=without, gaps=gaps, snapshots=None)
         first = first or self.training()
         small = 1.0 if first.recipe.small == 1 else 0.0
         # plain steps: LARS would scale each layer's gradient, and no score knows of that
@@ -279,7 +279,7 @@ class Continual(Scored):
         first."""
         old, new = self.sets(task)
         if way == "first":
-            return self.training(None, seed, data=old)
+            return self.training(number=seed, data=old)
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
