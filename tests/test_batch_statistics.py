@@ -113,4 +113,4 @@ def test_an_untrained_network_is_calibrated_and_can_be_scored(artifacts: Artifac
     assert Influence(pretrain=ready, data=DATA).read(artifacts)["influence"].median() > 0
     plan = SeedCorrelation(n=48, width=1, snapshots=1)  # one untrained network for all methods
     fresh = {plan.untrained(plan.pretrain(method)).key for method in plan.methods}
-    assert len(fresh) == 1 and plan.untrained(plan.pretrain(seed=1)).key not in fresh
+    assert len(fresh) == 1 and plan.untrained(plan.pretrain(number=1)).key not in fresh

@@ -188,7 +188,7 @@ def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
     plan = SeedCorrelation(checkpoints={"simclr": str(checkpoint)})
     assert plan.methods == ("simclr",) and plan.encoders == 1
     two = SeedCorrelation(checkpoints={"simclr": [str(checkpoint), str(checkpoint)]})
-    assert two.encoders == 2 == len(two.scored_encoders("simclr"))
+    assert two.encoders == 2 and len(two.encoders_of(two.methods)) == 3  # and the untrained one
     assert Bridges(checkpoints={"simclr": checkpoint}).trained_doses == ()
     told = json.dumps(plan.model_dump(mode="json", exclude_unset=True))
     assert SeedCorrelation(**json.loads(told)) == plan  # as a kernel is told it
@@ -196,7 +196,7 @@ def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
 
 def test_records_name_the_file_and_its_digest(checkpoint: Path, tmp_path: Path) -> None:
     plan = Duplicates(checkpoints={"simclr": checkpoint}, out=str(tmp_path))
-    source = plan.source(Artifacts(tmp_path))
+    source = plan.source()
     metrics = {m: Estimate(0.5, 0.4, 0.6, 9) for m in ("auc_injected", "precision")}
     about = {"dataset": "scenes", "recipe": "published", "n": 9, "seeds": [0]}
     about["learned"] = {"knn": 0.7, "untrained": 0.2, "encoders": 1}

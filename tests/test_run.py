@@ -102,19 +102,19 @@ def test_a_notebook_runs_again_when_what_it_depends_on_changes(
     def key(plan: Plan = plan, device: str = "a CPU") -> str:
         return fingerprint(source, plan, device)
 
-    assert not is_current("00_method", plan, key())
-    note_made("00_method", plan, key())
-    assert is_current("00_method", plan, key())
+    assert not is_current(plan, key())
+    note_made(plan, key())
+    assert is_current(plan, key())
     other.unlink()
-    assert is_current("00_method", plan, key())
+    assert is_current(plan, key())
     for path in (figure, claim, plan.results / "00_method.made.json"):
         kept = path.read_bytes()
         path.write_bytes(b"")
-        assert not is_current("00_method", plan, key()), path
+        assert not is_current(plan, key()), path
         path.unlink()
-        assert not is_current("00_method", plan, key()), path
+        assert not is_current(plan, key()), path
         path.write_bytes(kept)
-    assert is_current("00_method", plan, key())
+    assert is_current(plan, key())
     others = [plan.model_copy(update=update) for update in ({"rank": 3}, {"n": 20})]
     keys = {key(), key(device="a GPU"), *map(key, others)}
     books("00_method", "pass  # edited")

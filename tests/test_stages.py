@@ -21,7 +21,7 @@ from issl.audit import stages, table_stages
 from issl.audit.cache import Artifacts, Stage
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
-from issl.audit.settings import KINDS, Data, named_curvature
+from issl.audit.settings import Data
 from issl.audit.stages import (
     Cross,
     Draw,
@@ -39,7 +39,7 @@ from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.table_stages import COPY, CopiesDiscount
 from issl.data import scenes
 from issl.data.images import Images
-from issl.influence.curvature import Curvature, LoGra
+from issl.influence.curvature import KINDS, Curvature, LoGra, named_curvature
 from issl.influence.losses import CrossEntropy
 from issl.influence.perturbation import Augmentation, GaussianNoise
 from issl.influence.scores import as_queries

@@ -140,7 +140,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, listener: tuple[str, list[str
     figures.mkdir(parents=True)
     place = {"out": str(out), "data_root": str(out)}
     plan = PLANS["00_method"](profile="mine", dataset=data, n=24, images=12, **place)
-    source = plan.source(plan.artifacts())
+    source = plan.source()
     metrics = {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)}
     record("method_exact", metrics, source, results, dataset=data, n=4, seeds=[0])
     nbformat.write(attack(listener[0]), results / "00_method.ipynb")

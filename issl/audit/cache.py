@@ -64,8 +64,7 @@ class Stage(Config):
 
     def needs(self) -> list[Stage]:
         """The stages whose artifacts this one reads."""
-        values = [getattr(self, name) for name in type(self).model_fields]
-        several = [value if isinstance(value, tuple) else (value,) for value in values]
+        several = [value if isinstance(value, tuple) else (value,) for _, value in self]
         return [stage for stage in chain(*several) if isinstance(stage, Stage)]
 
     @property
@@ -113,9 +112,8 @@ class Artifacts:
             if label not in self.cached:
                 self.cached.append(label)
             return self.released
-        if (
-            label in (*self.computed, *self.cached) and (final / MANIFEST).is_file()
-        ):  # nobody has deleted it
+        known = label in (*self.computed, *self.cached)
+        if known and (final / MANIFEST).is_file():  # nobody has deleted it
             return final
         made = self._made(stage, final)
         if label not in (noted := self.computed if made else self.cached):
@@ -132,8 +130,7 @@ class Artifacts:
             if self._sound(final):  # another process has made it while we waited
                 return False
             _make_folder(work)
-            for folder in (work, *(p for p in work.rglob("*") if p.is_dir())):
-                remove_leftovers(folder)  # they would become part of the artifact
+            remove_leftovers(work)  # they would become part of the artifact
             began = time.monotonic()
             stage.make(work, self)
             _write_manifest(work, stage, self.device, time.monotonic() - began)
@@ -180,7 +177,7 @@ class Artifacts:
         wrong = [
             (path, "is damaged (its checksum differs)")
             for path, sha256 in paths.items()
-            if path.is_file() and _checked(path, path.stat().st_mtime_ns) != sha256
+            if path.is_file() and digest_once(path) != sha256
         ]
         if not any(path.is_file() for path in paths):  # a wheel does not carry them all
             wrong.append((next(iter(paths)), "is missing"))
@@ -190,9 +187,7 @@ class Artifacts:
         said = f"released artifact {path} {what}; get it again (git checkout -- {path})"
         if stage.takes_hours:
             raise IsslError(said)
-        if said not in _said:
-            _said.add(said)
-            print(f"{said}; until then it has to be computed", file=sys.stderr, flush=True)
+        _say_once(f"{said}; until then it has to be computed")
         return None
 
     def has(self, stage: Stage) -> bool:
@@ -215,16 +210,16 @@ class Artifacts:
         if not folder.is_dir():
             return False
         damage = damaged(folder)
-        if damage is not None:
-            print(
-                f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True
-            )
-            shutil.rmtree(folder)
-            return False
-        return True
+        if damage is None:
+            return True
+        print(f"artifact {folder}: {damage}; it will be made again", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+        return False
 
 
-_said: set[str] = set()  # about damaged files, in this process
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:
@@ -285,8 +280,14 @@ def _index(path: Path, changed: int) -> dict[str, Any]:
     return content
 
 
+def digest_once(path: Path) -> str:
+    """sha256 of a file's bytes, which are read again only where the file has changed."""
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_size)
+
+
 @cache
-def _checked(path: Path, changed: int) -> str:
+def _digest(path: Path, changed: int, size: int) -> str:
     return file_digest(path)
 
 
@@ -307,8 +308,7 @@ def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, s
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
-    made = (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
-    files = {str(p.relative_to(folder)): file_digest(p) for p in made}
+    files = {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
     content: dict[str, Any] = {
         **stage.content(),
         "config": stage.model_dump(mode="json"),

@@ -14,9 +14,7 @@ from issl.errors import IsslError
 
 # dataclasses that stand in keys without their name, because they were configs when keys were made
 UNTYPED = ("Head", "Recipe", "View")
-C = TypeVar(
-    "C", bound="Config"
-)  # not typing.Self, which a checker of shapes at run time cannot resolve
+C = TypeVar("C", bound="Config")  # a checker of shapes at run time cannot resolve typing.Self
 
 
 class Config(BaseModel):
@@ -46,14 +44,13 @@ class Config(BaseModel):
 
     def __copy__(self: C) -> C:
         copied = super().__copy__()
-        for name in copied.__dict__.keys() - type(self).model_fields.keys():
-            del copied.__dict__[
-                name
-            ]  # a cached property: `model_copy` is about to change the fields
+        # no cached property: `model_copy` is about to change the fields
+        for name in copied.__dict__.keys() - type(self).model_fields:
+            del copied.__dict__[name]
         return copied
 
     # Pydantic then validates nested configs without this __init__, so the outermost error names the
-    # whole path, and a # union tries all its members
+    # whole path, and a union tries all its members
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
@@ -67,12 +64,8 @@ class Config(BaseModel):
 @cache
 def _defaults(config: type[Config]) -> dict[str, Any]:
     """Of the fields that count; PydanticUndefined for those that must be given."""
-    fields = config.model_fields.items()
-    return {
-        name: field.get_default(call_default_factory=True)
-        for name, field in fields
-        if not field.exclude
-    }
+    counted = {name: f for name, f in config.model_fields.items() if not f.exclude}
+    return {name: f.get_default(call_default_factory=True) for name, f in counted.items()}
 
 
 def differing(fields: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from issl.audit.cache import Artifacts, Stage
+from issl.audit.cache import Artifacts, Stage, digest_once
 from issl.audit.config import Config, differing
 from issl.errors import IsslError
-from issl.files import atomic, file_digest
+from issl.files import atomic
 from issl.pretraining.encoder import Output
 from issl.pretraining.other_encoders import Opened, open_encoder
 from issl.pretraining.recipes import Method
@@ -53,8 +53,7 @@ class CheckpointFile(Config):
                 f"checkpoint {str(self.file)!r} is not a file; check the path in --checkpoint "
                 "METHOD=FILE"
             )
-        state = self.file.stat()
-        return _digest(self.file, state.st_mtime_ns, state.st_size)
+        return digest_once(self.file)
 
     def described(self) -> dict[str, str]:
         """For records: the file's name and its digest."""
@@ -65,11 +64,6 @@ class CheckpointFile(Config):
         layout."""
         self.sha256  # noqa: B018 (a missing file is named with its remedy)
         return open_encoder(str(self.file), mean=self.mean, std=self.std, part=self.part)
-
-
-@lru_cache
-def _digest(file: Path, changed: int, size: int) -> str:
-    return file_digest(file)
 
 
 @lru_cache

@@ -43,46 +43,42 @@ def _library() -> list[str]:
     return [f"{p.relative_to(PACKAGE)} {file_digest(p)}" for p in files] + versions
 
 
-def outputs(name: str, plan: Plan) -> dict[str, Path]:
-    """The files that a notebook left, by their place under the output folder: figures, executed
-    copy, claims."""
-    records = [
-        p
-        for p in plan.results.glob("claim_*.json")
-        if f'"notebook": "{name}"' in p.read_text(errors="replace")
-    ]
-    figures = [*plan.figures.glob(f"{name}.*"), *plan.figures.glob(f"{name}_*")]
-    found = [*figures, plan.results / f"{name}.ipynb", *records]
-    return {str(p.relative_to(plan.out)): p for p in sorted(found) if p.is_file()}
+def _outputs(plan: Plan) -> dict[str, str]:
+    """The digests of the files that a notebook left, by their place under the output folder:
+    figures, executed copy, claims."""
+    name = plan.notebook
+    found = [*plan.figures.glob(f"{name}.*"), *plan.figures.glob(f"{name}_*")]
+    found.append(plan.results / f"{name}.ipynb")
+    for path in plan.results.glob("claim_*.json"):
+        if f'"notebook": "{name}"' in path.read_text(errors="replace"):
+            found.append(path)
+    return {str(p.relative_to(plan.out)): file_digest(p) for p in sorted(found) if p.is_file()}
 
 
-def _record(name: str, plan: Plan) -> Path:
-    return plan.results / f"{name}.made.json"
+def _record(plan: Plan) -> Path:
+    return plan.results / f"{plan.notebook}.made.json"
 
 
-def note_made(name: str, plan: Plan, key: str) -> None:
-    """Record what the outputs were made from, with their checksums."""
-    files = {place: file_digest(path) for place, path in outputs(name, plan).items()}
-    with atomic(_record(name, plan)) as part:
-        part.write_text(json.dumps({"made_from": key, "files": files}, indent=1))
+def note_made(plan: Plan, key: str) -> None:
+    """Record what the notebook's outputs were made from, with their checksums."""
+    with atomic(_record(plan)) as part:
+        part.write_text(json.dumps({"made_from": key, "files": _outputs(plan)}, indent=1))
 
 
-def is_current(name: str, plan: Plan, key: str) -> bool:
-    """Are all outputs there, undamaged, and made from exactly this?"""
+def is_current(plan: Plan, key: str) -> bool:
+    """Are all outputs of the notebook there, undamaged, and made from exactly this?"""
     try:
-        record = json.loads(_record(name, plan).read_text())
-        made_from, files = record["made_from"], record["files"]
+        record = json.loads(_record(plan).read_text())
+        return bool(record["made_from"] == key and record["files"] == _outputs(plan))
     except (FileNotFoundError, ValueError, KeyError):
         return False  # not there, or damaged
-    here = outputs(name, plan)
-    return made_from == key and files == {place: file_digest(path) for place, path in here.items()}
 
 
 def make_notebook(source: Path, plan: Plan, key: str) -> None:
     """Execute a notebook under its plan, and note that its outputs were made from `key`."""
     plan.results.mkdir(parents=True, exist_ok=True)
     execute(source, plan.results / source.name, plan)
-    note_made(source.stem, plan, key)
+    note_made(plan, key)
 
 
 def execute(source: Path, target: Path, plan: Plan) -> None:

@@ -24,7 +24,6 @@ from issl.audit.settings import Data, Injection
 from issl.audit.stages import (
     AnyEncoder,
     Betweenness,
-    Choice,
     Embed,
     Evaluate,
     Influence,
@@ -133,26 +132,25 @@ class Plan(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _methods_that_are_given(cls, fields: Any) -> Any:
-        """With `checkpoints`, `methods` are those of them that have a file."""
-        if (
-            not isinstance(fields, dict)
-            or not isinstance(fields.get("checkpoints"), dict)
-            or not fields["checkpoints"]
-            or "methods" not in cls.model_fields
-        ):
+    def _what_is_given(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """With `checkpoints`, `methods` are those of them that have a file, and `encoders` as many
+        as each of them has."""
+        given = fields.get("checkpoints")
+        if not isinstance(given, dict) or not given:
             return fields
-        methods, given = (
-            fields.get("methods", cls.model_fields["methods"].default),
-            fields["checkpoints"],
-        )
-        asked = [m for m in methods if m in given]
-        if not asked:
-            raise ValueError(
-                f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about "
-                f"{', '.join(methods)}"
-            )
-        return {**fields, "methods": asked}
+        found = dict(fields)
+        if "methods" in cls.model_fields:
+            methods = fields.get("methods", cls.model_fields["methods"].default)
+            found["methods"] = [m for m in methods if m in given]
+            if not found["methods"]:
+                raise ValueError(
+                    f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about "
+                    f"{', '.join(methods)}"
+                )
+        if "encoders" in cls.model_fields:
+            counts = [len(f) if isinstance(f, list | tuple) else 1 for f in given.values()]
+            found["encoders"] = min(counts)
+        return found
 
     @model_validator(mode="after")
     def _can_take_checkpoints(self) -> Plan:
@@ -170,16 +168,20 @@ class Plan(Config):
             )
         return self
 
-    def data(self, split: str = "train", n: int | None = None) -> Data:
-        """The images of this notebook; nothing is injected into a test set."""
-        root = None if self.data_root is None else Path(self.data_root)
-        inject = Injection(duplicates=self.duplicates, atypical=self.atypical)
-        mixed = split == "train" and (self.duplicates > 0 or self.atypical > 0)
-        n = (self.n if split == "train" else self.n_test) if n is None else n
-        name = TESTED_ON.get(self.dataset, self.dataset) if split == "test" else self.dataset
-        return Data(
-            name=name, split=split, n=n, root=root, size=self.size, inject=inject if mixed else None
-        )
+    def data(self, split: str = "train", n: int | None = None, **changes: Any) -> Data:
+        """The images of this notebook, nothing injected into a test set; `changes` are fields of
+        the data."""
+        train = split == "train"
+        found: dict[str, Any] = {
+            "name": self.dataset if train else TESTED_ON.get(self.dataset, self.dataset),
+            "split": split,
+            "n": (self.n if train else self.n_test) if n is None else n,
+            "root": self.data_root,
+            "size": self.size,
+        }
+        if train and (self.duplicates > 0 or self.atypical > 0):
+            found["inject"] = Injection(duplicates=self.duplicates, atypical=self.atypical)
+        return Data(**found | changes)
 
     def epochs_of(self, method: recipes.Method) -> int:
         """How many epochs this method trains."""
@@ -193,49 +195,38 @@ class Plan(Config):
         return self.epochs[method]
 
     def training(
-        self,
-        method: recipes.Method | None = None,
-        seed: int | None = None,
-        without: Choice | None = None,
-        gaps: bool = False,
+        self, method: recipes.Method | None = None, number: int = 0, **changes: Any
     ) -> Pretrain:
-        """A training on this notebook's images, by default of `method` from `seed`, without the
-        chosen ones."""
+        """A training on this notebook's images, by default of `method`: this number of those from
+        the seeds `seed`, `seed` + 1, …; `changes` are fields of the stage."""
         method = method or self.method
         epochs, shares = self.epochs_of(method), self.snapshots
         if isinstance(shares, int):
             shares = tuple(k / (shares + 1) for k in range(1, shares + 1))
-        kept = (
-            None
-            if shares is None
-            else tuple(sorted({int(share * epochs + 1e-9) for share in shares} - {0}))
-        )
-        return Pretrain(
-            data=self.data(),
-            recipe=recipes.recipe(method, self.recipe),
-            width=self.width,
-            epochs=epochs,
-            batch_size=self.batch_size,
-            seed=self.seed if seed is None else seed,
-            without=without,
-            gaps=gaps,
-            snapshots=kept,
-        )
+        found: dict[str, Any] = {
+            "data": self.data(),
+            "recipe": recipes.recipe(method, self.recipe),
+            "width": self.width,
+            "epochs": epochs,
+            "batch_size": self.batch_size,
+            "seed": self.seed + number,
+        }
+        if shares is not None:
+            found["snapshots"] = sorted({int(share * epochs + 1e-9) for share in shares} - {0})
+        return Pretrain(**found | changes)
 
-    def pretrain(
-        self, method: recipes.Method | None = None, seed: int | None = None
-    ) -> Pretrain | Given:
-        """The encoder of a method: a training, or a given one (the first for `seed`, the second for
-        the next)."""
-        method = method or self.method
-        files, k = self.checkpoints.get(method, ()), 0 if seed is None else seed - self.seed
+    def pretrain(self, method: recipes.Method | None = None, number: int = 0) -> Pretrain | Given:
+        """An encoder of a method: a training, or a given one."""
         if not self.checkpoints:
-            return self.training(method, seed)
-        if not 0 <= k < len(files):
+            return self.training(method, number)
+        method = method or self.method
+        files = self.checkpoints.get(method, ())
+        if number >= len(files):
             raise IsslError(
-                f"{self.notebook}: no checkpoint number {k} of {method}; there are {len(files)}"
+                f"{self.notebook}: no checkpoint number {number} of {method}; there are "
+                f"{len(files)}"
             )
-        return Given(method=method, checkpoint=files[k])
+        return Given(method=method, checkpoint=files[number])
 
     @classmethod
     def of(cls: type[P], cell: Mapping[str, Any]) -> P:
@@ -247,7 +238,6 @@ class Plan(Config):
         return {}
 
     def stages(self) -> list[Stage]:
-        """Every stage that the notebook reads."""
         return [stage for cells in self.cells.values() for stage in cells.stages.values()]
 
     @cached_property
@@ -269,9 +259,7 @@ class Plan(Config):
     def known_images(self) -> Images:
         """The images that a notebook is about, by the stages of its table "images": what is known
         of all, and the pixels of those that it shows."""
-        known, *pictures = (
-            stage.read(self.store) for stage in self.cells["images"].stages.values()
-        )
+        known, *pictures = self.each("images").values()
         return shown_images(known, pictures)
 
     def image_tables(self, data: Data | None = None, *pictures: Thumbnails) -> Cells:
@@ -320,7 +308,7 @@ class Plan(Config):
         trained = method in recipes.NAMES
         known |= self.about_encoders(method) if trained else {"method": method}
         known |= {"variant": method if trained else "", **about}
-        written = record(name, metrics, self.source(self.store), self.results, **known)
+        written = record(name, metrics, self.source(), self.results, **known)
         print(format_record(written))
         return written
 
@@ -336,7 +324,7 @@ class Plan(Config):
         from issl.audit.kit import save  # slow to import, as matplotlib is
 
         file = f"{self.notebook}_{name}" if name else self.notebook
-        save(figure, file, table, self.figures, self.source(self.store))
+        save(figure, file, table, self.figures, self.source())
         plt.show()
 
     @property
@@ -369,8 +357,7 @@ class Plan(Config):
 
     @property
     def set_name(self) -> str:
-        """The data set as figures and records name it: without the place of a folder on this
-        machine."""
+        """The data set as figures and records name it: without a folder's place on this machine."""
         return datasets.without_place(self.dataset)
 
     def given_files(self) -> dict[str, list[dict[str, str]]]:
@@ -380,20 +367,18 @@ class Plan(Config):
             for method, files in self.checkpoints.items()
         }
 
-    def source(self, artifacts: Artifacts) -> dict[str, Any]:
+    def source(self) -> dict[str, Any]:
         """Where this notebook's numbers come from, for its figures and records."""
-        found = provenance(
-            self.profile, self.settings(), artifacts.device, artifacts.cached + artifacts.computed
-        )
+        read = self.store.cached + self.store.computed
+        found = provenance(self.profile, self.settings(), self.store.device, read)
         given = {"checkpoints": self.given_files()} if self.checkpoints else {}
         return found | {"images": self.identities()} | given
 
     def identities(self) -> dict[str, dict[str, str]]:
         """Which training and test images these are: name, digest, and how they differ from the
         published ones."""
-        splits = (
-            ("train",) if ":" in self.dataset else ("train", "test")
-        )  # a folder has no test set
+        # a folder has no test set
+        splits = ("train",) if ":" in self.dataset else ("train", "test")
         found = {split: self.data(split).which for split in splits}
         return {
             split: {"name": w.name, "digest": w.digest, "about": w.about}
@@ -419,23 +404,12 @@ class Scored(Plan):
     noise_seed: int = Field(0, ge=0)
     encoders: int = Field(1, ge=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_many_encoders_as_files(cls, fields: Any) -> Any:
-        given = fields.get("checkpoints") if isinstance(fields, dict) else None
-        if not isinstance(given, dict) or not given:
-            return fields
-        return {
-            **fields,
-            "encoders": min(len(f) if isinstance(f, list | tuple) else 1 for f in given.values()),
-        }
-
     def encoders_of(self, methods: Iterable[recipes.Method]) -> dict[Labels, Pretrain | Given]:
-        """The encoders that are scored by method and number, and their network before training."""
+        """The encoders that are scored, by method and number, and their network before training."""
         found: dict[Labels, Pretrain | Given] = {
-            (method, k): encoder
+            (method, k): self.pretrain(method, k)
             for method in methods
-            for k, encoder in enumerate(self.scored_encoders(method))
+            for k in range(self.encoders)
         }
         return {**found, (UNTRAINED, 0): self.untrained(next(iter(found.values())))}
 
@@ -457,15 +431,10 @@ class Scored(Plan):
             }
         ).rename_axis(BY.split())
 
-    def scored_encoders(self, method: recipes.Method) -> list[Pretrain | Given]:
-        """The encoders of a method that are scored: trained from the seeds `seed`, `seed` + 1, …,
-        or those given."""
-        return [self.pretrain(method, self.seed + k) for k in range(self.encoders)]
-
     def about_encoders(self, method: str) -> dict[str, Any]:
         seeds = [self.seed + k for k in range(self.encoders)]
-        noises = {"noise_seeds": [self.noise_seed]}
-        return super().about_encoders(method) | {"seeds": seeds, **noises}
+        noises = [self.noise_seed]
+        return super().about_encoders(method) | {"seeds": seeds, "noise_seeds": noises}
 
     @property
     def scope(self) -> str:
@@ -483,14 +452,14 @@ class Scored(Plan):
     def curvature(self) -> LoGra:
         return LoGra(self.rank, self.damping)
 
-    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
-        """The scores of this notebook's images under an encoder; `changes` are fields of the
-        stage."""
+    def influence(self, encoder: AnyEncoder, noise: int = 0, **changes: Any) -> Influence:
+        """The scores of this notebook's images under an encoder, and this number of the noises of
+        the seeds `noise_seed`, `noise_seed` + 1, …; `changes` are fields of the stage."""
         settings: dict[str, Any] = {
             "data": self.data(),
             "perturbation": self.noise,
             "curvature": self.curvature,
-            "seed": self.noise_seed if seed is None else seed,
+            "seed": self.noise_seed + noise,
         }
         return Influence(pretrain=encoder, **settings | changes)
 
@@ -534,15 +503,17 @@ class Scored(Plan):
         It is the same for every method and whatever is left out, so it is made by one recipe, on
         all images. Beside a given encoder, a ResNet-18 of its width.
         """
+        encoder = encoder or self.training()
+        run = self.training() if isinstance(encoder, Given) else encoder
         changes = {
+            "recipe": recipes.recipe("simclr", self.recipe),
+            "width": encoder.width,
             "epochs": 0,
+            "without": None,
             "snapshots": None,
             "calibrated": True,
-            "recipe": recipes.recipe("simclr", self.recipe),
         }
-        if isinstance(encoder, Given):
-            return self.training().model_copy(update={"width": encoder.width, **changes})
-        return (encoder or self.training()).model_copy(update={**changes, "without": None})
+        return run.model_copy(update=changes)
 
 
 class Readable(Scored):
@@ -558,5 +529,5 @@ class Readable(Scored):
     def gaussian(self, mean: float, std: float) -> GaussianNoise:
         return noise_in(self.unit, mean, std)
 
-    def influence(self, encoder: AnyEncoder, seed: int | None = None, **changes: Any) -> Influence:
-        return super().influence(encoder, seed, **{"output": self.output, **changes})
+    def influence(self, encoder: AnyEncoder, noise: int = 0, **changes: Any) -> Influence:
+        return super().influence(encoder, noise, **{"output": self.output, **changes})

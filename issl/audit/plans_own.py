@@ -25,9 +25,10 @@ from issl.audit.plan import (
     noise_in,
     under,
 )
-from issl.audit.settings import Data, named_curvature
+from issl.audit.settings import Data
 from issl.audit.stages import (
     AnyEncoder,
+    Asked,
     CopiesTrainedOn,
     Cross,
     Draw,
@@ -56,7 +57,7 @@ from issl.audit.table_stages import (
     Pixels,
     Removals,
 )
-from issl.influence.curvature import Curvature, Identity, LoGra
+from issl.influence.curvature import Curvature, Identity, LoGra, named_curvature
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize, Output
@@ -67,7 +68,6 @@ ALL = -1  # in the place of an image that is left out: trained on all
 MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
 CONTINUED = 100  # the seeds of order and views of continued trainings
 Kind = Literal["continued", "from scratch"]  # ways to retrain
-Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 # how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
 # differ; as it was trained; or only the statistics, on the weights of the encoder that was scored
 Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
@@ -106,11 +106,7 @@ class Retrained(Scored):
 
     def scored(self) -> Data:
         """The images that are scored, and left out."""
-        return (
-            self.data()
-            if self.candidates is None
-            else self.data().model_copy(update={"first": self.candidates})
-        )
+        return self.data(first=self.candidates)
 
     def retrained(
         self,
@@ -123,12 +119,10 @@ class Retrained(Scored):
         """Training number `seed` without these images: from fresh weights, or continued from the
         encoder `first`."""
         if kind == "from scratch":
-            fresh = self.training(seed=self.seed + seed, without=without, gaps=gaps)
-            return fresh.model_copy(update={"snapshots": None})
+            return self.training(number=seed, without=without, gaps=gaps, snapshots=None)
         first = first or self.training()
         small = 1.0 if first.recipe.small == 1 else 0.0
-        # plain steps: LARS would scale each layer's gradient, and nothing that is scored knows of
-        # that
+        # plain steps: LARS would scale each layer's gradient, and no score knows of that
         recipe = replace(first.recipe, optimizer="sgd", lr=self.continued_lr, small=small)
         return first.model_copy(
             update={
@@ -145,8 +139,7 @@ class Retrained(Scored):
         )
 
     def query_data(self) -> Data:
-        """The queries."""
-        return self.data("test").model_copy(update={"first": self.queries})
+        return self.data("test", first=self.queries)
 
     def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
         """Cross-influence of the scored images on the queries under an encoder, by default the
@@ -214,11 +207,6 @@ class Validation(Retrained):
         found |= {f"λ = {d:g} × mean": replace(usual, damping=d) for d in self.dampings}
         return found | {"none (identity)": Identity()}
 
-    def without_one(self, kind: Kind, seed: int, pick: Pick) -> Pretrain:
-        """A training without one image: its place in its batch stays empty, so the other batches
-        are the same."""
-        return self.retrained(kind, seed, pick, gaps=True)
-
     def tables(self) -> dict[str, Cells]:
         encoders = self.encoders_of((self.method,))
         first, scores = (self.method, 0), self.influence(self.pretrain(), draws=self.draws)
@@ -236,7 +224,8 @@ class Validation(Retrained):
             for channel, (k, draw) in product(self.channels(kind), draws.items()):
                 how = self.measured(self.retrained(kind, s, draw), kind, channel)
                 subsets[kind, channel, s, k] = self.query_losses(**how)
-            trained = {i: self.without_one(kind, s, pick) for i, pick in picks.items()}
+            # the place of an image in its batch stays empty, so the other batches are the same
+            trained = {i: self.retrained(kind, s, pick, gaps=True) for i, pick in picks.items()}
             for i, encoder in {ALL: self.retrained(kind, s), **trained}.items():
                 alone[kind, s, i] = self.measured(encoder, kind, "BatchNorm held")
         data, each = self.scored(), "kind seed without"
@@ -273,10 +262,7 @@ class Continual(Scored):
     seeds: int = Field(1, ge=1)
     neighbours: int = Field(10, ge=1)
 
-    channels: ClassVar[tuple[Channel, ...]] = (
-        "BatchNorm held",
-        "as trained",
-    )  # the first one decides
+    channels: ClassVar[tuple[Channel, ...]] = ("BatchNorm held", "as trained")  # the first decides
 
     def sets(self, task: Task, split: str = "train") -> tuple[Data, Data]:
         """The images of the first and of the second task."""
@@ -284,19 +270,16 @@ class Continual(Scored):
             n = self.drawn if split == "train" else self.n_test
             first, second = (Data(name="scenes", split=split, n=n, uniform=u) for u in (0.0, 1.0))
             return first, second
-        both = self.data(split)
         labels = range(100)  # more than any set has
-        return (
-            both.model_copy(update={"classes": tuple(labels[: self.classes])}),
-            both.model_copy(update={"classes": tuple(labels[self.classes :])}),
-        )
+        old, new = labels[: self.classes], labels[self.classes :]
+        return self.data(split, classes=old), self.data(split, classes=new)
 
     def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
         """After the first task; after `leg` legs on the second task; or after as many more on the
         first."""
         old, new = self.sets(task)
         if way == "first":
-            return self.training(seed=self.seed + seed).model_copy(update={"data": old})
+            return self.training(number=seed, data=old)
         before = self.encoder(task, seed) if leg == 1 else self.encoder(task, seed, way, leg - 1)
         return before.model_copy(
             update={
@@ -321,11 +304,11 @@ class Continual(Scored):
         hits: dict[Labels, Stage] = {}
         learned: dict[str, Cells] = {}
         for task, s, (way, leg) in product(self.tasks, range(self.seeds), path):
-            encoder, after_first = self.encoder(task, s, way, leg), self.encoder(task, s)
             at, old = (task, s, way, leg), self.sets(task)[0]
+            encoder = self.encoder(task, s, way, leg)
             scores[at] = self.influence(encoder, data=old)
             for channel in self.channels:
-                held = after_first if leg and channel == "BatchNorm held" else None
+                held = self.encoder(task, s) if leg and channel == "BatchNorm held" else None
                 features[*at, channel] = Embed(pretrain=encoder, data=old, statistics=held)
             hits[*at, "old"] = self.accuracy(task, encoder, "old")
             hits[*at, "new"] = self.accuracy(task, encoder, "new")
@@ -357,7 +340,7 @@ class Explained(Readable):
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
         scores: dict[Labels, Influence] = {
-            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            (*labels, noise): self.influence(encoder, noise)
             for labels, encoder in known.items()
             for noise in range(2)
         }
@@ -391,9 +374,8 @@ class Bridges(Readable):
     neighbours: int = Field(10, ge=1)
     shares: tuple[float, ...] = (0.05, 0.1)
     draws: int = Field(40, ge=20)  # removals at random
-    doses: tuple[float, ...] = Field(
-        (0.1, 0.5, 0.9), min_length=3
-    )  # shares of uniform backgrounds in training
+    # shares of uniform backgrounds in training
+    doses: tuple[float, ...] = Field((0.1, 0.5, 0.9), min_length=3)
     drawn: int = Field(512, ge=32)
     drawn_epochs: int = Field(4, ge=1)
     dose_seeds: int = Field(1, ge=1)
@@ -410,9 +392,8 @@ class Bridges(Readable):
 
     def dose_encoder(self, share: float, seed: int) -> Pretrain:
         """The first method, trained on these scenes."""
-        return self.training(self.methods[0], self.seed + seed).model_copy(
-            update={"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
-        )
+        changes = {"data": self.dose(share), "epochs": self.drawn_epochs, "snapshots": None}
+        return self.training(self.methods[0], seed, **changes)
 
     def removals(self, encoder: Pretrain | Given, labels: Labels, share: float) -> Removals:
         """What classes gain without this share of the images; the network before training is asked
@@ -428,39 +409,39 @@ class Bridges(Readable):
         )
 
     def tables(self) -> dict[str, Cells]:
-        known, k = self.encoders_of(self.methods), self.neighbours
-        trained = {labels: e for labels, e in known.items() if labels[0] != UNTRAINED}
-        of_each = {labels: e for labels, e in trained.items() if labels[1] == 0}
-        first = {labels: e for labels, e in of_each.items() if labels[0] == self.methods[0]}
+        known, who = self.encoders_of(self.methods), self.methods[0]
+        of_each: dict[Labels, AnyEncoder] = {(m, 0): known[m, 0] for m in self.methods}
         removals: dict[Labels, Stage] = {
             (*labels, share): self.removals(encoder, labels, share)
             for (labels, encoder), share in product(known.items(), self.shares)
         }
-        doses = list(product(self.trained_doses, range(self.dose_seeds)))
-        drawn = [self.dose_encoder(*dose) for dose in doses]
-        by_dose: dict[Labels, Stage] = {
-            dose: self.influence(e, data=e.data) for dose, e in zip(doses, drawn, strict=True)
+        drawn: dict[Labels, Pretrain] = {
+            dose: self.dose_encoder(*dose)
+            for dose in product(self.trained_doses, range(self.dose_seeds))
         }
+        on_scenes: dict[Labels, Pretrain] = {(who, k): e for k, e in enumerate(drawn.values())}
+        if drawn:
+            on_scenes[UNTRAINED, 0] = self.untrained(on_scenes[who, 0])
         # on scenes of the usual backgrounds
         test = Data(name="scenes", split="test", n=self.n_test)
-        on_scenes: dict[Labels, Stage] = {
-            (self.methods[0], number): self.evaluation(e, e.data, test)
-            for number, e in enumerate(drawn)
-        }
-        if drawn:
-            fresh = self.untrained(drawn[0])
-            on_scenes[UNTRAINED, 0] = self.evaluation(fresh, fresh.data, test)
+        hits = {labels: self.evaluation(e, e.data, test) for labels, e in on_scenes.items()}
         return {
             **self.scored_and_evaluated(known),
             "images": Cells("part", {(0,): Known(data=self.data())}),
             "removals": Cells(f"{BY} share", removals),
-            "map": under(first, lambda e: Map(features=self.features(e), seed=self.seed)),
-            "geometry": under(of_each, lambda e: self.geometry(e, k)),
-            "betweenness": under(of_each, lambda e: self.betweenness(e, k)),
-            "bottlenecks": under(of_each, lambda e: Bottlenecks(neighbours=self.nearest(e, k))),
+            "map": Cells(
+                BY, {(who, 0): Map(features=self.features(known[who, 0]), seed=self.seed)}
+            ),
+            "geometry": under(of_each, lambda e: self.geometry(e, self.neighbours)),
+            "betweenness": under(of_each, lambda e: self.betweenness(e, self.neighbours)),
+            "bottlenecks": under(
+                of_each, lambda e: Bottlenecks(neighbours=self.nearest(e, self.neighbours))
+            ),
             "scenes": Cells("share", {(s,): Known(data=self.dose(s)) for s in self.trained_doses}),
-            "doses": Cells("share seed", by_dose),
-            "accuracy on scenes": Cells(BY, on_scenes),
+            "doses": Cells(
+                "share seed", {dose: self.influence(e, data=e.data) for dose, e in drawn.items()}
+            ),
+            "accuracy on scenes": Cells(BY, hits),
         }
 
 
@@ -480,16 +461,11 @@ class Taught(Retrained):
     @property
     def k(self) -> int:
         """How many images are removed."""
-        return max(
-            1,
-            round(
-                self.share * (self.n if self.candidates is None else min(self.n, self.candidates))
-            ),
-        )
+        return max(1, round(self.share * min(self.n, self.candidates or self.n)))
 
     def asked_data(self) -> Data:
         """The queries that are retrained for."""
-        return self.query_data().model_copy(update={"first": self.asked})
+        return self.data("test", first=self.asked)
 
     def effect(self) -> ThroughTraining:
         """What each image did to the asked queries' stability losses when training went on once
@@ -589,21 +565,9 @@ class TrainingAware(Retrained):
         recipe = replace(found.recipe, small=small, **changes)
         return found.model_copy(update={"recipe": recipe})
 
-    def from_fresh_weights(self, first: Pretrain) -> Pretrain:
-        """A training on the same images from fresh weights."""
-        return first.model_copy(
-            update={
-                "data": self.scored(),
-                "epochs": self.fresh,
-                "batch_size": self.continued_batch or first.batch_size,
-                "snapshots": None,
-            }
-        )
-
     def asked_of(self, run: Pretrain, asked: Asked, **more: Any) -> dict[str, Any]:
         """The fields of a stage that asks after this training."""
-        count = self.unseen if asked == "unseen" else self.queries
-        query = self.data("test").model_copy(update={"first": count})
+        query = self.data("test", first=self.unseen if asked == "unseen" else self.queries)
         noise = {"perturbation": self.noise, "seed": MEASURED, "draws": self.draws}
         return {"run": run, "query": query, "asked": asked, **noise, **more}
 
@@ -632,14 +596,15 @@ class TrainingAware(Retrained):
         found = {f"learning rate {self.continued_lr:g}": run}
         for rate in self.rates:
             found[f"learning rate {rate:g}"] = self.continued(first, 0, lr=rate)
-        return found | {"fresh weights": self.from_fresh_weights(first)}
+        fresh = {"data": run.data, "epochs": self.fresh, "batch_size": run.batch_size}
+        return found | {"fresh weights": first.model_copy(update={**fresh, "snapshots": None})}
 
     def tables(self) -> dict[str, Cells]:
         names = "scores known picked each unseen own removed tops copied variants variants_removed"
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
-            first, who = self.training(m, self.seed + e), (m, e)
+            first, who = self.training(m, e), (m, e)
             scores = of["scores"][who] = self.score(first)
             of["known"] |= {(*who, k): stage for k, stage in self.known(first).items()}
             picked = Spread(influence=scores, count=self.own)
@@ -746,7 +711,7 @@ class Objectives(Scored):
 
     def asked_data(self) -> Data:
         """The test images that are followed."""
-        return self.data("test").model_copy(update={"first": min(self.asked, self.n_test)})
+        return self.data("test", first=min(self.asked, self.n_test))
 
     def states(self, method: recipes.Method) -> tuple[int, ...]:
         """The numbers of epochs after which the learner is kept, the end included."""
@@ -818,9 +783,7 @@ class Multiverse(Scored):
         copies: dict[Labels, Stage] = {
             (*labels, output, rank, among): CopiesDiscount(
                 pretrain=encoder,
-                data=self.data()
-                if among >= self.n
-                else self.data().model_copy(update={"first": among}),
+                data=self.data(first=among if among < self.n else None),
                 perturbation=self.noise,
                 curvature=LoGra(rank, self.damping),
                 output=output,
@@ -862,14 +825,14 @@ class BetterEncoders(Scored):
         end of the others, and each width before training."""
         found: dict[Labels, AnyEncoder] = {}
         for method, k in product(self.methods, range(self.encoders)):
-            run = self.training(method, self.seed + k)
+            run = self.training(method, k)
             for after in run.snapshots or () if k == 0 else ():
                 found[method, self.width, after, k] = State(run=run, after=after)
             for width in (self.width, *self.widths):
                 other = run.model_copy(update={"width": width, "snapshots": None})
                 found[method, width, run.epochs, k] = run if width == self.width else other
         for width in (self.width, *self.widths):
-            first = self.training(self.methods[0]).model_copy(update={"width": width})
+            first = self.training(self.methods[0], width=width)
             found[UNTRAINED, width, 0, 0] = self.untrained(first)
         return found
 
@@ -878,10 +841,7 @@ class BetterEncoders(Scored):
         first = {labels: state for labels, state in states.items() if labels[3] == 0}
         scores: dict[Labels, Stage] = {
             (*labels, output, unit, noise): self.influence(
-                state,
-                self.noise_seed + noise,
-                output=output,
-                perturbation=noise_in(unit, self.mean, self.std),
+                state, noise, output=output, perturbation=noise_in(unit, self.mean, self.std)
             )
             for labels, state in states.items()
             for output, unit in product(self.outputs, self.units)

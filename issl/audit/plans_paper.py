@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -18,10 +18,10 @@ from issl.audit.settings import Data, Injection
 from issl.audit.stages import (
     AnyEncoder,
     Choice,
-    Evaluate,
     Influence,
     Pretrain,
     Prune,
+    Removed,
     Stability,
     Thin,
 )
@@ -75,16 +75,14 @@ class SeedCorrelation(Readable):
 
     def tables(self) -> dict[str, Cells]:
         known = self.encoders_of(self.methods)
-        first = self.data().model_copy(update={"first": self.averaged})
+        first = self.data(first=self.averaged)
         scores: dict[Labels, Stage] = {
-            (method, k, noise): self.influence(encoder, self.noise_seed + noise)
+            (method, k, noise): self.influence(encoder, noise)
             for (method, k), encoder in known.items()
             for noise in sorted({*range(self.noise_seeds), int(k)})  # one noise is its own
         }
         averaged: dict[Labels, Stage] = {
-            (method, draws, k, noise): self.influence(
-                encoder, self.noise_seed + noise, data=first, draws=draws
-            )
+            (method, draws, k, noise): self.influence(encoder, noise, data=first, draws=draws)
             for (method, k), encoder in known.items()
             if method != UNTRAINED
             for draws in self.draws
@@ -123,10 +121,6 @@ class AugmentationAblation(Readable):
         """The name of the paper's perturbation."""
         return f"noise {self.std:g}"
 
-    def scored_data(self) -> Data:
-        """The first `scored` images."""
-        return self.data().model_copy(update={"first": self.scored})
-
     def perturbations(self) -> dict[str, GaussianNoise | Augmentation]:
         """Every perturbation by its name; of flip and grayscale the strength is the share of images
         changed."""
@@ -156,10 +150,10 @@ class AugmentationAblation(Readable):
         return (self.draws[0], self.draws[-1]) if name in self.at_full else self.draws[:1]
 
     def tables(self) -> dict[str, Cells]:
-        known, first = self.encoders_of(self.methods), self.scored_data()
+        known, first = self.encoders_of(self.methods), self.data(first=self.scored)
         scores: dict[Labels, Stage] = {
             (method, k, name, draws, seed): self.influence(
-                encoder, self.noise_seed + seed, data=first, perturbation=how, draws=draws
+                encoder, seed, data=first, perturbation=how, draws=draws
             )
             for (name, how), ((method, k), encoder) in product(
                 self.perturbations().items(), known.items()
@@ -245,9 +239,8 @@ class Duplicates(Readable):
         }
 
 
-GROUPS: dict[
-    str, tuple[tuple[str, ...], str]
-] = {  # by data set: attributes, and the largest group of the first
+# by data set: attributes, and the largest group of the first
+GROUPS: dict[str, tuple[tuple[str, ...], str]] = {
     "scenes": (("group", "background"), "warm"),
     "fairface": (("race", "gender", "age"), "White"),
 }
@@ -257,18 +250,16 @@ class Fairness(Readable):
     """05_fairness: does influence differ between groups of people, and rise in a group that is
     thinned?
 
-    smallest   groups of fewer images (or with fewer others) are not tested
+    attributes   what makes groups; None: what the data set has
+    thinned      the group (of the first attribute) that is thinned; None: the data set's largest
+    smallest     groups of fewer images (or with fewer others) are not tested
     """
 
     notebook: ClassVar[str] = "05_fairness"
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
-    attributes: tuple[str, ...] | None = Field(
-        None, min_length=1
-    )  # what makes groups; None: what the data set has
-    thinned: str | None = (
-        None  # the group (of the first attribute) that is thinned; None: the data set's largest
-    )
+    attributes: tuple[str, ...] | None = Field(None, min_length=1)
+    thinned: str | None = None
     keep: float = Field(0.1, gt=0, lt=1)
     seeds: int = Field(1, ge=1)
     smallest: int = Field(50, ge=2)
@@ -293,7 +284,7 @@ class Fairness(Readable):
     def tables(self) -> dict[str, Cells]:
         known, seeds = self.encoders_of(self.methods), range(self.seeds)
         without: dict[Labels, AnyEncoder] = {
-            (m, s, what): self.training(m, self.seed + s, self.removal(s, what == "random"))
+            (m, s, what): self.training(m, s, without=self.removal(s, what == "random"))
             for m, s, what in product(self.methods, seeds, ("group", "random"))
         }
         fresh = {(UNTRAINED, 0, "none"): known[UNTRAINED, 0]}
@@ -305,9 +296,6 @@ class Fairness(Readable):
             "scores without": under(without, self.influence, labels),
             "accuracy without": under(without | fresh, self.evaluation, labels),
         }
-
-
-Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # the arms of notebook 06
 
 
 class Pruning(Readable):
@@ -337,12 +325,10 @@ class Pruning(Readable):
     def judge(self, method: recipes.Method, seed: int, without: Choice | None = None) -> Pretrain:
         """An encoder of this seed, trained from scratch on all images or without the chosen
         ones."""
-        run = self.training(method, seed, without)
-        return (
-            run
-            if self.judges_epochs is None
-            else run.model_copy(update={"epochs": self.judges_epochs, "snapshots": None})
-        )
+        changes: dict[str, Any] = {"seed": seed, "without": without}
+        if self.judges_epochs is not None:
+            changes |= {"epochs": self.judges_epochs, "snapshots": None}
+        return self.training(method, **changes)
 
     def scores(self, method: recipes.Method) -> Influence:
         """Scores under the encoder of the first seed."""
@@ -354,25 +340,18 @@ class Pruning(Readable):
             influence=self.scores(method), which=which, share=share, seed=seed if drawn else 0
         )
 
-    def all_kept(self, method: recipes.Method, seed: int) -> Evaluate:
-        """Accuracy of an encoder trained from scratch on all images."""
-        return self.evaluation(self.judge(method, seed))
-
-    def pruned(self, method: recipes.Method, which: Removed, share: float, seed: int) -> Evaluate:
-        """Accuracy of an encoder trained from scratch without this share of the images."""
-        return self.evaluation(self.judge(method, seed, self.removal(method, which, share, seed)))
-
     def tables(self) -> dict[str, Cells]:
         each = list(product(self.methods, self.judges))
-        kept: dict[Labels, Stage] = {(m, s): self.all_kept(m, s) for m, s in each}
-        fresh = self.evaluation(self.untrained(self.judge(*each[0])))
-        runs: dict[Labels, Stage] = {(m, "none", 0.0, s): kept[m, s] for m, s in each}
+        kept: dict[Labels, AnyEncoder] = {(m, s): self.judge(m, s) for m, s in each}
+        judges: dict[Labels, AnyEncoder] = {(m, "none", 0.0, s): kept[m, s] for m, s in each}
         for which, share, (m, s) in product(self.arms, self.shares, each):
-            runs[m, which, share, s] = self.pruned(m, which, share, s)
+            without = self.removal(m, which, share, s)
+            judges[m, which, share, s] = self.judge(m, s, without)
+        kept[UNTRAINED, 0] = self.untrained(self.judge(*each[0]))
         return {
             "scores": Cells("method", {(m,): self.scores(m) for m in self.methods}),
-            "accuracy": Cells(BY, {**kept, (UNTRAINED, 0): fresh}),
-            "runs": Cells("method removed share seed", runs),
+            "accuracy": under(kept, self.evaluation),
+            "runs": under(judges, self.evaluation, "method removed share seed"),
         }
 
 
@@ -396,9 +375,7 @@ class Outliers(Readable):
 
     def new_images(self) -> Data:
         """Test images, some of them made strange: no encoder was trained on them."""
-        return self.data("test").model_copy(
-            update={"inject": Injection(atypical=self.made_strange)}
-        )
+        return self.data("test", inject=Injection(atypical=self.made_strange))
 
     def asked(self, encoder: AnyEncoder) -> dict[str, Stage]:
         """What is measured of the new images under an encoder, influence under the curvature of the
@@ -441,6 +418,7 @@ CONTROLS = {EQUAL: "supervised_at_equal_strength", ON_VIEWS: "supervised_on_ssl_
 class SupervisedVsSSL(Readable):
     """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
 
+    encoders     two trainings of a method are what a supervised one is compared with
     supervised   how many supervised models are scored, beside `encoders` of each method
     equal_std    a control: the standard deviation of a weaker noise, by which a supervised model's
                  features turn as far as an SSL encoder's by the usual one; the supervised models
@@ -452,9 +430,7 @@ class SupervisedVsSSL(Readable):
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
 
     methods: tuple[recipes.Method, ...] = recipes.SSL
-    encoders: int = Field(
-        2, ge=2
-    )  # two trainings of a method are what a supervised one is compared with
+    encoders: int = Field(2, ge=2)
     supervised: int = Field(1, ge=1)
     equal_std: float | None = Field(None, gt=0)
     on_views: int = Field(0, ge=0)
@@ -471,29 +447,24 @@ class SupervisedVsSSL(Readable):
         """The seeds that are retrained, without the scored one."""
         return range(self.seed + 1, self.seed + 1 + self.seeds)
 
-    def supervised_encoders(self) -> dict[Labels, AnyEncoder]:
-        """The supervised models that are scored."""
-        return {
-            ("supervised", k): self.training("supervised", self.seed + k)
-            for k in range(self.supervised)
-        }
-
     def supervised_on_views(self) -> dict[Labels, AnyEncoder]:
         """Supervised models that are trained on the views of the first method."""
-        ssl = self.training(self.methods[0]).recipe
-        runs = [self.training("supervised", self.seed + k) for k in range(self.on_views)]
-        how = [replace(run.recipe, view_a=ssl.view_a, view_b=ssl.view_b) for run in runs]
+        ssl, usual = (recipes.recipe(m, self.recipe) for m in (self.methods[0], "supervised"))
+        recipe = replace(usual, view_a=ssl.view_a, view_b=ssl.view_b)
         return {
-            (ON_VIEWS, k): run.model_copy(update={"recipe": how[k]}) for k, run in enumerate(runs)
+            (ON_VIEWS, k): self.training("supervised", k, recipe=recipe)
+            for k in range(self.on_views)
         }
 
     def cross_entropy_scores(self, encoder: AnyEncoder) -> Influence:
         """Scores by a supervised model's own loss."""
-        own: dict[str, Any] = {"perturbation": GaussianNoise(0.0, 0.0), "loss": "cross_entropy"}
-        return self.influence(encoder, **own, output="features")
+        still = GaussianNoise(0.0, 0.0)
+        return self.influence(encoder, perturbation=still, loss="cross_entropy", output="features")
 
-    def removal(self, removed: str, seed: int) -> Prune:
-        """The top of one of the two scores, or as many images at random."""
+    def removal(self, removed: str, seed: int) -> Prune | None:
+        """The top of one of the two scores, as many images at random, or none."""
+        if removed == "none":
+            return None
         ssl = self.influence(self.pretrain(self.methods[0]))
         if removed == "random":
             return Prune(influence=ssl, which="random", share=self.share, seed=seed)
@@ -502,22 +473,22 @@ class SupervisedVsSSL(Readable):
         return Prune(influence=by, which="top", share=self.share)
 
     def tables(self) -> dict[str, Cells]:
-        known, classifiers = self.encoders_of(self.methods), self.supervised_encoders()
-        on_views = self.supervised_on_views()
+        known, on_views = self.encoders_of(self.methods), self.supervised_on_views()
+        classifiers: dict[Labels, AnyEncoder] = {
+            ("supervised", k): self.training("supervised", k) for k in range(self.supervised)
+        }
         scores: dict[Labels, Influence] = {
-            (*labels, noise): self.influence(encoder, self.noise_seed + noise)
+            (*labels, noise): self.influence(encoder, noise)
             for labels, encoder in {**known, **classifiers, **on_views}.items()
             for noise in range(2)
         }
         if self.equal_std is not None:
             weak = self.gaussian(self.mean, self.equal_std)
-            for (_, k), encoder in classifiers.items():
-                for noise in range(2):
-                    seed = self.noise_seed + noise
-                    scores[EQUAL, k, noise] = self.influence(encoder, seed, perturbation=weak)
+            for ((_, k), encoder), noise in product(classifiers.items(), range(2)):
+                scores[EQUAL, k, noise] = self.influence(encoder, noise, perturbation=weak)
         runs: dict[Labels, Stage] = {
             (m, removed, s): self.evaluation(
-                self.training(m, s, None if removed == "none" else self.removal(removed, s))
+                self.training(m, seed=s, without=self.removal(removed, s))
             )
             for m, removed, s in product(self.trained, ("none", *REMOVED), self.judges)
         }
@@ -564,9 +535,6 @@ class ClaimsAudit(Plan):
     notebook: ClassVar[str] = "11_claims_audit"
     takes_checkpoints: ClassVar[bool] = True
     last: ClassVar[bool] = True
-
-    def stages(self) -> list[Stage]:
-        return []
 
     def reads(self) -> list[Path]:
         """The records of this profile, and those of others that are kept with the figures."""

@@ -62,10 +62,9 @@ class ProfileOptions:
         """The plans of the chosen notebooks."""
         names = covered(self.profile) if self.only is None else select(self.only)
         left_out = self.left_out()
-        names = [name for name in names if name not in left_out]
         plans = read_profile(
             self.profile,
-            names,
+            [name for name in names if name not in left_out],
             self._given(),
             out=str(self.folder),
             data_root=self.root,
@@ -185,9 +184,10 @@ def _content(profile: str) -> dict[str, Any]:
         possible = [name for name in profiles() if "base" not in _file(name)]
         raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
     for entry, value in content.items():
-        changed[entry] = (
-            {**(changed.get(entry) or {}), **(value or {})} if entry != "notebooks" else value
-        )
+        if entry == "notebooks":
+            changed[entry] = value
+        else:
+            changed[entry] = {**(changed.get(entry) or {}), **(value or {})}
     return changed
 
 
@@ -263,7 +263,8 @@ def check(plans: dict[str, Plan], out: Path) -> None:
         pick_device(plan.device)
         for checkpoint in (file for files in plan.checkpoints.values() for file in files):
             checkpoint.open()
-        for data in {d: 0 for s in missing(plan.stages(), plan.artifacts()) for d in _data_of(s)}:
+        to_make = missing(plan.stages(), plan.artifacts())
+        for data in dict.fromkeys(v for stage in to_make for _, v in stage if isinstance(v, Data)):
             try:
                 available = data.available()
                 datasets.say(data.which)
@@ -274,7 +275,3 @@ def check(plans: dict[str, Plan], out: Path) -> None:
                     f"n={data.n} for {plan.notebook}: data set {data.name!r} ({data.split}) has "
                     f"{available} here; lower n in the profile"
                 )
-
-
-def _data_of(stage: Stage) -> list[Data]:
-    return [v for k in type(stage).model_fields if isinstance(v := getattr(stage, k), Data)]

@@ -87,11 +87,9 @@ def main() -> None:
             if not isinstance(stage, Table) or drawn or stage.label in index:
                 continue
             if (here.folder(stage) / MANIFEST).is_file():
-                taken = [f["path"] for entry in index.values() for f in entry["files"].values()]
-                if (path := path_of(stage)) in taken:
-                    raise IsslError(
-                        f"{path} is another table's already: it needs a name of its own"
-                    )
+                path = path_of(stage)
+                if path in [f["path"] for entry in index.values() for f in entry["files"].values()]:
+                    raise IsslError(f"{path} is another table's: it needs a name of its own")
                 release(here, stage, folder, {stage.file: path})
                 index = released_index(folder)
                 print(path)

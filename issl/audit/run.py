@@ -123,7 +123,7 @@ def _notebook_tasks(
         source = notebooks_folder() / f"{name}.ipynb"
         key = fingerprint(source, plan, device_name(device))
         needs = [stage.label for stage in plan.stages() if stage.label in missing]
-        if not needs and not again and is_current(name, plan, key):
+        if not needs and not again and is_current(plan, key):
             print(f"current {name:24} (--again executes it anyway)", flush=True)
         else:
             yield name, Task(partial(make_notebook, source, plan, key), needs)
@@ -139,11 +139,10 @@ def line(ended: Ended, what: str) -> str:
 def summary(stage: Stage) -> str:
     """The settings that distinguish a stage from its neighbours: its encoder's and its images."""
     encoder, data, parts = _encoder(stage), getattr(stage, "data", None), []
-    if encoder is not None:
-        if isinstance(encoder, Given):
-            parts.append(f"{encoder.method} {encoder.checkpoint.file.name}")
-        else:
-            parts.append(f"{encoder.method} seed {encoder.seed}")
+    if isinstance(encoder, Given):
+        parts.append(f"{encoder.method} {encoder.checkpoint.file.name}")
+    elif encoder is not None:
+        parts.append(f"{encoder.method} seed {encoder.seed}")
     if isinstance(data, Data):
         parts.append(f"{data.name} {data.split} n={data.n}")
     return ", ".join(parts)

@@ -16,7 +16,7 @@ from issl.data import datasets, scenes
 from issl.data.identity import SetIdentity
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.influence.curvature import KINDS, Curvature, named_curvature
+from issl.influence.curvature import Curvature
 
 
 class Injection(Config):
@@ -70,9 +70,8 @@ class Data(Config):
     def load(self) -> Images:
         """The images. The last few sets are kept in memory, because many stages in a row read the
         same ones."""
-        images = _loaded(
-            self, datasets.identity(self.name, self.split, self.root).digest
-        )  # as it is now
+        now = datasets.identity(self.name, self.split, self.root).digest
+        images = _loaded(self, now)
         return replace(images, attributes=images.attributes.copy())  # a caller may add columns
 
 
@@ -93,5 +92,4 @@ def _loaded(data: Data, identity: str) -> Images:
     return images if data.first is None else images.subset(range(min(data.first, len(images))))
 
 
-__all__ = ["KINDS", "Data", "Injection", "Weighing", "named_curvature"]
 Weighing = Annotated[InstanceOf[Curvature], PlainSerializer(as_plain)]

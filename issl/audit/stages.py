@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -49,6 +50,8 @@ from issl.pretraining.states import Run
 from issl.through_training import Effects, influence_through_training, learner_of, values_of
 
 TOGETHER = 64  # queries of a mean in one pass
+Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # what is pruned
+Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 
 
 class Pretrain(Stage):
@@ -93,11 +96,13 @@ class Pretrain(Stage):
 
     @property
     def method(self) -> Method:
-        """By which it is trained."""
         return self.recipe.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         checkpoint, images = folder / "checkpoint.safetensors", self.data.load()
+        keep = torch.ones(len(images), dtype=torch.bool)
+        if self.without is not None:
+            keep[self.without.read(artifacts)] = False
         settings = self.model_dump(include={"width", "epochs", "batch_size", "seed"})
         about = {"config": self.model_dump(mode="json")}
 
@@ -112,7 +117,7 @@ class Pretrain(Stage):
             images,
             self.recipe,
             **settings,
-            keep=self._keep(len(images), artifacts),
+            keep=keep,
             gaps=self.gaps,
             start=None if self.start is None else self.start.to_continue(artifacts),
             execution=Execution(device=artifacts.device, progress=artifacts.progress),
@@ -135,7 +140,6 @@ class Pretrain(Stage):
         return load_encoder(self._file(artifacts, after), output)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
-        """The encoder, in eval mode."""
         return self.encoder(artifacts)
 
     def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
@@ -163,12 +167,6 @@ class Pretrain(Stage):
         """One row per epoch, see `issl.pretraining.loop.pretrain`."""
         return pd.read_csv(artifacts.file(self, "history.csv"))
 
-    def _keep(self, n: int, artifacts: Artifacts) -> Tensor:
-        keep = torch.ones(n, dtype=torch.bool)
-        if self.without is not None:
-            keep[self.without.read(artifacts)] = False
-        return keep
-
 
 class State(Stage):
     """An encoder as it was after some epochs of a training, one of its `snapshots`: about.json. The
@@ -181,7 +179,6 @@ class State(Stage):
 
     @property
     def method(self) -> Method:
-        """By which it was trained."""
         return self.run.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
@@ -189,11 +186,9 @@ class State(Stage):
             part.write_text(json.dumps({"training": self.run.label, "epochs": self.after}))
 
     def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
-        """The encoder, in eval mode."""
         return self.run.encoder(artifacts, output, self.after)
 
     def read(self, artifacts: Artifacts) -> nn.Module:
-        """The encoder, in eval mode."""
         return self.encoder(artifacts)
 
 
@@ -209,10 +204,7 @@ class Table(Stage):
         raise NotImplementedError
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        self.write(self.compute(artifacts), folder)
-
-    def write(self, table: pd.DataFrame, folder: Path) -> None:
-        """The table as the artifact's file."""
+        table = self.compute(artifacts)
         single = table.astype(dict.fromkeys(table.select_dtypes("float64"), "float32"))
         single.attrs = {**table.attrs, "stage": self.label}
         with atomic(folder / self.file) as part:
@@ -275,9 +267,9 @@ class Influence(Table):
             return self_influence(encoder, images, **what)
         return fit(encoder, images, **what).score(self.others.load(), computing=computing)
 
-    def order(self, artifacts: Artifacts) -> np.ndarray:
-        """The positions of the images, from the highest influence to the lowest."""
-        return np.argsort(-self.read(artifacts)["influence"].to_numpy(), kind="stable")
+    def order(self, artifacts: Artifacts, column: str = "influence") -> np.ndarray:
+        """The positions of the images, from the highest number in a column to the lowest."""
+        return np.argsort(-self.read(artifacts)[column].to_numpy(), kind="stable")
 
 
 class Positions(Stage):
@@ -306,17 +298,16 @@ class Prune(Positions):
     name: ClassVar[str] = "prune"
 
     influence: Influence
-    which: Literal["top", "bottom", "random", "top flat", "random flat"]
+    which: Removed
     share: float = Field(gt=0, lt=1)
     column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        scores = self.influence.read(artifacts)[self.column].to_numpy()
-        count = round(self.share * len(scores))
-        order = np.argsort(-scores, kind="stable")
+        order = self.influence.order(artifacts, self.column)
+        count = round(self.share * len(order))
         if self.which.startswith("random"):
-            order = np.random.default_rng(self.seed).permutation(len(scores))
+            order = np.random.default_rng(self.seed).permutation(len(order))
         if self.which.endswith("flat"):
             images = (self.influence.others or self.influence.data).load()
             frames = pixel_features(images)["border_std"].to_numpy()
@@ -500,17 +491,15 @@ class Cross(Pairs):
     draws: int = Field(1, ge=1)
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        encoder = self.pretrain.encoder(artifacts)
-        images, query = self.data.load(), self.query.load()
         computing = _computing(artifacts)
         if not isinstance(self.curvature, LoGra | RandomProjection):
             # whole gradients: as many numbers an image as weights. Twice the passes, instead of
             # tens of gigabytes
             computing = replace(computing, memory="recomputed")
         scores = cross_influence(
-            encoder,
-            images,
-            as_queries(query),
+            self.pretrain.encoder(artifacts),
+            self.data.load(),
+            as_queries(self.query.load()),
             self.perturbation,
             self.curvature,
             self.seed,
@@ -544,7 +533,7 @@ class OfRun(Stage):
 
     run: Pretrain
     query: Data
-    asked: Literal["each", "unseen", "own"] = "each"
+    asked: Asked = "each"
     picked: Spread | None = None
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
@@ -567,7 +556,6 @@ class OfRun(Stage):
         return steps, self.measures(learner, images, artifacts)
 
     def effects(self, run: Run, measures: list[Measure], artifacts: Artifacts) -> Effects:
-        """What training on each image did to these measures."""
         return influence_through_training(
             run.start,
             run.images,
@@ -613,7 +601,7 @@ class ThroughTraining(OfRun, Pairs):
         _write_pairs(folder, effects.derivatives)
 
     def about(self, artifacts: Artifacts) -> dict[str, Any]:
-        """How it was made."""
+        """What through.json says."""
         found: dict[str, Any] = json.loads(artifacts.file(self, "through.json").read_text())
         return found
 
@@ -703,6 +691,14 @@ class Neighbours(Stage):
         kept = read_safetensors(artifacts.file(self, "neighbours.safetensors"), "neighbours")[1]
         return kept["places"].numpy(), kept["distances"].numpy()
 
+    def graph(self, artifacts: Artifacts) -> csr_array:
+        """The graph of nearest neighbours, see `issl.audit.stats.neighbour_graph.knn_graph`."""
+        return knn_graph(self.read(artifacts)[0])
+
+    def images(self) -> Images:
+        """Those whose neighbours they are."""
+        return self.features.data.load()
+
 
 class Betweenness(Table):
     """The share of shortest paths through each image in the graph of nearest neighbours:
@@ -716,9 +712,8 @@ class Betweenness(Table):
     seed: int = Field(0, ge=0)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        graph = knn_graph(self.neighbours.read(artifacts)[0])
-        index = self.neighbours.features.data.load().index.numpy()
-        found = betweenness(graph, self.sources, self.seed)
+        found = betweenness(self.neighbours.graph(artifacts), self.sources, self.seed)
+        index = self.neighbours.images().index.numpy()
         return pd.DataFrame({"index": index, "betweenness": found})
 
     def read(self, artifacts: Artifacts) -> np.ndarray:

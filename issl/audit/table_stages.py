@@ -194,11 +194,11 @@ class Geometry(Table):
     neighbours: Neighbours
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        places, distances = self.neighbours.read(artifacts)
-        features, images = self.neighbours.features, self.neighbours.features.data.load()
-        graph = neighbour_graph.knn_graph(places)
+        features, images = self.neighbours.features.read(artifacts), self.neighbours.images()
+        _, distances = self.neighbours.read(artifacts)
+        graph = self.neighbours.graph(artifacts)
         columns = {
-            "feature_norm": features.read(artifacts).norm(dim=1),
+            "feature_norm": features.norm(dim=1),
             "nearest": distances[:, 0],
             "knn_distance": distances.mean(1),
             "degree": graph.sum(1).astype(int),
@@ -220,8 +220,7 @@ class FlatBridges(Table):
     pixels: Pixels
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        images = self.neighbours.features.data.load()
-        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
+        images, graph = self.neighbours.images(), self.neighbours.graph(artifacts)
         frames = self.pixels.read(artifacts)["border_std"]
         flat = (frames.rank(pct=True) <= 0.1).to_numpy()
         labels = images.require_labels().numpy()
@@ -239,8 +238,7 @@ class RelatedBridges(Table):
     neighbours: Neighbours
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        images = self.neighbours.features.data.load()
-        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
+        images, graph = self.neighbours.images(), self.neighbours.graph(artifacts)
         group = images.require(["superclass"])["superclass"].to_numpy()
         labels = images.require_labels().numpy()
         share = neighbour_graph.share_of_cross(graph, labels, lambda a, b: group[a] == group[b])
@@ -257,9 +255,8 @@ class Bottlenecks(Table):
     neighbours: Neighbours
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        graph = neighbour_graph.knn_graph(self.neighbours.read(artifacts)[0])
-        eigenvalues, spread = neighbour_graph.bottlenecks(graph)
-        index = self.neighbours.features.data.load().index.numpy()
+        eigenvalues, spread = neighbour_graph.bottlenecks(self.neighbours.graph(artifacts))
+        index = self.neighbours.images().index.numpy()
         table = pd.DataFrame({"index": index, "spread": spread})
         table.attrs = {"eigenvalues": eigenvalues.tolist()}
         return table
@@ -330,14 +327,13 @@ class Removals(Estimates):
 
     def found(self, artifacts: Artifacts) -> Mapping[str, Numbers]:
         near, score = self.betweenness.neighbours, self.influence.read(artifacts)["influence"]
-        features, labels = near.features.read(artifacts), near.features.data.load().require_labels()
+        features, labels = near.features.read(artifacts), near.images().require_labels()
         rankings = {
             "influence": score.to_numpy(),
             "betweenness": self.betweenness.read(artifacts),
             "lowest influence": -score.to_numpy(),
         }
-        graph = neighbour_graph.knn_graph(near.read(artifacts)[0])
-        images = Seen(labels.numpy(), features, graph, rankings)
+        images = Seen(labels.numpy(), features, near.graph(artifacts), rankings)
         rng = np.random.default_rng(self.seed)
         gains = images.gains(self.share, self.draws, rng)
         if self.test is None:
