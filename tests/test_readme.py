@@ -261,7 +261,7 @@ def test_a_method_is_one_file(checkout: Path) -> None:
     text = source.read_text().replace('"vicreg", "VICReg"', '"mine", "Mine"')
     (source.parent / "mine.py").write_text(text.replace("class VICReg", "class Mine"))
     recipes = checkout / "issl/pretraining/recipes.py"
-    row = re.search(r'    yield _row\("vicreg", 0.05.*\n', recipes.read_text())[0]
+    row = re.search(r'    Recipe\("vicreg", "sgd".*\n', recipes.read_text())[0]
     recipes.write_text(recipes.read_text().replace(row, row + row.replace("vicreg", "mine")))
     in_checkout(checkout, f"pretrain --method mine {TRAINED}")
     assert np.isfinite(pd.read_csv(checkout / "e.csv")["loss"]).all()

@@ -128,14 +128,14 @@ def _card_of_kept(name: str, scale: str) -> dict[str, Any]:
     if own:
         where = f" On {verdicts.COPY}" if own[0]["copied"] else f" By the record of {scale}"
         said += f"{where}: {found['sentence']}"
-    title = _title(nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4))
+    title = _title(nbformat.read(provided("notebooks") / f"{name}.ipynb", as_version=4), name)
     about = {"page": "", "image": "", "width": "", "height": "", "links": []}
     return {"name": name, "title": title, "finding": found | {"sentence": said}, **about}
 
 
-def _title(notebook: Any) -> str:
-    """Its first heading."""
-    source: str = next(c.source for c in notebook.cells if c.cell_type == "markdown")
+def _title(notebook: Any, name: str) -> str:
+    """Its first heading; its name, where it has no text."""
+    source: str = next((c.source for c in notebook.cells if c.cell_type == "markdown"), name)
     return source.splitlines()[0].lstrip("# ").strip()
 
 
@@ -179,7 +179,7 @@ def _card(
     places   of this machine, which the page must not show
     """
     notebook = nbformat.read(executed, as_version=4)
-    title, page, picture = _title(notebook), f"report/{name}.html", figures / f"{name}.png"
+    title, page, picture = _title(notebook, name), f"report/{name}.html", figures / f"{name}.png"
     cells, parts = notebook_cells(notebook, places)
     _write(site / f"{name}.html", "notebook.html", name=name, title=title, cells=cells, parts=parts)
     card: dict[str, Any] = {
