@@ -33,6 +33,7 @@ COLOURS: dict[str, Any] = dict(zip(NAMES, PALETTE, strict=False))
 # decides is black
 COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
 COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
+COLOURS |= {"no encoder": "black"}
 GREY = "0.45"
 GAP = 3  # pixels, between the images of a gallery
 MARK = PALETTE[1]  # of what a gallery outlines
@@ -133,7 +134,7 @@ def forest(
     if nothing is not None:
         axes.axvline(nothing, color="grey", lw=0.8, ls="--")
     if asked is not None:
-        axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5)
+        axes.axvline(asked, color="black", lw=0.9, ls=":", zorder=0.5, label="what the test asks")
     _name_lines(axes, lines, label)
     axes.locator_params(axis="x", nbins=3)  # numbers of many digits would touch each other
     values = table[["value", "low", "high"]].astype(float).to_numpy()
