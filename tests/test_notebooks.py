@@ -297,19 +297,21 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
     n, tables = len(p.training_set), p.tables()
     after, own = (tables[name].stages for name in ("after subsets", "own losses"))
     before = np.exp(log_losses(p.query_losses(pretrain=p.pretrain()), p.store))
-    influence = p.each("scores")[p.method, 0]["influence"].to_numpy()
-    places = [at for (at,) in p.each("picked").values()]
+    influence = p.each("scores")[0]["influence"].to_numpy()
+    places = [at for (e, _), (at,) in p.each("picked").items() if e == 0]
     assert places[0] == influence.argmax()  # the image at the head of the score
-    for kind in p.kinds_of_retraining:
+    for kind in p.retraining:
         runs = [
-            np.stack([log_losses(after[kind, "BatchNorm held", s, k], p.store) for k in range(4)])
+            np.stack(
+                [log_losses(after[0, kind, "BatchNorm held", s, k], p.store) for k in range(4)]
+            )
             for s in range(2)
         ]
         measured = np.mean([run - run.mean(1, keepdims=True) for run in runs], 0).T
         predicted = np.zeros_like(measured)
         for k, gone in p.each("left out").items():
             assert len(gone) == n // 2
-            scores = p.each("on queries")["LoGra, rank 4"].numpy() / before[:, None]
+            scores = p.each("on queries")[0, "LoGra, rank 4"].numpy() / before[:, None]
             predicted[:, k] = -np.delete(scores, gone, 1).sum(1)
         predicted -= predicted.mean(0)
         want = np.mean([rank_correlation(a, b) for a, b in zip(predicted, measured, strict=True)])
@@ -318,7 +320,7 @@ def test_10_is_what_the_trainings_in_the_cache_show(out: Path, plan) -> None:
         changes = []
         for i, at in enumerate(places):
             full, without = (
-                np.mean([log_losses(own[kind, s, k], p.store) for s in range(2)], axis=0)
+                np.mean([log_losses(own[0, kind, s, k], p.store) for s in range(2)], axis=0)
                 for k in (ALL, i)
             )
             rise = without - full
@@ -396,15 +398,15 @@ def test_14_doses_compare_the_same_scenes(out: Path, plan) -> None:
 def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     p = plan("15_taught")
     removals, features = p.each("removals"), p.each("features")
-    lists = list(p.each("scores").items())
-    for (which, scores), q in product(lists, range(2)):
+    for ((e, which), scores), q in product(p.each("scores").items(), range(2)):
         speaks_for = -scores[q] if which == "effect" else scores[q]
-        assert removals[which, q] == sorted(speaks_for.topk(p.k).indices.tolist())
-    assert p.effect().run not in [p.retrained("continued", s) for s in range(p.seeds)]
+        assert removals[e, which, q] == sorted(speaks_for.topk(p.k).indices.tolist())
+    runs = [p.retrained("continued", s) for s in range(p.seeds)]
+    assert p.effect(p.training()).run not in runs
 
-    def moved(kind: Kind, channel: Channel, s: int, which: str, q: int) -> float:
+    def moved(e: int, kind: Kind, channel: Channel, s: int, which: str, q: int) -> float:
         """How far a query's features are from those of the training on all images."""
-        ways = ((kind, channel, s, which, q), (kind, channel, s, "none", ALL))
+        ways = ((e, kind, channel, s, which, q), (e, kind, channel, s, "none", ALL))
         a, b = (features[way][q].double() for way in ways)
         return float((1 - torch.cosine_similarity(a, b, 0)).log())
 
@@ -412,10 +414,10 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
         "taught_more_than_nearest_held": "BatchNorm held",
         "taught_more_than_nearest": "as trained",
     }
-    each = list(product(range(2), range(2)))  # seeds and queries
-    for kind, (claim, channel) in product(p.kinds_of_retraining, claims_of.items()):
+    each = list(product(range(p.encoders), range(2), range(2)))  # encoders, seeds and queries
+    for kind, (claim, channel) in product(p.retraining, claims_of.items()):
         ours, nearest_ = (
-            np.mean([moved(kind, channel, s, which, q) for s, q in each])
+            np.mean([moved(e, kind, channel, s, which, q) for e, s, q in each])
             for which in ("influence", "nearest")
         )
         got = record(out, f"{claim}.{kind}")["metrics"]["change_less_nearest"]["value"]

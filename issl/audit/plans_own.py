@@ -96,8 +96,6 @@ class Retrained(Scored):
     continued_lr: float = Field(0.05, gt=0)
     continued_batch: int | None = Field(None, ge=2)
 
-    kinds_of_retraining: ClassVar[tuple[Kind, ...]] = ("continued", "from scratch")
-
     def channels(self, kind: Kind) -> tuple[Channel, ...]:
         """The ways to measure. (Weights from scratch and the statistics of another network do not
         fit together.)"""
@@ -187,6 +185,7 @@ class Validation(Retrained):
 
     notebook: ClassVar[str] = "10_validation"
 
+    retraining: tuple[Kind, ...] = Field(get_args(Kind), min_length=1)
     images: int = Field(6, ge=4)  # left out one at a time, evenly over the ranks of the score
     subsets: int = Field(12, ge=4)
     share: float = Field(0.5, gt=0, lt=1)  # of the images, in a subset
@@ -208,36 +207,46 @@ class Validation(Retrained):
         return found | {"none (identity)": Identity()}
 
     def tables(self) -> dict[str, Cells]:
-        encoders = self.encoders_of((self.method,))
-        first, scores = (self.method, 0), self.influence(self.pretrain(), draws=self.draws)
+        known = self.encoders_of((self.method,))
+        trained = {e: self.training(self.method, e) for e in range(self.encoders)}
+        scores = {e: self.influence(first, draws=self.draws) for e, first in trained.items()}
         last = self.images - 1
-        picks = {i: Pick(influence=scores, quantile=i / last) for i in range(self.images)}
+        picks: dict[Labels, Pick] = {
+            (e, i): Pick(influence=scores[e], quantile=i / last)
+            for e, i in product(trained, range(self.images))
+        }
         draws = {
             k: Draw(data=self.scored(), share=1 - self.share, seed=k) for k in range(self.subsets)
         }
-        on_queries: dict[Labels, Pairs] = {
-            (k,): self.cross(c) for k, c in self.curvatures().items()
-        }
+        on_queries: dict[Labels, Pairs] = {}
         subsets: dict[Labels, Stage] = {}
         alone: dict[Labels, dict[str, Any]] = {}
-        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
-            for channel, (k, draw) in product(self.channels(kind), draws.items()):
-                how = self.measured(self.retrained(kind, s, draw), kind, channel)
-                subsets[kind, channel, s, k] = self.query_losses(**how)
-            # the place of an image in its batch stays empty, so the other batches are the same
-            trained = {i: self.retrained(kind, s, pick, gaps=True) for i, pick in picks.items()}
-            for i, encoder in {ALL: self.retrained(kind, s), **trained}.items():
-                alone[kind, s, i] = self.measured(encoder, kind, "BatchNorm held")
-        data, each = self.scored(), "kind seed without"
+        for e, first in trained.items():
+            for name, curvature in self.curvatures().items():
+                on_queries[e, name] = self.cross(curvature, first)
+            on_queries[e, SIMILARITY] = self.nearness(first)
+            for kind, s in product(self.retraining, range(self.seeds)):
+                for channel, (k, draw) in product(self.channels(kind), draws.items()):
+                    encoder = self.retrained(kind, s, draw, first=first)
+                    how = self.measured(encoder, kind, channel)
+                    subsets[e, kind, channel, s, k] = self.query_losses(**how)
+                for i in (ALL, *range(self.images)):
+                    # its place in its batch stays empty, so the other batches are the same
+                    encoder = self.retrained(kind, s, picks.get((e, i)), i != ALL, first)
+                    alone[e, kind, s, i] = self.measured(encoder, kind, "BatchNorm held")
+        data, each = self.scored(), "encoder kind seed without"
         features: dict[Labels, Stage] = {k: Embed(**how, data=data) for k, how in alone.items()}
+        before: dict[Labels, Stage] = {
+            (e,): self.query_losses(pretrain=first) for e, first in trained.items()
+        }
         return {
-            "scores": Cells(BY, {first: scores}),
-            "accuracy": under(encoders, self.evaluation),
-            "on queries": Cells("score", on_queries | {(SIMILARITY,): self.nearness()}),
-            "query losses": Cells(BY, {first: self.query_losses(pretrain=self.pretrain())}),
-            "picked": Cells("without", {(i,): pick for i, pick in picks.items()}),
+            "scores": Cells("encoder", {(e,): stage for e, stage in scores.items()}),
+            "accuracy": under(known, self.evaluation),
+            "on queries": Cells("encoder score", on_queries),
+            "query losses": Cells("encoder", before),
+            "picked": Cells("encoder without", picks),
             "left out": Cells("subset", {(k,): draw for k, draw in draws.items()}),
-            "after subsets": Cells("kind channel seed subset", subsets),
+            "after subsets": Cells("encoder kind channel seed subset", subsets),
             "own losses": Cells(each, {k: self.losses(data, **how) for k, how in alone.items()}),
             "own features": Cells(each, features),
         }
@@ -452,6 +461,7 @@ class Taught(Retrained):
     notebook: ClassVar[str] = "15_taught"
 
     snapshots: int | None = Field(1, ge=1)  # so the whole learner is kept
+    retraining: tuple[Kind, ...] = Field(get_args(Kind), min_length=1)
     asked: int = Field(3, ge=2)  # how many queries are retrained for: the first ones
     share: float = Field(0.1, gt=0, lt=1)  # of the scored images, removed for a query
     drawn: int = Field(3, ge=2)  # removals at random
@@ -467,27 +477,32 @@ class Taught(Retrained):
         """The queries that are retrained for."""
         return self.data("test", first=self.asked)
 
-    def effect(self) -> ThroughTraining:
+    def effect(self, first: Pretrain) -> ThroughTraining:
         """What each image did to the asked queries' stability losses when training went on once
         more."""
         return ThroughTraining(
-            run=self.retrained("continued", self.seeds),
+            run=self.retrained("continued", self.seeds, first=first),
             query=self.asked_data(),
             perturbation=self.noise,
             seed=self.noise_seed,
             draws=self.draws,
         )
 
-    def scores(self) -> dict[str, Cross | ThroughTraining | Nearness]:
+    def scores(self, first: Pretrain) -> dict[str, Cross | ThroughTraining | Nearness]:
         """A number for each query and training image, by the name of its lists."""
-        return {"influence": self.cross(), "effect": self.effect(), "nearest": self.nearness()}
+        effect = self.effect(first)
+        return {
+            "influence": self.cross(first=first),
+            "effect": effect,
+            "nearest": self.nearness(first),
+        }
 
-    def removals(self) -> dict[Labels, Draw | Top]:
+    def removals(self, first: Pretrain) -> dict[Labels, Draw | Top]:
         """The images that are removed, by the list's name and the query that it is for; or as many
         random ones, by a number."""
         found: dict[Labels, Draw | Top] = {
             (which, query): Top(scores=scores, query=query, k=self.k)
-            for which, scores in self.scores().items()
+            for which, scores in self.scores(first).items()
             for query in range(self.asked)
         }
         for number in range(self.drawn):
@@ -495,21 +510,27 @@ class Taught(Retrained):
         return found
 
     def tables(self) -> dict[str, Cells]:
-        removals = self.removals()
-        losses: dict[Labels, Stage] = {}
-        features: dict[Labels, Stage] = {}
-        for kind, s in product(self.kinds_of_retraining, range(self.seeds)):
-            for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
-                how = self.measured(self.retrained(kind, s, removals.get(key)), kind, channel)
-                losses[kind, channel, s, *key] = self.query_losses(**how)
-                features[kind, channel, s, *key] = Embed(**how, data=self.query_data())
-        each = "kind channel seed removed number"
+        of: dict[str, dict[Labels, Stage]] = {
+            name: {} for name in ("scores", "removals", "losses", "features")
+        }
+        for e in range(self.encoders):
+            first = self.training(self.method, e)
+            removals = self.removals(first)
+            of["scores"] |= {(e, name): stage for name, stage in self.scores(first).items()}
+            of["removals"] |= {(e, *key): stage for key, stage in removals.items()}
+            for kind, s in product(self.retraining, range(self.seeds)):
+                for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
+                    encoder = self.retrained(kind, s, removals.get(key), first=first)
+                    how = self.measured(encoder, kind, channel)
+                    of["losses"][e, kind, channel, s, *key] = self.query_losses(**how)
+                    of["features"][e, kind, channel, s, *key] = Embed(**how, data=self.query_data())
+        each = "encoder kind channel seed removed number"
         return {
             "accuracy": under(self.encoders_of((self.method,)), self.evaluation),
-            "scores": Cells("score", {(name,): stage for name, stage in self.scores().items()}),
-            "removals": Cells("removed number", removals),
-            "losses": Cells(each, losses),
-            "features": Cells(each, features),
+            "scores": Cells("encoder score", of["scores"]),
+            "removals": Cells("encoder removed number", of["removals"]),
+            "losses": Cells(each, of["losses"]),
+            "features": Cells(each, of["features"]),
         }
 
 
