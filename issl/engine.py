@@ -19,7 +19,7 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from issl.errors import IsslError
-from issl.files import why_no_room
+from issl.files import READING, why_no_room
 
 CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 CONNECT = 20.0  # seconds in which a scheduler must answer
@@ -281,6 +281,8 @@ def in_short(error: BaseException) -> str | None:
         return str(error)
     if (why := why_no_room(error)) is not None:
         name = getattr(error, "filename", None) or "a file"
+        if getattr(error, "errno", None) in READING:
+            return f"{name} cannot be read or written: {why}; change its rights, or its place"
         return f"{name} cannot be written: {why}; make room and run it again"
     from issl.devices import is_out_of_memory  # imports torch
 

@@ -27,10 +27,15 @@ NO_ROOM = {  # what the system says where a file cannot be written, and no progr
     errno.EDQUOT: "your quota of the disk is used up",
     errno.EFBIG: "files may not become so large here",
     errno.EROFS: "the disk is read-only",
-    errno.EACCES: "you may not write there",
-    errno.EPERM: "you may not write there",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EIO: "the disk fails",
 }
+
+
+READING = (errno.EACCES, errno.EPERM, errno.EIO)  # of these, what an error of reading may be
+UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(UMASK)
 
 
 def installed() -> bool:
@@ -60,7 +65,7 @@ def atomic(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     try:
         yield part
-        part.chmod(0o644)
+        part.chmod(0o666 & ~UMASK)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         if not part.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import issl
 from issl import cli
 from issl.influence.scores import as_queries
-from issl.pretraining.encoder import load_encoder
+from issl.pretraining.encoder import load_encoder, read_encoder
+from issl.pretraining.other_encoders import open_encoder
 
 HOW = {"curvature": issl.LoGra(4), "draws": 4, "computing": issl.Computing(batch_size=64)}
 
@@ -53,6 +56,19 @@ def test_the_lists_are_those_of_the_scores(
     np.testing.assert_allclose(of["taught"]["influence"], scores.topk(5)[0], rtol=1e-4)
     assert of["nearest"]["similarity_rank"].tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+def test_a_file_says_which_part_it_saw_and_at_which_size(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "tested.safetensors"
+    told = "pretrain --data scenes --split test --n 48 --width 1 --epochs 1 --batch-size 16"
+    assert cli.main([*told.split(), "--recipe", "short", "--out", str(path)]) == 0
+    assert run(path, tmp_path, "train:7") == 0
+    own = pd.read_csv(tmp_path / "why.csv").query("list == 'itself'")["index"]
+    sheet = issl.load("scenes", "test", n=48)
+    assert own.tolist() == [int(sheet.index[7])]
+    header, tensors = read_encoder(path)
+    save_file(tensors, path, {"issl": json.dumps(header | {"size": 64})})
+    assert open_encoder(str(path)).size == 64
 
 
 def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_an_identity_is_that_of_the_content(
     found = [datasets.identity("cifar10", "test", root) for root in roots]
     assert len({which.digest for which in found}) == 1
     assert "there are 7 images instead of 10,000" in found[0].about
+    splits = [datasets.identity("cifar10", split, roots[2]) for split in ("train", "test")]
+    assert splits[0].digest != splits[1].digest == found[0].digest  # of the same files
     records = identity.as_records(np.array(labels), pixels)
     assert found[0].digest == hashlib.sha256(records.tobytes()).hexdigest()[:16]
     other = write(tmp_path / "labels", pixels, [0, 1, 2, 3, 4, 5, 7])

@@ -33,8 +33,10 @@ from issl import (
     top_influences,
 )
 from issl.influence import reference
+from issl.influence.curvature import draw_images
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
+from issl.keyed_random import uniform
 from issl.pretraining.encoder import PIXEL_STD, Normalize, resnet18
 
 NOISE = GaussianNoise()
@@ -313,3 +315,11 @@ def test_bad_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as without beartype
     with pytest.raises(issl.IsslError, match=f"{name}="):
         BAD_SETTINGS[name]()
+
+
+def test_images_for_moments_are_not_those_of_extreme_views() -> None:
+    """Both are drawn by the index of an image under one seed, and must not be the same draw."""
+    index = torch.arange(4000)
+    chosen = draw_images(index, 100, seed=0)
+    first = uniform(0, index[chosen], (1,))  # of a view: the area of its crop
+    assert len(set(chosen.tolist())) == 100 and 0.35 < float(first.mean()) < 0.65

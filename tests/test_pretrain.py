@@ -26,7 +26,7 @@ from issl.data.views import View
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import BasicBlock, load_encoder, read_encoder
 from issl.pretraining.learner import Learner, load_learner
-from issl.pretraining.loop import Execution, epoch_order, pretrain
+from issl.pretraining.loop import LARGEST_SEED, Execution, _generator, epoch_order, pretrain
 from issl.pretraining.recipes import NAMES, recipe
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "execution": Execution(progress=False)}
@@ -74,6 +74,23 @@ def test_the_losses_are_those_of_the_released_encoders(kind: str) -> None:
     np.testing.assert_allclose(history["loss"][0], want[0], rtol=5e-4)
     # another processor rounds differently, which a second epoch makes 1.2% of
     np.testing.assert_allclose(history["loss"][1], want[1], rtol=3e-2)
+
+
+def test_every_seed_has_an_order_of_its_own() -> None:
+    """torch reads 32 bits of a seed; 2,000 epochs of 2,048 seeds, of two kinds, fit into them."""
+    seeds = [
+        _generator(seed, epoch, what).initial_seed()
+        for seed in (0, 1, 1024, LARGEST_SEED)
+        for epoch in (0, 1, 1999)
+        for what in (0, 1)
+    ]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds) == 24
+
+
+def test_one_batch_of_all_can_have_gaps() -> None:
+    images, keep = issl.load("scenes", n=16), torch.arange(16) > 2
+    encoder, _ = pretrain(images, SIMCLR, **{**SMALL, "batch_size": 16}, keep=keep, gaps=True)
+    assert all(p.isfinite().all() for p in encoder.parameters())
 
 
 def test_leaving_an_image_out_changes_nothing_else(seen: list) -> None:
@@ -128,6 +145,7 @@ HEAVY = replace(BYOL, weight_decay=60.0, momentum=0.0)
         (SIMCLR, {"keep": torch.ones(3, dtype=torch.bool)}, "keep has 3"),
         (SIMCLR, {"keep": OUT, "gaps": True}, "0 image of a batch is left"),
         (SUPERVISED, {}, "'photos' have no labels"),
+        (SIMCLR, {"seed": 2048}, "seed up to 2047"),
         (WILD, {"epochs": 3}, "diverged in epoch"),
         (HEAVY, {"epochs": 30}, r"collapsed in epoch .*weight_decay=60.*tau=0.97"),
     ],
@@ -203,8 +221,10 @@ def test_a_checkpoint_serves_its_own_run_in_any_precision_and_no_other(
     went_on, history = pretrain(images, **{**how, "execution": fp32})
     assert "bf16" in capsys.readouterr().err and len(history) == 2
     same_weights(one, went_on)  # no epoch was left
-    with pytest.raises(issl.IsslError, match="seed"):
+    with pytest.raises(issl.IsslError, match="seed differ"):
         pretrain(images, **how, seed=1)
+    with pytest.raises(issl.IsslError, match="images differ"):
+        pretrain(images.subset(range(63, -1, -1)), **how)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(issl.IsslError, match="is damaged"):
         pretrain(images, **how)

@@ -182,18 +182,22 @@ def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) 
     first.attributes["mine"] = 1  # no one else's
     assert "mine" not in again.attributes and "mine" not in data.load().attributes
     picture.write_bytes(png(np.full((3, 32, 32), 9, np.uint8)) + b" ")
-    assert int(data.load().pixels.max()) == 9 and Data(name=data.name).identity != key
+    with pytest.raises(issl.IsslError, match="changed while it was used"):
+        data.load()  # its key is that of the images before
+    data = Data(name=data.name)
+    assert int(data.load().pixels.max()) == 9 and data.identity != key
 
 
 def test_prune_and_thin_choose_what_they_say(artifacts: Artifacts) -> None:
     scored = influence()
     order = scored.read(artifacts)["influence"].rank(ascending=False, method="first").to_numpy()
 
-    def pruned(which: str, seed: int = 0) -> list[int]:
-        return Prune(influence=scored, which=which, share=0.25, seed=seed).read(artifacts)
+    def pruned(which: str, seed: int = 0, share: float = 0.25) -> list[int]:
+        return Prune(influence=scored, which=which, share=share, seed=seed).read(artifacts)
 
     assert sorted(order[pruned("top")]) == list(range(1, 13))
     assert sorted(order[pruned("bottom")]) == list(range(37, 49))
+    assert pruned("bottom", share=0.001) == pruned("top", share=0.001) == []
     some = pruned("random")
     assert some == pruned("random") != pruned("random", 1) and len(some) == 12
     border = pixel_features(scored.data.load())["border_std"]

@@ -164,6 +164,9 @@ def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
     others = IMAGES.subset(range(2))
     with pytest.raises(issl.IsslError, match="other measures"):
         influence_through_training(start, IMAGES, others, **SMALL, folder=tmp_path)
+    turned = replace(IMAGES, pixels=IMAGES.tensor().flip(3))
+    with pytest.raises(issl.IsslError, match="images differ"):
+        influence_through_training(start, turned, QUERY, **SMALL, folder=tmp_path)
     with pytest.raises(issl.IsslError, match="seed differ"):
         influence_through_training(start, IMAGES, QUERY, **SMALL | {"seed": 4}, folder=tmp_path)
 

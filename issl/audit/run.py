@@ -80,10 +80,13 @@ def run(
             what = summary(stages[ended.name]) if ended.name in stages else ""
             print(f"{done:4} of {len(tasks)}  {line(ended, what)}", flush=True)
             failed += [ended] if ended.error else []
-    for text, _ in compared(stages.values(), artifacts) if options.door == "encoders" else ():
+    lost = {ended.name for ended in failed}
+    again_made = [s for label, s in stages.items() if label not in lost]
+    differ = 0
+    for text, same in compared(again_made, artifacts) if options.door == "encoders" else ():
         print(text, flush=True)
-    count = len({ended.name for ended in failed} & set(books))
-    made = len(stages) - len({ended.name for ended in failed} & set(stages))
+        differ += not same
+    count, made = len(lost & set(books)), len(stages) - len(lost & set(stages))
     print(
         f"{len(books) - count} of {len(books)} notebooks ended well, {made} of {len(stages)} "
         f"missing stages made, in {time.monotonic() - began:.0f} s: {artifacts.root}"
@@ -93,7 +96,7 @@ def run(
         print(f"report:  {_report(options, artifacts)}", flush=True)
     if options.door is not None:
         print(DOORS)
-    return int(bool(failed))
+    return int(bool(failed or differ))
 
 
 def make(stage: Stage, artifacts: Artifacts, device: str) -> None:

@@ -71,6 +71,11 @@ class Data(Config):
         """The images. The last few sets are kept in memory, because many stages in a row read the
         same ones."""
         now = datasets.identity(self.name, self.split, self.root).digest
+        if now != self.identity:
+            raise IsslError(
+                f"{self.name} changed while it was used (identity {self.identity}, now {now}): run "
+                "the same command again; what was finished is kept"
+            )
         images = _loaded(self, now)
         return replace(images, attributes=images.attributes.copy())  # a caller may add columns
 

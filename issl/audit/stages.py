@@ -312,7 +312,7 @@ class Prune(Positions):
             images = (self.influence.others or self.influence.data).load()
             frames = pixel_features(images)["border_std"].to_numpy()
             order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
-        return order[-count:] if self.which == "bottom" else order[:count]
+        return order[len(order) - count :] if self.which == "bottom" else order[:count]
 
 
 class Thin(Positions):

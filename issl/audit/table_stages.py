@@ -37,6 +37,7 @@ from issl.audit.stats.removals import Seen
 from issl.audit.stats.tables import Numbers, tidy
 from issl.data.decoding import decode
 from issl.data.images import Images, LazyPixels, own_names
+from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.influence.curvature import LoGra
 from issl.influence.kept import fit
@@ -476,7 +477,8 @@ class CopiesDiscount(Table):
             index = int(images.index[i]) + COPY * np.arange(max(self.copies) + 1)
             pixels = images.tensor()[[i] * len(index)]
             alike = Images(pixels, None, pd.DataFrame({"index": index}), images.name)
-            rows = fitted.scorer.rows(alike, slice(0, len(index)))
+            with full_precision():
+                rows = fitted.scorer.rows(alike, slice(0, len(index)))
             turned = [
                 (e, rows[f"layer.{name}"][:, 0].double().cpu() @ v)
                 for name, (e, v) in known.items()

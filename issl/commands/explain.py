@@ -127,7 +127,7 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
             f"{encoder} {count} images of {name}, not on {options.n}: leave out --images, {remedy}"
         )
     if not config:
-        options.n = count
+        options.n, options.split = count, header.get("split", "train")
         return load_images(options, opened), " it was trained on"
     if altered := [key for key in ALTERED if known.get(key) is not None]:
         raise IsslError(

@@ -54,6 +54,7 @@ def main(options: argparse.Namespace) -> int:
         options.data, options.split, options.n, options.data_root, size=size
     ).in_memory()
     about = {"recipe": plain(how), "data": images.name, "n": len(images)}
+    about |= {"split": options.split, "size": images.pixels.shape[2]}
     what = f"{options.method} ({options.recipe} recipe) on {len(images)} images of {images.name}"
     print(f"{what}, {device}", flush=True)
 

@@ -88,7 +88,7 @@ class Table(Encoded):
     def which(self) -> SetIdentity:
         """The hash of the encoded images and labels in their order, which is the same in every
         container; remembered by the files' times."""
-        return remembered(self._files, self._identify)
+        return remembered(self.called, self._files, self._identify)
 
     def _identify(self) -> SetIdentity:
         whole = hashlib.sha256()

@@ -121,16 +121,18 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issl" / name
 
 
-def remembered(files: Sequence[Path], identify: Callable[[], SetIdentity]) -> SetIdentity:
-    """The identity of what is in these files, worked out once for each path, size and time of
+def remembered(
+    what: str, files: Sequence[Path], identify: Callable[[], SetIdentity]
+) -> SetIdentity:
+    """The identity of `what` is in these files, worked out once for each path, size and time of
     change.
 
     It is kept in `cache_folder`; where that cannot be written, a line says so.
     """
-    key = stamp(path.absolute() for path in files)
+    key = digest(f"{what} {stamp(path.absolute() for path in files)}".encode())
     if key in _known:
         return _known[key]
-    kept = cache_folder("identities") / f"{key[:DIGITS]}-{VERSION}.json"
+    kept = cache_folder("identities") / f"{key}-{VERSION}.json"
     try:
         found = SetIdentity(**json.loads(kept.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged

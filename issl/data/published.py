@@ -165,7 +165,7 @@ def identity(name: str, split: str, root: str | Path | None) -> SetIdentity:
     if not found:
         return SOURCES[name].known[split][1]
     files = sorted(found[0].iterdir()) if found[0].is_dir() else found
-    return remembered(files, lambda: _identify(name, split, found))
+    return remembered(f"{name} {split}", files, lambda: _identify(name, split, found))
 
 
 def count(name: str, split: str, root: str | Path | None) -> int:

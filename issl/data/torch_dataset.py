@@ -56,7 +56,7 @@ def from_dataset(
         size: Side in px: PIL images are cropped to their centred square and resized. Needed only
             for them.
         index: Of each image, by which its noise is drawn; default: its place.
-        identity: Changes when the images change; kept gradients (`store`) are checked by it.
+        identity: Changes when the images change.
         workers: Threads that read; default: the cores.
 
     Raises:

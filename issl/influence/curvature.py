@@ -363,7 +363,8 @@ def draw_images(index: Int64[Tensor, " n"], count: int | None, seed: int) -> Int
     order = index.argsort()
     if count is None or count >= len(index):
         return order
-    drawn = keyed_random.uniform(seed, index[order], (1,)).squeeze(1)
+    # apart from the seeds of views, whose first number decides the size of a crop
+    drawn = keyed_random.uniform(seed + (1 << 61), index[order], (1,)).squeeze(1)
     return order[drawn.argsort(stable=True)[:count].sort()[0]]
 
 

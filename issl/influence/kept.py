@@ -120,13 +120,13 @@ class Fitted:
         with full_precision():
             return highest_scores(self._pass(images, computing), self._curvature(), queries, k)
 
+    @full_precision()
     def extend(self, images: Images | Tensor, *, computing: Computing = Computing()) -> Fitted:
         """The same with H over these images, too. Raises IsslError for images that it was fitted on
         before."""
         rows = self._pass(images, computing)
         self._check_new([part_of(rows.images)])  # before the pass
-        with full_precision():
-            return self.add(replace(self, parts=(part_of(rows.images),), sums=summed(rows)))
+        return self.add(replace(self, parts=(part_of(rows.images),), sums=summed(rows)))
 
     def add(self, other: Fitted) -> Fitted:
         """The same with H over the images of both, which must be different ones under the same
@@ -240,6 +240,7 @@ def fit(
         return Fitted(rows.scorer, settings, (part_of(rows.images),), summed(rows), bases)
 
 
+@full_precision()
 def load_fitted(
     path: str | Path,
     encoder: nn.Module,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from issl.data.images import Images
-from issl.devices import is_out_of_memory, no_memory, pick_device
+from issl.devices import full_precision, is_out_of_memory, no_memory, pick_device
 from issl.errors import IsslError, is_whole
 from issl.influence.curvature import Curvature
 from issl.influence.following import examine
@@ -187,6 +187,7 @@ class Scorer:
 # --- an encoder is opened, and looked at ---
 
 
+@full_precision()
 def open_scorer(
     encoder: nn.Module, what: Measurement, images: Images, device: str | torch.device | None = None
 ) -> Scorer:

@@ -31,7 +31,7 @@ from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, de
 from issl.influence.scorer import Measurement, as_images, open_scorer
 
 EQUAL = 1e-6  # the relative spread below which scores are called equal
-QUERIES = 1 << 40  # more than any index of a training image
+QUERIES = 1 << 40  # more than any index of a numbered set; a folder has hashes of 62 bits
 Sums = Mapping[str, Accumulator | None]  # of each layer
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 from issl.pretraining.learner import Learner
@@ -82,6 +83,7 @@ class Checkpoint:
             return []
         header, tensors = read_safetensors(self.path, "checkpoint")
         saved = json.loads(header.get("identity", "{}"))
+        saved.setdefault("images", identity["images"])  # older ones do not say which they were
         differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
         if differing == ["bf16"]:
             was, now = ("bf16" if run["bf16"] else "fp32" for run in (saved, identity))
@@ -101,5 +103,15 @@ def weights_digest(encoder: nn.Module) -> str:
     """The hash of an encoder's weights, sixteen hex digits."""
     digest = hashlib.sha256()
     for name, value in encoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        values = value.cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bf16
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def images_digest(images: Images, labelled: bool) -> str:
+    """The hash of what a training reads of its images, sixteen hex digits."""
+    digest = hashlib.sha256()
+    for values in (images.tensor(), images.index, images.require_labels() if labelled else None):
+        if values is not None:
+            digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

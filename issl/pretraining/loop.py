@@ -28,7 +28,7 @@ from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS, Pixels
 from issl.devices import computes_bf16
 from issl.errors import IsslError, is_whole
-from issl.pretraining.checkpoint import Checkpoint, weights_digest
+from issl.pretraining.checkpoint import Checkpoint, images_digest, weights_digest
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, Precision, spread
 from issl.pretraining.methods import method_named
@@ -39,7 +39,7 @@ from issl.pretraining.recipes import recipe as published
 
 # feature_std below this: all features point the same way (a random encoder has 0.1 or more)
 COLLAPSED = 0.02
-LARGEST_SEED = 1 << 40  # see `_generator`
+LARGEST_SEED = (1 << 11) - 1  # see `_generator`
 CPU = torch.device("cpu")
 WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of compilation pays off
 VERSIONS = 128  # of a function that torch compiles, in one process
@@ -107,8 +107,8 @@ def epoch_uniforms(n: int, seed: int, epoch: int) -> Float[Tensor, "n 2 u"]:
 
 
 def _generator(seed: int, epoch: int, what: int) -> torch.Generator:
-    # three numbers into one seed without collisions for epochs < 2^20 and seeds < 2^40
-    return torch.Generator().manual_seed((seed << 21 | epoch << 1 | what) & 0x7FFF_FFFF_FFFF_FFFF)
+    # three numbers into the 32 bits that torch reads of a seed: seeds < 2^11, epochs < 2^20
+    return torch.Generator().manual_seed(seed << 21 | epoch << 1 | what)
 
 
 def epoch_batches(
@@ -165,7 +165,7 @@ class Course:
     ):
         n = len(images)
         keep = torch.ones(n, dtype=torch.bool) if keep is None else keep
-        _check(n, keep, epochs, batch_size, seed)
+        _check(n, keep, epochs, batch_size, seed, gaps)
         self.recipe, self.epochs, self.batch_size, self.seed = recipe, epochs, batch_size, seed
         self.gaps, self.kept = gaps, int(keep.sum())
         labelled = method_named(recipe.method).labelled
@@ -279,6 +279,7 @@ def pretrain(
         "order_seed": None,  # this and the next are in the checkpoints of runs under way
         "view_seed": None,
         "n": n,
+        "images": images_digest(images, course.labels is not None),
         "left_out": (~course.keep).nonzero().squeeze(1).tolist(),
         "bf16": computes_bf16(device, execution.precision),
         "gaps": gaps,
@@ -323,16 +324,18 @@ def pretrain(
     return encoder.eval(), pd.DataFrame(history, columns=None if history else list(COLUMNS))
 
 
-def _check(n: int, keep: Tensor, epochs: int, batch_size: int, seed: int) -> None:
+def _check(n: int, keep: Tensor, epochs: int, batch_size: int, seed: int, gaps: bool) -> None:
     if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
         raise IsslError(
-            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to 2⁴⁰"
+            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to "
+            f"{LARGEST_SEED}"
         )
     if len(keep) != n:
         raise IsslError(f"keep has {len(keep)} entries for {n} images")
-    if not is_whole(batch_size, 2, kept := int(keep.sum())):
+    places = n if gaps else int(keep.sum())
+    if not is_whole(batch_size, 2, places):
         raise IsslError(
-            f"batch_size={batch_size}: need 2 to {kept}, the number of images trained on"
+            f"batch_size={batch_size}: need 2 to {places}, the number of images trained on"
         )
 
 

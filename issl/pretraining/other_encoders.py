@@ -168,9 +168,11 @@ def _file(path: Path, part: str | None) -> Opened:
             f"part={part!r}: leave it out; {path} is this library's own file, of one encoder"
         )
     encoder = load_encoder(path)
-    recipe = header.get("recipe") or header.get("config", {}).get("recipe") or {}
+    config = header.get("config", {})  # of a notebook's stage
+    recipe = header.get("recipe") or config.get("recipe") or {}
+    size = header.get("size") or config.get("data", {}).get("size") or 32
     about = f"{recipe.get('method', 'encoder')} of width {header['width']} ({path.name})"
-    return Opened(encoder, 32, about)
+    return Opened(encoder, size, about)
 
 
 # --- ResNets from their weights alone

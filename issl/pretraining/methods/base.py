@@ -44,7 +44,7 @@ class Recipe:
         weight_decay: Of matrices and kernels.
         view_a: The random augmentation that makes the first view of an image.
         view_b: That of the second view.
-        warmup: Epochs; at most a tenth of the run.
+        warmup: Epochs; at most a tenth of the run, and at least one.
         small: The part at the start of the run in which views have half the side (a quarter of
             the cost).
         momentum: Of the optimizer.
