@@ -199,10 +199,11 @@ def test_the_pages_show_the_records_that_are_kept(capsys: pytest.CaptureFixture[
 
 def test_a_verdict_over_readings_depends_where_one_holds_and_another_is_excluded() -> None:
     outcomes = {
-        "holds in every": ["reproduced", "reproduced"],
+        "holds in each of the 2 that": ["reproduced", "reproduced"],
+        "holds in each of 4": ["reproduced"] * 4,
         "depends on": ["reproduced", "contradicted"],
         "holds in 1, undecided in 1": ["reproduced", "undecided"],
-        "holds in none": ["undecided", "contradicted"],
+        "holds in none of the 2 that": ["undecided", "contradicted"],
     }
     for said, found in outcomes.items():
         assert claims.over_readings(found).startswith(said)

@@ -32,7 +32,7 @@ UNTESTED = "not tested at this scale"
 # outcomes, as they are called where readings are counted
 COUNTED = {
     "reproduced": "holds",
-    "partly": "holds in part",
+    "partly": "in part",
     "undecided": "undecided",
     "contradicted": "contradicted",
 }
@@ -253,16 +253,18 @@ def outcome(states: Sequence[State]) -> str:
 
 
 def over_readings(outcomes: Sequence[str]) -> str:
-    """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome in
-    each."""
+    """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome in each
+    that was run."""
     counted = Counter(outcomes)
     each = (f"{said} in {counted[word]}" for word, said in COUNTED.items() if counted[word])
     counts = ", ".join(each)
-    if counted["reproduced"] == len(outcomes):
-        return "holds in every reading"
+    run = len(outcomes)
+    of = str(run) if run == len(readings()) else f"the {run} that were run"
+    if counted["reproduced"] == run:
+        return f"holds in each of {of}"
     if counted["reproduced"] and counted["contradicted"]:
         return f"depends on the reading: {counts}"
-    return counts if counted["reproduced"] else f"holds in none: {counts}"
+    return counts if counted["reproduced"] else f"holds in none of {of}: {counts}"
 
 
 def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned | None) -> str:

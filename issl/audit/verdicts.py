@@ -387,7 +387,7 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
         if together := part["over_readings"].iloc[0]:
             who = f", {NAMES[str(method)]}" if method in NAMES else ""
             tried = ", ".join(f"{r['output']} ({r['outcome']})" for _, r in part.iterrows())
-            lines.append(f"Over {len(part)} readings{who}: {tried}: **{together}**.")
+            lines.append(f"Readings{who}: {tried}: **{together}**.")
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"
