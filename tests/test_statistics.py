@@ -242,6 +242,9 @@ def test_over_encoders_holds_both_sources_of_error() -> None:
     both = np.sqrt(0.1**2 + np.std([e.value for e in many]) ** 2 / 60)
     assert width(statistics.over_encoders(many)) == pytest.approx(2 * 1.96 * both, rel=0.06)
     assert ends(statistics.over_encoders(exact, 0, 5)) == (0, 5)
+    alike = statistics.over_encoders([Estimate(1.0, 1.0, 1.0, 50)] * 3, 1, 5)  # 0 of 3 differ
+    at_most = stats.binomtest(0, 3).proportion_ci(0.95, method="exact").high
+    assert ends(alike) == (1, pytest.approx(1 + 4 * at_most))
     opened = statistics.over_encoders([one, Estimate(0.5, -np.inf, 0.6, 50)])
     assert opened.low == -np.inf and opened.high < 0.7
 

@@ -80,6 +80,9 @@ def over_encoders(
     freedom are Welch's (1947, Biometrika 34). It covers 92 to 96 times in a hundred (tested),
     where a bootstrap of three values, which never leaves their range, covers 75 times.
 
+    Where k encoders agree to the digit, s and e are 0 and say nothing. Then a share of up to
+    1 − 0.025^(1/k) of all encoders may be anywhere in that range (Clopper & Pearson 1934).
+
     Estimates of pairs share encoders. Then s² / k is the jackknife's variance (k − 1)/k Σ_i
     (m_(−i) − m̄)², with m_(−i) the mean over the pairs without encoder i.
 
@@ -114,6 +117,9 @@ def over_encoders(
         return float(scipy.stats.t.ppf(0.975, df)) * math.sqrt(between + within)
 
     low_end, high_end = centre - half(value - low), centre + half(high - value)
+    if low_end == high_end and np.isfinite([least, most]).all():
+        other = 1 - 0.025 ** (1 / k)
+        low_end, high_end = centre - other * (centre - least), centre + other * (most - centre)
     return Estimate(centre, max(float(least), low_end), min(float(most), high_end), estimates[0].n)
 
 
