@@ -83,7 +83,6 @@ class Checkpoint:
             return []
         header, tensors = read_safetensors(self.path, "checkpoint")
         saved = json.loads(header.get("identity", "{}"))
-        saved.setdefault("images", identity["images"])  # older ones do not say which they were
         differing = sorted(k for k in {*saved, *identity} if saved.get(k) != identity.get(k))
         if differing == ["bf16"]:
             was, now = ("bf16" if run["bf16"] else "fp32" for run in (saved, identity))

@@ -276,8 +276,6 @@ def pretrain(
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
-        "order_seed": None,  # this and the next are in the checkpoints of runs under way
-        "view_seed": None,
         "n": n,
         "images": images_digest(images, course.labels is not None),
         "left_out": (~course.keep).nonzero().squeeze(1).tolist(),
