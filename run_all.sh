@@ -38,7 +38,11 @@ find_uv() { # prints the path of uv, installing it into a private venv (.uv/) wh
         done
         [ -n "$python" ] || { say "error: needs python3 3.11 or newer (or uv) on the PATH"; exit 1; }
         say "installing uv into .uv/ with $("$python" --version)"
-        "$python" -m venv "$here/.uv" && "$here/.uv/bin/pip" install --quiet --disable-pip-version-check uv >&2
+        if ! { "$python" -m venv "$here/.uv" && "$here/.uv/bin/pip" install --quiet --disable-pip-version-check uv >&2; }; then
+            rm -rf "$here/.uv"
+            say "error: uv could not be installed (is there a network, and python's venv module?); install uv yourself"
+            exit 1
+        fi
     fi
     echo "$here/.uv/bin/uv"
 }
