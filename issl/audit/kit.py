@@ -33,7 +33,7 @@ COLOURS: dict[str, Any] = dict(zip(NAMES, PALETTE, strict=False))
 # decides is black
 COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
 COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
-COLOURS |= {"no encoder": "black"}
+COLOURS |= dict.fromkeys(("no encoder", "pixels"), "black")
 GREY = "0.45"
 GAP = 3  # pixels, between the images of a gallery
 MARK = PALETTE[1]  # of what a gallery outlines
