@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Event, Thread
 from typing import Any
 
 import nets
@@ -12,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import issl
 from issl.influence import reference
+from issl.influence.following import followed
 from issl.influence.layers import find_layers
 
 
@@ -193,3 +195,19 @@ def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> 
     images = nets.pictures(6)
     found = issl.self_influence(encoder, images, curvature=issl.Identity(), skip=skip)
     np.testing.assert_allclose(found["influence"], brute(encoder, images, skip)[1], rtol=1e-5)
+
+
+def test_two_threads_never_follow_at_once() -> None:
+    """What is patched is the whole process's: who came second would leave it patched."""
+    inside = Event()
+
+    def second() -> None:
+        with followed({}):
+            inside.set()
+
+    thread = Thread(target=second)
+    with followed({}):
+        thread.start()
+        assert not inside.wait(0.1)
+    thread.join()
+    assert inside.is_set() and CheckpointFunction.apply.__name__ == "apply"  # torch's own again

@@ -12,6 +12,7 @@ encoder whose gradients cannot be followed is an error, and never a wrong number
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -109,14 +110,19 @@ def _ids(values: Sequence[Any]) -> Iterator[int]:
             yield id(value)
 
 
+PATCHED = threading.RLock()  # one thread at a time: what is patched is the whole process's
+
+
 @contextmanager
 def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
     """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
     would not be seen."""
     following, plain = Following(products), lambda function, _, *args: function(*args)
+    no_hook = {"new": lambda *_, **__: nullcontext(), "create": True}  # a private name of torch's
     with (
+        PATCHED,
         mock.patch.object(checkpoint.CheckpointFunction, "apply", plain),
-        mock.patch.object(checkpoint, "_checkpoint_hook", lambda *_, **__: nullcontext()),
+        mock.patch.object(checkpoint, "_checkpoint_hook", **no_hook),
         following,
     ):
         yield following
