@@ -401,7 +401,7 @@ def test_15_compares_trainings_without_the_lists(out: Path, plan) -> None:
     for ((e, which), scores), q in product(p.each("scores").items(), range(2)):
         speaks_for = -scores[q] if which == "effect" else scores[q]
         assert removals[e, which, q] == sorted(speaks_for.topk(p.k).indices.tolist())
-    runs = [p.retrained("continued", s) for s in range(p.seeds)]
+    runs = [p.retrained("continued", s, p.training()) for s in range(p.seeds)]
     assert p.effect(p.training()).run not in runs
 
     def moved(e: int, kind: Kind, channel: Channel, s: int, which: str, q: int) -> float:

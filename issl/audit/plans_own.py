@@ -110,15 +110,14 @@ class Retrained(Scored):
         self,
         kind: Kind,
         seed: int,
+        first: Pretrain,
         without: Draw | Pick | Top | None = None,
         gaps: bool = False,
-        first: Pretrain | None = None,
     ) -> Pretrain:
         """Training number `seed` without these images: from fresh weights, or continued from the
         encoder `first`."""
         if kind == "from scratch":
             return self.training(number=seed, without=without, gaps=gaps, snapshots=None)
-        first = first or self.training()
         small = 1.0 if first.recipe.small == 1 else 0.0
         # plain steps: LARS would scale each layer's gradient, and no score knows of that
         recipe = replace(first.recipe, optimizer="sgd", lr=self.continued_lr, small=small)
@@ -139,11 +138,10 @@ class Retrained(Scored):
     def query_data(self) -> Data:
         return self.data("test", first=self.queries)
 
-    def cross(self, curvature: Curvature | None = None, first: Pretrain | None = None) -> Cross:
-        """Cross-influence of the scored images on the queries under an encoder, by default the
-        first."""
+    def cross(self, first: Pretrain, curvature: Curvature | None = None) -> Cross:
+        """Cross-influence of the scored images on the queries under an encoder."""
         return Cross(
-            pretrain=first or self.training(),
+            pretrain=first,
             data=self.scored(),
             query=self.query_data(),
             perturbation=self.noise,
@@ -152,22 +150,21 @@ class Retrained(Scored):
             draws=self.draws,
         )
 
-    def nearness(self, first: Pretrain | None = None) -> Nearness:
-        """Cosine similarity of the scored images and the queries under an encoder, by default the
-        first."""
-        first = first or self.training()
+    def nearness(self, first: Pretrain) -> Nearness:
+        """Cosine similarity of the scored images and the queries under an encoder."""
         return Nearness(
             train=self.features(first, self.scored()), query=self.features(first, self.query_data())
         )
 
     def measured(self, encoder: Pretrain, kind: Kind, channel: Channel) -> dict[str, Any]:
         """The fields of a stage that measures this retrained encoder."""
-        first = encoder.start or self.training()
         if channel == "BatchNorm alone":
-            return {"pretrain": first, "statistics": encoder}
+            return {"pretrain": encoder.start, "statistics": encoder}
         if channel == "as trained":
             return {"pretrain": encoder}
-        held = {"statistics": first} if kind == "continued" else {"estimated": self.scored()}
+        held = (
+            {"statistics": encoder.start} if kind == "continued" else {"estimated": self.scored()}
+        )
         return {"pretrain": encoder, **held}
 
     def losses(self, data: Data, **measured: Any) -> Stability:
@@ -223,16 +220,16 @@ class Validation(Retrained):
         alone: dict[Labels, dict[str, Any]] = {}
         for e, first in trained.items():
             for name, curvature in self.curvatures().items():
-                on_queries[e, name] = self.cross(curvature, first)
+                on_queries[e, name] = self.cross(first, curvature)
             on_queries[e, SIMILARITY] = self.nearness(first)
             for kind, s in product(self.retraining, range(self.seeds)):
                 for channel, (k, draw) in product(self.channels(kind), draws.items()):
-                    encoder = self.retrained(kind, s, draw, first=first)
+                    encoder = self.retrained(kind, s, first, draw)
                     how = self.measured(encoder, kind, channel)
                     subsets[e, kind, channel, s, k] = self.query_losses(**how)
                 for i in (ALL, *range(self.images)):
                     # its place in its batch stays empty, so the other batches are the same
-                    encoder = self.retrained(kind, s, picks.get((e, i)), i != ALL, first)
+                    encoder = self.retrained(kind, s, first, picks.get((e, i)), i != ALL)
                     alone[e, kind, s, i] = self.measured(encoder, kind, "BatchNorm held")
         data, each = self.scored(), "encoder kind seed without"
         features: dict[Labels, Stage] = {k: Embed(**how, data=data) for k, how in alone.items()}
@@ -481,7 +478,7 @@ class Taught(Retrained):
         """What each image did to the asked queries' stability losses when training went on once
         more."""
         return ThroughTraining(
-            run=self.retrained("continued", self.seeds, first=first),
+            run=self.retrained("continued", self.seeds, first),
             query=self.asked_data(),
             perturbation=self.noise,
             seed=self.noise_seed,
@@ -490,10 +487,9 @@ class Taught(Retrained):
 
     def scores(self, first: Pretrain) -> dict[str, Cross | ThroughTraining | Nearness]:
         """A number for each query and training image, by the name of its lists."""
-        effect = self.effect(first)
         return {
-            "influence": self.cross(first=first),
-            "effect": effect,
+            "influence": self.cross(first),
+            "effect": self.effect(first),
             "nearest": self.nearness(first),
         }
 
@@ -520,7 +516,7 @@ class Taught(Retrained):
             of["removals"] |= {(e, *key): stage for key, stage in removals.items()}
             for kind, s in product(self.retraining, range(self.seeds)):
                 for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
-                    encoder = self.retrained(kind, s, removals.get(key), first=first)
+                    encoder = self.retrained(kind, s, first, removals.get(key))
                     how = self.measured(encoder, kind, channel)
                     of["losses"][e, kind, channel, s, *key] = self.query_losses(**how)
                     of["features"][e, kind, channel, s, *key] = Embed(**how, data=self.query_data())
@@ -581,7 +577,7 @@ class TrainingAware(Retrained):
 
     def continued(self, first: Pretrain, run: int, **changes: Any) -> Pretrain:
         """The encoder's training, continued; `changes` are fields of its recipe."""
-        found = self.retrained("continued", run, first=first)
+        found = self.retrained("continued", run, first)
         small = 1.0 if self.small_views else found.recipe.small
         recipe = replace(found.recipe, small=small, **changes)
         return found.model_copy(update={"recipe": recipe})
@@ -607,7 +603,7 @@ class TrainingAware(Retrained):
         return {
             "nearest": Neighbours(features=self.features(first, self.scored()), k=1),
             "projector": self.score(first, "projector"),
-            "cross-influence": self.cross(first=first),
+            "cross-influence": self.cross(first),
             "similarity": self.nearness(first),
         }
 

@@ -118,11 +118,10 @@ def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
     """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
     would not be seen."""
     following, plain = Following(products), lambda function, _, *args: function(*args)
-    no_hook = {"new": lambda *_, **__: nullcontext(), "create": True}  # a private name of torch's
     with (
         PATCHED,
         mock.patch.object(checkpoint.CheckpointFunction, "apply", plain),
-        mock.patch.object(checkpoint, "_checkpoint_hook", **no_hook),
+        mock.patch.object(checkpoint, "_checkpoint_hook", nullcontext, create=True),
         following,
     ):
         yield following

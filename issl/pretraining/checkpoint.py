@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
 from issl.pretraining.learner import Learner
@@ -104,13 +103,4 @@ def weights_digest(encoder: nn.Module) -> str:
     for name, value in encoder.state_dict().items():
         values = value.cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy knows no bf16
         digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def images_digest(images: Images, labelled: bool) -> str:
-    """The hash of what a training reads of its images, sixteen hex digits."""
-    digest = hashlib.sha256()
-    for values in (images.tensor(), images.index, images.require_labels() if labelled else None):
-        if values is not None:
-            digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ views of the others.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -28,7 +29,7 @@ from issl.data.images import Images
 from issl.data.views import VIEW_UNIFORMS, Pixels
 from issl.devices import computes_bf16
 from issl.errors import IsslError, is_whole
-from issl.pretraining.checkpoint import Checkpoint, images_digest, weights_digest
+from issl.pretraining.checkpoint import Checkpoint, weights_digest
 from issl.pretraining.encoder import Encoder
 from issl.pretraining.learner import Learner, Precision, spread
 from issl.pretraining.methods import method_named
@@ -170,7 +171,8 @@ class Course:
         self.gaps, self.kept = gaps, int(keep.sum())
         labelled = method_named(recipe.method).labelled
         self.labels = images.require_labels().to(device) if labelled else None
-        self.pixels, self.keep = images.tensor().to(device), keep.to(device)
+        self.pixels, self.index = images.tensor().to(device), images.index
+        self.keep = keep.to(device)
         self.of_epoch = (n if gaps else self.kept) // batch_size  # steps
         self.steps = epochs * self.of_epoch
         self.warmup = min(recipe.warmup, max(1, epochs // 10)) * self.of_epoch
@@ -181,6 +183,14 @@ class Course:
     def classes(self) -> int | None:
         """How many, for a supervised method."""
         return None if self.labels is None else int(self.labels.max()) + 1
+
+    def images_digest(self) -> str:
+        """The hash of what is read of the images, sixteen hex digits."""
+        digest = hashlib.sha256()
+        for values in (self.pixels, self.index, self.labels):
+            if values is not None:
+                digest.update(values.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def step(self, number: int) -> Step:
         """Step `number`; steps of one epoch in a row share what is drawn for it."""
@@ -277,7 +287,7 @@ def pretrain(
         "batch_size": batch_size,
         "seed": seed,
         "n": n,
-        "images": images_digest(images, course.labels is not None),
+        "images": course.images_digest(),
         "left_out": (~course.keep).nonzero().squeeze(1).tolist(),
         "bf16": computes_bf16(device, execution.precision),
         "gaps": gaps,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from issl.data.images import Images
 from issl.errors import IsslError
 from issl.files import atomic, read_safetensors
-from issl.pretraining.checkpoint import State, images_digest, restore, snapshot, weights_digest
+from issl.pretraining.checkpoint import State, restore, snapshot, weights_digest
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Course, optimizer_of, take
 from issl.pretraining.recipes import plain
@@ -94,7 +94,7 @@ class States:
         identity = {
             "recipe": plain(run.start.recipe),
             "start": weights_digest(run.start),
-            "images": images_digest(run.images, self.course.labels is not None),
+            "images": self.course.images_digest(),
             "epochs": run.epochs,
             "batch_size": run.batch_size,
             "seed": run.seed,
