@@ -14,8 +14,7 @@ import torch
 import issl
 from issl import cli
 from issl.audit import claims, verdicts
-from issl.audit.plans import PLANS
-from issl.audit.profiles import covered, profiles, read_profile
+from issl.audit.profiles import PLANS, covered, profiles, read_profile
 from issl.audit.stats.statistics import Estimate
 from issl.files import REPOSITORY
 

@@ -18,9 +18,9 @@ import issl
 from issl.audit import claims
 from issl.audit.cache import Artifacts
 from issl.audit.given import CheckpointFile, Given
-from issl.audit.plans import PLANS
 from issl.audit.plans_own import Bridges
 from issl.audit.plans_paper import Duplicates, SeedCorrelation
+from issl.audit.profiles import PLANS
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
 from issl.audit.stats.statistics import Estimate

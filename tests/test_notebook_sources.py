@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from issl.audit import parameters
-from issl.audit.plans import PLANS
+from issl.audit.profiles import PLANS
 from issl.audit.run import notebooks_folder
 
 LONGEST = 100

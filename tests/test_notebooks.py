@@ -19,10 +19,9 @@ from nbformat import read
 
 from issl.audit import claims, profiles, run, verdicts
 from issl.audit.cache import Artifacts
-from issl.audit.plans import PLANS
 from issl.audit.plans_own import ALL, Channel, Kind
 from issl.audit.plans_paper import EQUAL, ON_VIEWS
-from issl.audit.profiles import ProfileOptions
+from issl.audit.profiles import PLANS, ProfileOptions
 from issl.audit.stages import Stability
 from issl.audit.stats import explained_variance, statistics
 from issl.audit.stats.neighbour_graph import nearest

@@ -22,7 +22,7 @@ import issl
 from issl.audit import site as report
 from issl.audit.cache import Artifacts
 from issl.audit.claims import provenance, record
-from issl.audit.plans import PLANS
+from issl.audit.profiles import PLANS
 from issl.audit.stats.statistics import Estimate
 from issl.audit.verdicts import read_records, summary
 

@@ -14,8 +14,7 @@ from issl.audit import notebooks, profiles, run
 from issl.audit.cache import Artifacts, Stage, in_dependency_order, missing
 from issl.audit.notebooks import fingerprint, is_current, note_made
 from issl.audit.plan import Plan
-from issl.audit.plans import PLANS
-from issl.audit.profiles import ProfileOptions, all_stages
+from issl.audit.profiles import PLANS, ProfileOptions, all_stages
 from issl.engine import Engine
 from issl.errors import IsslError
 

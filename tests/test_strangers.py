@@ -28,7 +28,7 @@ from issl.audit import site as report
 from issl.audit.cache import Artifacts
 from issl.audit.claims import record
 from issl.audit.data import human_choices
-from issl.audit.plans import PLANS
+from issl.audit.profiles import PLANS
 from issl.audit.stats.statistics import Estimate
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder

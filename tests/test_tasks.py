@@ -20,7 +20,7 @@ import torch
 
 from issl import engine
 from issl.audit.cache import Artifacts
-from issl.audit.plans import PLANS
+from issl.audit.profiles import PLANS
 from issl.audit.stages import Pretrain
 from issl.engine import Engine, Task
 from issl.errors import IsslError

@@ -36,7 +36,7 @@ def write(path: Path, plan: type[Plan]) -> None:
 
 
 if __name__ == "__main__":
-    from issl.audit.plans import PLANS
+    from issl.audit.profiles import PLANS
     from issl.files import provided
 
     for name, plan in PLANS.items():

@@ -13,7 +13,8 @@ import yaml
 
 from issl.audit.cache import Stage, in_dependency_order, missing, released_index
 from issl.audit.plan import Door, Plan
-from issl.audit.plans import PLANS
+from issl.audit.plans_own import OWN
+from issl.audit.plans_paper import PAPER
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
 from issl.data import datasets, published
@@ -21,6 +22,10 @@ from issl.devices import pick_device
 from issl.errors import IsslError
 from issl.files import REPOSITORY, check_writable, installed, provided, remove_leftovers
 from issl.pretraining.recipes import NAMES
+
+PLANS: dict[str, type[Plan]] = {  # by the name of their notebook
+    p.notebook: p for p in sorted(PAPER + OWN, key=lambda p: p.notebook)
+}
 
 
 @dataclass(frozen=True)
