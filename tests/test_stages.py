@@ -36,7 +36,7 @@ from issl.audit.stages import (
     Top,
 )
 from issl.audit.stats.pixel_features import pixel_features
-from issl.audit.table_stages import COPY, CopiesDiscount
+from issl.audit.table_stages import COPY, Ablation, CopiesDiscount
 from issl.data import scenes
 from issl.data.images import Images
 from issl.influence.curvature import KINDS, Curvature, LoGra, named_curvature
@@ -170,6 +170,22 @@ def test_defaults_are_pinned() -> None:
             look_at(stage)
     assert {"Recipe", "View", "Data", "LoGra", "GaussianNoise", "Influence"} <= set(found)
     assert found == json.loads((Path(__file__).parent / "stage_defaults.json").read_text())
+
+
+def test_an_ablation_holds_each_score_under_its_name(artifacts: Artifacts) -> None:
+    how = {"noise": GaussianNoise(0.0, 0.1), "flip": Augmentation("flip", 0.5)}
+    scores = {
+        (name, draws, seed): influence(perturbation=view, draws=draws, seed=seed)
+        for name, view in how.items()
+        for draws, seed in ((1, 3), (2, 4))
+    }
+    names = [name for name, _, _ in scores]
+    table = Ablation(names=names, scores=list(scores.values())).read(artifacts)
+    parts = dict(list(table.groupby(["perturbation", "draws", "seed"], sort=False)))
+    assert list(parts) == list(scores)
+    for labels, part in parts.items():
+        own = scores[labels].read(artifacts)
+        pd.testing.assert_frame_equal(part[own.columns].reset_index(drop=True), own)
 
 
 def test_a_set_is_loaded_once_and_again_where_its_files_changed(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from issl.audit.stages import (
     Thin,
 )
 from issl.audit.table_stages import (
+    Ablation,
     Ambiguity,
     Closeness,
     FlatBridges,
@@ -149,21 +150,21 @@ class AugmentationAblation(Readable):
             return self.draws
         return (self.draws[0], self.draws[-1]) if name in self.at_full else self.draws[:1]
 
+    def under_each(self, method: str, encoder: AnyEncoder) -> Ablation:
+        """Scores of an encoder's first images under every perturbation, each with two seeds."""
+        first = self.data(first=self.scored)
+        each = [
+            (name, self.influence(encoder, seed, data=first, perturbation=how, draws=draws))
+            for name, how in self.perturbations().items()
+            for draws, seed in product(self.draws_of(name, method), range(2))
+        ]
+        return Ablation(names=[name for name, _ in each], scores=[score for _, score in each])
+
     def tables(self) -> dict[str, Cells]:
         known, first = self.encoders_of(self.methods), self.data(first=self.scored)
-        scores: dict[Labels, Stage] = {
-            (method, k, name, draws, seed): self.influence(
-                encoder, seed, data=first, perturbation=how, draws=draws
-            )
-            for (name, how), ((method, k), encoder) in product(
-                self.perturbations().items(), known.items()
-            )
-            for draws, seed in product(self.draws_of(name, str(method)), range(2))
-        }
-        labels = f"{BY} perturbation draws seed"
         return {
             "images": self.image_tables(first),
-            "scores": Cells(labels, scores),
+            "scores": Cells(BY, {at: self.under_each(str(at[0]), e) for at, e in known.items()}),
             "accuracy": under(known, self.evaluation),
         }
 

@@ -24,6 +24,9 @@ from issl.data import datasets
 from issl.errors import IsslError
 from issl.files import provided
 from issl.influence.perturbation import GaussianNoise
+from issl.pretraining import recipes
+
+USUAL = (GaussianNoise().std, 0.0)  # 0: cross-entropy is scored without noise
 
 
 def path_of(stage: Table) -> str:
@@ -49,7 +52,9 @@ def _data(stage: Stage) -> Data:
 
 def _encoder(encoder: Pretrain) -> list[str]:
     method = encoder.method if encoder.epochs else "untrained"
-    return [method, f"w{encoder.width}", str(encoder.seed)]
+    usual = {recipes.recipe(encoder.method, variant).view_a for variant in recipes.RECIPES}
+    own = [] if encoder.recipe.view_a in usual else ["other-views"]
+    return [method, *own, f"w{encoder.width}", str(encoder.seed)]
 
 
 def _settings(stage: Table) -> list[str]:
@@ -61,11 +66,16 @@ def _settings(stage: Table) -> list[str]:
         reading.append("projector")
     if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
         reading.append("normalised")
+    if any(s.loss == "cross_entropy" for s in scores):
+        reading.append("cross-entropy")
     if not isinstance(stage, Influence):
         share = getattr(stage, "share", None)
         return reading + ([] if share is None else [f"{share:.0%}".replace("%", "percent")])
     draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
     others = [] if stage.others is None else ["others"]
+    noise = stage.perturbation
+    if isinstance(noise, GaussianNoise) and not noise.by_channel and noise.std not in USUAL:
+        reading.append(f"std{noise.std}")
     return [*others, *reading, *draws, f"noise{stage.seed}"]
 
 

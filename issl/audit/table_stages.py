@@ -153,6 +153,27 @@ def shown_images(known: pd.DataFrame, pictures: Sequence[pd.DataFrame]) -> Image
     return Images(LazyPixels(source, (height, width)), labels, attributes, about["name"])
 
 
+class Ablation(Table):
+    """Scores of the same images and encoder under several perturbations: ablation.parquet (a row
+    per image and score: perturbation, draws, seed, and the columns of `Influence`).
+
+    names   of the perturbations, one for each of the scores
+    """
+
+    name: ClassVar[str] = "ablation"
+    file: ClassVar[str] = "ablation.parquet"
+
+    scores: tuple[Influence, ...] = Field(min_length=1)
+    names: tuple[str, ...]
+
+    def compute(self, artifacts: Artifacts) -> pd.DataFrame:
+        each = [
+            score.read(artifacts).assign(perturbation=name, draws=score.draws, seed=score.seed)
+            for name, score in zip(self.names, self.scores, strict=True)
+        ]
+        return pd.concat(each, ignore_index=True)
+
+
 class Pixels(Table):
     """What an image's pixels alone tell, without an encoder: pixels.parquet (see
     `issl.audit.stats.pixel_features`)."""
