@@ -457,7 +457,8 @@ class Taught(Retrained):
 
     notebook: ClassVar[str] = "15_taught"
 
-    snapshots: int | None = Field(1, ge=1)  # so the whole learner is kept
+    # whole learners are kept: training goes on from them
+    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 1
     retraining: tuple[Kind, ...] = Field(get_args(Kind), min_length=1)
     asked: int = Field(3, ge=2)  # how many queries are retrained for: the first ones
     share: float = Field(0.1, gt=0, lt=1)  # of the scored images, removed for a query
