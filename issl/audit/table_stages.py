@@ -446,6 +446,7 @@ class ExplainedBy(Estimates):
     """
 
     name: ClassVar[str] = "explained"
+    version: ClassVar[int] = 2  # trees that stop by themselves
     file: ClassVar[str] = "explained.parquet"
     labels: ClassVar[str] = "kind"
 
