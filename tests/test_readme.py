@@ -403,7 +403,7 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
             f"scores repeat (r = {r['noise', 'simclr']:.2f})",
             f"Two trainings agree less (r = {r['training', 'simclr']:.2f}; "
             f"BYOL {r['training', 'byol']:.2f})",
-            f"{precision:.0%} are some, where chance is {chance:.0%}",
+            f"only {precision:.0%} are duplicates (chance: {chance:.0%})",
         ],
     }.items():
         for said in sentences:
@@ -451,6 +451,6 @@ def test_which_score_finds_what_is_the_figures_tables() -> None:
     page = in_one_line("docs/compare.md")
     foreign = table[(table["metric"] == "auc_foreign") & (table["method"] == "simclr")]
     best, second = foreign["value"].nlargest(2).round(2)
-    assert f"{best:.2f}, where the distance to a prototype has {second:.2f}" in page
+    assert f"{best:.2f}; the distance to a prototype reaches {second:.2f}" in page
     for said, numbers in found.items():
         assert row(said, numbers) in page
