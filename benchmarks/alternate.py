@@ -1,8 +1,8 @@
 """Times several programs in alternation: they take turns batch by batch, in one process.
 
-A machine's speed drifts from minute to minute by more than methods differ. So every program runs in
-its own thread, one at a time, and hands over at each batch (`turn.next()`). Its time is the time
-between getting the turn and handing it over, so all programs meet the same drift and ratios of
+A machine's speed drifts from minute to minute by more than methods differ. So each program has its
+own thread, only one runs at a time, and it hands over at each batch (`turn.next()`). Its time is
+counted from getting the turn to handing it over. All programs meet the same drift, so ratios of
 times can be compared. Start Python with OMP_NUM_THREADS=1.
 """
 

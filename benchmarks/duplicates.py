@@ -5,9 +5,9 @@ similarity, distances, and low influence.
     python -m venv apart && apart/bin/pip install fastdup     # it pins an older numpy
     ISSL_DATA=DIR python benchmarks/duplicates.py --fastdup apart/bin/python
 
-2,000 training images of CIFAR-10, the judged ones among them, with their partners (ciFAIR), under
-the SimCLR encoder that comes with the repository. A member of a pair counts as found where it ranks
-high. The numbers go to measured/duplicates.json; docs/compare.md has the table.
+The images are 2,000 training images of CIFAR-10, including the judged ones, and their partners
+(ciFAIR). The encoder is the SimCLR one that comes with the repository. A member of a pair should
+rank high. The numbers go to measured/duplicates.json; docs/compare.md has the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENCODER = "encoders/cifar10-simclr-w16-0.safetensors"
 
 
 def by_cleanlab(features: Tensor) -> np.ndarray:
-    """Higher for images that are nearer to another one (its own score is lower there)."""
+    """1 − cleanlab's score: higher for images that are nearer to another one."""
     lab = Datalab(data={"image": list(range(len(features)))}, verbosity=0)
     lab.find_issues(features=normalize(features, dim=1).numpy(), issue_types={"near_duplicate": {}})
     return 1 - lab.get_issues("near_duplicate")["near_duplicate_score"].to_numpy()
@@ -63,7 +63,7 @@ def by_fastdup(images: issl.Images, python: str) -> np.ndarray:
         found = pd.read_csv(table)
     for side in ("filename_from", "filename_to"):
         at = [int(Path(name).stem) for name in found[side]]
-        np.maximum.at(best, at, found["distance"].to_numpy(float))  # it calls the similarity so
+        np.maximum.at(best, at, found["distance"].to_numpy(float))  # in fact a similarity
     return best
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fastdup", metavar="PYTHON", help="that has fastdup; left out without")
+    parser.add_argument("--fastdup", metavar="PYTHON", help="Python that has fastdup (optional)")
     options = parser.parse_args()
     encoder = issl.load_encoder(provided("released") / ENCODER)
     images = issl.load("cifair10", n=2000)

@@ -1,7 +1,7 @@
-"""What a GPU makes of it: scores beside the CPU's, seconds an epoch, seconds of an influence pass,
-and their parts.
+"""On a GPU: scores compared with the CPU's, seconds per epoch, seconds of an influence pass, and
+their parts.
 
-    ISSL_DATA=DIR python benchmarks/gpu.py                       # all parts, some three minutes
+    ISSL_DATA=DIR python benchmarks/gpu.py                       # all parts, about three minutes
     ISSL_DATA=DIR python benchmarks/gpu.py --only pretraining
     ISSL_DATA=DIR python benchmarks/gpu.py --small simclr        # a training as in `overnight`
 
@@ -54,7 +54,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def equality(n: int = 2048) -> dict[str, Any]:
-    """Scores of a trained encoder, on both."""
+    """Scores of a trained encoder, on the CPU and twice on the GPU."""
     encoder = load_encoder(REPOSITORY / "released" / "pretrain" / TRAINED / "encoder.safetensors")
     images, tables, seconds = issl.load("cifar10", n=n), {}, {}
     for run in ("cpu", "cuda", "cuda again"):
@@ -108,7 +108,7 @@ def pretraining() -> dict[str, Any]:
 
 
 def parts(method: Method) -> dict[str, float]:
-    """Milliseconds of the parts of a step in eager mode, each waited for."""
+    """Milliseconds of each part of a step in eager mode, synchronised after each part."""
     how, images = recipe(method, "published"), issl.load("cifar10", n=BATCH)
     learner = Learner(how, 64, None, 0).to(CUDA).to(memory_format=torch.channels_last).train()
     kind = LARS if how.optimizer == "lars" else torch.optim.SGD
@@ -139,8 +139,8 @@ def parts(method: Method) -> dict[str, float]:
 
 
 def influence() -> dict[str, Any]:
-    """All training images of CIFAR-10 at full width, beside a plain forward and backward pass of
-    the same loss."""
+    """Influence of all training images of CIFAR-10 at full width, compared with a plain forward and
+    backward pass of the same loss."""
     images = issl.load("cifar10")
     encoder = random_encoder(64, images).to(CUDA)
     pixels, noise = images.tensor(), issl.GaussianNoise(0.05, 0.2).keyed(0)
@@ -176,8 +176,8 @@ def evaluation() -> dict[str, Any]:
 
 
 def small(method: Method) -> dict[str, Any]:
-    """A short training as in the profile `overnight`: recipe `long`, width 16; most of it on views
-    of half the side."""
+    """A short training as in the profile `overnight`: recipe `long`, width 16. Most of it uses
+    views of half the side."""
     each, seconds = speeds(recipe(method, "long"), 16, 8, "on")
     told = each.round().astype(int).tolist()
     return {"method": method, "images_per_second": told, "whole_seconds": seconds}

@@ -6,8 +6,8 @@ command.
     OMP_NUM_THREADS=2 python benchmarks/influence.py --only wide    # on two threads
     pip install --group peers                      # the other libraries
 
-Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them. Times
-are taken in alternation (alternate.py), so ratios hold where seconds do not.
+Each part leaves a table of numbers in benchmarks/measured/; RESULTS.md is written from them.
+Programs are timed in alternation (alternate.py), so ratios are reliable where seconds are not.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def narrow(n: int) -> dict[str, Any]:
 
 
 def agreement(n: int, profile: str) -> dict[str, Any]:
-    """Rank correlations on the encoder that a profile trains (made first where it is not cached),
-    on its images."""
+    """Rank correlations of scores, for a profile's encoder and images. The encoder is trained first
+    if it is not cached."""
     notebook = "03_background_bias"
     plan = read_profile(
         profile, [notebook], out=str(REPOSITORY), data_root=os.environ.get("ISSL_DATA")
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--images", type=int, help="how many (default: 512, 128, 512, 4096)")
     parser.add_argument(
-        "--profile", default="quick", help="whose encoder and images serve the agreement"
+        "--profile", default="quick", help="profile whose encoder and images `agreement` uses"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -24,13 +24,13 @@ from issl import LoGra
 from issl.influence.layers import scored_layers
 from issl.influence.losses import stability_loss
 
-# TRAK's and dattri's dimension here; their defaults (2048, 512) exceed the images or equal it
+# projection dimension of TRAK and dattri: dattri's default; TRAK's 2048 exceeds the images
 PROJECTION = 512
-DATTRI = 16  # images; its gradients by vmap take a minute each on a slow CPU
+DATTRI = 16  # images for dattri; each gradient by vmap takes a minute on a slow CPU
 
 
 class Pairs(Dataset):
-    """(pixels, noisy pixels) of each image; the first of every batch hands the turn over."""
+    """(pixels, noisy pixels) of each image; the first image of each batch hands over the turn."""
 
     def __init__(self, task: Task, turn: Turn):
         self.pixels, self.noisy = task.pixels(), task.noisy
@@ -50,9 +50,9 @@ def loader(task: Task, turn: Turn) -> DataLoader:
 
 
 def kronfluence(task: Task) -> Program:
-    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores; all but the eigenvectors
-    are a pass over the images. Both views are calls of the same layers, hence
-    has_shared_parameters. Its default damping is ours: 0.1 × the mean eigenvalue."""
+    """EK-FAC self-scores: covariances, eigenvectors, eigenvalues, scores. All steps but the
+    eigenvectors take a pass over the images. Both views call the same layers, hence
+    has_shared_parameters. Its default damping equals ours: 0.1 × the mean eigenvalue."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task as KronfluenceTask
@@ -88,10 +88,10 @@ def kronfluence(task: Task) -> Program:
 
 
 def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
-    """LoGra as its authors publish it, logs kept in memory. The second view is a second call of
-    each layer, whose gradients it adds to the first's.
+    """LoGra as its authors publish it, with logs kept in memory. The second view is a second call
+    of each layer; LogIX adds its gradients to the first's.
 
-    given   take the projections from this curvature instead of LogIX's own random ones
+    `given` is a curvature whose projections replace LogIX's own random ones.
     """
     import logix as library
     from logix.config import LoRAConfig
@@ -121,7 +121,7 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
                     stability_loss(model(x), model(noisy)).sum().backward()
                 logs.append(run.get_log(copy=True))
             run.finalize()
-            # 0.1 × the mean of each layer's diagonal, as ours
+            # the default, as ours: 0.1 × the mean of each layer's diagonal
             run.state.covariance_inverse(damping=None)
             return run.compute_self_influence(merge_logs(logs), hessian="raw")["influence"].numpy()
 
@@ -129,8 +129,8 @@ def logix(task: Task, rank: int, given: LoGra | None = None) -> Program:
 
 
 def trak(task: Task) -> Program:
-    """TRAK's random projection of the whole gradient, by vmap; self-scores xᵢᵀ(XᵀX + λ)⁻¹xᵢ from
-    its features."""
+    """TRAK's random projection of the whole gradient, by vmap. Its features give the self-scores
+    xᵢᵀ(XᵀX + λ)⁻¹xᵢ."""
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
 
@@ -179,8 +179,8 @@ def trak(task: Task) -> Program:
 
 
 def dattri_trak(task: Task) -> Program:
-    """dattri's TRAK attributor, self-attribution, on the first images alone: its time is scaled to
-    all of them."""
+    """Self-attribution by dattri's TRAK attributor, on the first DATTRI images only; its time is
+    scaled to all images."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
@@ -212,7 +212,7 @@ def dattri_trak(task: Task) -> Program:
 
 
 def programs(task: Task) -> dict[str, Program]:
-    """Those that are installed, by the name they have in the table."""
+    """The programs of the installed libraries, by their names in the table."""
     found: dict[str, Program] = {}
     for name, package, build in (
         ("LogIX rank 8", "logix", lambda: logix(task, 8)),
@@ -233,7 +233,7 @@ def programs(task: Task) -> dict[str, Program]:
 
 
 def versions() -> str:
-    """The versions of the installed ones, for the report."""
+    """The versions of the installed libraries, for the report."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = []

@@ -1,9 +1,9 @@
-"""SimCLR pretraining: views a second of our step, of its plain form, and of lightly's loop with its
-PIL transforms.
+"""SimCLR pretraining: views per second of our step, of its plain form, and of lightly's loop with
+its PIL transforms.
 
-    python benchmarks/pretraining.py [--width 16] [--batch-size 128] [--steps 8]
+    python benchmarks/pretraining.py [--width 16] [--batch-size 128] [--steps 12]
 
-The same network, objective, optimiser and images; all take turns step by step on one thread
+All use the same network, objective, optimiser and images, and take turns step by step on one thread
 (alternate.py).
 """
 
@@ -69,8 +69,8 @@ def plain(images: issl.Images, asked: Namespace, turn: Turn) -> None:
 
 
 def lightlys(images: issl.Images, asked: Namespace, turn: Turn) -> None:
-    """lightly's example of SimCLR: its transform of PIL images in a DataLoader, its loss; the views
-    one by one."""
+    """lightly's SimCLR example: its transform of PIL images in a DataLoader, and its loss. It
+    encodes the views one by one."""
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
 
@@ -146,7 +146,7 @@ def main() -> None:
     for turn in turns.values():
         if turn.error is not None:
             raise SystemExit(f"{turn.name}: {turn.error}")
-    # the first laps hold the building of the network and of the libraries' kernels
+    # the first laps include building the network and the libraries' kernels
     laps = {name: median(turn.laps[2 : options.steps]) for name, turn in turns.items()}
     base = laps["plain fp32, NCHW"]
     rows = [

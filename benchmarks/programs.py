@@ -53,8 +53,8 @@ def random_encoder(width: int, images: Images) -> nn.Module:
 
 
 def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> Program:
-    """Forward and backward of the summed loss, all weights' gradients: what a training step
-    costs."""
+    """Forward and backward pass of the summed loss with the gradients of all weights: the cost of a
+    training step."""
 
     def program(turn: Turn) -> None:
         model = copy.deepcopy(task.encoder).to(memory_format=layout)
@@ -68,8 +68,8 @@ def plain(task: Task, layout: torch.memory_format = torch.contiguous_format) -> 
 
 
 def limit(task: Task) -> Program:
-    """Forward, and backward with respect to the data alone, from the first layer's output on: what
-    no method can save, with the layout and the BatchNorm of our copy."""
+    """Forward pass, and backward pass to the first layer's output, without gradients of weights. No
+    method can save these. Layout and BatchNorm are those of our copy."""
 
     def program(turn: Turn) -> None:
         model = frozen(task.encoder, torch.device("cpu"), torch.channels_last)

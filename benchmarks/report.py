@@ -33,7 +33,7 @@ alone, so a ResNet leaves them nothing to score; its TRAK is compared.
 
 
 Part = Mapping[str, Any]
-# of each part: its title, what to know, and its columns with what stands in them; > before numbers
+# for each part: its title, a note, and its columns with templates of their cells; > before numbers
 TIMINGS = (
     "ResNet-18, width {width}, {images} images of {data}",
     "",
@@ -127,7 +127,7 @@ def write_report(results: Path, out: Path) -> None:
 def _section(part: Part, title: str, text: str, columns: Mapping[str, str]) -> str:
     lines = [f"\n## {title.format(**part)}\n", text.format(**part) + "\n"]
     rows = [[_cell(c, row) for c in columns.values()] for row in part["rows"]] if columns else []
-    said = [any(cells) for cells in zip(*rows, strict=True)]  # a column that says nothing goes
+    said = [any(cells) for cells in zip(*rows, strict=True)]  # empty columns are dropped
     names = [name for name, some in zip(columns, said, strict=True) if some]
     if names:
         lines.append(f"| {' | '.join(n.removeprefix('>') for n in names)} |")
@@ -145,13 +145,13 @@ def _section(part: Part, title: str, text: str, columns: Mapping[str, str]) -> s
 
 
 def _cell(template: str, row: Part) -> str:
-    """Empty where what it needs was not measured."""
+    """The text of a cell; empty if a number that it needs was not measured."""
     missing = any(f"{{{k}" in template for k, v in row.items() if v is None)
     return "" if missing else template.format(**row)
 
 
 def _facts(part: Part) -> str:
-    """Everything that a part holds, beside where it was measured."""
+    """Everything in a part except where, when and with what it was measured."""
     known = {k: v for k, v in part.items() if k not in machine("")}
     return "\n".join(f"- {k.replace('_', ' ')}: {_rounded(v)}" for k, v in known.items())
 

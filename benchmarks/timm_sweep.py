@@ -1,8 +1,7 @@
-"""Are the encoders of timm scored as autograd says? One small model of each family, with random
-weights.
+"""Do the scores of timm's encoders match autograd? One small random model of each family.
 
-Eight scenes, LoGra(16) and squared norms; `error` is the largest relative one, `skip` what errors
-said to leave out.
+Eight scenes, LoGra(16) and squared gradient norms. `error` is the largest relative error; `skip`
+lists the layers that error messages said to leave out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import issl
 from issl.influence.layers import scored_layers
 from issl.influence.reference import cosine_loss
 
-# name side; with a star where the positions are made for the side
+# name and side; a star where position embeddings are made for that side
 MODELS = """resnet10t 32, resnetv2_18 32, resnetv2_50x1_bit 64, eca_nfnet_l0 64, regnety_002 32, efficientnet_b0 32,
 tf_efficientnet_b0 32, mobilenetv3_small_050 32, convnext_atto 32, vit_tiny_patch16_224 64*, vit_small_patch14_dinov2
 56*, deit_tiny_distilled_patch16_224 64*, swin_tiny_patch4_window7_224 64*, swinv2_cr_tiny_224 64*,
@@ -34,8 +33,8 @@ tiny_vit_5m_224 64, efficientformer_l1 224, crossvit_9_240 240, convmixer_768_32
 
 
 def build(name: str, side: int, **options: int) -> torch.nn.Module:
-    """Weights as initialised, but no scale or bias at 0, which would hide a layer; BatchNorm has
-    seen noise. In double precision, for some features hardly differ before any training."""
+    """Weights as initialised, but no scale or bias at 0, which would hide a layer. BatchNorm has
+    seen noise. Double precision, because some features hardly differ before training."""
     torch.manual_seed(0)
     net = timm.create_model(name, pretrained=False, num_classes=0, **options).train()
     with torch.no_grad():
@@ -56,7 +55,7 @@ def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> to
     def straighten(_module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
         output.register_hook(torch.Tensor.contiguous)
 
-    # torch 2.15, eval mode, one image: a transposed gradient gives wrong ones
+    # torch 2.15, BatchNorm in eval mode, one image: a transposed gradient gives wrong results
     for m in encoder.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.register_forward_hook(straighten)
@@ -75,7 +74,7 @@ def reference(encoder: torch.nn.Module, images: issl.Images, layers: dict) -> to
 
 
 def measured(encoder: torch.nn.Module, images: issl.Images, skip: list[str]) -> dict:
-    """What comes of a model, after leaving out what the errors name."""
+    """The outcome for a model, after leaving out the layers that errors name."""
     began, hows = time.perf_counter(), (issl.LoGra(16), issl.Identity())
     try:
         found = [
@@ -98,7 +97,7 @@ def measured(encoder: torch.nn.Module, images: issl.Images, skip: list[str]) -> 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--only", default="", help="names with this in them")
+    options.add_argument("--only", default="", help="only models whose names contain this")
     options.add_argument("--out", default="timm_sweep.csv")
     given, rows, scenes = options.parse_args(), [], issl.load("scenes", n=8)
     for name, side in map(str.split, MODELS.split(",")):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from issl.through_training import influence_through_training as influence_through_training
 
 __version__ = "0.3.0"
-# the names of each module; none is called like its module, which would hide it once imported
+# names by module; none equals its module's name, since importing the module would then hide it
 _MODULES = {
     "data.datasets": "load",
     "data.images": "Images",
@@ -55,7 +55,7 @@ _MODULES = {
 }
 __all__ = [name for names in _MODULES.values() for name in names.split()]
 
-if not TYPE_CHECKING:  # a type checker would take every attribute for known
+if not TYPE_CHECKING:  # else a type checker would accept every attribute
 
     def __getattr__(name: str) -> object:
         module = next((m for m, names in _MODULES.items() if name in names.split()), None)

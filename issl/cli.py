@@ -1,5 +1,5 @@
-"""The command line, `issl COMMAND`: influence, fit, explain, pretrain, download, and the
-audit's."""
+"""The command line, `issl COMMAND`: influence, fit, explain, attribute, pretrain, download, and the
+commands of the audit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from issl.errors import IsslError
 
 COMMANDS = {  # each has a module in issl.commands, with `add_arguments` and `main`
     "influence": "score your own images under your own encoder",
-    "fit": "keep the curvature of a set of images, to score others under it",
+    "fit": "save the curvature of a set of images, to score other images with it",
     "explain": "show which training images taught an encoder about an image",
-    "attribute": "differentiate a training: what each image did to others",
+    "attribute": "differentiate a training run: what each image did to others",
     "pretrain": "train an encoder on your own images",
 }
 AUDIT = ("run", "verdicts", "doctor")  # of issl.audit.commands
-EXTRA = ("pydantic", "papermill")  # of issl[audit]: where they are, the rest is
+EXTRA = ("pydantic", "papermill")  # of issl[audit]: if these are installed, so is the rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """All commands. Options that list what the library knows are added for `command` alone: they
-    import torch."""
+    """All commands. Only `command` itself gets its options, because some of them list what the
+    library knows and so import torch."""
     top = Parser(prog="issl", description="Label-free influence for self-supervised learning.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -66,16 +66,16 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, which is 2 for bad input, with one line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # libgomp reads this when torch is imported, here and in the processes that start from here:
-    # threads that wait for each other soon sleep. By default they spin, and processes that share
-    # the cores slow each other several times
+    # libgomp reads this when torch is imported, here and in child processes: waiting threads then
+    # soon sleep. By default they spin, and processes that share the cores slow each other down
+    # several times
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options, rest = parser(given[0] if given else None).parse_known_args(given)
     try:
         if not hasattr(options, "run"):
-            raise IsslError(f"issl {options.command} is the audit's; pip install 'issl[audit]'")
+            raise IsslError(f"issl {options.command} needs the audit; pip install 'issl[audit]'")
         if rest:
-            parser(given[0]).parse_args(given)  # says which
+            parser(given[0]).parse_args(given)  # exits and names the unknown ones
         with _ended_like_an_interrupt():
             if options.command != "download":
                 from issl.devices import keep_freed_memory
@@ -107,7 +107,7 @@ def _ended_like_an_interrupt() -> Iterator[None]:
     """SIGTERM, which batch systems and `kill` send, ends a command as Ctrl-C does: kernels and
     workers end with it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say so
+        yield  # only the main thread may set a handler
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

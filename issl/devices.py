@@ -28,8 +28,8 @@ NEEDED_DRIVER = {"11": 450, "12": 525, "13": 580}
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto is the GPU if there is one.
 
-    Raises IsslError for other names, for cuda without a GPU, and for auto where there is one that
-    torch cannot use.
+    Raises IsslError for other names, for cuda without a GPU, and for auto if the machine has a GPU
+    that torch cannot use.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -47,8 +47,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch sees no GPU though the machine has one, with the remedy; None where it has none, or
-    hides it (CUDA_VISIBLE_DEVICES is empty)."""
+    """Why torch sees no GPU although the machine has one, with the remedy. None if the machine has
+    no GPU or hides it (CUDA_VISIBLE_DEVICES is empty)."""
     nodes = sorted(NODES.glob("nvidia[0-9]*"))
     if not nodes or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
@@ -73,8 +73,8 @@ def device_name(device: torch.device) -> str:
 
 
 def computes_bf16(device: torch.device, precision: str) -> bool:
-    """Is bf16 used? auto: if the device computes it natively; otherwise autocast would only cost
-    time."""
+    """Whether to use bf16. With auto, only if the device computes it natively, because otherwise
+    autocast would only cost time."""
     if precision not in ("auto", "fp32", "bf16"):
         raise IsslError(f"precision {precision!r}: choose auto, fp32 or bf16")
     if precision != "auto":
@@ -90,14 +90,14 @@ def computes_bf16(device: torch.device, precision: str) -> bool:
 
 @lru_cache
 def _cpu_flag(flag: str) -> bool:
-    return flag in _text(Path("/proc/cpuinfo")).split()  # Linux only; others train in fp32
+    return flag in _text(Path("/proc/cpuinfo")).split()  # Linux only; other systems use fp32
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 means fp32, and the same each time: no TF32 in matrix products or convolutions on the
-    GPU, and cuDNN's deterministic algorithms. What the caller had set, by whichever of torch's
-    names, is restored."""
+    """Compute in true fp32 and reproducibly: no TF32 in matrix products or convolutions on the GPU,
+    and cuDNN's deterministic algorithms. The caller's settings are restored, whichever of torch's
+    names set them."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     wanted: list[tuple[Any, str, Any]] = [
@@ -120,8 +120,8 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Convolutions by torch's own code: oneDNN's gradient of a narrow one's weight, NHWC in fp32,
-    can crash a process on a CPU (its issue 6035)."""
+    """Use torch's own convolutions: in NHWC and fp32, oneDNN's weight gradient of a narrow
+    convolution can crash a process on a CPU (oneDNN issue 6035)."""
     before = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         yield
@@ -130,7 +130,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def no_memory(error: BaseException) -> IsslError:
-    """What is said where not even the smallest batch fits."""
+    """The error for when not even the smallest batch fits."""
     return IsslError(
         f"memory does not suffice for one image and its view ({type(error).__name__}); use smaller "
         "images (--size), or a machine with more"
@@ -139,13 +139,13 @@ def no_memory(error: BaseException) -> IsslError:
 
 @dataclass
 class Batches:
-    """Runs on positions, `size` at a time; where memory does not suffice, on half as many, from
-    there on and in later calls. For what does not depend on the size of a batch."""
+    """Runs a function on positions, `size` at a time. If memory runs out, it halves `size`, from
+    there on and in later calls. Only for results that do not depend on the batch size."""
 
     size: int
 
     def __call__(self, positions: slice, run: Callable[[slice], T]) -> Iterator[T]:
-        """What `run` gives for each batch. Raises IsslError where not even one image fits."""
+        """The result of `run` for each batch. Raises IsslError if not even one image fits."""
         start = positions.start
         while start < positions.stop:
             part = slice(start, min(start + self.size, positions.stop))
@@ -160,7 +160,7 @@ class Batches:
                 yield found
                 start = part.stop
                 continue
-            # outside of the handler, which keeps the failed step's tensors
+            # outside the handler, which keeps the failed step's tensors alive
             self.size = (part.stop - part.start) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ class Batches:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that no more memory could be had, on a CPU or a GPU."""
+    """Whether an error says that memory ran out, on a CPU or a GPU."""
     return isinstance(
         error, MemoryError | torch.OutOfMemoryError
     ) or "can't allocate memory" in str(error)
@@ -183,18 +183,18 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def free_memory(device: torch.device | None = None) -> int:
-    """Bytes that this process may still take: of a GPU, or of the machine within the limit of its
-    container or job (Linux's cgroups)."""
+    """Bytes that this process can still allocate: on a GPU, or on the machine within the limit of
+    its container or job (Linux's cgroups)."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = re.search(r"^MemAvailable: *(\d+) kB", _text(MEMINFO), re.MULTILINE)
     if found is not None:
         return min([1024 * int(found[1]), *_cgroup_rooms()])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # no Linux: all there is
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all memory
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """The room that is left in this process's cgroup and in those above it, where they have a
+    """The bytes left in this process's cgroup and in each cgroup above it, where there is a
     limit."""
     own = {}
     for line in _text(OWN_CGROUP).splitlines():
@@ -210,7 +210,7 @@ def _cgroup_rooms() -> Iterator[int]:
             if most.isdigit() and used.isdigit():
                 statistics = _text(folder / "memory.stat")
                 cached = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
-                spare = 0 if cached is None else int(cached[1])  # given back when it is needed
+                spare = 0 if cached is None else int(cached[1])  # reclaimed when needed
                 yield max(0, int(most) - int(used) + spare)
 
 
@@ -224,11 +224,11 @@ def keep_freed_memory() -> None:
     Each step allocates and frees the same large tensors; without this, each is mapped again page by
     page, which on virtual machines costs more than the arithmetic. No effect without glibc.
     """
-    # Dask sets it in its workers, and a notebook's kernel inherits it: five times as slow.
+    # Dask sets this in its workers and notebook kernels inherit it: they run five times as slow.
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_max, 0)
-        mallopt(m_arena_max, 1)  # arenas of single threads would still map large tensors
+        mallopt(m_arena_max, 1)  # per-thread arenas would still map large tensors

@@ -1,7 +1,7 @@
-"""Tasks that need each other: run in this process, in several on this machine, or by Dask anywhere.
+"""Tasks that need each other, run in this process, in several on this machine, or by Dask anywhere.
 
-A task that fails blocks what needs it and nothing else. Tasks leave what they make in files, whole
-or not at all, so a run that is stopped or a worker that dies costs what was being made.
+A failed task blocks only the tasks that need it. Tasks write their results to files, complete or
+not at all. So a stopped run or a dead worker loses only what was being made.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from issl.files import READING, why_no_room
 
 CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 CONNECT = 20.0  # seconds in which a scheduler must answer
-POLL = 0.05  # seconds between two looks at what has ended
+POLL = 0.05  # seconds between two checks for ended tasks
 
 # Dask is made for many short tasks; these settings suit a few long ones.
 SETTINGS = {
     "distributed.worker.daemon": False,  # a task may start processes
-    "distributed.scheduler.worker-ttl": None,  # a long kernel is no death
-    "distributed.scheduler.unknown-task-duration": "1h",  # so a cluster grows for each that waits
-    "distributed.scheduler.allowed-failures": 3,  # so often a task that kills workers is tried anew
+    "distributed.scheduler.worker-ttl": None,  # a long kernel is not a dead worker
+    "distributed.scheduler.unknown-task-duration": "1h",  # so a cluster grows for each waiting task
+    "distributed.scheduler.allowed-failures": 3,  # retries of a task that kills workers
     "distributed.worker.memory.terminate": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.spill": False,
@@ -39,11 +39,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, by a function that another process can call, and whose result is dropped.
-    If a worker dies it may be called again, and should then leave what is there."""
+    """Work to do: a function that another process can call, and whose result is dropped. If a
+    worker dies, it may be called again, and should then keep what is already there."""
 
     work: Callable[[], object]
-    needs: Sequence[str] = ()  # names of the tasks that must have ended well before
+    needs: Sequence[str] = ()  # names of the tasks that must succeed first
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Ended:
 
     name: str
     seconds: float = 0.0
-    error: str = ""  # for the reader; empty if it ended well
-    blocked: bool = False  # the error is that of a task that it needs, so it was not begun
+    error: str = ""  # a message for the reader; empty if the task succeeded
+    blocked: bool = False  # not begun: the error is that of a task it needs
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Engine:
     """Where tasks run.
 
     Attributes:
-        jobs: how many at once. One, or none given: in this process, without Dask; with `cluster`,
-            one job there; with `scheduler`, as many as it has workers. Here they share the GPUs.
+        jobs: how many tasks at once; on this machine they share the GPUs. 1 or None: this process,
+            without Dask. None with `cluster`: one job; with `scheduler`: one task per worker.
         cluster: slurm, pbs, lsf or sge: each of up to `jobs` workers is a job there.
         options: (key, value) for the cluster: arguments of dask-jobqueue's class, such as queue and
-            walltime; `directive` (repeatable) is one more line for the batch system, `lifetime` how
-            long a worker accepts work, below the walltime.
-        scheduler: the address of a Dask that is there already, such as tcp://host:8786.
+            walltime. Each `directive` adds a line for the batch system. `lifetime`, below the
+            walltime, is how long a worker accepts work.
+        scheduler: the address of a running Dask scheduler, such as tcp://host:8786.
     """
 
     jobs: int | None = None
@@ -76,10 +76,10 @@ class Engine:
     scheduler: str | None = None
 
     def run(self, tasks: Mapping[str, Task]) -> Iterator[Ended]:
-        """Run the tasks, each after those it needs; yields how each ended, as soon as it has.
+        """Run each task after those it needs; yields how each one ended, as soon as it ends.
 
         Raises:
-            IsslError: if there is no scheduler, or it went away. What was made stays.
+            IsslError: if there is no scheduler, or it goes away. Finished results are kept.
         """
         graph = TopologicalSorter({name: task.needs for name, task in tasks.items()})
         graph.prepare()
@@ -95,8 +95,8 @@ class Engine:
                         ends.append(Ended(name, error=failed[0], blocked=True))
                     else:
                         ready.append(name)
-                # more than its workers can begin is not sent to Dask: a task that kills its worker
-                # would take what waits there with it
+                # Dask gets only as many tasks as its workers can begin: one that kills its worker
+                # would also take down the tasks waiting there
                 while ready and begun < place.at_once and not ends:
                     name = ready.popleft()
                     place.begin(name, tasks[name].work)
@@ -112,7 +112,7 @@ class Engine:
 
 
 class _Here:
-    """This process, which does a task when it is begun."""
+    """This process, which runs a task as soon as it is begun."""
 
     at_once = 1
 
@@ -124,7 +124,7 @@ class _Here:
 
 
 class _Workers:
-    """Those of a Dask scheduler, which are there until the stack is closed."""
+    """The workers of a Dask scheduler, which live until the stack is closed."""
 
     def __init__(self, engine: Engine, stack: ExitStack):
         try:
@@ -168,8 +168,8 @@ class _Workers:
     def _next_batch(self) -> list[Any]:
         """Futures that have ended, as soon as there are any.
 
-        Raises IsslError where the batch system refuses the jobs and no worker is there: Dask would
-        wait for one."""
+        Raises IsslError if the batch system refuses the jobs and there is no worker, because Dask
+        would wait for one."""
         while not (batch := self._queue.next_batch(block=False)):
             if self._refused and not self._client.scheduler_info(n_workers=-1)["workers"]:
                 raise IsslError(
@@ -181,7 +181,7 @@ class _Workers:
 
 
 def _processes(jobs: int) -> Any:
-    """So many workers on this machine, which share its GPUs evenly."""
+    """`jobs` workers on this machine, which share its GPUs evenly."""
     import torch
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -197,8 +197,8 @@ def _processes(jobs: int) -> Any:
 
 
 def _jobs(engine: Engine, refused: list[str]) -> Any:
-    """Workers that are jobs of a batch system, as many as there is work for. What it says of jobs
-    that it refuses is appended to `refused`."""
+    """Workers that are jobs of a batch system, as many as there is work for. Its message about each
+    refused job is appended to `refused`."""
     name = f"--cluster {engine.cluster}"
     try:
         import dask_jobqueue
@@ -208,7 +208,7 @@ def _jobs(engine: Engine, refused: list[str]) -> Any:
     kind = getattr(dask_jobqueue, CLUSTERS[str(engine.cluster)])
     submit = kind.job_cls.submit_command.split()[0]
     if shutil.which(submit) is None:  # Dask would wait for jobs that nobody has submitted
-        raise IsslError(f"{name}: no {submit} here; run it where jobs start")
+        raise IsslError(f"{name}: no {submit} here; run it where jobs can be submitted")
 
     class Job(kind.job_cls):  # type: ignore[misc, name-defined]
         async def _submit_job(self, script_filename: str) -> Any:
@@ -240,7 +240,7 @@ def _jobs(engine: Engine, refused: list[str]) -> Any:
 
 def _do(name: str, work: Callable[[], object], threads: int | None = None) -> Ended:
     """Do a task, in any process; errors are returned, so that other tasks go on."""
-    import torch  # slow to import: commands that run no tasks do without
+    import torch  # slow to import, and commands without tasks do not need it
 
     from issl.devices import keep_freed_memory
 
@@ -256,9 +256,9 @@ def _do(name: str, work: Callable[[], object], threads: int | None = None) -> En
 
 
 def _ended(name: str, future: Any, at: Any) -> Ended:
-    """How a task on Dask ended; IsslError where nobody can tell.
+    """How a task on Dask ended; IsslError if that cannot be known.
 
-    If its worker dies before the result is here, Dask does it again, and this waits.
+    If its worker dies before the result arrives, Dask runs the task again and this waits.
     """
     from distributed import KilledWorker
 
@@ -276,7 +276,7 @@ def _ended(name: str, future: Any, at: Any) -> Ended:
 
 
 def in_short(error: BaseException) -> str | None:
-    """An error in a line for the reader: bad input, a full disk, full memory. None for others."""
+    """An error as one line for the reader: bad input, a full disk or full memory. Else None."""
     if isinstance(error, IsslError):
         return str(error)
     if (why := why_no_room(error)) is not None:
@@ -315,26 +315,26 @@ def whole(least: int) -> Callable[[str], int]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """--jobs, --cluster, --cluster-option and --scheduler."""
     add, where = command.add_argument, command.add_mutually_exclusive_group()
-    add("--jobs", type=whole(1), metavar="N", help="how many at once, here or on the cluster")
+    add("--jobs", type=whole(1), metavar="N", help="how many tasks at once, here or on the cluster")
     where.add_argument("--cluster", choices=CLUSTERS, help="start the workers as jobs")
-    text = "a Dask that is there, such as tcp://HOST:8786"
+    text = "a running Dask scheduler, such as tcp://HOST:8786"
     where.add_argument("--scheduler", metavar="ADDRESS", help=text)
     text = "for the jobs, such as queue=gpu, walltime=8:00:00, directive=--gpus-per-node=1"
     add("--cluster-option", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def asked_for(options: argparse.Namespace) -> Engine | None:
-    """The engine of these options; None where they leave the choice to the command."""
+    """The engine that these options ask for; None if they leave the choice to the command."""
     given = pairs(options.cluster_option, "--cluster-option", "KEY=VALUE, such as queue=gpu")
     if given and options.cluster is None:
-        raise IsslError("--cluster-option goes with --cluster")
+        raise IsslError("--cluster-option goes with --cluster; give both")
     if options.jobs is None and options.cluster is None and options.scheduler is None:
         return None
     return Engine(options.jobs, options.cluster, given, options.scheduler)
 
 
 def pairs(given: Sequence[str], option: str, example: str) -> list[tuple[str, str]]:
-    """Options that are written KEY=VALUE, split."""
+    """Options written as KEY=VALUE, split at the first `=`."""
     found = [text.partition("=") for text in given]
     for text, (key, equals, value) in zip(given, found, strict=True):
         if not (key and equals and value):

@@ -11,7 +11,7 @@ class IsslError(Exception):
 
 
 def is_whole(value: object, least: int = 0, most: int | None = None) -> bool:
-    """Is it a whole number in this range? A truth value is none."""
+    """Whether it is a whole number in this range; a bool does not count."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return False
     return least <= int(value) and (most is None or int(value) <= most)

@@ -1,4 +1,4 @@
-"""What a frozen encoder says of images: features, and the stability loss of each."""
+"""What a frozen encoder computes from images: features and stability losses."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def stability_losses(
     draws: int = 1,
     device: torch.device = CPU,
 ) -> np.ndarray:
-    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], mean over the draws. Needs only a
-    forward pass, no gradient. Draw k of seed s is that of seed s + k·2³², as in
+    """ℓ_i = 1 − cos(f(x_i), f(x̂_i)) of each image, in [0, 2], averaged over the draws. Needs only
+    a forward pass, no gradient. Draw k of seed s uses the seed s + k·2³², as in
     `issl.self_influence`."""
     encoder, batch = encoder.to(device), 128 if device.type == "cpu" else 1024
     perturbs = keyed_draws(perturbation, seed, draws)

@@ -1,4 +1,4 @@
-"""Reading and writing files; what is written is complete or not there at all."""
+"""Reading and writing files; a written file is complete or not there at all."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from issl.errors import IsslError
 
 PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
-BUNDLED = PACKAGE / "bundled"  # what a wheel carries of it: notebooks, encoders, records
-PART = ".issl-part-"  # in the names of files that are being written; nobody else's are called so
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what a file system says that has none
-NO_ROOM = {  # what the system says where a file cannot be written, and no program is to blame
+BUNDLED = PACKAGE / "bundled"  # the parts of it in a wheel: notebooks, encoders, records
+PART = ".issl-part-"  # in the names of files being written, and of no others
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of a file system without locks
+NO_ROOM = {  # why the system cannot write a file, where no program is to blame
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your quota of the disk is used up",
     errno.EFBIG: "files may not become so large here",
@@ -33,7 +33,7 @@ NO_ROOM = {  # what the system says where a file cannot be written, and no progr
 }
 
 
-READING = (errno.EACCES, errno.EPERM, errno.EIO)  # of these, what an error of reading may be
+READING = (errno.EACCES, errno.EPERM, errno.EIO)  # the errors above that reading can raise
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
 
@@ -44,7 +44,7 @@ def installed() -> bool:
 
 
 def provided(name: str) -> Path:
-    """What comes with the code beside the library itself: the folder `notebooks`, `released` or
+    """A folder that comes with the code, beside the library itself: `notebooks`, `released` or
     `figures`."""
     return (BUNDLED if installed() else REPOSITORY) / name
 
@@ -54,9 +54,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """Write to the yielded path; on success it becomes `path` in one step, on failure nothing is
     left.
 
-    Each call has its own temporary name, so two processes that write the same file do not mix. What
-    a killed process leaves, `remove_leftovers` finds. IsslError where there is no room, or no
-    right, to write the file.
+    Each call has its own temporary name, so two processes that write the same file do not mix.
+    `remove_leftovers` removes what a killed process leaves. Raises IsslError if there is no room or
+    no permission to write the file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in this folder of files that they were writing."""
+    """Remove the unfinished files that killed processes left in this folder."""
     for path in folder.glob(f".*{PART}*"):
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -91,7 +91,7 @@ def remove_leftovers(folder: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # it is used, or there are no locks here
+            continue  # it is in use, or there are no locks here
         else:
             path.unlink(missing_ok=True)
         finally:
@@ -99,7 +99,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _locked_new(target: Path) -> tuple[Path, int]:
-    """A new file beside this one, locked as long as this process uses it."""
+    """A new file beside `target`, locked while this process uses it."""
     while True:
         handle, name = tempfile.mkstemp(
             prefix=f".{target.name}{PART}", suffix=target.suffix, dir=target.parent
@@ -115,16 +115,16 @@ def _locked_new(target: Path) -> tuple[Path, int]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            return path, handle  # no leftover can be told from one that is used, so none goes
+            return path, handle  # a leftover looks like a file in use, so none is removed
         if path.exists():
             return path, handle
         os.close(handle)
 
 
 def why_no_room(error: BaseException) -> str | None:
-    """Why the system does not let a file be written; None for any other error."""
+    """Why the system cannot write a file; None for any other error."""
     code = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"os error (\d+)", str(error)):  # safetensors' errors are texts
+    if found := re.search(r"os error (\d+)", str(error)):  # safetensors gives it as text
         code = int(found[1])
     return NO_ROOM.get(code or 0)
 
@@ -137,8 +137,8 @@ def _cannot_write(path: Path, error: Exception) -> IsslError:
 
 
 def writable(out: Path, suffixes: Sequence[str]) -> None:
-    """Make the folder of a command's output file; IsslError for a suffix that is not allowed, or if
-    it cannot be written."""
+    """Make the folder of a command's output file. Raises IsslError for a suffix that is not
+    allowed, or if the file cannot be written."""
     if out.suffix not in suffixes:
         raise IsslError(f"--out {out}: give a file name that ends in {' or '.join(suffixes)}")
     if out.is_dir():
@@ -148,8 +148,8 @@ def writable(out: Path, suffixes: Sequence[str]) -> None:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Make this folder; IsslError where that, or a file in it, cannot be written. (Asked for
-    permission, root is always given it.)"""
+    """Make this folder; IsslError if it, or a file in it, cannot be written. This writes a file,
+    because a check of permissions always succeeds for root."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -167,8 +167,8 @@ def file_digest(path: Path) -> str:
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Header and tensors of a safetensors file; if it is damaged, an IsslError that says `what` it
-    is."""
+    """Header and tensors of a safetensors file. If it is damaged, raises an IsslError that says
+    `what` it is."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from issl.errors import IsslError
 
-SEVERAL_THREADS = 2_000_000  # numbers in a batch, from which on threads share the drawing
+SEVERAL_THREADS = 2_000_000  # numbers in a batch from which several threads draw
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -53,6 +53,6 @@ def _stack(index: Tensor, shape: Sequence[int], draw: Callable[[int], np.ndarray
     if out.size < SEVERAL_THREADS:
         list(map(fill, *rows))
     else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy draws without Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL
             list(pool.map(fill, *rows))
     return torch.from_numpy(out)

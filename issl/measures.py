@@ -1,7 +1,7 @@
-"""What is asked of an encoder: differentiable functions of its backbone, one number for each query.
+"""Measures of an encoder: differentiable functions of its backbone, one number for each query.
 
-The backbone is in eval mode. A measure that is given as a list of several, for a few queries each,
-holds fewer activations at a time.
+The backbone is in eval mode. A measure split into a list of several, for a few queries each, holds
+fewer activations at a time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def stability_measures(
     draws: int = 1,
     together: int = TOGETHER,
 ) -> list[Measure]:
-    """The stability loss of each query, mean over the draws (draw k of seed s is that of seed s +
-    k·2³²); one measure for every few queries. With the views of the training as perturbation it is
-    the alignment of the SSL losses."""
+    """The stability loss of each query, averaged over the draws; one measure for every few queries.
+    Draw k of seed s uses the seed s + k·2³². With the training views as the perturbation, it is the
+    alignment term of the SSL losses."""
     perturbs = keyed_draws(perturbation, seed, draws)
 
     def of(positions: slice) -> Measure:
@@ -56,11 +56,11 @@ def knn_margins(
     temperature: float = 0.1,
     together: int = TOGETHER,
 ) -> list[Measure]:
-    """By how much a vote finds each query's class: the share of its own class less that of the best
-    other one, from -1 to 1.
+    """The margin by which a vote finds each query's class: the share of votes for its own class
+    minus that for the best other class, from -1 to 1.
 
-    Each of the features in `bank`, which are held fixed, votes for its label with weight
-    exp(cosine/temperature) (Wu et al. 2018, arXiv 1805.01978, §3.4, of all images in place of k).
+    The features in `bank` are held fixed. Each votes for its label with weight
+    exp(cosine/temperature), as in Wu et al. 2018, arXiv 1805.01978, §3.4, with all images, not k.
 
     Raises:
         IsslError: For queries without labels, a query's class that is not in the bank, and a
@@ -91,8 +91,8 @@ def knn_margins(
 
 
 def mean_of(measures: Sequence[Measure]) -> Measure:
-    """The mean over all their queries, as one measure of one number. Activations are held for one
-    of them at a time, and computed again on the way back."""
+    """The mean over all queries of these measures, as one measure with one number. Activations are
+    held for one measure at a time, and recomputed in the backward pass."""
 
     def measure(backbone: nn.Module) -> Float[Tensor, " 1"]:
         parts = [checkpoint(part, backbone, use_reentrant=False) for part in measures]
@@ -102,6 +102,6 @@ def mean_of(measures: Sequence[Measure]) -> Measure:
 
 
 def like(backbone: nn.Module, x: Tensor) -> Tensor:
-    """On the backbone's device, in its precision."""
+    """`x` on the backbone's device, in its precision."""
     weight = next(backbone.parameters())
     return x.to(weight.device, weight.dtype)

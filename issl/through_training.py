@@ -1,15 +1,15 @@
 """What training on an image does to an encoder: the derivative of the training itself.
 
-A training is a function of the weights w of its images in the loss. Its step t takes the state s_t
-(weights, momenta, BatchNorm's running statistics, BYOL's target) to s_{t+1} = F_t(s_t, w), and a
+A training run is a function of the weights w that its images have in the loss. Step t takes state
+s_t (weights, momenta, BatchNorm's running statistics, BYOL's target) to s_{t+1} = F_t(s_t, w). A
 measure is read from the last state, m_q(s_T). By the chain rule, from the last step to the first,
 
     λ_T = ∇m_q(s_T),   ∂m_q/∂w_i = Σ_t λ_{t+1}ᵀ ∂F_t/∂w_i,   λ_t = (∂F_t/∂s)ᵀ λ_{t+1},
 
-at w = 1 (Engstrom et al. 2025, arXiv 2503.13751, §3; Ilyas & Engstrom 2025, arXiv 2504.16430). It
-is exact for the one run with its seeds. The change of the measure without image i is −∂m_q/∂w_i to
-first order; whether that is near depends on how smooth the training is in w, which `removals`
-measures.
+at w = 1 (Engstrom et al. 2025, arXiv 2503.13751, §3; Ilyas & Engstrom 2025, arXiv 2504.16430). The
+derivative is exact for this one run and its seeds. Without image i, the measure changes by
+−∂m_q/∂w_i to first order. How good this prediction is depends on how smooth the training is in w;
+`removals` measures it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from issl.pretraining.optimizer import moved
 from issl.pretraining.recipes import Recipe
 from issl.pretraining.states import Run, States
 
-SAVED = 30.0  # seconds between two saves of the way back
+SAVED = 30.0  # seconds between two saves of the backward pass
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Effects:
         derivatives: ∂m_q/∂w_i, in double precision on the CPU. Negative: training on image i
             lowers the measure.
         value: m_q at the end of the training.
-        learner: At the end of the training.
-        growth: ‖λ_t‖ / ‖λ_T‖ over the weights before each step t. Where it rises by orders of
-            magnitude from the last to the first, the training is chaotic.
-        state_bytes: Of all states that were kept.
-        seconds: Of the training, and of the way back.
+        learner: The learner at the end of the training.
+        growth: ‖λ_t‖ / ‖λ_T‖ over the weights before each step t. If it rises by orders of
+            magnitude from the last step to the first, the training is chaotic.
+        state_bytes: The size of all states that were kept.
+        seconds: The duration of the training, and of the backward pass.
     """
 
     derivatives: Float[Tensor, "q n"]
@@ -72,7 +72,7 @@ class Effects:
     measures: list[Measure]
 
     def removals(self, subsets: Iterable[Sequence[int]], progress: bool = False) -> pd.DataFrame:
-        """Does it predict? The training is repeated without each subset of the images.
+        """Test the predictions: repeat the training without each subset of the images.
 
         Args:
             subsets: Positions of the images that are left out.
@@ -82,12 +82,12 @@ class Effects:
             measured (changes of the measure). See `agreement`.
 
         Raises:
-            IsslError: For positions that no image has, and for a batch that loses all but one.
+            IsslError: For positions that no image has, and for a batch left with a single image.
         """
         rows, n = [], len(self.run.images)
         subsets = [list(subset) for subset in subsets]
         if wrong := {i for subset in subsets for i in subset} - {*range(n)}:
-            raise IsslError(f"removals: {min(wrong)} is no position from 0 to {n - 1}")
+            raise IsslError(f"removals: {min(wrong)} is no position; give 0 to {n - 1}")
         for number, out in enumerate(tqdm(subsets, desc="removals", disable=not progress)):
             with full_precision():
                 measured = values_of(self.run.trained(out), self.measures) - self.value
@@ -107,16 +107,16 @@ class Effects:
 
 
 def random_subsets(n: int, share: float, subsets: int, seed: int = 0) -> list[list[int]]:
-    """So many random sets of this share of n images, at least one image each."""
+    """`subsets` random sets, each with this share of the n images and at least one image."""
     generator = torch.Generator().manual_seed(seed)
     count = max(1, round(share * n))
     return [sorted(torch.randperm(n, generator=generator)[:count].tolist()) for _ in range(subsets)]
 
 
 def agreement(removals: pd.DataFrame) -> pd.DataFrame:
-    """By the number of images left out: `lds`, the rank correlation over subsets of predicted and
-    measured changes, mean over queries (Park et al. 2023, arXiv 2303.14186, Definition 2.3); and
-    `slope`, of measured on predicted through the origin."""
+    """One row for each number of images left out. `lds` is the rank correlation over subsets of
+    predicted and measured changes, averaged over queries (Park et al. 2023, arXiv 2303.14186,
+    Definition 2.3). `slope` is that of measured on predicted changes, through the origin."""
     rows = []
     for left_out, part in removals.groupby("left_out"):
         ranks = [
@@ -144,19 +144,19 @@ def influence_through_training(
 ) -> Effects:
     """∂m_q/∂w_i of every training image i on every measure m_q, through each step of a training.
 
-    The training is that of `pretrain` with the same arguments. The way back costs a few times as
-    much for each query.
+    The training is that of `pretrain` with the same arguments. For each query, the backward pass
+    costs a few times as much.
 
     Args:
         start: What training continues from, as in `pretrain`; or the seed of fresh weights.
         train: The n images that it is trained on.
-        measures: Images, whose stability loss under `GaussianNoise(0.05, 0.2)` is asked; or
-            measures, see `issl.measures`. The graph of one is held at a time.
-        recipe: Of the training; default: that of the learner or of its file.
-        epochs: See `pretrain`; likewise batch_size, seed and, of fresh weights, width.
-        folder: Where states and the way back are kept, and continued from after an interruption;
+        measures: Images, to measure their stability loss under `GaussianNoise(0.05, 0.2)`; or
+            measures, see `issl.measures`. The graph of one measure is held at a time.
+        recipe: The recipe of the training; default: that of the learner or of its file.
+        epochs: As in `pretrain`; so are batch_size, seed and, for fresh weights, width.
+        folder: Where states and the backward pass are saved, so that an interrupted run continues;
             default: in memory. It may be deleted afterwards.
-        every: A state is kept before every so many steps; the others are computed again.
+        every: A state is kept every `every` steps; the others are recomputed.
 
     Raises:
         IsslError: For settings that do not fit, a folder of another training, a training that
@@ -205,7 +205,7 @@ def learner_of(
         made.recipe = recipe or start.recipe
         if made.recipe.method != made.method.name:
             raise IsslError(
-                f"start is a {made.method.name} learner and recipe one of {made.recipe.method}; "
+                f"start is a {made.method.name} learner, but recipe is of {made.recipe.method}; "
                 "give its encoder to train it by another method"
             )
         return made
@@ -217,7 +217,7 @@ def learner_of(
     return Learner(recipe, start.width, classes, 0, start)
 
 
-# --- a step, and the way back through all of them ---
+# --- a step, and the backward pass through all steps ---
 
 
 def after_step(learner: Learner, state: State, step: Step, weights: Float[Tensor, " b"]) -> State:
@@ -235,7 +235,7 @@ def after_step(learner: Learner, state: State, step: Step, weights: Float[Tensor
 
 
 class Back:
-    """The way back: λ_t of each query, row by row, and what was found so far of the derivatives."""
+    """The backward pass: λ_t of each query, one per row, and the derivatives found so far."""
 
     def __init__(self, states: States, values: Float[Tensor, " q"]):
         self.states, self.value = states, values
@@ -250,7 +250,7 @@ class Back:
             before = found.pop("values")
             if before.shape != values.shape or not torch.allclose(before, values, rtol=1e-4):
                 raise IsslError(
-                    f"{self.path} is of other measures: their values differ; delete this file"
+                    f"{self.path} belongs to other measures: their values differ; delete this file"
                 )
             self.number, self.derivatives = int(header["number"]), found.pop("derivatives")
             self.norms = list(found.pop("norms"))
@@ -258,7 +258,7 @@ class Back:
             self.adjoint = {k: v.to(device) for k, v in found.items()}
 
     def save(self) -> None:
-        """To continue from here."""
+        """Save the backward pass, to continue from here."""
         if self.path is None:
             return
         found = {"values": self.value, "derivatives": self.derivatives}
@@ -268,7 +268,7 @@ class Back:
             save_file(tensors, part, {"number": str(self.number)})
 
     def walk(self, progress: bool) -> float:
-        """To the first step; the seconds that it took."""
+        """Go back to the first step; returns the seconds that it took."""
         steps, began = self.states.course.steps, time.monotonic()
         learner = copy.deepcopy(self.states.run.start).for_training()
         if not self.norms:
@@ -291,7 +291,7 @@ class Back:
         return time.monotonic() - began
 
     def _through(self, learner: Learner, step: Step) -> None:
-        """λ_{t+1} to λ_t, and step t's part of the derivatives."""
+        """Turn λ_{t+1} into λ_t, and add step t's part of the derivatives."""
         state = self.states.before(step.number)
         state = {k: v.requires_grad_(v.is_floating_point()) for k, v in state.items()}
         dtype = next(learner.parameters()).dtype
@@ -315,7 +315,7 @@ class Back:
         self.adjoint = {k: torch.stack([each[k] for each in found]) for k in found[0]}
 
     def _note(self) -> None:
-        """The size of λ, which must be finite."""
+        """Record the norm of λ, which must be finite."""
         learned = [v for k, v in self.adjoint.items() if not k.startswith((MOMENTUM, "target."))]
         squares = [v.double().flatten(1).square().sum(1) for v in learned]
         norm = torch.stack(squares).sum(0).sqrt().cpu()
@@ -327,12 +327,12 @@ class Back:
         self.norms.append(norm)
 
 
-# --- what is asked at the end ---
+# --- the measures at the end of the training ---
 
 
 @contextmanager
 def backbone_of(learner: Learner) -> Iterator[nn.Module]:
-    """A copy of the backbone, in eval mode, that is differentiable in its statistics, too."""
+    """A copy of the backbone in eval mode, differentiable also in its BatchNorm statistics."""
     backbone = copy.deepcopy(learner.encoder.backbone).eval()
     for name, value in backbone.named_buffers():
         if name.endswith(STATISTICS[:2]):
@@ -348,7 +348,7 @@ def values_of(learner: Learner, measures: Sequence[Measure]) -> Float[Tensor, " 
 
 
 def gradients_of(learner: Learner, measures: Sequence[Measure]) -> State:
-    """∇m_q with respect to all that the backbone computes with, (q, …) by the name in a state."""
+    """∇m_q with respect to the backbone's weights and statistics, (q, …) by the name in a state."""
     rows: list[tuple[Tensor, ...]] = []
     with backbone_of(learner) as backbone:
         values = (*backbone.named_parameters(), *backbone.named_buffers())

@@ -189,6 +189,8 @@ def test_plans_take_given_encoders_for_trainings(checkpoint: Path) -> None:
     assert plan.methods == ("simclr",) and plan.encoders == 1
     two = SeedCorrelation(checkpoints={"simclr": [str(checkpoint), str(checkpoint)]})
     assert two.encoders == 2 and len(two.encoders_of(two.methods)) == 3  # and the untrained one
+    others = {"simclr": [checkpoint, checkpoint], "byol": [checkpoint]}  # byol is not asked about
+    assert SeedCorrelation(methods=["simclr"], checkpoints=others).encoders == 2
     assert Bridges(checkpoints={"simclr": checkpoint}).trained_doses == ()
     told = json.dumps(plan.model_dump(mode="json", exclude_unset=True))
     assert SeedCorrelation(**json.loads(told)) == plan  # as a kernel is told it

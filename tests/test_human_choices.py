@@ -38,7 +38,10 @@ def test_entropy_by_the_images_own_index(root: Path) -> None:
 def test_wrong_counts_and_images_that_nobody_judged(root: Path) -> None:
     images = issl.load("cifar10", split="test", root=root)
     beyond = images.attributes.assign(index=images.attributes["index"] + 9990)
-    unknown = {"scenes": issl.load("scenes", n=16), "10019": replace(images, attributes=beyond)}
+    unknown = {
+        "scenes": issl.load("scenes", n=16),
+        "index 10000": replace(images, attributes=beyond),
+    }
     for named, others in unknown.items():
         with pytest.raises(issl.IsslError, match=named):
             human_choices.ambiguity(others, root)

@@ -1,4 +1,4 @@
-"""Are the released tables what the released encoders give? They are computed again and compared."""
+"""Check that the released encoders give the released tables: compute them again and compare."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from issl.audit.stages import Influence, Table
 from issl.errors import IsslError
 from issl.files import provided
 
-EQUAL = 1e-4  # of a number, beside its column's standard deviation
+EQUAL = 1e-4  # relative to the larger of a number and its column's standard deviation
 IN_RANK = 0.9999  # Spearman's rank correlation
 
 
 def compared(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[tuple[str, bool]]:
-    """Of each released table that was computed here: a line about it, and is it the same?"""
+    """A line about each released table computed here, and False if it differs but should not."""
     index = released_index(provided("released"))
     released = replace(artifacts, released=provided("released"), only=None)
     for stage in stages:
@@ -34,8 +34,8 @@ def compared(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[tuple[st
 
 
 def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
-    """Of two tables of the same rows, the largest difference of a number (by the larger of its size
-    and its column's standard deviation), and the lowest rank correlation of a column."""
+    """The largest difference between two tables of the same rows (relative to the larger of a
+    number and its column's standard deviation), and the lowest rank correlation of a column."""
     if list(here) != list(kept) or len(here) != len(kept):
         return np.inf, -1.0
     most, rank = 0.0, 1.0
@@ -58,8 +58,8 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
 
 
 def check_again(options: ProfileOptions) -> int:
-    """Score all training images under the first released encoder again, and compare; exit code 1
-    where the table differs."""
+    """Score all training images again under the first released encoder, and compare; the exit code
+    is 1 if the table differs."""
     plans = replace(options, door="encoders", only=options.only or "01").plans()
     check(plans, options.folder)
     index = released_index(provided("released"))

@@ -1,13 +1,13 @@
-"""Artifacts: the cache of the heavy steps, files in open formats, found again by content.
+"""Artifacts: the cache of the slow steps' results, in open formats and found again by content.
 
-An artifact is in artifacts/<stage>/<key>/, where the key is the hash of what the stage's config
-says beyond its defaults, with all it depends on (the keys of nested stages, the identity of the
-images). So a new field that nobody sets changes no key, and a default that changes must raise the
-stage's version (tests/stage_defaults.json pins them).
+An artifact is in artifacts/<stage>/<key>/. The key is the hash of the config fields that differ
+from their defaults, with the keys of nested stages and the identity of the images. So a new field
+that nobody sets changes no key, but whoever changes a default must raise the stage's version
+(tests/stage_defaults.json pins the defaults).
 
-It appears in one step, with a manifest of checksums: it is whole or it is not there, and a damaged
-one is reported and remade. While it is made, its files are in <key>.part, under a lock, so a killed
-run resumes there and a second process waits. Released artifacts are files with names for people;
+It appears in one step, with a manifest of checksums: it is either whole or absent. A damaged one is
+reported and remade. While it is being made, its files are in <key>.part, under a lock, so a killed
+run resumes there and a second process waits. Released artifacts are files with readable names;
 `released/index.json` says which stage each belongs to.
 
 (Why not a caching library: the one that fits best, exca, keeps job results as pickles and checks no
@@ -46,7 +46,7 @@ class Stage(Config):
     """A step with a config and an artifact; `make` writes the artifact's files into a folder."""
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1  # raise it when the same config should give other numbers
+    version: ClassVar[int] = 1  # raise it when the same config gives different numbers
     takes_hours: ClassVar[bool] = False
 
     @cached_property
@@ -55,11 +55,11 @@ class Stage(Config):
         return digest(json.dumps(self.content(), sort_keys=True).encode())
 
     def content(self) -> dict[str, Any]:
-        """All that decides the artifact, as plain data: what of the config is not a default."""
+        """All that decides the artifact, as plain data: name, version and non-default settings."""
         return {"stage": self.name, "version": self.version, "settings": self.settings()}
 
     def plain(self) -> str:
-        """As another stage names it in its own settings."""
+        """The stage as it stands in another stage's settings: its label."""
         return self.label
 
     def needs(self) -> list[Stage]:
@@ -76,17 +76,17 @@ class Stage(Config):
         raise NotImplementedError
 
     def read(self, artifacts: Artifacts) -> Any:
-        """What the artifact holds; it is made first where it is not there."""
+        """What the artifact holds; it is made first if it is missing."""
         raise NotImplementedError
 
 
 @dataclass
 class Artifacts:
-    """The cache: `get` gives a stage's folder, made first where it is not there.
+    """The cache: `get` returns a stage's folder, and makes the stage first if it is missing.
 
     released           the folder of artifacts that come with the repository: read, never written;
                        None: not even read
-    only               the kind of stages that are taken from it, such as pretrain; None: all
+    only               read only this kind of stage from it, such as pretrain; None: all
     computed, cached   the stages that this object had to make, and those it found
     """
 
@@ -104,8 +104,8 @@ class Artifacts:
         return self.root / stage.name / stage.key
 
     def get(self, stage: Stage) -> Path:
-        """The folder of the stage's files, checked against their checksums; of released ones, that
-        of them all."""
+        """The folder of the stage's files, checked against their checksums. For a released stage
+        it is the folder of all released files."""
         final, label = self.folder(stage), stage.label
         if not final.is_dir() and self._released(stage) is not None:
             assert self.released is not None
@@ -121,7 +121,7 @@ class Artifacts:
         return final
 
     def _made(self, stage: Stage, final: Path) -> bool:
-        """Make the artifact where it is not there; was it made here?"""
+        """Make the artifact if it is missing; returns whether it was made here."""
         if self._there(stage):
             return False
         work = final.with_name(final.name + ".part")
@@ -138,12 +138,12 @@ class Artifacts:
         return True
 
     def file(self, stage: Stage, name: str) -> Path:
-        """One of the stage's files; the stage is made first where it is not there."""
+        """The path of one of the stage's files; the stage is made first if it is missing."""
         folder = self.get(stage)
         return folder / name if folder != self.released else self.released_file(stage, name)
 
     def released_file(self, stage: Stage, name: str) -> Path:
-        """One of the files of a stage that is released."""
+        """The path of one of a released stage's files."""
         folder, entry = self.released, self._released(stage)
         assert folder is not None and entry is not None
         path = folder / entry["files"][name]["path"] if name in entry["files"] else None
@@ -155,8 +155,8 @@ class Artifacts:
         return path
 
     def about(self, stage: Stage) -> dict[str, Any] | None:
-        """The manifest of an artifact that is there, or what the release says of it; None where
-        there is none."""
+        """The manifest of the stage's artifact, or else its entry in the released index; None if
+        it has neither."""
         manifest = self.folder(stage) / MANIFEST
         if manifest.is_file():
             found: dict[str, Any] = json.loads(manifest.read_text())
@@ -164,9 +164,9 @@ class Artifacts:
         return self._released(stage)
 
     def _released(self, stage: Stage) -> dict[str, Any] | None:
-        """What the release says of a stage; None where it has none, or where a file of it is
-        missing or damaged: that is said, and the stage made again. IsslError where that takes
-        hours."""
+        """The stage's entry in the released index; None if it has none, or if a file is damaged or
+        all are missing. That is reported, and the stage is made again. Raises IsslError instead if
+        making it takes hours."""
         if (
             self.released is None
             or self.only not in (None, stage.name)
@@ -191,12 +191,12 @@ class Artifacts:
         return None
 
     def has(self, stage: Stage) -> bool:
-        """Is the artifact there, whole? A damaged one is removed."""
+        """Is the artifact there and whole? A damaged one is removed."""
         return self._there(stage) or self._released(stage) is not None
 
     def _there(self, stage: Stage) -> bool:
-        """Is the artifact here, whole? A damaged one is looked at again, and removed, under its
-        lock: another process may have made it anew."""
+        """Is the artifact in the cache and whole? A damaged one is checked again under its lock,
+        since another process may have remade it. If it is still damaged, it is removed."""
         folder = self.folder(stage)
         if damaged(folder) is None:
             return True
@@ -223,16 +223,16 @@ def _say_once(text: str) -> None:
 
 
 def missing(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[Stage]:
-    """What has to be made: those of these stages that are not there, each after those that it needs
-    and that are not there. What nothing needs any more is left alone."""
+    """What has to be made: the missing ones among these stages and among what they need, each after
+    its own needs. A missing stage that only existing stages need is not made."""
     return in_dependency_order(stages, artifacts.has)
 
 
 def in_dependency_order(
     stages: Iterable[Stage], there: Callable[[Stage], bool] = lambda stage: False
 ) -> Iterator[Stage]:
-    """These stages and all that they read, each once, a stage after those it reads; without those
-    that are `there`, and what these alone read."""
+    """These stages and all that they read, each once and after the stages that it reads. Stages
+    that are `there` are left out, and so is what only they read."""
     seen: set[str] = set()
 
     def walk(stage: Stage) -> Iterator[Stage]:
@@ -248,7 +248,7 @@ def in_dependency_order(
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with an artifact, in words; None where every file is as its manifest says."""
+    """What is wrong with an artifact, in words; None if every file matches its manifest."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -263,8 +263,8 @@ def damaged(folder: Path) -> str | None:
 
 
 def released_index(folder: Path) -> dict[str, Any]:
-    """What a folder of released artifacts holds, by stage and key: its settings, what it was made
-    with, and its files (path and sha256, by their names in the artifact)."""
+    """What a folder of released artifacts holds, by stage label: settings, what it was made with,
+    and its files (path and sha256, by their names in the artifact)."""
     path = folder / INDEX
     return _index(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
@@ -281,7 +281,7 @@ def _index(path: Path, changed: int) -> dict[str, Any]:
 
 
 def digest_once(path: Path) -> str:
-    """sha256 of a file's bytes, which are read again only where the file has changed."""
+    """sha256 of a file's bytes, which are read again only if the file has changed."""
     state = path.stat()
     return _digest(path, state.st_mtime_ns, state.st_size)
 
@@ -336,7 +336,7 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, label: str) -> Iterator[None]:
-    """Hold the stage's lock; says so when another process has it. The system frees it if its owner
+    """Hold the stage's lock, and say so if another process has it. The system frees it if its owner
     dies."""
     lock = FileLock(path)
     try:

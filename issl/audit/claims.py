@@ -26,10 +26,10 @@ from issl.errors import IsslError
 from issl.files import PACKAGE, REPOSITORY, atomic, installed
 
 State = Literal["holds", "contradicted", "undecided"]
-# knn and untrained: kNN accuracies, the least of the encoders; encoders: how many
+# knn: the encoders' lowest kNN accuracy; untrained: the untrained network's; encoders: how many
 Learned = dict[str, float]
 UNTESTED = "not tested at this scale"
-# outcomes, as they are called where readings are counted
+# what outcomes are called when they are counted over readings
 COUNTED = {
     "reproduced": "holds",
     "partly": "in part",
@@ -45,12 +45,12 @@ class Condition(Config):
 
     Attributes:
         metric: as the notebook records it.
-        bound: what is compared.
-        above: the threshold, or below.
-        below: the threshold, or above.
-        where_measured: where the data have no such metric (pairs judged by people), it is skipped.
-        p_value: the metric is one; if it is too large, that is no evidence against the claim.
-        needs: another condition; where it does not hold, this one is never contradicted.
+        bound: which number of the metric's estimate is compared.
+        above: the threshold that it must exceed; set either this or `below`.
+        below: the threshold that it must stay under; set either this or `above`.
+        where_measured: skip the condition if the data have no such metric (pairs judged by people).
+        p_value: the metric is a p-value; a large one is no evidence against the claim.
+        needs: another condition; unless it holds, this one is never contradicted.
     """
 
     metric: str
@@ -74,7 +74,7 @@ class Condition(Config):
     def state(self, metrics: dict[str, Estimate]) -> State:
         """holds; contradicted: the whole interval is on the wrong side; undecided: anything else.
 
-        A number without an interval holds, or is contradicted.
+        A number without an interval holds or is contradicted, unless `p_value` or `needs` forbids.
         """
         if self.metric not in metrics:
             raise IsslError(
@@ -103,11 +103,11 @@ class Superseded(Config):
 
 
 class Scale(Config):
-    """What a claim's encoders must have learned before its verdict says anything of the method.
+    """What a claim's encoders must have learned before its verdict says anything about the method.
 
     Attributes:
-        knn: kNN accuracy on test images, by data set: the least of all encoders.
-        above_untrained: the same less that of the untrained network.
+        knn: what the lowest kNN accuracy of all encoders on test images must reach, by data set.
+        above_untrained: by how much it must exceed that of the untrained network, by data set.
         encoders: how many of each method, trained from different seeds.
     """
 
@@ -131,7 +131,7 @@ class Scale(Config):
 
 
 class Claim(Config):
-    """One entry of claims.yaml, whose head says what the fields mean."""
+    """One entry of claims.yaml; the head of that file says what the fields mean."""
 
     notebook: str
     claim: str
@@ -163,7 +163,7 @@ def claims() -> dict[str, Claim]:
 
 @lru_cache
 def readings() -> dict[str, dict[str, str]]:
-    """The primary readings of the paper: what the profile of each sets."""
+    """The primary readings of the paper, by profile: what each profile sets."""
     found: dict[str, dict[str, str]] = _file("claims.yaml")["readings"]["primary"]
     return found
 
@@ -175,19 +175,19 @@ def scales() -> dict[str, Scale]:
 
 
 def all_words() -> dict[str, str]:
-    """What metrics are called, for people (metrics.yaml)."""
+    """The readable names of metrics (metrics.yaml)."""
     return _file("metrics.yaml")
 
 
 def words(metric: str) -> str:
-    """What a metric is called. Raises IsslError for one without words."""
+    """The readable name of a metric. Raises IsslError if it has none."""
     if metric not in all_words():
         raise IsslError(f"metric {metric!r} has no words: name it in issl/audit/metrics.yaml")
     return all_words()[metric]
 
 
 def threshold(name: str, metric: str) -> float:
-    """What a claim's test asks of a metric, for figures. Raises IsslError where it asks nothing."""
+    """The threshold in a claim's test of a metric, for figures; IsslError if there is none."""
     for test in claims()[name].tests:
         if test.metric == metric:
             return test.threshold
@@ -205,7 +205,7 @@ def judge(
 
     Args:
         dataset: the images that were scored.
-        learned: by the encoders, as `issl.audit.plan` gives it; a claim about encoders needs it.
+        learned: what the encoders learned (`Plan.scale`); a claim about encoders needs it.
 
     Raises:
         IsslError: for an unknown claim, or a metric that was not measured.
@@ -230,7 +230,7 @@ def decide(
     dataset: str,
     learned: Learned | None,
 ) -> dict[str, Any]:
-    """What `judge` gives, by these conditions."""
+    """What `judge` returns, for the given conditions."""
     states = [Condition(**test).state(metrics) for test in tests]
     found = outcome(states)
     return {
@@ -244,7 +244,7 @@ def decide(
 
 
 def outcome(states: Sequence[State]) -> str:
-    """Of a claim, from the states of its tests."""
+    """The outcome of a claim, from the states of its tests."""
     if all(state == "holds" for state in states):
         return "reproduced"
     if "holds" in states:
@@ -253,8 +253,8 @@ def outcome(states: Sequence[State]) -> str:
 
 
 def over_readings(outcomes: Sequence[str]) -> str:
-    """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome in each
-    that was run."""
+    """The verdict over readings of the paper (claims.yaml, `readings`), from the outcome of each
+    reading that was run."""
     counted = Counter(outcomes)
     each = (f"{said} in {counted[word]}" for word, said in COUNTED.items() if counted[word])
     counts = ", ".join(each)
@@ -268,7 +268,7 @@ def over_readings(outcomes: Sequence[str]) -> str:
 
 
 def verdict(name: str, found: str, profile: str, dataset: str, learned: Learned | None) -> str:
-    """The outcome `found`, where the claim's test still decides and the scale allows a verdict.
+    """The outcome `found`, if the claim's test still decides and the scale allows a verdict.
 
     The profile must be one of the claim's, and its encoders must have learned enough (`Scale`).
     """
@@ -321,11 +321,11 @@ def record(
 
     Args:
         source: as `provenance` gives it.
-        variant: for a claim that a notebook tests more than once: the method, say.
+        variant: tells several records of one claim apart: the method, say.
         dataset: the images that were scored.
         learned: see `judge`.
-        **about: method, n, seeds and whatever else qualifies it. Of an encoder that was given as a
-            file neither recipe nor seeds are known: the record names the file instead.
+        **about: method, n, seeds and whatever else qualifies it. For an encoder given as a file,
+            recipe and seeds are unknown: the record names the file instead.
 
     Returns:
         What was written.
@@ -370,7 +370,7 @@ def format_record(written: dict[str, Any]) -> str:
 
 @lru_cache
 def commit() -> str:
-    """The code's commit, marked where files differ from it; of a wheel, its version."""
+    """The code's commit, marked if files differ from it; for a wheel, its version."""
     if installed():
         return f"version {__version__}"
 

@@ -27,10 +27,10 @@ def add(parsers: argparse._SubParsersAction[Any]) -> None:
         "--from",
         choices=["tables", "encoders", "images"],
         dest="door",
-        help="begin with the released tables (needs no data; what the default profile does), with "
-        "the released encoders, or with the images; of the first two, what is released is drawn",
+        help="start from the released tables (needs no data; the default profile does this), from "
+        "the released encoders, or from the images; the first two draw only what is released",
     )
-    again = "compute one released table again from its encoder, whole, and compare"
+    again = "compute one whole released table again from its encoder, and compare"
     add_option("--check", action="store_true", help=again)
     add_option(
         "--checkpoint",

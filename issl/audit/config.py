@@ -1,4 +1,4 @@
-"""What all validated settings share; a bad one is a single clear error."""
+"""The base class of all validated settings: a bad setting is a single clear error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from issl.errors import IsslError
 
-# dataclasses that stand in keys without their name, because they were configs when keys were made
+# dataclasses whose name is left out of keys, because they were configs when the keys were made
 UNTYPED = ("Head", "Recipe", "View")
-C = TypeVar("C", bound="Config")  # a checker of shapes at run time cannot resolve typing.Self
+C = TypeVar("C", bound="Config")  # the run-time shape checker cannot resolve typing.Self
 
 
 class Config(BaseModel):
@@ -33,18 +33,18 @@ class Config(BaseModel):
             raise _explained(type(self), error) from error
 
     def settings(self) -> dict[str, Any]:
-        """The fields that are not at their defaults, as plain data: what a key is the hash of."""
+        """The fields that are not at their defaults, as plain data; a key is the hash of these."""
         return differing(
             {k: (getattr(self, k), default) for k, default in _defaults(type(self)).items()}
         )
 
     def plain(self) -> Any:
-        """As it stands in the settings of another config."""
+        """The config as it stands in another config's settings."""
         return self.settings()
 
     def __copy__(self: C) -> C:
         copied = super().__copy__()
-        # no cached property: `model_copy` is about to change the fields
+        # drop cached properties: `model_copy` is about to change the fields
         for name in copied.__dict__.keys() - type(self).model_fields:
             del copied.__dict__[name]
         return copied
@@ -63,13 +63,13 @@ class Config(BaseModel):
 
 @cache
 def _defaults(config: type[Config]) -> dict[str, Any]:
-    """Of the fields that count; PydanticUndefined for those that must be given."""
+    """The defaults of the fields that count; PydanticUndefined for required ones."""
     counted = {name: f for name, f in config.model_fields.items() if not f.exclude}
     return {name: f.get_default(call_default_factory=True) for name, f in counted.items()}
 
 
 def differing(fields: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Of fields with their values and defaults, those that differ, as plain data."""
+    """The values that differ from their defaults, as plain data; `fields`: (value, default)."""
     return {name: as_plain(value) for name, (value, default) in fields.items() if value != default}
 
 
@@ -91,8 +91,8 @@ def as_plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise IsslError(
-        f"{value!r} ({type(value).__name__}): a setting must be numbers, texts, configs or "
-        "dataclasses"
+        f"{value!r} ({type(value).__name__}): settings must be made of numbers, strings, configs "
+        "or dataclasses"
     )
 
 

@@ -28,7 +28,7 @@ SETS = ["scenes", "cifar10", "cifar100", "fairface", "cifair10"]
 
 
 def doctor(data_root: Path | None = None, out: Path | None = None, device: str = "auto") -> int:
-    """Print what was found; exit code 1 where the default run could not work here."""
+    """Print what was found; the exit code is 1 if the default run cannot work here."""
     options = ProfileOptions(data_root=data_root, out=out, device=device)
     wrong = _problems(options)
     print(f"issl        {__version__}, {PACKAGE}")
@@ -52,7 +52,7 @@ def doctor(data_root: Path | None = None, out: Path | None = None, device: str =
 
 
 def _problems(options: ProfileOptions) -> list[str]:
-    """Why the default run could not work here."""
+    """Why the default run cannot work here."""
     wrong = []
     try:
         pick_device(options.device)
@@ -85,7 +85,7 @@ def _found(name: str, root: str | None) -> str:
 
 
 def _stages(options: ProfileOptions) -> str:
-    """How many stages a profile has, and how many need not be made."""
+    """How many stages a profile has, and how many of them are released or already made."""
     try:
         stages = all_stages(options.plans().values())
     except IsslError as error:

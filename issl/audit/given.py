@@ -1,4 +1,4 @@
-"""An encoder that somebody else trained, in the place of a training: a file, known by its
+"""An encoder that somebody else trained, used instead of training one: a file, identified by its
 digest."""
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Triple = tuple[float, float, float]
 
 
 class CheckpointFile(Config):
-    """A file with an encoder: what `issl.pretraining.other_encoders.open_encoder` reads.
+    """A file with an encoder that `issl.pretraining.other_encoders.open_encoder` can read.
 
     mean, std   of the pixels it was trained on; default: what its layout says (solo-learn's of
                 CIFAR), else ImageNet's
-    part        which encoder, where the file holds several
+    part        which encoder, if the file holds several
     """
 
     file: Path
@@ -47,7 +47,7 @@ class CheckpointFile(Config):
 
     @property
     def sha256(self) -> str:
-        """Of the file's bytes. Raises IsslError where there is no file."""
+        """The digest of the file's bytes. Raises IsslError if there is no file."""
         if not self.file.is_file():
             raise IsslError(
                 f"checkpoint {str(self.file)!r} is not a file; check the path in --checkpoint "
@@ -73,8 +73,8 @@ def _width(checkpoint: CheckpointFile, sha256: str) -> int:
 
 
 class Given(Stage):
-    """A given encoder, where a notebook would else train one: about.json. Its key follows the
-    file's digest, not its name; the weights stay in the file, which must not change."""
+    """A given encoder, where a notebook would otherwise train one: about.json. Its key depends on
+    the file's digest, not its name. The weights stay in the file, which must not change."""
 
     name: ClassVar[str] = "given"
 
@@ -102,8 +102,8 @@ class Given(Stage):
             part.write_text(json.dumps(about, indent=1))
 
     def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
-        """The encoder, in eval mode: the backbone, for a file keeps no projector that we could
-        trust to be one."""
+        """The encoder, in eval mode: only the backbone, because we could not be sure that something
+        in the file is its projector."""
         if output != "features":
             raise IsslError(
                 f"checkpoint {self.checkpoint.file.name}: only its backbone is read, not its "

@@ -27,20 +27,20 @@ from issl.pretraining.recipes import NAMES
 
 PAGE = 7.0  # inches: the width of two columns of a paper
 PALETTE = sns.color_palette("colorblind")
-# of each method, the same in every figure; whatever is no method's is grey
+# each method has the same colour in every figure; anything else is grey
 COLOURS: dict[str, Any] = dict(zip(NAMES, PALETTE, strict=False))
-# ways to retrain, and to measure a retrained encoder (`issl.audit.plans_own.Channel`): the one that
-# decides is black
+# ways to retrain, and to measure a retrained encoder (`issl.audit.plans_own.Channel`); the deciding
+# one is black
 COLOURS |= {"continued": PALETTE[0], "from scratch": PALETTE[1]}
 COLOURS |= {"BatchNorm held": "black", "as trained": PALETTE[4], "BatchNorm alone": "0.65"}
 COLOURS |= dict.fromkeys(("no encoder", "pixels"), "black")
 GREY = "0.45"
 GAP = 3  # pixels, between the images of a gallery
-MARK = PALETTE[1]  # of what a gallery outlines
+MARK = PALETTE[1]  # the outline of marked images in a gallery
 
 
 def style() -> None:
-    """Legible at column width, colour-blind safe, text in the PDF as text."""
+    """Set a style that is legible at column width and colour-blind safe; PDFs keep text as text."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     rc: dict[Any, Any] = {"figure.constrained_layout.use": True, "pdf.fonttype": 42}
     rc |= {"figure.dpi": 110, "savefig.dpi": 220, "savefig.bbox": "tight"}
@@ -68,7 +68,7 @@ def save(
 def panels(
     count: int, height: float = 2.6, widths: Sequence[float] | None = None, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A page-wide row of panels, lettered by `title`."""
+    """A page-wide row of panels."""
     figure, axes = plt.subplots(
         1, count, figsize=(PAGE, height), width_ratios=widths, squeeze=False, **options
     )
@@ -76,12 +76,12 @@ def panels(
 
 
 def title(figure: Figure, finding: str, caption: str) -> None:
-    """What the figure shows, in a sentence, and below it what it is about (`Plan.caption`)."""
+    """Title a figure with its finding, in a sentence, and below it the scope (`Plan.caption`)."""
     figure.suptitle(literal(f"{finding}\n{caption}"), fontsize=8.5)
 
 
 def literal(text: object) -> str:
-    """A text that matplotlib draws as it is: between two dollar signs it would read a formula."""
+    """The text with `$` escaped, because matplotlib would read a formula between two of them."""
     return str(text).replace("$", r"\$")
 
 
@@ -112,8 +112,8 @@ def forest(
         table: tidy, with value, low and high.
         rows: the column that names lines.
         colour: the column that colours points, methods mostly.
-        nothing: a dashed line, no effect.
-        asked: a dotted line, what a claim's test asks for (`issl.audit.claims.threshold`).
+        nothing: where to draw a dashed line, for no effect.
+        asked: where to draw a dotted line, for a claim's `issl.audit.claims.threshold`.
         legend: name the colours, below the figure.
     """
     if colour not in table:
@@ -138,7 +138,7 @@ def forest(
     _name_lines(axes, lines, label)
     axes.locator_params(axis="x", nbins=3)  # numbers of many digits would touch each other
     values = table[["value", "low", "high"]].astype(float).to_numpy()
-    if not np.isfinite(values).all():  # limits that hold all that is finite
+    if not np.isfinite(values).all():  # limits that include every finite number
         known = [*values[np.isfinite(values)], *([] if nothing is None else [nothing])]
         known = known or [0.0]  # nothing that could be drawn
         room = 0.1 * np.ptp(known) or 0.1
@@ -149,7 +149,7 @@ def forest(
 
 
 def colour_of(group: str, groups: Sequence[str]) -> Any:
-    """A method's own colour; grey for what is beside methods; else one by its place."""
+    """A method's own colour; grey for anything else beside methods; else a colour by position."""
     if group in COLOURS or any(g in COLOURS for g in groups) or len(groups) == 1:
         return COLOURS.get(group, GREY)
     return PALETTE[list(groups).index(group) % len(PALETTE)]
@@ -182,7 +182,7 @@ def gallery(
 def scatter(
     axes: Axes, x: np.ndarray, y: np.ndarray, xlabel: str, ylabel: str, colour: Any = None
 ) -> None:
-    """One point an image; of very many, some at random (the same ones each time)."""
+    """One point per image; at most 5,000, drawn at random but the same ones each time."""
     some = np.random.default_rng(0).permutation(len(x))[:5000]
     axes.scatter(x[some], y[some], s=4, lw=0, alpha=0.5, color=colour or PALETTE[0])
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -208,8 +208,8 @@ def name_rows(axes: Axes, images: Images, names: Sequence[str]) -> None:
 def dots(
     axes: Axes, table: pd.DataFrame, x: str, rows: str, label: str, middle: str = "median"
 ) -> None:
-    """Every value of the column `x`, in a line for each of `rows` (coloured where it is a method),
-    with a bar at the `middle`, median or mean."""
+    """Every value of the column `x`, in a line for each of `rows` (coloured if a method), with a
+    bar at the `middle`, median or mean."""
     lines = list(dict.fromkeys(table[rows]))
     for y, line in enumerate(lines[::-1]):
         values = table.loc[table[rows] == line, x]
@@ -227,7 +227,7 @@ def specifications(
 
     Args:
         table: tidy, with value, low and high; a row for each combination.
-        columns: its choices.
+        columns: the choices.
         label: of the estimates.
     """
     rows = [(c, value) for c in columns for value in dict.fromkeys(table[c])]

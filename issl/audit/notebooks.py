@@ -1,5 +1,5 @@
-"""Executing notebooks, and remembering what their outputs were made from, so that a run leaves
-current ones alone."""
+"""Execute notebooks and note what their outputs were made from, so that a run skips those that are
+current."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def note_made(plan: Plan, key: str) -> None:
 
 
 def is_current(plan: Plan, key: str) -> bool:
-    """Are all outputs of the notebook there, undamaged, and made from exactly this?"""
+    """Are all outputs of the notebook there, undamaged, and made from exactly this `key`?"""
     try:
         record = json.loads(_record(plan).read_text())
         return bool(record["made_from"] == key and record["files"] == _outputs(plan))
@@ -82,7 +82,7 @@ def make_notebook(source: Path, plan: Plan, key: str) -> None:
 
 
 def execute(source: Path, target: Path, plan: Plan) -> None:
-    """Run a notebook by papermill; the executed copy stays at `target`, errors and all.
+    """Run a notebook with papermill; the executed copy stays at `target`, errors included.
 
     Raises:
         IsslError: naming the cell that failed, or why it could not be run.
@@ -114,13 +114,13 @@ def execute(source: Path, target: Path, plan: Plan) -> None:
 
 
 def _unformatted(path: Path) -> str:
-    """For papermill, which formats paths."""
+    """The path with its braces doubled, because papermill formats paths."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def own_paths(plans: Iterable[Plan], out: Path) -> dict[str, str]:
-    """Places on this machine that notebooks of these plans may mention, each with what stands for
-    it in the report."""
+    """Paths on this machine that notebooks of these plans may mention, each with the text that
+    replaces it in the report."""
     found = {
         str(Path(sys.prefix)): "PYTHON",
         str(REPOSITORY): "REPOSITORY",
@@ -134,11 +134,11 @@ def own_paths(plans: Iterable[Plan], out: Path) -> dict[str, str]:
             found[place] = Path(place).name
         files = [given.file for given in chain(*plan.checkpoints.values())]
         found |= {str(file): file.name for file in files}
-    return {place: text for place, text in found.items() if len(place) > 1}  # / is some home
+    return {place: text for place, text in found.items() if len(place) > 1}  # / may be a home
 
 
 def hidden(text: str, places: Mapping[str, str]) -> str:
-    """The text with each of these places replaced, the longest first."""
+    """The text with each of these paths replaced, the longest first."""
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, places[place])
     return text

@@ -28,7 +28,7 @@ def _literal(value: Any) -> str:
 
 
 def write(path: Path, plan: type[Plan]) -> None:
-    """Put the cell into a notebook, in the place of the one that is tagged `parameters`."""
+    """Write the cell into a notebook, in place of the one tagged `parameters`."""
     notebook = nbformat.read(path, as_version=4)
     (place,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     place.source = cell(plan)

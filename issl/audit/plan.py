@@ -44,7 +44,7 @@ from issl.pretraining.encoder import PIXEL_STD, Output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Unit = Literal["range", "normalised"]  # of a noise's mean and std: which pixels they are in
+Unit = Literal["range", "normalised"]  # the pixels that a noise's mean and std apply to
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
 Files = Annotated[
@@ -74,7 +74,7 @@ class Cells:
 
     Args:
         columns: what the labels are called, such as "method encoder noise".
-        stages: by their labels, in this order.
+        stages: by their labels, in the order of `columns`.
     """
 
     columns: str
@@ -92,18 +92,18 @@ class Plan(Config):
     """What all notebooks share: where to read and write, the images, and the encoder that is
     trained.
 
-    door                   what a run begins with: all that comes with the repository ("tables"),
-                           only the "encoders" of it, or "images", nothing of it
+    door                   what a run starts from: everything that comes with the repository
+                           ("tables"), only its "encoders", or nothing of it ("images")
     duplicates, atypical   shares of the images that are replaced, see `issl.audit.data.injection`;
                            0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
     epochs                 one number, or one for each method
-    snapshots              after which shares of a training its state is kept, or how many, evenly
-                           spaced; of an empty list, the whole learner at the end alone, see
-                           `Pretrain.snapshots`
-    checkpoints            by method, the file of an encoder that is scored in place of a training
-                           (or several, of other seeds); only the methods that are given are asked
-                           about
+    snapshots              shares of a training after which its state is kept, or the number of such
+                           states, evenly spaced; an empty list keeps only the whole learner at the
+                           end (see `Pretrain.snapshots`)
+    checkpoints            by method, the file of an encoder that is scored instead of training one
+                           (or several files, of different seeds); methods without a file are left
+                           out
     """
 
     notebook: ClassVar[str]
@@ -133,8 +133,8 @@ class Plan(Config):
     @model_validator(mode="before")
     @classmethod
     def _what_is_given(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """With `checkpoints`, `methods` are those of them that have a file, and `encoders` as many
-        as each of them has."""
+        """With `checkpoints`, keep only the `methods` that have a file, and set `encoders` to the
+        smallest number of files of any method that is asked about."""
         given = fields.get("checkpoints")
         if not isinstance(given, dict) or not given:
             return fields
@@ -148,8 +148,10 @@ class Plan(Config):
                     f"{', '.join(methods)}"
                 )
         if "encoders" in cls.model_fields:
-            counts = [len(f) if isinstance(f, list | tuple) else 1 for f in given.values()]
-            found["encoders"] = min(counts)
+            alone = fields.get("method", cls.model_fields["method"].default)
+            files = [given[m] for m in found.get("methods", [alone]) if m in given]
+            counts = [len(f) if isinstance(f, list | tuple) else 1 for f in files]
+            found["encoders"] = min(counts, default=1)
         return found
 
     @model_validator(mode="after")
@@ -163,13 +165,13 @@ class Plan(Config):
             )
         if "supervised" in self.checkpoints:
             raise ValueError(
-                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised one is not "
-                "asked about"
+                f"checkpoints: the methods are {', '.join(recipes.SSL)}; a supervised encoder is "
+                "not accepted"
             )
         return self
 
     def data(self, split: str = "train", n: int | None = None, **changes: Any) -> Data:
-        """The images of this notebook, nothing injected into a test set; `changes` are fields of
+        """The images of this notebook; nothing is injected into a test set. `changes` are fields of
         the data."""
         train = split == "train"
         found: dict[str, Any] = {
@@ -197,8 +199,8 @@ class Plan(Config):
     def training(
         self, method: recipes.Method | None = None, number: int = 0, **changes: Any
     ) -> Pretrain:
-        """A training on this notebook's images, by default of `method`: this number of those from
-        the seeds `seed`, `seed` + 1, …; `changes` are fields of the stage."""
+        """A training of `method` (by default the notebook's) on the notebook's images, with the
+        seed `seed` + `number`; `changes` are fields of the stage."""
         method = method or self.method
         epochs, shares = self.epochs_of(method), self.snapshots
         if isinstance(shares, int):
@@ -230,11 +232,11 @@ class Plan(Config):
 
     @classmethod
     def of(cls: type[P], cell: Mapping[str, Any]) -> P:
-        """The plan that a notebook's parameters make: `Plan.of(globals())` after that cell."""
+        """The plan that a notebook's parameters define: `Plan.of(globals())` after their cell."""
         return cls(**{name: cell[name] for name in cls.model_fields if name in cell})
 
     def tables(self) -> dict[str, Cells]:
-        """Every stage that the notebook reads: what it is read as, and its labels."""
+        """Every stage that the notebook reads, in tables by name, with its labels."""
         return {}
 
     def stages(self) -> list[Stage]:
@@ -257,19 +259,19 @@ class Plan(Config):
 
     @cached_property
     def known_images(self) -> Images:
-        """The images that a notebook is about, by the stages of its table "images": what is known
-        of all, and the pixels of those that it shows."""
+        """The images that a notebook is about, from the stages of its table "images": what is known
+        about all of them, and the pixels of those that it shows."""
         known, *pictures = self.each("images").values()
         return shown_images(known, pictures)
 
     def image_tables(self, data: Data | None = None, *pictures: Thumbnails) -> Cells:
-        """The table "images": of `data`, by default the training images, with these pictures."""
+        """The table "images" of `data` (by default the training images), with these pictures."""
         data = data or self.data()
         found = [Known(data=data), Thumbnails(data=data), *pictures]
         return Cells("part", {(k,): stage for k, stage in enumerate(found)})
 
     def each(self, name: str) -> dict[Any, Any]:
-        """What each stage of a table holds, by its labels; by the label where there is only one."""
+        """What each stage of a table holds, by its labels, or by its label if it has only one."""
         stages = self.cells[name].stages
         return {k[0] if len(k) == 1 else k: s.read(self.store) for k, s in stages.items()}
 
@@ -285,8 +287,8 @@ class Plan(Config):
         return table[[*labels, *(c for c in table if c not in labels)]]
 
     def scale(self, method: str, name: str = "accuracy") -> Learned:
-        """What the encoders of a method had learned, by a table of evaluations whose first label is
-        the method: claims ask for it (`issl.audit.claims.Scale`)."""
+        """What the encoders of a method had learned, from a table of evaluations whose first label
+        is the method; claims require this (`issl.audit.claims.Scale`)."""
         knn = self.read(name).groupby(self.cells[name].columns.split())["knn"].mean()
         of_method, fresh = knn[method], float(knn[UNTRAINED].iloc[0])
         return {"knn": float(of_method.min()), "untrained": fresh, "encoders": len(of_method)}
@@ -294,15 +296,15 @@ class Plan(Config):
     def record(
         self, name: str, metrics: dict[str, Estimate], method: str = "", **about: Any
     ) -> dict[str, Any]:
-        """Judge a claim, write its record and print it. What it is about (data set, recipe, seeds,
-        number of images, what the encoders learned) is the plan's, where `about` says nothing else.
+        """Judge a claim, write its record and print it. Data set, recipe, seeds, number of images
+        and what the encoders learned are taken from the plan, unless `about` says otherwise.
 
         Args:
             name: of the claim, in claims.yaml.
             metrics: what its tests ask for, and whatever else was measured.
-            method: whose encoders were asked; of a claim about none, what else was.
-            **about: other facts for the record; `variant` tells records of one claim apart, by
-                default by the method.
+            method: whose encoders were measured; for a claim about no method, what else was.
+            **about: other facts for the record; `variant` tells records of one claim apart and is
+                the method by default.
         """
         known: dict[str, Any] = {"dataset": self.dataset, "n": self.n}
         trained = method in recipes.NAMES
@@ -313,7 +315,7 @@ class Plan(Config):
         return written
 
     def about_encoders(self, method: str) -> dict[str, Any]:
-        """What a record says of a method's encoders."""
+        """What a record says about a method's encoders."""
         known: dict[str, Any] = {"method": method, "recipe": self.recipe, "seeds": [self.seed]}
         return known | ({"learned": self.scale(method)} if "accuracy" in self.cells else {})
 
@@ -329,16 +331,16 @@ class Plan(Config):
 
     @property
     def scope(self) -> str:
-        """Images, profile and number of encoders, for figures."""
+        """Data set, number of images and profile, for figures."""
         return f"{self.set_name}, n = {self.n:,}, {self.profile} profile"
 
     @property
     def caption(self) -> str:
-        """The scope, of a figure with intervals."""
+        """The scope, for a figure with intervals."""
         return f"{self.scope}; bars: 95% intervals"
 
     def reads(self) -> list[Path]:
-        """What else it reads: files that other notebooks left."""
+        """What else the notebook reads: files that other notebooks left."""
         return []
 
     def artifacts(self, progress: bool = False) -> Artifacts:
@@ -405,7 +407,7 @@ class Scored(Plan):
     encoders: int = Field(1, ge=1)
 
     def encoders_of(self, methods: Iterable[recipes.Method]) -> dict[Labels, Pretrain | Given]:
-        """The encoders that are scored, by method and number, and their network before training."""
+        """The encoders that are scored, by method and number, and the untrained network."""
         found: dict[Labels, Pretrain | Given] = {
             (method, k): self.pretrain(method, k)
             for method in methods
@@ -421,8 +423,8 @@ class Scored(Plan):
         }
 
     def learned_table(self) -> pd.DataFrame:
-        """Are the encoders worth asking? Accuracy of each in a vote of the nearest neighbours and
-        by a linear probe, with what its training did, for the reader."""
+        """Have the encoders learned enough? For the reader, the accuracy of each by kNN and by a
+        linear probe."""
         hits = self.read("accuracy").groupby(BY.split(), sort=False)
         return pd.DataFrame(
             {
@@ -453,8 +455,8 @@ class Scored(Plan):
         return LoGra(self.rank, self.damping)
 
     def influence(self, encoder: AnyEncoder, noise: int = 0, **changes: Any) -> Influence:
-        """The scores of this notebook's images under an encoder, and this number of the noises of
-        the seeds `noise_seed`, `noise_seed` + 1, …; `changes` are fields of the stage."""
+        """The scores of this notebook's images under an encoder, with noise of the seed
+        `noise_seed` + `noise`; `changes` are fields of the stage."""
         settings: dict[str, Any] = {
             "data": self.data(),
             "perturbation": self.noise,
@@ -476,32 +478,32 @@ class Scored(Plan):
         return Geometry(neighbours=self.nearest(encoder, k))
 
     def pixels(self) -> Pixels:
-        """What this notebook's images are without an encoder."""
+        """What the pixels of this notebook's images tell without an encoder."""
         return Pixels(data=self.data())
 
     def heads(self, methods: Iterable[recipes.Method], **settings: Any) -> list[Thumbnails]:
-        """The images that lead under the first encoder of each method, and those at the end."""
+        """The images of highest and lowest influence under the first encoder of each method."""
         scores = [self.influence(self.pretrain(method)) for method in methods]
         return [Thumbnails(data=self.data(), scores=(s,), **settings) for s in scores]
 
     def betweenness(self, encoder: AnyEncoder, k: int) -> Betweenness:
-        """Of each of this notebook's images, in the graph of its k nearest, under an encoder."""
+        """Each image's betweenness in the graph of k nearest neighbours, under an encoder."""
         return Betweenness(neighbours=self.nearest(encoder, k), seed=self.seed)
 
     def evaluation(
         self, encoder: AnyEncoder, train: Data | None = None, test: Data | None = None
     ) -> Evaluate:
-        """kNN and linear probe of an encoder, on all training images (or `train`) whether it saw
-        them or not."""
+        """kNN and linear probe of an encoder, on all training images (or `train`) whether or not it
+        was trained on them."""
         a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
     def untrained(self, encoder: Pretrain | Given | None = None) -> Pretrain:
-        """The network of an encoder (by default the first) before any training: what it shows,
-        training does not.
+        """The network of an encoder (by default the first) before any training: what it shows is
+        not due to training.
 
-        It is the same for every method and whatever is left out, so it is made by one recipe, on
-        all images. Beside a given encoder, a ResNet-18 of its width.
+        It is the same for every method and whatever is left out, so it is made with one recipe on
+        all images. For a given encoder it is a ResNet-18 of the same width.
         """
         encoder = encoder or self.training()
         run = self.training() if isinstance(encoder, Given) else encoder
@@ -519,7 +521,7 @@ class Scored(Plan):
 class Readable(Scored):
     """A plan whose score can be read in the ways that the paper leaves open.
 
-    output   of the encoder, whose stability is scored
+    output   the encoder's output whose stability is scored
     unit     of the noise's mean and std: the range of the pixels, or normalised pixels
     """
 

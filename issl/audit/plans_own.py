@@ -63,27 +63,27 @@ from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize, Output
 from issl.pretraining.learner import Learner
 
-SIMILARITY = "cosine similarity"  # of features, in the place of cross-influence
-ALL = -1  # in the place of an image that is left out: trained on all
-MEASURED = 1000  # the noise seed of measurements: no score has seen these draws
-CONTINUED = 100  # the seeds of order and views of continued trainings
+SIMILARITY = "cosine similarity"  # of features, in place of cross-influence
+ALL = -1  # in place of an image that is left out: trained on all images
+MEASURED = 1000  # the noise seed of measurements: no score uses these draws
+CONTINUED = 100  # where the seeds for order and views of continued trainings start
 Kind = Literal["continued", "from scratch"]  # ways to retrain
-# how a retrained encoder is measured: with BatchNorm's running statistics held, where only weights
-# differ; as it was trained; or only the statistics, on the weights of the encoder that was scored
+# how a retrained encoder is measured: with BatchNorm's running statistics held, so only weights
+# differ; as it was trained; or with only its statistics, on the weights of the scored encoder
 Channel = Literal["BatchNorm held", "as trained", "BatchNorm alone"]
 
 
 class Retrained(Scored):
     """A notebook that retrains without some images, and measures what that changes.
 
-    queries            how many test images are queries: the first ones
-    draws              perturbation draws an image, in scores and in measurements
-    candidates         how many images are scored, and trained on when training continues: the first
-                       ones; none: all
-    continued_epochs   "continued": the encoder continues training for this long, without the images
-    continued_lr       with this learning rate (for a batch of 256), on views of the size that it
-                       ended on
-    continued_batch    and this batch size; none: that of its training
+    queries            how many test images, the first ones, are queries
+    draws              perturbation draws per image, in scores and in measurements
+    candidates         how many images, the first ones, are scored, and trained on when training
+                       continues; None: all
+    continued_epochs   how long a "continued" encoder continues training without the images
+    continued_lr       its learning rate (for a batch of 256); the views have the size that its
+                       training ended on
+    continued_batch    its batch size; None: that of its training
     """
 
     n: int = Field(256, ge=16)  # many small trainings
@@ -119,7 +119,7 @@ class Retrained(Scored):
         if kind == "from scratch":
             return self.training(number=seed, without=without, gaps=gaps, snapshots=None)
         small = 1.0 if first.recipe.small == 1 else 0.0
-        # plain steps: LARS would scale each layer's gradient, and no score knows of that
+        # plain steps: LARS would scale each layer's gradient, which no score models
         recipe = replace(first.recipe, optimizer="sgd", lr=self.continued_lr, small=small)
         return first.model_copy(
             update={
@@ -261,7 +261,7 @@ class Continual(Scored):
 
     width: int = Field(4, ge=1)
     tasks: tuple[Task, ...] = ("classes", "style")
-    classes: int = Field(5, ge=1)  # the first this many are the first task, the others the second
+    classes: int = Field(5, ge=1)  # of the first task, the first ones; the second has the others
     drawn: int = Field(256, ge=32)  # scenes of each style
     legs: int = Field(2, ge=1)
     leg_epochs: int = Field(2, ge=1)
@@ -281,8 +281,8 @@ class Continual(Scored):
         return self.data(split, classes=old), self.data(split, classes=new)
 
     def encoder(self, task: Task, seed: int, way: Way = "first", leg: int = 0) -> Pretrain:
-        """After the first task; after `leg` legs on the second task; or after as many more on the
-        first."""
+        """The encoder after the first task, or after `leg` further legs: on the second task, or
+        more on the first."""
         old, new = self.sets(task)
         if way == "first":
             return self.training(number=seed, data=old)
@@ -402,8 +402,8 @@ class Bridges(Readable):
         return self.training(self.methods[0], seed, **changes)
 
     def removals(self, encoder: Pretrain | Given, labels: Labels, share: float) -> Removals:
-        """What classes gain without this share of the images; the network before training is asked
-        about no probe."""
+        """What classes gain without this share of the images; the untrained network gets no
+        probe."""
         trained = labels[0] != UNTRAINED
         return Removals(
             influence=self.influence(encoder),
@@ -428,7 +428,7 @@ class Bridges(Readable):
         on_scenes: dict[Labels, Pretrain] = {(who, k): e for k, e in enumerate(drawn.values())}
         if drawn:
             on_scenes[UNTRAINED, 0] = self.untrained(on_scenes[who, 0])
-        # on scenes of the usual backgrounds
+        # on scenes with the usual backgrounds
         test = Data(name="scenes", split="test", n=self.n_test)
         hits = {labels: self.evaluation(e, e.data, test) for labels, e in on_scenes.items()}
         return {
@@ -476,8 +476,8 @@ class Taught(Retrained):
         return self.data("test", first=self.asked)
 
     def effect(self, first: Pretrain) -> ThroughTraining:
-        """What each image did to the asked queries' stability losses when training went on once
-        more."""
+        """What each image did to the stability losses of the asked queries in one more continued
+        training."""
         return ThroughTraining(
             run=self.retrained("continued", self.seeds, first),
             query=self.asked_data(),
@@ -487,7 +487,7 @@ class Taught(Retrained):
         )
 
     def scores(self, first: Pretrain) -> dict[str, Cross | ThroughTraining | Nearness]:
-        """A number for each query and training image, by the name of its lists."""
+        """A number for each query and training image, by the name of the lists that it gives."""
         return {
             "influence": self.cross(first),
             "effect": self.effect(first),
@@ -495,8 +495,8 @@ class Taught(Retrained):
         }
 
     def removals(self, first: Pretrain) -> dict[Labels, Draw | Top]:
-        """The images that are removed, by the list's name and the query that it is for; or as many
-        random ones, by a number."""
+        """The images that are removed, by the name of the list and its query; also random sets of
+        as many images, by number."""
         found: dict[Labels, Draw | Top] = {
             (which, query): Top(scores=scores, query=query, k=self.k)
             for which, scores in self.scores(first).items()
@@ -533,17 +533,17 @@ class Taught(Retrained):
 
 class TrainingAware(Retrained):
     """16_training_aware: what did training learn from an image? The derivative of the training
-    itself, and what the scores know of it.
+    itself, and how much the scores tell about it.
 
-    runs         the encoder continues training so many times, which differ in order and views
-    small_views  … on views of half the side, as most of its training was, at a quarter of the cost
+    runs         how many times the encoder continues training, with other order and views each time
+    small_views  use views of half the side, as in most of its training, at a quarter of the cost
     removals     how many random subsets are left out of the first run, by their share of the images
-    unseen       how many test images the means are over: the first ones
+    unseen       how many test images, the first ones, the means are over
     own          how many training images are asked about themselves, evenly over the ranks of the
                  score
     copies       how many copies of such an image are trained on, itself counted
-    rates        learning rates of the first run, to see where it stops to be predictable
-    fresh        epochs of a training from fresh weights, likewise
+    rates        other learning rates of the first run, to see where it stops being predictable
+    fresh        epochs of a training from fresh weights, for the same purpose
     """
 
     notebook: ClassVar[str] = "16_training_aware"
@@ -584,7 +584,7 @@ class TrainingAware(Retrained):
         return found.model_copy(update={"recipe": recipe})
 
     def asked_of(self, run: Pretrain, asked: Asked, **more: Any) -> dict[str, Any]:
-        """The fields of a stage that asks after this training."""
+        """The fields of a stage that measures the encoder after this training."""
         query = self.data("test", first=self.unseen if asked == "unseen" else self.queries)
         noise = {"perturbation": self.noise, "seed": MEASURED, "draws": self.draws}
         return {"run": run, "query": query, "asked": asked, **noise, **more}
@@ -600,7 +600,7 @@ class TrainingAware(Retrained):
         return self.influence(first, others=others, draws=self.draws, output=output)
 
     def known(self, first: Pretrain) -> dict[str, Stage]:
-        """What else is known of each image."""
+        """What else is known about each image."""
         return {
             "nearest": Neighbours(features=self.features(first, self.scored()), k=1),
             "projector": self.score(first, "projector"),
@@ -669,7 +669,7 @@ class Derivation(Plan):
     pool, hidden, outputs   the network: images averaged to pool × pool, `hidden` tanh units,
                             `outputs` features
     anchor                  a of the term a/2 ‖θ − θ₀‖² that holds the weights near their start
-    steps                   of gradient descent, where a training is stopped early
+    steps                   the most steps of gradient descent before a training is stopped early
     """
 
     notebook: ClassVar[str] = "17_derivation"
@@ -705,11 +705,11 @@ class Derivation(Plan):
 class Objectives(Scored):
     """18_objectives: what the SSL objectives see, and whether following them makes features stable.
 
-    methods          side by side; the first one's weights are those at which all are compared
-    batch            images whose projections are looked at: the first ones
-    gradient_batch   images in the batches whose gradients are compared, of which there are
-                     `gradient_draws`
-    asked            test images that are followed along the trainings, with `draws` of the noise
+    methods          the objectives that are compared, at the weights of the first one
+    batch            how many images, the first ones, have their projections examined
+    gradient_batch   how many images are in each of the `gradient_draws` batches whose gradients are
+                     compared
+    asked            how many test images are followed along the trainings, with `draws` noise draws
     """
 
     notebook: ClassVar[str] = "18_objectives"
@@ -746,9 +746,9 @@ class Objectives(Scored):
         return {"trainings": Cells("method", {(m,): self.training(m) for m in followed})}
 
     def learner(self, method: recipes.Method, done: int) -> Learner:
-        """What a method trains, after so many epochs. BatchNorm's statistics are estimated on these
-        images at every state: running averages of a few steps would still hold what they began
-        with, and the states could not be compared."""
+        """What a method trains, after `done` epochs. BatchNorm's statistics are estimated on these
+        images at every state. Running averages over a few steps would still contain their initial
+        values, and the states could not be compared."""
         stage, images = self.training(method), self.training_set
         if done:
             found = stage.learner(self.store, done)
@@ -760,11 +760,11 @@ class Objectives(Scored):
 
 
 class Multiverse(Scored):
-    """19_multiverse: on which choices, that the paper leaves open, does each answer depend?
+    """19_multiverse: on which of the choices that the paper leaves open does each answer depend?
 
     ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
-    copies                      how many copies of an image are put in beside it, under each of
-                                `copied_ranks`, among each of so many of the images
+    copies                      how many copies of an image are added, at each of `copied_ranks` and
+                                among each of the `copied_among` numbers of images
     """
 
     notebook: ClassVar[str] = "19_multiverse"
@@ -778,7 +778,7 @@ class Multiverse(Scored):
     copied_among: tuple[int, ...] = (128, 512)
 
     def variations(self) -> dict[str, dict[str, Any]]:
-        """What changes beside the reading, in words: fields of a score."""
+        """What is varied beside the reading: the fields of a score that change, by name."""
         found: dict[str, dict[str, Any]] = {"as stated": {}}
         found |= {f"rank {r}": {"curvature": LoGra(r, self.damping)} for r in self.ranks}
         found |= {f"damping {d:g}": {"curvature": LoGra(self.rank, d)} for d in self.dampings}
@@ -819,7 +819,7 @@ class Multiverse(Scored):
 
 
 class BetterEncoders(Scored):
-    """20_better_encoders: do the answers stay as encoders get better?
+    """20_better_encoders: do the answers stay the same as encoders get better?
 
     snapshots   of the first encoder of each method; the last state is the encoder itself
     widths      of further encoders, beside `width`
@@ -836,11 +836,11 @@ class BetterEncoders(Scored):
     units: tuple[Unit, ...] = ("range",)
     neighbours: int = Field(10, ge=1)
 
-    papers: ClassVar[float] = 0.9  # the kNN accuracy of encoders like the paper's, about
+    papers: ClassVar[float] = 0.9  # roughly the kNN accuracy of encoders like the paper's
 
     def states(self) -> dict[Labels, AnyEncoder]:
         """Encoders by method, width, epochs trained and number: all states of the first one, the
-        end of the others, and each width before training."""
+        final state of the others, and the untrained network of each width."""
         found: dict[Labels, AnyEncoder] = {}
         for method, k in product(self.methods, range(self.encoders)):
             run = self.training(method, k)

@@ -53,10 +53,10 @@ class MethodLesson(Plan):
 
 
 class SeedCorrelation(Readable):
-    """01_seed_correlation: do the scores of two seeds agree, of the noise, and of the training?
+    """01_seed_correlation: do scores agree between two seeds of the noise, and of the training?
 
-    noise_seeds   how many noises every encoder is scored under
-    draws         of the noise, averaged; of the first `averaged` images alone
+    noise_seeds   how many noise seeds every encoder is scored under
+    draws         how many noise draws are averaged, for the first `averaged` images only
     """
 
     notebook: ClassVar[str] = "01_seed_correlation"
@@ -71,7 +71,7 @@ class SeedCorrelation(Readable):
     @model_validator(mode="after")
     def _two_trainings_to_compare(self) -> SeedCorrelation:
         if self.encoders < 2 and not self.checkpoints:
-            raise ValueError(f"encoders = {self.encoders}: two trainings or more are compared")
+            raise ValueError(f"encoders = {self.encoders}: give two or more, they are compared")
         return self
 
     def tables(self) -> dict[str, Cells]:
@@ -80,7 +80,7 @@ class SeedCorrelation(Readable):
         scores: dict[Labels, Stage] = {
             (method, k, noise): self.influence(encoder, noise)
             for (method, k), encoder in known.items()
-            for noise in sorted({*range(self.noise_seeds), int(k)})  # one noise is its own
+            for noise in sorted({*range(self.noise_seeds), int(k)})  # encoder k has noise k, too
         }
         averaged: dict[Labels, Stage] = {
             (method, draws, k, noise): self.influence(encoder, noise, data=first, draws=draws)
@@ -103,8 +103,7 @@ class AugmentationAblation(Readable):
     """02_augmentation_ablation: is Gaussian noise the most stable perturbation?
 
     sigmas    of Gaussian noise with the paper's mean, which is the same shift under every seed
-    centred   of Gaussian noise with mean 0: what an augmentation of the same strength is compared
-              with
+    centred   sigmas of Gaussian noise with mean 0, to compare with augmentations of equal strength
     """
 
     notebook: ClassVar[str] = "02_augmentation_ablation"
@@ -114,7 +113,7 @@ class AugmentationAblation(Readable):
     scored: int = Field(128, ge=16)
     sigmas: tuple[float, ...] = (0.05, 0.2, 0.4)
     centred: tuple[float, ...] = Field((0.02, 0.1, 0.4), min_length=2)
-    strengths: tuple[float, ...] = (1.0,)  # 1 among them
+    strengths: tuple[float, ...] = (1.0,)  # 1 must be among them
     draws: tuple[int, ...] = Field((1, 4), min_length=1)
 
     @property
@@ -123,8 +122,8 @@ class AugmentationAblation(Readable):
         return f"noise {self.std:g}"
 
     def perturbations(self) -> dict[str, GaussianNoise | Augmentation]:
-        """Every perturbation by its name; of flip and grayscale the strength is the share of images
-        changed."""
+        """Every perturbation by its name; for flip and grayscale the strength is the share of
+        images changed."""
         found: dict[str, GaussianNoise | Augmentation] = {
             f"noise {s:g}": self.gaussian(self.mean, s) for s in self.sigmas
         }
@@ -141,9 +140,9 @@ class AugmentationAblation(Readable):
         return [f"{kind} 1" for kind in AUGMENTATIONS]
 
     def draws_of(self, name: str, method: str) -> tuple[int, ...]:
-        """The numbers of draws that are averaged: for the paper's noise, the crop and the chain
-        all; for the other augmentations at strength 1 the first and the last; else the first. Of
-        the untrained network, single draws of the noise and of these augmentations."""
+        """The entries of `draws` to average: all for the paper's noise, the crop and the chain; the
+        first and the last for the other augmentations at strength 1; else the first. The untrained
+        network has only the first, for the paper's noise and all augmentations at strength 1."""
         if method == UNTRAINED:
             return self.draws[:1] if name in (self.usual, *self.at_full) else ()
         if name in (self.usual, "crop 1", "chain 1"):
@@ -220,8 +219,7 @@ class BackgroundBias(Readable):
 class Duplicates(Readable):
     """04_duplicates: does low influence find duplicates?
 
-    neighbours   how many of each image are looked for; the nearest one counts (they are those of
-                 03)
+    neighbours   how many are found for each image, the same as in 03; only the nearest one counts
     """
 
     notebook: ClassVar[str] = "04_duplicates"
@@ -253,7 +251,7 @@ class Fairness(Readable):
 
     attributes   what makes groups; None: what the data set has
     thinned      the group (of the first attribute) that is thinned; None: the data set's largest
-    smallest     groups of fewer images (or with fewer others) are not tested
+    smallest     groups with fewer images inside, or fewer outside, are not tested
     """
 
     notebook: ClassVar[str] = "05_fairness"
@@ -302,11 +300,10 @@ class Fairness(Readable):
 class Pruning(Readable):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
-    arms           what is removed; of twice as many images, those with the flattest frame, "top
-                   flat" removes the half of higher influence (the paper's eye is on uniform
-                   backgrounds of high influence), "random flat" any
-    judges_epochs  of the encoders that judge, which are many; None: as many as that of the scored
-                   encoder
+    arms           what is removed. The "flat" arms take twice as many images, those with the
+                   flattest frames, and remove half: "top flat" the half of higher influence (the
+                   paper looks at uniform backgrounds of high influence), "random flat" any half
+    judges_epochs  epochs of the encoders that judge, which are many; None: as the scored encoder
     """
 
     notebook: ClassVar[str] = "06_pruning"
@@ -361,8 +358,8 @@ class Outliers(Readable):
 
     made_strange   the share of the test images that is replaced by strange ones (as `atypical` is
                    of training images)
-    loss_draws     of the stability loss that influence is compared with: four cost less than a
-                   score and its gradient
+    loss_draws     draws of the stability loss that influence is compared with: four cost less than
+                   a score and its gradient
     """
 
     notebook: ClassVar[str] = "07_outliers"
@@ -379,7 +376,7 @@ class Outliers(Readable):
         return self.data("test", inject=Injection(atypical=self.made_strange))
 
     def asked(self, encoder: AnyEncoder) -> dict[str, Stage]:
-        """What is measured of the new images under an encoder, influence under the curvature of the
+        """What is measured on the new images under an encoder; influence uses the curvature of the
         training images."""
         new = self.new_images()
         loss: dict[str, Any] = {"perturbation": self.noise, "output": self.output}
@@ -419,13 +416,13 @@ CONTROLS = {EQUAL: "supervised_at_equal_strength", ON_VIEWS: "supervised_on_ssl_
 class SupervisedVsSSL(Readable):
     """08_supervised_vs_ssl: do supervised and self-supervised models depend on different images?
 
-    encoders     two trainings of a method are what a supervised one is compared with
+    encoders     trainings of each method; a supervised model is compared with pairs of these
     supervised   how many supervised models are scored, beside `encoders` of each method
-    equal_std    a control: the standard deviation of a weaker noise, by which a supervised model's
-                 features turn as far as an SSL encoder's by the usual one; the supervised models
-                 are scored under it, too
-    on_views     another: how many supervised models are trained on the views of the first method
-    seeds        of the trainings without the top `share` by either score; 0: none
+    equal_std    a control: the standard deviation of a weaker noise, which turns a supervised
+                 model's features as far as the usual noise turns an SSL encoder's; the supervised
+                 models are scored under it, too
+    on_views     a control: how many supervised models are trained on the first method's views
+    seeds        how many seeds are retrained without the top `share` by either score; 0: none
     """
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
@@ -511,7 +508,7 @@ class SupervisedVsSSL(Readable):
         }
 
     def scale(self, method: str, name: str = "accuracy") -> Learned:
-        """Of the encoders of a method; the least accuracy is that of the supervised models, too."""
+        """What a method's encoders had learned; `knn` is the lowest, supervised models included."""
         own, supervised = super().scale(method, name), super().scale("supervised", name)
         return {**own, "knn": min(own["knn"], supervised["knn"])}
 

@@ -32,15 +32,15 @@ PLANS: dict[str, type[Plan]] = {  # by the name of their notebook
 class ProfileOptions:
     """Which part of which profile, and where.
 
-    only      notebooks by number or name, separated by commas; None for all of them
-    out       where figures/, results/ and artifacts/ go; None for the checkout, or the current
-              folder without one
+    only      notebooks by number or name, separated by commas; None: all that the profile is for
+    out       where figures/, results/ and artifacts/ go; None: the checkout, or the current folder
+              if issl is installed from a wheel
     checkpoints   (method, file): encoders that are scored instead of trained, in place of those
                   that the profile names; a method may have several. Notebooks that train encoders
                   themselves are then left out
-    door      what the run begins with (`Plan.door`), and draws only what is released of it: of
-              "tables" nothing is made that images are needed for, of "encoders" nothing is trained
-              on them; None: what is released is used, and all else is made
+    door      what the run starts from (`Plan.door`). With "tables", nothing is made that needs
+              images; with "encoders", nothing is trained on them; what is not released is left
+              out. None: what is released is used, and all else is made
     """
 
     profile: str = "quick"
@@ -82,7 +82,7 @@ class ProfileOptions:
         return {name: part for name, part in parts.items() if part is not None}
 
     def not_released(self) -> dict[str, tuple[str, ...]]:
-        """By notebook, the methods that this door leaves out; none of a notebook left out."""
+        """By notebook, the methods that this door leaves out; () if it leaves out the notebook."""
         found: dict[str, tuple[str, ...]] = {}
         drawn = self.plans()
         for name, plan in replace(self, door=None).plans().items():
@@ -93,7 +93,7 @@ class ProfileOptions:
         return found
 
     def left_out(self) -> list[str]:
-        """The notebooks that are left out because they train encoders, and these are given."""
+        """The notebooks left out because they train encoders themselves, while some are given."""
         if self.only is not None:
             return []  # what was asked for by name is an error instead
         return [
@@ -151,10 +151,10 @@ def read_profile(
 ) -> dict[str, Plan]:
     """The plans of the named notebooks under a profile; every field is checked.
 
-    checkpoints   take the place of the profile's own
-    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value;
-    `notebooks`, those that it runs, where not all (one that it has an entry for can be asked for by
-    name); and `base`, another profile whose settings hold where it has none.
+    checkpoints   replace the profile's own
+    A profile's file has `common` (for all notebooks) and one entry per notebook, both field: value.
+    `notebooks` lists those that it runs, if not all; others with an entry can be asked for by name.
+    `base` is another profile, whose settings hold where the file has none.
     """
     file, asked = f"{profile}.yaml", covered(profile)
     there = sorted({*asked, *(set(_file(profile)) & set(PLANS))})
@@ -197,7 +197,7 @@ def _content(profile: str) -> dict[str, Any]:
 
 
 def _file(profile: str) -> dict[str, Any]:
-    """A profile's file, whose entries are known."""
+    """The content of a profile's file, with its entries checked."""
     paths = profiles()
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
@@ -218,8 +218,8 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def released_part(plan: Plan) -> Plan | None:
-    """The plan with those methods of which all that it starts with is released; None where that is
-    none. Drawn images are at hand anywhere."""
+    """The plan with only those methods for which all that it starts from is released; None if there
+    are none. A plan on drawn images stays whole, because they are available anywhere."""
     if plan.dataset in datasets.DRAWN:
         return plan
     methods: tuple[str, ...] | None = getattr(plan, "methods", None)
@@ -242,7 +242,7 @@ def _starts_with_released(plan: Plan) -> bool:
 
 
 def in_words_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
-    """What is not released yet, a line for each group of notebooks that lack the same."""
+    """What is not released yet, a line for each group of notebooks that lack the same methods."""
     by_methods: dict[tuple[str, ...], list[str]] = {}
     for name, methods in left_out.items():
         by_methods.setdefault(tuple(methods), []).append(name.split("_")[0])
@@ -258,8 +258,8 @@ def all_stages(plans: Iterable[Plan]) -> list[Stage]:
 
 
 def check(plans: dict[str, Plan], out: Path) -> None:
-    """All that can be wrong before any long work: device, output folder, data present and large
-    enough."""
+    """Check all that can be checked before any long work: device, output folder, data present
+    and large enough."""
     for folder in (out / "artifacts", out / "figures", out / "results"):
         check_writable(folder, f"output folder {folder} (--out)")
     for place in (*(out / "figures").glob("**/"), *(out / "results").glob("**/")):

@@ -1,6 +1,6 @@
-"""Release tables: `python -m issl.audit.release --out DIR` copies those that the default profile or
-a reading of the paper draws from, and that were made in DIR, into released/, under names for
-people."""
+"""Release tables: `python -m issl.audit.release --out DIR` copies into released/, under readable
+names, the tables that were made in DIR and that the default profile or a reading of the paper draws
+from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USUAL = (GaussianNoise().std, 0.0)  # 0: cross-entropy is scored without noise
 
 
 def path_of(stage: Table) -> str:
-    """Where a table stands in the release: its kind, then its images and encoder."""
+    """A table's path in the release: its kind, then its images and encoder."""
     encoders = [s for s in in_dependency_order([stage]) if isinstance(s, Pretrain)]
     data = _data(stage)
     if data.name in datasets.DRAWN or (encoders and encoders[-1].data.name in datasets.DRAWN):
@@ -45,7 +45,7 @@ def path_of(stage: Table) -> str:
 
 
 def _data(stage: Stage) -> Data:
-    """The images that a stage is about: its own, or those of the first that it reads."""
+    """The images that a stage is about: its own, or those of the first stage that it reads."""
     own = getattr(stage, "data", None)
     return own if isinstance(own, Data) else _data(stage.needs()[0])
 
@@ -58,7 +58,7 @@ def _encoder(encoder: Pretrain) -> list[str]:
 
 
 def _settings(stage: Table) -> list[str]:
-    """What else tells tables of a kind and encoder apart."""
+    """What else tells tables of the same kind and encoder apart."""
     order = list(in_dependency_order([stage]))
     scores = [s for s in order if isinstance(s, Influence)]
     reading = [f"after{s.after}" for s in order if isinstance(s, State)]
@@ -80,7 +80,7 @@ def _settings(stage: Table) -> list[str]:
 
 
 def main() -> None:
-    """Copy what is there."""
+    """Copy the tables that are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where a run wrote its artifacts")
     out = parser.parse_args().out
@@ -99,7 +99,7 @@ def main() -> None:
             if (here.folder(stage) / MANIFEST).is_file():
                 path = path_of(stage)
                 if path in [f["path"] for entry in index.values() for f in entry["files"].values()]:
-                    raise IsslError(f"{path} is another table's: it needs a name of its own")
+                    raise IsslError(f"{path} is another table's; give this one its own name")
                 release(here, stage, folder, {stage.file: path})
                 index = released_index(folder)
                 print(path)

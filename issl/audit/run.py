@@ -42,8 +42,8 @@ def run(
 ) -> int:
     """Run a profile.
 
-    What is there is not made again, and a notebook is executed only if something that it depends
-    on has changed since. A failure blocks what needs it and nothing else.
+    What exists already is not made again, and a notebook is executed only if something that it
+    depends on has changed since. A failure blocks only what needs the failed part.
 
     Args:
         options: which profile, and where.
@@ -100,12 +100,12 @@ def run(
 
 
 def make(stage: Stage, artifacts: Artifacts, device: str) -> None:
-    """Make a stage's artifact, on the device of that name of the machine that does it."""
+    """Make a stage's artifact, on the device of this name on the machine that does the work."""
     replace(artifacts, device=pick_device(device)).get(stage)
 
 
 def default_engine(tasks: int, device: torch.device) -> Engine:
-    """As many processes as seem worth it for so many tasks: one a core up to four, one a GPU."""
+    """As many processes as seem worth it for so many tasks: one per core or GPU, at most four."""
     places = torch.cuda.device_count() if device.type == "cuda" else (os.cpu_count() or 1)
     return Engine(max(1, min(AT_MOST, places, tasks // WORTH_IT)))
 
@@ -159,7 +159,7 @@ def _encoder(stage: Stage) -> Pretrain | Given | None:
 
 
 def _print_given(plan: Plan, left_out: list[str]) -> None:
-    """Which encoders are scored instead of trained, and which notebooks that leaves out."""
+    """Print which encoders are scored instead of trained, and which notebooks that leaves out."""
     for method, files in plan.checkpoints.items():
         for file in files:
             about = f"{file.file.name}, {file.open().about}, sha256 {file.sha256[:16]}…"
@@ -169,7 +169,7 @@ def _print_given(plan: Plan, left_out: list[str]) -> None:
 
 
 def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
-    """Which images these are, where a folder with them is given; what is not released yet."""
+    """Print which images these are, if a data folder is known, and what is not released yet."""
     sets = {p.dataset: p for p in plans.values() if p.dataset not in datasets.DRAWN}
     for name, plan in sets.items() if options.root is not None else ():
         try:
@@ -180,7 +180,7 @@ def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
         except IsslError as error:
             if options.data_root is not None:
                 raise
-            print(f"data    {error}", flush=True)  # of a folder that was named for other sets
+            print(f"data    {error}", flush=True)  # the folder may be meant for other sets
     for text in in_words_left_out(options.not_released()):
         print(f"not released yet: {text}", flush=True)
 
@@ -195,8 +195,8 @@ def _nothing(options: ProfileOptions) -> str:
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
-    """Write the site of what this profile has produced so far; where it is, or why there is
-    none."""
+    """Write the site of what this profile has produced so far; returns where it is, or why there
+    is none."""
     from issl.audit.site import build  # slow to import
 
     chosen = replace(options, only=None)

@@ -20,7 +20,7 @@ from issl.influence.curvature import Curvature
 
 
 class Injection(Config):
-    """What is put into the set, see `issl.audit.data.injection.inject`."""
+    """What is injected into the set, see `issl.audit.data.injection.inject`."""
 
     duplicates: float = Field(0.0, ge=0, le=0.5)
     atypical: float = Field(0.0, ge=0, le=1)
@@ -28,8 +28,8 @@ class Injection(Config):
 
 
 class Data(Config):
-    """Which images. In a key, their identity stands in the place of their name and of where they
-    are stored."""
+    """Which images. In a key, their identity stands in place of their name and
+    location."""
 
     name: str
     split: str = "train"
@@ -56,7 +56,7 @@ class Data(Config):
 
     @cached_property
     def which(self) -> SetIdentity:
-        """The whole set that the images are taken from, as it was when this was first asked."""
+        """The identity of the whole set that the images are taken from, as of the first call."""
         return datasets.identity(self.name, self.split, self.root)
 
     def settings(self) -> dict[str, Any]:

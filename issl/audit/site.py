@@ -1,9 +1,9 @@
 """The report: results/<profile>/index.html, a static site that opens from a file and needs no
 network.
 
-Verdicts, a card and a page per notebook (formulas as MathML, which browsers draw themselves), and
-where the numbers come from. It shows what the run left and computes nothing itself. The HTML is in
-templates/, styles and scripts are in static/.
+It has the verdicts, a card and a page per notebook (formulas as MathML, which browsers draw
+themselves), and where the numbers come from. It shows what the run left and computes nothing
+itself. The HTML is in templates/, styles and scripts are in static/.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def build(
 
 
 def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What was found, a sentence for each claim: those of the paper, ours, then the checks."""
+    """What was found, a sentence for each claim: first the paper's, then ours, then the checks."""
     told = [r for r in records if r["verdict"] not in (UNTESTED, SUPERSEDED)]
     names = list(dict.fromkeys(r["name"] for r in told))
     names.sort(key=lambda name: (claims()[name].check, claims()[name].ours))
@@ -120,7 +120,7 @@ def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _card_of_kept(name: str, scale: str) -> dict[str, Any]:
     """What the index shows of a notebook that is not drawn: what the kept records of this scale
-    say, those of the copy of CIFAR-10 only where there are no others."""
+    say. Those of the JPEG copy of CIFAR-10 count only if there are no others."""
     kept = verdicts.kept_records(provided("figures"))
     own = [r for r in kept if r["notebook"] == name and r["provenance"]["profile"] == scale]
     own = [r for r in own if not r["copied"]] or own
@@ -134,7 +134,7 @@ def _card_of_kept(name: str, scale: str) -> dict[str, Any]:
 
 
 def _title(notebook: Any, name: str) -> str:
-    """Its first heading; its name, where it has no text."""
+    """The notebook's first heading, or its name if it has no text."""
     source: str = next((c.source for c in notebook.cells if c.cell_type == "markdown"), name)
     return source.splitlines()[0].lstrip("# ").strip()
 
@@ -176,7 +176,7 @@ def _card(
 ) -> dict[str, Any]:
     """Write a notebook's page; returns what the index shows of it.
 
-    places   of this machine, which the page must not show
+    places   paths on this machine, which the page must not show
     """
     notebook = nbformat.read(executed, as_version=4)
     title, page, picture = _title(notebook, name), f"report/{name}.html", figures / f"{name}.png"
@@ -230,9 +230,9 @@ def notebook_cells(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The cells of an executed notebook, formulas as MathML, and its headings (id, text).
 
-    A cell of text has id and text; one of code has code, folded (the summary that the code is
-    hidden behind), outputs (kind, content), the kind being text, png or html, and solution: are
-    these hidden, too?
+    A text cell has id and text. A code cell has code; folded, the summary that hides it; outputs
+    (kind, content), where the kind is text, png or html; and solution, whether the outputs are
+    hidden, too.
     """
     from nbconvert.filters import markdown2html  # slow to import
     from pygments import highlight
@@ -269,8 +269,8 @@ def notebook_cells(
 
 def _output(output: Any, places: Mapping[str, str]) -> tuple[str, str]:
     """A cell's output: its kind (text, png or html) and content. HTML comes from the notebook's own
-    cells; what a stranger's name may have brought into it is kept from running and from asking the
-    network by the page's policy."""
+    cells, but names from foreign data may be in it. The page's policy keeps these from running
+    scripts and from using the network."""
     from nbconvert.filters import markdown2html, strip_ansi
 
     if output.output_type == "stream":
@@ -288,12 +288,12 @@ def _output(output: Any, places: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _staying(html: str) -> Markup:
-    """HTML without what would send the reader elsewhere: a page's policy does not forbid that."""
+    """HTML without meta tags: these could send the reader elsewhere, which no policy forbids."""
     return Markup(re.sub(r"<(?=\s*meta)", "&lt;", html, flags=re.IGNORECASE))
 
 
 def _cells_in_words(table: str) -> str:
-    """A table whose cells name metrics and methods as people do."""
+    """The table with readable names for the metrics and methods in its cells."""
     known = all_words() | NAMES
     return re.sub(
         r"(?<=>)[^<>]+(?=<)",
@@ -303,7 +303,7 @@ def _cells_in_words(table: str) -> str:
 
 
 def _with_mathml(source: str) -> str:
-    """$…$ and $$…$$ outside of code as MathML."""
+    """The source with $…$ and $$…$$ as MathML, except in code."""
     from latex2mathml.converter import convert
 
     def replaced(found: re.Match[str]) -> str:
@@ -340,8 +340,8 @@ def _stages(plans: dict[str, Plan], artifacts: Artifacts) -> list[tuple[str, int
 
 
 def _write(path: Path, template: str, **values: Any) -> None:
-    """Write a page from a template. Only scripts with the page's own nonce run, which nobody can
-    know beforehand."""
+    """Write a page from a template. Only scripts with the page's nonce run, and nobody can know the
+    nonce beforehand."""
     with atomic(path) as part:
         page = _templates().get_template(template)
         part.write_text(page.render(**values, nonce=secrets.token_urlsafe(16)))

@@ -1,4 +1,4 @@
-"""Stages: the heavy steps, each a validated config in and an artifact out (see `issl.audit.cache`).
+"""Stages: the slow steps, each turning a validated config into an artifact (`issl.audit.cache`).
 
 Stages name the stages that they read, so a config says all that its numbers depend on: the encoder
 that was trained without the top 5% by influence names the choice of images, which names the scores,
@@ -58,10 +58,10 @@ class Pretrain(Stage):
     """Train an encoder: encoder.safetensors, history.csv.
 
     With `epochs=0` and `calibrated` it is the network before any training, with BatchNorm's
-    statistics of one view of each image: the control that shows what an architecture does by
-    itself. With `snapshots`, encoder-EPOCH.safetensors too, after these epochs (of an empty list,
-    none); these files and the last one hold the whole learner (BYOL's predictor and target) in half
-    precision, so what is scored is also what can be shared.
+    statistics from one view of each image: the control that shows what an architecture does by
+    itself. With `snapshots` (which may be empty) it also writes encoder-EPOCH.safetensors after
+    these epochs. Then these files and the last one hold the whole learner, with BYOL's predictor
+    and target, in half precision, so what is scored is also what can be shared.
     """
 
     name: ClassVar[str] = "pretrain"
@@ -143,7 +143,7 @@ class Pretrain(Stage):
         return self.encoder(artifacts)
 
     def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
-        """What a continued training starts from: the whole learner where it was kept, else backbone
+        """What a continued training starts from: the whole learner if it was kept, else backbone
         and projector."""
         if self.snapshots is not None:
             return self.learner(artifacts)
@@ -197,7 +197,7 @@ class Table(Stage):
     say which. The table's `attrs` name the stage."""
 
     file: ClassVar[str]
-    repeatable: ClassVar[bool] = True  # does another machine make the same, but for rounding?
+    repeatable: ClassVar[bool] = True  # does another machine give the same, up to rounding?
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table."""
@@ -230,7 +230,7 @@ class Influence(Table):
     `issl.self_influence`; the damping of each layer is among the table's `attrs`).
 
     others   these images are scored instead, under the curvature of `data`
-    output   of the encoder, whose stability is scored; the projector's with its own layers, too
+    output   the encoder's output whose stability is scored; a projector's layers then count, too
     """
 
     name: ClassVar[str] = "influence"
@@ -291,9 +291,9 @@ class Positions(Stage):
 
 
 class Prune(Positions):
-    """Choose a share of the images: those with the highest or the lowest score, or random ones;
-    "flat": one half of twice as many images, those with the flattest frame (`pixel_features`:
-    border_std)."""
+    """Choose a share of the images: those with the highest or the lowest score, or random ones.
+    "flat" chooses only from the images with the flattest frames (`pixel_features`: border_std),
+    twice as many as it chooses."""
 
     name: ClassVar[str] = "prune"
 
@@ -369,8 +369,8 @@ class Draw(Positions):
 
 
 class Top(Positions):
-    """Choose the k training images that speak most for one query: of the highest influence on it,
-    the nearest to it, or those that training on lowered its measure most."""
+    """Choose the k training images that rank first for one query: those of highest influence on it,
+    those nearest to it, or those that, trained on, lowered its measure most."""
 
     name: ClassVar[str] = "top"
 
@@ -384,11 +384,11 @@ class Top(Positions):
 
 
 class Measured(Stage):
-    """What is measured of an encoder, by default as it was trained.
+    """What is measured on an encoder, by default as it was trained.
 
-    statistics   BatchNorm's running statistics are those of this encoder instead
-    estimated    … or those of one fixed view (the recipe's, at the images' own size) of each of
-                 these images
+    statistics   take BatchNorm's running statistics from this encoder instead
+    estimated    … or estimate them on one fixed view (the recipe's, at the images' own size) of
+                 each of these images
     output       of the encoder
     """
 
@@ -462,7 +462,7 @@ class Stability(Measured, Table):
 
 class Pairs(Stage):
     """A number for each query and training image: pairs.safetensors (`scores` (q, n)). `sign` times
-    it is high where the image speaks for the query."""
+    it is high if the image helps the query or resembles it."""
 
     sign: ClassVar[int] = 1
 
@@ -493,8 +493,8 @@ class Cross(Pairs):
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         computing = _computing(artifacts)
         if not isinstance(self.curvature, LoGra | RandomProjection):
-            # whole gradients: as many numbers an image as weights. Twice the passes, instead of
-            # tens of gigabytes
+            # whole gradients have as many numbers per image as there are weights: make the passes
+            # twice, rather than keep tens of gigabytes
             computing = replace(computing, memory="recomputed")
         scores = cross_influence(
             self.pretrain.encoder(artifacts),
@@ -523,12 +523,12 @@ class Spread(Positions):
 
 
 class OfRun(Stage):
-    """What is asked of an encoder after a training, in fp32 at fixed seeds.
+    """What is measured on an encoder after a training, in fp32 with fixed seeds.
 
-    run      the training; it is run here, as often as it takes, and need not be in the cache
+    run      the training; it is run here, as often as needed, and need not be in the cache
     asked    "each": the stability loss of each query. "unseen": its mean over every other query,
-             over the rest, and less the mean kNN margin of all (as `run` had features when it
-             started); lower is better. "own": the stability loss of each image of `picked`
+             its mean over the rest, and minus the mean kNN margin of all (by the features at the
+             start of `run`); lower is better. "own": the stability loss of each image of `picked`
     """
 
     run: Pretrain
@@ -583,8 +583,8 @@ class OfRun(Stage):
 
 
 class ThroughTraining(OfRun, Pairs):
-    """The derivative of what is asked by the weight of each image in the training. Negative:
-    training on the image lowers it. See `issl.influence_through_training`.
+    """The derivative of what is asked with respect to each image's weight in the training.
+    Negative: training on the image lowers it. See `issl.influence_through_training`.
 
     pairs.safetensors, as `Cross`, and through.json (growth of the adjoint, seconds, bytes)."""
 
@@ -607,8 +607,8 @@ class ThroughTraining(OfRun, Pairs):
 
 
 class Without(OfRun, Table):
-    """What is asked after the training on all images (subset -1) and without each of some choices
-    of them, their places empty: without.parquet (subset, query, value)."""
+    """What is asked after the training on all images (subset -1), and after leaving out each of
+    some choices of images, whose places stay empty: without.parquet (subset, query, value)."""
 
     name: ClassVar[str] = "without"
     file: ClassVar[str] = "without.parquet"
@@ -628,11 +628,10 @@ class Without(OfRun, Table):
 
 
 class CopiesTrainedOn(OfRun, Table):
-    """What training on copies of an image does to its own stability loss: the derivative by the
-    weight of one of them, and by all their weights together: copies.parquet (index, copies, one,
-    together; a row for each of `picked` and number of copies, itself counted).
-
-    The copies take the places of other images, drawn at random."""
+    """What training on copies of an image does to its own stability loss, as derivatives with
+    respect to the weight of one of them, on average, and to all their weights together:
+    copies.parquet (index, copies, one, together; a row per image of `picked` and number of copies,
+    itself counted). The copies take the places of other images, drawn at random."""
 
     name: ClassVar[str] = "copies_trained_on"
     file: ClassVar[str] = "copies.parquet"
@@ -648,7 +647,7 @@ class CopiesTrainedOn(OfRun, Table):
             alike = [i, *rng.choice(others, k - 1, replace=False)]
             shown = np.arange(len(run.images))
             shown[alike] = i
-            # by their own indices, copies have views of their own
+            # copies keep the indices of the images they replace, so they have views of their own
             images = replace(run.images, pixels=run.images.tensor()[shown])
             query = run.images.subset([i])
             own = stability_measures(query, self.perturbation, self.seed, self.draws)
@@ -696,7 +695,7 @@ class Neighbours(Stage):
         return knn_graph(self.read(artifacts)[0])
 
     def images(self) -> Images:
-        """Those whose neighbours they are."""
+        """The images whose neighbours these are."""
         return self.features.data.load()
 
 

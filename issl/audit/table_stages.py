@@ -1,5 +1,5 @@
-"""Stages whose result is small enough to be released: with them a notebook draws without pixels,
-features or a graph at hand.
+"""Stages whose result is small enough to be released: with them a notebook draws figures without
+having pixels, features or a graph.
 
 Each is one tidy table; released/README.md explains every column.
 """
@@ -45,11 +45,11 @@ from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining.encoder import Output
 
-COPY = 1 << 41  # between the indices of an image and of its copies, so that each has its own noise
+COPY = 1 << 41  # offset of the indices of an image's copies, so that each has its own noise
 
 
 class Known(Table):
-    """What a set says of its images: images.parquet (index, label and the set's own columns)."""
+    """What a set says about its images: images.parquet (index, class and the set's own columns)."""
 
     name: ClassVar[str] = "images"
     file: ClassVar[str] = "images.parquet"
@@ -68,8 +68,8 @@ class Known(Table):
 class Thumbnails(Table):
     """The images that notebooks show, as PNG: thumbnails.parquet (index, png).
 
-    They are the first ones and, of strange images, some of each kind, and the largest group of
-    known duplicates; by the mean rank over `scores`, the `most` highest and lowest, and the lowest
+    Without `scores`: the first ones, some of each kind of strange image, and the largest group of
+    known duplicates. With `scores`: the `most` highest and lowest by mean rank, and the lowest
     of each class.
     """
 
@@ -121,7 +121,7 @@ def _png(pixels: UInt8[torch.Tensor, "3 h w"]) -> bytes:
 
 
 class _Pngs:
-    """The pixels of those images of a set that are shown (`issl.data.images.Source`)."""
+    """The pixels of the images of a set that are shown (`issl.data.images.Source`)."""
 
     def __init__(self, name: str, index: np.ndarray, pngs: dict[int, bytes], size: int):
         self.name, self.index, self.pngs, self.size = name, index, pngs, size
@@ -143,8 +143,8 @@ class _Pngs:
 
 
 def shown_images(known: pd.DataFrame, pictures: Sequence[pd.DataFrame]) -> Images:
-    """A set by its table (`Known`), with the pixels of those images that are shown (`Thumbnails`):
-    asking for others' pixels is an error."""
+    """A set made from its table (`Known`), with pixels for only the images that are shown
+    (`Thumbnails`); asking for another image's pixels is an error."""
     labels = torch.from_numpy(known["class"].to_numpy().copy()) if "class" in known else None
     about, attributes = known.attrs, known.drop(columns="class", errors="ignore")
     pngs = {int(i): png for table in pictures for i, png in table.to_numpy()}
@@ -175,7 +175,7 @@ class Ablation(Table):
 
 
 class Pixels(Table):
-    """What an image's pixels alone tell, without an encoder: pixels.parquet (see
+    """What an image's pixels tell without an encoder: pixels.parquet (see
     `issl.audit.stats.pixel_features`)."""
 
     name: ClassVar[str] = "pixels"
@@ -233,7 +233,7 @@ class Geometry(Table):
 
 class FlatBridges(Table):
     """Do an image's edges to other classes lead to flat frames? flat_bridges.parquet (index,
-    cross_flat_share: of these edges, those to the tenth of all images with the flattest frames)."""
+    cross_flat_share: the share of them that lead to the tenth of images with flattest frames)."""
 
     name: ClassVar[str] = "flat_bridges"
     file: ClassVar[str] = "flat_bridges.parquet"
@@ -252,7 +252,7 @@ class FlatBridges(Table):
 
 class RelatedBridges(Table):
     """Do an image's edges to other classes stay among related ones? related_bridges.parquet (index,
-    cross_related_share: of these edges, those to classes of its own superclass)."""
+    cross_related_share: the share of them that lead to classes of its own superclass)."""
 
     name: ClassVar[str] = "related_bridges"
     file: ClassVar[str] = "related_bridges.parquet"
@@ -293,7 +293,7 @@ class Map(Table):
     repeatable: ClassVar[bool] = False
 
     features: Embed
-    points: int = Field(2000, ge=2)  # more would hide others
+    points: int = Field(2000, ge=2)  # more would hide each other
     seed: int = Field(0, ge=0)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
@@ -330,10 +330,10 @@ class Estimates(Table):
 
 
 class Removals(Estimates):
-    """What classes gain when the images at the head of a ranking are taken away, over as many at
-    random: removals.parquet (see `issl.audit.stats.removals`).
+    """What classes gain when the images at the head of a ranking are removed, compared with as many
+    at random: removals.parquet (see `issl.audit.stats.removals`).
 
-    test   features of test images, which a probe is asked about; none: no probe
+    test   features of test images, to evaluate a linear probe on; None: no probe
     """
 
     name: ClassVar[str] = "removals"
@@ -374,7 +374,7 @@ class Oddness(Table):
     """How far an image's features lie from others': oddness.parquet (index, knn_distance,
     isolation; see `issl.audit.stats.baselines`).
 
-    train   features of labelled training images: vote_entropy and prototype_distance, too
+    train   features of labelled training images; adds vote_entropy and prototype_distance
     """
 
     name: ClassVar[str] = "oddness"
@@ -401,10 +401,10 @@ class Oddness(Table):
 
 class Ambiguity(Estimates):
     """Does a detector of strange images rise with people's disagreement? Rank correlations over the
-    images that were left alone: ambiguity.parquet.
+    images that were left unchanged: ambiguity.parquet.
 
-    Its license lets CIFAR-10H be used, not sold (CC BY-NC-SA 4.0), so what rests on it is kept as
-    these few numbers. "less loss": influence's, less that of the losses of several draws.
+    CIFAR-10H may be used but not sold (CC BY-NC-SA 4.0), so only these few numbers are kept of what
+    rests on it. "less loss": influence's correlation minus that of the losses of several draws.
     """
 
     name: ClassVar[str] = "ambiguity"
@@ -467,12 +467,12 @@ class CopiesDiscount(Table):
     """How far copies of an image lower its score: copies.parquet (index, copies, influence,
     predicted; a row for each of `picked` random images and number of copies).
 
-    With k copies that have the image's own gradient, and damping that stays, in each layer
+    If the k copies have the image's own gradient and the damping stays the same, then in each layer
 
         s_k = (n + k)/n · s / (1 + k s / n),   s = gᵀ (H + λ I)⁻¹ g
 
-    (Sherman and Morrison 1950), summed over layers: `predicted`. In `influence` each copy has noise
-    of its own, as a copy in a set has, and the curvature is that of all n + k images.
+    (Sherman and Morrison 1950); the sum over layers is `predicted`. In `influence` each copy has
+    noise of its own, as it would in a set, and the curvature is that of all n + k images.
     """
 
     name: ClassVar[str] = "copies"
@@ -515,11 +515,11 @@ class CopiesDiscount(Table):
     def _shares(
         self, e: Float[Tensor, " r"], g: Float[Tensor, "m r"], n: int, k: int
     ) -> tuple[float, float]:
-        """An image's share of the score in one layer with its first k copies C in the curvature, by
-        (D + CᵀC)⁻¹ = D⁻¹ − D⁻¹Cᵀ (1 + C D⁻¹ Cᵀ)⁻¹ C D⁻¹; and as predicted.
+        """One layer's share of an image's score, with its first k copies C in the curvature by
+        (D + CᵀC)⁻¹ = D⁻¹ − D⁻¹Cᵀ (1 + C D⁻¹ Cᵀ)⁻¹ C D⁻¹; and the same as predicted.
 
         Args:
-            e: eigenvalues of n H, in whose eigenvectors' coordinates all is.
+            e: eigenvalues of n H; all coordinates are those of its eigenvectors.
             g: gradients of the image and of its copies.
         """
 

@@ -28,7 +28,7 @@ from issl.errors import IsslError
 from issl.files import atomic
 from issl.pretraining.recipes import NAMES
 
-Record = dict[str, Any]  # as issl.audit.claims.record writes it, and `copied`, see `read_records`
+Record = dict[str, Any]  # as issl.audit.claims.record writes it, with `copied` (`read_records`)
 Test = dict[str, Any]  # of a record
 KEPT = "claims.json"  # a profile's records, beside its figures
 PHRASES = {
@@ -43,8 +43,8 @@ MARKS = dict(zip((*PHRASES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇
 STATES = {"holds": "●", "contradicted": "○", "undecided": "◇"}  # of a test
 BEGIN = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->"
 END = "<!-- /verdicts -->"
-# until 2026-11-28 "cifar10" was a copy that had been re-encoded as JPEG, and the faces were another
-# copy than today's: records of then are kept in folders of this ending
+# until 2026-11-28 "cifar10" was a copy that had been re-encoded as JPEG, and the faces were a
+# different copy from today's: records from then are kept in folders whose names end like this
 COPIED, COPY = "-jpeg", "the JPEG copy"
 SCALES = ("mini", "overnight", "paper")  # profiles whose records are kept, the largest last
 
@@ -54,7 +54,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
     Returns:
         By notebook, in the order of claims.yaml, then of the methods. Each says whether it is
-        `copied`: made of images that nobody else has.
+        `copied`: measured on images that nobody else has.
 
     Raises:
         IsslError: for a file that cannot be read, or a record of a claim that is not stated.
@@ -95,7 +95,7 @@ def _by_todays_rules(record: Record) -> Record:
 
 
 def keep(records: Sequence[Record], folder: Path) -> Path:
-    """Write FOLDER/claims.json; whether they are copied, the folder says."""
+    """Write FOLDER/claims.json, without `copied`, which the folder's name says."""
     kept = [{k: v for k, v in r.items() if k != "copied"} for r in records]
     with atomic(folder / KEPT) as part:
         part.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
@@ -129,10 +129,10 @@ class Row:
     Attributes:
         claim: in words; whose it is, if not the paper's; why its test was replaced, if it was.
         measured: the metric, in words.
-        methods: of each record; "" where there is but one.
+        methods: of each record; "" for a single record that is not about one method.
         asked: the test's threshold.
         n: images.
-        verdicts: with the tests that hold, of each record; one where all agree.
+        verdicts: of each record, with how many tests hold; only one if all agree.
         reached: the plain verdict of each record.
         failed: the tests that do not hold, in words.
     """
@@ -203,7 +203,7 @@ def _measured(record: Record, test: Test) -> Estimate:
 
 
 def _bound(test: Test) -> str:
-    """What it asks of that number."""
+    """What a test asks of its number."""
     return f"{'>' if 'above' in test else '<'} {_asked(test):g}"
 
 
@@ -259,25 +259,25 @@ def _number(e: Estimate) -> str:
 
 
 def _method(record: Record) -> str:
-    """Its variant as people write it."""
+    """The record's variant as people write it."""
     return str(NAMES.get(record["variant"], record["variant"]))
 
 
 def _methods(records: Sequence[Record]) -> list[str]:
-    """Of each record; of a single one only where it is a method."""
+    """The variant of each record; "" for a single record whose variant is not a method."""
     alone = len(records) == 1 and records[0]["variant"] not in NAMES
     return [""] if alone else [_method(r) for r in records]
 
 
 def _why(claim: Claim) -> str:
-    """Why its test no longer decides; "" where it does."""
+    """Why the claim's test no longer decides; "" if it still does."""
     if (past := claim.superseded) is None:
         return ""
     return f"Superseded on {past.date} by `{past.by}`: {past.reason} It had found: {past.found}"
 
 
 def _verdict(r: Record) -> str:
-    """A verdict with its mark and the tests that hold; if there is none, the outcome beside it."""
+    """A verdict with its mark and how many tests hold; if untested, the outcome beside it."""
     states = [t["state"] for t in r["tests"]]
     held = f"{states.count('holds')}/{len(states)}"
     if r["outcome"] == "partly" and "contradicted" in states:
@@ -410,7 +410,7 @@ def answers(records: Sequence[Record]) -> str:
     """The README's table: a row for each question of claims.yaml and a column for each method,
     answered at the largest scale of its measurements.
 
-    What was measured on the copy of the images counts, with a star, until it is measured again.
+    What was measured on the JPEG copy counts, with a star, until it is measured again.
     """
     asked = [r for r in records if claims()[r["name"]].question and _scale(r) >= 0]
     methods = [m for m in NAMES if m in {r["variant"] for r in asked}]
@@ -419,7 +419,7 @@ def answers(records: Sequence[Record]) -> str:
         at = max(_scale(r) for r in of_claim)
         own = [r for r in of_claim if r["provenance"]["profile"] == SCALES[at]]
         own.sort(key=lambda r: not r["copied"])
-        latest = {r["variant"]: r for r in own}  # of the copy only where there is no other
+        latest = {r["variant"]: r for r in own}  # of the copy only if there is no other
         about, first = claims()[own[0]["name"]], next(m for m in methods if m in latest)
         told = [_answer(latest[m]) if m in latest else "" for m in methods]
         whose = "" if first == methods[0] else f"{NAMES[first]}: "
@@ -438,8 +438,8 @@ def _answer(record: Record) -> str:
 
 
 def _deciding_number(record: Record) -> str:
-    """The number of the test that decides a record, and what it asks; where all of them hold, of
-    the last, which asks the most."""
+    """The number of the test that decides a record, and what this test asks of it. If all tests
+    hold, it is the last one, which asks the most."""
     test = deciding(record)
     if test["holds"]:
         test = record["tests"][-1]
@@ -448,7 +448,7 @@ def _deciding_number(record: Record) -> str:
 
 
 def _number_asked(record: Record, test: Test) -> str:
-    """A test's number, and what it asks of it."""
+    """A test's number, and what the test asks of it."""
     what = "" if test["bound"] == "value" else "interval "
     number = _number(_measured(record, test))
     return f"{words(test['metric'])} = {number}; asked: {what}{_bound(test)}"
@@ -469,9 +469,9 @@ def in_page(text: str, table: str) -> str:
 
 
 def pages(repository: Path) -> dict[Path, str]:
-    """The pages that show verdicts, as they must read by the records that are kept.
+    """The pages that show verdicts, as they must read given the records that are kept.
 
-    The answers in the README; in docs/verdicts.md each claim at the largest scale of its records.
+    README.md has the answers; docs/verdicts.md has each claim at the largest scale of its records.
     """
     records = kept_records(repository / "figures")
     of_each = _grouped(records, lambda r: r["name"])

@@ -24,23 +24,23 @@ from issl.through_training import Effects, agreement, influence_through_training
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    text = "a file that `issl pretrain` wrote: training goes on from it"
+    text = "a file that `issl pretrain` wrote; training continues from it"
     add("--encoder", required=True, type=Path, metavar="FILE", help=text)
     add(
-        "--images", required=True, metavar="SET", help="trained on: folder:PATH or PATH, cifar10, …"
+        "--images", required=True, metavar="SET", help="training set: folder:PATH, PATH, cifar10, …"
     )
-    add("--queries", required=True, metavar="SET", help="asked about: folder:PATH or PATH, …")
-    out = "the highest and lowest of each query, .csv; beside it all, .safetensors"
+    add("--queries", required=True, metavar="SET", help="images to ask about: folder:PATH, PATH, …")
+    out = "each query's highest and lowest derivatives, .csv; all of them beside it, .safetensors"
     add("--out", type=Path, default=Path("attribute.csv"), metavar="FILE", help=out)
-    add("--n", type=int, metavar="N", help="how many images (default: all)")
-    add("--asked", type=int, default=8, metavar="Q", help="how many queries, the first ones (8)")
+    add("--n", type=int, metavar="N", help="how many training images (default: all)")
+    add("--asked", type=int, default=8, metavar="Q", help="how many queries, from the first (8)")
     add("--k", type=whole(1), default=8, help="images in each list (8)")
-    add("--epochs", type=whole(1), default=1, help="of the training that goes on (1)")
+    add("--epochs", type=whole(1), default=1, help="of the continued training (1)")
     add("--batch-size", type=whole(2), default=256, help="its batch size (256)")
     add("--lr", type=float, default=0.05, help="its learning rate, for a batch of 256 (0.05)")
     add("--seed", type=int, default=0, help="of its order and views (0)")
     add("--folder", type=Path, metavar="DIR", help="keep states here, to continue later")
-    text = "trainings without 5%% of the images, to see whether it predicts (8; 0: none)"
+    text = "training runs without 5%% of the images, to test the predictions (8; 0: none)"
     add("--check", type=whole(0), default=8, metavar="N", help=text)
     add("--size", type=int, default=32, metavar="PX", help="side of the images of folders (32)")
     add("--data-root", type=Path, metavar="DIR", help="folder of the data sets ($ISSL_DATA)")
@@ -112,5 +112,5 @@ def _read(name: str, split: str, n: int | None, options: argparse.Namespace) -> 
     split = "train" if name.startswith("folder:") else split  # a folder has no test set
     found = datasets.load(name, split, None, options.data_root, size=size)
     if n is not None and not 1 <= n <= len(found):
-        raise IsslError(f"{name}: {n} images are asked for, it has {len(found)}")
+        raise IsslError(f"{name}: {n} images are asked for; ask for 1 to {len(found)}")
     return found.subset(range(n or len(found))).in_memory()

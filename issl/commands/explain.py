@@ -38,7 +38,7 @@ LISTS = {
     "opposed": "most negative influence",
     "nearest": "nearest in features",
 }
-# settings of a notebook's training set that `issl.load` has none of
+# settings of a notebook's training set that `issl.load` does not have
 ALTERED = ("inject", "first", "uniform", "classes")
 
 
@@ -57,7 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--damping", type=float, default=0.1, help="fraction of the mean diagonal (0.1)")
     add("--draws", type=int, default=4, help="perturbations per image, gradients averaged (4)")
     add("--seed", type=int, default=0, help="of the perturbation (0)")
-    add("--untrained", action="store_true", help="ask an encoder as initialised, as a control")
+    add("--untrained", action="store_true", help="explain an encoder as initialised, as a control")
     add("--skip", default="", metavar="A,B", help="layers or parameters to leave out, by name")
 
 
@@ -154,8 +154,8 @@ def _header(path: Path) -> dict[str, Any] | None:
 
 
 def read_query(options: argparse.Namespace, images: Images) -> tuple[Images, str, np.ndarray]:
-    """The one image that is asked about; what titles call it; where it is among `images`, as a
-    mask, if it is one of them."""
+    """The image that is asked about; its name in titles; and a mask of its place among `images`,
+    all false if it is not one of them."""
     side, data, none = int(images.pixels.shape[2]), options.data, np.zeros(len(images), bool)
     # a name may hold a newline
     member = re.fullmatch(r"train:(.+)|test:(\d+)", options.image, re.DOTALL)
@@ -183,7 +183,7 @@ def read_query(options: argparse.Namespace, images: Images) -> tuple[Images, str
     encoded = path.read_bytes()
     pixels = decode(encoded, side, str(path))
     width, height = Image.open(io.BytesIO(encoded)).size
-    # a folder's own images are resized as they are read; a set of a fixed size takes no other
+    # a folder's images are resized as they are read, and so is this; other sets need --fit
     if (width, height) != (side, side) and not options.fit and not data.startswith("folder:"):
         raise IsslError(
             f"{path} is {width} × {height} px, the images of {images.name} are {side} × {side}: "
@@ -193,7 +193,7 @@ def read_query(options: argparse.Namespace, images: Images) -> tuple[Images, str
 
 
 def _own(option: str, which: str, images: Images) -> np.ndarray:
-    """A training image, as a mask: by its index or, of files, by its path or its place."""
+    """A training image, as a mask. It is given by its index or, for files, by its path or place."""
     known, places = images.attributes, np.arange(len(images))
     found = np.zeros(len(images), bool)
     if "path" in known:
@@ -217,8 +217,8 @@ def lists(
     images: Images, influence: np.ndarray, similarity: np.ndarray, k: int, own: np.ndarray
 ) -> pd.DataFrame:
     """The k training images of each list, by their influence on the query and their similarity to
-    it, (n,). The query itself, if it is one of them (`own`, a mask), comes last, in a list of its
-    own (`itself`).
+    it, both (n,). If the query is a training image, `own` is its mask, and it comes last, in a list
+    of its own, `itself`.
 
     Returns:
         One row for each image of the lists: list (see LISTS), rank in it, index, influence,
@@ -250,8 +250,8 @@ def lists(
 def draw(
     path: Path, title: str, query: tuple[str, Images], images: Images, table: pd.DataFrame
 ) -> None:
-    """The query, under its name, above lists of training images (`table`, from `lists`), each with
-    its influence (in parts of the greatest) and similarity."""
+    """Draw the query, under its name, above the training images of `table`, from `lists`, each with
+    its influence (as a fraction of the greatest) and similarity."""
     others = table[table["list"] != "itself"]
     greatest = float(others["influence"].abs().max()) or 1.0
     rows = [(query[0], [(query[1].pixels[0].numpy(), "")])]
@@ -288,5 +288,5 @@ def _summary(table: pd.DataFrame) -> str:
     for one in table[table["list"].isin(members)].to_dict("records"):
         label = one.get("label_name")
         name = f"{one['index']}" if pd.isna(label) else f"{one['index']} ({label})"
-        members[one["list"]].append(one.get("path", name))  # of files, the index is its hash
+        members[one["list"]].append(one.get("path", name))  # a file's index is its hash
     return "\n".join(f"{LISTS[name]}: {', '.join(names)}" for name, names in members.items())

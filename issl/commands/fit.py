@@ -1,5 +1,5 @@
-"""`issl fit`: the curvature of a set of images as a file, which `issl influence --curvature-from`
-scores under."""
+"""`issl fit`: save the curvature of a set of images to a file, to score others with
+`issl influence --curvature-from`."""
 
 from __future__ import annotations
 

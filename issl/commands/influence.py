@@ -29,16 +29,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="scores, .csv or .parquet, beside it a picture, .png; or, for a large set, a folder "
-        "that is filled in parts and continues after a kill",
+        help="scores, .csv or .parquet, with a picture, .png, beside it; or, for a large set, a "
+        "folder that is filled in parts and can continue after a kill",
     )
     engine.add_arguments(command)
-    kept = "score under a curvature that `issl fit` kept, with its settings"
+    kept = "score with a curvature that `issl fit` saved, and with its settings"
     add("--curvature-from", type=Path, metavar="FILE", help=kept)
     beside = "add each score's percentile among the released scores of such an encoder"
     add("--reference", metavar="NAME", help=f"{beside}, such as cifar10-simclr-w16")
     memories = ["auto", "ram", "recomputed"]
-    add("--memory", default="auto", choices=memories, help="where gradients stay (auto)")
+    add("--memory", default="auto", choices=memories, help="where gradients are kept (auto)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -92,9 +92,9 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _in_parts(options: argparse.Namespace) -> int:
-    """Fill a folder with scores, in parts; 1 if some could not be made."""
+    """Fill a folder with scores, in parts; returns 1 if some parts could not be made."""
     if options.reference is not None:
-        raise IsslError(f"--reference {options.reference}: --out {options.out} is filled in parts")
+        raise IsslError(f"--reference {options.reference}: --out {options.out} must be one file")
     began, where = time.monotonic(), engine.asked_for(options) or engine.Engine()
     given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in vars(options).items())
     load = partial(_scoring, tuple(pair for pair in given if pair[0] != "run"))

@@ -1,4 +1,4 @@
-"""What the commands that score share: which images, which encoder, what is measured, how."""
+"""Options that the scoring commands share: which images, which encoder, what to measure, how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from issl.influence.perturbation import GaussianNoise
 from issl.influence.scorer import Measurement, with_features
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
 
-MEASURED: dict[str, Any] = {  # the options of a measurement, with what they are if not given
+MEASURED: dict[str, Any] = {  # the options of a measurement, with their defaults
     "curvature": "logra",
     "rank": 16,
     "damping": 0.1,
@@ -38,7 +38,7 @@ MEASURED: dict[str, Any] = {  # the options of a measurement, with what they are
 
 
 def add_image_arguments(command: argparse.ArgumentParser) -> None:
-    """Which images, which encoder, where it is computed."""
+    """Add the options for which images, which encoder and where to compute."""
     add = command.add_argument
     add("--data", required=True, metavar="SET", help="folder:PATH, cifar10, scenes, …")
     add_encoder_arguments(command)
@@ -49,7 +49,7 @@ def add_image_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
-    """Those, what is measured, and how it is computed."""
+    """Add the image options and those for what to measure and how to compute it."""
     add = command.add_argument
     add_image_arguments(command)
     add("--split", default="train", help="train (default) or test")
@@ -58,7 +58,7 @@ def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out images that cannot be decoded, or have no features; a table names them",
     )
-    add("--workers", type=int, metavar="N", help="threads that decode images (default: the cores)")
+    add("--workers", type=int, metavar="N", help="decoding threads (default: one per core)")
     add("--curvature", choices=KINDS, help="default: logra")
     add("--rank", type=int, help="of logra, per side (16)")
     add("--damping", type=float, help="fraction of the curvature's mean diagonal (0.1)")
@@ -108,7 +108,7 @@ def load_images(options: argparse.Namespace, opened: Opened) -> Images:
 
 
 def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) -> Measurement:
-    """What these options ask to be measured: by themselves, or by a curvature file.
+    """The measurement that these options ask for, or that of the curvature file `kept`.
 
     Raises:
         IsslError: For an option that the curvature file decides.
@@ -123,8 +123,8 @@ def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) 
         what = load_fitted(kept, opened.encoder).scorer.what
         if what.loss is not stability_loss:
             raise IsslError(
-                f"--curvature-from {kept}: it is of another loss; score with issl.load_fitted, in "
-                "Python"
+                f"--curvature-from {kept}: it was fitted with another loss; score with "
+                "issl.load_fitted, in Python"
             )
         return what
     o = argparse.Namespace(**(MEASURED | given))
@@ -139,8 +139,8 @@ def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) 
 
 
 def write_broken(out: Path, images: Images) -> str:
-    """The table of the images that were left out, OUT.broken.csv, if there are any; says so for the
-    last line."""
+    """Write the table of the images that were left out, OUT.broken.csv, if there are any; returns
+    what the last line says about it."""
     if not images.broken:
         return ""
     path = out.with_suffix(".broken.csv")

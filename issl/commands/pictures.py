@@ -42,9 +42,9 @@ def write(path: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def contact_sheet(path: Path, scores: pd.DataFrame, images: Images, about: str) -> None:
-    """The ten images of the highest and of the lowest influence; `scores` as `issl.self_influence`
-    returns them, in the order of the images, `about` the encoder and the curvature, for the
-    title."""
+    """Draw the ten images with the highest and the ten with the lowest influence. `scores` are as
+    `issl.self_influence` returns them, in the order of the images. `about` names the encoder and
+    the curvature, for the title."""
     influence = scores["influence"].to_numpy()
     order = influence.argsort(kind="stable")[::-1]
     known = images.attributes["path" if "path" in images.attributes else "index"]

@@ -22,7 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     sets = "folder:PATH, cifar10, cifar100, fairface or scenes"
     add("--data", required=True, metavar="SET", help=sets)
-    file = "the encoder, .safetensors; beside it its history, .csv"
+    file = "the encoder, .safetensors; its history goes to a .csv file beside it"
     add("--out", required=True, type=Path, metavar="FILE", help=file)
     add("--method", default="simclr", choices=NAMES, help="default: simclr")
     variants = get_args(Variant)
@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
     print(f"{what}, {device}", flush=True)
 
     def after_epoch(done: int, learner: Learner) -> None:
-        if done == options.epochs:  # the whole learner, so that its training can go on
+        if done == options.epochs:  # the whole learner, so that training can continue
             save_learner(out, learner, about, half=False)
 
     saved = out.with_name(out.name + ".checkpoint")

@@ -1,4 +1,4 @@
-"""Released scores as a yardstick: at which percentile of them does an image's score stand?"""
+"""Released scores as a yardstick: at which percentile of them is an image's score?"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from issl.pretraining.encoder import load_encoder
 
 def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Series:
     """The released scores under a released encoder, such as cifar10-simclr-w16, in increasing
-    order, to compare those under `encoder` with.
+    order. Scores under `encoder` can be compared with them.
 
     Raises:
         IsslError: For a name that is not released, an encoder of another architecture, or scores
-            that are measured otherwise: their sizes would say nothing about each other.
+            measured with other settings, because their sizes could not be compared.
     """
     folder = provided("released")
     found = sorted((folder / "tables/influence").glob(f"{name}*-noise0.parquet"))
@@ -31,7 +31,7 @@ def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Serie
             f"--reference {name}: no scores of that name are released; there are {names}"
         )
     table = pd.read_parquet(whole[0])
-    asked = {  # what decides the size of a score, as a table of scores says it
+    asked = {  # what determines the size of a score, as tables of scores store it
         "curvature": repr(what.curvature),
         "perturbation": describe(what.perturbation),
         "draws": what.draws,
@@ -40,7 +40,7 @@ def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Serie
     for setting, value in asked.items():
         if (kept := table.attrs[setting]) != value:
             raise IsslError(
-                f"--reference {name}: its scores have {setting} {kept}, and {value} is "
+                f"--reference {name}: its scores have {setting} {kept}, but {value} is "
                 "asked for; score with the same settings, or without --reference"
             )
     weights = folder / "encoders" / f"{whole[0].stem.removesuffix('-noise0')}.safetensors"

@@ -39,18 +39,18 @@ def load(
             `fairface`, `cifair10` (`issl.data.judged_pairs`), `folder:PATH` or `hf:PATH_OR_NAME`
             (`issl.data.huggingface`). The last two are decoded when they are needed, so they may be
             larger than memory; the others are held in memory.
-        split: `train` or `test`, or what a `hf:` set has.
+        split: `train` or `test`, or a split of the `hf:` set.
         n: How many images; None gives all. Sets on disk give a random subset (keyed by `seed`) in
             the original order, each image keeping its original `index`; `scenes` draws the first n.
         root: The folder of the published sets; default $ISSL_DATA.
-        seed: Of the subset; for `scenes`, of the drawing.
+        seed: The seed of the subset; for `scenes`, of the drawing.
         size: Side in px of the square images, only for `folder:`, `hf:` (default 32) and `fairface`
             (default 64).
-        skip_broken: Leave images out that cannot be decoded (`.broken` of the result names them);
+        skip_broken: Leave out images that cannot be decoded (`.broken` of the result names them);
             only for `folder:` and `hf:`.
-        workers: Threads that decode; default: the cores.
-        quiet: Do not say where the images are not those of the published set, nor which files were
-            left out.
+        workers: The number of decoding threads; default: one per core.
+        quiet: Do not report images that are not those of the published set, or files that were left
+            out.
 
     Raises:
         IsslError: Unknown name or split, missing or damaged file, more images asked for than there
@@ -63,7 +63,7 @@ def load(
     if not is_whole(seed, 0, LARGEST_SEED):
         raise IsslError(f"seed={seed!r}: give a whole number from 0 to 2³²")
     if workers is not None and not is_whole(workers, 1):
-        raise IsslError(f"workers={workers!r}: give a number of threads, or None for the cores")
+        raise IsslError(f"workers={workers!r}: give a number of threads, or None for one per core")
     known = (*DRAWN, *published.SOURCES, "cifair10")
     if size is not None and name in known and not is_resized(name):
         raise IsslError(f"size={size}: {name!r} has a fixed size")
@@ -85,7 +85,7 @@ def load(
 
 
 def without_place(name: str) -> str:
-    """A set's name for others to read: of one with a PATH, only the last part of it."""
+    """A set's name to show to others: a PATH is shortened to its last part."""
     kind, colon, place = name.partition(":")
     return f"{kind}:{Path(place).name}" if colon else name
 
@@ -110,9 +110,9 @@ def count(name: str, split: str = "train", root: str | Path | None = None) -> in
 def identity(name: str, split: str = "train", root: str | Path | None = None) -> SetIdentity:
     """Which images `load` gives, for cache keys: the hash of their content.
 
-    Published sets need not be here: then it is that of the images on which this project's results
-    rest. Of an image folder it is the hash of its file names, sizes and times. Raises IsslError
-    where `load` would for other reasons.
+    Published sets need not be here. If one is not, this is the identity of the images on which this
+    project's results rest. For an image folder, it is the hash of its file names, sizes and times.
+    In other cases, raises IsslError where `load` would.
     """
     if name in DRAWN:
         return SetIdentity(f"{name}-{scenes.VERSION}", name)
@@ -131,7 +131,7 @@ def _encoded(name: str, split: str, size: int = 32) -> Folder | Table | None:
 
 
 def say(which: SetIdentity) -> None:
-    """Say which images these are, once, where they are not a set as it was published."""
+    """Say once which images these are, if they are not a set as it was published."""
     if which.about and which.digest not in _said:
         _said.add(which.digest)
         print(f"{which.name}: {which.about}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ LARGEST = 2**29  # bytes of an encoded image; a photograph has some 10⁷
 
 @dataclass(frozen=True)
 class Encoded(ABC):
-    """A set of encoded images: a source of `LazyPixels`, each image's centred square.
+    """A set of encoded images: each one's centred square, as a source of `LazyPixels`.
 
     Attributes:
         called: The set's name, for titles and messages.
@@ -43,7 +43,7 @@ class Encoded(ABC):
 
     @abstractmethod
     def open(self, i: int) -> io.BufferedIOBase:
-        """Image i as a file, at its start; several threads call it at once."""
+        """Image i as a file, at its start; several threads call this at once."""
 
     @abstractmethod
     def name(self, i: int) -> str:
@@ -69,10 +69,10 @@ class Encoded(ABC):
         return Images(pixels, labels, attributes, self.called, broken=broken)
 
     def _whole(self, rows: np.ndarray, skip: bool) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """Those of these images that can be decoded; the others by name, with the reason.
+        """The images that can be decoded, and the others by name with the reason.
 
-        It is told by headers and ends, which is quick: an image that is damaged in between is found
-        only when it is needed. IsslError where some are broken and are not to be skipped, or all.
+        A file with a good start and end passes, which is quick to check. Damage in between is found
+        only when the image is needed. IsslError if all are broken, or some and `skip` is false.
         """
         shares = [rows[k : k + 256].tolist() for k in range(0, len(rows), 256)]
         with ThreadPoolExecutor(8) as pool:
@@ -89,7 +89,7 @@ class Encoded(ABC):
         return np.array([i for i in rows if i not in faults], dtype=np.int64), broken
 
     def _fault(self, i: int) -> str:
-        """Why image i cannot be decoded; "" if it can, as far as is seen."""
+        """Why image i cannot be decoded; "" if the check finds nothing wrong."""
         try:
             with self.open(i) as file, Image.open(cast(BinaryIO, file)) as image:
                 check_range(image)
@@ -99,7 +99,7 @@ class Encoded(ABC):
                 if mark is None or mark in file.read():
                     return ""
             Image.open(io.BytesIO(self._data(i))).load()  # to be sure
-        except Exception as error:  # noqa: BLE001 (whatever a decoder raises is told)
+        except Exception as error:  # noqa: BLE001 (whatever a decoder raises is reported)
             return _in_words(error)
         return ""
 
@@ -117,14 +117,14 @@ def decode(given: bytes | Image.Image, size: int, what: str) -> UInt8[np.ndarray
     """The centred square of an image, upright as its camera was held, resized to `size` px.
 
     Raises:
-        IsslError: It cannot be decoded, or it is not known what is white in it; the message calls
-            it `what`.
+        IsslError: It cannot be decoded, or it is unknown which value is white; the message calls it
+            `what`.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(given)) if isinstance(given, bytes) else given
         check_range(image)  # before its format is forgotten
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image if image.mode == "RGB" else image.convert("RGB")
         if image.size != (size, size):
@@ -132,7 +132,7 @@ def decode(given: bytes | Image.Image, size: int, what: str) -> UInt8[np.ndarray
             left, top = (image.width - side) // 2, (image.height - side) // 2
             box = (left, top, left + side, top + side)
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    except Exception as error:  # what a decoder raises on a stranger's bytes is not ours to list
+    except Exception as error:  # a decoder may raise anything on bytes from elsewhere
         raise IsslError(
             f"{what} cannot be decoded ({_in_words(error)}); repair or remove it"
         ) from error
@@ -140,7 +140,7 @@ def decode(given: bytes | Image.Image, size: int, what: str) -> UInt8[np.ndarray
 
 
 def check_range(image: Image.Image) -> None:
-    """ValueError where it cannot be known what is white in this image."""
+    """Raises ValueError if it is unknown which value is white in this image."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(
             f"pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits"

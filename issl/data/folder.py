@@ -1,7 +1,7 @@
 """`folder:PATH`, a folder of images; if every image is in a sub-folder, these are the classes.
 
 Links to folders are followed; hidden files and folders (`.ipynb_checkpoints`) are not read. Images
-that are left out are counted with the reason, so that none is lost in silence.
+that are left out are counted with the reason, so none is lost silently.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from issl.data.identity import SetIdentity, digest, stamp
 from issl.errors import IsslError
 
 PREFIX = "folder:"
-VERSION = 2  # of an image's index; 1: its place among the sorted files
-# endings that Pillow knows of files that it cannot read, or that are mostly not of pictures
+VERSION = 2  # of how an image gets its index; 1: its place among the sorted files
+# endings that Pillow knows, but of files that it cannot read or that are mostly not pictures
 OF_OTHERS = set(".bufr .emf .eps .fit .grib .h5 .hdf .iim .mpeg .mpg .ps .wmf".split())
-# further endings of pictures, which are read where Pillow (or a plugin of it) has learned to
+# further endings of pictures, which are read if Pillow or one of its plugins supports them
 PICTURES = set(
     ".3fr .arw .avif .cr2 .cr3 .crw .dng .emf .eps .erf .exr .heic .heics .heif .heifs .hif .j2k "
     ".jls .jp2 .jxl .jxr .kdc .mrw .nef .nrw .orf .pef .psb .raf .raw .rw2 .sr2 .srf .srw .svg "
@@ -66,8 +66,8 @@ class Folder(Encoded):
         return f"{stamp(self.folder / path for path in self.paths)} at {self.size} px"
 
     def about(self, rows: np.ndarray) -> tuple[pd.DataFrame, Tensor | None]:
-        """index, path, label_name. An index is 62 bits of the hash of the path, so other files
-        change nothing about it."""
+        """index, path, label_name. An index is 62 bits of the hash of the path, so it does
+        not depend on other files."""
         paths = [self.paths[i] for i in rows]
         hashes = (hashlib.sha256(path.encode()).digest() for path in paths)
         index = [int.from_bytes(found[:8], "big") >> 2 for found in hashes]
@@ -79,7 +79,7 @@ class Folder(Encoded):
         return known, torch.tensor([number[name] for name in known["label_name"]])
 
     def which(self) -> SetIdentity:
-        """A folder is known by its images' paths, sizes and times of change."""
+        """A folder is identified by the paths, sizes and modification times of its images."""
         stats = ((path, (self.folder / path).stat()) for path in self.paths)
         rows = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         key = f"{digest(repr(rows).encode())}-{VERSION}"
@@ -120,7 +120,7 @@ def open_set(name: str, split: str, size: int) -> Folder:
 
 
 def printable(name: str) -> str:
-    """A file's name in one line: it may hold a newline."""
+    """A file's name on one line, even if it holds a newline."""
     return name if name.isprintable() else repr(name)
 
 
@@ -137,7 +137,7 @@ def _class(path: str) -> str:
 def _files(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
     """The paths of all files in the folder, and whether they are hidden.
 
-    Links are followed, but not one to a folder that it is in itself.
+    Links are followed, except a link to a folder that contains the link.
     """
 
     def closed(_: OSError) -> None:
@@ -163,7 +163,7 @@ def _files(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _why_left_out(path: Path, ending: str, readable: bool, hidden: bool) -> str:
-    """Why this file is not read though it is an image; "" where it is none."""
+    """Why this file is not read although it is an image; "" if it is not an image."""
     if hidden:
         return "hidden" if readable else ""
     if ending in PICTURES:

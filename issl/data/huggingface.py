@@ -4,7 +4,7 @@ PATH is a file or a folder: parquet, arrow, WebDataset's tar archives, an image 
 metadata, or what `Dataset.save_to_disk` wrote. NAME is a set on the Hugging Face hub, which is
 downloaded unless HF_DATASETS_OFFLINE=1 says otherwise. `datasets` prepares a copy as arrow files in
 $XDG_CACHE_HOME/issl/datasets (~/.cache/issl/datasets), which are memory-mapped; images are decoded
-when they are needed. No code of a set is run: `datasets` 4 and later knows none.
+when they are needed. No code of a set is run, because `datasets` 4 and later runs none.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from issl.data.labels import class_labels
 from issl.errors import IsslError
 
 PREFIX = "hf:"
-IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # what columns of bytes are called
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns of image bytes
 LABELS = ("label", "cls")  # the second: WebDataset's
-PLAIN = ("int", "uint", "float", "bool", "string", "large_string")  # beginnings of types
+PLAIN = ("int", "uint", "float", "bool", "string", "large_string")  # prefixes of type names
 INTERNAL = ("__url__", "__index_level_")  # columns that say nothing about an image
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
@@ -40,8 +40,8 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 class Table(Encoded):
     """A Hugging Face set (a `datasets.Dataset`) whose column of images is not decoded.
 
-    An image's index is its row. `linked`: images may be files that the set names (of an image
-    folder), not only bytes in it.
+    An image's index is its row. If `linked`, images may also be files that the set names (as in an
+    image folder), not only bytes in it.
     """
 
     rows: Any
@@ -73,8 +73,8 @@ class Table(Encoded):
         return f"{stamp(self._files)} at {self.size} px"
 
     def about(self, rows: np.ndarray) -> tuple[pd.DataFrame, Tensor | None]:
-        """index, label_name, and all columns of numbers, texts and truth values; one that is called
-        like a column of ours is `own_…`."""
+        """index, label_name, and all columns of numbers, strings and booleans; a column with one of
+        our names becomes `own_…`."""
         known = self._known.iloc[rows].reset_index(drop=True)
         if "label" not in known or known["label"].isna().any():
             return known, None
@@ -87,7 +87,7 @@ class Table(Encoded):
 
     def which(self) -> SetIdentity:
         """The hash of the encoded images and labels in their order, which is the same in every
-        container; remembered by the files' times."""
+        container. It is remembered until the files' times change."""
         return remembered(self.called, self._files, self._identify)
 
     def _identify(self) -> SetIdentity:
@@ -101,7 +101,7 @@ class Table(Encoded):
 
     @cached_property
     def _files(self) -> list[Path]:
-        """The files in which the images are."""
+        """The files that hold the images."""
         prepared = [Path(file["filename"]) for file in self.rows.cache_files]
         if not self.linked:
             return prepared
@@ -176,7 +176,7 @@ def open_set(name: str, split: str, size: int) -> Table:
             rows = rows.cast_column(column, datasets.Image(decode=False))
     except IsslError:
         raise
-    except Exception as error:  # what a reader raises on a stranger's files is not ours to list
+    except Exception as error:  # a reader may raise anything on files from elsewhere
         why = str(error.__cause__ or error).split("\n")[0]
         raise IsslError(f"{name}: Hugging Face's datasets cannot read it ({why})") from error
     if not len(rows):
@@ -185,8 +185,8 @@ def open_set(name: str, split: str, size: int) -> Table:
 
 
 def _batches(builder: Any, files: Sequence[str], **_: Any) -> Iterator[tuple[str, Any]]:
-    """A parquet file's rows, 100 at a time, in place of Arrow's scanner, which `datasets` uses and
-    which reads up to 1 GiB ahead of what is written."""
+    """The rows of parquet files, 100 at a time. This replaces the Arrow scanner that `datasets`
+    uses, which reads up to 1 GiB ahead of what is written."""
     import pyarrow.parquet
 
     for path in files:
@@ -196,7 +196,7 @@ def _batches(builder: Any, files: Sequence[str], **_: Any) -> Iterator[tuple[str
 
 
 def _image_column(name: str, features: Any, kind: type) -> str:
-    """The column that `datasets` knows to hold images, else one that is called like one."""
+    """The column that `datasets` knows to hold images, else one with a name from `IMAGES`."""
     known = [column for column, feature in features.items() if isinstance(feature, kind)]
     found = known + [column for column in IMAGES if column in features]
     if not found:

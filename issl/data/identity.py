@@ -3,10 +3,10 @@
 A record is a label byte and then the pixels, channel first, as in CIFAR's binary files. So
 torchvision's pickles, Hugging Face's PNG and lossless WebP of the same images have one identity,
 and the MD5 sums of CIFAR-10's published files check ours (tests/test_identity.py). A set of lossy
-photos is known by its files' bytes: decoders may differ.
+photos is identified by its files' bytes, because decoders may differ.
 
-`reference/` holds 8 bytes an image of each known set (a hash of the pixels, one pixel, the label).
-With them, data that are something else can be named: how many images differ, and by how much.
+`reference/` holds 8 bytes per image of each known set (a hash of the pixels, one pixel, the label).
+These bytes show how other data differ from the set: in how many images, and by how much.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from issl.files import PACKAGE, atomic
 VERSION = 2  # of what is remembered
 DIGITS = 16  # of a digest
 REFERENCE = np.dtype([("pixels", "<u4"), ("sample", "u1", 3), ("label", "u1")])
-# of 255: the largest median difference of a pixel that lossy compression is believed to make
+# of 255: the largest median difference of a pixel that is attributed to lossy compression
 REENCODED = 16
 Records = UInt8[np.ndarray, "n r"]
 
@@ -42,8 +42,8 @@ class SetIdentity:
         name: For readers; where they are not the published ones, it says so.
         about: What differs from the published set, how a derived copy was made, or which files of a
             folder were left out; "" for the set as it should be.
-        order: The row in the files of each image, where the set has an order of its own; None: as
-            they stand there.
+        order: Each image's row in the files, if the set has an order of its own; None if it keeps
+            the order of the files.
     """
 
     digest: str
@@ -53,12 +53,12 @@ class SetIdentity:
 
 
 def digest(data: bytes) -> str:
-    """The hash that stands in keys."""
+    """The hash used in keys."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def stamp(paths: Iterable[Path]) -> str:
-    """The paths, sizes and times of change of files, as one hash."""
+    """The paths, sizes and modification times of files, as one hash."""
     whole = hashlib.sha256()
     for path in paths:
         stat = path.stat()
@@ -73,7 +73,7 @@ def as_records(labels: np.ndarray, pixels: UInt8[np.ndarray, "n 3 h w"]) -> Reco
 
 
 def in_short(records: Records) -> np.ndarray:
-    """The 8 bytes an image that `reference/` holds."""
+    """The 8 bytes per image that `reference/` holds."""
     found = np.empty(len(records), REFERENCE)
     pixels, rows = records[:, 1:].reshape(len(records), 3, -1), np.arange(len(records))
     hashes = (hashlib.sha256(p.tobytes()).digest() for p in pixels)
@@ -84,8 +84,8 @@ def in_short(records: Records) -> np.ndarray:
 
 
 def differences(name: str, split: str, records: Records, resized: int) -> tuple[str, str]:
-    """What these images are instead of the published ones, of which `resized` are stored at another
-    size: in a word or two; and what differs, in a sentence."""
+    """How these images differ from the published ones: in a word or two, and in a sentence. Of
+    these images, `resized` are stored at another size."""
     known = np.load(PACKAGE / "data" / "reference" / f"{name}-{split}.npy")
     found, rows = in_short(records), np.arange(len(records))
     by_hash = np.argsort(known["pixels"], kind="stable")
@@ -117,17 +117,17 @@ def differences(name: str, split: str, records: Records, resized: int) -> tuple[
 
 
 def cache_folder(name: str) -> Path:
-    """Where this library keeps what it can work out again: $XDG_CACHE_HOME/issl, ~/.cache/issl."""
+    """Where this library caches what it can recompute: $XDG_CACHE_HOME/issl or ~/.cache/issl."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issl" / name
 
 
 def remembered(
     what: str, files: Sequence[Path], identify: Callable[[], SetIdentity]
 ) -> SetIdentity:
-    """The identity of `what` is in these files, worked out once for each path, size and time of
-    change.
+    """The identity of `what`, which these files hold, computed once for each path, size and
+    modification time.
 
-    It is kept in `cache_folder`; where that cannot be written, a line says so.
+    It is kept in `cache_folder`; a line says so if that cannot be written.
     """
     key = digest(f"{what} {stamp(path.absolute() for path in files)}".encode())
     if key in _known:
@@ -140,7 +140,7 @@ def remembered(
         try:
             with atomic(kept) as part:
                 part.write_text(json.dumps(asdict(found)))
-        except (IsslError, OSError) as error:  # the identity itself is right
+        except (IsslError, OSError) as error:  # the identity itself is still right
             said = f"which images {files[0]} holds cannot be remembered: {error}"
             print(said, file=sys.stderr, flush=True)
     _known[key] = found

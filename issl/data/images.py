@@ -1,7 +1,7 @@
 """A set of images with what is known about each: the input of every part of the library.
 
-`issl.load` (in `issl.data.datasets`) makes them. Pixels are a tensor, or `LazyPixels`: decoded when
-they are asked for, the next ones ahead of time, so that they need not fit into memory.
+`issl.load` (in `issl.data.datasets`) makes them. Pixels are a tensor, or `LazyPixels`, which are
+decoded on demand, the next ones ahead of time, so that they need not fit into memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from issl.errors import IsslError
 
-# columns that are ours in tables of scores and beside them: what a set's own table calls so is
-# renamed as it is read
+# the columns that we add to tables of scores and of images: a set's own column of such a name is
+# renamed when it is read
 OURS = (
     "index influence stability_loss loss grad_norm standard_error position path duplicate_of "
     "duplicate_kind atypical"
@@ -46,16 +46,16 @@ class Source(Protocol):
 
 
 class LazyPixels:
-    """The uint8 pixels (n, 3, h, w) of some images of a source: takes positions as a tensor does,
-    and gives tensors.
+    """The uint8 pixels (n, 3, h, w) of some images of a source. They are indexed like a tensor,
+    and give tensors.
 
     Threads decode, not processes: Pillow releases the interpreter's lock, nothing is copied, and a
-    process that holds a GPU need not fork. At most one further batch is held.
+    process that holds a GPU need not fork. At most one batch is held ahead.
 
     Args:
         size: (h, w) of every image.
         rows: Which images of the source; default: all.
-        workers: Threads that decode; default: the cores.
+        workers: The number of decoding threads; default: one per core.
     """
 
     dtype, ndim = torch.uint8, 4
@@ -78,7 +78,7 @@ class LazyPixels:
     def __getitem__(
         self, where: int | np.integer | slice | Sequence[int] | np.ndarray | Tensor
     ) -> Tensor:
-        """A slice also begins to decode the images that follow it, as many again."""
+        """A slice also starts to decode the images that follow it, as many as it holds."""
         if isinstance(where, slice):
             places = range(*where.indices(len(self)))
             found = self._decoded(places)
@@ -95,7 +95,7 @@ class LazyPixels:
             yield from batch
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images in batches, as of a tensor."""
+        """All images in batches, as `Tensor.split` gives them."""
         return (self[k : k + size] for k in range(0, len(self), size))
 
     def subset(self, rows: np.ndarray) -> LazyPixels:
@@ -122,7 +122,7 @@ class LazyPixels:
 
 @lru_cache(maxsize=4)
 def _threads(process: int, workers: int | None) -> ThreadPoolExecutor:
-    """The threads of this process; one that was forked from it has none of them."""
+    """The threads of this process. A forked process inherits none of them, so it gets its own."""
     return ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="decode")
 
 
@@ -139,7 +139,7 @@ class Images:
             `label_name`.
         name: The data set's name, for titles and records.
         masks: uint8 (n, H, W), 255 = foreground, where it is known (`scenes`), else None.
-        broken: Name and reason of the images that were left out, which cannot be decoded.
+        broken: The name of each image that was left out, and the reason.
     """
 
     pixels: UInt8[Tensor, "n 3 h w"] | LazyPixels
@@ -180,7 +180,7 @@ class Images:
         return replace(self, pixels=self.tensor())
 
     def require(self, attributes: Sequence[str]) -> pd.DataFrame:
-        """These attributes of the images; IsslError with those that exist, if one is missing."""
+        """These attributes of the images; if one is missing, IsslError lists those that exist."""
         missing = [a for a in attributes if a not in self.attributes]
         if missing:
             known = ", ".join(self.attributes.columns)
@@ -208,7 +208,7 @@ class Images:
         found = found.astype(np.int64)
         beyond = found[(found < -len(self)) | (found >= len(self))]
         if len(beyond):
-            raise IsslError(f"{this}: position {beyond[0]} in {len(self)} images")
+            raise IsslError(f"{this}: position {beyond[0]}, but it has {len(self)} images")
         rows, lazy = torch.from_numpy(found), self.pixels
         return Images(
             pixels=lazy.subset(found) if isinstance(lazy, LazyPixels) else lazy[rows],
@@ -220,8 +220,8 @@ class Images:
 
 
 def own_names(attributes: pd.DataFrame, ours: Iterable[str]) -> pd.DataFrame:
-    """The attributes with `own_` before the names that are among `ours`, which stand beside
-    them."""
+    """The attributes, with `own_` put before each column name that is among `ours`, the columns
+    beside them."""
     names: dict[str, str] = {}
     for column in set(ours) & set(attributes.columns):
         names[column] = f"own_{column}"

@@ -1,4 +1,4 @@
-"""cifair10: CIFAR-10's training set with those test images that people judged to show the same as a
+"""cifair10: CIFAR-10's training set, and the test images that people judged to show the same as a
 training image (Barz & Denzler 2020, arXiv 1902.00423)."""
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from issl.data.identity import SetIdentity, digest
 from issl.data.images import Images
 from issl.errors import IsslError
 
-CIFAR10_TRAIN = 50_000  # images of its training set; the test images are numbered from there
+CIFAR10_TRAIN = 50_000  # images of its training set; test images are numbered from here on
 PAIRS = "75dad6cc7b1628eb"  # of the judgements as published
 COLUMNS = ["TestID", "TrainID", "Judgment"]
 KINDS = np.array(["exact duplicate", "near duplicate", "very similar"])  # by Judgment
 
 
 def identity(split: str, root: str | Path | None) -> SetIdentity:
-    """That of CIFAR-10's two sets and of the judgements together; of those that are not here, of
-    the published ones."""
+    """The identity of CIFAR-10's two sets and of the judgements together. The published ones stand
+    for those that are not here."""
     path = _file(split, root)
     pairs = digest(_pairs(path).to_csv().encode()) if path.is_file() else PAIRS
     parts = [published.identity("cifar10", split, root) for split in ("train", "test")]
@@ -36,9 +36,9 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
     """n training images, the judged ones among them, followed by their test partners (index
     CIFAR10_TRAIN + TestID).
 
-    Attributes: duplicate_of (of a test image, the index of its training partner; −1 for all
-    others), duplicate_kind (exact duplicate, near duplicate or very similar, as judged). Raises
-    IsslError for an n that is too small or large.
+    Attributes: duplicate_of is the index of a test image's training partner, −1 for all others;
+    duplicate_kind is exact duplicate, near duplicate or very similar, as judged. Raises IsslError
+    for an n that is too small or large.
     """
     table = _pairs(_file(split, root))
     judged = table["TrainID"].unique()
@@ -47,8 +47,8 @@ def read(split: str, n: int | None, root: str | Path | None, seed: int) -> Image
         wanted = total if n is None else n
         if not len(judged) <= wanted <= total:
             raise IsslError(
-                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for as "
-                "many"
+                f"n={wanted}: cifair10 has {len(judged)} judged images among {total}; ask for a "
+                "number between these two"
             )
         others = np.setdiff1d(np.arange(total), judged)
         drawn = np.random.default_rng(seed).choice(others, wanted - len(judged), replace=False)

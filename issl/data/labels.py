@@ -1,4 +1,4 @@
-"""Labels as people keep them: whole numbers, texts or truth values, as numbers with names."""
+"""Turns labels that are whole numbers, strings or booleans into numbers with names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from issl.errors import IsslError
 
 
 def class_labels(values: Iterable[Any], what: str, names: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a label: `label`, a whole number, and `label_name`; both missing where the label is.
+    """One row per label: `label`, a whole number, and `label_name`; both missing if the label is.
 
     Args:
-        values: Whole numbers, texts (numbered in their order) or truth values, as Python, numpy and
-            torch have them.
+        values: Whole numbers, strings (numbered in sorted order) or booleans, of Python, numpy or
+            torch.
         what: What they are, for messages.
-        names: Of the classes from 0; a class without one is named by its number.
+        names: The names of the classes from 0; a class without one is named by its number.
 
     Raises:
-        IsslError: labels of another kind, or of several.
+        IsslError: Labels of another type, or of several types.
     """
     known = [plain(value) for value in values]
     one_of = {type(value): value for value in known if value is not None}

@@ -2,8 +2,8 @@
 
 They are read in the Hugging Face parquet layout (images as encoded bytes; needs pyarrow) or, for
 CIFAR, in torchvision's layout, whose checksums torchvision itself verifies. A missing file is an
-error that says where it belongs and how to get it. Which images a set holds is known by their
-content (`identity`), whatever the layout.
+error that says where it belongs and how to get it. `identity` tells which images a set holds, by
+their content, whatever the layout.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Source:
     known: Mapping[str, tuple[str, SetIdentity]]
     names: Mapping[str, Sequence[str]]  # of the codes in a column
     size: int = 32  # side of the images in px
-    lossy: bool = False  # pixels may depend on the decoder: it is known by its files' bytes
-    unordered: bool = False  # copies have their rows in different orders; here: in their hashes'
+    lossy: bool = False  # pixels may depend on the decoder, so its files' bytes identify it
+    unordered: bool = False  # copies differ in the order of rows; here, hashes order them
     torchvision: tuple[str, str] | None = None  # the set's class there, and its files' folder
 
 
@@ -139,8 +139,8 @@ def read(
 ) -> Images:
     """The chosen images of a set.
 
-    Attributes: index, label_name, the set's own columns, and CIFAR-100's superclass and row (in the
-    files here; its index is that in the order which any copy gives).
+    Attributes: index, label_name, the set's own columns, and CIFAR-100's superclass and row. `row`
+    is the place in the files here; CIFAR-100's index is the same in every copy.
     """
     which, whole = identity(name, split, root), _open(name, split, _located(name, split, root))
     rows = choose(len(whole[1]))
@@ -156,8 +156,8 @@ def read(
 
 
 def identity(name: str, split: str, root: str | Path | None) -> SetIdentity:
-    """Which images are under the data root or, where none are, on which ones this project's results
-    rest.
+    """Which images are under the data root or, if there are none, the images on which this
+    project's results rest.
 
     Raises IsslError for an unknown name or split, and for files that are damaged.
     """
@@ -246,7 +246,7 @@ def _found(name: str, split: str, base: Path | None) -> list[Path]:
         raise IsslError(f"split {split!r}: {name} has {' and '.join(source.known)}")
     if base is None:
         return []
-    # the second: the folder is itself a snapshot of the set's repository, as the hub keeps it
+    # the second: the data root is itself a snapshot of the set's repository on the hub
     for folder in (base / source.folder, base / Path(source.folder).name):
         if found := sorted(folder.glob(f"{source.known[split][0]}-*.parquet")):
             return found
@@ -257,7 +257,7 @@ def _found(name: str, split: str, base: Path | None) -> list[Path]:
 
 
 def _located(name: str, split: str, root: str | Path | None) -> list[Path]:
-    """As `_found`; IsslError where there is nothing."""
+    """Like `_found`, but raises IsslError if there is nothing."""
     base = data_root(root)
     if found := _found(name, split, base):
         return found
@@ -284,8 +284,8 @@ def _how_to_get(name: str, base: Path) -> str:
 
 
 def _open(name: str, split: str, found: list[Path]) -> tuple[pd.DataFrame, list[Any]]:
-    """What the files say of each image, with its class as a number; and the images, encoded, or as
-    torchvision's arrays, uint8 (h, w, 3)."""
+    """The table of what the files say about each image, with its class as a number; and the images,
+    encoded or as torchvision's uint8 arrays (h, w, 3)."""
     source = SOURCES[name]
     if found[0].is_dir():
         try:
@@ -320,7 +320,7 @@ def _read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
 def _images(
     name: str, whole: tuple[pd.DataFrame, list[Any]], rows: np.ndarray, size: int
 ) -> Images:
-    """These rows of a set, as `_open` gives it; `index` is the row."""
+    """These rows of a set that `_open` returned; `index` is the row."""
     source, table = SOURCES[name], whole[0].iloc[rows]
     labels = table[source.label].to_numpy(np.int64, copy=True)
     attributes = pd.DataFrame({"index": rows})

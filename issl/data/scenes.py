@@ -1,13 +1,13 @@
 """`scenes`: drawn images whose ground truth is known exactly.
 
-One object of ten shapes, in a random pose, on a background that is uniform (white, black, a colour)
-or textured. What the paper can only observe on photographs is a column here: the kind of
+Each shows one of ten shapes, in a random pose, on a background that is uniform (white, black, a
+colour) or textured. What the paper can only observe on photographs is known here: the kind of
 background, the foreground mask, a group with a chosen skew, injected exact and near duplicates,
-injected atypical images.
+and injected atypical images.
 
 Each property has its own random stream, keyed by (seed, split, property). So the first n images of
-a larger set are the set of size n, and `background="white"` changes the backgrounds and nothing
-else: the same objects in the same poses, which gives every image a counterfactual twin.
+a larger set are the set of size n. And `background="white"` changes only the backgrounds, not the
+objects and their poses, which gives every image a counterfactual twin.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def draw(
         background: One of BACKGROUNDS, for every image.
 
     Returns:
-        With masks, and these attributes: index, label_name, background ("none" for static and
+        Images with masks and these attributes: index, label_name, background ("none" for static and
         shuffled images), uniform, group, duplicate_of (index of the original, always an earlier
         image; −1 for none), duplicate_kind, atypical ("" for ordinary ones).
 
@@ -72,7 +72,7 @@ def draw(
     if not 0 <= uniform <= 1 or min(shares) < 0 or not sum(shares) <= 1:
         raise IsslError(
             f"shares of scenes: uniform={uniform}, duplicates and atypical images {shares}; give "
-            "numbers from 0 to 1, of which the last three do not add up to more"
+            "numbers from 0 to 1; the last three may add up to at most 1"
         )
     n = DEFAULT_SIZE[split] if n is None else n
     if n < 1:
@@ -138,12 +138,12 @@ def draw(
 
 
 def swapped(n: int | None = None, split: str = "train", seed: int = 0) -> Images:
-    """Each of the first n scenes on every background: textured, white, black, one colour; 4n
+    """Each of the first n scenes on every background: white, black, one colour, textured; 4n
     images.
 
-    The same objects in the same poses, so an image and its twins differ only in the background.
+    Objects and poses stay the same, so an image and its twins differ only in the background.
     Attributes: `scene`, the index of the scene they come from, and those of `draw`; index = scene +
-    SWAPPED · (position of the background). No duplicates and no atypical images.
+    SWAPPED · (position of the background). There are no duplicates and no atypical images.
     """
     sets, tables = [], []
     for k, background in enumerate(BACKGROUNDS):
@@ -238,7 +238,7 @@ def _hsv(hue: np.ndarray, sat: np.ndarray, val: np.ndarray) -> np.ndarray:
 def _paint(
     mask: np.ndarray, back: np.ndarray, group: np.ndarray, pose: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """The object in a colour of its group, lit from one side, over the background by its mask."""
+    """The object in a colour of its group, lit from one side, blended over `back` by its mask."""
     # warm: magenta-red to yellow; cool: cyan to violet
     hue = np.where(group == 0, -0.05, 0.5) + 0.2 * pose["hue"]
     colour = _hsv((hue % 1).astype(np.float32), 0.55 + 0.45 * pose["sat"], 0.45 + 0.5 * pose["val"])

@@ -1,5 +1,5 @@
-"""Any map-style torch Dataset as `Images`, decoded when it is needed: one's own files, transforms
-and all."""
+"""Any map-style torch Dataset as `Images`, with its own files and transforms, decoded when it is
+needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from issl.data.images import Images, LazyPixels
 from issl.data.labels import class_labels, plain
 from issl.errors import IsslError
 
-LABELS = ("label", "labels", "target")  # what dicts call them
-LISTED = ("targets", "labels", "_labels")  # as torchvision's data sets do
+LABELS = ("label", "labels", "target")  # their keys in dicts
+LISTED = ("targets", "labels", "_labels")  # attributes of torchvision's data sets that list them
 CLASSES = (int, bool, str)
 
 
@@ -46,18 +46,18 @@ def from_dataset(
     """A torch Dataset as a set of images that is never held in memory as a whole.
 
     Args:
-        dataset: len and [i] → an image, or a tuple of one and its label, or a dict with `image` or
-            `img`, and at best `label`: a PIL image of any mode (turned upright by its EXIF data), a
-            uint8 tensor (3, h, w), or a float tensor in [0, 1] (rounded to 1/255, as in memory).
-            Several threads call it at once, so a transform must not be random. Labels are whole
-            numbers, texts or truth values, also numpy's and torch's; where `targets` or `labels` of
-            the dataset do not list them, its items are read once for them.
+        dataset: len and [i] → an image, a tuple of an image and its label, or a dict with `image`
+            or `img` and optionally `label`. An image is a PIL image of any mode (turned upright by
+            its EXIF data), a uint8 tensor (3, h, w), or a float tensor in [0, 1], rounded to 1/255
+            as in memory. Several threads call it at once, so a transform must not be random. Labels
+            are whole numbers, strings or booleans, also of numpy and torch. If neither `targets`
+            nor `labels` of the dataset lists them, its items are read once for them.
         name: For titles and records.
         size: Side in px: PIL images are cropped to their centred square and resized. Needed only
             for them.
-        index: Of each image, by which its noise is drawn; default: its place.
-        identity: Changes when the images change.
-        workers: Threads that read; default: the cores.
+        index: The index of each image, which keys its noise; default: its position.
+        identity: A text that you change when the images change.
+        workers: The number of reading threads; default: one per core.
 
     Raises:
         IsslError: An item is none of these, or differs in size from the first.
@@ -126,7 +126,7 @@ class Items:
         if image.dtype == torch.uint8:
             return image.numpy()
         if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
-            values = image.double()  # torch knows no least value of some kinds of numbers
+            values = image.double()  # torch has no minimum for some dtypes
             raise IsslError(
                 f"{what} is {image.dtype} from {float(values.min()):g} to {float(values.max()):g}; "
                 "need uint8, or floats in [0, 1] (normalisation is part of the encoder)"
@@ -134,7 +134,7 @@ class Items:
         return (255 * image).round().byte().numpy()
 
     def _label(self, i: int) -> Any:
-        """What an item says of its class; None if nothing."""
+        """The label of an item; None if it has none."""
         item = self._item(i)
         if isinstance(item, Mapping):
             return next((plain(item[key]) for key in LABELS if key in item), None)
@@ -147,7 +147,7 @@ class Items:
         if type(asked[0]) not in CLASSES:
             return None
         values, names = _listed(self.dataset)
-        # a transform of the targets may say something else than the list
+        # a transform of the targets may give other labels than the list
         if len(values) != n or any(
             type(values[i]) is not type(label) or values[i] != label for i, label in asked.items()
         ):
@@ -155,10 +155,10 @@ class Items:
             with ThreadPoolExecutor(workers) as pool:
                 values = list(pool.map(self._label, range(n)))
         if any(isinstance(value, float) for value in values):
-            return None  # numbers on a scale are no classes
+            return None  # numbers on a scale are not classes
         found = class_labels(values, what, names)
         without = int((found["label"].isna() | (found["label"] < 0).fillna(False)).sum())
-        if without:  # as torchvision numbers images without a class
+        if without:  # torchvision gives images without a class such numbers
             said = f"{what} are not used, for {without} of {n} are missing or below 0"
             print(said, file=sys.stderr, flush=True)
             return None
@@ -166,8 +166,8 @@ class Items:
 
 
 def _listed(dataset: Any) -> tuple[list[Any], Sequence[str]]:
-    """The labels that a dataset tells without reading its images (none, where it tells none), and
-    the names of its classes: torchvision's and Hugging Face's sets, and parts of one."""
+    """The labels that a dataset lists without reading its images (empty if it lists none), and its
+    class names. Works for torchvision's and Hugging Face's sets, and for a `Subset` of one."""
     if isinstance(dataset, Subset):
         values, names = _listed(dataset.dataset)
         return [values[i] for i in dataset.indices] if values else [], names

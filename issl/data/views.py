@@ -2,9 +2,9 @@
 numbers.
 
 The caller draws the numbers. Pretraining draws a table per epoch over the whole data set, so
-leaving one image out does not change the views of the others; perturbations key them by the image's
-index. An image's view depends only on its pixels and its own row, and shapes never depend on
-values, so nothing waits for a GPU. Pixels are float in [0, 1].
+leaving one image out does not change the views of the others; perturbations key the numbers by the
+image's index. An image's view depends only on its pixels and its own row, and shapes never depend
+on values, so nothing waits for a GPU. Pixels are float in [0, 1].
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class View:
     App. B. The defaults change nothing.
 
     Attributes:
-        min_area: The smallest part of the image's area that a crop keeps.
+        min_area: The smallest fraction of the image's area that a crop keeps.
         flip, jitter, grayscale, blur, solarize: Probability of each operation.
         brightness, contrast, saturation: Factors are uniform in [1 − s, 1 + s], not below 0.
-        hue: Its shift is uniform in ± this part of the circle, at most 0.5.
+        hue: The shift is uniform in ± this fraction of the circle, at most 0.5.
         blur_sigma: The standard deviation is uniform in this range, in px.
     """
 
@@ -71,7 +71,7 @@ class View:
     def __call__(
         self, x: Pixels, u: Float[Tensor, "b 18"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "b 3 h2 w2"]:
-        """One view of each image; its row of uniform numbers decides it. `size` defaults to the
+        """One view of each image, determined by its row of uniform numbers. `size` defaults to the
         image's."""
         if x.device.type != "cpu":
             return self._view(x, u, size)
@@ -86,7 +86,7 @@ class View:
         elif self.flip > 0:
             x = torch.where(_wide(mirror), x.flip(3), x)
         if self.jitter > 0:
-            # one column each: for a tensor made from Python's numbers a GPU would be waited for
+            # one column at a time: a tensor made from Python numbers would wait for the GPU
             blends, around = (self.brightness, self.contrast, self.saturation), 2 * u[:, 5:9] - 1
             factors = [(1 + s * around[:, k]).clamp(min=0) for k, s in enumerate(blends)]
             settings = torch.stack([*factors, self.hue * around[:, 3]], 1)
@@ -124,8 +124,8 @@ def crop(
     """Resize each image's own box to `size` (default: the image's), bilinear; mirrored where
     `mirror`.
 
-    box = (centre_y, centre_x, height, width), as fractions of the image. One affine grid for both,
-    the sampling of torchvision's `resized_crop` without antialiasing.
+    box = (centre_y, centre_x, height, width), as fractions of the image. One affine grid does both,
+    and samples like torchvision's `resized_crop` without antialiasing.
     """
     cy, cx, h, w = box.unbind(1)
     theta = x.new_zeros(len(x), 2, 3)
@@ -179,7 +179,7 @@ def jitter(
 
 
 def _blend(x: Pixels, factors: Tensor, which: Int[Tensor, " b"], active: Which) -> Pixels:
-    """Each image with black, its mean grey or its grey copy: brightness, contrast or saturation."""
+    """Blend with black, the mean grey or the grey copy: brightness, contrast or saturation."""
     factor = torch.where(active, factors.gather(1, which[:, None]).squeeze(1), 1)
     grey = luma(x)
     mean = grey.mean((2, 3), keepdim=True)

@@ -1,2 +1,2 @@
-"""The score: perturbation, per-example gradients, curvature. `reference` is the formula as it is
-written."""
+"""The score: perturbation, per-example gradients, curvature. `reference` computes it directly from
+the formula."""

@@ -1,17 +1,17 @@
-"""Curvatures: what is kept of each image's gradient in a layer, and the inverse curvature of it.
+"""Curvatures: what is kept of each image's gradient in a layer, and the inverse curvature for it.
 
-Each layer is a block of its own (H is block-diagonal), with rows g_i, one per image, in the basis
-that is kept:
+H is block-diagonal, with one block per layer. In each layer, image i has a row g_i: its gradient
+there, in the basis that is kept:
 
     dense     H = mean_i g_i g_iᵀ   score_i = g_iᵀ (H + λI)⁻¹ g_i     LoGra, Exact
     diagonal  D = mean_i g_i²       score_i = Σ_k g_ik² / (D_k + λ)   EKFAC, Diagonal
     none                            score_i = ‖g_i‖²                  Identity, RandomProjection
 
-LoGra keeps P_out (Σ_t d_t a_tᵀ) P_inᵀ, with random orthonormal rows P or the leading eigenvectors
-of the second moments of d and a (arXiv 2405.13954, §3). EKFAC keeps Q_outᵀ (Σ_t d_t a_tᵀ) Q_in,
-with all eigenvectors of those moments (arXiv 1806.03884).
+LoGra keeps P_out (Σ_t d_t a_tᵀ) P_inᵀ, where the rows of each P are random and orthonormal, or the
+leading eigenvectors of the second moments of d and a (arXiv 2405.13954, §3). EKFAC keeps
+Q_outᵀ (Σ_t d_t a_tᵀ) Q_in, with all eigenvectors of those moments (arXiv 1806.03884).
 
-One damping rule for all: λ = damping · mean of the diagonal of H (or of D), for each layer.
+All use the same damping rule: λ = damping · mean of the diagonal of H (or of D), for each layer.
 
 To add a curvature, write a frozen dataclass that inherits from `Curvature` and defines what differs
 from its defaults.
@@ -38,12 +38,12 @@ from issl.errors import IsslError, is_whole, number_or_nan
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.per_example import Moments, Sketch
 
-# settings that are whole numbers, from and to; of a seed, a generator takes 64 bits, of which a
-# layer's place in the encoder needs some
+# whole-number settings, with their least and largest values; a generator's seed has 64 bits, some
+# of which are needed for a layer's position in the encoder
 WHOLE: dict[str, tuple[int, int | None]] = {"rank": (1, None), "fit": (1, None), "seed": (0, 2**40)}
 
 
-# --- sums over rows, and the damped inverse that is made from them ---
+# --- sums over rows, and the damped inverse made from them ---
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ NO_CURVATURE = Whitening(0.0, lambda g: g.double())
 class Accumulator(ABC):
     """A sum over rows, from which a layer's inverse curvature is made.
 
-    To be kept in a file, it must follow from `total`, (r,) or (r, r), and `count` alone.
+    It can be kept in a file only if `total`, (r,) or (r, r), and `count` determine the inverse.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def whitening(self, damping: float) -> Whitening:
-        """The damped inverse, once all rows were added."""
+        """The damped inverse, once all rows have been added."""
 
     def mean(self) -> Tensor:
         """The total, divided by the count."""
@@ -89,8 +89,8 @@ class DenseSum(Accumulator):
     """H = mean g gᵀ.
 
     Args:
-        gram: Keep the rows themselves, and invert by their Gram matrix. This is cheaper where there
-            are fewer rows than columns. What is whitened must then be multiplied by these rows.
+        gram: Keep the rows themselves, and invert by their Gram matrix. This is cheaper with
+            fewer rows than columns. `whiten` is then valid only in products with these rows.
     """
 
     def __init__(self, gram: bool = False):
@@ -118,8 +118,8 @@ class DenseSum(Accumulator):
         return Whitening(lam, lambda g: solve(factor, g.double().T, upper=False).T)
 
     def _by_gram(self, g: Tensor, damping: float) -> Whitening:
-        """With K = GGᵀ = UΣUᵀ the right singular vectors are V = GᵀUΣ^-½, and H = V (Σ/n) Vᵀ. A
-        row's part outside V's span is orthogonal to every training image's, so it is dropped."""
+        """With K = GGᵀ = UΣUᵀ, G's right singular vectors are V = GᵀUΣ^-½, and H = V (Σ/n) Vᵀ. The
+        part of a row outside V's span is orthogonal to every training row, so it is dropped."""
         k = g @ g.T
         lam = damping * float(k.diagonal().mean()) / g.shape[1]
         sigma, u = torch.linalg.eigh(k)
@@ -150,12 +150,12 @@ class DiagonalSum(Accumulator):
 
 
 class Curvature(ABC):
-    """What a curvature decides; all but `accumulator` has a default."""
+    """The choices that define a curvature; every method but `accumulator` has a default."""
 
     damping: float  # λ as a fraction of the mean diagonal of H, > 0
 
     def __post_init__(self) -> None:
-        """IsslError for settings out of range, of those that a dataclass has."""
+        """Raises IsslError if one of the dataclass's settings is out of range."""
         kind, own = type(self).__name__, vars(self)
         if not 0 < number_or_nan(damping := own.get("damping", 1.0)) < math.inf:
             raise IsslError(
@@ -175,28 +175,28 @@ class Curvature(ABC):
         """An empty sum for one layer's rows; None for no curvature.
 
         Args:
-            gram: There will be fewer rows than columns, and nothing but products with these rows
-                is asked for.
+            gram: True if there will be fewer rows than columns, and only products with these rows
+                are needed.
         """
 
     def sketch(self, layer: Layer, position: int, moments: Moments | None = None) -> Sketch:
-        """What is kept of each image's gradient in this layer: by default the whole.
+        """What is kept of each image's gradient in this layer: by default, all of it.
 
         Args:
-            position: Of the layer among those that are scored. With a seed it fixes a random
-                projection.
-            moments: Of the images chosen by `moment_images`.
+            position: The layer's position among the scored layers. Together with a seed, it fixes a
+                random projection.
+            moments: The layer's second moments over the images chosen by `moment_images`.
         """
         return Sketch()
 
     def moment_images(self, index: Int64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
-        """Positions of the images whose second moments `sketch` needs, at the cost of a pass over
-        them; None if it needs none. `index` is that of all training images."""
+        """Positions of the images whose second moments `sketch` needs, which costs a pass over
+        them; None if it needs none. `index` holds the indices of all training images."""
         return None
 
     def norm_scale(self, layer: Layer) -> float | None:
         """The factor that makes a row's squared norm an unbiased estimate of the gradient's; None
-        if none does."""
+        if there is no such factor."""
         return 1.0
 
 
@@ -213,12 +213,12 @@ class Identity(Curvature):
 
 @dataclass(frozen=True)
 class RandomProjection(Curvature):
-    """No curvature, on gradients projected as LoGra's and scaled so that their products are right
-    on average.
+    """No curvature: gradients are projected as in LoGra, and scaled so that their products are
+    right on average.
 
     Args:
         rank: Dimensions kept per side.
-        seed: Of the projections.
+        seed: Seed of the projections.
     """
 
     rank: int = 64
@@ -259,7 +259,7 @@ class Diagonal(Curvature):
 class EKFAC(Curvature):
     """The diagonal in the eigenbasis of the layer's second moments (arXiv 1806.03884).
 
-    Only weights are scored, so a layer's bias has no place in its moments. Damping as in `LoGra`.
+    Only weights are scored, so a layer's bias does not enter its moments. Damping as in `LoGra`.
 
     Args:
         fit: How many images the moments are taken over; default: all.
@@ -286,10 +286,10 @@ class LoGra(Curvature):
     paper's choice; arXiv 2405.13954).
 
     Args:
-        rank: Dimensions kept per side; all where the layer has fewer. It decides whether copies can
-            be seen: k of them leave about 1 / (1 + k rank² / n) of a score, or more.
+        rank: Dimensions kept per side; all if the layer has fewer. It limits how visible copies
+            are: k copies leave an image about 1 / (1 + k rank² / n) of its score, or more.
         damping: λ as a fraction of the mean diagonal of H.
-        seed: Of the projections alone: different noise seeds are compared under the same ones.
+        seed: Seed of the projections only, so that different noise seeds share one projection.
         projection: "random" orthonormal rows, or "pca": the leading eigenvectors of the layer's own
             second moments.
         fit: How many images those moments are taken over, drawn by `seed` and their index; None:
@@ -323,7 +323,7 @@ class LoGra(Curvature):
 
     def norm_scale(self, layer: Layer) -> float | None:
         """E‖P_out M P_inᵀ‖² = ‖M‖² · k_out k_in / (c_out d_in) for random P, so this factor makes
-        the norm unbiased; None for PCA, which keeps more than its share."""
+        the norm unbiased; None for PCA below full rank, which keeps more than that share."""
         sides = weight_shape(layer)
         scale = math.prod(sides) / math.prod(min(self.rank, d) for d in sides)
         return None if self.projection == "pca" and scale != 1 else scale
@@ -341,7 +341,7 @@ KINDS: dict[str, Callable[..., Curvature]] = {
 
 
 def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
-    """The curvature of that name, one of `KINDS`; settings that it does not have are not used.
+    """The curvature of that name, one of `KINDS`; settings that it does not have are ignored.
 
     Raises:
         IsslError: For another name, or settings that are out of range.
@@ -353,23 +353,23 @@ def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int =
     return KINDS[kind](**{name: value for name, value in settings.items() if name in known})
 
 
-# --- the bases that gradients are projected on, and the images that they are made from ---
+# --- the bases that gradients are projected onto, and the images that they are made from ---
 
 
 def draw_images(index: Int64[Tensor, " n"], count: int | None, seed: int) -> Int64[Tensor, " m"]:
-    """Positions of `count` images (None: all) in the order of their index: those whose index draws
-    the smallest numbers under `seed`, so neither the order of the images nor the batch size
-    matters."""
+    """Positions of `count` images (None: all), sorted by image index. The images whose index
+    draws the smallest random numbers under `seed` are taken, so neither the order of the images nor
+    the batch size matters."""
     order = index.argsort()
     if count is None or count >= len(index):
         return order
-    # apart from the seeds of views, whose first number decides the size of a crop
+    # kept apart from the seeds of views, whose first random number sets the size of a crop
     drawn = keyed_random.uniform(seed + (1 << 61), index[order], (1,)).squeeze(1)
     return order[drawn.argsort(stable=True)[:count].sort()[0]]
 
 
 def random_rows(layer: Layer, rank: int, seed: int, position: int) -> tuple[Tensor, Tensor]:
-    """P_in and P_out: `rank` orthonormal rows, or as many as there are dimensions."""
+    """P_in and P_out, each with `rank` orthonormal rows, or one per dimension if that is fewer."""
     c_out, d_in = weight_shape(layer)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
     return orthonormal_rows(rank, d_in, generator), orthonormal_rows(rank, c_out, generator)
@@ -384,8 +384,8 @@ def orthonormal_rows(rank: int, dim: int, generator: torch.Generator) -> Float[T
 
 
 def leading_rows(moment: Float[Tensor, "d d"], k: int) -> Float[Tensor, "k d"]:
-    """The min(k, d) leading eigenvectors as rows, those of the largest eigenvalues last (Lanczos,
-    by scipy, where they are few of many)."""
+    """The min(k, d) leading eigenvectors as rows, those of the largest eigenvalues last. If only a
+    few of many are needed, scipy's Lanczos method computes them."""
     d = len(moment)
     k = min(k, d)
     if 8 * k > d or d < 256:

@@ -1,13 +1,13 @@
 """How an encoder applies the weights that are scored: every use of them in a forward pass is seen,
-whoever makes it.
+whichever code makes it.
 
 `Following` is active while the encoder runs. It hands each product with a scored weight
 (`F.linear`, `F.conv2d`, also inside attention) to that weight's tap: the input as it is multiplied,
-after a layer's own padding, and the output. Other uses of a scored weight are noted: what the tap
-sees may then not be the whole gradient.
+after a layer's own padding, and the output. Other uses of a scored weight are recorded, because the
+tap may then not see the whole gradient.
 
 `examine` runs it once on a few images and compares what the taps gather with autograd, so an
-encoder whose gradients cannot be followed is an error, and never a wrong number.
+encoder whose gradients cannot be followed leads to an error, never to a wrong number.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from issl.devices import without_onednn
 from issl.influence.frozen_encoder import requiring_grad
 from issl.influence.layers import Layer, weight_shape
 
-CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's, after its bias
-# what a weight is asked for without being used
+CONVOLUTION = ("stride", "padding", "dilation", "groups")  # F.conv2d's arguments after bias
+# what code may read from a weight without using its values
 ATTRIBUTES = "dtype device shape ndim is_cuda requires_grad layout is_leaf is_quantized".split()
 METHODS = "size dim numel stride is_floating_point element_size".split()
 ASKED = {getattr(Tensor, name).__get__ for name in ATTRIBUTES}
 ASKED |= {getattr(Tensor, name) for name in METHODS}
-# what torch's composed functions ask before they do their own work
+# what torch's composed functions check before they do their own work
 INSIDE: dict[str, Any] = {
     f"has_torch_function{kind}": lambda *_: False for kind in ("", "_unary", "_variadic")
 }
@@ -53,23 +53,23 @@ class Convolution:
     groups: int = 1
 
 
-# of an input, how the weight is applied to it (None: as a matrix), and the product itself: the
-# output to go on with
+# takes an input, how the weight is applied to it (None: as a matrix) and the function that computes
+# the product; returns the output to continue with
 OnProduct = Callable[[Tensor, Convolution | None, Callable[[Tensor], Tensor]], Tensor]
 
 
 class Following(TorchFunctionMode):
     """Sees every torch function that is called while it is active.
 
-    products   by the id of a scored weight, what to do with a product with it, or with what was
-               made of it (LoRA adds to it, a cast copies it)
-    used       by the id of a scored weight, the first other function that used it, by name
+    products   id of a scored weight → what to do with a product with it, or with a tensor made
+               from it (LoRA adds to it, a cast copies it)
+    used       id of a scored weight → the name of the first other function that used it
     """
 
     def __init__(self, products: Mapping[int, OnProduct]):
         super().__init__()
         self.products, self.used = dict(products), dict.fromkeys(products, "")
-        # what was made of scored weights, and of which: kept, so that their ids stay theirs
+        # tensors made from scored weights, and from which; kept so that no id is reused
         self.made: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(
@@ -84,7 +84,7 @@ class Following(TorchFunctionMode):
         if not found or func in ASKED:
             return func(*args, **kwargs)
         if isinstance(func, types.FunctionType) and func.__module__ == F.__name__:
-            with self, mock.patch.multiple(F, **INSIDE):  # to its own products
+            with self, mock.patch.multiple(F, **INSIDE):  # down to its own products
                 return func(*args, **kwargs)
         names = ("input", "weight", "bias", *CONVOLUTION)
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -110,13 +110,13 @@ def _ids(values: Sequence[Any]) -> Iterator[int]:
             yield id(value)
 
 
-PATCHED = threading.RLock()  # one thread at a time: what is patched is the whole process's
+PATCHED = threading.RLock()  # one thread at a time: the patches apply to the whole process
 
 
 @contextmanager
 def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
-    """Run an encoder inside. Checkpointing is off: what it computes again in the backward pass
-    would not be seen."""
+    """Run an encoder inside this context to follow it. Activation checkpointing is off, because
+    what it recomputes in the backward pass would not be seen."""
     following, plain = Following(products), lambda function, _, *args: function(*args)
     with (
         PATCHED,
@@ -131,8 +131,8 @@ def followed(products: Mapping[int, OnProduct]) -> Iterator[Following]:
 
 
 def count_rows(how: Convolution | None, x: Tensor) -> int:
-    """A row is what the first dimension of a convolution's input counts, or all but the last of a
-    matrix's."""
+    """How many rows there are: the first dimension of a convolution's input, or the product of all
+    but the last dimension for a matrix."""
     return x[..., 0].numel() if how is None else len(x)
 
 
@@ -149,7 +149,7 @@ def read_inputs(
         kernel = p.to(x.dtype).unflatten(1, tuple(inside)).repeat(g, 1, 1, 1)
         patches = F.conv2d(x, kernel, None, how.stride, padding, how.dilation, g)
         return patches.flatten(2).unflatten(1, (g, len(p)))
-    if isinstance(padding, str):  # F.unfold takes numbers alone
+    if isinstance(padding, str):  # F.unfold takes only numbers
         if padding == "same":
             total = (torch.tensor(how.dilation) * (torch.tensor(inside[1:]) - 1)).tolist()
             x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
@@ -166,8 +166,8 @@ def read_outputs(how: Convolution | None, d: Tensor) -> Float[Tensor, "r g o t"]
 
 
 def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float[Tensor, "n g k u"]:
-    """Rows as positions of the images they belong to: of image i rows m·i to m·i + m − 1, or,
-    token-major, every n-th from i."""
+    """Group rows, as positions, by the image they belong to. Image i has rows m·i to m·i + m − 1,
+    or, if token-major, every n-th row from row i."""
     if len(rows) == n:
         return rows
     if token_major:
@@ -175,19 +175,19 @@ def by_image(rows: Float[Tensor, "r g k t"], n: int, token_major: bool) -> Float
     return rows.unflatten(0, (n, -1)).permute(0, 2, 3, 1, 4).flatten(3)
 
 
-# --- one look at an encoder, before it is believed ---
+# --- one trial run of an encoder, before it is trusted ---
 
-IMAGES, IMAGE = 3, 1  # how many are looked at, and which one's features are followed back
+IMAGES, IMAGE = 3, 1  # how many are run, and which one's features are backpropagated
 
 
 class _Trial:
-    """Gathers, of one layer, what `examine` compares."""
+    """Gathers what `examine` compares for one layer."""
 
     def __init__(self, layer: Layer):
         self.layer, self.problem, self.called, self.tokens_first = layer, "", False, False
-        # Σ_t d_t a_tᵀ of the image, by whether rows are token-major
+        # the image's Σ_t d_t a_tᵀ, if rows are image by image and if they are token-major
         self.totals = [layer.weight.new_zeros(weight_shape(layer)) for _ in (False, True)]
-        self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, the largest that it could be
+        self.size = 0.0  # Σ_t ‖d_t‖ ‖a_t‖, an upper bound on its norm
 
     def on_product(
         self, x: Tensor, how: Convolution | None, multiply: Callable[[Tensor], Tensor]
@@ -214,8 +214,8 @@ class _Trial:
             self.totals[major] += (left @ right.mT).flatten(0, 1)
 
     def compare(self, gradient: Tensor | None, used_by: str) -> bool:
-        """Whether rows are token-major, by autograd's gradient; notes a problem where it is that of
-        the image's rows in neither order."""
+        """Whether rows are token-major, judged by autograd's gradient. Records a problem if that
+        gradient matches the image's rows in neither order."""
         truth = torch.zeros_like(self.totals[0]) if gradient is None else gradient.flatten(1)
         most = 1e-3 * float(truth.norm()) + 1e-5 * self.size
         # features that are NaN have no gradient to compare
@@ -231,14 +231,14 @@ class _Trial:
 def examine(
     layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
 ) -> tuple[set[str], dict[str, str]]:
-    """How each layer is used, and why its weight cannot be scored where it cannot.
+    """How each layer is used, and the reason for each layer whose weight cannot be scored.
 
-    One image's features are followed back. In each layer the sum over its rows of their products
-    must be the gradient that autograd finds.
+    One image's features are backpropagated. In each layer, the products of the image's rows must
+    sum to the gradient that autograd finds.
 
     Returns:
-        The layers whose rows are token-major, see `by_image`, and the problem of each that cannot
-        be scored.
+        The layers whose rows are token-major (see `by_image`), and the problem of each layer that
+        cannot be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}

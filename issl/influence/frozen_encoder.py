@@ -1,4 +1,4 @@
-"""The copy of an encoder that is scored: the user's model is never touched."""
+"""The copy of an encoder that is scored, so that the user's model keeps its weights and state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from issl.errors import IsslError
 
 
 def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format) -> nn.Module:
-    """A faster copy with the same features and frozen parameters: convolutions in NHWC, the better
-    layout on CPUs and GPUs alike, eval-mode BatchNorm as one product and one sum, weights that are
-    computed (weight_norm, LoRA, pruning) as what they amount to.
+    """A faster copy with the same features and frozen parameters. Convolutions are in `layout`:
+    NHWC is the better one on CPUs and GPUs alike. Eval-mode BatchNorm is one product and one sum.
+    Weights that are computed (weight_norm, LoRA, pruning) are replaced by their values.
 
-    An encoder with functions of somebody's own in it (a replaced `forward`, hooks) is taken as it
-    is: such a function may hold the encoder itself, and a copy of it would go on calling the
-    original.
+    An encoder with custom functions (a replaced `forward`, hooks) is not copied but used as it is.
+    Such a function may hold the encoder itself, and its copy would keep calling the original.
 
     Raises IsslError for an encoder that cannot be copied.
     """
@@ -32,11 +31,11 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
         if first.device.type != device.type:
             raise IsslError(
                 f"device={str(device)!r}: this encoder has a replaced forward or hooks, so it is "
-                f"scored where it is, on {first.device}; move it there first"
+                f"scored where it is, on {first.device}; move it to the requested device first"
             )
         return encoder
-    # torch does not copy what was computed with a gradient: the older weight_norm, features that a
-    # module kept
+    # torch does not copy tensors computed with a gradient, such as the weights of the older
+    # weight_norm or features that a module kept
     held = [v for m in encoder.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     try:
         model = copy.deepcopy(encoder, {id(v): v.detach().clone() for v in held if not v.is_leaf})
@@ -52,7 +51,7 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
             del m._forward_pre_hooks[key]
     model = model.to(device).to(memory_format=layout).requires_grad_(False)
     for m in model.modules():
-        # `check_encoder` asked for running statistics, and for eval mode
+        # `check_encoder` has required running statistics and eval mode
         if type(m) is nn.BatchNorm2d and m.running_mean is not None and m.running_var is not None:
             scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
             shift = -m.running_mean * scale + (0 if m.bias is None else m.bias)
@@ -62,7 +61,7 @@ def frozen(encoder: nn.Module, device: torch.device, layout: torch.memory_format
 
 @contextmanager
 def requiring_grad(weights: Iterable[Tensor], required: bool) -> Iterator[None]:
-    """Inside, all of these weights ask for a gradient, or none does."""
+    """Inside this context, all of these weights require a gradient, or none does."""
     before = [(weight, weight.requires_grad) for weight in weights]
     try:
         for weight, _ in before:
@@ -74,8 +73,8 @@ def requiring_grad(weights: Iterable[Tensor], required: bool) -> Iterator[None]:
 
 
 def _has_functions(m: nn.Module) -> bool:
-    """Does it have a method that was replaced, a function that holds a module, or hooks other than
-    torch's older weight_norm, spectral_norm and pruning?"""
+    """Whether a module has a replaced method, a function that holds a module, or hooks other than
+    those of torch's older weight_norm, spectral_norm and pruning."""
     hooks = m._forward_pre_hooks.values()
     if m._forward_hooks or any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks):
         return True
@@ -101,8 +100,8 @@ def _affine(
     shift: Float[Tensor, "c 1 1"],
     x: Float[Tensor, "b c h w"],
 ) -> Float[Tensor, "b c h w"]:
-    """x · scale + shift. Its backward is one product; torch's own took five times as long as the
-    forward pass."""
-    if x.dtype != scale.dtype:  # under autocast torch's own keeps the statistics in full precision
+    """x · scale + shift. Its backward pass is one product; that of torch's BatchNorm took five
+    times as long as the forward pass."""
+    if x.dtype != scale.dtype:  # under autocast torch's BatchNorm keeps its statistics in fp32
         return nn.BatchNorm2d.forward(norm, x)
     return torch.addcmul(shift, x, scale)

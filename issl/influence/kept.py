@@ -1,14 +1,14 @@
-"""Fit a curvature once, keep it, and score any images under it: later, elsewhere, by one pass.
+"""Fit a curvature once, keep it, and score any images under it later or elsewhere, in one pass.
 
     H = mean over the fitted images,   influence_i = Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i for any image i
 
-On the fitted images themselves this is `issl.self_influence`. H may be fitted on a part of the
-images; of each layer it needs several times as many images as numbers are kept there before the
-ranking settles.
+On the fitted images themselves, this is `issl.self_influence`. H may be fitted on a part of the
+images. For the ranking to settle, that part needs several times as many images as numbers are kept
+of each layer.
 
-The file holds, by layer and in double precision, Σ_i g_i g_iᵀ, of which the lower triangle is
-written (LoGra, Exact), or Σ_i g_i² (EKFAC, Diagonal), with the settings that they belong to. H is
-the sum divided by the number of images, so the sums of two sets add up to those of both. Random
+The file holds one sum per layer, in double precision: for LoGra and Exact the lower triangle of
+Σ_i g_i g_iᵀ, for EKFAC and Diagonal Σ_i g_i². It also holds the settings of these sums. H is the
+sum divided by the number of images, so the sums of two sets add up to those of both. Random
 projections follow from a seed and are not written; bases made from images (PCA, EKFAC) are. It is a
 safetensors file: nothing in it is executed.
 """
@@ -63,12 +63,12 @@ class Fitted:
 
     Attributes:
         scorer: The encoder, and what is measured of it.
-        settings: All that the sums depend on, as JSON values: encoder (digest), computes, layers
+        settings: What the sums depend on, as JSON values: encoder (digest), computes, layers
             (name → numbers kept), size (h, w), curvature, perturbation, seed, draws, loss, skip,
             untrained, marks.
         parts: The sets of images that were added: name, n, digest of their indices.
         sums: By layer, float64: (r, r) or (r,).
-        bases: "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), where made from images.
+        bases: "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), if made from images.
     """
 
     scorer: Scorer
@@ -79,7 +79,7 @@ class Fitted:
 
     @property
     def n(self) -> int:
-        """How many images H is the mean of."""
+        """How many images H is averaged over."""
         return sum(part["n"] for part in self.parts)
 
     def score(
@@ -100,8 +100,7 @@ class Fitted:
     def cross(
         self, train: Images | Tensor, query: Images | Tensor, *, computing: Computing = Computing()
     ) -> Float[Tensor, "q n"]:
-        """I(i → j) of every image i of `train` on every query j, as `issl.cross_influence` has
-        it."""
+        """I(i → j) of every image i of `train` on every query j, as in `issl.cross_influence`."""
         images, queries = train_and_queries(train, query)
         with full_precision():
             return every_score(self._pass(images, computing), self._curvature(), queries)
@@ -114,23 +113,23 @@ class Fitted:
         *,
         computing: Computing = Computing(),
     ) -> pd.DataFrame:
-        """The k images of `train` of the highest influence on each query, as `issl.top_influences`
-        has them."""
+        """The k images of `train` with the highest influence on each query, as in
+        `issl.top_influences`."""
         images, queries = train_and_queries(train, query, k)
         with full_precision():
             return highest_scores(self._pass(images, computing), self._curvature(), queries, k)
 
     @full_precision()
     def extend(self, images: Images | Tensor, *, computing: Computing = Computing()) -> Fitted:
-        """The same with H over these images, too. Raises IsslError for images that it was fitted on
-        before."""
+        """The same curvature with these images added to H. Raises IsslError for a set of images
+        that was added before."""
         rows = self._pass(images, computing)
         self._check_new([part_of(rows.images)])  # before the pass
         return self.add(replace(self, parts=(part_of(rows.images),), sums=summed(rows)))
 
     def add(self, other: Fitted) -> Fitted:
-        """The same with H over the images of both, which must be different ones under the same
-        settings. (Sets that overlap are not noticed.)"""
+        """The same curvature with H over the images of both. The two must have the same settings
+        and no image in common. (Sets that overlap in part are not noticed.)"""
         if different := first_difference(other.settings, self.settings):
             raise IsslError(
                 f"curvatures cannot be added: {different}; fit both with the same encoder, "
@@ -148,8 +147,8 @@ class Fitted:
         return replace(self, parts=(*self.parts, *other.parts), sums=sums)
 
     def save(self, path: str | Path) -> None:
-        """Write a .safetensors file for `issl.load_fitted`, in one step. It holds sums over images,
-        and no image."""
+        """Write a .safetensors file for `issl.load_fitted`, atomically. It holds sums over images,
+        but no images."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise IsslError(f"curvature file {path}: give a name that ends in .safetensors")
@@ -181,20 +180,20 @@ class Fitted:
         data, (height, width) = as_images(images), self.settings["size"]
         if tuple(data.pixels.shape[2:]) != (height, width):
             raise IsslError(
-                f"images {data.name!r} are {tuple(data.pixels.shape[2:])} px, the curvature is of "
-                f"images of {height, width} px; load them at that size"
+                f"images {data.name!r} are {tuple(data.pixels.shape[2:])} px, but the curvature "
+                f"was fitted at {height, width} px; load them at that size"
             )
         asked = torch.device(computing.device or self.scorer.device)
         if asked.type != self.scorer.device.type:
             raise IsslError(
-                f"device={str(asked)!r}: the encoder is on {self.scorer.device}; name the device "
-                "in load_fitted"
+                f"device={str(asked)!r}: the encoder is on {self.scorer.device}; pass the device "
+                "to load_fitted"
             )
-        # an encoder with a replaced forward or hooks is no copy; the last two numbers are losses
+        # an encoder with a replaced forward or hooks is not copied; the last two numbers are losses
         now, then = self.scorer.computes([height, width])[:-2], self.settings["computes"][:-2]
         if not np.allclose(now, then, rtol=1e-3, atol=1e-6):
             raise IsslError(
-                "encoder gives other features than when it was fitted; put it back, or fit again"
+                "encoder gives other features than when it was fitted; restore it, or fit again"
             )
         return Pass(self.scorer, data, replace(computing, memory="recomputed"))
 
@@ -212,15 +211,15 @@ def fit(
     untrained: bool = False,
     computing: Computing = Computing(),
 ) -> Fitted:
-    """The curvature of these images' losses, by one pass that stores no gradients.
+    """The curvature of these images' losses, from one pass that stores no gradients.
 
     Args:
-        encoder: As in `issl.self_influence`, like all that are not named here.
+        encoder: As in `issl.self_influence`, as are all arguments not listed here.
         curvature: LoGra, EKFAC, Diagonal or Exact.
 
     Raises:
-        IsslError: As `issl.self_influence` does, for a curvature that sums nothing over images
-            (Identity, RandomProjection), and where its sums do not fit into memory.
+        IsslError: As in `issl.self_influence`; also for a curvature that sums nothing over images
+            (Identity, RandomProjection), and if its sums do not fit into memory.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
     if curvature.accumulator() is None:
@@ -254,15 +253,15 @@ def load_fitted(
 
     Args:
         encoder: The one that it was fitted on.
-        perturbation: Only needed where it is not this library's own, like `curvature` and `loss` (a
-            function cannot be kept in a file). It must be that of the file.
+        perturbation: Needed only if it is not one of this library's own, because a function cannot
+            be kept in a file. It must be the one that the file was made with.
         curvature: Likewise.
         loss: Likewise.
         device: Where to compute; default: where the encoder is.
 
     Raises:
-        IsslError: For a missing, damaged or foreign file, another version, another encoder, other
-            settings.
+        IsslError: For a missing, damaged or foreign file, and for a file of another version,
+            encoder or settings.
     """
     header, tensors = read_file(Path(path))
     settings, bases = header["settings"], tensors["basis"]
@@ -288,7 +287,7 @@ def load_fitted(
     now = settings_of(scorer, here, settings["size"], bases)
     if different := first_difference(now, settings):
         raise IsslError(
-            f"curvature file {path} does not fit: {different}; is it another forward, or a "
+            f"curvature file {path} does not fit: {different}; has its forward changed, or a "
             "function of the same name? Give what it was fitted with, or fit again"
         )
     sums = tensors["vector"] | {name: unpack(v) for name, v in tensors["triangle"].items()}
@@ -296,15 +295,15 @@ def load_fitted(
 
 
 def summed(rows: Pass) -> dict[str, Tensor]:
-    """Make the pass: each layer's sum.
+    """Run the pass; returns each layer's sum.
 
-    Raises IsslError where the sums do not fit into memory, or cannot be kept."""
+    Raises IsslError if the sums do not fit into memory or cannot be kept."""
     scorer, curvature, widths = rows.scorer, rows.scorer.what.curvature, rows.scorer.widths
     need, free = sum(8 * r * r for r in widths.values()), free_memory(scorer.device)
     if isinstance(curvature.accumulator(), DenseSum) and need > free:
         raise IsslError(
-            f"curvature {curvature}: its sums take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-            "free; keep fewer numbers, with LoGra of a lower rank, or use EKFAC or Diagonal"
+            f"curvature {curvature}: its sums take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB "
+            "are free; keep fewer numbers with LoGra at a lower rank, or use EKFAC or Diagonal"
         )
     totals = {}
     for name, found in rows.accumulate().items():
@@ -318,7 +317,7 @@ def summed(rows: Pass) -> dict[str, Tensor]:
     return totals
 
 
-# --- what the sums belong to: settings as JSON values, and back ---
+# --- the settings that sums belong to: to JSON values, and back ---
 
 KNOWN = (GaussianNoise, Augmentation, LoGra, EKFAC, Diagonal, Exact, CrossEntropy)
 BUILDS: dict[str, Any] = {c.__name__: c for c in KNOWN}
@@ -328,7 +327,7 @@ BUILDS[describe(stability_loss)] = lambda: stability_loss
 def settings_of(
     scorer: Scorer, encoder: str, size: Sequence[int], bases: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """All that the sums under this scorer depend on, of images of that size (h, w)."""
+    """All that the sums under this scorer depend on, for images of that size (h, w)."""
     what, marks = scorer.what, {}
     for name, s in {} if bases else scorer.sketches.items():
         marks[name] = sum(float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None)
@@ -357,7 +356,7 @@ def as_setting(value: object) -> dict[str, Any]:
 
 
 def build(path: str | Path, name: str, settings: Mapping[str, Any], given: Any) -> Any:
-    """What was given, or else what the file says."""
+    """The object that was given, or else the one that the file describes."""
     kind = settings[name]["kind"]
     if given is not None:
         return given
@@ -371,7 +370,7 @@ def build(path: str | Path, name: str, settings: Mapping[str, Any], given: Any) 
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """The first setting that is not the same, in words."""
+    """The first setting that differs, in words."""
     for key, one in ours.items():
         other = theirs[key]
         if key == "computes":
@@ -397,7 +396,7 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 
 def part_of(data: Images) -> dict[str, Any]:
-    """A set of images, as it is named in a file."""
+    """A set of images, as a file records it."""
     index = hashlib.sha256(data.index.numpy().tobytes()).hexdigest()[:16]
     return {"images": data.name, "n": len(data), "index": index}
 
@@ -408,7 +407,7 @@ def part_of(data: Images) -> dict[str, Any]:
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The header of a curvature file, and its tensors by kind and layer.
 
-    Raises IsslError if there is none, and for a damaged file or one of another version."""
+    Raises IsslError for a missing or damaged file, and for one of another version."""
     if not path.is_file():
         raise IsslError(
             f"curvature file {str(path)!r} does not exist; make one with issl.fit(…).save, or "
@@ -418,12 +417,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
     header: dict[str, Any] = json.loads(metadata.get(HEADER, "{}"))
     if "version" not in header:
         raise IsslError(
-            f"{path} is no curvature file: its header has no entry {HEADER}; give what Fitted.save "
-            "wrote"
+            f"{path} is not a curvature file: its header has no entry {HEADER}; give a file that "
+            "Fitted.save wrote"
         )
     if header["version"] != VERSION:
         raise IsslError(
-            f"curvature file {path} has version {header['version']}, this library reads {VERSION}; "
+            f"curvature file {path} has version {header['version']}; this library reads {VERSION}; "
             "fit it again, or use the library that wrote it"
         )
     kinds: dict[str, dict[str, Tensor]] = {"vector": {}, "triangle": {}, "basis": {}}

@@ -26,15 +26,15 @@ def find_layers(
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """The layers that are scored, and the weights that cannot be.
 
-    The weight of a layer is the one that it applies: of a parametrised one (weight_norm, LoRA) the
-    result. The input projections of nn.MultiheadAttention are Linear layers, too.
+    A layer's weight is the one that it applies; for a parametrised layer (weight_norm, LoRA), that
+    is the result. The input projections of nn.MultiheadAttention count as Linear layers.
 
     Args:
-        skip: Names of layers, parameters, or modules that hold them, to leave out.
-        untrained: BatchNorm that was never trained is no error.
+        skip: Names to leave out: layers, parameters, or modules that hold them.
+        untrained: Accept BatchNorm that was never trained.
 
     Returns:
-        The Linear and Conv2d layers by name, and by name the other weights, with what they are.
+        The Linear and Conv2d layers by name, and what each other weight is, also by name.
 
     Raises:
         IsslError: For an encoder that cannot be scored (see `check_encoder`), and for layers that
@@ -86,7 +86,7 @@ def find_layers(
 def scored_layers(
     encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
 ) -> dict[str, Layer]:
-    """The layers of `find_layers`. Raises IsslError where there are other weights, too."""
+    """The layers of `find_layers`. Raises IsslError if there are also other weights."""
     layers, others = find_layers(encoder, skip, untrained)
     if others:
         raise unscored(others, layers)
@@ -94,7 +94,7 @@ def scored_layers(
 
 
 def _as_linear(weight: Tensor) -> nn.Linear:
-    """A layer that has this very weight."""
+    """A Linear layer that shares this weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     own = isinstance(weight, nn.Parameter)
     layer.weight = weight if own else nn.Parameter(weight, requires_grad=False)
@@ -102,8 +102,8 @@ def _as_linear(weight: Tensor) -> nn.Linear:
 
 
 def unscored(problems: Mapping[str, str], layers: Mapping[str, Layer]) -> IsslError:
-    """The error that names all weights that cannot be scored, by what is known of each, and how to
-    leave them out."""
+    """The error that names all weights that cannot be scored, the reason for each, and how to leave
+    them out."""
     names = list(problems)
     more = "" if set(layers) - set(names) else "; nothing would be left to score"
     return IsslError(
@@ -114,7 +114,7 @@ def unscored(problems: Mapping[str, str], layers: Mapping[str, Layer]) -> IsslEr
 
 
 def check_encoder(encoder: object, untrained: bool = False) -> None:
-    """IsslError for an encoder that cannot be scored, whatever is left out of the score."""
+    """Raises IsslError for an encoder that cannot be scored, whatever is left out of the score."""
     if not isinstance(encoder, nn.Module):
         what = "None" if encoder is None else f"a {type(encoder).__name__}"
         raise IsslError(
@@ -145,7 +145,7 @@ def check_encoder(encoder: object, untrained: bool = False) -> None:
             if m.running_mean is None or m.running_var is None:
                 raise IsslError(
                     f"encoder: {name} normalises by the batch (track_running_stats=False), so "
-                    "images see each other; use running statistics"
+                    "the images of a batch affect each other; use running statistics"
                 )
             if not untrained and not m.running_mean.any() and bool((m.running_var == 1).all()):
                 raise IsslError(
@@ -155,7 +155,7 @@ def check_encoder(encoder: object, untrained: bool = False) -> None:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters by name, a parametrised one as it is applied."""
+    """A module's own parameters by name; parametrised ones as they are applied."""
     yield from module.named_parameters(recurse=False)
     if parametrize.is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# features (b, d) of the images and of their views to losses (b,)
+# maps the features (b, d) of images and of their views to losses (b,)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -1,11 +1,11 @@
-"""Score a large set in parts, which are tasks of an engine: each part is a file.
+"""Score a large set in parts. Each part is a task of an engine, and writes one file.
 
     FOLDER/fit/00000.safetensors …     the curvature's sums over FIT_PART images each
-    FOLDER/curvature.safetensors       of all: their sum
+    FOLDER/curvature.safetensors       the sums over all images
     FOLDER/scores/00000.parquet …      the scores of SCORE_PART images each; one parquet data set
 
-What is there is not computed again. The grid depends on the number of images alone, so the scores
-do not depend on who computed what.
+Files that exist are not computed again. The grid of parts depends only on the number of images, so
+the scores do not depend on which process computed which part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIT_PART, SCORE_PART = 16_384, 2_048  # images
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which images are scored under which encoder, and how; `kept` is a curvature that is there."""
+    """Which images are scored under which encoder, and how; `kept`: an existing curvature file."""
 
     encoder: nn.Module
     images: Images
@@ -54,7 +54,7 @@ class Scoring:
         )
 
     def identity(self) -> str:
-        """A hash of all that decides the numbers: weights, pixels, indices, settings."""
+        """A hash of everything that the scores depend on: weights, pixels, indices, settings."""
         kept = None if self.kept is None else file_digest(self.kept)
         settings = {name: as_setting(value) for name, value in vars(self.what).items()}
         others = kept, self.computing.precision, encoder_digest(self.encoder)
@@ -74,20 +74,20 @@ def score_in_parts(
     fit_part: int = FIT_PART,
     score_part: int = SCORE_PART,
 ) -> dict[str, Task]:
-    """The tasks that fill a folder with scores, those alone whose files are not there. Each process
-    calls `load` for each of its parts, so it should remember.
+    """The tasks that fill a folder with scores: only those whose files do not exist yet. Each
+    process calls `load` for each of its parts, so `load` should cache its result.
 
     Raises:
-        IsslError: if the folder holds something else, or the curvature makes its bases from images
-            (PCA, EKFAC): each part would have its own.
+        IsslError: If the folder holds other scores, or if several parts would each make their own
+            bases from images (PCA, EKFAC).
     """
     scoring = load()
     images, curvature = scoring.images, scoring.what.curvature
     several = scoring.kept is None and len(images) > fit_part
     if several and curvature.moment_images(images.index[:1]) is not None:
         raise IsslError(
-            f"curvature {curvature} makes its bases from images, each part other ones; use logra, "
-            "or fit in one piece with `issl fit` and give --curvature-from"
+            f"curvature {curvature} makes its bases from images, so each part would have its own; "
+            "use logra, or fit in one piece with `issl fit` and give --curvature-from"
         )
     _claim(folder, f"{scoring.identity()}-{fit_part}-{score_part}")
     whole = folder / "curvature.safetensors"
@@ -105,7 +105,7 @@ def score_in_parts(
 
 
 def with_attributes(scores: pd.DataFrame, images: Images) -> pd.DataFrame:
-    """The scores, with what is known about each image."""
+    """The scores, with each image's attributes."""
     beside = own_names(images.attributes, [str(name) for name in scores if name != "index"])
     table = scores.merge(beside, on="index", how="left", validate="one_to_one")
     table.attrs = scores.attrs
@@ -113,7 +113,7 @@ def with_attributes(scores: pd.DataFrame, images: Images) -> pd.DataFrame:
 
 
 def _claim(folder: Path, identity: str) -> None:
-    """A folder that is filled bit by bit belongs to one computation."""
+    """Reserve a folder, which is filled bit by bit, for one computation."""
     mark = folder / "identity.json"
     remove_leftovers(folder)
     if not mark.exists():
@@ -126,7 +126,7 @@ def _claim(folder: Path, identity: str) -> None:
 
 
 def _missing(folder: Path, count: int, size: int, suffix: str) -> list[tuple[Path, range]]:
-    """The files of a grid that are not there, each with its images."""
+    """The files of a grid that do not exist yet, each with the range of its images."""
     folder.mkdir(parents=True, exist_ok=True)
     grid = [range(start, min(start + size, count)) for start in range(0, count, size)]
     files = [(folder / f"{k:05}.{suffix}", rows) for k, rows in enumerate(grid)]

@@ -1,7 +1,7 @@
-"""A pass over images: their losses and gradients, batch by batch, and where these stay meanwhile.
+"""A pass over images: their losses and gradients, batch by batch, and where these are kept.
 
 The rows of all images (what is kept of their gradients) are needed twice: for the curvature, then
-for the scores. So a pass can be repeated, in one of two ways with the same numbers:
+for the scores. So a pass can be repeated, in one of two ways that give the same numbers:
 
     ram         the rows are kept in memory
     recomputed  nothing is kept; each time costs a forward and backward pass
@@ -24,22 +24,22 @@ from issl.influence.curvature import Accumulator
 from issl.influence.scorer import Scorer
 
 Memory = Literal["auto", "ram", "recomputed"]
-Rows = Mapping[str, Tensor]  # of a chunk, on the CPU: see `Scorer.rows`
+Rows = Mapping[str, Tensor]  # those of a chunk, on the CPU: see `Scorer.rows`
 CHUNK = 512  # the most images whose rows are computed together;
-CHUNK_BYTES = 2**30  # fewer if their rows are longer than this
+CHUNK_BYTES = 2**30  # fewer if their rows would take more than this
 
 
 @dataclass(frozen=True)
 class Computing:
-    """How scores are computed. None of it changes them beyond rounding.
+    """How scores are computed. No setting here changes them beyond rounding.
 
     Args:
         device: Where to compute; default: where the encoder is.
-        batch_size: Images per forward and backward pass. It is halved where memory runs out.
+        batch_size: Images per forward and backward pass. It is halved if memory runs out.
         precision: "bf16" computes the features under autocast, which rounds to 3 digits; curvature
             and sums do not change.
-        memory: Where the projected gradients stay between their two uses: "ram", or nowhere,
-            "recomputed"; "auto": in memory where they take at most half of what is free.
+        memory: Where the projected gradients are kept between their two uses: "ram", or nowhere if
+            "recomputed". "auto" keeps them in memory if they take at most half of what is free.
         progress: Show a progress bar.
 
     Raises:
@@ -54,7 +54,7 @@ class Computing:
 
     def __post_init__(self) -> None:
         if not is_whole(self.batch_size, 1):
-            raise IsslError(f"batch_size={self.batch_size!r}: must be 1 or more, a whole number")
+            raise IsslError(f"batch_size={self.batch_size!r}: must be a whole number, 1 or more")
         if self.precision not in ("fp32", "bf16"):
             raise IsslError(f"precision={self.precision!r}: choose fp32 or bf16")
         if self.memory not in ("auto", "ram", "recomputed"):
@@ -62,10 +62,10 @@ class Computing:
 
 
 class Pass:
-    """The rows of some images under a scorer, chunk by chunk, as often as they are asked for.
+    """The rows of some images under a scorer, chunk by chunk, as often as they are needed.
 
-    Iterating gives, for each chunk, its positions and its rows by name. What is kept lives as long
-    as this object. A memory that is "auto" is decided as it is made.
+    Iterating gives, for each chunk, its positions and its rows by name. Rows that are kept live as
+    long as this object. If `memory` is "auto", the choice is made when this object is created.
     """
 
     def __init__(self, scorer: Scorer, images: Images, computing: Computing):
@@ -88,7 +88,7 @@ class Pass:
                 yield chunk, rows
 
     def accumulate(self, gram: bool = False) -> dict[str, Accumulator | None]:
-        """What each layer's curvature is made from, over these images; for `gram` see
+        """Each layer's sum over these images, from which its curvature is made; for `gram` see
         `Curvature.accumulator`."""
         curvature, n = self.scorer.what.curvature, len(self.images)
         sums = {
@@ -113,5 +113,5 @@ class Pass:
 
 
 def choose_memory(need: int) -> Memory:
-    """Where rows of `need` bytes stay."""
+    """Where rows that take `need` bytes are kept."""
     return "ram" if need <= 0.5 * free_memory() else "recomputed"

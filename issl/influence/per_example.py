@@ -1,19 +1,18 @@
-"""Per-example gradients of the stability loss, layer by layer, without ever forming a weight
-gradient.
+"""Per-example gradients of the stability loss, layer by layer, from one backward pass per batch.
 
-For one call of a layer with weight W (as a matrix c_out × d_in), let a_t be the input (patch) and
-d_t the gradient of the loss with respect to the output at position t. Then the image's weight
-gradient is Σ_t d_t a_tᵀ (both views are positions of the same image), and what is kept of it, its
-*sketch*, is
+Take one call of a layer whose weight, as a matrix, is c_out × d_in. Let a_t be the input (patch) at
+position t, and d_t the gradient of the loss with respect to the output there. The image's weight
+gradient is then Σ_t d_t a_tᵀ, where both views count as positions of the same image. What is kept
+of it, its *sketch*, is
 
     Σ_t (P_out d_t)(P_in a_t)ᵀ ∈ R^{k_out × k_in}, where P = None stands for the identity, or
     ‖Σ_t d_t a_tᵀ‖, from its square Σ_{t,t'} (d_t·d_t')(a_t·a_t') where that is cheaper.
 
-A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so
-patches are never formed. P_out is applied once per image, after the sum; so is P_in where it has so
-many rows that this is cheaper. The groups of a grouped convolution share P_in, and P_out sums over
-their rows. Source: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow
-2015, arXiv 1510.01799.
+A convolution's P_in a_t, for all t at once, is itself a convolution with P_in as its kernel, so it
+needs no patches. P_out is applied once per image, after the sum; so is P_in if it has so many rows
+that this is cheaper. The groups of a grouped convolution share P_in, and P_out sums over their
+rows. Sources: LoGra, Choe et al. 2024, arXiv 2405.13954, §3.1; the norm identity, Goodfellow 2015,
+arXiv 1510.01799.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from issl.influence.frozen_encoder import requiring_grad
 from issl.influence.layers import Layer, weight_shape
 from issl.influence.losses import Loss, stability_loss
 
-# what it costs to form, write and read one number of a convolution's patches, in multiplications:
-# about 45 on a core of a CPU with AVX-512, more on a GPU, whose memory is slower beside its
+# the cost, in multiplications, to form, write and read one number of a convolution's patches:
+# about 45 on a CPU core with AVX-512, and more on a GPU, whose memory is slower relative to its
 # arithmetic
 PATCHES = 40
 
@@ -49,7 +48,7 @@ PATCHES = 40
 @dataclass(frozen=True)
 class Sketch:
     """What is kept of each image's gradient Σ d aᵀ in a layer: P_out (Σ d aᵀ) P_inᵀ, flattened,
-    where None stands for the identity; or only its norm, one number."""
+    where None stands for the identity; or only the gradient's norm, one number."""
 
     p_in: Float[Tensor, "k_in d_in"] | None = None
     p_out: Float[Tensor, "k_out c_out"] | None = None
@@ -85,13 +84,13 @@ class Followed:
     """An encoder whose gradients are followed."""
 
     model: nn.Module  # from `issl.influence.frozen_encoder.frozen`
-    layers: Mapping[str, Layer]  # that are scored
-    layout: torch.memory_format = torch.channels_last  # of the pixels that it is given
-    # layers whose rows are not image by image, from `issl.influence.following.examine`
+    layers: Mapping[str, Layer]  # the scored ones
+    layout: torch.memory_format = torch.channels_last  # of the pixels given to it
+    # layers whose rows are not grouped by image, from `issl.influence.following.examine`
     token_major: Set[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The features, whatever the encoder makes of them."""
+        """The encoder's output, not yet checked."""
         return self.model(x.contiguous(memory_format=self.layout))
 
 
@@ -110,7 +109,7 @@ def per_example(
         x: Pixels in [0, 1].
         perturbed: Their perturbed views.
         index: Names the images in errors.
-        loss: Of the features of both, one per image.
+        loss: Maps the features of both to one loss per image.
         bf16: Compute the features under autocast.
 
     Raises:
@@ -132,8 +131,8 @@ def second_moments(
     index: Int64[Tensor, " b"],
     loss: Loss = stability_loss,
 ) -> dict[str, Moments]:
-    """Each layer's second moments over a batch; arguments as in `per_example`. Groups share the
-    inputs' moment."""
+    """Each layer's second moments over a batch; arguments as in `per_example`. The groups
+    of a convolution share the inputs' moment."""
     taps = {
         name: _MomentTap(name, layer, name in encoder.token_major, len(x))
         for name, layer in encoder.layers.items()
@@ -151,7 +150,7 @@ def _backward(
     loss: Loss,
     bf16: bool,
 ) -> Tensor:
-    """One forward and backward with the taps in place; returns the losses."""
+    """One forward and backward pass with the taps in place; returns the losses."""
     b, products = len(x), {id(tap.layer.weight): tap.on_product for tap in taps.values()}
     with requiring_grad(encoder.model.parameters(), False), torch.enable_grad():
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
@@ -161,8 +160,8 @@ def _backward(
         good = usable(features).view(2, b).all(0)
         if not bool(good.all()):
             raise IsslError(
-                f"encoder gives all-zero, NaN or infinite features for {named(index, ~good)}: its "
-                "cosine is undefined; leave such images out (--skip-broken does)"
+                f"encoder gives all-zero, NaN or infinite features for {named(index, ~good)}: the "
+                "cosine is undefined there; leave such images out (--skip-broken does so)"
             )
         features = features.to(x.dtype)
         losses = loss(features[:b], features[b:])
@@ -184,7 +183,7 @@ def _backward(
 
 
 def check_shape(features: object, rows: int) -> None:
-    """IsslError unless an encoder's output is (rows, d)."""
+    """Raises IsslError unless an encoder's output has shape (rows, d)."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise IsslError(
@@ -193,21 +192,21 @@ def check_shape(features: object, rows: int) -> None:
 
 
 def usable(features: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
-    """Which are finite and not zero: the cosine of a zero vector is undefined."""
+    """Which rows are finite and not zero: the cosine of a zero vector is undefined."""
     return torch.isfinite(features).all(1) & features.any(1)
 
 
 def named(index: Int64[Tensor, " b"], bad: Bool[Tensor, " b"]) -> str:
-    """The images that are bad, for an error."""
+    """The first five bad images, for an error message."""
     return f"image index {', '.join(map(str, index[bad.cpu()][:5].tolist()))}"
 
 
-# --- what gathers a layer's sketches ---
+# --- taps, which gather a layer's sketches ---
 
 
 @dataclass
 class _Tap:
-    """Gathers the sketch of one layer over all its calls in one forward and backward."""
+    """Gathers the sketch of one layer over all its calls in one forward and backward pass."""
 
     name: str
     layer: Layer
@@ -225,7 +224,7 @@ class _Tap:
         if rows % views:
             raise IsslError(
                 f"encoder: layer {self.name} sees {rows} rows for {views} views; each view must "
-                f"have as many. Leave the layer out with skip=['{self.name}']"
+                f"have the same number. Leave the layer out with skip=['{self.name}']"
             )
         regroup = partial(by_image, n=views, token_major=self.token_major)
         self.calls += 1
@@ -254,8 +253,8 @@ class _Tap:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, p_in: Tensor | None, outputs: Tensor) -> None:
-        """The views' inputs (2b, g, k, t), which may still have to be projected by `p_in`, and
-        their output gradients (2b, g, o, t)."""
+        """Add the views' inputs (2b, g, k, t), which `p_in` may still have to project, and their
+        output gradients (2b, g, o, t)."""
         # under autocast both are bf16, but sums over positions must not be
         outputs, inputs = outputs.to(self.layer.weight.dtype), inputs.to(self.layer.weight.dtype)
         if self.sketch.norm and self.calls == 1 and _gram_is_cheaper(inputs, outputs):
@@ -274,7 +273,7 @@ class _Tap:
         """The finished sketch of each example."""
         if self.pair is not None:
             return _gram_norm(*self.pair, self.examples)[:, None]
-        if self.total is None:  # the loss does not depend on it
+        if self.total is None:  # the loss does not depend on this layer
             return like.new_zeros(self.examples, self.sketch.width(self.layer))
         if self.sketch.norm:
             return self.total.square().sum((1, 2)).sqrt()[:, None]

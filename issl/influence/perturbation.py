@@ -34,12 +34,12 @@ class Perturbation(Protocol):
 class GaussianNoise:
     """x̂ = x + ε, ε ~ N(mean, std²) for each pixel and channel, not clipped (arXiv 2412.17170, §3).
 
-    The paper does not say what its 0.05 and 0.2 are measured in: the range of the pixels, which is
-    the default, or normalised pixels (`of_normalised`).
+    The paper does not say whether its 0.05 and 0.2 refer to the range of the pixels, which is the
+    default, or to normalised pixels (`of_normalised`).
 
     Args:
-        mean: Of ε, in units of pixels in [0, 1]: one number, or one for each channel.
-        std: Its standard deviation, ≥ 0, likewise.
+        mean: Mean of ε, in units of pixels in [0, 1]: one number, or one for each channel.
+        std: Standard deviation of ε, ≥ 0, in the same form.
     """
 
     mean: Channels = 0.05
@@ -62,13 +62,13 @@ class GaussianNoise:
     def of_normalised(
         cls, by: tuple[float, ...], mean: float = 0.05, std: float = 0.2
     ) -> GaussianNoise:
-        """The noise whose mean and std are of pixels that were divided by `by`, one number for each
-        channel: what a transform after ToTensor and Normalize adds."""
+        """The noise that a transform after ToTensor and Normalize adds: `mean` and `std` are in
+        units of pixels that were divided by `by`, one number for each channel."""
         return cls(tuple(mean * s for s in by), tuple(std * s for s in by))
 
     @property
     def by_channel(self) -> bool:
-        """Whether the channels have numbers of their own."""
+        """Whether the mean or the std is given for each channel."""
         return isinstance(self.mean, tuple) or isinstance(self.std, tuple)
 
     def keyed(self, seed: int) -> Perturb:
@@ -87,13 +87,13 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """x̂ = a random view of x, by one of the operations of pretraining or the whole chain of them.
+    """x̂ = a random view of x, by one of pretraining's augmentations or by the whole chain of them.
 
     Args:
         kind: crop, flip, jitter, grayscale, blur, solarize or chain.
         strength: In (0, 1]. 1 is SimCLR's own range (crop from 8% of the area, jitter
-            0.8/0.8/0.8/0.2, blur up to σ = 2 px); smaller values shrink the range. Operations
-            without a range (flip, grayscale, solarize) are applied with this probability.
+            0.8/0.8/0.8/0.2, blur up to σ = 2 px); smaller values shrink the range. Used alone,
+            operations without a range (flip, grayscale, solarize) have this probability.
     """
 
     kind: str
@@ -146,10 +146,10 @@ def describe(value: object) -> str:
 
 
 def keyed_draws(perturbation: Perturbation | Perturb, seed: int, draws: int) -> list[Perturb]:
-    """The perturbation drawn several times; draw k of seed s is that of seed s + k·2³².
+    """The perturbation drawn several times; draw k of seed s uses seed s + k·2³².
 
     Raises:
-        IsslError: For what is neither a keyed perturbation nor a function (pixels, index) → pixels.
+        IsslError: For anything but a keyed perturbation or a function (pixels, index) → pixels.
     """
     if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
         return [perturbation.keyed(seed + (k << 32)) for k in range(draws)]

@@ -1,15 +1,15 @@
-"""The score as its formula is written: plain autograd, one image at a time, and dense inverses.
-Slow, for checking.
+"""The score, computed directly from its formula: plain autograd, one image at a time, and dense
+inverses. It is slow, and meant for checking.
 
     loss of image i             ℓ_i = 1 − cos(f(x_i), f(x̂_i))
     its gradient in layer l     G_i = ∂ℓ_i / ∂W_l,   g_i = vec G_i                      `gradients`
-    LoGra keeps, instead        P_out G_i P_inᵀ                                         `project`
+    LoGra keeps instead         P_out G_i P_inᵀ                                         `project`
     curvature and damping       H_l = mean_i g_i g_iᵀ,   λ_l = 0.1 · mean diagonal of H_l
     self-influence of i         Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i                     `self_influence`
     cross-influence of i on j   Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i                    `cross_influence`
 
-The score: arXiv 2412.17170, §3, whose sign we drop (it writes −gᵀH⁻¹g). LoGra: arXiv 2405.13954,
-§3.
+The score is from arXiv 2412.17170, §3, without its minus sign (the paper writes −gᵀH⁻¹g). LoGra is
+from arXiv 2405.13954, §3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from issl.influence.layers import Layer
 from issl.influence.losses import Loss
 from issl.influence.perturbation import Perturb
 
-# by the name of the layer, one matrix per image, (n, c_out, d_in)
+# layer name → one gradient matrix per image, (n, c_out, d_in)
 Gradients = Mapping[str, Float[Tensor, "_ _ _"]]
 
 
@@ -40,8 +40,8 @@ def cosine_loss(
 def gradients(
     encoder: nn.Module, images: Images, perturb: Perturb, loss: Loss = cosine_loss
 ) -> tuple[Float[Tensor, " n"], Gradients]:
-    """Each image's loss, and its gradient by every Linear and Conv2d weight, as a matrix c_out ×
-    d_in."""
+    """Each image's loss, and the gradient of that loss with respect to every Linear and Conv2d
+    weight, as a c_out × d_in matrix."""
     weights = {
         name: layer.weight for name, layer in encoder.named_modules() if isinstance(layer, Layer)
     }
@@ -58,21 +58,21 @@ def gradients(
 
 
 def project(g: Gradients, projections: Mapping[str, tuple[Tensor, Tensor]]) -> Gradients:
-    """LoGra: P_out G_i P_inᵀ of every image and layer, given (P_out, P_in) of each layer."""
+    """LoGra: P_out G_i P_inᵀ for every image and layer, given each layer's (P_out, P_in)."""
     return {name: p_out @ g[name] @ p_in.T for name, (p_out, p_in) in projections.items()}
 
 
 def self_influence(
     g: Gradients, damping: float = 0.1, diagonal: bool = False
 ) -> Float[Tensor, " n"]:
-    """Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i of every image i; arguments as in `cross_influence`."""
+    """Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i for every image i; arguments as in `cross_influence`."""
     return cross_influence(g, g, damping, diagonal).diagonal()
 
 
 def cross_influence(
     train: Gradients, query: Gradients, damping: float = 0.1, diagonal: bool = False
 ) -> Float[Tensor, "q n"]:
-    """Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i of every training image i (column) on every query j (row).
+    """Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i for every training image i (column) and every query j (row).
 
     diagonal    keep only H's diagonal
     """

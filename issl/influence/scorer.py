@@ -30,7 +30,7 @@ from issl.influence.per_example import (
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
 from issl.keyed_random import uniform
 
-LARGEST_SEED = 1 << 62  # a key of 64 bits, of which queries set one of their own
+LARGEST_SEED = 1 << 62  # well within the 64 bits of a key
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
 
@@ -58,7 +58,7 @@ class Measurement:
             )
         if not is_whole(self.draws, 1):
             raise IsslError(f"draws={self.draws!r}: must be a whole number, 1 or more")
-        for name in ("seed", "draws"):  # numpy's are none to JSON
+        for name in ("seed", "draws"):  # JSON cannot hold numpy's integers
             object.__setattr__(self, name, int(getattr(self, name)))
         keyed = isinstance(self.perturbation, Perturbation) and self.seed < 2**32
         if self.draws > 1 and not keyed:
@@ -67,16 +67,16 @@ class Measurement:
                 f"GaussianNoise(), and a seed below 2³² (got {describe(self.perturbation)}, seed "
                 f"{self.seed})"
             )
-        self.perturbs()  # is it one?
+        self.perturbs()  # is it a perturbation?
 
     def perturbs(self) -> list[Perturb]:
-        """One for each draw."""
+        """One perturbation for each draw."""
         return keyed_draws(self.perturbation, self.seed, self.draws)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """An encoder that is scored: its frozen copy, and what is measured of it (`open_scorer`)."""
+    """An encoder that is scored: its frozen copy, and what is measured; see `open_scorer`."""
 
     encoder: Followed
     what: Measurement
@@ -85,12 +85,12 @@ class Scorer:
 
     @property
     def layers(self) -> Mapping[str, Layer]:
-        """Those that are scored."""
+        """The layers that are scored."""
         return self.encoder.layers
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.encoder.model.parameters()).dtype
 
     @property
@@ -99,9 +99,9 @@ class Scorer:
         return {name: self.sketches[name].width(layer) for name, layer in self.layers.items()}
 
     def sketched(self, images: Images, norms_only: bool = False) -> Scorer:
-        """The same, with what is kept of each gradient; some curvatures need a pass over some of
-        the training images for that. Where gradients of two images will never be multiplied
-        (`norms_only`), and there is no curvature, their norms are enough."""
+        """The same scorer with its sketches: what is kept of each gradient. Some curvatures need a
+        pass over some training images for that. If there is no curvature, and the gradients of two
+        images will never be multiplied (`norms_only`), their norms are enough."""
         curvature = self.what.curvature
         norms_only = norms_only and curvature.accumulator() is None
         moments = self._moments(images, curvature.moment_images(images.index))
@@ -113,7 +113,7 @@ class Scorer:
         return replace(self, sketches=sketches)
 
     def _moments(self, images: Images, positions: Tensor | None) -> dict[str, Moments]:
-        """Each layer's second moments over these images; of none there are none."""
+        """Each layer's second moments over the images at `positions`; empty if that is None."""
         sums: dict[str, Moments] = {}
         for batch in () if positions is None else positions.split(MOMENT_BATCH):
             x, shaken = self.views(images, batch, self.what.perturbs()[0])
@@ -128,7 +128,7 @@ class Scorer:
         """The images at these positions, in [0, 1], and their perturbed views, checked."""
         x = images.pixels[positions].to(self.device).to(self.dtype) / 255
         index = images.index[positions]
-        shaken = perturb(x.clone(), index)  # one that works in place must not change the image
+        shaken = perturb(x.clone(), index)  # it may work in place, so it gets a copy
         same = isinstance(shaken, Tensor) and shaken.shape == x.shape
         if not same or not shaken.is_floating_point():
             got = [shaken.dtype, *shaken.shape] if isinstance(shaken, Tensor) else type(shaken)
@@ -144,8 +144,8 @@ class Scorer:
         return x, shaken.to(x.dtype)
 
     def rows(self, images: Images, positions: slice, bf16: bool = False) -> dict[str, Tensor]:
-        """ "loss" (b,), mean over the draws, and for each layer "layer.NAME", the sketched
-        gradients (b, draws, r), of the images at these positions."""
+        """For the images at these positions: "loss" (b,), the mean over the draws, and for each
+        layer "layer.NAME", the sketched gradients (b, draws, r)."""
         loss, index = self._loss(images, positions), images.index[positions]
         losses, draws = [], []
         for perturb in self.what.perturbs():
@@ -155,7 +155,7 @@ class Scorer:
             draws.append(kept)
         rows = {f"layer.{name}": torch.stack([kept[name] for kept in draws], 1) for name in kept}
         rows["loss"] = torch.stack(losses).mean(0)
-        # one question a batch: each answer is a wait for the GPU
+        # one check per batch, because each check waits for the GPU
         if not bool(torch.stack([torch.isfinite(value).all() for value in rows.values()]).all()):
             for name, value in rows.items():
                 if bool((bad := ~torch.isfinite(value.reshape(len(index), -1)).all(1)).any()):
@@ -164,8 +164,8 @@ class Scorer:
 
     @torch.no_grad()
     def computes(self, size: Sequence[int]) -> list[float]:
-        """What this encoder makes of two fixed images of that size, with the perturbation and the
-        loss: numbers by which another forward or function of the same name is noticed."""
+        """What the encoder, the perturbation and the loss give for two fixed images of that size.
+        These numbers reveal another forward, or another function of the same name."""
         index = torch.arange(2)
         x = uniform(0, index, (3, *size)).to(self.device, self.dtype)
         shaken = self.what.perturbs()[0](x.clone(), index).to(x.dtype)
@@ -184,18 +184,18 @@ class Scorer:
         return loss
 
 
-# --- an encoder is opened, and looked at ---
+# --- opening and checking an encoder ---
 
 
 @full_precision()
 def open_scorer(
     encoder: nn.Module, what: Measurement, images: Images, device: str | torch.device | None = None
 ) -> Scorer:
-    """The frozen encoder, after every check, and a look at how it treats the first three images.
+    """The frozen encoder, after every check and a trial run on the first three images.
 
     Raises:
-        IsslError: For an encoder that cannot be scored: see `find_layers`; one that fails, mixes
-            the images of a batch, or has weights whose gradients cannot be followed.
+        IsslError: For an encoder that cannot be scored (see `find_layers`), that fails, that mixes
+            the images of a batch, or that has weights whose gradients cannot be followed.
     """
     if torch.is_inference_mode_enabled():
         raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
@@ -214,7 +214,7 @@ def open_scorer(
     try:
         try:
             followed, others = _copied(encoder, what, place, x, torch.channels_last)
-        except RuntimeError:  # a .view of features asks for the plain layout
+        except RuntimeError:  # a `.view` of features needs the plain layout
             followed, others = _copied(encoder, what, place, x, torch.contiguous_format)
         _check_independent(followed, x)
         token_major, problems = examine(followed.layers, lambda: followed(x))
@@ -231,8 +231,8 @@ def open_scorer(
 def with_features(
     encoder: nn.Module, images: Images, what: Measurement, device: str | torch.device | None = None
 ) -> Images:
-    """The images of which every view has features that are finite and not zero, by a forward pass;
-    the others are named in `broken`."""
+    """The images whose views all have finite, non-zero features, found by a forward pass; the
+    others are named in `broken`."""
     scorer = open_scorer(encoder, what, images, device)
     good = torch.ones(len(images), dtype=torch.bool)
     for positions in torch.arange(len(images)).split(MOMENT_BATCH):
@@ -275,7 +275,7 @@ def _fails(x: Tensor, error: Exception) -> Exception:
 
 
 def _check_independent(encoder: Followed, x: Tensor) -> None:
-    """The loss must be per image: its features may not depend on its neighbours in the batch."""
+    """Raises IsslError if an image's features have no gradient, or depend on its neighbours."""
     with torch.enable_grad():
         together, alone = encoder(x)[:1], encoder(x[:1].clone().requires_grad_())
     if not alone.requires_grad:
@@ -292,8 +292,8 @@ def _check_independent(encoder: Followed, x: Tensor) -> None:
 
 
 def as_images(images: Images | Tensor, what: str = "images") -> Images:
-    """At least one image; a bare tensor as `Images`, indexed 0 … n−1. `what` they are, for the
-    error."""
+    """The images, at least one; a bare tensor becomes `Images`, indexed 0 … n−1. `what` names them
+    in errors."""
     if isinstance(images, Tensor):
         index = pd.DataFrame({"index": range(len(images))})
         images = Images(images.cpu(), None, index, "tensor")

@@ -3,10 +3,10 @@
     influence_i = Σ_l g_iᵀ (H_l + λ_l I)⁻¹ g_i ≥ 0     g_i = ∇ℓ_i,  ℓ_i = 1 − cos(f(x_i), f(x̂_i))
     I(i → j)    = Σ_l g_jᵀ (H_l + λ_l I)⁻¹ g_i         H_l: mean over the training images
 
-The paper (arXiv 2412.17170, §3) defines I = −g_iᵀH⁻¹g_i; we store the magnitude, so "high" is
-large. I(i → j) is positive where a step that makes training image i more stable also makes query j
-more stable (Koh & Liang 2017, arXiv 1703.04730); the self-influence is its diagonal. The same in a
-few slow lines: `issl.influence.reference`.
+The paper (arXiv 2412.17170, §3) defines I = −g_iᵀH⁻¹g_i; we store the magnitude, so high
+means large. I(i → j) is positive where a step that makes training image i more stable also makes
+query j more stable (Koh & Liang 2017, arXiv 1703.04730); the self-influence is its diagonal.
+`issl.influence.reference` computes the same in a few slow lines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, de
 from issl.influence.scorer import Measurement, as_images, open_scorer
 
 EQUAL = 1e-6  # the relative spread below which scores are called equal
-QUERIES = 1 << 40  # more than any index of a numbered set; a folder has hashes of 62 bits
+QUERIES = 1 << 40  # more than any index of a numbered set; a folder's images have 62-bit hashes
 Sums = Mapping[str, Accumulator | None]  # of each layer
 
 
@@ -52,33 +52,33 @@ def self_influence(
     """The influence of each image on the encoder (arXiv 2412.17170, §3).
 
     Args:
-        encoder: Any nn.Module in eval mode, from float pixels in [0, 1] to features (n, d). It is
-            left untouched.
+        encoder: Any nn.Module in eval mode that maps float pixels in [0, 1] to features (n, d). It
+            is left unchanged.
         images: `issl.Images`, or a uint8 tensor (n, 3, H, W), indexed 0 … n−1.
         perturbation: GaussianNoise, Augmentation, or a callable (pixels, index) → pixels that
             treats each image by itself.
         curvature: LoGra, EKFAC, Diagonal, Exact, Identity or RandomProjection.
-        seed: Of the perturbation; an image's draw depends only on (seed, its index).
-        draws: K perturbation draws per image, whose mean gradient is g_i; draw k of seed s is that
-            of seed s + k·2³².
+        seed: Seed of the perturbation; an image's draw depends only on (seed, its index).
+        draws: K perturbation draws per image, whose mean gradient is g_i; draw k of seed s uses
+            seed s + k·2³².
         sweep: Further damping values, with one column `influence@VALUE` each.
-        loss: Whose gradients are scored: a loss per image (features, perturbed features) → (b,), or
-            CrossEntropy() for the influence on a supervised model (the images need labels).
+        loss: The loss whose gradients are scored: (features, perturbed features) → (b,), one per
+            image, or CrossEntropy() for a supervised model, which needs images with labels.
         skip: Names of layers or parameters to leave out of the score.
-        untrained: Score an encoder as initialised, as a control; else BatchNorm that was never
+        untrained: Score an encoder as initialised, as a control; otherwise BatchNorm that was never
             trained is an error.
         computing: Device, batch size, precision, memory.
 
     Returns:
         One row per image, in the order given: index; influence (dimensionless, ≥ 0, sum over
         layers); stability_loss (in [0, 2], mean over draws; named `loss` for any other loss);
-        grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank the unbiased
-        estimate from the projection, NaN for PCA); standard_error (of the influence, from the
-        spread of the draws; K ≥ 2 only). `.attrs` holds the effective damping per layer and the
-        settings.
+        grad_norm (‖g_i‖ over all scored weights; for random LoGra below full rank, from the
+        projection's unbiased estimate of ‖g_i‖²; NaN for PCA); standard_error (of the influence,
+        from the spread of the draws; K ≥ 2 only). `.attrs` holds the effective damping per layer
+        and the settings.
 
     Raises:
-        IsslError: For an encoder that cannot be scored, bad images or settings, NaN.
+        IsslError: For an encoder that cannot be scored, for bad images or settings, and for NaN.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
     check_sweep(sweep)
@@ -106,16 +106,16 @@ def cross_influence(
     For large sets `top_influences` needs less memory.
 
     Args:
-        encoder: As in `issl.self_influence`, like all that are not named here.
-        train: The images that the curvature is the mean over.
-        query: Images of the same size. A query has the noise of the training image of the same
+        encoder: As in `issl.self_influence`, as are all arguments not listed here.
+        train: The images over which the curvature is averaged.
+        query: Images of the same size. A query has the noise of the training image with the same
             index, so re-index new images (`issl.influence.scores.as_queries`).
 
     Returns:
         Scores in double precision on the CPU.
 
     Raises:
-        IsslError: As `issl.self_influence` does, and for images of different sizes.
+        IsslError: As in `issl.self_influence`, and for images of different sizes.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
     images, queries = train_and_queries(train, query)
@@ -139,19 +139,19 @@ def top_influences(
     untrained: bool = False,
     computing: Computing = Computing(),
 ) -> pd.DataFrame:
-    """The k training images of the highest (most positive) influence on each query, without holding
-    q × n scores.
+    """The k training images with the highest (most positive) influence on each query, without
+    holding q × n scores.
 
     Args:
-        encoder: As in `issl.cross_influence`, like all that are not named here.
-        k: How many of each query.
+        encoder: As in `issl.cross_influence`, as are all arguments not listed here.
+        k: How many images per query.
 
     Returns:
         One row per query and rank: query (its index), rank (1 is the highest), index (the training
         image's), influence.
 
     Raises:
-        IsslError: As `issl.cross_influence` does.
+        IsslError: As in `issl.cross_influence`.
     """
     what = Measurement(perturbation, curvature, seed, draws, loss, skip, untrained)
     images, queries = train_and_queries(train, query, k)
@@ -187,7 +187,7 @@ def prepare(
 def train_and_queries(
     train: Images | Tensor, query: Images | Tensor, k: int = 1
 ) -> tuple[Images, Images]:
-    """Both as images; IsslError unless they have one size and k is a number of them."""
+    """Both as `Images`. Raises IsslError unless they have the same size and k is a valid count."""
     images, queries = as_images(train), as_images(query, "query images")
     sizes = [tuple(some.pixels.shape[2:]) for some in (queries, images)]
     if sizes[0] != sizes[1]:
@@ -200,7 +200,7 @@ def train_and_queries(
 
 
 def check_sweep(sweep: Sequence[float]) -> None:
-    """IsslError unless these are dampings."""
+    """Raises IsslError unless all of these are valid dampings."""
     if not isinstance(sweep, Sequence | np.ndarray):
         raise IsslError(f"sweep={sweep!r}: give a list of dampings, such as [0.01, 1.0]")
     for value in sweep:
@@ -230,7 +230,7 @@ def score(rows: Pass, sums: Sums, sweep: Sequence[float] = ()) -> pd.DataFrame:
             squares[positions] += np.nan if scale is None else (size * scale).cpu().numpy()
             for k, inverse in enumerate(inverses):
                 w = inverse[name].whiten(g.flatten(0, 1)).unflatten(0, g.shape[:2])
-                # each draw's share in ‖w̄‖², whose mean over draws is ‖w̄‖²
+                # each draw's share of ‖w̄‖²; the mean of these shares over draws is ‖w̄‖²
                 shares[k, positions] += (w * w.mean(1, keepdim=True)).sum(2).cpu().numpy()
     values = shares.mean(2)
     own = what.loss is stability_loss
@@ -314,8 +314,8 @@ def _blocks(
 
 
 def says_nothing(influence: np.ndarray, losses: np.ndarray, rounding: float = 0.0) -> str | None:
-    """Why these scores rank no image before another, in words; None where they do. Losses up to
-    `rounding` are rounding errors."""
+    """Why these scores cannot rank the images, in words; None if they can. Losses up to `rounding`
+    count as rounding errors."""
     low, high = influence.min(), influence.max()
     if (largest := np.abs(losses).max()) <= rounding:
         return (

@@ -1,1 +1,1 @@
-"""Training an encoder: network, recipes, objectives, and the loop. Knows nothing of influence."""
+"""Training an encoder: network, recipes, objectives and the loop. It knows nothing of influence."""

@@ -1,8 +1,8 @@
-"""BatchNorm: statistics of a batch of weighted images; running statistics apart from the weights.
+"""BatchNorm: batch statistics of weighted images, and running statistics apart from the weights.
 
-Training on other images changes the running statistics even where no weight is trained, and an
-encoder's features with them. No gradient of weights sees that, so what a score of weights predicts
-is measured with the statistics held: copied from another encoder, or estimated anew.
+Training on other images changes the running statistics, and so the features, even if no weight is
+trained. No gradient of the weights sees this. So what a weight-based score predicts is measured
+with the statistics held: copied from another encoder, or estimated anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ESTIMATED = 1 << 33  # the seed of the views for estimates: no training draws th
 
 
 def full(x: Tensor) -> Tensor:
-    """In fp32, or in its own type if that is wider."""
+    """x in fp32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -36,9 +36,9 @@ def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> I
     """Inside, BatchNorm layers in training mode take batch statistics of weighted images.
 
     Args:
-        model: Its layers get batches of len(weights) images, or of two views of as many, one kind
-            after the other.
-        weights: One for each image; None changes nothing. An image of weight 0 is not there. Where
+        model: Its layers get batches of len(weights) images, or of two views of each, first all
+            first views, then all second ones.
+        weights: One for each image; None changes nothing. An image of weight 0 counts as absent. If
             they require a gradient, the running statistics stay differentiable functions of them.
     """
     if weights is None:
@@ -50,8 +50,8 @@ def weighted_batches(model: nn.Module, weights: Float[Tensor, " b"] | None) -> I
 
 @contextmanager
 def differentiable_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm layers in eval mode are differentiable in their running statistics too, for
-    which torch's own have no gradient."""
+    """Inside, BatchNorm layers in eval mode are also differentiable in their running statistics,
+    for which torch's own layers have no gradient."""
     with _replaced_forward(model, _by_running_statistics):
         yield
 
@@ -81,7 +81,7 @@ def _scaled(layer: _BatchNorm, centred: Tensor, var: Tensor) -> Tensor:
 
 
 def _of_channels(values: Tensor, x: Tensor) -> Tensor:
-    """One value a channel, in a shape that goes with x."""
+    """One value per channel, in a shape that broadcasts with x."""
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
@@ -99,8 +99,8 @@ def _weighted(weights: Tensor, layer: _BatchNorm, x: Tensor) -> Tensor:
     centred = values - _of_channels(mean, values)
     var = average(centred.square())
     momentum, seen = layer.momentum, layer.num_batches_tracked
-    assert momentum is not None and seen is not None  # of all networks of this library
-    # new tensors in place of the old: nothing that a graph holds is overwritten
+    assert momentum is not None and seen is not None  # true of all networks of this library
+    # new tensors replace the old, so nothing that autograd's graph holds is overwritten
     for name, found in (("running_mean", mean), ("running_var", var * count / (count - 1))):
         now = found if weights.requires_grad else found.detach()
         setattr(layer, name, torch.lerp(getattr(layer, name), now, momentum))
@@ -109,7 +109,7 @@ def _weighted(weights: Tensor, layer: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Give `target` the running statistics of `source`, a network of the same build; returns it."""
+    """Give `target` the running statistics of `source`, of the same architecture; returns it."""
     theirs, own = (
         {name: value for name, value in net.state_dict().items() if name.endswith(STATISTICS)}
         for net in (source, target)
@@ -128,8 +128,8 @@ def estimate_statistics(
     size: tuple[int, int] | None = None,
     batch_size: int = 256,
 ) -> nn.Module:
-    """Set the running statistics to those of one fixed view of each image, the mean over batches in
-    the order of the images' indices; returns the network, in eval mode."""
+    """Set the running statistics to those of one fixed view of each image, averaged over batches in
+    the order of the images' indices. Returns the network in eval mode."""
     order = images.index.argsort()
 
     def views() -> Iterator[Tensor]:

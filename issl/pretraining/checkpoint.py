@@ -1,4 +1,4 @@
-"""All that the next step of a training reads, and the file that a run is continued from."""
+"""All that the next step of a training run reads, and the file from which a run is continued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from issl.pretraining.learner import Learner
 
 History = list[dict[str, int | float]]  # one entry per epoch
 State = dict[str, Tensor]
-MOMENTUM = "momentum."  # before the name of the weight that it belongs to
+MOMENTUM = "momentum."  # comes before the name of its weight
 
 
 def snapshot(learner: Learner, optimizer: torch.optim.Optimizer) -> State:
@@ -44,13 +44,13 @@ def restore(state: State, learner: Learner, optimizer: torch.optim.Optimizer) ->
 class Checkpoint:
     """Where a run is saved, and how often.
 
-    With it, a killed run continues where it was and takes the same steps: on a CPU it ends with the
-    same weights, on a GPU up to rounding, for cuDNN's fastest algorithms sum in another order each
-    time. On a machine of another precision it continues in that one, and says so.
+    With it, a killed run continues where it was and takes the same steps. On a CPU it ends with the
+    same weights, on a GPU up to rounding, because cuDNN's fastest algorithms sum in another order
+    each time. On a machine with another precision, it continues in that precision and says so.
 
     Attributes:
         path: The file to resume from and to write to; None: nothing is saved.
-        seconds: The least time between two saves.
+        seconds: The minimum time between two saves.
     """
 
     path: Path | None = None
@@ -63,8 +63,8 @@ class Checkpoint:
         identity: dict[str, Any],
         history: History,
     ) -> None:
-        """Weights, momenta and history; the file is replaced in one step. `identity` is all that
-        decides the run."""
+        """Save weights, momenta and history; the file is replaced atomically. `identity` holds all
+        that decides the run."""
         if self.path is None:
             return
         state = snapshot(learner, optimizer)
@@ -76,7 +76,7 @@ class Checkpoint:
     def resume(
         self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
     ) -> History:
-        """Load what was saved into learner and optimizer; returns the history, which is empty if
+        """Load what was saved into learner and optimizer. Returns the history, which is empty if
         there is no file. Raises IsslError for a damaged file, and for one of another run."""
         if self.path is None or not self.path.exists():
             return []

@@ -1,7 +1,7 @@
 """Encoders: networks from float pixels in [0, 1] to features, normalisation included.
 
 Ours is ResNet-18 for small images: 3×3 stem, no max-pooling (Chen et al. 2020, arXiv 2002.05709,
-B.9), with a chosen width. Any other nn.Module of the same kind is welcome in `issl.self_influence`.
+B.9), with a chosen width. `issl.self_influence` takes any other nn.Module of the same kind.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class BasicBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3×3 convolutions (He et al. 2016, arXiv
     1512.03385, §4.1).
 
-    The same parameter names and numbers as torchvision's block (tested); importing torchvision
-    takes longer than importing torch, and every notebook would wait for it.
+    It has the parameter names of torchvision's block and gives the same numbers (tested). Importing
+    torchvision takes longer than importing torch, and every notebook would wait for it.
     """
 
     def __init__(self, inside: int, outside: int, stride: int = 1):
@@ -91,8 +91,8 @@ def resnet18(width: int = 64) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Head:
-    """A projector or predictor: `layers` linear layers to `out`, those before the last `hidden`
-    wide and followed by ReLU, with BatchNorm before it where `norm`."""
+    """A projector or predictor of `layers` linear layers. The last has `out` outputs. The others
+    are `hidden` wide and followed by ReLU, with BatchNorm before the ReLU if `norm`."""
 
     hidden: int = 2048
     out: int = 256
@@ -154,11 +154,11 @@ def save_encoder(
     """Write one safetensors file: the weights, and a header with what rebuilds the network.
 
     Args:
-        path: Where; the file is replaced in one step.
-        about: More entries of the header.
-        beside: More tensors: what a learner has beside its encoder.
-        half: Kernels and matrices in float16, at half the size; vectors and BatchNorm's statistics
-            stay as they are.
+        path: The file, which is replaced atomically.
+        about: Further entries of the header.
+        beside: Further tensors: what a learner has beside its encoder.
+        half: Store kernels and matrices in float16, at half the size; vectors and BatchNorm's
+            statistics stay as they are.
     """
     header = {"width": encoder.width, "head": asdict(encoder.head), **about}
     tensors = encoder.state_dict() | (beside or {})
@@ -188,7 +188,7 @@ def load_encoder(path: str | Path, output: Output = "features") -> nn.Module:
 
 def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that `save_encoder` wrote; raises IsslError for any other, and
-    where the tensors are not those that the header promises."""
+    if the tensors are not those that the header promises."""
     path = Path(path)
     if not path.is_file():
         raise IsslError(f"encoder {str(path)!r} does not exist; `issl pretrain` writes such files")
@@ -215,8 +215,8 @@ def read_encoder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_header(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
-    """What `save_encoder` wrote about an encoder; None for another file. Raises IsslError for an
-    entry that is none."""
+    """What `save_encoder` wrote about an encoder; None for another file. Raises IsslError for a
+    damaged entry."""
     try:
         header = json.loads(metadata.get("issl", "null"))
     except ValueError:

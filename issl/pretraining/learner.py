@@ -1,5 +1,4 @@
-"""The learner: the encoder and all that its method trains along with it; its loss, and its
-files."""
+"""The learner: the encoder and all that its method trains along with it, its loss and its files."""
 
 from __future__ import annotations
 
@@ -39,13 +38,13 @@ class Learner(nn.Module):
 
         Args:
             recipe: How it is trained.
-            width: Of its ResNet-18.
-            classes: How many, for a supervised method.
-            start: An encoder that gives its weights instead, or a learner that gives what is
-                beside its encoder, too.
+            width: Width of its ResNet-18.
+            classes: How many classes, for a supervised method.
+            start: An encoder whose weights are used instead, or a learner, whose modules beside
+                the encoder are used too.
 
         Raises:
-            IsslError: Where `start` is of another form.
+            IsslError: If `start` has another width or head.
         """
         super().__init__()
         self.recipe, self.method = recipe, method_named(recipe.method)
@@ -83,10 +82,10 @@ class Learner(nn.Module):
         Args:
             xa: The first view of each image, pixels in [0, 1].
             xb: The second; None for a supervised method.
-            labels: Of the images, for a supervised method.
-            precision: Of the networks; the loss is taken in fp32 or wider.
-            weights: Of the images (`issl.pretraining.methods.base`), for BatchNorm's statistics
-                too; None: all the same, by the usual and faster formulas.
+            labels: Labels of the images, for a supervised method.
+            precision: Precision of the networks; the loss is computed in fp32 or wider.
+            weights: Weights of the images (`issl.pretraining.methods.base`), also for BatchNorm's
+                statistics; None: all equal, by the usual and faster formulas.
         """
         both = (xa if xb is None else torch.cat([xa, xb])).to(next(self.parameters()).dtype)
         both, device = both.contiguous(memory_format=self.layout), both.device
@@ -104,18 +103,18 @@ class Learner(nn.Module):
 
     @property
     def layout(self) -> torch.memory_format:
-        """Of pixels and kernels: NHWC, the faster one, but for narrow networks on any CPU. In it,
-        without AVX-512, the weight gradient of a strided 1×1 convolution of fewer than 8 channels
-        writes past its memory (oneDNN issue 6035): a crash, or wrong numbers."""
+        """The layout of pixels and kernels: NHWC, the faster one, except for narrow networks on any
+        CPU. In NHWC without AVX-512, the weight gradient of a strided 1×1 convolution of fewer than
+        8 channels writes past its memory (oneDNN issue 6035): a crash, or wrong numbers."""
         safe = self.encoder.width >= 8 or next(self.parameters()).device.type != "cpu"
         return torch.channels_last if safe else torch.contiguous_format
 
     def for_training(self) -> Learner:
-        """Itself, in train mode and in that layout."""
+        """This learner, in train mode and in that layout."""
         return self.to(memory_format=self.layout).train()
 
     def follow(self, done: float) -> None:
-        """After a step, move what follows it; the part `done` of the run was over before it."""
+        """Move the parameters that follow a step; `done` is the fraction of the run before it."""
         weights = dict(self.named_parameters())
         with torch.no_grad():
             moved = self.method.followed(self.recipe, weights, done)
@@ -124,8 +123,8 @@ class Learner(nn.Module):
 
 
 def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool = True) -> None:
-    """The encoder's file with all that its method trains beside it: what the training gradient
-    depends on at this moment. `half`: in half precision, see `save_encoder`."""
+    """Write the encoder's file with all that its method trains beside it: what the training
+    gradient depends on at this moment. `half`: in half precision, see `save_encoder`."""
     state = learner.state_dict().items()
     beside = {name: value for name, value in state if not name.startswith("encoder.")}
     save_encoder(path, learner.encoder, about, beside, half)
@@ -136,7 +135,7 @@ def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
 
     Args:
         path: Its file. Width and recipe come from the header.
-        recipe: For files that do not say it.
+        recipe: Used for files that do not state it.
 
     Raises:
         IsslError: For a missing or damaged file, and for one without the whole learner: BYOL's

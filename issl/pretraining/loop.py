@@ -55,9 +55,9 @@ class Execution:
     their rounding.
 
     Attributes:
-        device: Where.
-        precision: Of the networks; auto: bf16 where the device computes it natively.
-        compiled: By torch.compile; auto: on a GPU, where the run is long enough for it to pay off.
+        device: Where to compute.
+        precision: Precision of the networks; auto: bf16 if the device computes it natively.
+        compiled: Use torch.compile; auto: on a GPU, if the run is long enough for it to pay off.
         progress: Whether a bar is shown.
     """
 
@@ -77,7 +77,7 @@ class Execution:
             from torch._dynamo import config  # slow to import
 
             # torch counts the versions of a function over all networks of a process (widths, batch
-            # and view sizes, recipes), and after eight runs it eagerly, without a word
+            # and view sizes, recipes), and after eight versions silently runs it eagerly
             config.recompile_limit = max(config.recompile_limit, VERSIONS)
             return [torch.compile(f, dynamic=False) for f in functions]
         if self.compiled == "on":
@@ -90,7 +90,7 @@ class Execution:
 
 
 def lacking_for_compilation() -> str | None:
-    """What torch.compile needs for a GPU and does not find; None where nothing is lacking."""
+    """What torch.compile needs for a GPU and does not find; None if nothing is missing."""
     named = os.environ.get("CC")
     if not any(shutil.which(name) for name in ([named] if named else ["cc", "gcc", "clang"])):
         return f"the C compiler {named} (of $CC)" if named else "a C compiler (gcc or clang)"
@@ -108,7 +108,7 @@ def epoch_uniforms(n: int, seed: int, epoch: int) -> Float[Tensor, "n 2 u"]:
 
 
 def _generator(seed: int, epoch: int, what: int) -> torch.Generator:
-    # three numbers into the 32 bits that torch reads of a seed: seeds < 2^11, epochs < 2^20
+    # packs three numbers into the 32 bits that torch reads of a seed: seed < 2^11, epoch < 2^20
     return torch.Generator().manual_seed(seed << 21 | epoch << 1 | what)
 
 
@@ -117,7 +117,7 @@ def epoch_batches(
 ) -> list[Tensor]:
     """The positions of the images in each batch of this epoch, on the device of `keep`.
 
-    Images that are left out are skipped, or with `gaps` leave their place empty. The last images,
+    Images that are left out are skipped or, with `gaps`, leave their place empty. The last images,
     too few to fill a batch, are dropped.
     """
     order = epoch_order(len(keep), seed, epoch).to(keep.device)
@@ -127,7 +127,7 @@ def epoch_batches(
         batches = [rows[keep[rows]] for rows in batches]
         if (smallest := min(map(len, batches))) < 2:
             raise IsslError(
-                f"gaps=True: {smallest} image of a batch is left; leave out fewer, or take a "
+                f"gaps=True: {smallest} image of a batch is left; leave out fewer, or use a "
                 "larger batch_size"
             )
     return batches
@@ -135,8 +135,8 @@ def epoch_batches(
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a run: its number from 0, the part of the run before it, its learning rate, the
-    positions of its images, and what the learner is called with."""
+    """A step of a run: its number from 0, the fraction of the run before it, its learning rate, the
+    positions of its images, and the inputs of the learner."""
 
     number: int
     done: float
@@ -150,7 +150,7 @@ class Step:
 class Course:
     """The steps of a run, each a function of the run's settings alone.
 
-    The arguments are those of `pretrain`; all but `keep`, a mask, are as given there.
+    The arguments are those of `pretrain`.
     """
 
     def __init__(
@@ -181,11 +181,11 @@ class Course:
 
     @property
     def classes(self) -> int | None:
-        """How many, for a supervised method."""
+        """How many classes, for a supervised method."""
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def images_digest(self) -> str:
-        """The hash of what is read of the images, sixteen hex digits."""
+        """The hash of the images' pixels, indices and labels, sixteen hex digits."""
         digest = hashlib.sha256()
         for values in (self.pixels, self.index, self.labels):
             if values is not None:
@@ -193,7 +193,7 @@ class Course:
         return digest.hexdigest()[:16]
 
     def step(self, number: int) -> Step:
-        """Step `number`; steps of one epoch in a row share what is drawn for it."""
+        """Step `number`. Consecutive steps of one epoch share its random draws."""
         epoch, k = divmod(number, self.of_epoch)
         if self._drawn[0] != epoch:
             uniforms = epoch_uniforms(len(self.keep), self.seed, epoch).to(self.keep.device)
@@ -219,8 +219,8 @@ def take(
     weights: Weights | None = None,
     call: Callable[..., Any] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "v d"]]:
-    """Take a step, with these weights of its images; returns the loss before it and the features.
-    `call`: the learner's, compiled."""
+    """Take a step, with these weights of its images. Returns the loss before it and the features.
+    `call` is the learner's compiled call."""
     for group in optimizer.param_groups:
         group["lr"] = step.lr
     loss, features = (call or learner)(step.xa, step.xb, step.labels, precision, weights)
@@ -249,21 +249,22 @@ def pretrain(
     """Train an encoder on `images`.
 
     Args:
-        images: What it is trained on; labels are used by a supervised method alone.
-        recipe: How; default: SimCLR's published one, see `issl.pretraining.recipes`.
-        width: Of ResNet-18's first stage.
+        images: The training images; only a supervised method uses their labels.
+        recipe: How to train; default: SimCLR's published one, see `issl.pretraining.recipes`.
+        width: Width of ResNet-18's first stage.
+        batch_size: Images per step.
         epochs: How many passes over the images; 0 gives the encoder as initialised.
-        seed: Of the initial weights, of the order and of the views.
-        keep: False leaves an image out and changes neither order nor views of the others.
-        gaps: Its place in its batch stays empty, so the other batches do not change either (the
-            smallest possible change); default: the next images move up.
+        seed: Seed of the initial weights, of the order and of the views.
+        keep: False leaves an image out, which changes neither order nor views of the others.
+        gaps: Leave its place in its batch empty, so that the other batches do not change either
+            (the smallest possible change); default: the next images move up.
         start: An encoder, or a whole learner, to continue from instead of fresh weights. It is not
             modified.
-        execution: On which device, how precisely.
-        checkpoint: Where the run is saved, to be continued.
+        execution: Device, precision and compilation.
+        checkpoint: Where the run is saved, so that it can be continued.
         after_epoch: Called after each epoch with the number of epochs done and the learner, before
-            that epoch's checkpoint is written: whatever it leaves on disk is there when a run
-            resumes later. The numbers it returns, if any, join the history.
+            that epoch's checkpoint is written, so the files that it writes exist when a run
+            resumes. The numbers it returns, if any, are added to the history.
 
     Returns:
         The encoder (on the CPU, in eval mode), and its history, one row per epoch: epoch, loss,
@@ -271,9 +272,9 @@ def pretrain(
         images_per_second.
 
     Raises:
-        IsslError: Too few images for a batch, missing labels, a loss that is not finite or features
-            that collapsed (with the epoch and what to try), a checkpoint that is damaged or of
-            another run.
+        IsslError: For too few images for a batch, for missing labels, for a loss that is not finite
+            or features that collapsed (with the epoch and what to try), and for a checkpoint that
+            is damaged or of another run.
     """
     n, device = len(images), torch.device(execution.device)
     course = Course(images, recipe, epochs, batch_size, seed, keep, gaps, device)
@@ -335,7 +336,7 @@ def pretrain(
 def _check(n: int, keep: Tensor, epochs: int, batch_size: int, seed: int, gaps: bool) -> None:
     if not is_whole(epochs) or not is_whole(seed, 0, LARGEST_SEED):
         raise IsslError(
-            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, a seed up to "
+            f"epochs={epochs!r}, seed={seed!r}: give whole numbers, 0 or more, and a seed up to "
             f"{LARGEST_SEED}"
         )
     if len(keep) != n:

@@ -1,4 +1,4 @@
-"""LARS, and the schedule of the learning rate."""
+"""LARS, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class LARS(Optimizer):
 def moved(
     recipe: Recipe, p: Tensor, g: Tensor, v: Tensor, lr: float
 ) -> tuple[Float[Tensor, "*d"], Float[Tensor, "*d"]]:
-    """A parameter p and its momentum v after a step along g of the recipe's optimizer, `LARS` or
-    SGD with Nesterov momentum, as differentiable functions of all three."""
+    """A parameter p and its momentum v after one step with the gradient g, as differentiable
+    functions of all three. The recipe's optimizer is `LARS` or SGD with Nesterov momentum."""
     decay, momentum = recipe.weight_decay if p.ndim > 1 else 0.0, recipe.momentum
     if recipe.optimizer == "sgd":
         g = g + decay * p
@@ -80,7 +80,7 @@ def moved(
         size, slope = p.norm(), g.norm()
         if size > 0 and slope > 0:
             ratio = recipe.trust * size / (slope + decay * size + 1e-8)
-            if recipe.clip:  # at a learning rate of 0, as at a run's last step, any ratio is above
+            if recipe.clip:  # at a learning rate of 0, as in a run's last step, all are clipped
                 ratio = (ratio / lr).clamp(max=1) if lr > 0 else torch.ones_like(ratio)
             g = ratio * (g + decay * p)
     v = momentum * v + g

@@ -1,9 +1,9 @@
 """Encoders of other projects: models of torchvision and timm, and checkpoints in many layouts.
 
 Each maps float pixels in [0, 1] to features, with its normalisation inside and its head removed, in
-eval mode, as `issl.self_influence` needs it. In a file an encoder is found by the names of its
-weights, under any prefix; of several, one is taken by a written rule or by the user, and `about`
-says so. Nothing in a file is executed.
+eval mode, as `issl.self_influence` needs it. In a file, an encoder is found by the names of its
+weights, under any prefix. If there are several, a fixed rule or the user chooses one, and `about`
+says which. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from issl.files import read_safetensors
 from issl.pretraining.encoder import PIXEL_MEAN, PIXEL_STD, Normalize, load_encoder, read_header
 
 State = dict[str, Tensor]
-Layout = dict[str, str]  # the layer at each place; empty: the names in the file are the layers'
+Layout = dict[str, str]  # position → layer; empty if the file has the layers' own names
 Triple = tuple[float, float, float]
 Scale = tuple[Triple, Triple]  # mean and std of the pixels
 
 # `nn.Sequential(*list(resnet.children())[:-1])`, the usual backbone in lightly, names layers by
-# their place; lightly's ResNetGenerator has no ReLU and no max-pooling among the children
+# their position; the children of lightly's ResNetGenerator have no ReLU and no max-pooling
 _LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 RESNETS: tuple[Layout, ...] = (
     {},
@@ -41,25 +41,25 @@ RESNETS: tuple[Layout, ...] = (
     dict(zip("012345", _LAYERS, strict=True)),
 )
 OF_A_RESNET = [f"{name}.weight" for name in ("conv1", *(f"layer{k}.0.conv1" for k in (1, 2, 3)))]
-# by the classes of solo-learn's online classifier, where the stem is that for CIFAR (its
-# solo/data/pretrain_dataloader.py)
+# by the number of classes of solo-learn's online classifier, for encoders with the stem for CIFAR
+# (its solo/data/pretrain_dataloader.py)
 SOLO_CIFAR: dict[int, Scale] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-# of two kinds of encoders the first is taken, if there is one
+# if a file has both kinds of encoders, the first is taken
 PREFERRED = (
     ("teacher", "student"),  # DINO, iBOT, DINOv2: their authors evaluate the teacher
     # the trained one before the one that follows it: MoCo, BYOL, solo-learn, lightly, timm
     ("", r"momentum|teacher|target|(^|[._])(ema|key)([._]|$)|_k\."),
 )
-# first words of names that are no part of an encoder: heads, and what only a loss needs. BEiT, MAE
+# first words of names that are not part of an encoder: heads, and what only a loss needs. BEiT, MAE
 # and DINOv2 have a mask token, SwAV has prototypes, MoCo a queue
 HEADS = re.compile(
     "heads?|fc|linear|classif(ier|ication)?|(aux)?logits|aux|proj(ector|ection)?|predict(or|ion)|"
     "prototypes?|neck|mlp|decoder|mask|queue|center|loss|criterion"
 )
-# what torch wraps a module in, at any depth; and the names in torchvision's own files of DenseNets
+# names of torch's wrappers around modules, at any depth; names in torchvision's files of DenseNets
 WRAPPERS = r"(^|(?<=\.))((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 DENSE = r"(denselayer\d+\.(norm|conv))\.([12])\."
 
@@ -73,8 +73,8 @@ class Opened:
     about: str
 
     def own_names(self, names: Sequence[str]) -> list[str]:
-        """The encoder's names of these layers or parameters; those of the model inside, which
-        follows the normalisation, are accepted, and empty ones dropped."""
+        """The encoder's names for these layers or parameters. Names of the model inside, which
+        follows the normalisation, are accepted; empty names are dropped."""
         layers, weights = self.encoder.named_modules(), self.encoder.named_parameters()
         known = {name for name, _ in (*layers, *weights)}
         return [f"1.{n}" if n not in known and f"1.{n}" in known else n for n in names if n]
@@ -87,10 +87,10 @@ def add_encoder_arguments(command: argparse.ArgumentParser) -> None:
     add("--encoder", required=True, metavar="E", help=what)
     weights = "a state dict for torchvision:NAME or timm:NAME (default: pretrained)"
     add("--weights", metavar="FILE", help=weights)
-    mean = "of the pixels the encoder was trained on (default: the model's)"
+    mean = "mean of the pixels the encoder was trained on (default: the model's)"
     add("--mean", type=_triple, metavar="R,G,B", help=mean)
-    add("--std", type=_triple, metavar="R,G,B", help="likewise, the standard deviation")
-    part = "where a file holds several encoders: a word of the keys of the one to take"
+    add("--std", type=_triple, metavar="R,G,B", help="standard deviation of these pixels, likewise")
+    part = "if a file holds several encoders: a word in the keys of the one to take"
     add("--part", metavar="WORD", help=part)
 
 
@@ -103,7 +103,7 @@ def _triple(text: str) -> Triple:
     try:
         red, green, blue = (float(p) for p in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: three numbers, R,G,B") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: give three numbers, R,G,B") from error
     return red, green, blue
 
 
@@ -120,12 +120,12 @@ def open_encoder(
         spec: A file (ours, or one with a ResNet under any prefix), `torchvision:NAME` or
             `timm:NAME`.
         weights: For the last two, a file with the model's weights, under any prefix; default: its
-            own pretrained ones (downloaded).
-        mean: Of the pixels in training; default: the model's own if it has one or its layout tells
-            it, else ImageNet's.
-        std: Likewise, the standard deviation.
-        part: Which of a file's encoders, by words of its keys, such as `student` or
-            `module.encoder_k`; default: as PREFERRED says.
+            own pretrained weights, which are downloaded.
+        mean: Mean of the pixels in training; default: the model's own if it has one or its layout
+            implies one, else ImageNet's.
+        std: Their standard deviation, likewise.
+        part: Which of a file's encoders to take, by words of its keys, such as `student` or
+            `module.encoder_k`; default: by the rules in PREFERRED.
 
     Raises:
         IsslError: For an unknown name, a missing or damaged file, keys in no known layout, several
@@ -134,13 +134,13 @@ def open_encoder(
     """
     for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         if values is not None and not all(least < v < math.inf for v in values):
-            raise IsslError(f"{what}={values}: need finite numbers (std: above 0), one a channel")
+            raise IsslError(f"{what}={values}: need finite numbers (std: above 0), one per channel")
     kind, _, name = spec.partition(":")
     if kind in ("torchvision", "timm"):
         opened = _model(kind, name, weights, part, once=mean is not None or std is not None)
     elif weights is not None:
         raise IsslError(
-            f"weights {weights!r}: go with torchvision:NAME or timm:NAME, not with the file "
+            f"weights {weights!r}: use them with torchvision:NAME or timm:NAME, not with the file "
             f"{spec!r}"
         )
     else:
@@ -165,7 +165,7 @@ def _file(path: Path, part: str | None) -> Opened:
         return resnet_from(read_tensors(path), str(path), part)
     if part is not None:
         raise IsslError(
-            f"part={part!r}: leave it out; {path} is this library's own file, of one encoder"
+            f"part={part!r}: leave it out; {path} is this library's own file and holds one encoder"
         )
     encoder = load_encoder(path)
     config = header.get("config", {})  # of a notebook's stage
@@ -182,15 +182,15 @@ def resnet_from(state: State, what: str, part: str | None = None) -> Opened:
     """A ResNet with basic or bottleneck blocks; the shapes of the weights give its form.
 
     A 7×7 stem has stride 2 and max-pooling; a 3×3 one has neither (and solo-learn pads it by 2).
-    Pixels are normalised as solo-learn does it on CIFAR where the layout is its own, else by
-    ImageNet's statistics; `part` is as in `open_encoder`.
+    Pixels are normalised as in solo-learn on CIFAR if the layout is its own, else by ImageNet's
+    statistics. `part` is as in `open_encoder`.
     """
     found = encoders_in(state, RESNETS, lambda name, _: name in OF_A_RESNET, len(OF_A_RESNET))
     if not found:
         raise IsslError(
-            f"{what}: no ResNet among its keys ({', '.join(list(state)[:6])}); known are the "
-            "layouts of torchvision, solo-learn and lightly. Other architectures go by name: "
-            "torchvision:NAME or timm:NAME, with these weights"
+            f"{what}: no ResNet among its keys ({', '.join(list(state)[:6])}); the known "
+            "layouts are those of torchvision, solo-learn and lightly. Open other architectures by "
+            "name: torchvision:NAME or timm:NAME, with these weights"
         )
     prefix = chosen(found, part, what)
     own = {k.replace(".shortcut.", ".downsample."): v for k, v in found[prefix].items()}
@@ -230,7 +230,7 @@ def _stage(own: State, stage: int) -> nn.Sequential:
             shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False)
             down = nn.Sequential(shortcut, nn.BatchNorm2d(outside))
         planes = outside // block.expansion
-        # of a wide ResNet the inner width is another one
+        # a wide ResNet has another inner width
         base = 64 if block is BasicBlock else 64 * inner * block.expansion // outside
         blocks.append(block(inside, planes, stride, down, base_width=base))
     return nn.Sequential(*blocks)
@@ -240,11 +240,11 @@ def _stage(own: State, stage: int) -> nn.Sequential:
 
 
 def _model(kind: str, name: str, weights: str | None, part: str | None, once: bool) -> Opened:
-    """A model without its head. `once`: the pixels are normalised by the statistics that the user
-    gave, and not again."""
+    """A model without its head. `once`: the pixels are normalised only by the statistics that the
+    user gave."""
     if weights is None and part is not None:
         raise IsslError(
-            f"part={part!r}: goes with a file of weights; the pretrained {kind}:{name} is one "
+            f"part={part!r}: use it with a file of weights; the pretrained {kind}:{name} is one "
             "encoder"
         )
     if weights is not None and not Path(weights).is_file():
@@ -262,7 +262,7 @@ def _model(kind: str, name: str, weights: str | None, part: str | None, once: bo
         note = _load_file(model, weights, name, part)
         if hasattr(model, "transform_input"):
             # torchvision's Inceptions take pixels normalised by ImageNet's statistics, and
-            # normalise them again by 0.5 and 0.5: so their pretrained weights were trained
+            # normalise them again by 0.5 and 0.5: their pretrained weights were trained this way
             model.transform_input = not once  # type: ignore[assignment]
             note += f"; {'no' if once else 'pixels normalised again by'} transform_input"
     about = f"{kind} {name} without {head}{note}"
@@ -274,11 +274,11 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, str, Scale, in
 
     if name not in models.list_models(module=models):
         raise IsslError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
-    # to draw weights that are replaced takes these two long
+    # these two are slow to draw weights, which are then replaced
     slow = name in ("googlenet", "inception_v3") and not pretrained
     options = {"init_weights": False} if slow else {}
     model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # heads that are called in training alone
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # heads that are only called in training
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)
     linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -306,8 +306,8 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, str, Scale, int]:
 
 
 def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
-    """Load a model's weights, wherever they lie in a file and whether its parts are called by their
-    names or places; returns what to say of it."""
+    """Load a model's weights, wherever they are in a file, and whether its layers are keyed by name
+    or by position. Returns a note for `about`."""
     what, state, expected = f"{path} for {name}", read_tensors(Path(path)), model.state_dict()
     places = {str(k): child for k, (child, _) in enumerate(model.named_children())}
 
@@ -317,8 +317,8 @@ def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
     found = encoders_in(state, ({}, places), fits, (len(expected) + 1) // 2)
     if not found:
         raise IsslError(
-            f"{what}: fewer than half of the model's weights are among its keys, of the same shape "
-            f"({', '.join(list(state)[:6])}); give weights of this model, or the name of theirs"
+            f"{what}: fewer than half of the model's weights are among its keys in the same shape "
+            f"({', '.join(list(state)[:6])}); give weights of this model, or name their model"
         )
     return load(model, found, chosen(found, part, what), what)
 
@@ -329,11 +329,11 @@ def _load_file(model: nn.Module, path: str, name: str, part: str | None) -> str:
 def encoders_in(
     state: State, layouts: Sequence[Layout], known: Callable[[str, Tensor], bool], least: int
 ) -> dict[str, State]:
-    """The encoders in a file: prefix → what lies under it, but not under the longer prefix of
-    another encoder, and at no place that is none of the encoder's layers.
+    """The encoders in a file: prefix → the tensors under it that have a place in the encoder's
+    layout and are not under the longer prefix of another encoder.
 
-    An encoder is where at least so many tensors are `known` by their usual name; `layouts` says how
-    its layers may be called.
+    A prefix belongs to an encoder if at least `least` tensors under it are `known` by their usual
+    names; `layouts` lists how its layers may be named.
     """
     best: dict[str, tuple[int, Layout]] = {}
     for layout in layouts:
@@ -354,7 +354,7 @@ def encoders_in(
 
 
 def _usual(name: str, layout: Layout) -> str:
-    """A tensor's usual name; empty for one at no place of the layout."""
+    """A tensor's usual name; empty if it has no place in the layout."""
     if not layout:
         return name
     place, dot, rest = name.partition(".")
@@ -362,8 +362,8 @@ def _usual(name: str, layout: Layout) -> str:
 
 
 def chosen(found: dict[str, State], part: str | None, what: str) -> str:
-    """The prefix of the encoder to take. IsslError where the user's choice is not there, and where
-    nothing decides between several."""
+    """The prefix of the encoder to take. Raises IsslError if the user's choice does not exist, or
+    if no rule decides between several."""
     word = "." if part is None else f".{part.strip('.')}."
     left = [prefix for prefix in found if word in f".{prefix}"]
     if not left:
@@ -377,7 +377,7 @@ def chosen(found: dict[str, State], part: str | None, what: str) -> str:
     first = left[0]
     for prefix in left[1:]:
         a, b = found[first], found[prefix]
-        # one module may be a part of another: backbone and model.backbone
+        # one module may appear under two names: backbone and model.backbone
         if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
             raise IsslError(
                 f"{what}: several encoders among its keys ({_listed(left)}); choose one with "
@@ -396,16 +396,16 @@ def _is_head(name: str) -> bool:
 
 
 def load(model: nn.Module, found: dict[str, State], prefix: str, what: str) -> str:
-    """Load the encoder of this prefix; returns what to say of it: its prefix, the encoders that
-    were not taken, and the heads that were left out. IsslError where anything else is over or
+    """Load the encoder with this prefix. Returns a note with its prefix, the encoders that were not
+    taken and the heads that were left out. Raises IsslError if anything else is left over or
     missing."""
     state, expected = found[prefix], model.state_dict()
     unsaved = {k: v for k, v in model.named_buffers() if k not in expected}
     heads = {k for k in state if k not in expected and k not in unsaved and _is_head(k)}
-    # constants that are not saved were, in old versions
+    # constants that old versions saved, and new ones do not
     old = {k for k in state.keys() & unsaved if torch.equal(state[k], unsaved[k].to(state[k]))}
     weights = OrderedDict((k, v) for k, v in state.items() if k not in heads | old)
-    # modules without a version look for the names of older ones, too; MNASNet refuses to be one
+    # modules without a version also accept older names; MNASNet refuses to have no version
     weights._metadata = {"": expected._metadata[""]}  # type: ignore[attr-defined]
     try:
         model.load_state_dict(weights)
@@ -424,8 +424,8 @@ def load(model: nn.Module, found: dict[str, State], prefix: str, what: str) -> s
 
 
 def read_tensors(path: Path) -> State:
-    """All tensors of a .safetensors file, or of what PyTorch, Lightning, solo-learn or lightly
-    write, without the names of torch's wrappers; names of dictionaries around them come first, as
+    """All tensors of a .safetensors file, or of a file by PyTorch, Lightning, solo-learn or
+    lightly. Names of torch's wrappers are removed. Names of enclosing dictionaries come first, as
     in `state_dict.conv1.weight`."""
     safe = path.suffix == ".safetensors"
     content = read_safetensors(path, "weights")[1] if safe else _content(path)
@@ -433,7 +433,7 @@ def read_tensors(path: Path) -> State:
         raise IsslError(f"{path} holds a {type(content).__name__}, not a state dict")
     state: State = {}
     seen, left = set(), [("", content)]
-    for prefix, part in left:  # which grows; one may hold itself
+    for prefix, part in left:  # which grows; a dictionary may hold itself
         for name, value in part.items() if id(part) not in seen else ():
             if isinstance(name, str) and isinstance(value, Tensor):
                 state[prefix + name] = value
@@ -444,7 +444,7 @@ def read_tensors(path: Path) -> State:
         entries = ", ".join(map(str, list(content)[:8]))
         raise IsslError(f"{path} holds no state dict; its entries are {entries}")
     for name, value in state.items():
-        # strides may say of one number that it is a thousand million
+        # strides can make one number look like a thousand million
         declared = value.numel() * value.itemsize
         if value.layout == torch.strided and declared > value.untyped_storage().nbytes():
             raise IsslError(
@@ -480,7 +480,7 @@ def _content(path: Path) -> Any:
             "its source, save its weights alone: torch.save(torch.load(FILE, weights_only=False)"
             "['state_dict'], 'weights.pt') (or the entry that holds them)"
         ) from error
-    except Exception as error:  # of a damaged file, whatever torch's reader stumbles over
+    except Exception as error:  # whatever torch's reader raises for a damaged file
         raise IsslError(
             f"{path} is no checkpoint; give a .safetensors file, or what torch.save wrote "
             f"({shorten(str(error), 200) or type(error).__name__}); if it was one, get it from its "

@@ -1,14 +1,14 @@
 """Recipes: every constant of pretraining, in one table.
 
-`published` are solo-learn's for CIFAR and ResNet-18 (da Costa et al. 2022, arXiv 2106.01775; its
-scripts/pretrain/cifar), made for 1000 epochs of batch 256. `short` is ours, for runs of up to 200
-epochs and for narrow encoders on a CPU: SGD with Nesterov momentum, smaller heads, crops of at
-least 20% of the area, and views of half the side in the first 85% of the run. BYOL's views stay
-small: at the end its target hardly moves and teaches what it learned on small views (10,000
-CIFAR-10 images, width 8, 60 epochs: kNN 40.5% before the full-size views, 38.6% after). `long` is
-`short` for about 100 epochs on tens of thousands of images: a lower temperature, which needs more
-negatives than a small set has (50,000 CIFAR-10 images, width 16, 10 epochs: kNN 55.6% at 0.2, 53.1%
-at 0.5).
+`published` holds solo-learn's recipes for CIFAR and ResNet-18, made for 1000 epochs at batch 256
+(da Costa et al. 2022, arXiv 2106.01775; its scripts/pretrain/cifar); supervised is ours. `short` is
+ours, for up to 200 epochs and for narrow encoders on a CPU: SGD with Nesterov momentum, smaller
+heads, crops of at least 20% of the area, and views of half the side in the first 85% of the run.
+BYOL's views stay small, because at the end its target hardly moves and teaches what it learned on
+small views (10,000 CIFAR-10 images, width 8, 60 epochs: kNN 40.5% before the full-size views, 38.6%
+after). `long` is `short` for about 100 epochs on tens of thousands of images, with a lower
+temperature. That needs more negatives than a small set has (50,000 CIFAR-10 images, width 16, 10
+epochs: kNN 55.6% at 0.2, 53.1% at 0.5).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["NAMES", "RECIPES", "SSL", "Method", "Recipe", "Variant", "from_plain
 Variant = Literal["published", "short", "long"]
 if TYPE_CHECKING:
     Method = str
-else:  # the names of all methods, so that settings check them
+else:  # the names of all methods, so that settings are checked against them
     Method = Literal[tuple(METHODS)]
 NAMES = {name: method.label for name, method in METHODS.items()}
 
@@ -91,7 +91,7 @@ def recipe(method: str, variant: str = "published") -> Recipe:
 
 
 def plain(how: Recipe) -> dict[str, Any]:
-    """A recipe as JSON holds it."""
+    """A recipe as JSON values."""
     settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(how)))
     return settings
 
@@ -101,8 +101,8 @@ def _view(settings: dict[str, Any]) -> View:
 
 
 def from_plain(settings: dict[str, Any]) -> Recipe:
-    """The recipe that `plain` wrote; raises IsslError for settings that are none."""
+    """The recipe that `plain` wrote; raises IsslError for settings that make no recipe."""
     try:
         return Recipe(**settings | {k: _view(settings[k]) for k in ("view_a", "view_b")})
     except (KeyError, TypeError) as error:
-        raise IsslError(f"these settings are no recipe ({error}): {settings}") from error
+        raise IsslError(f"these settings are not a recipe ({error}): {settings}") from error

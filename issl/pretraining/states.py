@@ -1,6 +1,6 @@
-"""A training with its seeds fixed, and the states that it passes through.
+"""A training run with fixed seeds, and the states that it passes through.
 
-The steps are those of `pretrain`, taken by its loop and optimizer.
+The steps are those of `pretrain`, taken with its loop and optimizer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from issl.pretraining.recipes import plain
 
 @dataclass(frozen=True)
 class Run:
-    """A training with its seeds fixed, as `pretrain` takes it: same steps, fp32, or the precision
+    """A training run with fixed seeds: the same steps as in `pretrain`, in fp32 or the precision
     of `start`.
 
     Attributes:
         start: The learner before its first step.
-        images: The n training images; also epochs, batch_size and seed as in `pretrain`.
+        images: The n training images; epochs, batch_size and seed are as in `pretrain`.
     """
 
     start: Learner
@@ -42,7 +42,7 @@ class Run:
     seed: int
 
     def course(self, without: Sequence[int] = ()) -> Course:
-        """Its steps, the places of some images empty."""
+        """The run's steps, with the places of some images left empty."""
         keep = torch.ones(len(self.images), dtype=torch.bool)
         keep[list(without)] = False
         how = (self.start.recipe, self.epochs, self.batch_size, self.seed)
@@ -52,7 +52,7 @@ class Run:
     def learners(
         self, course: Course, first: int = 0, state: State | None = None
     ) -> Iterator[tuple[Learner, torch.optim.Optimizer]]:
-        """The learner before step `first`, which has this state there, and after each step."""
+        """The learner before step `first`, restored from `state` if given, and after each step."""
         learner = copy.deepcopy(self.start).for_training()
         optimizer = optimizer_of(learner, self.batch_size)
         if state is not None:
@@ -68,15 +68,15 @@ class Run:
             yield learner, optimizer
 
     def trained(self, without: Sequence[int] = ()) -> Learner:
-        """The learner at the end of the training without some images."""
+        """The learner at the end of a training run without some images."""
         *_, (learner, _) = self.learners(self.course(without))
         return learner
 
 
 @dataclass
 class States:
-    """The states before each step, and after the last: every few are kept in memory or in a folder,
-    the others computed again from there."""
+    """The states before each step and after the last. One in `every` is kept, in memory or in a
+    folder; the others are recomputed from it."""
 
     run: Run
     course: Course
@@ -84,7 +84,7 @@ class States:
     every: int
     bytes: int = 0
     kept: dict[int, State] = field(default_factory=dict)
-    again: dict[int, State] = field(default_factory=dict)  # between two that are kept
+    again: dict[int, State] = field(default_factory=dict)  # recomputed, between two that are kept
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -104,14 +104,14 @@ class States:
         if saved != identity:
             differing = ", ".join(k for k in identity if saved.get(k) != identity[k])
             raise IsslError(
-                f"{self.folder} holds another training: {differing} differ; delete it, or take "
+                f"{self.folder} holds another training: {differing} differ; delete it, or use "
                 "another folder"
             )
         with atomic(path) as part:
             part.write_text(json.dumps(identity))
 
     def forward(self, progress: bool) -> tuple[Learner, float]:
-        """Train; the learner at the end, and the seconds that it took."""
+        """Train; returns the learner at the end, and the seconds that it took."""
         steps, began, first = self.course.steps, time.monotonic(), 0
         while self.folder is not None and self._path(first + self.every).exists():
             first += self.every

@@ -1,1 +1,1 @@
-"""What the audit adds to data sets: labels of ours, injected images, people's choices."""
+"""What the audit adds to data sets: our own labels, injected images, people's choices."""

@@ -15,15 +15,15 @@ LABELS, LISTED = FOLDER / "cifar10_backgrounds.csv", FOLDER / "cifar10_listed_ba
 
 def background_labels(images: Images, split: str = "train") -> pd.DataFrame | None:
     """The images whose background is known: position (in `images`), uniform, colour (white, black,
-    other; "" of a background that is not uniform) and sure (could the label not be argued?). None
-    where the set has no labels."""
+    other; "" if the background is not uniform) and sure, whether the label is beyond dispute. None
+    if the set has no labels."""
     if images.name == "scenes":
         truth = images.attributes
         uniform, colour = truth["uniform"].astype(bool), truth["background"]
         colour = colour.where(colour.isin(["white", "black"]), "other").where(uniform, "")
         table = pd.DataFrame({"uniform": uniform, "colour": colour, "sure": True})
         table["position"] = range(len(images))
-        # of atypical ones the background is not what was drawn
+        # the background of an atypical image is not the one that was drawn
         return table[truth["atypical"] == ""].reset_index(drop=True)
     if (images.name, split) == ("cifar10", "train"):
         labels = pd.read_csv(LABELS, keep_default_na=False).set_index("index")
@@ -42,9 +42,9 @@ def background_labels(images: Images, split: str = "train") -> pd.DataFrame | No
 
 
 def listed_backgrounds(images: Images, split: str = "train") -> pd.DataFrame | None:
-    """The backgrounds of images at the ends of rankings and of random ones, by position in
-    `images`: plain, smooth (plain ones, too) and random. Of drawn scenes, all are known. None where
-    the set has no labels."""
+    """The backgrounds of random images and of images at the ends of rankings, by position in
+    `images`. Columns plain, smooth (true for plain ones too) and random. For drawn scenes, all with
+    a known background are listed. None if the set has no labels."""
     if images.name == "scenes":
         known = background_labels(images, split)
         assert known is not None

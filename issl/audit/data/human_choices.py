@@ -1,8 +1,8 @@
-"""CIFAR-10H: what about fifty people each saw in every test image of CIFAR-10 (Peterson et al.
-2019, arXiv 1908.07086).
+"""CIFAR-10H: the classes that about fifty people each chose for every test image of CIFAR-10
+(Peterson et al. 2019, arXiv 1908.07086).
 
-ambiguity = − Σ_c p_c ln p_c,   p_c the share of the people who chose class c: 0 where all agree, at
-most ln 10
+ambiguity = − Σ_c p_c ln p_c, where p_c is the share of people who chose class c: 0 where all agree,
+at most ln 10
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHAPE = (10_000, 10)  # CIFAR-10's test images, in the original order, and its c
 
 
 def missing(name: str, root: str | Path | None = None) -> str | None:
-    """Why the ambiguity of a data set's test images is not known here; None where it is."""
+    """Why the ambiguity of a data set's test images is not known here; None if it is known."""
     if name != "cifar10":
         return f"people's choices are known of cifar10's test images, not of {name}"
     base = published.data_root(root)
@@ -48,20 +48,21 @@ def read(root: str | Path | None = None) -> Int[np.ndarray, "10000 10"]:
     whole = counts.shape == SHAPE and counts.dtype.kind in "iu"
     if not whole or counts.min() < 0 or not counts.sum(1).all():
         raise IsslError(
-            f"{path} holds {counts.dtype} {counts.shape}; need counts {SHAPE}, whole numbers, at "
-            "least one person an image; copy it again"
+            f"{path} holds {counts.dtype} {counts.shape}; need whole-number counts {SHAPE} and at "
+            "least one person per image; copy it again"
         )
     return np.asarray(counts)
 
 
 def ambiguity(images: Images, root: str | Path | None = None) -> np.ndarray:
-    """The entropy of what people saw in each image (n,), in nats; the images are of CIFAR-10's test
-    set, with its numbering. Raises IsslError for others."""
+    """The entropy of people's choices for each image (n,), in nats. The images must be from
+    CIFAR-10's test set, with its numbering; raises IsslError for others."""
     if (why := missing(images.name, root)) is not None:
         raise IsslError(why)
     counts, index = read(root), images.index.numpy()
-    if len(index) and not 0 <= index.min() <= index.max() < len(counts):
+    if len(wrong := index[(index < 0) | (index >= len(counts))]):
         raise IsslError(
-            f"{images.name}: index {index.max()}; people judged test images 0 to {len(counts) - 1}"
+            f"{images.name}: index {wrong[0]}; people judged test images 0 to {len(counts) - 1}: "
+            "ask about these"
         )
     return np.asarray(scipy.stats.entropy(counts[index], axis=1))

@@ -37,12 +37,12 @@ def inject(images: Images, duplicates: float = 0.0, atypical: float = 0.0, seed:
     """The set with shares of its images replaced.
 
     Args:
-        duplicates: The share replaced by copies of others, of these kinds in equal parts: exact;
+        duplicates: The share replaced by copies of others, in equal parts of these kinds: exact;
             shifted by 1–3 px; recoloured (brighter or darker, hue turned); recompressed as JPEG. An
             original is never replaced itself, and has one copy.
-        atypical: The share replaced by strange ones, of these kinds in equal parts: foreign (a
-            drawn scene; of `scenes` itself, its tiles shuffled), corrupted (contrast cut to a
-            third, static over it), inverted (255 − x).
+        atypical: The share replaced by atypical images, in equal parts of these kinds: foreign (a
+            drawn scene; in `scenes` itself, the image with its tiles shuffled), corrupted (contrast
+            cut to 0.3, with static added), inverted (255 − x).
 
     Returns:
         The set with the attributes duplicate_of (index of the original, −1 for none),

@@ -1,4 +1,4 @@
-"""What is known about duplicates in a set: what the set says of itself, and pairs of CIFAR-10
+"""What is known about the duplicates in a set: the set's own attributes, and pairs of CIFAR-10
 labelled by eye."""
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from issl.files import PACKAGE
 
 # how they were made: README.md beside it
 LABELS = PACKAGE / "audit" / "data" / "labels" / "cifar10_duplicates.csv"
-SERIES = 5  # as many images of one thing, or more, are a series; fewer are pairs
+SERIES = 5  # this many images of one thing, or more, are a series; fewer are pairs
 UNMARKED = {"duplicate_of": -1, "duplicate_kind": "", "atypical": ""}
 
 
 def marks(images: Images) -> pd.DataFrame:
-    """What the set says of itself in the columns of UNMARKED, which is what it does not say."""
+    """The set's own attributes in the columns of UNMARKED, whose values replace missing columns."""
     given = images.attributes
     return pd.DataFrame(
         {c: given.get(c, default=none) for c, none in UNMARKED.items()}, given.index
@@ -29,10 +29,10 @@ def known_duplicates(images: Images, split: str = "train") -> pd.DataFrame:
     """For each of n images duplicate_of (the index of its original, −1 for none) and duplicate_kind
     ("" for none).
 
-    To what the set says of itself (`issl.audit.data.injection`, `issl.data.judged_pairs`)
-    CIFAR-10's training images add the pairs labelled by eye, of kind `pair` or, where SERIES or
-    more images show one thing, `series`. Of such a group the first image counts as the original. An
-    image that was overwritten is in no labelled pair.
+    These are the set's own attributes (`issl.audit.data.injection`, `issl.data.judged_pairs`). For
+    CIFAR-10's training images, the pairs labelled by eye are added: of kind `pair`, or `series`
+    where SERIES or more images show one thing. The first image of such a group counts as the
+    original. An overwritten image is in no labelled pair.
     """
     said, index = marks(images), images.index.numpy()
     known = said[["duplicate_of", "duplicate_kind"]].copy()

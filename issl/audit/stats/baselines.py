@@ -1,6 +1,6 @@
 """Baselines that find duplicates or atypical images without influence.
 
-Each score is high for such an image, (n,).
+Each function returns scores (n,) that are high for such images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pixel_closeness(images: Images) -> np.ndarray:
 
 
 def hash_closeness(images: Images) -> np.ndarray:
-    """Minus the Hamming distance (of 64 bits) of the perceptual hash to the nearest other one."""
+    """Minus the Hamming distance from a 64-bit perceptual hash to the nearest other image's."""
     pictures = (Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels)
     bits = np.stack([imagehash.phash(p).hash.ravel() for p in pictures]).astype(np.float32)
     return -np.rint(_to_nearest(bits) ** 2)  # of bits, the squared distance is Hamming's
@@ -44,15 +44,15 @@ def knn_distance(features: Float[Tensor, "n d"], k: int = 10) -> np.ndarray:
 
 
 def vote_entropy(votes: Float[Tensor, "n c"]) -> np.ndarray:
-    """Entropy, in nats, of what the nearest training images vote for (`evaluate.knn_votes`)."""
+    """Entropy, in nats, of the nearest training images' class votes (`evaluate.knn_votes`)."""
     return torch.special.entr(votes).sum(1).numpy()
 
 
 def prototype_distance(
     features: Float[Tensor, "n d"], train: Float[Tensor, "m d"], labels: Int64[Tensor, " m"]
 ) -> np.ndarray:
-    """Cosine distance to the nearest class's prototype, the mean of its training images' unit
-    features."""
+    """Cosine distance to the nearest class prototype. A prototype is the mean of the unit features
+    of the class's training images."""
     unit = F.normalize(train, dim=1)
     prototypes = torch.stack([unit[labels == c].mean(0) for c in labels.unique()])
     near = F.normalize(features, dim=1) @ F.normalize(prototypes, dim=1).T
@@ -60,8 +60,8 @@ def prototype_distance(
 
 
 def _to_nearest(rows: Float[np.ndarray, "n d"]) -> np.ndarray:
-    """Euclidean distance to the nearest other row, computed from the two: a copy is at exactly
-    0."""
+    """Euclidean distance to the nearest other row. It is computed as a difference of the two rows,
+    so it is exactly 0 for a copy."""
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(rows)

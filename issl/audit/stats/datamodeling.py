@@ -6,8 +6,8 @@ the images in S_k predicts its loss, and
 
     LDS = mean over queries q of Spearman_k( prediction_q(S_k), measured_q(S_k) )
 
-A training that is repeated under other seeds gives another measurement, so no prediction can reach
-1 (`ceiling`). Intervals are percentiles of a bootstrap of everything that was drawn, at once.
+Repeating a training under another seed gives another measurement, so no prediction can reach 1
+(`ceiling`). Intervals are percentiles of a bootstrap that resamples queries and subsets together.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
 
 
 def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m n"]) -> Table:
-    """−Σ_{i∈S_k} influence(i → q): each query's loss after each training, up to level and unit.
+    """−Σ_{i∈S_k} influence(i → q): each query's loss after each training, up to offset and scale.
 
-    Positive influence makes a query more stable: the more of it in a subset, the lower the loss.
+    Positive influence makes a query more stable: the more a subset has of it, the lower the loss.
     """
     return -np.asarray(scores, float) @ np.asarray(kept, float).T
 
@@ -49,7 +49,7 @@ def predicted_losses(scores: Float[np.ndarray, "q n"], kept: Bool[np.ndarray, "m
 def lds(predicted: Table, measured: Table) -> Estimate:
     """The mean over queries of the rank correlation over subsets, in [−1, 1].
 
-    A query that does not vary counts 0. The bootstrap resamples queries and subsets.
+    A query whose values do not vary counts as 0. The bootstrap resamples queries and subsets.
     """
     return _two_way([predicted, measured], _spearman)
 
@@ -77,8 +77,8 @@ def repeatability(measured: Runs) -> Estimate:
 def ceiling(between: Estimate, repetitions: int) -> Estimate:
     """The greatest correlation of any prediction with the mean of s repetitions.
 
-    √(s r / (1 + (s − 1) r)), where any two repetitions correlate by r; 0 where r ≤ 0 (Spearman
-    1910, Brown 1910).
+    √(s r / (1 + (s − 1) r)), where r is the correlation of two repetitions; 0 where r ≤ 0
+    (Spearman 1910, Brown 1910).
     """
     r = np.clip([between.value, between.low, between.high], 0, 1)
     value, low, high = np.sqrt(repetitions * r / (1 + (repetitions - 1) * r)).tolist()
@@ -93,7 +93,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray]) -> Estimate:
-    """The mean of a statistic of each query, over resampled queries and subsets."""
+    """The mean over queries of a statistic; the bootstrap resamples queries and subsets."""
     tables = [np.asarray(t, float) for t in tables]
     shapes = {t.shape for t in tables}
     if len(shapes) != 1 or len(tables[0].shape) != 2 or tables[0].shape[1] < 3:
@@ -110,13 +110,13 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray]) -> E
 
 
 def log_loss(losses: Any) -> np.ndarray:
-    """Logarithms of stability losses; a view that changes nothing, which has none, counts 1e-8."""
+    """Logarithms of stability losses, floored at 1e-8: if a view changes nothing, the loss is 0."""
     return np.log(np.maximum(np.asarray(losses, float), 1e-8))
 
 
 def centred(values: Float[np.ndarray, "*s q m"]) -> Float[np.ndarray, "*s q m"]:
-    """Less the mean over queries: a whole training can be more or less stable than another, which
-    is no image's doing."""
+    """Values minus their mean over queries. One training can be more stable than another as a
+    whole, and no single image causes that."""
     return values - values.mean(-2, keepdims=True)
 
 
@@ -124,8 +124,8 @@ def retrained_losses(table: pd.DataFrame) -> Runs:
     """The queries' log stability losses after each training, centred.
 
     Args:
-        table: seed, subset, stability_loss, a row for each query, in the same order after each
-            training.
+        table: columns seed, subset and stability_loss; for each training a row per query, always
+            in the same order.
     """
     runs = [
         np.stack([log_loss(one["stability_loss"]) for _, one in run.groupby("subset")], 1)
@@ -135,11 +135,11 @@ def retrained_losses(table: pd.DataFrame) -> Runs:
 
 
 def changes_without(asked: pd.DataFrame) -> Table:
-    """What is asked of each query after a training without each subset, less the same after the
+    """The measured value of each query after training without each subset, minus its value after
     training on all images.
 
     Args:
-        asked: subset (-1: all images), query and value.
+        asked: columns subset (-1: all images), query and value.
     """
     values = asked.pivot_table("value", "query", "subset")
     return values.drop(columns=-1).sub(values[-1], axis=0).to_numpy()
@@ -148,19 +148,19 @@ def changes_without(asked: pd.DataFrame) -> Table:
 def predicted_changes(
     derivatives: Float[np.ndarray, "q n"], left_out: Iterable[Sequence[int]]
 ) -> Table:
-    """−Σ_{i∈S_k} ∂m_q/∂w_i of each subset that is left out: the change of m_q, to first order."""
+    """−Σ_{i∈S_k} ∂m_q/∂w_i for each left-out subset S_k: the first-order change of m_q."""
     derivatives = np.asarray(derivatives, float)
     return np.stack([-derivatives[:, places].sum(1) for places in left_out], 1)
 
 
 def kept(left_out: Iterable[Sequence[int]], n: int) -> Bool[np.ndarray, "m n"]:
-    """Which of n images are in each subset, by the positions of those that it leaves out."""
+    """Which of n images are in each subset, given the positions that it leaves out."""
     return np.stack([~np.isin(np.arange(n), places) for places in left_out])
 
 
 def own_rise(before: Any, after: Any, at: int) -> float:
-    """By how much the log loss of image `at` rises, more than that of the other images on average:
-    a whole run can drift.
+    """The rise of the log loss of image `at`, minus the mean rise of the other images, because a
+    whole run can drift.
 
     Args:
         before: stability losses of all images after training on all of them.
@@ -171,8 +171,8 @@ def own_rise(before: Any, after: Any, at: int) -> float:
 
 
 def own_move(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"], at: int) -> float:
-    """How far the features of image `at` move, in parts of the median image's: the logarithm of the
-    ratio of cosine distances; arguments as in `own_rise`."""
+    """How far the features of image `at` move: the log ratio of their cosine distance to the
+    median image's. Features are given before and after, as the losses in `own_rise`."""
     moved = 1 - torch.cosine_similarity(before, after).numpy()
     return float(np.log(max(moved[at], 1e-12) / max(np.median(moved), 1e-12)))
 
@@ -180,16 +180,16 @@ def own_move(before: Float[Tensor, "n d"], after: Float[Tensor, "n d"], at: int)
 def query_changes(
     before: Float[Tensor, "q d"], after: Float[Tensor, "q d"], losses: Any, losses_after: Any
 ) -> pd.DataFrame:
-    """What a training without some images changed of queries, against the training on all.
+    """How queries change in a training without some images, compared with training on all.
 
     Args:
         before: features after training on all images.
         after: features after training without some.
-        losses: stability losses, `losses_after` likewise.
+        losses: stability losses after training on all, `losses_after` after training without some.
 
     Returns:
-        moved, the log cosine distance of a query's features; and rise of its log loss, less the
-        mean over queries.
+        Columns moved (log cosine distance between a query's features) and rise (of its log loss,
+        minus the mean over queries).
     """
     a, b = (torch.nn.functional.normalize(f.double(), dim=1) for f in (after, before))
     moved = (1 - (a * b).sum(1)).clamp(min=1e-12).log().numpy()
@@ -200,7 +200,7 @@ def query_changes(
 def rankings(
     scores: Mapping[str, np.ndarray], measured: Float[np.ndarray, "s n"]
 ) -> dict[str, Estimate]:
-    """How scores of images rank what was measured of them under several seeds.
+    """How well scores of images rank what was measured for them under several seeds.
 
     Args:
         scores: by name, ours first, then its rivals.
@@ -208,8 +208,8 @@ def rankings(
 
     Returns:
         "spearman", our correlation with the mean over seeds; for each rival "spearman_RIVAL", its
-        own, and "less_RIVAL", ours less that; "seeds_agree" and the "ceiling" that it sets;
-        "mean_change" of all images.
+        correlation, and "less_RIVAL", ours minus that; "seeds_agree" and the "ceiling" that it
+        sets; "mean_change", the mean over all images.
     """
     (ours, *rivals), truth = scores, measured.mean(0)
     agree = agreement(measured, "spearman")

@@ -1,4 +1,4 @@
-"""How well the scores of encoders agree, the noise of each score taken out.
+"""How well the scores of different encoders agree, corrected for the noise of each score.
 
 Intervals are over encoders and images.
 """
@@ -22,21 +22,21 @@ Groups = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Agreements:
-    """The agreement of k encoders with each other, by two measurements of each.
+    """The agreement of k encoders with each other, from two measurements of each.
 
-    Spearman's ρ between two encoders, divided by what the errors of the measurements allow
+    Spearman's ρ between two encoders, corrected for attenuation by measurement error
     (Spearman 1904, Am. J. Psychol. 15, 72–101):
 
         ρ_ij = ½ (ρ(x_i0, x_j1) + ρ(x_i1, x_j0)) / √(ρ(x_i0, x_i1) ρ(x_j0, x_j1))
 
-    1: the same but for the errors; by chance it can exceed 1. NaN where two measurements of the
-    same encoder do not agree. Measurement 0 of two encoders may share its error (both under the
-    same noise), and so may measurement 1: these are never compared.
+    1 means equal up to measurement error; by chance the value can exceed 1. It is NaN where two
+    measurements of the same encoder do not agree. Measurement 0 of two encoders may share its error
+    (both under the same noise), and so may measurement 1. These pairs are never compared.
 
     Attributes:
         value: (k, k), symmetric.
-        resampled: the same in resamples of the images; ranks are not taken anew.
-        images: how many.
+        resampled: the same in resamples of the images; ranks are not recomputed.
+        images: the number of images.
     """
 
     value: Float[np.ndarray, "k k"]
@@ -62,14 +62,14 @@ class Agreements:
         return cls(value, resampled, ranks.shape[1])
 
     def between(self, own: Sequence[int], others: Groups, less: Groups = ()) -> Estimate:
-        """The mean agreement of encoders with those of other groups, less that with further ones.
+        """The mean agreement of encoders with those of `others`, minus that with those of `less`.
 
             θ ± t_{0.975, df} √(Σ_g V_g + e²),   V_g = (k_g − 1)/k_g Σ_i (θ_(−i) − θ̄_(−·))²
 
-        Pairs share encoders, so the encoders are what is left out: V_g is the jackknife's variance
-        of each group of k_g encoders, e the standard error over images, and the degrees of freedom
-        are Welch's. A group of one, or one of two that are compared with each other alone, says
-        nothing about other trainings and adds nothing.
+        Pairs share encoders, so the jackknife leaves out encoders. V_g is its variance for a group
+        of k_g encoders, e is the standard error over images, and the degrees of freedom are
+        Welch's. A group of one says nothing about other trainings and adds nothing. Neither does a
+        group of two that are compared only with each other.
 
         Args:
             own: positions of encoders; none is compared with itself.
@@ -104,7 +104,7 @@ class Agreements:
     def _weights(
         self, own: Sequence[int], others: Groups, less: Groups, without: int | None = None
     ) -> Float[np.ndarray, "k k"] | None:
-        """What each pair counts in θ; None where a group has no pair, `without` an encoder."""
+        """Each pair's weight in θ, leaving out encoder `without`; None if a group has no pair."""
         found = np.zeros_like(self.value)
         for groups, sign in ((others, 1.0), (less, -1.0)):
             for group in groups:

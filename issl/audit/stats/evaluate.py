@@ -29,8 +29,8 @@ def knn_votes(
 ) -> Float[Tensor, "m c"]:
     """Each class's share in the weighted vote of the k nearest training images.
 
-    Cosine similarity s, votes exp(s / TEMPERATURE) (Wu et al. 2018, arXiv 1805.01978, §3.4);
-    computed on `device`.
+    A neighbour of cosine similarity s votes with weight exp(s / TEMPERATURE), as in Wu et al. 2018,
+    arXiv 1805.01978, §3.4. Computed on `device`.
     """
     device = torch.device("cpu") if device is None else device
     classes, shares = int(labels.max()) + 1, []
@@ -63,8 +63,8 @@ def probe_hits(
     truth: Int64[Tensor, " m"],
     seed: int = 0,
 ) -> tuple[np.ndarray, float]:
-    """Does a linear classifier of the frozen features find each test image's class? Also the
-    penalty's C.
+    """Does a linear probe on the frozen features find each test image's class? Also returns the
+    chosen C.
 
     Scikit-learn's multinomial logistic regression of standardised features, on the CPU. The C of
     PENALTIES that does best on a held-out part of `train` is used to fit all of `train`; `test` is

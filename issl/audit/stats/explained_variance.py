@@ -3,9 +3,9 @@ pass.
 
     R² of all features together;   unique_j = R²(all) − R²(all but j)
 
-Ranks of the score and of each feature become normal scores (van der Waerden), so no outlier
-decides and any monotone relation counts in full. Boosted trees, tested on images that they were not
-fitted to, show how much lines miss.
+Ranks of the score and of each feature become normal scores (van der Waerden). So no outlier
+dominates, and any monotone relation counts in full. Boosted trees, tested on images that they were
+not fitted to, show how much a linear regression misses.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def table(
     """Columns PIXELS and FORWARD, one row per image.
 
     Args:
-        pixels: As `pixel_features` and `texture` give them; a background is flat where the
-            deviation of colour in the outer frame is small.
-        geometry: Of the encoder, with the columns feature_norm and knn_distance.
-        stability_loss: Of the score's own noise, (n,).
+        pixels: As `pixel_features` and `texture` give them. A background is flat where the
+            standard deviation of colour in the outer frame is small.
+        geometry: The encoder's, with the columns feature_norm and knn_distance.
+        stability_loss: Under the same noise as the score, (n,).
     """
     flatness = -pixels["border_std"]
     seen = (*(pixels[c] for c in ("brightness", "contrast", "edge_density")), flatness)
@@ -48,13 +48,13 @@ def table(
 def of_one_encoder(
     scores: Float[np.ndarray, "2 n"], tables: Sequence[pd.DataFrame], seed: int = 0
 ) -> dict[str, dict[str, Estimate]]:
-    """What notebook 13 says about an encoder: each statistic alone, what only it knows, and all
-    together.
+    """What notebook 13 reports about an encoder: each statistic alone, what only it explains, and
+    all together.
 
     Args:
-        scores: Influence under two seeds of the noise.
-        tables: As `table` makes them, with the stability loss of each noise.
-        seed: Of folds and resampling.
+        scores: Influence under two noise seeds.
+        tables: As `table` makes them, with the stability loss under each noise seed.
+        seed: Seed of the folds and the resampling.
     """
     score, every = scores[0], tables[0]
     unique = explained(score, every, seed)
@@ -77,10 +77,10 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 
 
 def explained(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> dict[str, Estimate]:
-    """R² of a linear regression on all columns (`all`), and what each adds to the others.
+    """R² of a linear regression on all columns (`all`), and what each column adds to the others.
 
-    In [0, 1], adjusted for the number of columns; percentile bootstrap over images (normal scores
-    are not recomputed).
+    At most 1, adjusted for the number of columns. Intervals are from a percentile bootstrap over
+    images, which does not recompute the normal scores.
     """
     x, y = normal_scores(by.to_numpy(float)), normal_scores(np.asarray(score, float))
     if len(x) < 10 * (x.shape[1] + 1):
@@ -111,20 +111,20 @@ def explained_by_trees(score: np.ndarray, by: pd.DataFrame, seed: int = 0) -> Es
 def repeatable_beyond(
     scores: Float[np.ndarray, "2 n"], by: Sequence[pd.DataFrame], seed: int = 0
 ) -> Estimate:
-    """The part of the variance of two scores of the same images that the columns leave to both.
+    """The share of variance of two scores of the same images that the columns leave in both.
 
-        Σ_i r_i r'_i / n / √(var y · var y'),   r, r': what boosted trees leave, on held-out folds
+        Σ_i r_i r'_i / n / √(var y · var y'),   r, r': residuals of boosted trees on held-out folds
 
-    What a score's own noise leaves unexplained is not shared. Student's interval over images.
+    Noise of only one score is not shared, so it drops out. Student's interval over images.
     """
     (y, guess), (again, other) = (_held_out(s, b, seed) for s, b in zip(scores, by, strict=True))
     return mean((y - guess) * (again - other) / np.sqrt(np.var(y) * np.var(again)))
 
 
 def share_of(part: Estimate, whole: Estimate) -> Estimate:
-    """A part of the variance over the whole that it could be. The interval is the part's; of the
-    whole, which is known far better, the careful end is taken. Undefined where the whole may be
-    nothing."""
+    """A part of the variance divided by the whole that it could be. The interval is the part's,
+    divided by the end of the whole's interval that makes it wider, as the whole is known far
+    better. Undefined where the whole may be 0 or less."""
     if whole.low <= 0:
         return Estimate(np.nan, -np.inf, np.inf, part.n)
     low = part.low / (whole.high if part.low > 0 else whole.low)
@@ -135,12 +135,12 @@ def share_of(part: Estimate, whole: Estimate) -> Estimate:
 def _held_out(
     score: np.ndarray, by: pd.DataFrame, seed: int, folds: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The score's normal scores, and what boosted trees fitted to the other images make of them."""
+    """The score's normal scores, and their predictions by boosted trees fitted to other folds."""
     from sklearn.ensemble import HistGradientBoostingRegressor  # slow to import
     from sklearn.model_selection import KFold, cross_val_predict
 
     y = normal_scores(np.asarray(score, float))
-    # as many as still help on a tenth of the images that they are fitted to
+    # trees are added while they help on a held-out tenth of the images that they are fitted to
     trees = HistGradientBoostingRegressor(max_iter=1000, early_stopping=True, random_state=seed)
     folded = KFold(folds, shuffle=True, random_state=seed)
     # thousands of tiny parallel regions: several threads would mostly wait for each other
@@ -149,8 +149,8 @@ def _held_out(
 
 
 def _parts(products: Float[np.ndarray, "m m"]) -> list[float]:
-    """Adjusted R² of all columns and the loss without each, from products of the columns 1, x,
-    y."""
+    """Adjusted R² of all columns, and the drop in R² without each, from the products of the columns
+    1, x and y."""
     every = range(1, len(products) - 1)
     whole = _r2(products, list(every))
     return [whole, *(whole - _r2(products, [k for k in every if k != j]) for j in every)]

@@ -27,7 +27,7 @@ def group_differences(
     smallest: int,
     given: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """One row per group with `smallest` images or more, and as many others.
+    """One row per group with at least `smallest` images inside it and outside it.
 
     Args:
         ranks: of the same n images under e encoders, higher for a higher score.
@@ -42,7 +42,7 @@ def group_differences(
         IsslError: where no group is that large.
     """
     ranks = scipy.stats.rankdata(ranks, axis=1)
-    total, rows = ranks.sum(0), []  # sums of half numbers are exact, so ties stay ties
+    total, rows = ranks.sum(0), []  # sums of half-integers are exact, so ties stay ties
     for attribute in groups:
         for group in sorted(groups[attribute].unique(), key=_in_order):
             flag = (groups[attribute] == group).to_numpy()
@@ -66,7 +66,7 @@ def group_differences(
 
 
 def largest(table: pd.DataFrame) -> pd.Series:
-    """The row of the largest effect, up or down."""
+    """The row with the largest effect in absolute value."""
     return table.iloc[int(np.argmax(table["value"].abs()))]
 
 
@@ -77,10 +77,10 @@ def most_different(
 
     Args:
         table: as `group_differences` gives it.
-        untrained: the same of the network before training.
+        untrained: the same for the network before training.
 
     Returns:
-        Its p and its effect, with the same group's before training; and which group it is.
+        Its adjusted p, its effect and that effect before training; and which groups differ.
     """
     most, differ = largest(table), table[table["adjusted_p"] < 0.05]
     effect, p = Estimate.of(most.to_dict()), float(most["adjusted_p"])
@@ -101,7 +101,7 @@ def most_different(
 
 
 def magnitude(effect: Estimate) -> Estimate:
-    """Its size, whichever way it goes."""
+    """The size of an effect, whatever its sign."""
     if effect.value >= 0:
         return effect
     return Estimate(-effect.value, -effect.high, -effect.low, effect.n)

@@ -1,8 +1,8 @@
 """Linear encoders, where influence has a closed form (arXiv 2412.17170, §3, theory of linear
 networks).
 
-f(x) = W x with W (k, d), views x̂_i = x_i + δ_i, squared stability loss, kept near a start W₀ (else
-W = 0 is best):
+f(x) = W x with W (k, d), views x̂_i = x_i + δ_i, and squared stability loss. W is kept near a start
+W₀, as W = 0 would be best otherwise:
 
     ℓ_i = ½‖W δ_i‖²,   J(W) = (1/n) Σ_i ℓ_i + ½ a ‖W − W₀‖²,   A = (1/n) Σ_i δ_i δ_iᵀ + a I
     ∇ℓ_i = W δ_i δ_iᵀ,   ∇²J = I ⊗ A,   W* = a W₀ A⁻¹
@@ -59,8 +59,8 @@ def cross_influence(
 
 
 def fit_without(weight: Weight, delta: Changes, anchor: float, rows: Sequence[int]) -> Weight:
-    """W*₋S from W*: the result of training without these images, where each of the others still
-    weighs 1/n in J."""
+    """W*₋S from W*: the result of training without these images, while each of the others keeps
+    its weight of 1/n in J."""
     d = delta[list(rows)]
     toward = torch.linalg.solve(curvature(delta, anchor), d.T).T  # D_S A⁻¹
     inner = len(delta) * torch.eye(len(d), dtype=d.dtype) - toward @ d.T
@@ -68,8 +68,8 @@ def fit_without(weight: Weight, delta: Changes, anchor: float, rows: Sequence[in
 
 
 def retrained(start: Weight, delta: Changes, anchor: float, rows: Sequence[int]) -> Weight:
-    """W*₋S without the closed form: the minimum of J from W₀, without these images, by conjugate
-    gradients on what automatic differentiation says of J."""
+    """W*₋S without the closed form: minimises J without these images, starting from W₀. It uses
+    conjugate gradients with Hessian products from automatic differentiation."""
     kept = delta[[i for i in range(len(delta)) if i not in set(rows)]]
 
     def objective(w: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def retrained(start: Weight, delta: Changes, anchor: float, rows: Sequence[int])
 
 def cross_influences(weight: Weight, delta: Changes, anchor: float) -> dict[str, Tensor]:
     """Influence of every image on every other (n, n) under three curvatures: the true Hessian; the
-    empirical Fisher with a damping of 0.1 × its mean, which a deep encoder must make do with; and
+    empirical Fisher with a damping of 0.1 × its mean diagonal, which a deep encoder must use; and
     none."""
     gradients = torch.einsum("nk,nd->nkd", delta @ weight.T, delta).flatten(1)
     fisher = gradients.T @ gradients / len(delta)

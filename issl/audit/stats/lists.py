@@ -1,4 +1,4 @@
-"""Lists of training images for each query, the highest of a score first: how do those of two scores
+"""Each query's list of training images, highest score first: how do the lists of two scores
 differ?"""
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Lists = Int[np.ndarray, "q k"]  # positions of training images
 
 
 def leading(scores: Float[Tensor, "q n"], k: int) -> Lists:
-    """The k images of the highest score for each query."""
+    """The k images with the highest scores for each query."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k].numpy()
 
 
 def overlap(a: Lists, b: Lists) -> Float[np.ndarray, " q"]:
-    """The share of a query's list that is in its other list."""
+    """The share of a query's list in `a` that is also in its list in `b`."""
     return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
 
 

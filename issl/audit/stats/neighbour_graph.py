@@ -55,8 +55,8 @@ def share_of_cross(
     labels: np.ndarray,
     chosen: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Of each image's edges to other classes, the share that is `chosen`, by the two ends of all
-    edges; NaN for an image without such edges."""
+    """Of each image's edges to other classes, the share that `chosen` selects, given the two ends
+    of all edges; NaN for an image without edges to other classes."""
     i, j = graph.nonzero()
     cross = labels[i] != labels[j]
     count, found = (
@@ -71,10 +71,10 @@ def betweenness(graph: sparse.csr_array, sources: int = 256, seed: int = 0) -> n
 
         δ_s(v) = Σ_w σ_s(v) / σ_s(w) · (1 + δ_s(w))
 
-    over the neighbours w of v that are one step further from s (Brandes 2001, theorem 6; σ_s: the
-    number of shortest paths from s). Estimated from this many random sources (Brandes & Pich 2007);
-    exact where that is all. Steps go from several sources together, as products of matrices: a
-    hundred times faster than networkx, which gives the same (tested).
+    over the neighbours w of v that are one step further from s (Brandes 2001, theorem 6). σ_s is
+    the number of shortest paths from s. Estimated from `sources` random images (Brandes & Pich
+    2007); exact if these are all. Several sources advance together, as matrix products. This is a
+    hundred times faster than networkx, with the same result (tested).
     """
     n, at_once = graph.shape[0], 8
     every = chosen = np.arange(n)
@@ -86,7 +86,7 @@ def betweenness(graph: sparse.csr_array, sources: int = 256, seed: int = 0) -> n
         at_source = batch, range(len(batch))
         paths = np.zeros((n, len(batch)))
         paths[at_source] = 1
-        levels, seen = [paths], paths > 0  # σ, apart for each distance from the source
+        levels, seen = [paths], paths > 0  # σ, separately for each distance from the source
         while levels[-1].any():
             further = graph @ levels[-1]
             further[seen] = 0
@@ -117,14 +117,14 @@ def spectrum(
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
     """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, and eigenvectors.
 
-    There are as many zeros as connected components; a small value after them is a bottleneck, and
-    its vector shows where (von Luxburg 2007, §3). Raises IsslError for k out of range.
+    There are as many zeros as connected components. A small value after them is a bottleneck, and
+    its eigenvector shows where (von Luxburg 2007, §3). Raises IsslError for k out of range.
     """
     n = graph.shape[0]
     if not 1 <= k < n:
         raise IsslError(f"spectrum: k={k} of a graph of {n} images; must lie between 1 and {n - 1}")
     laplacian = sparse.csgraph.laplacian(graph, normed=True)
-    # the largest of 2I − L are the smallest of L, and need no factorisation
+    # the largest eigenvalues of 2I − L give the smallest of L, and need no factorisation
     shifted = 2 * sparse.eye_array(n) - laplacian
     values, vectors = sparse.linalg.eigsh(shifted, k, v0=np.ones(n) / np.sqrt(n), maxiter=20 * n)
     order = np.argsort(-values)
@@ -134,9 +134,9 @@ def spectrum(
 def bottlenecks(
     graph: sparse.csr_array, k: int = 10
 ) -> tuple[Float[np.ndarray, " e"], Float[np.ndarray, " n"]]:
-    """The eigenvalues after 0 among the k smallest of `spectrum`, and each image's part in the
-    first three bottlenecks: how far its neighbours lie from it, on average, in the coordinates of
-    their eigenvectors. (In a graph of many pieces, the first three vectors of all.)"""
+    """The nonzero eigenvalues among the k smallest of `spectrum`, and each image's part in the
+    first three bottlenecks: its mean distance to its neighbours in the coordinates of their
+    eigenvectors. A graph of many pieces uses the first three eigenvectors of all instead."""
     values, vectors = spectrum(graph, k)
     pieces = int((values < 1e-8).sum())
     place = vectors[:, pieces : pieces + 3] if pieces <= k - 3 else vectors[:, :3]
@@ -151,9 +151,9 @@ def separability(features: Float[Tensor, "n d"], labels: np.ndarray) -> float:
         s_i = (b_i − a_i) / max(a_i, b_i)
         a_i = 1 − (u_i·S_own − 1) / (n_own − 1),   b_i = min_c 1 − u_i·S_c / n_c
 
-    u: unit features, S_c: their sum over class c. The mean distance to a class needs that sum
-    alone, so this is linear in n, where scikit-learn's is quadratic (the same, tested). 0 for an
-    image that is alone in its class.
+    u: unit features, S_c: their sum over class c. The mean distance to a class only needs that sum,
+    so this is linear in n. Scikit-learn's is quadratic and gives the same (tested). 0 for an image
+    that is alone in its class.
     """
     unit = F.normalize(features.double(), dim=1)
     classes, of = np.unique(labels, return_inverse=True)
@@ -173,7 +173,7 @@ def neighbours_kept(
 ) -> np.ndarray:
     """The share of each image's k nearest under one encoder that remain so under the other.
 
-    Unlike a distance between features, it stays when an encoder rotates all of them together.
+    Unlike a distance between features, it is unchanged when an encoder rotates them all.
     """
     return overlap(nearest(before, k)[0], nearest(after, k)[0])
 
@@ -181,8 +181,8 @@ def neighbours_kept(
 def matched(labels: np.ndarray, chosen: np.ndarray, seed: int, by: np.ndarray) -> np.ndarray:
     """For each chosen position, a random one of the same class that was not chosen.
 
-    Drawn with replacement among those with the same value of `by` (the number of neighbours, say),
-    or else the nearest. Raises IsslError if all images of a class were chosen.
+    Drawn with replacement from the images with the same value of `by` (such as the number of
+    neighbours), or else the nearest value. Raises IsslError if all images of a class were chosen.
     """
     rng, free = np.random.default_rng(seed), np.setdiff1d(np.arange(len(labels)), chosen)
     controls = np.empty(len(chosen), int)

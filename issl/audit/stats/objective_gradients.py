@@ -1,8 +1,8 @@
-"""What each objective sees of a batch of projections, and where it pulls them and the weights.
+"""The matrix that each objective computes from a batch of projections, and its gradients.
 
-Projections of b images are z (2b, p): the first views, then the second views. With u = z / ‖z‖,
-ẑ each view's components standardised over the batch, z̄ less their mean, and s their standard
-deviations:
+Projections of b images are z (2b, p): the first views, then the second views. Let u = z / ‖z‖.
+For each view, ẑ are the components standardised over the batch, z̄ the components minus their mean,
+and s their standard deviations:
 
     SimCLR        P = softmax(U Uᵀ / t), without the diagonal
                   ∂L/∂U = ((P − Y) + (P − Y)ᵀ) U / 2bt
@@ -13,8 +13,8 @@ deviations:
     VICReg        S = z̄ᵀ z̄ / (b − 1), of each view
                   ∂L/∂z = 2 α (z − z') / bp − β [s < 1] z̄ / 2ps(b − 1) + 4 γ z̄ S° / p(b − 1)
 
-Y has a 1 where the other view is, ' is the other view; BYOL has no predictor here, and its target
-no gradient. S° is S without its diagonal, and α, β, γ are the factors of VICReg's terms.
+Y has a 1 at the other view of the same image, and ' denotes the other view. BYOL has no predictor
+here, and its target no gradient. S° is S without its diagonal, and α, β, γ weight VICReg's terms.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ STABILITY = "stability"  # the name of the stability loss among the objectives
 
 @dataclass(frozen=True)
 class ByHand:
-    """What the formulas above say of a batch: the matrix that an objective looks at (NaN where it
-    does not look), and its gradient with respect to the projections."""
+    """The formulas above applied to a batch: the matrix that an objective depends on (NaN where it
+    ignores an entry), and its gradient with respect to the projections."""
 
     sees: Float[Tensor, "k k"]
     gradient: Projections
 
 
 def loss(z: Projections, recipe: Recipe) -> Float[Tensor, ""]:
-    """The objective of a recipe at these projections (the target of BYOL is a copy of them)."""
+    """The objective of a recipe at these projections; a copy of them is BYOL's target."""
     return method_named(recipe.method).loss((z, z.detach()), Batch(recipe))
 
 
@@ -120,10 +120,10 @@ _FORMULAS: dict[str, Callable[[Projections, Recipe], ByHand]] = {
 
 
 def by_hand(z: Projections, recipe: Recipe) -> ByHand:
-    """What the formulas say of the objective of a recipe; raises IsslError where there is none."""
+    """The formulas for a recipe's objective; raises IsslError for a method without formulas."""
     if recipe.method not in _FORMULAS:
         raise IsslError(
-            f"method {recipe.method!r}: its gradient is not written down here; choose among "
+            f"method {recipe.method!r}: there is no formula for its gradient; choose among "
             f"{', '.join(_FORMULAS)}, or add it to issl.audit.stats.objective_gradients"
         )
     return _FORMULAS[recipe.method](z, recipe)
@@ -143,7 +143,7 @@ def _through_standard(
 
 
 def cosines(z: Projections) -> Float[Tensor, "b b"]:
-    """Of each image's first view (row) with each image's second view (column)."""
+    """Cosines of each image's first view (row) and each image's second view (column)."""
     za, zb = z.chunk(2)
     return cosine_similarity(za[:, None], zb[None], dim=2)
 
@@ -166,15 +166,15 @@ def weight_cosines(
     """Cosines between the gradients of losses with respect to the backbone's weights.
 
     Args:
-        learner: At whose weights. Objectives of other methods see its projections.
+        learner: Gives the weights, and the projections for objectives of other methods.
         losses: Names of methods, and STABILITY: the stability loss of the same images.
-        variant: Of the recipes of the other methods.
-        draws: How many batches.
-        seed: Of the batches and views.
+        variant: The variant of the other methods' recipes.
+        draws: The number of batches.
+        seed: Seed of the batches and views.
 
     Returns:
-        draw, loss, other, value: between two losses on one batch; of a loss with itself, between
-        this batch and the next draw's.
+        Columns draw, loss, other, value. Two different losses are compared on one batch; a loss is
+        compared with itself between this batch and the next draw's.
     """
     model, found = measuring_copy(learner), []
     for draw in range(draws):
@@ -199,7 +199,7 @@ def weight_cosines(
 
 
 def _as_objective(model: Learner, name: str, variant: recipes.Variant) -> Learner:
-    """A learner that gives this objective at the weights of another; BYOL without a predictor."""
+    """A learner with this objective at the weights of `model`; BYOL without a predictor."""
     if model.recipe.method == name:
         return model
     head = {field: getattr(model.recipe, field) for field in ("hidden", "out", "layers", "norm")}
@@ -213,7 +213,7 @@ def _as_objective(model: Learner, name: str, variant: recipes.Variant) -> Learne
 def _stability_gradient(
     model: Learner, images: Images, noise: GaussianNoise, seed: int
 ) -> WeightsGradient:
-    """Of the mean stability loss of the images, BatchNorm by its running statistics."""
+    """The gradient of the images' mean stability loss; BatchNorm uses its running statistics."""
     backbone = model.encoder.backbone.eval()
     losses = torch.cat([measure(backbone) for measure in stability_measures(images, noise, seed)])
     found = _flat(torch.autograd.grad(losses.mean(), list(backbone.parameters())))
@@ -222,7 +222,7 @@ def _stability_gradient(
 
 
 def _batch_gradient(model: Learner, xa: Tensor, xb: Tensor) -> WeightsGradient:
-    """Of what training follows."""
+    """The gradient of the training loss."""
     loss, _ = model(xa, xb, None, "fp32")
     return _flat(torch.autograd.grad(loss, list(model.encoder.backbone.parameters())))
 
@@ -232,8 +232,8 @@ def _flat(gradients: Sequence[Tensor]) -> WeightsGradient:
 
 
 def measuring_copy(learner: Learner) -> Learner:
-    """A copy in train mode, so BatchNorm normalises by the batch, whose running statistics stay as
-    they are."""
+    """A copy in train mode, so BatchNorm normalises by the batch; its running statistics stay
+    unchanged."""
     model = copy.deepcopy(learner).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -242,8 +242,8 @@ def measuring_copy(learner: Learner) -> Learner:
 
 
 def some_batch(images: Images, batch_size: int, seed: int, draw: int) -> Int64[Tensor, " b"]:
-    """Places of a random batch: by a number of each image's own, so the set's order does not
-    matter."""
+    """Positions of a random batch. Each image's index gives it a random sort key, so the order of
+    the set does not matter."""
     key = uniform(seed + (draw << 32), images.index, (1,)).squeeze(1)
     return torch.argsort(key, stable=True)[:batch_size]
 

@@ -12,12 +12,12 @@ from PIL import Image
 from issl.data.images import Images
 from issl.data.views import luma
 
-BORDER = 2  # px: width of the frame by which a background is judged
+BORDER = 2  # px: width of the outer frame that stands for the background
 UNIFORM_STD = 0.05  # a frame whose colour varies less than this (pixels in [0, 1]) is uniform
 
 
 def pixel_features(images: Images) -> pd.DataFrame:
-    """Brightness, contrast and the frame of each image, pixels in [0, 1].
+    """Brightness, contrast and outer frame of each image, pixels in [0, 1].
 
     The object rarely fills the frame of an image, so a flat frame suggests a flat background;
     notebook 03 measures how well this works where the truth is known.

@@ -1,4 +1,4 @@
-"""What classes gain when some images are taken away, over as many others at random.
+"""How class structure changes when some images are removed, compared with as many random ones.
 
 Three measures: the modularity of the graph of nearest neighbours (do edges stay within classes?),
 the silhouette of the classes in feature space (separability), and a linear probe's accuracy.
@@ -27,7 +27,7 @@ class Seen:
 
     Attributes:
         graph: Of their nearest neighbours, see `neighbour_graph.knn_graph`.
-        rankings: Scores of the images by name; what is high goes first. "influence" is among them.
+        rankings: Scores by name, "influence" among them; the highest are removed first.
     """
 
     labels: np.ndarray
@@ -50,9 +50,9 @@ class Seen:
     def gains(
         self, share: float, draws: int, rng: np.random.Generator
     ) -> dict[str, dict[str, Estimate]]:
-        """By ranking and measure, the mean difference from `draws` removals at random, and the
-        middle 95% of the differences. "(matched)": from removals of as many of each class, for
-        influence alone."""
+        """By ranking and measure, the mean difference from `draws` random removals, and the middle
+        95% of the differences. "(matched)", for influence only: the random removals take as many
+        images of each class."""
         gone, head = self.gone(share), top(self.rankings["influence"], share)
         by_chance = self._each(at_random(head, rng) for _ in range(draws))
         of_classes = self._each(of_each_class(head, self.labels, rng) for _ in range(draws))
@@ -75,11 +75,11 @@ class Seen:
     def probe_gains(
         self, share: float, probe: Callable[[Mask], np.ndarray], rng: np.random.Generator
     ) -> dict[str, dict[str, Estimate]]:
-        """By ranking, under "probe", the accuracy without the head of a ranking less that without
-        as many at random: a paired difference over test images.
+        """By ranking, under "probe", the accuracy without a ranking's top images, minus that
+        without as many random ones: a paired difference over test images.
 
         Args:
-            probe: Of each test image, is its class found by a probe fitted on the images kept?
+            probe: Tells for each test image if a linear probe fitted to the kept images is right.
         """
         gone = self.gone(share)
         chance = probe(at_random(gone["influence"], rng)).astype(float)

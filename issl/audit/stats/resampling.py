@@ -36,16 +36,16 @@ def resampled_correlations(
 
         r_ij = Σ_k c_k (x_ik − x̄_i)(x_jk − x̄_j) / √(Σ_k c_k (x_ik − x̄_i)² Σ_k c_k (x_jk − x̄_j)²)
 
-    where image k was drawn c_k times. Nothing is copied, and nothing sorted twice: a thousand
-    resamples of 50,000 images take a second (of ranks), where copies take forty.
+    where image k was drawn c_k times. Nothing is copied, and nothing is sorted twice. A thousand
+    rank-correlation resamples of 50,000 images take a second, where copies take forty.
 
     Args:
         columns: a score in each row.
         pairs: which rows to correlate.
-        ranked: correlate ranks, taken anew in each resample; equal values share their mean.
+        ranked: correlate ranks, recomputed in each resample; ties share their mean rank.
 
     Returns:
-        A row for each resample; 0 where a column does not vary.
+        A row for each resample; 0 where a score does not vary.
     """
     n, (i, j) = columns.shape[1], np.array(pairs).T
     orders = [np.argsort(c, kind="stable") for c in columns]
@@ -64,13 +64,13 @@ def resampled_correlations(
 
 
 def runs(ordered: Float[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " r"]]:
-    """Of sorted values: which run of equal ones each belongs to, and the last place of each run."""
+    """For sorted values: the run of equal values that each is in, and each run's last position."""
     last = np.append(ordered[1:] != ordered[:-1], True)
     return np.cumsum(last) - last, np.flatnonzero(last)
 
 
 def _ranks(counts: np.ndarray, run: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Ranks of sorted values of which there are so many; equal ones share the mean."""
+    """Ranks of sorted values, each repeated `counts` times; ties share their mean rank."""
     up_to = np.cumsum(counts)[ends]
     before = np.concatenate([[0], up_to[:-1]])
     return ((before + up_to + 1) / 2)[run]

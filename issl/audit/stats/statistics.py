@@ -22,7 +22,7 @@ from issl.audit.stats.resampling import pearson
 from issl.errors import IsslError
 
 LARGE = 5000  # images, from which on an AUC's interval is computed rather than bootstrapped
-NARROW = 0.03  # the width of an interval below which two decimals do not tell its ends apart
+NARROW = 0.03  # width below which two decimals may not tell the ends of an interval apart
 Kind = Literal["pearson", "spearman"]
 
 
@@ -47,7 +47,7 @@ class Estimate:
 
     @classmethod
     def of(cls, row: Mapping[Any, Any]) -> Estimate:
-        """From what `as_dict` gives: None or NaN is an open end, or an unknown value."""
+        """The inverse of `as_dict`: None or NaN becomes an open end, or an unknown value."""
         unknown = {"value": np.nan, "low": -np.inf, "high": np.inf}
         found = {k: other if pd.isna(row[k]) else float(row[k]) for k, other in unknown.items()}
         return cls(**found, n=int(row["n"]))
@@ -76,25 +76,25 @@ def over_encoders(
         mean ± t_{0.975, df} √(s² / k + e²),   df = (s² / k + e²)² / ((s² / k)² / (k − 1))
 
     s is the standard deviation between encoders. e is the standard error over images, which the
-    encoders share: for each side the mean half-width of the intervals / 1.96. The degrees of
-    freedom are Welch's (1947, Biometrika 34). It covers 92 to 96 times in a hundred (tested),
-    where a bootstrap of three values, which never leaves their range, covers 75 times.
+    encoders share: for each side, the mean half-width of the intervals / 1.96. The degrees of
+    freedom are Welch's (1947, Biometrika 34). The interval covers 92 to 96 times in a hundred
+    (tested). A bootstrap of three values never leaves their range and covers 75 times.
 
-    Where k encoders agree to the digit, s and e are 0 and say nothing. Then a share of up to
-    1 − 0.025^(1/k) of all encoders may be anywhere in that range (Clopper & Pearson 1934).
+    Where k encoders agree to the last digit, s and e are 0 and say nothing. Then a share of up to
+    1 − 0.025^(1/k) of all encoders may be anywhere from `least` to `most` (Clopper & Pearson 1934).
 
-    Estimates of pairs share encoders. Then s² / k is the jackknife's variance (k − 1)/k Σ_i
-    (m_(−i) − m̄)², with m_(−i) the mean over the pairs without encoder i.
+    Estimates of pairs share encoders. For them, s² / k is replaced by the jackknife's variance
+    (k − 1)/k Σ_i (m_(−i) − m̄)², where m_(−i) is the mean over the pairs without encoder i.
 
     Args:
-        estimates: one of each encoder, or pair; one alone keeps its interval, an open one stays
-            open.
-        least: the least that such a number can be (0 for an AUC); the interval ends there.
-        most: the most that it can be.
-        pairs: the encoders of each estimate: all pairs of three or more.
+        estimates: one per encoder or pair; a single one keeps its interval, and an open interval
+            stays open.
+        least: the lowest value that the quantity can take (0 for an AUC); the interval ends there.
+        most: the highest value that it can take.
+        pairs: the two encoders of each estimate; needs all pairs of three or more encoders.
 
     Raises:
-        IsslError: where there is no estimate.
+        IsslError: if there is no estimate.
     """
     if not estimates:
         raise IsslError("over_encoders: no encoder was measured")
@@ -156,7 +156,7 @@ def proportion_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
 
 
 def precision(score: np.ndarray, positive: np.ndarray) -> Estimate:
-    """The share of positive images among as many of the highest scores; Wilson's interval."""
+    """The share of positives among the k highest scores, for k positives; Wilson's interval."""
     positive = _flag(positive)
     order = np.argsort(-np.asarray(score, float), kind="stable")
     return proportion(positive[order[: positive.sum()]])
@@ -177,10 +177,10 @@ def enrichment(score: np.ndarray, flag: np.ndarray, share: float) -> Estimate:
 
 
 def auc(score: np.ndarray, flag: np.ndarray) -> Estimate:
-    """P(a flagged image scores higher than another), ties count half; 0.5: no relation.
+    """P(a flagged image scores higher than an unflagged one), ties count half; 0.5: no relation.
 
     Bootstrap over both groups. From LARGE images on, the normal interval of DeLong et al. (1988,
-    Biometrics 44), which is the same there and takes no resamples.
+    Biometrics 44), which agrees at that size and needs no resamples.
     """
     score, flag = np.asarray(score, float), _flag(flag)
     if len(score) >= LARGE:
@@ -197,8 +197,8 @@ def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> E
     """As `auc`, for images that come in clusters (a duplicate and its original).
 
     V_i is the share of the other kind that image i is ranked correctly against; the AUC is its mean
-    over either kind. Normal interval with the variance between the clusters' sums of V_i − AUC
-    (Obuchowski 1997, Biometrics 53, without its covariance term: a cluster is of one kind here).
+    over either kind. Normal interval, from the variance of the clusters' sums of V_i − AUC, as in
+    Obuchowski 1997, Biometrics 53. Its covariance term is left out: a cluster is of one kind here.
     """
     score, flag, cluster = np.asarray(score, float), _flag(flag), np.asarray(cluster)
     yes, no = score[flag], score[~flag]
@@ -218,7 +218,7 @@ def clustered_auc(score: np.ndarray, flag: np.ndarray, cluster: np.ndarray) -> E
 
 
 def rank_biserial(score: np.ndarray, flag: np.ndarray) -> tuple[Estimate, float]:
-    """P(a flagged image scores higher than another) − P(lower), and Mann-Whitney's p.
+    """P(a flagged image scores higher than an unflagged one) − P(lower), and Mann-Whitney's p.
 
     0.147 is small, 0.33 medium, 0.474 large (Romano et al. 2006). DeLong's interval: a bootstrap
     would take minutes at tens of thousands of images. p is two-sided.
@@ -260,12 +260,14 @@ def average_precision(
 def correlation(a: np.ndarray, b: np.ndarray, kind: Kind = "pearson") -> Estimate:
     """Correlation of two scores of the same 3 or more images, in [−1, 1]; bootstrap."""
     if len(a) != len(b) or len(a) < 3:
-        raise IsslError(f"correlation of {len(a)} and {len(b)} values: need as many, 3 or more")
+        raise IsslError(
+            f"correlation of {len(a)} and {len(b)} values: need equally many, 3 or more"
+        )
     return agreement(np.stack([a, b]), kind)
 
 
 def agreement(scores: Float[np.ndarray, "s n"], kind: Kind = "pearson") -> Estimate:
-    """The correlation of any two of s scores of the same images, mean over all pairs; bootstrap."""
+    """The mean correlation over all pairs of s scores of the same images; bootstrap."""
     scores = np.asarray(scores, float)
     if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
         raise IsslError(
@@ -282,7 +284,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Estimate:
     Normal for artanh ρ with variance (1 + ρ²/2) / (n − 3) (Bonett & Wright 2000, Psychometrika 65).
     """
     if len(a) != len(b) or len(a) < 4:
-        raise IsslError(f"spearman of {len(a)} and {len(b)} values: need as many, 4 or more")
+        raise IsslError(f"spearman of {len(a)} and {len(b)} values: need equally many, 4 or more")
     value = float(pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b), -1))
     return _by_fisher(value, (1 + value**2 / 2) / (len(a) - 3), len(a))
 
@@ -291,7 +293,7 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: pd.DataFrame) -> Estim
     """Rank correlation of a and b that the given columns do not explain.
 
     The ranks of a and b are regressed on those of the columns, and the residuals are correlated.
-    Fisher's interval, with one degree of freedom less per column.
+    Fisher's interval, with one degree of freedom fewer per column.
     """
     n = len(a)
     ranked = np.column_stack([np.ones(n), *(scipy.stats.rankdata(given[c]) for c in given)])
@@ -323,7 +325,7 @@ def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
 def correlation_margin(
     grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"]
 ) -> Estimate:
-    """r between two seeds, weighted over a grid of settings, less r of another; bootstrap."""
+    """r between two seeds, weighted over a grid of settings, minus r of another; bootstrap."""
     columns = np.concatenate([*np.asarray(grid, float), np.asarray(other, float)])
     pairs = [(k, k + 1) for k in range(0, len(columns), 2)]
     return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1])
@@ -357,22 +359,22 @@ def mean(values: np.ndarray) -> Estimate:
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
-    """The mean of some values less that of others, with Welch's interval; two or more of each."""
+    """The mean of `a` minus that of `b`, with Welch's interval; two or more values of each."""
     interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     difference = float(np.mean(a) - np.mean(b))
     return Estimate(difference, float(interval.low), float(interval.high), len(a) + len(b))
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> Estimate:
-    """Of the least squares line through three or more points, with Student's interval."""
+    """The slope of the least-squares line through three or more points, with Student's interval."""
     line = scipy.stats.linregress(x, y)
     half = float(scipy.stats.t.ppf(0.975, len(x) - 2) * line.stderr)
     return Estimate(float(line.slope), line.slope - half, line.slope + half, len(x))
 
 
 def extrapolated(x: np.ndarray, y: np.ndarray, at: float) -> Estimate:
-    """The least squares line through four or more points at `at`, with the interval in which a new
-    observation is expected there (Student's)."""
+    """The least-squares line through four or more points, evaluated at `at`, with Student's
+    prediction interval for a new observation there."""
     line, n = scipy.stats.linregress(x, y), len(x)
     left = float(np.sum((y - line.intercept - line.slope * x) ** 2)) / (n - 2)
     far = (at - float(np.mean(x))) ** 2 / float(np.sum((x - np.mean(x)) ** 2))
@@ -408,7 +410,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def percentiles(value: float, draws: np.ndarray, n: int) -> Estimate:
-    """An estimate by resamples; those without a value are left out."""
+    """An estimate with a percentile interval; resamples without a value are left out."""
     known = draws[np.isfinite(draws)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (-np.inf, np.inf)
     return Estimate(float(value), float(low), float(high), n)
@@ -455,7 +457,7 @@ def _by_fisher(value: float, variance: float, n: int) -> Estimate:
 
 
 def _flag(flag: np.ndarray) -> np.ndarray:
-    """A property that some images have, but not all."""
+    """A property as booleans; raises IsslError if no images have it or all do."""
     flag = np.asarray(flag, dtype=bool)
     if len(np.unique(flag)) < 2:
         which = "all" if flag.all() else "none"

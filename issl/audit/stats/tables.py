@@ -11,7 +11,7 @@ import pandas as pd
 from issl.audit.stats.statistics import Estimate, over_encoders
 
 Numbers = Mapping[str, Estimate]  # by metric
-# what a number can be at all, by the first word of its name: an interval ends there
+# the possible range of a metric, by the first word of its name; an interval ends there
 RANGES = {
     "auc": (0.0, 1.0),
     "enrichment": (0.0,),
@@ -39,7 +39,7 @@ def by_method(
 
     Args:
         table: tidy, with the columns method and encoder.
-        numbers: of the part of the table that is about one encoder.
+        numbers: gives the estimates for one encoder's part of the table.
     """
     methods = table.groupby("method", sort=False)
     return {
@@ -58,15 +58,15 @@ SCORES = {
 def by_score(
     table: pd.DataFrame, numbers: Callable[[str, pd.DataFrame], Numbers]
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """The same question asked of influence and of the plainer scores beside it.
+    """The same estimates for influence and for the simpler scores beside it.
 
     Args:
         table: of scores, with the columns method and encoder.
-        numbers: of the name of a column, and one encoder's scores.
+        numbers: gives the estimates for a column's name and one encoder's scores.
 
     Returns:
-        By method and score, each metric's estimate over the encoders. Of the network before
-        training, only influence's.
+        By method and score, each metric's estimate over the encoders. For the network before
+        training, only those of influence.
     """
     found: dict[tuple[str, str], dict[str, Estimate]] = {}
     for column, score in SCORES.items():
@@ -92,8 +92,8 @@ def tidy(found: Mapping[Any, Numbers], columns: str) -> pd.DataFrame:
 
 
 def shown(table: pd.DataFrame, rows: Sequence[str], columns: str = "metric") -> pd.DataFrame:
-    """A tidy table for the eye: a row for each of `rows`, an estimate with its interval in each
-    cell."""
+    """A tidy table made readable: a row for each combination of the columns `rows`, and an estimate
+    with its interval in each cell."""
     text = table.assign(text=[str(Estimate.of(r)) for r in table.to_dict("records")])
     wide = text.pivot_table("text", list(rows), columns, aggfunc="first", sort=False)
     return wide.fillna("–").rename_axis(columns=None)

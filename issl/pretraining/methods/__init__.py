@@ -1,4 +1,4 @@
-"""Methods of pretraining, one class in one file each; every file of this package is read."""
+"""Pretraining methods, one class per file; every file of this package is imported."""
 
 from __future__ import annotations
 

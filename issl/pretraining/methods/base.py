@@ -1,9 +1,9 @@
-"""What a method of pretraining is: a recipe of numbers, and a class with its name and its loss.
+"""A pretraining method: a recipe of numbers, and a class with the method's name and its loss.
 
-Every loss takes a weight for each image of the batch. Without weights it is the usual loss; with
-them, an image of weight 0 is not there, neither as anchor nor as positive, negative or member of
-a batch statistic. Losses are twice differentiable, in the weights too: influence on a training is
-a derivative with respect to them.
+Every loss takes a weight for each image of the batch. Without weights it is the usual loss. With
+them, an image of weight 0 counts as absent: it is no anchor, positive, negative or part of a batch
+statistic. Losses are twice differentiable, also in the weights, because influence through training
+is a derivative with respect to them.
 """
 
 from __future__ import annotations
@@ -41,26 +41,27 @@ class Recipe:
         method: The name of a method, such as `simclr`.
         optimizer: `lars` or `sgd`.
         lr: Learning rate at the end of the warm-up, for a batch of 256 (scaled linearly with it).
-        weight_decay: Of matrices and kernels.
+        weight_decay: Weight decay of matrices and kernels.
         view_a: The random augmentation that makes the first view of an image.
-        view_b: That of the second view.
-        warmup: Epochs; at most a tenth of the run, and at least one.
-        small: The part at the start of the run in which views have half the side (a quarter of
-            the cost).
-        momentum: Of the optimizer.
-        trust: The coefficient of LARS.
+        view_b: The same for the second view.
+        warmup: Epochs of warm-up, limited to a tenth of the run or to one epoch if that is longer.
+        small: The fraction of the run, from its start, in which views have half the side (a
+            quarter of the cost).
+        momentum: Momentum of the optimizer.
+        trust: The trust coefficient of LARS.
+        clip: LARS never raises a layer's rate above the learning rate (LARC).
         hidden: Width of the projector's hidden layers, in multiples of the feature dimension (512
             for ResNet-18 of width 64).
-        out: Width of its output, likewise.
-        layers: How many linear layers it has.
-        norm: BatchNorm after all of them but the last.
-        temperature: Of SimCLR.
-        tau: Of BYOL: the moving average's momentum at the start; it ends at 1.
-        off_diagonal: Of Barlow Twins: the weight of the off-diagonal terms.
-        scale: Of Barlow Twins: a factor of the whole loss.
+        out: Width of the projector's output, likewise.
+        layers: How many linear layers the projector has.
+        norm: Whether BatchNorm follows all of these layers but the last.
+        temperature: SimCLR's temperature.
+        tau: For BYOL: the moving average's momentum at the start; it ends at 1.
+        off_diagonal: For Barlow Twins: the weight of the off-diagonal terms.
+        scale: For Barlow Twins: a factor of the whole loss.
     """
 
-    # where it is a field of a stage's settings
+    # for recipes that are a field of a stage's settings
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     method: str
@@ -94,11 +95,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss needs to know of its batch, and the means over its images.
+    """What a loss needs to know about its batch, and the means over its images.
 
     Attributes:
-        labels: Of the images, for a method that is `labelled`.
-        weights: Of the images; None: all the same, by the usual formulas.
+        labels: Labels of the images, for a method that is `labelled`.
+        weights: Weights of the images; None: all equal, by the usual formulas.
     """
 
     recipe: Recipe
@@ -129,11 +130,11 @@ class LearningMethod:
     """A way to train an encoder. A subclass in a file of this package is a method.
 
     Attributes:
-        name: By which recipes and commands name it.
-        label: How figures and tables show it.
-        labelled: Whether it learns from labels, and from one view alone.
-        advice: What else to try where all features come to point the same way; a format string
-            of the recipe's fields.
+        name: The name in recipes and commands.
+        label: The name in figures and tables.
+        labelled: Whether it learns from labels, and from a single view.
+        advice: What else to try if all features come to point the same way; a format string with
+            the recipe's fields.
     """
 
     name: ClassVar[str]
@@ -142,11 +143,11 @@ class LearningMethod:
     advice: ClassVar[str] = ""
 
     def beside(self, encoder: nn.Module, seed: int) -> dict[str, nn.Module]:
-        """What is trained beside the encoder, by name; it is kept in the learner's file."""
+        """The modules that a learner has beside its encoder, by name; its file holds them too."""
         return {}
 
     def outputs(self, learner: Any, views: Tensor, z: Tensor) -> Outputs:
-        """What the loss compares, from the views of both kinds (2b) and their projections `z`."""
+        """What the loss compares, from both views of each image (2b) and their projections `z`."""
         return (z,)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
@@ -155,7 +156,7 @@ class LearningMethod:
         raise NotImplementedError
 
     def followed(self, recipe: Recipe, state: State, done: float) -> State:
-        """The parameters that no gradient trains but that follow after each step, by name, from
-        all parameters of the learner after it; the part `done` of the run was over before it.
-        Differentiable."""
+        """The new values, by name, of parameters that follow the others after each step and that no
+        gradient trains. `state` holds all of the learner's parameters after the step; `done` is the
+        fraction of the run before it. Differentiable."""
         return {}

@@ -14,13 +14,13 @@ from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs, 
 
 
 class BYOL(LearningMethod):
-    """Predicts the projections that a moving average of the encoder gives of the other view."""
+    """Predicts the projections that a moving average of the encoder gives for the other view."""
 
     name, label = "byol", "BYOL"
     advice = ", or let the target follow more slowly (tau={tau:g})"
 
     def beside(self, encoder: Any, seed: int) -> dict[str, nn.Module]:
-        """A predictor of the projector's form, and the target, which no gradient trains."""
+        """A predictor with the projector's form, and the target, which no gradient trains."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             predictor = encoder.head.build(encoder.head.out)
@@ -30,9 +30,9 @@ class BYOL(LearningMethod):
         return learner.predictor(z), learner.target(views)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        """‖p̄ − t̄‖² of unit vectors, in both directions (eq. 2). The target has weights of its own,
-        which are not trained, so it needs no stop of the gradient; through the batch statistics of
-        its BatchNorm, it too is a function of the images' weights."""
+        """‖p̄ − t̄‖² of unit vectors, in both directions (eq. 2). The target's own weights are not
+        trained, so it needs no stop-gradient. Through its BatchNorm's batch statistics, it also
+        depends on the images' weights."""
         (pa, pb), (ta, tb) = (rows.chunk(2) for rows in outputs)
         there, back = (
             batch.mean(2 - 2 * F.cosine_similarity(p, t, dim=1)) for p, t in ((pa, tb), (pb, ta))

@@ -14,8 +14,8 @@ class SimCLR(LearningMethod):
     name, label = "simclr", "SimCLR"
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        """−log exp(s(z_i, z_j)/τ) / Σ_{k≠i} w_k exp(s(z_i, z_k)/τ), s the cosine, j the other view
-        of i, weighted mean over all 2b views (arXiv 2002.05709, eq. 1, where all weights are 1)."""
+        """−log exp(s(z_i, z_j)/τ) / Σ_{k≠i} w_k exp(s(z_i, z_k)/τ), where s is the cosine and j the
+        other view of i; weighted mean over 2b views (arXiv 2002.05709, eq. 1: all weights 1)."""
         z, temperature = F.normalize(outputs[0], dim=1), batch.recipe.temperature
         logits = z @ z.T / temperature
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

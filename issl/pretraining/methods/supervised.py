@@ -1,4 +1,4 @@
-"""Supervised training, to compare with: cross-entropy of class scores."""
+"""Supervised training, for comparison: cross-entropy of class scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from issl.pretraining.methods.base import Batch, LearningMethod, Loss, Outputs
 
 
 class Supervised(LearningMethod):
-    """The projector gives one score a class, and the loss is −log softmax(scores)[label]."""
+    """The projector gives one score per class, and the loss is −log softmax(scores)[label]."""
 
     name, label = "supervised", "supervised"
     labelled = True

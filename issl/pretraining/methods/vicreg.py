@@ -10,12 +10,12 @@ INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # the terms' factors (§4.2)
 
 
 class VICReg(LearningMethod):
-    """Invariance between views; variance, and no covariance, of the components of each."""
+    """Invariance between views; variance, but no covariance, of the components in each view."""
 
     name, label = "vicreg", "VICReg"
 
     def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-        """The three terms; the covariance's is Σ_{i≠j} Cov_ij² / d of each view (eq. 4)."""
+        """The three terms; the covariance term is Σ_{i≠j} Cov_ij² / d for each view (eq. 4)."""
         za, zb = outputs[0].chunk(2)
         apart = batch.mean((za - zb).square().mean(1))
         hinges = [F.relu(1 - (batch.variance(z, 1) + 1e-4).sqrt()).mean() for z in (za, zb)]
