@@ -51,7 +51,7 @@ def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path]) -> None:
     assert len(code) > 100 and code <= names  # templates, styles, labels and claims.yaml among them
     assert {n.split("/")[0] for n in names} == {"issl", f"issl-{issl.__version__}.dist-info"}
     assert not [n for n in names if left_out & set(n.split("/")) or n.endswith((".png", ".pdf"))]
-    assert built["wheel"].stat().st_size < 60e6  # PyPI takes 100
+    assert built["wheel"].stat().st_size < 90e6  # PyPI takes 100
 
 
 def test_the_sdist_can_build_the_wheel_and_run_the_tests(built: dict[str, Path]) -> None:
