@@ -147,11 +147,8 @@ class Plan(Config):
                     f"there are checkpoints for {', '.join(given)}; {cls.notebook} asks about "
                     f"{', '.join(methods)}"
                 )
-        if "encoders" in cls.model_fields:
-            alone = fields.get("method", cls.model_fields["method"].default)
-            files = [given[m] for m in found.get("methods", [alone]) if m in given]
-            counts = [len(f) if isinstance(f, list | tuple) else 1 for f in files]
-            found["encoders"] = min(counts, default=1)
+            files = [given[m] for m in found["methods"]]
+            found["encoders"] = min(len(f) if isinstance(f, list | tuple) else 1 for f in files)
         return found
 
     @model_validator(mode="after")
