@@ -20,9 +20,7 @@ from issl.errors import IsslError
 
 T = TypeVar("T")
 
-NODES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")  # of NVIDIA's driver, on Linux
-# the oldest driver for each CUDA (NVIDIA, CUDA compatibility guide)
-NEEDED_DRIVER = {"11": 450, "12": 525, "13": 580}
+NODES = Path("/dev")  # of NVIDIA's driver, on Linux
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,21 +45,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch sees no GPU although the machine has one, with the remedy. None if the machine has
-    no GPU or hides it (CUDA_VISIBLE_DEVICES is empty)."""
+    """That torch cannot use the machine's GPU, with the remedy. None if the machine has no GPU or
+    hides it (CUDA_VISIBLE_DEVICES is empty)."""
     nodes = sorted(NODES.glob("nvidia[0-9]*"))
     if not nodes or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
-    if torch.version.cuda is None:
-        return f"there is a GPU ({nodes[0]}), but torch has no CUDA; install a build with it"
-    found = re.search(r"Kernel Module\D*(\d[.\d]*)", _text(DRIVER))
-    driver = "its driver" if found is None else f"its driver {found[1]}"
-    needed = NEEDED_DRIVER.get(torch.version.cuda.split(".")[0])
-    least = "" if needed is None else f", which needs driver {needed} or newer"
+    built = "CPUs" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
     return (
-        f"there is a GPU ({nodes[0]}), but torch cannot use {driver}: torch {torch.__version__} is "
-        f"built for CUDA {torch.version.cuda}{least}; update the driver, install a torch built for "
-        "an older CUDA"
+        f"there is a GPU ({nodes[0]}), but torch {torch.__version__}, built for {built}, cannot "
+        "use it; install a torch that fits its driver, update the driver"
     )
 
 

@@ -76,11 +76,7 @@ class Engine:
     scheduler: str | None = None
 
     def run(self, tasks: Mapping[str, Task]) -> Iterator[Ended]:
-        """Run each task after those it needs; yields how each one ended, as soon as it ends.
-
-        Raises:
-            IsslError: if there is no scheduler, or it goes away. Finished results are kept.
-        """
+        """Run each task after those it needs; yields how each one ended, as soon as it ends."""
         graph = TopologicalSorter({name: task.needs for name, task in tasks.items()})
         graph.prepare()
         ready, errors, begun = deque[str](), dict[str, str](), 0

@@ -22,18 +22,9 @@ REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
 BUNDLED = PACKAGE / "bundled"  # the parts of it in a wheel: notebooks, encoders, records
 PART = ".issl-part-"  # in the names of files being written, and of no others
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of a file system without locks
-NO_ROOM = {  # why the system cannot write a file, where no program is to blame
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota of the disk is used up",
-    errno.EFBIG: "files may not become so large here",
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EIO: "the disk fails",
-}
-
-
-READING = (errno.EACCES, errno.EPERM, errno.EIO)  # the errors above that reading can raise
+READING = {errno.EACCES, errno.EPERM, errno.EIO}  # reading a file can fail with these too
+# why the system cannot write a file, where no program is to blame
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *READING}
 UMASK = os.umask(0)  # which can only be read by setting it
 os.umask(UMASK)
 
@@ -126,7 +117,7 @@ def why_no_room(error: BaseException) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"os error (\d+)", str(error)):  # safetensors gives it as text
         code = int(found[1])
-    return NO_ROOM.get(code or 0)
+    return os.strerror(code) if code in NO_ROOM else None
 
 
 def _cannot_write(path: Path, error: Exception) -> IsslError:

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from nets import make
 from PIL import Image
 
 from issl.data import published
@@ -34,11 +33,6 @@ def encoded(image: Image.Image | np.ndarray, kind: str, **how: Any) -> bytes:
 png = partial(encoded, kind="png")
 
 
-def net() -> torch.nn.Module:
-    """A small encoder, always the same."""
-    return make("batchnorm", torch.float32)
-
-
 def encoder(path: Path) -> str:
     """A small encoder in a file of ours."""
     drawn = new_encoder(2, Head(hidden=8, out=8), 0).train()
@@ -48,13 +42,11 @@ def encoder(path: Path) -> str:
     return str(path)
 
 
-def write_parquet(
-    root: Path, folder: str, prefix: str, image: str, columns: dict, pixels: np.ndarray, encode=png
-) -> Path:
+def write_parquet(folder: Path, split: str, columns: dict, pixels: np.ndarray, encode=png) -> Path:
     """One file in the Hugging Face layout."""
-    path = root / folder / f"{prefix}-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({image: [{"bytes": encode(p), "path": None} for p in pixels], **columns})
+    path = folder / f"{split}-00000-of-00001.parquet"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"img": [{"bytes": encode(p), "path": None} for p in pixels], **columns})
     pq.write_table(table, path)
     return path
 
@@ -64,16 +56,15 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
     rng = np.random.default_rng(0)
     for split, n in (("train", train), ("test", test)):
         pixels = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        write_parquet(
-            root, "cifar10/plain_text", split, "img", {"label": [k % 10 for k in range(n)]}, pixels
-        )
+        labels = {"label": [k % 10 for k in range(n)]}
+        write_parquet(root / "cifar10/plain_text", split, labels, pixels)
 
 
 def write_torchvision(
     root: Path, kind: str, batches: dict, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+) -> None:
     """CIFAR in torchvision's layout, with the checksums that it verifies: the pixels and labels of
-    each file, of which the last is the test set's. Returns its folder."""
+    each file, of which the last is the test set's."""
     of = getattr(torchvision.datasets, kind)
     base, sums = root / of.base_folder, {}
     base.mkdir(parents=True)
@@ -89,4 +80,3 @@ def write_torchvision(
     monkeypatch.setattr(of, "train_list", [[name, sums[name]] for name in train])
     monkeypatch.setattr(of, "test_list", [[test, sums[test]]])
     monkeypatch.setattr(of, "meta", of.meta | {"md5": sums[of.meta["filename"]]})
-    return base

@@ -62,16 +62,9 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
         *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)),
     ),
     "dilated": lambda: nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(6, 6, 3, 2, 1, dilation=1, padding_mode="circular"),
-        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    ),
-    "grouped": lambda: nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True)),
-        *(nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.ReLU()),
-        *(nn.Conv2d(12, 12, 3, 2, 1, groups=12), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+        *(nn.Conv2d(3, 6, 3, padding="same", dilation=2, padding_mode="reflect"), nn.ReLU(True)),
+        *(nn.Conv2d(6, 6, 3, 2, 1, groups=6, padding_mode="circular"), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     ),
     "batchnorm": lambda: nn.Sequential(
         *(nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
@@ -83,7 +76,6 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "reused": Reused,
     "tokens": Tokens,
 }
-NETS = tuple(BUILDS)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -1,18 +1,27 @@
-"""Data sets: the drawn world's promises, the layouts on disk, and bad input."""
+"""Data sets: the drawn world's promises, the layouts on disk, sets that are decoded when they are
+needed, and bad input."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from disk import write_parquet, write_torchvision
+from disk import encoder, write_parquet, write_torchvision
+from nets import make
 from PIL import Image
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 import issl
+from issl import Computing, LoGra, cli, keyed_random
 from issl.data import datasets, published, scenes
+from issl.data.images import LazyPixels
 
 # --- scenes ---
 
@@ -25,9 +34,10 @@ def test_scenes_are_deterministic_and_nested() -> None:
         assert not torch.equal(b.pixels, other.pixels)
 
 
-def test_scenes_keep_their_shares() -> None:
+def test_scenes_and_their_duplicates_are_what_they_say() -> None:
     shares = {"exact_duplicates": 0.05, "near_duplicates": 0.05, "atypical": 0.1}
-    a = scenes.draw(3000, uniform=0.5, **shares).attributes
+    images = scenes.draw(3000, uniform=0.5, **shares)
+    a = images.attributes
     plain = a[a["atypical"] == ""]
     assert plain["uniform"].mean() == pytest.approx(0.5, abs=0.04)
     assert (plain["group"] == "cool").mean() == pytest.approx(0.2, abs=0.03)
@@ -35,11 +45,6 @@ def test_scenes_keep_their_shares() -> None:
         assert (a["duplicate_kind"] == kind).mean() == pytest.approx(0.05, abs=0.015)
     assert (a["atypical"] != "").mean() == pytest.approx(0.1, abs=0.02)
     assert set(a["atypical"]) == {"", *scenes.ATYPICAL} and a["label_name"].nunique() == 10
-
-
-def test_duplicates_are_what_they_say() -> None:
-    images = scenes.draw(1500, exact_duplicates=0.05, near_duplicates=0.05)
-    a = images.attributes
     copies = a[a["duplicate_of"] >= 0]
     assert (copies["duplicate_of"] < copies["index"]).all()
     originals = a.loc[copies["duplicate_of"]]
@@ -82,19 +87,14 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 
 
-COARSE = """
- 4  1 14  8  0  6  7  7 18  3  3 14  9 18  7 11  3  9  7 11  6 11  5 10  7  6 13 15  3 15  0 11  1 10 12 14 16  9 11  5
- 5 19  8  8 15 13 14 17 18 10 16  4 17  4  2  0 17  4 18 17 10  3  2 12 12 16 12  1  9 19  2 10  0  1 16 12  9 13 15 13
-16 19  2  4  6 19  5  5  8 19 18  1  2 15  6  0 17  8 14 13
-"""  # the number of each class's superclass, as the published files have it
-
-
-def test_superclasses_are_the_published_ones() -> None:
-    numbers = {name: k for k, name in enumerate(published.SUPERCLASSES)}  # in alphabetical order
-    found = [numbers[name] for name in published.CIFAR100_SUPERCLASSES]
-    assert found == [int(k) for k in COARSE.split()]
+@pytest.mark.data
+def test_superclasses_are_the_published_ones(data_root: Path) -> None:
+    (file,) = (data_root / "cifar100/cifar100").glob("test-*.parquet")
+    known = pd.read_parquet(file, columns=["fine_label", "coarse_label"]).drop_duplicates()
+    names = list(published.SUPERCLASSES)
+    found = [names.index(published.CIFAR100_SUPERCLASSES[k]) for k in known["fine_label"]]
+    assert found == known["coarse_label"].tolist() and len(found) == 100
     assert len(set(published.CIFAR100_CLASSES)) == 100
-    assert {len(classes) for classes in published.SUPERCLASSES.values()} == {5}
 
 
 def test_cifar100_is_the_same_in_both_layouts_and_any_order(
@@ -102,9 +102,8 @@ def test_cifar100_is_the_same_in_both_layouts_and_any_order(
 ) -> None:
     fine = [4, 99, 0, 30, 2, 11, 98, 35, 46, 50, 95, 55]
     wanted = [published.CIFAR100_SUPERCLASSES[k] for k in fine]
-    assert wanted[1:4] == ["non-insect invertebrates", "fruit and vegetables", "aquatic mammals"]
     columns = {"fine_label": fine, "coarse_label": [0] * 12}
-    write_parquet(tmp_path / "a", "cifar100/cifar100", "train", "img", columns, pixels)
+    write_parquet(tmp_path / "a/cifar100/cifar100", "train", columns, pixels)
     batches = {"train": (pixels[::-1], fine[::-1]), "test": (pixels[:2], fine[:2])}
     write_torchvision(tmp_path / "b", "CIFAR100", batches, monkeypatch)
     images, again = (issl.load("cifar100", root=tmp_path / layout) for layout in "ab")
@@ -122,20 +121,21 @@ def test_cifar100_is_the_same_in_both_layouts_and_any_order(
     assert (np.diff(some.index) > 0).all() and len(some) == 5
 
 
-def test_bad_files(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_bad_files(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(message: str, name: str = "cifar10", **arguments) -> None:
         with pytest.raises(issl.IsslError, match=message):
             issl.load(name, **{"root": tmp_path, **arguments})
 
     fails("data set 'mnist': known are", "mnist")
     fails("split 'val': cifar10 has train and test", split="val")
-    fails(r"Expected: .*cifar10/plain_text/train.*issl download cifar10")
+    fails(r"there is no .*cifar10/plain_text/train.* or .*cifar-10-.*issl download cifar10")
     fails("size=16: 'cifar10' has a fixed size", size=16)
-    columns = {"label": [1] * 12}
-    outside = {"label": [1] * 11 + [10]}
-    write_parquet(tmp_path, "cifar10/plain_text", "train", "img", outside, pixels)
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+    fails("there is no DIR/cifar10/.* name the folder DIR", root=None, quiet=True)
+    folder, outside = tmp_path / "cifar10/plain_text", {"label": [1] * 11 + [10]}
+    write_parquet(folder, "train", outside, pixels)
     fails("label goes from 1 to 10, and there are 10 names")
-    path = write_parquet(tmp_path, "cifar10/plain_text", "train", "img", columns, pixels)
+    path = write_parquet(folder, "train", {"label": [1] * 12}, pixels)
     fails("n=13: data set 'cifar10' has 12", n=13)
     path.write_bytes(path.read_bytes()[:9000])
     fails("not a readable parquet file")
@@ -158,18 +158,6 @@ def saved(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
 
 
-def test_image_folder(tmp_path: Path, pixels: np.ndarray) -> None:
-    for k, name in enumerate(["a/1.png", "a/2.png", "b/1.png"]):
-        saved(tmp_path / name, pixels[k])
-    images = issl.load(f"folder:{tmp_path}")
-    np.testing.assert_array_equal(images.pixels, pixels[:3])
-    assert images.labels.tolist() == [0, 0, 1]
-    assert images.attributes["label_name"].tolist() == ["a", "a", "b"]
-    saved(tmp_path / "of no class.png", pixels[3])
-    assert issl.load(f"folder:{tmp_path}").labels is None
-    assert issl.load(f"folder:{tmp_path}", n=2, size=16).pixels.shape == (2, 3, 16, 16)
-
-
 def test_linked_folders_are_classes_and_circles_end(
     tmp_path: Path, pixels: np.ndarray, capsys
 ) -> None:
@@ -185,6 +173,7 @@ def test_linked_folders_are_classes_and_circles_end(
     there = "cat/1.png cat/old/2.png dog/1.png kitten/1.png kitten/old/2.png".split()
     assert images.attributes["path"].tolist() == there
     assert images.attributes["label_name"].tolist() == "cat cat dog kitten kitten".split()
+    assert images.labels.tolist() == [0, 0, 1, 2, 2]
     np.testing.assert_array_equal(images.pixels[:], pixels[[0, 1, 2, 0, 1]])
     assert "3 linked in a circle, 1 linked to nothing" in capsys.readouterr().err
 
@@ -196,10 +185,163 @@ def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarr
         saved(tmp_path / name, pixels[k])
     (tmp_path / "notes.txt").write_text("no image")
     images = issl.load(f"folder:{tmp_path}", size=16)
-    assert images.attributes["path"].tolist() == names
+    assert images.attributes["path"].tolist() == names and images.labels is None
     hashes = [hashlib.sha256(name.encode()).digest() for name in names]
     assert images.index.tolist() == [int.from_bytes(found[:8], "big") >> 2 for found in hashes]
     stats = [(name, (tmp_path / name).stat()) for name in names]
     rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     key = hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + "-2"
     assert datasets.identity(f"folder:{tmp_path}").digest == key
+
+
+# --- decoded when they are needed: the same numbers as in memory ---
+
+SIDE = 24
+
+
+def score(images: issl.Images, batch_size: int = 64) -> pd.DataFrame:
+    net, how = make("batchnorm", torch.float32), Computing(batch_size=batch_size)
+    return issl.self_influence(net, images, curvature=LoGra(3), computing=how)
+
+
+def test_streamed_scores_are_those_in_memory(photos: Path) -> None:
+    """Bit for bit, whatever the batches."""
+    images = issl.load(f"folder:{photos}", size=SIDE, workers=2)
+    rows = torch.tensor([12, 3, 4, 11])
+    for lazy, held in (
+        (images, images.in_memory()),
+        (images.subset(rows), images.in_memory().subset(rows)),
+    ):
+        assert isinstance(lazy.pixels, LazyPixels) and isinstance(held.pixels, torch.Tensor)
+        for batch_size in (5, 64):
+            one, two = (score(some, batch_size) for some in (lazy, held))
+            pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_it_takes_positions_as_a_tensor_does(photos: Path) -> None:
+    images = issl.load(f"folder:{photos}", size=SIDE)
+    lazy, held = images.pixels, images.tensor()
+    slices = slice(3, 9), slice(None), slice(10, 40), slice(0, 9, 4)
+    for where in (0, -1, *slices, [5, 2, 2], torch.tensor([-2, 0])):
+        assert torch.equal(lazy[where], held[where]), where
+    assert (lazy.shape, lazy.ndim, lazy.dtype) == (held.shape, 4, torch.uint8)
+    assert torch.equal(torch.stack(list(lazy)), held)
+    assert [len(x) for x in lazy.split(10)] == [10, 3]
+    assert torch.equal(lazy.subset(np.array([4, 1])).subset(np.array([1]))[:], held[1:2])
+
+
+def test_threads_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, shape = torch.arange(40), (3, 17, 5)
+    alone = [draw(3, index, shape) for draw in (keyed_random.normal, keyed_random.uniform)]
+    monkeypatch.setattr(keyed_random, "SEVERAL_THREADS", 0)
+    several = [draw(3, index, shape) for draw in (keyed_random.normal, keyed_random.uniform)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, several, strict=True))
+
+
+# --- datasets of one's own ---
+
+
+def test_a_torch_dataset(photos: Path) -> None:
+    """PIL images, transforms of one's own, floats and bytes."""
+    want = issl.load(f"folder:{photos}", size=SIDE)
+    plain = issl.from_dataset(ImageFolder(photos), size=SIDE)
+    assert torch.equal(plain.tensor(), want.tensor())
+    assert plain.require_labels().tolist() == want.require_labels().tolist()
+    assert plain.attributes["label_name"].tolist() == want.attributes["label_name"].tolist()
+    transform = v2.Compose([v2.CenterCrop(20), v2.PILToTensor()])
+    own = issl.from_dataset(ImageFolder(photos, transform))
+    as_floats = v2.Compose([transform, v2.ToDtype(torch.float32, scale=True)])
+    floats = issl.from_dataset(ImageFolder(photos, as_floats))
+    assert torch.equal(floats.tensor(), own.tensor()) and floats.pixels.shape == (13, 3, 20, 20)
+    index = list(range(100, 113))
+    given = issl.from_dataset([{"image": x} for x in own.tensor()], index=index)
+    assert torch.equal(given.tensor(), own.tensor()) and given.index.tolist() == index
+
+
+def test_bad_datasets() -> None:
+    bad = [
+        ([Image.fromarray(np.zeros((20, 28), np.float32))], "item 0 of dataset .*mode F"),
+        (TensorDataset(torch.zeros(3, 5)), r"item 0 of dataset gives \(5,\)"),
+        (TensorDataset(torch.randn(3, 3, 8, 8)), "normalisation is part of the encoder"),
+        ([torch.tensor([0, 65535], dtype=torch.uint16).expand(3, 4, 2)], "torch.uint16 from 0 to"),
+    ]
+    for dataset, message in bad:
+        with pytest.raises(issl.IsslError, match=message):
+            issl.from_dataset(dataset, size=16)
+    uneven = issl.from_dataset([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)])
+    with pytest.raises(issl.IsslError, match=r"item 1 of dataset is \(9, 8\) px"):
+        uneven.tensor()
+
+
+class Pairs:
+    """A dataset of one's own: images with what is given."""
+
+    def __init__(self, labels, as_dict: bool = False):
+        self.given, self.as_dict, self.asked = labels, as_dict, 0
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, i: int):
+        self.asked += 1
+        image = torch.full((3, 16, 16), i, dtype=torch.uint8)
+        item = {"image": image, "label": self.given[i]}
+        return item if self.as_dict else (image, self.given[i], "more")
+
+
+def test_a_dataset_keeps_its_labels() -> None:
+    texts = ["cat", "dog", "cat", "ant"]
+    for labels, numbers, names in (
+        ([np.uint8(2), torch.tensor(0), 2.0, 1], [2, 0, 2, 1], list("2021")),
+        (texts, [1, 2, 1, 0], texts),
+        ([np.True_, False, True, True], [1, 0, 1, 1], ["True", "False", "True", "True"]),
+    ):
+        for as_dict in (False, True):
+            images = issl.from_dataset(Pairs(labels, as_dict))
+            assert images.require_labels().tolist() == numbers
+            assert images.labels.dtype == torch.int64
+            assert images.attributes["label_name"].tolist() == names
+            assert images.subset([2, 0]).labels.tolist() == [numbers[2], numbers[0]]
+
+
+def test_what_is_no_class_is_no_label() -> None:
+    numbers, missing = [1.0, 0.37, 2.0, 0.5], ["cat", None, "dog", "cat"]
+    for given in ([{"boxes": []}] * 4, numbers, [0, -1, 1, -1], missing):
+        assert issl.from_dataset(Pairs(given)).labels is None, given
+
+
+def test_labels_that_a_dataset_lists_are_not_read_from_its_images() -> None:
+    many = [k % 3 for k in range(100)]
+    dataset = Pairs(many)
+    dataset.targets = torch.tensor(many)
+    dataset.classes = ["cat", "dog", ("tench", "Tinca tinca")]
+    images = issl.from_dataset(dataset)
+    assert images.labels.tolist() == many and dataset.asked < 6
+    assert images.attributes["label_name"][:3].tolist() == ["cat", "dog", "tench, Tinca tinca"]
+    part = issl.from_dataset(Subset(dataset, [5, 0, 2]))
+    assert part.labels.tolist() == [2, 0, 2] and part.attributes["label_name"][1] == "cat"
+    dataset.targets = [9] * 100  # the items say something else: a transform of the targets
+    assert issl.from_dataset(dataset).labels.tolist() == many
+
+
+def test_broken_files_are_named_or_skipped(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """By the library and by the command."""
+    folder, good = tmp_path / "images", sorted(photos.rglob("*.jpg"))[:12]
+    folder.mkdir()
+    for path in good:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "x1.jpg").write_bytes(b"no image")
+    (folder / "x2.jpg").write_bytes(good[0].read_bytes()[:-200])
+    told = ["influence", "--data", f"folder:{folder}", "--rank", "2"]
+    told += ["--out", str(tmp_path / "s.csv"), "--encoder", encoder(tmp_path / "e.safetensors")]
+    assert cli.main(told) == 2
+    assert "2 of 14 images" in (said := capsys.readouterr().err) and "x1.jpg" in said
+    assert cli.main([*told, "--skip-broken", "--workers", "2"]) == 0
+    assert "2 images were left out" in capsys.readouterr().out
+    found = [len(pd.read_csv(tmp_path / name)) for name in ("s.csv", "s.broken.csv")]
+    assert found == [12, 2]
+    images = issl.load(f"folder:{folder}", size=SIDE, skip_broken=True)
+    assert [Path(name).name for name, _ in images.broken] == ["x1.jpg", "x2.jpg"]
+    (folder / images.attributes["path"][3]).unlink()  # and one that vanishes later
+    with pytest.raises(issl.IsslError, match=r"cannot be read .*restore it"):
+        score(images)

@@ -1,4 +1,5 @@
-"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts."""
+"""What goes wrong around a run: full disks, killed processes, signals, damaged artifacts, failing
+tasks, other people's Dask."""
 
 from __future__ import annotations
 
@@ -7,32 +8,38 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import forked
 import pytest
 import torch
 
-import issl
-from issl import cli, files
+from issl import cli, engine, files
 from issl.audit.cache import MANIFEST, Artifacts, in_dependency_order
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Influence, Pretrain
-from issl.files import PART, atomic, remove_leftovers
+from issl.engine import Engine, Task
+from issl.errors import IsslError
+from issl.files import PART, REPOSITORY, atomic, remove_leftovers
 from issl.pretraining import loop
+from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.recipes import recipe
 
 DATA = Data(name="scenes", n=32)
-TRAINED = Pretrain(data=DATA, recipe=recipe("simclr", "short"), width=1, epochs=2, batch_size=16)
+SIMCLR = {"recipe": recipe("simclr", "short"), "width": 1, "epochs": 2, "batch_size": 16}
+TRAINED = Pretrain(data=DATA, snapshots=(1,), **SIMCLR)
 STAGES = Influence(pretrain=TRAINED, data=DATA), Embed(pretrain=TRAINED, data=DATA)
 
 
 def made(root: Path) -> dict[str, str]:
-    """Make all stages; the digest of every file but the history, which says how long it took."""
+    """Make all stages; the digest of every file, and the history but for how long it took."""
     artifacts = Artifacts(root, checkpoint_seconds=0.0, released=None)
     for stage in in_dependency_order(STAGES):
         artifacts.get(stage)
@@ -40,19 +47,16 @@ def made(root: Path) -> dict[str, str]:
     for path in root.glob(f"*/*/{MANIFEST}"):
         listed = json.loads(path.read_text())["files"]
         found |= {f"{path.parent.name}/{k}": v for k, v in listed.items() if "history" not in k}
-    return found
+    history = TRAINED.history(artifacts).drop(columns="images_per_second")
+    return found | {"history": history.to_csv()}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """Artifacts that were made without a fault."""
-    return tmp_path_factory.mktemp("undisturbed")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(whole: Path) -> dict[str, str]:
     torch.set_num_threads(1)
-    return made(whole)
+    root = tmp_path_factory.mktemp("undisturbed")
+    return root, made(root)
 
 
 def left_over(root: Path) -> list[Path]:
@@ -60,7 +64,7 @@ def left_over(root: Path) -> list[Path]:
 
 
 def test_a_full_disk_at_every_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple
 ) -> None:
     """Every write of every stage fails once; the next run goes on from there."""
     count, fails_at = 0, 1
@@ -83,22 +87,26 @@ def test_a_full_disk_at_every_write(
         try:
             found = made(tmp_path)
             break
-        except issl.IsslError as error:
+        except IsslError as error:
             points += 1
-            assert "the disk is full" in str(error) and left_over(tmp_path) == []
+            assert os.strerror(errno.ENOSPC) in str(error) and left_over(tmp_path) == []
         before, finished = finished, len(list(tmp_path.glob(f"*/*/{MANIFEST}")))
         fails_at = 1 if finished > before else fails_at + 1
-    assert points >= 8 and found == undisturbed
+    assert points >= 8 and found == undisturbed[1]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dies_while_it_writes(path: Path) -> None:
     with atomic(path) as part:
         part.write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact(
-    tmp_path: Path, undisturbed: dict[str, str]
+    tmp_path: Path, undisturbed: tuple
 ) -> None:
     work = tmp_path / "pretrain" / f"{TRAINED.key}.part"
     file = work / "encoder.safetensors"
@@ -111,7 +119,8 @@ def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact
         remove_leftovers(work)
         assert left_over(work) == [part]  # this one is being written
     (work / "mine.json").unlink()
-    assert made(tmp_path) == undisturbed and left_over(tmp_path / "pretrain" / TRAINED.key) == []
+    assert made(tmp_path) == undisturbed[1]
+    assert left_over(tmp_path / "pretrain" / TRAINED.key) == []
 
 
 def test_sigterm_ends_a_command_as_an_interrupt_does(
@@ -129,21 +138,140 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "a flipped bit": ("encoder.safetensors", flip),
-    "gone": ("encoder.safetensors", Path.unlink),
-    "a manifest of no bytes": (MANIFEST, lambda p: p.write_bytes(b"")),
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_artifact_is_told_and_made_again_alone(
-    how: str, tmp_path: Path, whole: Path, undisturbed: Any, capsys: Any
+    tmp_path: Path, undisturbed: tuple, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    name, damage = DAMAGE[how]
-    others = {p: p.stat().st_mtime_ns for p in tmp_path.glob("[!p]*/*/*")}
-    damage(tmp_path / "pretrain" / TRAINED.key / name)
-    assert made(tmp_path) == undisturbed
-    assert "; it will be made again" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in others} == others
+    """A bit that flipped, a file that is gone, and a manifest of no bytes."""
+    encoder = "encoder.safetensors"
+    damages = (encoder, flip), (encoder, Path.unlink), (MANIFEST, lambda p: p.write_bytes(b""))
+    for k, (name, damage) in enumerate(damages):
+        root = shutil.copytree(undisturbed[0], tmp_path / str(k))
+        others = {p: p.stat().st_mtime_ns for p in root.glob("[!p]*/*/*")}
+        damage(root / "pretrain" / TRAINED.key / name)
+        assert made(root) == undisturbed[1]
+        assert "; it will be made again" in capsys.readouterr().err
+        assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+# --- tasks ---
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(f"{text}\n")
+
+
+def fail() -> None:
+    raise IsslError("the cat sat on the tensor")
+
+
+def one_thread_and_gpu() -> None:
+    assert torch.get_num_threads() == max(1, (os.cpu_count() or 1) // 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] in "35"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ  # kernels inherit it
+
+
+def trained(root: Path, kill: bool) -> None:
+    """Train; `kill`: the first time, until there is a checkpoint."""
+    artifacts = Artifacts(root, checkpoint_seconds=0.0, released=None)
+    checkpoint = artifacts.folder(TRAINED).with_suffix(".part") / "checkpoint.safetensors"
+    if checkpoint.exists():
+        append(root / "resumed", str(os.getpid()))
+    elif kill:
+        save = Checkpoint.save
+
+        def last(*arguments: object) -> None:
+            save(*arguments)
+            die()
+
+        Checkpoint.save = last
+    artifacts.get(TRAINED)
+
+
+def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, which share the cores and the GPUs: a task that kills its process each time fails,
+    which blocks what needs it and nothing else; another process goes on from a training's
+    checkpoint, and the encoder is the same bit for bit."""
+    monkeypatch.setitem(engine.SETTINGS, "distributed.scheduler.allowed-failures", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    write = partial(append, tmp_path / "log")
+    tasks = {
+        "a": Task(partial(write, "a")),
+        "wrong": Task(fail, ["a"]),
+        "late": Task(partial(write, "late"), ["wrong"]),
+        "later": Task(partial(write, "later"), ["late"]),
+        "b": Task(partial(write, "b"), ["a"]),
+        "c": Task(partial(write, "c"), ["a", "b"]),
+        "share": Task(one_thread_and_gpu),
+        "killer": Task(die, ["whole", "killed"]),  # the last: what waits there would go with it
+        "after": Task(fail, ["killer"]),
+        "whole": Task(partial(trained, whole, False)),
+        "killed": Task(partial(trained, killed, True)),
+    }
+    ended = {end.name: end for end in Engine(2).run(tasks)}
+    assert set(ended) == set(tasks) and ended["later"].error == "the cat sat on the tensor"
+    assert "the process that made killer was killed" in ended["killer"].error
+    assert {name for name, end in ended.items() if end.blocked} == {"late", "later", "after"}
+    well = {name for name, end in ended.items() if not end.error}
+    assert well == {"a", "b", "c", "share", "whole", "killed"}
+    done = (tmp_path / "log").read_text().split()  # what a dead worker had done may be done again
+    assert list(dict.fromkeys(done)) == ["a", "b", "c"]
+    assert len((killed / "resumed").read_text().split()) == 1
+    one, two = (Artifacts(root).file(TRAINED, "encoder.safetensors") for root in (whole, killed))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_dask_that_is_there_and_goes_away(tmp_path: Path) -> None:
+    told, log = tmp_path / "scheduler.json", tmp_path / "log"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    how = {"env": os.environ | {"PYTHONPATH": paths}, "cwd": tmp_path}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "dask", *words, "--scheduler-file", str(told)]
+        process = stack.enter_context(subprocess.Popen(command, **how))
+        stack.callback(process.kill)
+        return process
+
+    with ExitStack() as stack:
+        scheduler = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        start("worker", "--no-nanny", "--nthreads", "1")
+        end = time.monotonic() + 120
+        while not told.exists() or not told.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        address = json.loads(told.read_text())["address"]
+        tasks = {
+            "a": Task(partial(append, log, "done stays done")),
+            "b": Task(partial(time.sleep, 600), ["a"]),
+        }
+        run = Engine(scheduler=address).run(tasks)
+        assert next(run).name == "a"
+        scheduler.kill()
+        with pytest.raises(IsslError, match=f"{address} went away"):
+            next(run)
+        assert log.read_text() == "done stays done\n"
+
+
+@pytest.mark.slow
+def test_a_real_slurm_runs_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one node, this machine. Each job asks for a GPU, which it does not use."""
+    if os.geteuid() != 0 or not all(shutil.which(p) for p in ("slurmctld", "slurmd", "munged")):
+        pytest.skip("needs root and Debian's slurm-wlm and munge")
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a socket's path must be short
+    script, log = REPOSITORY / "tests/slurm.sh", tmp_path / "log"
+    subprocess.run([script, "start", folder], check=True)
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+    tasks = {"first": Task(partial(append, log, "first"))}
+    tasks |= {name: Task(partial(time.sleep, 10), ["first"]) for name in ("a", "b")}
+    tasks["last"] = Task(partial(append, log, "last"), ["a", "b"])
+    options = [("walltime", "10"), ("memory", "200MB"), ("log_directory", str(tmp_path))]
+    options += [("lifetime", "5m"), ("directive", "--gpus-per-node=1")]
+    try:
+        ended = list(Engine(2, "slurm", options).run(tasks))
+    finally:
+        subprocess.run([script, "stop", folder], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert [end.error for end in ended] == [""] * 4 and ended[-1].name == "last"
+    assert log.read_text().split() == ["first", "last"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
@@ -47,40 +48,11 @@ def tokens_first(net: Base, x: Tensor) -> Tensor:
     return net.mlp(net.tokens(x).transpose(0, 1)).mean(0)
 
 
-def flattened(net: Base, x: Tensor) -> Tensor:
-    """(T · B, C): the rows of one image are far apart."""
-    t = net.tokens(x).transpose(0, 1)
-    return net.mlp(t.flatten(0, 1)).unflatten(0, t.shape[:2]).mean(0)
-
-
 def by_function(net: Base, x: Tensor) -> Tensor:
     """A layer's weight is used by F.linear, too."""
     t = F.relu(net.f1(net.tokens(x)))
     again = F.linear(F.linear(t, net.f2.weight), net.f1.weight, bias=net.f1.bias)
     return net.f2(t + again).mean(1)
-
-
-class PadsItself(nn.Conv2d):
-    """As timm's Conv2dSame."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(input, (0, 1, 1, 2)), self.weight, self.bias)
-
-
-class Halves(nn.Linear):
-    """Changes what its product gives."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 0.5 * super().forward(input - 1) + 3
-
-
-class Subclasses(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c, self.f = PadsItself(3, 8, 3, 2, padding_mode="zeros"), Halves(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(torch.tanh(self.c(x)).mean((2, 3)))
 
 
 def in_place(net: Base, x: Tensor) -> Tensor:
@@ -97,36 +69,27 @@ def checkpointed(net: Base, x: Tensor, reentrant: bool) -> Tensor:
     return checkpoint(net.mlp, net.tokens(x), use_reentrant=reentrant).mean(1)
 
 
-class Attention(nn.Module):
-    """torch's own, both ways round."""
+def attention() -> nn.Module:
+    """torch's own. Its first layer sees (T, B, C), the next (T · B, C), where the rows of one image
+    are far apart, and the last two (B, T, C)."""
+    layer = nn.TransformerEncoderLayer(9, 3, 12, batch_first=True)
+    return nn.Sequential(nn.Conv2d(3, 9, 4, 4), nn.Flatten(2), layer, nn.Flatten())
 
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        self.p, self.batch_first = nn.Conv2d(3, 8, 4, 4), batch_first
-        self.t = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first), 2
-        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        t = self.p(x).flatten(2).mT
-        return self.t(t).mean(1) if self.batch_first else self.t(t.transpose(0, 1)).mean(0)
+def pads_itself() -> nn.Module:
+    return nn.Sequential(Conv2dSame(3, 8, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(288, 8))
 
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
-    **{
-        how.__name__: partial(Base, how) for how in (tokens_first, flattened, by_function, in_place)
-    },
-    "subclasses": Subclasses,
-    "attention": lambda: Attention(True),
-    "attention, tokens first": lambda: Attention(False),
+    **{how.__name__: partial(Base, how) for how in (tokens_first, by_function, in_place)},
+    "attention": attention,
+    "pads itself": pads_itself,
     "reentrant checkpoint": lambda: Base(partial(checkpointed, reentrant=True)),
     "checkpoint": lambda: Base(partial(checkpointed, reentrant=False)),
 }
 
 
-def brute(
-    encoder: nn.Module, images: issl.Images, skip: Sequence[str] = ()
-) -> tuple[Tensor, Tensor]:
+def brute(encoder: nn.Module, images: issl.Images, skip: Sequence = ()) -> tuple[Tensor, Tensor]:
     """LoGra's scores and squared gradient norms by plain autograd, one image at a time."""
     layers, _ = find_layers(encoder, skip)
     encoder.plain = True  # type: ignore[assignment]
@@ -158,19 +121,12 @@ def test_it_is_scored_as_autograd_says(kind: str, batch: int) -> None:
     np.testing.assert_allclose(norms, squares, rtol=1e-5)
 
 
-class Standardised(nn.Conv2d):
-    """As timm's StdConv2d."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input, self.weight / self.weight.std(), self.bias, self.stride)
-
-
 class Refused(Base):
     """One fault of each kind, and two layers without any."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.s, self.frozen, self.head = Standardised(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.s, self.frozen, self.head = StdConv2d(3, 8, 4, 4, 0), nn.Linear(8, 8), nn.Linear(8, 3)
         self.position, self.mixes = nn.Parameter(torch.rand(1, 9, 8)), nn.Linear(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,16 +139,15 @@ class Refused(Base):
 
 
 def test_all_that_cannot_be_scored_is_named_at_once_and_the_rest_is_scored() -> None:
-    encoder = Refused().double().eval()
+    encoder, images = Refused().double().eval(), nets.pictures(6)
     encoder.tokens = lambda x: Base.tokens(encoder, x)  # type: ignore[method-assign]
     with pytest.raises(issl.IsslError, match="cannot be scored") as refused:
-        issl.self_influence(encoder, nets.pictures(6))
+        issl.self_influence(encoder, images)
     faulty = ["position", "s", "frozen", "head", "mixes", "f2"]
     said = str(refused.value)
     assert all(f"{name} (" in said for name in faulty) and "6 of 8" in said
     skip = eval(said.split("skip=")[1].split("]")[0] + "]")
     assert sorted(skip) == sorted(faulty)
-    images = nets.pictures(6)
     found = issl.self_influence(encoder, images, curvature=issl.Identity(), skip=skip)
     np.testing.assert_allclose(found["influence"], brute(encoder, images, skip)[1], rtol=1e-5)
 

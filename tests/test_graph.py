@@ -1,4 +1,4 @@
-"""The neighbour graph and the baselines, against brute force and planted truths."""
+"""The neighbour graph, the baselines and the probe, against brute force and planted truths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.metrics import silhouette_score
 
 import issl
 from issl.audit.stats import baselines, neighbour_graph
-from issl.audit.stats.evaluate import knn_votes
+from issl.audit.stats.evaluate import PENALTIES, knn_hits, knn_votes, probe_hits
 
 
 def graph(features: torch.Tensor, k: int) -> sparse.csr_array:
@@ -46,18 +46,15 @@ def test_modularity_and_spectrum_are_networkxs(features: torch.Tensor) -> None:
     np.testing.assert_allclose(laplacian @ vectors, vectors * values, atol=1e-6)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_separability_is_the_silhouette(features: torch.Tensor, alone: bool) -> None:
-    """Also where one image is alone in its class."""
+def test_separability_is_the_silhouette(features: torch.Tensor) -> None:
     labels = np.arange(60) % 3
-    labels[7] = 9 if alone else labels[7]
-    peer = silhouette_score(features.numpy(), labels, metric="cosine")
-    assert neighbour_graph.separability(features, labels) == pytest.approx(peer, abs=1e-6)
+    for own in (1, 9):  # in class 9 it is alone
+        labels[7] = own
+        peer = silhouette_score(features.numpy(), labels, metric="cosine")
+        assert neighbour_graph.separability(features, labels) == pytest.approx(peer, abs=1e-6)
 
 
-def test_neighbours_are_kept_by_a_turn_of_the_features(features: torch.Tensor) -> None:
-    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3))).Q
-    assert neighbour_graph.neighbours_kept(features, features @ turn, 5).min() == 1.0
+def test_the_share_of_neighbours_kept_is_counted(features: torch.Tensor) -> None:
     other = torch.randn(60, 8, generator=torch.Generator().manual_seed(4))
     a, b = (neighbour_graph.nearest(f, 5)[0] for f in (features, other))
     want = [len({*a[i]} & {*b[i]}) / 5 for i in range(60)]
@@ -135,10 +132,44 @@ def test_edges_to_other_classes_that_are_chosen() -> None:
     """In a square 0-1-3-2-0 with the classes a, a, b, b."""
     square = networkx.to_scipy_sparse_array(networkx.cycle_graph([0, 1, 3, 2]), range(4))
     labels = np.array([0, 0, 1, 1])
-    share = neighbour_graph.share_of_cross(square, labels, lambda _, to: to == 2)
-    np.testing.assert_array_equal(share, [1, 0, 0, 0])  # only 0 has an edge to 2 across classes
-    group = np.array([0, 0, 0, 1])
-    share = neighbour_graph.share_of_cross(square, labels, lambda a, b: group[a] == group[b])
-    np.testing.assert_array_equal(share, [1, 0, 1, 0])
+    share = neighbour_graph.share_of_cross(square, labels, lambda of, to: (to == 2) | (of == 3))
+    np.testing.assert_array_equal(share, [1, 0, 0, 1])  # of 0 to 2, and of 3 to 1
     alone = neighbour_graph.share_of_cross(square, np.zeros(4, int), lambda _, to: to >= 0)
     assert np.isnan(alone).all()
+
+
+def clusters(n: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten classes around the axes of a space of 16 dimensions, of which one is much larger."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    centres = 4 * torch.nn.functional.one_hot(labels, 16)
+    x = centres + noise * torch.randn(n, 16, generator=generator)
+    return x * torch.tensor([100.0] + [1.0] * 15), labels
+
+
+def test_knn_is_brute_force() -> None:
+    (train, labels), (test, truth) = clusters(60, 0, 2.0), clusters(30, 1, 2.0)
+    votes = torch.zeros(30, 10)
+    for x, own in zip(test, votes, strict=True):
+        s, near = torch.nn.functional.cosine_similarity(x[None], train).topk(7)
+        own.index_add_(0, labels[near], (s / 0.1).exp())
+    shares = votes / votes.sum(1, keepdim=True)
+    torch.testing.assert_close(knn_votes(train, labels, test, k=7), shares)
+    got, want = knn_hits(train, labels, test, truth, k=7), (votes.argmax(1) == truth).numpy()
+    np.testing.assert_array_equal(got, want)
+    assert 0 < got.sum() < 30
+    # in parts or at once, and with more neighbours asked for than there are
+    many = knn_hits(train, labels, test.repeat(50, 1), truth.repeat(50), k=7)
+    np.testing.assert_array_equal(many, np.tile(want, 50))
+    assert len(knn_hits(train, labels, test, truth, k=1000)) == 30
+
+
+def test_probe_finds_linear_classes_and_chooses_its_penalty_without_the_test_set() -> None:
+    (train, labels), (test, truth) = clusters(800, 0, 0.5), clusters(300, 1, 0.5)
+    hits, c = probe_hits(train, labels, test, truth)
+    assert hits.mean() > 0.98 and c in PENALTIES
+    wrong = (truth + 1) % 10
+    again, same = probe_hits(train, labels, test, wrong)
+    assert same == c and again.mean() < 0.02  # the same model, whatever the truth is said to be
+    with pytest.raises(issl.IsslError, match="one class"):
+        probe_hits(train, torch.zeros_like(labels), test, truth)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import issl
 from issl.audit.stats import objective_gradients
 from issl.devices import computes_bf16
-from issl.pretraining.encoder import load_encoder, save_encoder
+from issl.pretraining.encoder import save_encoder
 from issl.pretraining.learner import Learner, load_learner, save_learner, spread
 from issl.pretraining.methods import METHODS
 from issl.pretraining.methods.base import Batch
@@ -42,19 +42,6 @@ def test_losses_are_lightlys(method: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
-def trained(kind: type[torch.optim.Optimizer], **how: float) -> list[Tensor]:
-    """The weights of a small network after five steps."""
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
-    model = nn.Sequential(*layers)
-    optimizer = kind(groups(model, 1e-2), lr=0.5, momentum=0.9, **how)
-    for _ in range(5):
-        optimizer.zero_grad()
-        model(torch.randn(8, 3, 5, 5)).square().mean().backward()
-        optimizer.step()
-    return [p.detach() for p in model.parameters()]
-
-
 @pytest.mark.parametrize("method", [*SSL, "vicreg"])
 def test_gradients_by_hand_are_those_of_the_losses(method: str) -> None:
     """Standard deviations lie on both sides of VICReg's hinge."""
@@ -67,9 +54,17 @@ def test_gradients_by_hand_are_those_of_the_losses(method: str) -> None:
 def test_lars_is_lightlys() -> None:
     from lightly.utils.lars import LARS as Theirs
 
-    want = trained(Theirs, trust_coefficient=0.02)
-    for x, y in zip(trained(LARS, trust=0.02), want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    found = []
+    for kind, how in ((LARS, {"trust": 0.02}), (Theirs, {"trust_coefficient": 0.02})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+        optimizer = kind(groups(model.append(nn.Linear(36, 5)), 1e-2), lr=0.5, momentum=0.9, **how)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3, 5, 5)).square().mean().backward()
+            optimizer.step()
+        found.append(list(model.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_lars_by_hand_with_clip() -> None:
@@ -97,16 +92,6 @@ def test_schedule_is_lightlys(warmup: int) -> None:
         want = pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5, abs=1e-9)
         assert learning_rate(k, 100, warmup, 2.0) == want
         optimizer.step(), theirs.step()
-
-
-THREE = [2048, 2048, 2048]
-WIDTHS = {"simclr": [2048, 256], "byol": [4096, 256], "barlow_twins": THREE, "vicreg": THREE}
-
-
-@pytest.mark.parametrize("method", WIDTHS)
-def test_the_projectors_of_full_width_are_solo_learns(method: str) -> None:
-    projector = Learner(recipe(method), 64, None, 0).encoder.projector
-    assert [m.out_features for m in projector if isinstance(m, nn.Linear)] == WIDTHS[method]
 
 
 def some_batch(method: str, n: int) -> tuple:
@@ -149,31 +134,23 @@ def test_byols_target_follows_and_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_a_reloaded_learner_gives_the_same_loss(method: str, tmp_path: Path) -> None:
-    """In half precision on disk: equal up to its rounding, 2^-11 of each weight."""
+def test_a_reloaded_learner_is_the_same_but_for_half_precision(method: str, tmp_path: Path) -> None:
+    """Equal up to its rounding, 2^-11 of each weight."""
     how, path = recipe(method, "short"), tmp_path / "learner.safetensors"
     learner = Learner(how, 2, 10, 3).train()
     with torch.no_grad():
         # as after some training: target and encoder differ, BatchNorm has statistics
         for p in learner.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    batch = some_batch(method, 16)
-    learner(*batch)
+    learner(*some_batch(method, 16))
     save_learner(path, learner, {"config": {"recipe": plain(how)}})
     loaded = load_learner(path)
     assert loaded.recipe == how and loaded.training
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
     saved, state = loaded.state_dict(), learner.state_dict()
     assert saved.keys() == state.keys()
     for name, p in saved.items():
         rtol, atol = (2**-11, 2**-25) if p.ndim > 1 else (0, 0)
         torch.testing.assert_close(p, state[name], rtol=rtol, atol=atol)
-    near = {"rtol": 2e-3, "atol": 2e-3}
-    features = learner.eval().encoder.backbone(batch[0])
-    torch.testing.assert_close(load_encoder(path)(batch[0]), features, **near)
-    for mode in (False, True):
-        got, want = loaded.train(mode)(*batch), learner.train(mode)(*batch)
-        torch.testing.assert_close(got, want, **near)
 
 
 def test_a_file_without_the_whole_learner_is_refused(tmp_path: Path) -> None:
@@ -193,7 +170,6 @@ def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
 
 def test_bad_names_and_numbers() -> None:
     how = recipe("byol", "short")
-    assert from_plain(plain(how)) == how
     for bad, named in [
         (lambda: recipe("moco"), "'moco'.*simclr, byol"),
         (lambda: Recipe(**vars(how) | {"tau": math.nan}), "tau=nan"),

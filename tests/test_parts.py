@@ -38,14 +38,8 @@ def same(folder: Path) -> None:
         np.testing.assert_allclose(table[column], want[column], rtol=1e-9)
 
 
-def test_parts_give_the_scores_of_the_whole(tmp_path: Path) -> None:
-    """Three of the fit, their sum, seven of the scores, in two processes."""
-    tasks = tasks_of(tmp_path)
-    assert [end.error for end in Engine(2).run(tasks)] == [""] * 11
-    same(tmp_path)
-
-
-def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+def test_parts_give_the_scores_of_the_whole_and_are_not_computed_again(tmp_path: Path) -> None:
+    """Three of the fit, their sum, seven of the scores, the last of them in two processes."""
     run = Engine().run(tasks_of(tmp_path))
     for _ in range(6):  # three parts fitted, their sum, two parts scored
         next(run)
@@ -53,7 +47,7 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.*")}
     rest = tasks_of(tmp_path)
     assert len(written) == 5 and set(rest) == {f"scores/{k:05}" for k in range(2, 7)}
-    assert not any(end.error for end in Engine().run(rest))
+    assert not any(end.error for end in Engine(2).run(rest))
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert tasks_of(tmp_path) == {}
     same(tmp_path)
@@ -81,5 +75,3 @@ def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "0 of 0 missing parts made" in capsys.readouterr().out
     one, parts = (pd.read_parquet(path) for path in (file, tmp_path / "all/scores"))
     pd.testing.assert_frame_equal(one, parts, rtol=1e-6)
-    assert cli.main([*given, folder, "--rank", "3"]) == 2
-    assert "all holds scores of another" in capsys.readouterr().err

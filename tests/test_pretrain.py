@@ -22,54 +22,40 @@ from issl import cli
 from issl.audit.cache import Artifacts
 from issl.audit.settings import Data
 from issl.audit.stages import Pretrain
-from issl.data.views import View
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import BasicBlock, load_encoder, read_encoder
 from issl.pretraining.learner import Learner, load_learner
-from issl.pretraining.loop import LARGEST_SEED, Execution, _generator, epoch_order, pretrain
-from issl.pretraining.recipes import NAMES, recipe
+from issl.pretraining.loop import Course, Execution, _generator, epoch_order, pretrain
+from issl.pretraining.recipes import recipe
 
 SMALL = {"width": 2, "epochs": 2, "batch_size": 16, "execution": Execution(progress=False)}
 SUPERVISED, BYOL, SIMCLR = (recipe(m, "short") for m in ("supervised", "byol", "simclr"))
 # mean loss of each of two epochs, in fp32, as the released encoders were trained
 NUMBERS = Path(__file__).parent / "goldens_pretraining.json"
 
-# weight gradients of a learner of this width, in single precision and in double (without oneDNN)
+# weight gradients of learners in single precision and in double (without oneDNN)
 GRADIENTS = """
-import copy, sys, torch
+import copy, torch
 from issl.pretraining.learner import Learner
 from issl.pretraining.recipes import recipe
-single = Learner(recipe("simclr", "short"), int(sys.argv[1]), None, 0)
-double = copy.deepcopy(single).double()
 views = torch.rand(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-found = []
-for learner, x in ((single.for_training(), views), (double, views.double())):
-    loss, _ = learner(*x, None, "fp32")
-    found.append(torch.autograd.grad(loss, list(learner.encoder.parameters())))
-for ours, exact in zip(*found):
-    atol = 1e-3 * float(exact.abs().max())
-    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
+for width in (4, 8):
+    single = Learner(recipe("simclr", "short"), width, None, 0)
+    double, found = copy.deepcopy(single).double(), []
+    for learner, x in ((single.for_training(), views), (double, views.double())):
+        loss, _ = learner(*x, None, "fp32")
+        found.append(torch.autograd.grad(loss, list(learner.encoder.parameters())))
+    for ours, exact in zip(*found):
+        atol = 1e-3 * float(exact.abs().max())
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
 """
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
-    """Pixels, uniform numbers and result of every view that is made, first and second in turn."""
-    calls: list[tuple[torch.Tensor, ...]] = []
-    original = View.__call__
-
-    def spy(self: View, pixels, u, size=None):
-        calls.append((pixels, u, original(self, pixels, u, size)))
-        return calls[-1][-1]
-
-    monkeypatch.setattr(View, "__call__", spy)
-    return calls
 
 
 @pytest.mark.parametrize("kind", json.loads(NUMBERS.read_text()))
 def test_the_losses_are_those_of_the_released_encoders(kind: str) -> None:
     how = {**SMALL, "seed": 3, "execution": Execution(precision="fp32", progress=False)}
-    _, history = pretrain(issl.load("scenes", n=64), recipe(*kind.split()), **how)
+    encoder, history = pretrain(issl.load("scenes", n=64), recipe(*kind.split()), **how)
+    assert history["lr"].iloc[-1] == 0 and not encoder.training
     want = json.loads(NUMBERS.read_text())[kind]
     np.testing.assert_allclose(history["loss"][0], want[0], rtol=5e-4)
     # another processor rounds differently, which a second epoch makes 1.2% of
@@ -80,43 +66,31 @@ def test_every_seed_has_an_order_of_its_own() -> None:
     """torch reads 32 bits of a seed; 2,000 epochs of 2,048 seeds, of two kinds, fit into them."""
     seeds = [
         _generator(seed, epoch, what).initial_seed()
-        for seed in (0, 1, 1024, LARGEST_SEED)
+        for seed in (0, 1, 1024, 2047)
         for epoch in (0, 1, 1999)
         for what in (0, 1)
     ]
     assert len({seed % 2**32 for seed in seeds}) == len(seeds) == 24
 
 
-def test_one_batch_of_all_can_have_gaps() -> None:
-    images, keep = issl.load("scenes", n=16), torch.arange(16) > 2
-    encoder, _ = pretrain(images, SIMCLR, **{**SMALL, "batch_size": 16}, keep=keep, gaps=True)
-    assert all(p.isfinite().all() for p in encoder.parameters())
-
-
-def test_leaving_an_image_out_changes_nothing_else(seen: list) -> None:
+def test_leaving_an_image_out_changes_nothing_else() -> None:
     """Order and views of the others are drawn over the whole set, whatever is left out."""
     images, how = issl.load("scenes", n=64), replace(BYOL, small=0.0)
-    runs = []
-    for mask in (None, torch.arange(64) != 11):
-        seen.clear()
-        pretrain(images, how, **{**SMALL, "batch_size": 2}, keep=mask)
-        runs.append([[torch.cat(part) for part in zip(*seen[k::2], strict=True)] for k in (0, 1)])
+    mask, runs = torch.arange(64) != 11, []
+    for keep in (None, mask):
+        course = Course(images, how, epochs=2, batch_size=2, seed=0, keep=keep)
+        steps = [course.step(k) for k in range(course.steps)]
+        runs.append([torch.cat([s.xa for s in steps]), torch.cat([s.xb for s in steps])])
     stays = [epoch_order(64, 0, epoch) != 11 for epoch in range(2)]
-    for whole, without in zip(*runs, strict=True):
-        for one, other in zip(whole, without, strict=True):
-            # 63 images make 31 batches of 2: in each epoch the last of them drops out
-            epochs = zip(one.split(64), stays, strict=True)
-            kept = torch.cat([part[stay][:62] for part, stay in epochs])
-            assert torch.equal(other, kept) and len(other) == 124
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_training_lowers_the_loss(method: str) -> None:
-    settings = {**SMALL, "width": 4, "epochs": 6, "batch_size": 64}
-    encoder, history = pretrain(issl.load("scenes", n=256), recipe(method, "short"), **settings)
-    assert history["loss"].iloc[-1] < 0.98 * history["loss"].iloc[0]
-    assert len(history) == 6 and (history["feature_std"] > 0.02).all() and not encoder.training
-    assert history["lr"].iloc[-1] == 0 and history["lr"].max() <= recipe(method, "short").lr / 4
+    for one, other in zip(*runs, strict=True):
+        # 63 images make 31 batches of 2: in each epoch the last of them drops out
+        epochs = zip(one.split(64), stays, strict=True)
+        kept = torch.cat([views[stay][:62] for views, stay in epochs])
+        assert torch.equal(other, kept) and len(other) == 124
+    # with gaps no image moves to another batch; here there is one
+    course = Course(images, how, epochs=2, batch_size=64, seed=0, keep=mask, gaps=True)
+    for epoch, stay in enumerate(stays):
+        assert torch.equal(course.step(epoch).rows, epoch_order(64, 0, epoch)[stay])
 
 
 def test_numbers_returned_after_an_epoch_join_the_history_and_disturb_nothing() -> None:
@@ -132,91 +106,49 @@ def test_numbers_returned_after_an_epoch_join_the_history_and_disturb_nothing() 
     same_weights(encoder, plain)
 
 
-OUT = torch.ones(64, dtype=torch.bool)
-OUT[epoch_order(64, 0, 0)[:16]] = False  # the whole of the first batch
-WILD = replace(SIMCLR, lr=1e20, warmup=0)
-HEAVY = replace(BYOL, weight_decay=60.0, momentum=0.0)
-
-
-@pytest.mark.parametrize(
-    ("how", "arguments", "named"),
-    [
-        (SIMCLR, {"batch_size": 65}, "batch_size=65"),
-        (SIMCLR, {"keep": torch.ones(3, dtype=torch.bool)}, "keep has 3"),
-        (SIMCLR, {"keep": OUT, "gaps": True}, "0 image of a batch is left"),
-        (SUPERVISED, {}, "'photos' have no labels"),
+def test_bad_settings() -> None:
+    images, out = replace(issl.load("scenes", n=64), labels=None), torch.ones(64, dtype=torch.bool)
+    out[epoch_order(64, 0, 0)[:16]] = False  # the whole of the first batch
+    heavy = replace(BYOL, weight_decay=60.0, momentum=0.0)
+    for how, arguments, named in [
+        (SIMCLR, {"keep": out[:3]}, "keep has 3"),
+        (SIMCLR, {"keep": out, "gaps": True}, "0 image of a batch is left"),
+        (SUPERVISED, {}, "'scenes' have no labels"),
         (SIMCLR, {"seed": 2048}, "seed up to 2047"),
-        (WILD, {"epochs": 3}, "diverged in epoch"),
-        (HEAVY, {"epochs": 30}, r"collapsed in epoch .*weight_decay=60.*tau=0.97"),
-    ],
-)
-def test_bad_settings(how, arguments: dict, named: str) -> None:
-    pixels, index = issl.load("scenes", n=64).pixels, pd.DataFrame({"index": range(64)})
-    with pytest.raises(issl.IsslError, match=named):
-        pretrain(issl.Images(pixels, None, index, "photos"), how, **{**SMALL, **arguments})
+        (replace(SIMCLR, lr=1e20, warmup=0), {"epochs": 3}, "diverged in epoch"),
+        (heavy, {"epochs": 30}, r"collapsed in epoch .*weight_decay=60.*tau=0.97"),
+    ]:
+        with pytest.raises(issl.IsslError, match=named):
+            pretrain(images, how, **SMALL | arguments)
 
 
-SNAPSHOTS = Pretrain(
-    data=Data(name="scenes", n=96), recipe=BYOL, width=1, epochs=5, batch_size=32, snapshots=(1, 3)
-)
-LEARNERS = ["encoder-0001.safetensors", "encoder-0003.safetensors", "encoder.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return Artifacts(tmp_path_factory.mktemp("artifacts"))
-
-
-def test_snapshots_hold_the_whole_learner_in_half_precision(made: Artifacts) -> None:
-    folder, features = made.get(SNAPSHOTS), []
-    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for name, epochs in zip(LEARNERS, (1, 3, 5), strict=True):
-        header, tensors = read_encoder(folder / name)
-        assert header["config"] == SNAPSHOTS.model_dump(mode="json")
+def test_snapshots_hold_the_whole_learner_in_half_precision(tmp_path: Path) -> None:
+    data = Data(name="scenes", n=96)
+    plain = Pretrain(data=data, recipe=BYOL, width=1, epochs=5, batch_size=32)
+    artifacts, x = Artifacts(tmp_path), torch.rand(4, 3, 32, 32)
+    want = plain.encoder(artifacts)(x)
+    stage = plain.model_copy(update={"snapshots": (1, 3)})
+    folder, features = artifacts.get(stage), []
+    for name, epochs in {"encoder-0001": 1, "encoder-0003": 3, "encoder": 5}.items():
+        header, tensors = read_encoder(folder / f"{name}.safetensors")
+        assert header["config"] == stage.model_dump(mode="json")
         assert header.get("epochs_done", 5) == epochs
         parts = {"backbone", "projector", "predictor", "target"}
         assert {k.split(".")[0] for k in tensors} == parts
         assert all((v.dtype == torch.float16) == (v.ndim > 1) for v in tensors.values())
-        features.append(load_encoder(folder / name)(x))
+        features.append(load_encoder(folder / f"{name}.safetensors")(x))
     assert not torch.equal(features[0], features[1]) and not torch.equal(features[1], features[2])
     # the last one is the encoder that a run without snapshots leaves, up to half precision
-    plain = SNAPSHOTS.model_copy(update={"snapshots": None})
-    assert plain.key != SNAPSHOTS.key
-    torch.testing.assert_close(features[2], plain.encoder(made)(x), rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("epochs_done", [1, 5])
-def test_snapshots_of_a_killed_and_resumed_run_are_the_same(
-    epochs_done: int, made: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after the snapshot of an epoch, before its checkpoint."""
-    whole = made.get(SNAPSHOTS)
-    original = Checkpoint.save
-
-    def save(self: Checkpoint, learner: Learner, optimizer, identity, history: list) -> None:
-        if len(history) == epochs_done:
-            raise KeyboardInterrupt
-        original(self, learner, optimizer, identity, history)
-
-    artifacts = Artifacts(tmp_path / "killed", checkpoint_seconds=0.0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoint, "save", save)
-        artifacts.get(SNAPSHOTS)
-    resumed = artifacts.get(SNAPSHOTS)
-    assert len(artifacts.computed) == 1
-    for name in LEARNERS:
-        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    a, b = (pd.read_csv(f / "history.csv") for f in (whole, resumed))
-    speed = "images_per_second"
-    pd.testing.assert_frame_equal(a.drop(columns=speed), b.drop(columns=speed))
+    assert plain.key != stage.key
+    torch.testing.assert_close(features[2], want, rtol=2e-3, atol=2e-3)
 
 
 def test_a_checkpoint_serves_its_own_run_in_any_precision_and_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, images = tmp_path / "c.safetensors", issl.load("scenes", n=64)
+    images = issl.load("scenes", n=64)
     bf16, fp32 = (Execution(precision=p, progress=False) for p in ("bf16", "fp32"))
-    how = {**SMALL, "checkpoint": Checkpoint(path, seconds=0.0)}
+    how = {**SMALL, "checkpoint": Checkpoint(tmp_path / "c.safetensors", seconds=0.0)}
     one, _ = pretrain(images, **{**how, "execution": bf16})
     went_on, history = pretrain(images, **{**how, "execution": fp32})
     assert "bf16" in capsys.readouterr().err and len(history) == 2
@@ -225,9 +157,6 @@ def test_a_checkpoint_serves_its_own_run_in_any_precision_and_no_other(
         pretrain(images, **how, seed=1)
     with pytest.raises(issl.IsslError, match="images differ"):
         pretrain(images.subset(range(63, -1, -1)), **how)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(issl.IsslError, match="is damaged"):
-        pretrain(images, **how)
 
 
 @pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 4, 1), (4, 8, 2)])
@@ -268,9 +197,7 @@ def test_compiled_is_the_same() -> None:
     pd.testing.assert_series_equal(losses[0]["loss"], losses[1]["loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("width", [4, 8])
-def test_gradients_are_right_on_a_processor_without_avx_512(width: int) -> None:
+def test_gradients_are_right_on_a_processor_without_avx_512() -> None:
     """Most laptops have none: a narrow network crashed there."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    command = [sys.executable, "-c", GRADIENTS, str(width)]
-    subprocess.run(command, env=environment, check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", GRADIENTS], env=environment, check=True, timeout=600)

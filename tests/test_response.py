@@ -16,12 +16,6 @@ RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(20, 40))  # 20 queries, 40 subsets
 
 
-def test_the_sum_over_the_subset() -> None:
-    scores, kept = RNG.normal(size=(3, 6)), RNG.random((4, 6)) < 0.5
-    want = [[-row[subset].sum() for subset in kept] for row in scores]
-    np.testing.assert_allclose(datamodeling.predicted_losses(scores, kept), want)
-
-
 def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     predicted = TRUTH + RNG.normal(size=TRUTH.shape)
     want = np.mean([stats.spearmanr(p, y).statistic for p, y in zip(predicted, TRUTH, strict=True)])
@@ -33,8 +27,6 @@ def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     better = datamodeling.lds_difference(predicted, RNG.normal(size=TRUTH.shape), TRUTH)
     assert better.low > 0
     assert datamodeling.lds_difference(predicted, predicted, TRUTH).high == 0
-    with pytest.raises(issl.IsslError, match="need one shape"):
-        datamodeling.lds(predicted[:, :2], TRUTH[:, :2])
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])
@@ -44,8 +36,6 @@ def test_the_ceiling_is_what_the_truth_itself_reaches(noise: float) -> None:
     runs = truth + noise * np.random.default_rng(2).normal(size=(3, 80, 150))
     cap = datamodeling.ceiling(datamodeling.repeatability(runs), 3)
     assert datamodeling.lds(truth, runs.mean(0)).value == pytest.approx(cap.value, abs=0.02)
-    with pytest.raises(issl.IsslError, match="two or more repetitions"):
-        datamodeling.repeatability(runs[:1])
 
 
 def test_one_image_left_out_is_measured_against_the_others() -> None:
@@ -80,6 +70,8 @@ def test_a_tidy_table_of_trainings_becomes_runs_in_the_order_of_its_queries() ->
     np.testing.assert_allclose(datamodeling.retrained_losses(table), want)
     kept = datamodeling.kept([[0, 2], [1]], 3)
     assert kept.tolist() == [[False, True, False], [True, False, True]]
+    scores = np.array([[1.0, 2.0, 4.0]])  # of one query; what has influence on it lowers its loss
+    assert datamodeling.predicted_losses(scores, kept).tolist() == [[-2.0, -5.0]]
 
 
 def test_what_statistics_explain_is_least_squares() -> None:

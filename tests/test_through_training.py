@@ -1,4 +1,4 @@
-"""The derivative of a training, against central differences of whole trainings."""
+"""The derivative of a training against central differences of whole trainings; `issl attribute`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import pandas as pd
 import pytest
 import torch
 from nets import same_weights
+from safetensors.torch import load_file
+from scipy import stats
 from torch import Tensor, nn
 
 import issl
-from issl import through_training
+from issl import cli, through_training
+from issl.influence.scores import as_queries
 from issl.measures import knn_margins, mean_of, stability_measures
 from issl.pretraining.encoder import resnet18
 from issl.pretraining.learner import Learner, save_learner
-from issl.pretraining.loop import Execution, Step, optimizer_of, pretrain, take
+from issl.pretraining.loop import Execution, optimizer_of, pretrain, take
 from issl.pretraining.methods import METHODS
-from issl.pretraining.recipes import Recipe, recipe
+from issl.pretraining.recipes import Recipe, plain, recipe
 from issl.pretraining.states import Run
 from issl.through_training import agreement, influence_through_training, random_subsets, values_of
 
@@ -43,10 +46,13 @@ def how(method: str, optimizer: str = "sgd") -> Recipe:
     return replace(recipe(method, "short"), optimizer=optimizer, lr=rate, small=0.0, trust=0.02)
 
 
-def tiny() -> nn.Module:
-    """A backbone without kinks, within which a finite difference would be of two functions."""
+def network(whole: bool = False) -> nn.Module:
+    """A backbone without kinks, within which a finite difference would be of two functions; or a
+    whole ResNet."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
+        if whole:
+            return resnet18(1)
         return nn.Sequential(
             *(nn.Conv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4), nn.Tanh()),
             *(nn.Conv2d(4, 8, 3, 2), nn.BatchNorm2d(8), nn.Tanh()),
@@ -54,22 +60,17 @@ def tiny() -> nn.Module:
         )
 
 
-def smooth(net: nn.Module) -> nn.Module:
-    """The same, its ReLUs replaced."""
-    for parent in list(net.modules()):
+def learner(how: Recipe, whole: bool = False) -> Learner:
+    """In double precision, and smooth: its ReLUs are replaced."""
+    made = Learner(how, 1, 10 if how.method == "supervised" else None, 0)
+    made.encoder.backbone = network(whole)
+    if how.method == "byol":
+        made.target.backbone = copy.deepcopy(made.encoder.backbone).requires_grad_(False)
+    for parent in list(made.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.Tanh())
-    return net
-
-
-def learner(how: Recipe, backbone: nn.Module | None = None) -> Learner:
-    """In double precision, and smooth."""
-    made = Learner(how, 1, 10 if how.method == "supervised" else None, 0)
-    made.encoder.backbone = tiny() if backbone is None else backbone
-    if how.method == "byol":
-        made.target.backbone = copy.deepcopy(made.encoder.backbone).requires_grad_(False)
-    return smooth(made).double()
+    return made.double()
 
 
 def trained_with(run: Run, weights: Tensor) -> Learner:
@@ -91,36 +92,28 @@ def test_the_derivative_is_that_of_the_whole_training(
     method: str, optimizer: str, whole: bool
 ) -> None:
     """Of a small network, or of a whole ResNet: the central difference of trainings."""
-    start = learner(how(method, optimizer), resnet18(1) if whole else None)
+    start = learner(how(method, optimizer), whole)
     found = influence_through_training(start, IMAGES, QUERY, **SMALL)
 
+    def ends(i: int, weight: float) -> Tensor:
+        """What is measured if image i has this weight."""
+        weights = torch.ones(N, dtype=torch.float64)
+        weights[i] = weight
+        return values_of(trained_with(found.run, weights), found.measures)
+
     def difference(i: int, eps: float) -> Tensor:
-        ends = []
-        for side in (1, -1):
-            weights = torch.ones(N, dtype=torch.float64)
-            weights[i] += side * eps
-            ends.append(values_of(trained_with(found.run, weights), found.measures))
-        return (ends[0] - ends[1]) / (2 * eps)
+        return (ends(i, 1 + eps) - ends(i, 1 - eps)) / (2 * eps)
 
     for i in [0, 5]:
-        # Of fourth order: the plain difference of a whole ResNet is off by up to 1e-5.
+        # of fourth order: the plain difference of a whole ResNet is off by up to 1e-5
         want = (4 * difference(i, 1e-6) - difference(i, 2e-6)) / 3
         error = (found.derivatives[:, i] - want).norm() / want.norm()
         assert error < 1e-6, (i, float(error))
     assert found.derivatives.abs().gt(0).all()  # every image counts
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_weight_of_zero_is_the_training_without_the_image(method: str) -> None:
-    run = Run(learner(how(method)), IMAGES, **SMALL)
-    weights = torch.ones(N, dtype=torch.float64)
-    weights[4] = 0
-    by_weight, left_out, whole = (
-        values_of(trained, stability_measures(QUERY))
-        for trained in (trained_with(run, weights), run.trained([4]), run.trained())
-    )
-    torch.testing.assert_close(by_weight, left_out, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(whole, left_out)
+    # a weight of zero is the training without the image
+    left_out = values_of(found.run.trained([4]), found.measures)
+    torch.testing.assert_close(ends(4, 0), left_out, rtol=1e-8, atol=1e-12)
+    assert not torch.allclose(found.value, left_out)
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [("simclr", "sgd"), ("byol", "lars")])
@@ -144,31 +137,30 @@ def test_kept_states_are_memory_or_files_or_computed_again_and_runs_resume(
     torch.testing.assert_close(again.derivatives, want.derivatives, rtol=0, atol=0)
     assert again.state_bytes == want.state_bytes // 2  # steps 0 and 3 of four
 
-    monkeypatch.setattr(through_training, "SAVED", 0.0)
-    through, taken = through_training.Back._through, []
+    save, saved = through_training.Back.save, []
 
-    def interrupted(self: object, learner: object, step: Step) -> None:
-        if step.number == 1 and len(taken) == 2:
+    def interrupted(self: through_training.Back) -> None:
+        save(self)
+        saved.append(self.number)
+        if len(saved) == 2:
             raise KeyboardInterrupt
-        taken.append(step.number)
-        through(self, learner, step)
 
-    monkeypatch.setattr(through_training.Back, "_through", interrupted)
+    monkeypatch.setattr(through_training, "SAVED", 0.0)
+    monkeypatch.setattr(through_training.Back, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         influence_through_training(start, IMAGES, QUERY, **SMALL, folder=tmp_path)
-    taken.append(-1)
     on_disk = influence_through_training(start, IMAGES, QUERY, **SMALL, folder=tmp_path)
-    assert taken == [3, 2, -1, 1, 0]
+    assert saved == [3, 2, 1, 0]
     torch.testing.assert_close(on_disk.derivatives, want.derivatives, rtol=0, atol=0)
     torch.testing.assert_close(on_disk.growth, want.growth)
-    others = IMAGES.subset(range(2))
-    with pytest.raises(issl.IsslError, match="other measures"):
-        influence_through_training(start, IMAGES, others, **SMALL, folder=tmp_path)
     turned = replace(IMAGES, pixels=IMAGES.tensor().flip(3))
-    with pytest.raises(issl.IsslError, match="images differ"):
-        influence_through_training(start, turned, QUERY, **SMALL, folder=tmp_path)
-    with pytest.raises(issl.IsslError, match="seed differ"):
-        influence_through_training(start, IMAGES, QUERY, **SMALL | {"seed": 4}, folder=tmp_path)
+    for images, queries, changes, named in [
+        (IMAGES, IMAGES.subset(range(2)), {}, "other measures"),
+        (turned, QUERY, {}, "images differ"),
+        (IMAGES, QUERY, {"seed": 4}, "seed differ"),
+    ]:
+        with pytest.raises(issl.IsslError, match=named):
+            influence_through_training(start, images, queries, **SMALL | changes, folder=tmp_path)
 
 
 def test_removals_are_trainings_and_small_ones_are_predicted() -> None:
@@ -180,18 +172,11 @@ def test_removals_are_trainings_and_small_ones_are_predicted() -> None:
     of_third = table[table["subset"] == 2]
     np.testing.assert_array_equal(of_third["measured"], measured)
     np.testing.assert_allclose(of_third["predicted"], -found.derivatives[:, subsets[2][0]].numpy())
-    said = agreement(table).iloc[0]
-    assert said["lds"] > 0.8
-    assert 0.5 < said["slope"] < 2
-
-
-def test_agreement_of_known_tables() -> None:
-    """A query whose order is predicted, and one whose order is reversed."""
-    queries = {"query": [0] * 3 + [1] * 3, "subset": [0, 1, 2] * 2, "left_out": 5}
-    losses = {"predicted": [1.0, 2.0, 3.0] * 2, "measured": [2.0, 4.0, 6.0, 6.0, 4.0, 2.0]}
-    found = agreement(pd.DataFrame(queries | losses))
-    assert found["lds"].tolist() == [0.0]  # 1 and -1
-    assert found["slope"].tolist() == pytest.approx([(28 + 20) / 28])
+    said, queries = agreement(table).iloc[0], [q for _, q in table.groupby("query")]
+    ranks = [stats.spearmanr(q["predicted"], q["measured"]).statistic for q in queries]
+    assert said["lds"] == pytest.approx(np.mean(ranks)) and said["lds"] > 0.8
+    (slope,) = np.linalg.lstsq(table[["predicted"]], table["measured"], rcond=None)[0]
+    assert said["slope"] == pytest.approx(slope) and 0.5 < slope < 2
 
 
 def test_a_mean_is_the_mean_and_a_vote_of_a_bank_is_by_hand() -> None:
@@ -230,3 +215,29 @@ def test_a_learner_in_a_file_and_bad_input(tmp_path: Path) -> None:
     ]:
         with pytest.raises(issl.IsslError, match=named):
             influence_through_training(0, IMAGES, QUERY, used, **SMALL | changes)
+
+
+def test_the_command_lists_what_the_library_finds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says whether it predicts."""
+    byol, file, out = recipe("byol", "short"), tmp_path / "e.safetensors", tmp_path / "a.csv"
+    start = Learner(byol, 1, None, 0)
+    save_learner(file, start, {"recipe": plain(byol)}, half=False)
+    given = "attribute --images scenes --n 12 --queries scenes --asked 2 --batch-size 6".split()
+    given += ["--k", "3", "--check", "3", "--encoder", str(file), "--device", "cpu"]
+    assert cli.main([*given, "--out", str(out)]) == 0
+    assert "LDS" in capsys.readouterr().out
+    images, queries = (issl.load("scenes", split).subset(range(12)) for split in ("train", "test"))
+    again = replace(byol, optimizer="sgd", lr=0.05, small=1.0)
+    want = influence_through_training(
+        start, images, as_queries(queries.subset([0, 1])), again, epochs=1, batch_size=6
+    ).derivatives
+    found = load_file(out.with_suffix(".safetensors"))["derivatives"]
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    lists = pd.read_csv(out).groupby(["query", "list"])["index"].apply(list)
+    for q in range(2):
+        order = np.argsort(want[q].numpy()).tolist()
+        assert lists[q, "helped"] == order[:3] and lists[q, "hurt"] == order[::-1][:3]
+    for wrong in (["--out", str(tmp_path / "a.txt")], ["--asked", "1000000000"]):
+        assert cli.main([*given, "--out", str(out), *wrong]) == 2

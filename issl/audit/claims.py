@@ -41,17 +41,8 @@ PASSED, FAILED = "check passed", "check failed"  # of the code
 
 
 class Condition(Config):
-    """One condition: a bound of a metric's interval above or below a threshold.
-
-    Attributes:
-        metric: as the notebook records it.
-        bound: which number of the metric's estimate is compared.
-        above: the threshold that it must exceed; set either this or `below`.
-        below: the threshold that it must stay under; set either this or `above`.
-        where_measured: skip the condition if the data have no such metric (pairs judged by people).
-        p_value: the metric is a p-value; a large one is no evidence against the claim.
-        needs: another condition; unless it holds, this one is never contradicted.
-    """
+    """One condition: a bound of a metric's interval above or below a threshold. The head of
+    claims.yaml says what the fields mean."""
 
     metric: str
     bound: Literal["value", "low", "high"]
@@ -103,13 +94,8 @@ class Superseded(Config):
 
 
 class Scale(Config):
-    """What a claim's encoders must have learned before its verdict says anything about the method.
-
-    Attributes:
-        knn: what the lowest kNN accuracy of all encoders on test images must reach, by data set.
-        above_untrained: by how much it must exceed that of the untrained network, by data set.
-        encoders: how many of each method, trained from different seeds.
-    """
+    """What a claim's encoders must have learned before its verdict says anything about the method;
+    claims.yaml, `scales`, says what the fields mean."""
 
     knn: dict[str, float] = Field({})
     above_untrained: dict[str, float] = Field({})
@@ -180,18 +166,13 @@ def all_words() -> dict[str, str]:
 
 
 def words(metric: str) -> str:
-    """The readable name of a metric. Raises IsslError if it has none."""
-    if metric not in all_words():
-        raise IsslError(f"metric {metric!r} has no words: name it in issl/audit/metrics.yaml")
+    """The readable name of a metric (metrics.yaml)."""
     return all_words()[metric]
 
 
 def threshold(name: str, metric: str) -> float:
-    """The threshold in a claim's test of a metric, for figures; IsslError if there is none."""
-    for test in claims()[name].tests:
-        if test.metric == metric:
-            return test.threshold
-    raise IsslError(f"claim {name!r} has no test of {metric!r}")
+    """The threshold in a claim's test of a metric, for figures."""
+    return next(test.threshold for test in claims()[name].tests if test.metric == metric)
 
 
 def judge(
@@ -201,15 +182,8 @@ def judge(
     dataset: str,
     learned: Learned | None = None,
 ) -> dict[str, Any]:
-    """The claim's tests with their states, the outcome, and the verdict at this profile.
-
-    Args:
-        dataset: the images that were scored.
-        learned: what the encoders learned (`Plan.scale`); a claim about encoders needs it.
-
-    Raises:
-        IsslError: for an unknown claim, or a metric that was not measured.
-    """
+    """The claim's tests with their states, the outcome, and the verdict at this profile. The
+    arguments are those of `record`; raises IsslError for an unknown claim."""
     if name not in claims():
         raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
     claim = claims()[name]
@@ -320,10 +294,11 @@ def record(
     """Judge a claim and write FOLDER/claim_NAME.json (or claim_NAME.VARIANT.json).
 
     Args:
+        metrics: what the claim's tests ask for, and whatever else was measured.
         source: as `provenance` gives it.
         variant: tells several records of one claim apart: the method, say.
         dataset: the images that were scored.
-        learned: see `judge`.
+        learned: what the encoders learned (`Plan.scale`); a claim about encoders needs it.
         **about: method, n, seeds and whatever else qualifies it. For an encoder given as a file,
             recipe and seeds are unknown: the record names the file instead.
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 Unit = Literal["range", "normalised"]  # the pixels that a noise's mean and std apply to
 TESTED_ON = {"cifair10": "cifar10"}  # sets without a test set of their own
 Epochs = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Snapshots = Annotated[int, Field(ge=1)] | tuple[Share, ...]
 Files = Annotated[
     tuple[CheckpointFile, ...],
     Field(min_length=1),
@@ -127,7 +129,7 @@ class Plan(Config):
     epochs: Epochs | dict[recipes.Method, Epochs] = 4
     batch_size: int = Field(64, ge=2)
     seed: int = Field(0, ge=0)
-    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] | None = None
+    snapshots: Snapshots | None = None
     checkpoints: dict[recipes.Method, Files] = Field({}, exclude_if=lambda given: not given)
 
     @model_validator(mode="before")
@@ -293,16 +295,10 @@ class Plan(Config):
     def record(
         self, name: str, metrics: dict[str, Estimate], method: str = "", **about: Any
     ) -> dict[str, Any]:
-        """Judge a claim, write its record and print it. Data set, recipe, seeds, number of images
-        and what the encoders learned are taken from the plan, unless `about` says otherwise.
-
-        Args:
-            name: of the claim, in claims.yaml.
-            metrics: what its tests ask for, and whatever else was measured.
-            method: whose encoders were measured; for a claim about no method, what else was.
-            **about: other facts for the record; `variant` tells records of one claim apart and is
-                the method by default.
-        """
+        """Write the record of a claim (`claims.record`) and print it. Data set, recipe, seeds,
+        number of images and what the encoders learned are taken from the plan, unless `about` says
+        otherwise. `method` is that of the encoders that were measured (for a claim about no method,
+        what else was), and by default the variant."""
         known: dict[str, Any] = {"dataset": self.dataset, "n": self.n}
         trained = method in recipes.NAMES
         known |= self.about_encoders(method) if trained else {"method": method}

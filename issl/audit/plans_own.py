@@ -21,6 +21,7 @@ from issl.audit.plan import (
     Plan,
     Readable,
     Scored,
+    Snapshots,
     Unit,
     noise_in,
     under,
@@ -458,7 +459,7 @@ class Taught(Retrained):
     notebook: ClassVar[str] = "15_taught"
 
     # whole learners are kept: training goes on from them
-    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 1
+    snapshots: Snapshots = 1
     retraining: tuple[Kind, ...] = Field(get_args(Kind), min_length=1)
     asked: int = Field(3, ge=2)  # how many queries are retrained for: the first ones
     share: float = Field(0.1, gt=0, lt=1)  # of the scored images, removed for a query
@@ -553,7 +554,7 @@ class TrainingAware(Retrained):
     draws: int = Field(2, ge=1)
     candidates: int | None = Field(96, ge=16)
     # whole learners are kept: training goes on from them
-    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 1
+    snapshots: Snapshots = 1
     continued_epochs: int = Field(2, ge=1)
     continued_batch: int | None = Field(32, ge=3)
     small_views: bool = True
@@ -830,7 +831,7 @@ class BetterEncoders(Scored):
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     encoders: int = Field(2, ge=2)
-    snapshots: Annotated[int, Field(ge=1)] | tuple[float, ...] = 3
+    snapshots: Snapshots = 3
     widths: tuple[int, ...] = (4,)
     outputs: tuple[Output, ...] = get_args(Output)
     units: tuple[Unit, ...] = ("range",)

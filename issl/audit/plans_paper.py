@@ -238,43 +238,30 @@ class Duplicates(Readable):
         }
 
 
-# by data set: attributes, and the largest group of the first
-GROUPS: dict[str, tuple[tuple[str, ...], str]] = {
-    "scenes": (("group", "background"), "warm"),
-    "fairface": (("race", "gender", "age"), "White"),
-}
-
-
 class Fairness(Readable):
     """05_fairness: does influence differ between groups of people, and rise in a group that is
     thinned?
 
-    attributes   what makes groups; None: what the data set has
-    thinned      the group (of the first attribute) that is thinned; None: the data set's largest
+    attributes   what makes groups
+    thinned      the group (of the first attribute) that is thinned
     smallest     groups with fewer images inside, or fewer outside, are not tested
     """
 
     notebook: ClassVar[str] = "05_fairness"
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
-    attributes: tuple[str, ...] | None = Field(None, min_length=1)
-    thinned: str | None = None
+    attributes: tuple[str, ...] = Field(("group", "background"), min_length=1)
+    thinned: str = "warm"
     keep: float = Field(0.1, gt=0, lt=1)
     seeds: int = Field(1, ge=1)
     smallest: int = Field(50, ge=2)
 
-    def groups(self) -> tuple[tuple[str, ...], str]:
-        """The attributes and the group that is thinned: those given, else the data set's."""
-        attributes, thinned = GROUPS.get(self.dataset, GROUPS["scenes"])
-        return self.attributes or attributes, self.thinned or thinned
-
     def removal(self, seed: int, at_random: bool = False) -> Thin:
         """Most of the group, or as many images at random."""
-        attributes, thinned = self.groups()
         return Thin(
             data=self.data(),
-            attribute=attributes[0],
-            value=thinned,
+            attribute=self.attributes[0],
+            value=self.thinned,
             keep=self.keep,
             at_random=at_random,
             seed=seed,

@@ -26,11 +26,6 @@ from issl.engine import Ended, Engine, Task
 from issl.errors import IsslError
 
 AT_MOST = 4  # processes by default: each holds its images
-DOORS = """doors:   ./run_all.sh                                   figures from the released tables
-         ./run_all.sh --from encoders --data-root DIR   tables from the released encoders; hours
-         ./run_all.sh --check --data-root DIR           one of these tables; minutes
-         ./run_all.sh --from images --data-root DIR     encoders from the images; nights, or a GPU
-         ./run_all.sh --profile quick                   the whole machinery, rehearsed; minutes"""
 WORTH_IT = 4  # tasks for each process: starting one takes as long as some stages
 
 
@@ -60,7 +55,10 @@ def run(
     began, device = time.monotonic(), pick_device(options.device)
     plans = options.plans()
     if not plans:
-        raise IsslError(_nothing(options))
+        raise IsslError(
+            f"--from {options.door}: nothing of profile {options.profile} is released for the "
+            "images at hand (see `issl doctor`); --from images makes it from them"
+        )
     check(plans, options.folder)
     books = plans if notebooks else {}
     print(f"profile {options.profile} on {device}: {', '.join(plans)}", flush=True)
@@ -95,7 +93,7 @@ def run(
         print(f"figures: {options.folder / 'figures' / options.profile}")
         print(f"report:  {_report(options, artifacts)}", flush=True)
     if options.door is not None:
-        print(DOORS)
+        print("to start from the encoders or the images: ./run_all.sh --help")
     return int(bool(failed or differ))
 
 
@@ -183,15 +181,6 @@ def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
             print(f"data    {error}", flush=True)  # the folder may be meant for other sets
     for text in in_words_left_out(options.not_released()):
         print(f"not released yet: {text}", flush=True)
-
-
-def _nothing(options: ProfileOptions) -> str:
-    """Why this door has nothing to draw."""
-    about = f"--from {options.door}: nothing of profile {options.profile} is released"
-    wanted = replace(options, door=None).plans().values()
-    said = {which["about"] for plan in wanted for which in plan.identities().values()} - {""}
-    why = f", for the images at hand are others ({'; '.join(sorted(said))})" if said else ""
-    return f"{about}{why}; --from images makes it from the images"
 
 
 def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:

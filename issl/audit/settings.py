@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, InstanceOf, PlainSerializer, computed_field, model_validator
+from pydantic import Field, InstanceOf, PlainSerializer, computed_field
 
 from issl.audit.config import Config, as_plain
 from issl.audit.data.injection import inject
@@ -24,7 +24,6 @@ class Injection(Config):
 
     duplicates: float = Field(0.0, ge=0, le=0.5)
     atypical: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(0, ge=0)
 
 
 class Data(Config):
@@ -34,19 +33,12 @@ class Data(Config):
     name: str
     split: str = "train"
     n: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
     size: int | None = None
     inject: Injection | None = None
     first: int | None = Field(None, ge=1)  # keep only the first ones (the others are not scored)
     uniform: float | None = Field(None, ge=0, le=1)  # of scenes: the share of uniform backgrounds
     classes: tuple[int, ...] | None = None  # only images of these classes
     root: Path | None = Field(None, exclude=True)
-
-    @model_validator(mode="after")
-    def _drawn(self) -> Data:
-        if self.uniform is not None and self.name != "scenes":
-            raise ValueError(f"uniform applies to scenes, not to {self.name!r}")
-        return self
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -84,11 +76,10 @@ class Data(Config):
 def _loaded(data: Data, identity: str) -> Images:
     if data.uniform is None:
         images = datasets.load(
-            data.name, data.split, data.n, data.root, data.seed, data.size, quiet=True
-        )
-        images = images.in_memory()
+            data.name, data.split, data.n, data.root, size=data.size, quiet=True
+        ).in_memory()
     else:
-        images = scenes.draw(data.n, data.split, data.seed, uniform=data.uniform)
+        images = scenes.draw(data.n, data.split, uniform=data.uniform)
     if data.classes is not None:
         images = images.subset(torch.isin(images.require_labels(), torch.tensor(data.classes)))
         if len(images) == 0:

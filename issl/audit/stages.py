@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors.torch import save_file
 from scipy.sparse import csr_array
 from torch import Tensor, nn
@@ -80,20 +80,6 @@ class Pretrain(Stage):
     snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
     calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
 
-    @model_validator(mode="after")
-    def _snapshots_along_the_run(self) -> Pretrain:
-        kept = self.snapshots
-        if kept is not None and self.calibrated:
-            raise ValueError(
-                "snapshots hold the learner as it was trained; they cannot be calibrated"
-            )
-        if kept is not None and list(kept) != sorted(set(kept) & set(range(1, self.epochs))):
-            raise ValueError(
-                f"snapshots = {kept}: give increasing epochs from 1 to {self.epochs - 1}, before "
-                "the end"
-            )
-        return self
-
     @property
     def method(self) -> Method:
         return self.recipe.method
@@ -156,10 +142,6 @@ class Pretrain(Stage):
         return load_learner(self._file(artifacts, after))
 
     def _file(self, artifacts: Artifacts, after: int | None) -> Path:
-        if after not in (None, self.epochs, *(self.snapshots or ())):
-            raise IsslError(
-                f"after={after}: {self.label} keeps its states after {self.snapshots} epochs"
-            )
         epoch = "" if after in (None, self.epochs) else f"-{after:04d}"
         return artifacts.file(self, f"encoder{epoch}.safetensors")
 
@@ -193,11 +175,16 @@ class State(Stage):
 
 
 class Table(Stage):
-    """A stage whose artifact is a table in one file, numbers in single precision; the subclasses
-    say which. The table's `attrs` name the stage."""
+    """A stage whose artifact is a table in one file (NAME.parquet unless the subclass says
+    otherwise), numbers in single precision. The table's `attrs` name the stage."""
 
     file: ClassVar[str]
     repeatable: ClassVar[bool] = True  # does another machine give the same, up to rounding?
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in cls.__dict__ and "file" not in cls.__dict__:
+            cls.file = f"{cls.name}.parquet"
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         """The table."""
@@ -234,7 +221,6 @@ class Influence(Table):
     """
 
     name: ClassVar[str] = "influence"
-    file: ClassVar[str] = "influence.parquet"
 
     pretrain: AnyEncoder
     data: Data
@@ -249,10 +235,6 @@ class Influence(Table):
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         supervised = self.loss == "cross_entropy"
-        if supervised and self.pretrain.method != "supervised":
-            raise IsslError(
-                f"loss='cross_entropy' of a {self.pretrain.method} encoder: it has no classes"
-            )
         encoder = self.pretrain.encoder(artifacts, "projector" if supervised else self.output)
         images, computing = self.data.load(), _computing(artifacts)
         what: dict[str, Any] = {
@@ -267,9 +249,9 @@ class Influence(Table):
             return self_influence(encoder, images, **what)
         return fit(encoder, images, **what).score(self.others.load(), computing=computing)
 
-    def order(self, artifacts: Artifacts, column: str = "influence") -> np.ndarray:
-        """The positions of the images, from the highest number in a column to the lowest."""
-        return np.argsort(-self.read(artifacts)[column].to_numpy(), kind="stable")
+    def order(self, artifacts: Artifacts) -> np.ndarray:
+        """The positions of the images, from the highest influence to the lowest."""
+        return np.argsort(-self.read(artifacts)["influence"].to_numpy(), kind="stable")
 
 
 class Positions(Stage):
@@ -300,11 +282,10 @@ class Prune(Positions):
     influence: Influence
     which: Removed
     share: float = Field(gt=0, lt=1)
-    column: Literal["influence", "stability_loss", "grad_norm"] = "influence"
     seed: int = Field(0, ge=0)  # of `random`
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        order = self.influence.order(artifacts, self.column)
+        order = self.influence.order(artifacts)
         count = round(self.share * len(order))
         if self.which.startswith("random"):
             order = np.random.default_rng(self.seed).permutation(len(order))
@@ -388,7 +369,7 @@ class Measured(Stage):
 
     statistics   take BatchNorm's running statistics from this encoder instead
     estimated    … or estimate them on one fixed view (the recipe's, at the images' own size) of
-                 each of these images
+                 each of these images; `pretrain` must then be a training
     output       of the encoder
     """
 
@@ -397,16 +378,6 @@ class Measured(Stage):
     statistics: Pretrain | None = None
     estimated: Data | None = None
     output: Output = "features"
-
-    @model_validator(mode="after")
-    def _statistics_of_one_kind(self) -> Measured:
-        if self.statistics is not None and self.estimated is not None:
-            raise ValueError("give `statistics` or `estimated`, not both")
-        if self.estimated is not None and not isinstance(self.pretrain, Pretrain):
-            raise ValueError(
-                "`estimated` takes the views of a training, and a given encoder does not say which"
-            )
-        return self
 
     def encoder(self, artifacts: Artifacts) -> nn.Module:
         """The encoder with the statistics that are asked for."""
@@ -525,7 +496,8 @@ class Spread(Positions):
 class OfRun(Stage):
     """What is measured on an encoder after a training, in fp32 with fixed seeds.
 
-    run      the training; it is run here, as often as needed, and need not be in the cache
+    run      the training on all images; it is run here, as often as needed, and need not be in
+             the cache
     asked    "each": the stability loss of each query. "unseen": its mean over every other query,
              its mean over the rest, and minus the mean kNN margin of all (by the features at the
              start of `run`); lower is better. "own": the stability loss of each image of `picked`
@@ -538,14 +510,6 @@ class OfRun(Stage):
     perturbation: GaussianNoise | Augmentation = GaussianNoise()
     seed: int = Field(0, ge=0)
     draws: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _what_is_asked_of_a_whole_training(self) -> OfRun:
-        if (self.asked == "own") != (self.picked is not None):
-            raise ValueError("`picked` images are asked about themselves: give it with asked='own'")
-        if self.run.without is not None:
-            raise ValueError("`run` is the training on all images; leave `without` out of it")
-        return self
 
     def training(self, artifacts: Artifacts) -> tuple[Run, list[Measure]]:
         """The training, and what is asked after it."""
@@ -611,7 +575,6 @@ class Without(OfRun, Table):
     some choices of images, whose places stay empty: without.parquet (subset, query, value)."""
 
     name: ClassVar[str] = "without"
-    file: ClassVar[str] = "without.parquet"
 
     left_out: tuple[Choice, ...]
 
@@ -700,18 +663,16 @@ class Neighbours(Stage):
 
 
 class Betweenness(Table):
-    """The share of shortest paths through each image in the graph of nearest neighbours:
-    betweenness.parquet (index, betweenness), read as betweenness (n,)."""
+    """The share of shortest paths through each image in the graph of nearest neighbours, read as
+    (n,)."""
 
     name: ClassVar[str] = "betweenness"
-    file: ClassVar[str] = "betweenness.parquet"
 
     neighbours: Neighbours
-    sources: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
-        found = betweenness(self.neighbours.graph(artifacts), self.sources, self.seed)
+        found = betweenness(self.neighbours.graph(artifacts), seed=self.seed)
         index = self.neighbours.images().index.numpy()
         return pd.DataFrame({"index": index, "betweenness": found})
 
@@ -720,8 +681,8 @@ class Betweenness(Table):
 
 
 class Evaluate(Table):
-    """Weighted kNN and linear probe: hits.parquet (index, knn, probe: is the class found?; the
-    probe's C is among the table's `attrs`)."""
+    """Is the class found by weighted kNN, and by a linear probe? hits.parquet; the probe's C is
+    among the table's `attrs`."""
 
     name: ClassVar[str] = "evaluate"
     file: ClassVar[str] = "hits.parquet"
@@ -729,13 +690,12 @@ class Evaluate(Table):
     train: Embed
     test: Embed
     k: int = Field(200, ge=1)
-    seed: int = Field(0, ge=0)
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         train, test = self.train.read(artifacts), self.test.read(artifacts)
         labels, images = self.train.data.load().require_labels(), self.test.data.load()
         truth = images.require_labels()
-        probe, c = probe_hits(train, labels, test, truth, self.seed)
+        probe, c = probe_hits(train, labels, test, truth)
         knn = knn_hits(train, labels, test, truth, self.k, artifacts.device)
         found = pd.DataFrame({"index": images.index.numpy(), "knn": knn, "probe": probe})
         found.attrs["C"] = c

@@ -49,10 +49,9 @@ COPY = 1 << 41  # offset of the indices of an image's copies, so that each has i
 
 
 class Known(Table):
-    """What a set says about its images: images.parquet (index, class and the set's own columns)."""
+    """What a set says about its images."""
 
     name: ClassVar[str] = "images"
-    file: ClassVar[str] = "images.parquet"
 
     data: Data
 
@@ -66,7 +65,7 @@ class Known(Table):
 
 
 class Thumbnails(Table):
-    """The images that notebooks show, as PNG: thumbnails.parquet (index, png).
+    """The images that notebooks show, as PNG.
 
     Without `scores`: the first ones, some of each kind of strange image, and the largest group of
     known duplicates. With `scores`: the `most` highest and lowest by mean rank, and the lowest
@@ -74,7 +73,6 @@ class Thumbnails(Table):
     """
 
     name: ClassVar[str] = "thumbnails"
-    file: ClassVar[str] = "thumbnails.parquet"
 
     data: Data
     scores: tuple[Influence, ...] = ()
@@ -154,14 +152,12 @@ def shown_images(known: pd.DataFrame, pictures: Sequence[pd.DataFrame]) -> Image
 
 
 class Ablation(Table):
-    """Scores of the same images and encoder under several perturbations: ablation.parquet (a row
-    per image and score: perturbation, draws, seed, and the columns of `Influence`).
+    """Scores of the same images and encoder under several perturbations.
 
     names   of the perturbations, one for each of the scores
     """
 
     name: ClassVar[str] = "ablation"
-    file: ClassVar[str] = "ablation.parquet"
 
     scores: tuple[Influence, ...] = Field(min_length=1)
     names: tuple[str, ...]
@@ -175,11 +171,9 @@ class Ablation(Table):
 
 
 class Pixels(Table):
-    """What an image's pixels tell without an encoder: pixels.parquet (see
-    `issl.audit.stats.pixel_features`)."""
+    """What an image's pixels tell without an encoder (see `issl.audit.stats.pixel_features`)."""
 
     name: ClassVar[str] = "pixels"
-    file: ClassVar[str] = "pixels.parquet"
 
     data: Data
 
@@ -189,11 +183,9 @@ class Pixels(Table):
 
 
 class Closeness(Table):
-    """How close the nearest other image is, without an encoder: closeness.parquet (index, pixels,
-    hash; see `issl.audit.stats.baselines`)."""
+    """How close the nearest other image is, without an encoder (`issl.audit.stats.baselines`)."""
 
     name: ClassVar[str] = "closeness"
-    file: ClassVar[str] = "closeness.parquet"
 
     data: Data
 
@@ -207,11 +199,9 @@ class Closeness(Table):
 
 
 class Geometry(Table):
-    """Where each image lies in feature space, and in the graph of nearest neighbours:
-    geometry.parquet (index, feature_norm, nearest, knn_distance, degree, cross_class_share)."""
+    """Where each image lies in feature space, and in the graph of nearest neighbours."""
 
     name: ClassVar[str] = "geometry"
-    file: ClassVar[str] = "geometry.parquet"
 
     neighbours: Neighbours
 
@@ -232,11 +222,9 @@ class Geometry(Table):
 
 
 class FlatBridges(Table):
-    """Do an image's edges to other classes lead to flat frames? flat_bridges.parquet (index,
-    cross_flat_share: the share of them that lead to the tenth of images with flattest frames)."""
+    """Do an image's edges to other classes lead to flat frames?"""
 
     name: ClassVar[str] = "flat_bridges"
-    file: ClassVar[str] = "flat_bridges.parquet"
 
     neighbours: Neighbours
     pixels: Pixels
@@ -251,11 +239,9 @@ class FlatBridges(Table):
 
 
 class RelatedBridges(Table):
-    """Do an image's edges to other classes stay among related ones? related_bridges.parquet (index,
-    cross_related_share: the share of them that lead to classes of its own superclass)."""
+    """Do an image's edges to other classes stay within its own superclass?"""
 
     name: ClassVar[str] = "related_bridges"
-    file: ClassVar[str] = "related_bridges.parquet"
 
     neighbours: Neighbours
 
@@ -268,11 +254,10 @@ class RelatedBridges(Table):
 
 
 class Bottlenecks(Table):
-    """Each image's part in the first bottlenecks of the graph of nearest neighbours:
-    bottlenecks.parquet (index, spread); the table's `attrs` hold the eigenvalues."""
+    """Each image's part in the first bottlenecks of the graph of nearest neighbours; the table's
+    `attrs` hold the eigenvalues."""
 
     name: ClassVar[str] = "bottlenecks"
-    file: ClassVar[str] = "bottlenecks.parquet"
 
     neighbours: Neighbours
 
@@ -285,16 +270,15 @@ class Bottlenecks(Table):
 
 
 class Map(Table):
-    """Some images in the plane, neighbours near each other (t-SNE of their features): map.parquet
-    (index, x, y)."""
+    """Some images in the plane, neighbours near each other (t-SNE of their features)."""
 
     name: ClassVar[str] = "map"
-    file: ClassVar[str] = "map.parquet"
     repeatable: ClassVar[bool] = False
 
     features: Embed
-    points: int = Field(2000, ge=2)  # more would hide each other
     seed: int = Field(0, ge=0)
+
+    points: ClassVar[int] = 2000  # more would hide each other
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         from sklearn.manifold import TSNE  # slow to import
@@ -331,13 +315,12 @@ class Estimates(Table):
 
 class Removals(Estimates):
     """What classes gain when the images at the head of a ranking are removed, compared with as many
-    at random: removals.parquet (see `issl.audit.stats.removals`).
+    at random (see `issl.audit.stats.removals`).
 
     test   features of test images, to evaluate a linear probe on; None: no probe
     """
 
     name: ClassVar[str] = "removals"
-    file: ClassVar[str] = "removals.parquet"
     labels: ClassVar[str] = "removed"
 
     influence: Influence
@@ -371,14 +354,12 @@ class Removals(Estimates):
 
 
 class Oddness(Table):
-    """How far an image's features lie from others': oddness.parquet (index, knn_distance,
-    isolation; see `issl.audit.stats.baselines`).
+    """How far an image's features lie from others' (see `issl.audit.stats.baselines`).
 
     train   features of labelled training images; adds vote_entropy and prototype_distance
     """
 
     name: ClassVar[str] = "oddness"
-    file: ClassVar[str] = "oddness.parquet"
 
     features: Embed
     seed: int = Field(0, ge=0)
@@ -401,14 +382,13 @@ class Oddness(Table):
 
 class Ambiguity(Estimates):
     """Does a detector of strange images rise with people's disagreement? Rank correlations over the
-    images that were left unchanged: ambiguity.parquet.
+    images that were left unchanged.
 
     CIFAR-10H may be used but not sold (CC BY-NC-SA 4.0), so only these few numbers are kept of what
     rests on it. "less loss": influence's correlation minus that of the losses of several draws.
     """
 
     name: ClassVar[str] = "ambiguity"
-    file: ClassVar[str] = "ambiguity.parquet"
     labels: ClassVar[str] = "detector"
 
     influence: Influence
@@ -439,7 +419,7 @@ def detectors_of(scores: pd.DataFrame, losses: pd.DataFrame, oddness: pd.DataFra
 
 
 class ExplainedBy(Estimates):
-    """How much of influence simple statistics explain, under one encoder: explained.parquet (see
+    """How much of influence simple statistics explain, under one encoder (see
     `issl.audit.stats.explained_variance`).
 
     scores   under two seeds of the noise
@@ -447,7 +427,6 @@ class ExplainedBy(Estimates):
 
     name: ClassVar[str] = "explained"
     version: ClassVar[int] = 2  # trees that stop by themselves
-    file: ClassVar[str] = "explained.parquet"
     labels: ClassVar[str] = "kind"
 
     scores: tuple[Influence, Influence]
@@ -476,7 +455,6 @@ class CopiesDiscount(Table):
     """
 
     name: ClassVar[str] = "copies"
-    file: ClassVar[str] = "copies.parquet"
 
     pretrain: AnyEncoder
     data: Data
@@ -485,7 +463,8 @@ class CopiesDiscount(Table):
     output: Output = "features"
     copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     picked: int = Field(4, ge=1)
-    seed: int = Field(0, ge=0)
+
+    seed: ClassVar[int] = 0  # of the noise, and of the random images
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         encoder, images = self.pretrain.encoder(artifacts, self.output), self.data.load()

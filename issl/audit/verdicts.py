@@ -385,9 +385,12 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     read = by_reading(own)
     for method, part in read.groupby("method", sort=False) if len(read) else ():
         if together := part["over_readings"].iloc[0]:
-            who = f", {NAMES[str(method)]}" if method in NAMES else ""
-            tried = ", ".join(f"{r['output']} ({r['outcome']})" for _, r in part.iterrows())
-            lines.append(f"Readings{who}: {tried}: **{together}**.")
+            who = f" ({NAMES[str(method)]})" if method in NAMES else ""
+            told = {"range": "", "normalised": ", noise in normalised pixels"}
+            tried = "; ".join(
+                f"{r['output']}{told[r['unit']]}: {r['outcome']}" for _, r in part.iterrows()
+            )
+            lines.append(f"Readings{who}: {tried}. **{together.capitalize()}**.")
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"

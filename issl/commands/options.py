@@ -21,7 +21,7 @@ from issl.influence.losses import stability_loss
 from issl.influence.parts import Scoring
 from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
-from issl.influence.scorer import Measurement, with_features
+from issl.influence.scorer import Measurement
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
 
 MEASURED: dict[str, Any] = {  # the options of a measurement, with their defaults
@@ -56,7 +56,7 @@ def add_scoring_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--skip-broken",
         action="store_true",
-        help="leave out images that cannot be decoded, or have no features; a table names them",
+        help="leave out images that cannot be decoded; a table names them",
     )
     add("--workers", type=int, metavar="N", help="decoding threads (default: one per core)")
     add("--curvature", choices=KINDS, help="default: logra")
@@ -79,8 +79,6 @@ def scoring_of(options: argparse.Namespace) -> tuple[Opened, Scoring]:
     what = measurement(options, opened, kept)
     find_layers(opened.encoder, what.skip, what.untrained)
     images = load_images(options, opened)
-    if options.skip_broken:
-        images = with_features(opened.encoder, images, what, device)
     computing = Computing(
         device=device,
         batch_size=options.batch_size,
@@ -108,11 +106,7 @@ def load_images(options: argparse.Namespace, opened: Opened) -> Images:
 
 
 def measurement(options: argparse.Namespace, opened: Opened, kept: Path | None) -> Measurement:
-    """The measurement that these options ask for, or that of the curvature file `kept`.
-
-    Raises:
-        IsslError: For an option that the curvature file decides.
-    """
+    """The measurement that these options ask for, or that of the curvature file `kept`."""
     given = {name: vars(options)[name] for name in MEASURED if vars(options)[name] is not None}
     if kept is not None:
         for name, value in given.items():

@@ -15,12 +15,7 @@ from issl.pretraining.encoder import load_encoder
 
 def open_reference(name: str, encoder: nn.Module, what: Measurement) -> pd.Series:
     """The released scores under a released encoder, such as cifar10-simclr-w16, in increasing
-    order. Scores under `encoder` can be compared with them.
-
-    Raises:
-        IsslError: For a name that is not released, an encoder of another architecture, or scores
-            measured with other settings, because their sizes could not be compared.
-    """
+    order. Scores under `encoder` can be compared with them."""
     folder = provided("released")
     found = sorted((folder / "tables/influence").glob(f"{name}*-noise0.parquet"))
     whole = [p for p in found if p.stem in (f"{name}-noise0", f"{name}-0-noise0")]

@@ -23,7 +23,6 @@ from issl.errors import IsslError
 
 TAIL = 4096  # bytes at a file's end in which its closing mark must be
 CLOSING = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-LARGEST = 2**29  # bytes of an encoded image; a photograph has some 10⁷
 
 
 @dataclass(frozen=True)
@@ -105,21 +104,12 @@ class Encoded(ABC):
 
     def _data(self, i: int) -> bytes:
         with self.open(i) as file:
-            data = file.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise IsslError(
-                f"{self.name(i)} has more than {LARGEST >> 20} MB, too much for an image; remove it"
-            )
-        return data
+            return file.read()
 
 
 def decode(given: bytes | Image.Image, size: int, what: str) -> UInt8[np.ndarray, "3 s s"]:
-    """The centred square of an image, upright as its camera was held, resized to `size` px.
-
-    Raises:
-        IsslError: It cannot be decoded, or it is unknown which value is white; the message calls it
-            `what`.
-    """
+    """The centred square of an image, upright as its camera was held, resized to `size` px; `what`
+    names it in errors."""
     try:
         image: Image.Image = Image.open(io.BytesIO(given)) if isinstance(given, bytes) else given
         check_range(image)  # before its format is forgotten

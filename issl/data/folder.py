@@ -87,11 +87,7 @@ class Folder(Encoded):
 
 
 def open_set(name: str, split: str, size: int) -> Folder:
-    """The images of a folder, in the order of their paths.
-
-    Raises:
-        IsslError: There is no such folder, it has no images, or a name is not in UTF-8.
-    """
+    """The images of a folder, in the order of their paths."""
     if split != "train":
         raise IsslError(f"split {split!r}: {name} is an image folder, which has no splits")
     folder = Path(name.removeprefix(PREFIX)).expanduser()

@@ -21,9 +21,6 @@ def class_labels(values: Iterable[Any], what: str, names: Sequence[str] = ()) ->
             torch.
         what: What they are, for messages.
         names: The names of the classes from 0; a class without one is named by its number.
-
-    Raises:
-        IsslError: Labels of another type, or of several types.
     """
     known = [plain(value) for value in values]
     one_of = {type(value): value for value in known if value is not None}

@@ -203,7 +203,8 @@ def download(name: str, root: str | Path | None = None) -> Path:
         raise IsslError(f"download of {name!r}: pip install huggingface_hub first") from error
     except (OSError, RuntimeError) as error:
         raise IsslError(
-            f"download of {name!r} failed ({error}). {_how_to_get(name, base)}"
+            f"download of {name!r} failed ({error}); copy the parquet files of Hugging Face's "
+            f"{source.repository} to {base / source.folder}"
         ) from error
     return base / source.folder
 
@@ -261,25 +262,13 @@ def _located(name: str, split: str, root: str | Path | None) -> list[Path]:
     base = data_root(root)
     if found := _found(name, split, base):
         return found
-    where = "no folder is named"
-    if base is not None:
-        is_ = "does not hold it" if base.is_dir() else "is not a folder"
-        where = f"data root {str(base)!r} {is_}"
+    source, there = SOURCES[name], base or Path("DIR")
+    files = there / source.folder / f"{source.known[split][0]}-*.parquet"
+    other = "" if source.torchvision is None else f" or {there / source.torchvision[1]}"
     raise IsslError(
-        f"data set {name!r} ({split}) is read from disk, and {where}: name its folder with "
-        f"--data-root DIR (root=…) or {ENVIRONMENT}=DIR. {_how_to_get(name, base or Path('DIR'))}"
-    )
-
-
-def _how_to_get(name: str, base: Path) -> str:
-    source = SOURCES[name]
-    splits = "|".join(split for split, _ in source.known.values())
-    places = [f"{base / source.folder}/{splits}-*.parquet"]
-    if source.torchvision is not None:
-        places.append(f"{base / source.torchvision[1]}/ (torchvision's layout)")
-    return (
-        f"Expected: {' or '.join(places)}. Get it with `issl download {name} --data-root {base}`, "
-        f"or copy the parquet files of the Hugging Face data set {source.repository} there."
+        f"data set {name!r} ({split}): there is no {files}{other}; name the folder DIR of all data "
+        f"sets with --data-root DIR (root=…) or {ENVIRONMENT}=DIR, and get the set with "
+        f"`issl download {name} --data-root {there}`"
     )
 
 

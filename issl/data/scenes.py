@@ -60,9 +60,6 @@ def draw(
         Images with masks and these attributes: index, label_name, background ("none" for static and
         shuffled images), uniform, group, duplicate_of (index of the original, always an earlier
         image; −1 for none), duplicate_kind, atypical ("" for ordinary ones).
-
-    Raises:
-        IsslError: An unknown split or background, or impossible shares.
     """
     if split not in DEFAULT_SIZE:
         raise IsslError(f"split {split!r}: scenes has {' and '.join(DEFAULT_SIZE)}")

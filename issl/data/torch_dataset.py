@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,21 +26,11 @@ LISTED = ("targets", "labels", "_labels")  # attributes of torchvision's data se
 CLASSES = (int, bool, str)
 
 
-@runtime_checkable
-class MapStyle(Protocol):
-    """What torch calls a map-style Dataset: a length and items by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> Any: ...
-
-
 def from_dataset(
-    dataset: MapStyle,
+    dataset: Any,
     name: str = "dataset",
     size: int | None = None,
     index: Sequence[int] | None = None,
-    identity: str = "",
     workers: int | None = None,
 ) -> Images:
     """A torch Dataset as a set of images that is never held in memory as a whole.
@@ -52,21 +42,21 @@ def from_dataset(
             as in memory. Several threads call it at once, so a transform must not be random. Labels
             are whole numbers, strings or booleans, also of numpy and torch. If neither `targets`
             nor `labels` of the dataset lists them, its items are read once for them.
-        name: For titles and records.
+        name: For titles and records; change it when the images change.
         size: Side in px: PIL images are cropped to their centred square and resized. Needed only
             for them.
         index: The index of each image, which keys its noise; default: its position.
-        identity: A text that you change when the images change.
         workers: The number of reading threads; default: one per core.
 
     Raises:
         IsslError: An item is none of these, or differs in size from the first.
     """
-    if not isinstance(dataset, MapStyle) or len(dataset) == 0:
+    numbered = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not numbered or len(dataset) == 0:
         raise IsslError(
             f"dataset {name!r}: need an object with a length of 1 or more and items by number"
         )
-    source = Items(dataset, name, size, identity)
+    source = Items(dataset, name, size)
     index = range(len(dataset)) if index is None else index
     attributes, labels = pd.DataFrame({"index": np.asarray(index, dtype=np.int64)}), None
     if (found := source.labels(workers)) is not None:
@@ -78,8 +68,8 @@ def from_dataset(
 class Items:
     """A dataset as the source of `LazyPixels`."""
 
-    def __init__(self, dataset: MapStyle, name: str, size: int | None, version: str):
-        self.dataset, self.name, self.size, self.version = dataset, name, size, version
+    def __init__(self, dataset: Any, name: str, size: int | None):
+        self.dataset, self.name, self.size = dataset, name, size
         _, h, w = self._pixels(0).shape
         self.shape = h, w
 
@@ -96,7 +86,7 @@ class Items:
         return found
 
     def identity(self) -> str:
-        return f"{self.name} {len(self)} {self.version}"
+        return f"{self.name} {len(self)}"
 
     def _item(self, i: int) -> Any:
         try:

@@ -340,16 +340,12 @@ KINDS: dict[str, Callable[..., Curvature]] = {
 }
 
 
-def named_curvature(kind: str, rank: int = 16, damping: float = 0.1, seed: int = 0) -> Curvature:
-    """The curvature of that name, one of `KINDS`; settings that it does not have are ignored.
-
-    Raises:
-        IsslError: For another name, or settings that are out of range.
-    """
+def named_curvature(kind: str, rank: int = 16, damping: float = 0.1) -> Curvature:
+    """The curvature of that name, one of `KINDS`; settings that it does not have are ignored."""
     if kind not in KINDS:
         raise IsslError(f"curvature {kind!r}: choose {', '.join(KINDS)}")
     known = inspect.signature(KINDS[kind]).parameters
-    settings = {"rank": rank, "damping": damping, "seed": seed}
+    settings = {"rank": rank, "damping": damping}
     return KINDS[kind](**{name: value for name, value in settings.items() if name in known})
 
 

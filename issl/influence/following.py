@@ -231,14 +231,11 @@ class _Trial:
 def examine(
     layers: Mapping[str, Layer], run: Callable[[], Float[Tensor, "3 d"]]
 ) -> tuple[set[str], dict[str, str]]:
-    """How each layer is used, and the reason for each layer whose weight cannot be scored.
+    """The layers whose rows are token-major (see `by_image`), and the reason for each layer whose
+    weight cannot be scored.
 
     One image's features are backpropagated. In each layer, the products of the image's rows must
     sum to the gradient that autograd finds.
-
-    Returns:
-        The layers whose rows are token-major (see `by_image`), and the problem of each layer that
-        cannot be scored.
     """
     trials = {name: _Trial(layer) for name, layer in layers.items()}
     products = {id(layer.weight): trials[name].on_product for name, layer in layers.items()}

@@ -6,11 +6,10 @@ On the fitted images themselves, this is `issl.self_influence`. H may be fitted 
 images. For the ranking to settle, that part needs several times as many images as numbers are kept
 of each layer.
 
-The file holds one sum per layer, in double precision: for LoGra and Exact the lower triangle of
-Σ_i g_i g_iᵀ, for EKFAC and Diagonal Σ_i g_i². It also holds the settings of these sums. H is the
-sum divided by the number of images, so the sums of two sets add up to those of both. Random
-projections follow from a seed and are not written; bases made from images (PCA, EKFAC) are. It is a
-safetensors file: nothing in it is executed.
+The file holds one sum per layer, in double precision: for LoGra and Exact Σ_i g_i g_iᵀ, for EKFAC
+and Diagonal Σ_i g_i². It also holds the projections of the gradients and the settings of these
+sums. H is the sum divided by the number of images, so the sums of two sets add up to those of both.
+It is a safetensors file: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +49,9 @@ from issl.influence.scores import (
     train_and_queries,
 )
 from issl.keyed_random import uniform
+from issl.pretraining.checkpoint import weights_digest
 
-VERSION = 3
+VERSION = 4
 HEADER = "issl_curvature"  # the entry in the file's metadata
 
 
@@ -65,10 +64,11 @@ class Fitted:
         scorer: The encoder, and what is measured of it.
         settings: What the sums depend on, as JSON values: encoder (digest), computes, layers
             (name → numbers kept), size (h, w), curvature, perturbation, seed, draws, loss, skip,
-            untrained, marks.
+            untrained.
         parts: The sets of images that were added: name, n, digest of their indices.
         sums: By layer, float64: (r, r) or (r,).
-        bases: "LAYER.in" (k_in, d_in) and "LAYER.out" (k_out, c_out), if made from images.
+        bases: What gradients are projected onto: "LAYER.in" (k_in, d_in) and "LAYER.out"
+            (k_out, c_out). Exact and Diagonal have none.
     """
 
     scorer: Scorer
@@ -136,12 +136,13 @@ class Fitted:
                 "settings and size"
             )
         self._check_new(other.parts)
-        for name in self.bases:
-            if not torch.equal(self.bases[name], other.bases[name]):
+        for name, basis in self.bases.items():
+            # machines may round the same random projection differently
+            if not torch.allclose(basis, other.bases[name], rtol=0, atol=1e-4):
                 raise IsslError(
-                    f"curvatures cannot be added: they project onto different bases ({name}), each "
-                    "made from its own images; fit the second with `fitted.extend(images)`, or use "
-                    "random projections (logra)"
+                    f"curvatures cannot be added: they project onto different bases ({name}), made "
+                    "from other images or by another torch; fit the second with "
+                    "`fitted.extend(images)`"
                 )
         sums = {name: self.sums[name] + other.sums[name] for name in self.sums}
         return replace(self, parts=(*self.parts, *other.parts), sums=sums)
@@ -153,9 +154,10 @@ class Fitted:
         if path.suffix != ".safetensors":
             raise IsslError(f"curvature file {path}: give a name that ends in .safetensors")
         header = {"version": VERSION, "settings": self.settings, "parts": self.parts}
-        tensors = {f"basis.{name}": value.cpu().contiguous() for name, value in self.bases.items()}
-        for name, value in self.sums.items():
-            tensors[f"{'vector' if value.ndim == 1 else 'triangle'}.{name}"] = pack(value)
+        tensors = {f"sum.{name}": value for name, value in self.sums.items()}
+        tensors |= {f"basis.{name}": value for name, value in self.bases.items()}
+        for name, value in tensors.items():  # layers may share a basis, but not in the file
+            tensors[name] = value.clone(memory_format=torch.contiguous_format)
         with atomic(path) as part:
             save_file(tensors, part, {HEADER: json.dumps(header)})
 
@@ -230,12 +232,12 @@ def fit(
     with full_precision():
         rows = prepare(encoder, images, what, replace(computing, memory="recomputed"))
         bases: dict[str, Tensor] = {}
-        if curvature.moment_images(rows.images.index[:1]) is not None:
-            for name, s in rows.scorer.sketches.items():
-                if s.p_in is not None and s.p_out is not None:
-                    bases |= {f"{name}.in": s.p_in.cpu(), f"{name}.out": s.p_out.cpu()}
+        for name, s in rows.scorer.sketches.items():
+            for side, p in (("in", s.p_in), ("out", s.p_out)):
+                if p is not None:
+                    bases[f"{name}.{side}"] = p.cpu()
         size = [int(side) for side in rows.images.pixels.shape[2:]]
-        settings = settings_of(rows.scorer, encoder_digest(encoder), size, bases)
+        settings = settings_of(rows.scorer, weights_digest(encoder), size)
         return Fitted(rows.scorer, settings, (part_of(rows.images),), summed(rows), bases)
 
 
@@ -265,39 +267,33 @@ def load_fitted(
     """
     header, tensors = read_file(Path(path))
     settings, bases = header["settings"], tensors["basis"]
-    if (here := encoder_digest(encoder)) != settings["encoder"]:
+    if (here := weights_digest(encoder)) != settings["encoder"]:
         raise IsslError(
-            f"curvature file {path} belongs to another encoder (sha256 of its weights "
-            f"{settings['encoder'][:12]}…, of these {here[:12]}…); open the encoder that it was "
-            "fitted on, or fit again"
+            f"curvature file {path} belongs to another encoder (hash of its weights "
+            f"{settings['encoder']}, of these {here}); open the encoder that it was fitted on, or "
+            "fit again"
         )
     given = {"perturbation": perturbation, "curvature": curvature, "loss": loss}
     what: dict[str, Any] = {name: settings[name] for name in ("seed", "draws", "skip", "untrained")}
     what |= {name: build(path, name, settings, own) for name, own in given.items()}
     some = as_images((255 * uniform(2, torch.arange(2), (3, *settings["size"]))).byte())
     scorer = open_scorer(encoder, Measurement(**what), some, device)
-    if bases:
-        sketches = {}
-        for name, layer in scorer.layers.items():
-            p_in, p_out = (bases[f"{name}.{side}"].to(layer.weight) for side in ("in", "out"))
-            sketches[name] = Sketch(p_in, p_out)
-        scorer = replace(scorer, sketches=sketches)
-    else:
-        scorer = scorer.sketched(some)
-    now = settings_of(scorer, here, settings["size"], bases)
+    placed = {name: basis.to(scorer.device) for name, basis in bases.items()}
+    sketches = {
+        name: Sketch(placed.get(f"{name}.in"), placed.get(f"{name}.out")) for name in scorer.layers
+    }
+    scorer = replace(scorer, sketches=sketches)
+    now = settings_of(scorer, here, settings["size"])
     if different := first_difference(now, settings):
         raise IsslError(
             f"curvature file {path} does not fit: {different}; has its forward changed, or a "
             "function of the same name? Give what it was fitted with, or fit again"
         )
-    sums = tensors["vector"] | {name: unpack(v) for name, v in tensors["triangle"].items()}
-    return Fitted(scorer, settings, tuple(header["parts"]), sums, bases)
+    return Fitted(scorer, settings, tuple(header["parts"]), tensors["sum"], bases)
 
 
 def summed(rows: Pass) -> dict[str, Tensor]:
-    """Run the pass; returns each layer's sum.
-
-    Raises IsslError if the sums do not fit into memory or cannot be kept."""
+    """Run the pass; returns each layer's sum."""
     scorer, curvature, widths = rows.scorer, rows.scorer.what.curvature, rows.scorer.widths
     need, free = sum(8 * r * r for r in widths.values()), free_memory(scorer.device)
     if isinstance(curvature.accumulator(), DenseSum) and need > free:
@@ -324,13 +320,9 @@ BUILDS: dict[str, Any] = {c.__name__: c for c in KNOWN}
 BUILDS[describe(stability_loss)] = lambda: stability_loss
 
 
-def settings_of(
-    scorer: Scorer, encoder: str, size: Sequence[int], bases: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def settings_of(scorer: Scorer, encoder: str, size: Sequence[int]) -> dict[str, Any]:
     """All that the sums under this scorer depend on, for images of that size (h, w)."""
-    what, marks = scorer.what, {}
-    for name, s in {} if bases else scorer.sketches.items():
-        marks[name] = sum(float(p.double().sum()) for p in (s.p_in, s.p_out) if p is not None)
+    what = scorer.what
     return {
         "encoder": encoder,
         "curvature": as_setting(what.curvature),
@@ -343,7 +335,6 @@ def settings_of(
         "size": size,
         "layers": scorer.widths,
         "computes": scorer.computes(size),
-        "marks": marks,  # one number for each layer's projections that follow from a seed
     }
 
 
@@ -376,23 +367,10 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
         if key == "computes":
             if not np.allclose(one, other, rtol=1e-3, atol=1e-6):
                 return "the encoder, the perturbation or the loss makes other numbers of the images"
-        elif key == "marks":
-            if not np.allclose([*one.values()], [*other.values()], rtol=0, atol=1e-4):
-                return "projections that follow from the seed are others in this version of torch"
         elif one != other:
             texts = (json.dumps(value)[:120] for value in (other, one))
             return f"{key} is {' in one and '.join(texts)} in the other"
     return None
-
-
-def encoder_digest(encoder: nn.Module) -> str:
-    """sha256 of the encoder's parameters and buffers with their names, types and shapes, in hex."""
-    digest = hashlib.sha256()
-    for name, value in encoder.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def part_of(data: Images) -> dict[str, Any]:
@@ -405,9 +383,7 @@ def part_of(data: Images) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The header of a curvature file, and its tensors by kind and layer.
-
-    Raises IsslError for a missing or damaged file, and for one of another version."""
+    """The header of a curvature file, and its tensors by kind and layer."""
     if not path.is_file():
         raise IsslError(
             f"curvature file {str(path)!r} does not exist; make one with issl.fit(…).save, or "
@@ -425,23 +401,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
             f"curvature file {path} has version {header['version']}; this library reads {VERSION}; "
             "fit it again, or use the library that wrote it"
         )
-    kinds: dict[str, dict[str, Tensor]] = {"vector": {}, "triangle": {}, "basis": {}}
+    kinds: dict[str, dict[str, Tensor]] = {"sum": {}, "basis": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
         kinds[kind][name] = value
     return header, kinds
-
-
-def pack(total: Float[Tensor, "..."]) -> Float[Tensor, " m"]:
-    """The lower triangle of a symmetric (r, r) matrix, row by row; a vector as it is."""
-    if total.ndim == 1:
-        return total.cpu().contiguous()
-    return total.cpu()[torch.ones(total.shape, dtype=torch.bool).tril()]
-
-
-def unpack(values: Float[Tensor, " m"]) -> Float[Tensor, "r r"]:
-    """The symmetric matrix with this lower triangle; m = r (r + 1) / 2."""
-    width = (math.isqrt(8 * len(values) + 1) - 1) // 2
-    total = values.new_zeros(width, width)
-    total[torch.ones(width, width, dtype=torch.bool).tril()] = values
-    return total + total.tril(-1).T

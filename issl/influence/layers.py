@@ -24,7 +24,8 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 def find_layers(
     encoder: nn.Module, skip: Sequence[str] = (), untrained: bool = False
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that are scored, and the weights that cannot be.
+    """The Linear and Conv2d layers that are scored, by name; and what each weight is that cannot
+    be scored, by name.
 
     A layer's weight is the one that it applies; for a parametrised layer (weight_norm, LoRA), that
     is the result. The input projections of nn.MultiheadAttention count as Linear layers.
@@ -32,13 +33,6 @@ def find_layers(
     Args:
         skip: Names to leave out: layers, parameters, or modules that hold them.
         untrained: Accept BatchNorm that was never trained.
-
-    Returns:
-        The Linear and Conv2d layers by name, and what each other weight is, also by name.
-
-    Raises:
-        IsslError: For an encoder that cannot be scored (see `check_encoder`), and for layers that
-            share one weight.
     """
     check_encoder(encoder, untrained)
     if isinstance(skip, str) or not isinstance(skip, Sequence):

@@ -24,9 +24,10 @@ from issl.data.images import Images, LazyPixels, own_names
 from issl.engine import Task
 from issl.errors import IsslError
 from issl.files import atomic, file_digest, remove_leftovers
-from issl.influence.kept import Fitted, as_setting, encoder_digest, fit, load_fitted
+from issl.influence.kept import Fitted, as_setting, fit, load_fitted
 from issl.influence.passes import Computing
 from issl.influence.scorer import Measurement
+from issl.pretraining.checkpoint import weights_digest
 
 FIT_PART, SCORE_PART = 16_384, 2_048  # images
 
@@ -57,7 +58,7 @@ class Scoring:
         """A hash of everything that the scores depend on: weights, pixels, indices, settings."""
         kept = None if self.kept is None else file_digest(self.kept)
         settings = {name: as_setting(value) for name, value in vars(self.what).items()}
-        others = kept, self.computing.precision, encoder_digest(self.encoder)
+        others = kept, self.computing.precision, weights_digest(self.encoder)
         found = hashlib.sha256(repr([settings, *others]).encode())
         pixels = self.images.pixels
         if isinstance(pixels, LazyPixels):
@@ -75,12 +76,7 @@ def score_in_parts(
     score_part: int = SCORE_PART,
 ) -> dict[str, Task]:
     """The tasks that fill a folder with scores: only those whose files do not exist yet. Each
-    process calls `load` for each of its parts, so `load` should cache its result.
-
-    Raises:
-        IsslError: If the folder holds other scores, or if several parts would each make their own
-            bases from images (PCA, EKFAC).
-    """
+    process calls `load` for each of its parts, so `load` should cache its result."""
     scoring = load()
     images, curvature = scoring.images, scoring.what.curvature
     several = scoring.kept is None and len(images) > fit_part

@@ -107,14 +107,8 @@ def per_example(
 
     Args:
         x: Pixels in [0, 1].
-        perturbed: Their perturbed views.
         index: Names the images in errors.
-        loss: Maps the features of both to one loss per image.
         bf16: Compute the features under autocast.
-
-    Raises:
-        IsslError: For features that are not (b, d), are zero or not finite, and for layers that
-            cannot be followed.
     """
     taps = {
         name: _Tap(name, layer, name in encoder.token_major, len(x), sketches[name])
@@ -157,11 +151,12 @@ def _backward(
         with autocast, followed(products):
             features = encoder(torch.cat([x, perturbed]))
         check_shape(features, 2 * b)
-        good = usable(features).view(2, b).all(0)
+        finite, nonzero = torch.isfinite(features).all(1), features.any(1)
+        good = (finite & nonzero).view(2, b).all(0)
         if not bool(good.all()):
             raise IsslError(
                 f"encoder gives all-zero, NaN or infinite features for {named(index, ~good)}: the "
-                "cosine is undefined there; leave such images out (--skip-broken does so)"
+                "cosine is undefined there; leave such images out"
             )
         features = features.to(x.dtype)
         losses = loss(features[:b], features[b:])
@@ -189,11 +184,6 @@ def check_shape(features: object, rows: int) -> None:
         raise IsslError(
             f"encoder gives {shape} for {rows} images; it must give features of shape ({rows}, d)"
         )
-
-
-def usable(features: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
-    """Which rows are finite and not zero: the cosine of a zero vector is undefined."""
-    return torch.isfinite(features).all(1) & features.any(1)
 
 
 def named(index: Int64[Tensor, " b"], bad: Bool[Tensor, " b"]) -> str:

@@ -146,11 +146,7 @@ def describe(value: object) -> str:
 
 
 def keyed_draws(perturbation: Perturbation | Perturb, seed: int, draws: int) -> list[Perturb]:
-    """The perturbation drawn several times; draw k of seed s uses seed s + k·2³².
-
-    Raises:
-        IsslError: For anything but a keyed perturbation or a function (pixels, index) → pixels.
-    """
+    """The perturbation drawn several times; draw k of seed s uses seed s + k·2³²."""
     if isinstance(perturbation, Perturbation) and not isinstance(perturbation, type):
         return [perturbation.keyed(seed + (k << 32)) for k in range(draws)]
     if callable(perturbation) and not isinstance(perturbation, type):

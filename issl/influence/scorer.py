@@ -25,7 +25,6 @@ from issl.influence.per_example import (
     named,
     per_example,
     second_moments,
-    usable,
 )
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
 from issl.keyed_random import uniform
@@ -191,12 +190,7 @@ class Scorer:
 def open_scorer(
     encoder: nn.Module, what: Measurement, images: Images, device: str | torch.device | None = None
 ) -> Scorer:
-    """The frozen encoder, after every check and a trial run on the first three images.
-
-    Raises:
-        IsslError: For an encoder that cannot be scored (see `find_layers`), that fails, that mixes
-            the images of a batch, or that has weights whose gradients cannot be followed.
-    """
+    """The frozen encoder, after every check and a trial run on the first three images."""
     if torch.is_inference_mode_enabled():
         raise IsslError("scores need gradients: call this outside of torch.inference_mode()")
     find_layers(encoder, what.skip, what.untrained)  # before any work
@@ -225,26 +219,6 @@ def open_scorer(
     if problems := others | problems:
         raise unscored(problems, followed.layers)
     return Scorer(replace(followed, token_major=token_major), what, place, {})
-
-
-@torch.no_grad()
-def with_features(
-    encoder: nn.Module, images: Images, what: Measurement, device: str | torch.device | None = None
-) -> Images:
-    """The images whose views all have finite, non-zero features, found by a forward pass; the
-    others are named in `broken`."""
-    scorer = open_scorer(encoder, what, images, device)
-    good = torch.ones(len(images), dtype=torch.bool)
-    for positions in torch.arange(len(images)).split(MOMENT_BATCH):
-        for perturb in what.perturbs():
-            for view in scorer.views(images, positions, perturb):
-                good[positions] &= usable(scorer.encoder(view)).cpu()
-    if good.all():
-        return images
-    names = images.attributes["path" if "path" in images.attributes else "index"].astype(str)
-    why = "no features under this encoder: all zero, or not finite"
-    broken = [(name, why) for name in names[~good.numpy()]]
-    return replace(images.subset(good), broken=(*images.broken, *broken))
 
 
 @torch.no_grad()

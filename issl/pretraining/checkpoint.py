@@ -77,7 +77,7 @@ class Checkpoint:
         self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
     ) -> History:
         """Load what was saved into learner and optimizer. Returns the history, which is empty if
-        there is no file. Raises IsslError for a damaged file, and for one of another run."""
+        there is no file."""
         if self.path is None or not self.path.exists():
             return []
         header, tensors = read_safetensors(self.path, "checkpoint")

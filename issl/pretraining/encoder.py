@@ -71,11 +71,7 @@ class BasicBlock(nn.Module):
 
 
 def resnet18(width: int = 64) -> nn.Sequential:
-    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features.
-
-    Raises:
-        IsslError: For a width that is not a whole number from 1 to 1024; 64 is the usual one.
-    """
+    """ResNet-18 for small images: (b, 3, h, w) pixels to (b, 8·width) features."""
     if not is_whole(width, 1, WIDEST):
         raise IsslError(
             f"width={width!r}: the first stage needs 1 to {WIDEST} channels (64 is ResNet-18's own)"

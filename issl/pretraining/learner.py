@@ -34,18 +34,8 @@ class Learner(nn.Module):
         seed: int,
         start: Encoder | Learner | None = None,
     ):
-        """A learner with fresh weights.
-
-        Args:
-            recipe: How it is trained.
-            width: Width of its ResNet-18.
-            classes: How many classes, for a supervised method.
-            start: An encoder whose weights are used instead, or a learner, whose modules beside
-                the encoder are used too.
-
-        Raises:
-            IsslError: If `start` has another width or head.
-        """
+        """A learner with fresh weights or those of `start`: an encoder, or a learner, whose modules
+        beside the encoder are used too."""
         super().__init__()
         self.recipe, self.method = recipe, method_named(recipe.method)
         hidden, out = (max(2, round(share * 8 * width)) for share in (recipe.hidden, recipe.out))
@@ -82,7 +72,6 @@ class Learner(nn.Module):
         Args:
             xa: The first view of each image, pixels in [0, 1].
             xb: The second; None for a supervised method.
-            labels: Labels of the images, for a supervised method.
             precision: Precision of the networks; the loss is computed in fp32 or wider.
             weights: Weights of the images (`issl.pretraining.methods.base`), also for BatchNorm's
                 statistics; None: all equal, by the usual and faster formulas.
@@ -131,16 +120,8 @@ def save_learner(path: Path, learner: Learner, about: dict[str, Any], half: bool
 
 
 def load_learner(path: str | Path, recipe: Recipe | None = None) -> Learner:
-    """The learner that `save_learner` wrote, in float32 and in training mode, as it was.
-
-    Args:
-        path: Its file. Width and recipe come from the header.
-        recipe: Used for files that do not state it.
-
-    Raises:
-        IsslError: For a missing or damaged file, and for one without the whole learner: BYOL's
-            predictor and target are missing from what `save_encoder` wrote by default.
-    """
+    """The learner that `save_learner` wrote, in float32 and in training mode, as it was. `recipe`
+    is used for files that do not state it."""
     header, tensors = read_encoder(path)
     settings = header.get("recipe") or header.get("config", {}).get("recipe")
     recipe = recipe if settings is None else from_plain(settings)

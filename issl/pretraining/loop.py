@@ -270,11 +270,6 @@ def pretrain(
         The encoder (on the CPU, in eval mode), and its history, one row per epoch: epoch, loss,
         feature_std (see `issl.pretraining.learner.spread`; near 0 = collapse), lr,
         images_per_second.
-
-    Raises:
-        IsslError: For too few images for a batch, for missing labels, for a loss that is not finite
-            or features that collapsed (with the epoch and what to try), and for a checkpoint that
-            is damaged or of another run.
     """
     n, device = len(images), torch.device(execution.device)
     course = Course(images, recipe, epochs, batch_size, seed, keep, gaps, device)

@@ -126,11 +126,6 @@ def open_encoder(
         std: Their standard deviation, likewise.
         part: Which of a file's encoders to take, by words of its keys, such as `student` or
             `module.encoder_k`; default: by the rules in PREFERRED.
-
-    Raises:
-        IsslError: For an unknown name, a missing or damaged file, keys in no known layout, several
-            encoders that no rule decides between, and weights of the encoder that are missing or
-            left over.
     """
     for what, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         if values is not None and not all(least < v < math.inf for v in values):

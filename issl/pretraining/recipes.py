@@ -72,15 +72,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 
 
 def recipe(method: str, variant: str = "published") -> Recipe:
-    """A row of the table.
-
-    Args:
-        method: One of `NAMES`.
-        variant: `published`, `short` or `long`.
-
-    Raises:
-        IsslError: For an unknown method or variant, and for a pair without a row.
-    """
+    """A row of the table; `variant`: `published`, `short` or `long`."""
     method_named(method)
     if variant not in RECIPES:
         raise IsslError(f"recipe {variant!r}: known are {', '.join(RECIPES)}")

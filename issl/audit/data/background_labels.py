@@ -14,14 +14,13 @@ LABELS, LISTED = FOLDER / "cifar10_backgrounds.csv", FOLDER / "cifar10_listed_ba
 
 
 def background_labels(images: Images, split: str = "train") -> pd.DataFrame | None:
-    """The images whose background is known: position (in `images`), uniform, colour (white, black,
-    other; "" if the background is not uniform) and sure, whether the label is beyond dispute. None
-    if the set has no labels."""
+    """The images whose background is known: position (in `images`), uniform, and colour (white,
+    black, other; "" if the background is not uniform). None if the set has no labels."""
     if images.name == "scenes":
         truth = images.attributes
         uniform, colour = truth["uniform"].astype(bool), truth["background"]
         colour = colour.where(colour.isin(["white", "black"]), "other").where(uniform, "")
-        table = pd.DataFrame({"uniform": uniform, "colour": colour, "sure": True})
+        table = pd.DataFrame({"uniform": uniform, "colour": colour})
         table["position"] = range(len(images))
         # the background of an atypical image is not the one that was drawn
         return table[truth["atypical"] == ""].reset_index(drop=True)
@@ -34,7 +33,6 @@ def background_labels(images: Images, split: str = "train") -> pd.DataFrame | No
             {
                 "uniform": (known["uniform"] == "yes").to_numpy(),
                 "colour": known["colour"].to_numpy(),
-                "sure": (known["sure"] == 1).to_numpy(),
                 "position": place,
             }
         )

@@ -32,7 +32,6 @@ from issl.audit.stats.statistics import (
     mean,
     percentiles,
 )
-from issl.errors import IsslError
 
 Table = Float[np.ndarray, "q m"]  # a number for each query and subset
 Runs = Float[np.ndarray, "s q m"]  # one encoder's measurements, repeated
@@ -65,8 +64,6 @@ def lds_difference(predicted: Table, other: Table, measured: Table) -> Estimate:
 
 def repeatability(measured: Runs) -> Estimate:
     """The same correlation between any two of s ≥ 2 repetitions, mean over all pairs."""
-    if measured.ndim != 3 or len(measured) < 2:
-        raise IsslError(f"repeatability of shape {measured.shape}: need two or more repetitions")
 
     def statistic(*runs: Table) -> np.ndarray:
         return np.mean([_spearman(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
@@ -95,12 +92,6 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray]) -> Estimate:
     """The mean over queries of a statistic; the bootstrap resamples queries and subsets."""
     tables = [np.asarray(t, float) for t in tables]
-    shapes = {t.shape for t in tables}
-    if len(shapes) != 1 or len(tables[0].shape) != 2 or tables[0].shape[1] < 3:
-        raise IsslError(
-            f"tables of shape {sorted(shapes)}: need one shape (queries, subsets), 3 or more "
-            "subsets"
-        )
     (q, m), rng = tables[0].shape, np.random.default_rng(0)
     found = np.empty(RESAMPLES)
     for k in range(RESAMPLES):

@@ -47,12 +47,6 @@ class Agreements:
     def of(cls, scores: Sequence[np.ndarray]) -> Agreements:
         """Of k encoders, each with two measurements of the same n ≥ 4 images, (2, n)."""
         measured = [np.asarray(v, float) for v in scores]
-        shapes = [v.shape for v in measured]
-        if len({*shapes}) != 1 or len(shapes[0]) != 2 or shapes[0][0] != 2 or shapes[0][1] < 4:
-            raise IsslError(
-                f"agreement of scores of shapes {shapes}: need (2, n) each, two measurements of "
-                "the same 4 or more images"
-            )
         k = len(measured)
         ranks = np.concatenate([scipy.stats.rankdata(v, axis=1) for v in measured])
         pairs = list(itertools.product(range(0, 2 * k, 2), range(1, 2 * k, 2)))  # 0 with 1

@@ -1,11 +1,4 @@
-"""Do groups of images score differently? Each against the rest, under one encoder or several.
-
-    effect = P(an image of the group ranks higher) − P(lower)     (rank-biserial, mean over
-    encoders)
-
-The p-value is Mann-Whitney's on the images' mean ranks over the encoders, adjusted for the number
-of groups (Holm).
-"""
+"""Do groups of images score differently? Each against the rest, under one encoder or several."""
 
 from __future__ import annotations
 
@@ -29,14 +22,20 @@ def group_differences(
 ) -> pd.DataFrame:
     """One row per group with at least `smallest` images inside it and outside it.
 
+        effect = P(an image of the group ranks higher) − P(lower)   (rank-biserial, mean over
+        encoders)
+
+    p is Mann-Whitney's on the images' mean ranks over the encoders; adjusted_p is adjusted for the
+    number of groups (Holm).
+
     Args:
         ranks: of the same n images under e encoders, higher for a higher score.
         groups: an attribute in each column, one row per image.
         given: columns that might explain a difference (brightness, say).
 
     Returns:
-        Columns attribute, group, images, the effect as value, low, high and n, p, adjusted_p; with
-        `given`, left: the partial rank correlation of score and membership given those columns.
+        Columns attribute, group, images, value, low, high, n, p, adjusted_p; with `given`, left:
+        the partial rank correlation of score and membership given those columns.
 
     Raises:
         IsslError: where no group is that large.

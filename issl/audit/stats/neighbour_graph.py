@@ -118,11 +118,9 @@ def spectrum(
     """The k smallest eigenvalues of the normalised Laplacian I − D^−½ A D^−½, and eigenvectors.
 
     There are as many zeros as connected components. A small value after them is a bottleneck, and
-    its eigenvector shows where (von Luxburg 2007, §3). Raises IsslError for k out of range.
+    its eigenvector shows where (von Luxburg 2007, §3). k must be less than the number of images.
     """
     n = graph.shape[0]
-    if not 1 <= k < n:
-        raise IsslError(f"spectrum: k={k} of a graph of {n} images; must lie between 1 and {n - 1}")
     laplacian = sparse.csgraph.laplacian(graph, normed=True)
     # the largest eigenvalues of 2I − L give the smallest of L, and need no factorisation
     shifted = 2 * sparse.eye_array(n) - laplacian

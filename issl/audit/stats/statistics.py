@@ -92,12 +92,7 @@ def over_encoders(
         least: the lowest value that the quantity can take (0 for an AUC); the interval ends there.
         most: the highest value that it can take.
         pairs: the two encoders of each estimate; needs all pairs of three or more encoders.
-
-    Raises:
-        IsslError: if there is no estimate.
     """
-    if not estimates:
-        raise IsslError("over_encoders: no encoder was measured")
     if len(estimates) == 1:
         return estimates[0]
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates]).T
@@ -259,21 +254,12 @@ def average_precision(
 
 def correlation(a: np.ndarray, b: np.ndarray, kind: Kind = "pearson") -> Estimate:
     """Correlation of two scores of the same 3 or more images, in [−1, 1]; bootstrap."""
-    if len(a) != len(b) or len(a) < 3:
-        raise IsslError(
-            f"correlation of {len(a)} and {len(b)} values: need equally many, 3 or more"
-        )
     return agreement(np.stack([a, b]), kind)
 
 
 def agreement(scores: Float[np.ndarray, "s n"], kind: Kind = "pearson") -> Estimate:
-    """The mean correlation over all pairs of s scores of the same images; bootstrap."""
+    """The mean correlation over all pairs of s ≥ 2 scores of the same images; bootstrap."""
     scores = np.asarray(scores, float)
-    if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] < 3:
-        raise IsslError(
-            f"agreement of scores of shape {scores.shape}: need two or more scores of the same 3 "
-            "or more images"
-        )
     pairs = list(itertools.combinations(range(len(scores)), 2))
     return _of_correlations(scores, pairs, lambda r: r.mean(1), kind == "spearman")
 
@@ -283,8 +269,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> Estimate:
 
     Normal for artanh ρ with variance (1 + ρ²/2) / (n − 3) (Bonett & Wright 2000, Psychometrika 65).
     """
-    if len(a) != len(b) or len(a) < 4:
-        raise IsslError(f"spearman of {len(a)} and {len(b)} values: need equally many, 4 or more")
     value = float(pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b), -1))
     return _by_fisher(value, (1 + value**2 / 2) / (len(a) - 3), len(a))
 

@@ -35,12 +35,8 @@ def pooled(each: Sequence[Numbers]) -> dict[str, Estimate]:
 def by_method(
     table: pd.DataFrame, numbers: Callable[[pd.DataFrame], Numbers]
 ) -> dict[str, dict[str, Estimate]]:
-    """What `numbers` gives for each encoder, pooled over the encoders of each method.
-
-    Args:
-        table: tidy, with the columns method and encoder.
-        numbers: gives the estimates for one encoder's part of the table.
-    """
+    """What `numbers` gives for each encoder's part of a tidy table, pooled over the encoders of
+    each method."""
     methods = table.groupby("method", sort=False)
     return {
         str(method): pooled([numbers(one) for _, one in part.groupby("encoder", sort=False)])
@@ -58,16 +54,8 @@ SCORES = {
 def by_score(
     table: pd.DataFrame, numbers: Callable[[str, pd.DataFrame], Numbers]
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """The same estimates for influence and for the simpler scores beside it.
-
-    Args:
-        table: of scores, with the columns method and encoder.
-        numbers: gives the estimates for a column's name and one encoder's scores.
-
-    Returns:
-        By method and score, each metric's estimate over the encoders. For the network before
-        training, only those of influence.
-    """
+    """`by_method` for influence and the simpler scores beside it, by method and score; `numbers`
+    takes the column's name, too. Of the network before training, only influence."""
     found: dict[tuple[str, str], dict[str, Estimate]] = {}
     for column, score in SCORES.items():
         part = table if column == "influence" else table[table["method"] != "untrained"]
