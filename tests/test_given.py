@@ -194,5 +194,3 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
         assert named in capsys.readouterr().err
     with pytest.raises(issl.IsslError, match=r"checkpoints = 'weights\.ckpt'"):
         SeedCorrelation(checkpoints="weights.ckpt")
-    with pytest.raises(issl.IsslError, match="a given encoder does not say which"):
-        Embed(pretrain=Given(method="simclr", checkpoint=checkpoint), data=DATA, estimated=DATA)

@@ -363,8 +363,10 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     of_each = 100 * ranks.groupby(["method", "encoder"])["rank"].median()
     least, most = (of_each.groupby("method").agg(f) for f in ("min", "max"))
     r = values("overnight/01_seed_correlation_draws.csv", "draws", "seed", "method")[16]
-    of_pairs = values("overnight/04_duplicates.csv", "detector", "metric", "method")
-    precision = of_pairs["low influence", "precision", "simclr"]
+    pairs = pd.read_csv(REPOSITORY / "figures/overnight/04_duplicates.csv")
+    found = pairs.query("detector == 'low influence' and method == 'simclr'").set_index("metric")
+    precision = found["value"]["precision"]
+    chance = found["n"]["precision"] / found["n"]["auc_judged"]
     top = {reading: share["plain: highest"] for reading, share in percent.items()}
     features, projector = times["overnight"], times["overnight-projector"]
     norm, loss = (
@@ -390,7 +392,7 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
         f"scores repeat (r = {r['noise', 'simclr']:.2f})",
         f"Two trainings agree less (r = {r['training', 'simclr']:.2f}; "
         f"BYOL {r['training', 'byol']:.2f})",
-        f"only {precision:.0%} are duplicates",
+        f"only {precision:.0%} are duplicates (chance: {chance:.0%})",
     ):
         assert said in IN_ONE_LINE, said
 
@@ -401,8 +403,12 @@ def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
     report["write_report"](folder / "measured", tmp_path / "RESULTS.md")
     assert (tmp_path / "RESULTS.md").read_text() == (folder / "RESULTS.md").read_text()
     part = json.loads((folder / "measured/duplicates.json").read_text())
+    auc = {row["by"]: float(row["auc"].split()[0]) for row in part["rows"]}
     for row in part["rows"]:
         assert "| {by} | {precision} | {auc} |".format(**row) in IN_ONE_LINE
+    cleanlab = auc["cleanlab, near duplicates, on the encoder's features"]
+    said = f"an AUC of {cleanlab:.2f}, low influence with {auc['low influence']:.2f}"
+    assert said in IN_ONE_LINE
     assert f"{part['images']:,} images, {part['in_pairs']} of them" in IN_ONE_LINE
 
 

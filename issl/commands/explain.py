@@ -140,7 +140,7 @@ def training_images(options: argparse.Namespace, opened: Opened) -> tuple[Images
             f"{encoder} other images of {name} than those here (their content differs): point "
             f"--data-root to the right ones, {remedy}"
         )
-    images = datasets.load(*place, count, options.data_root, known["seed"], known["size"])
+    images = datasets.load(*place, count, options.data_root, size=known["size"])
     some = config.get("without") or config.get("left_out")
     return images, " (it was trained on a part of them)" if some else " it was trained on"
 
