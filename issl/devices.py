@@ -53,7 +53,7 @@ def unusable_gpu() -> str | None:
     built = "CPUs" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
     return (
         f"there is a GPU ({nodes[0]}), but torch {torch.__version__}, built for {built}, cannot "
-        "use it; install a torch that fits its driver, update the driver"
+        "use it; install a torch that fits its driver, or update the driver"
     )
 
 
