@@ -91,6 +91,12 @@ def test_ambiguity_is_the_entropy_of_what_people_chose_of_the_image(tmp_path: Pa
     np.testing.assert_array_equal(human_choices.ambiguity(some, tmp_path), found[[5, 1, 0]])
     with pytest.raises(issl.IsslError, match="scenes"):
         human_choices.ambiguity(issl.load("scenes", n=16), tmp_path)
+    beyond = images.attributes.assign(index=images.attributes["index"] + 9990)
+    with pytest.raises(issl.IsslError, match="index 10000"):
+        human_choices.ambiguity(replace(images, attributes=beyond), tmp_path)
+    np.save(tmp_path / human_choices.FILE, np.zeros(human_choices.SHAPE, np.int64))
+    with pytest.raises(issl.IsslError, match="at least one person"):
+        human_choices.read(tmp_path)
     np.save(tmp_path / human_choices.FILE, np.ones((100, 10), np.int64))
     with pytest.raises(issl.IsslError, match=r"\(100, 10\).*\(10000, 10\)"):
         human_choices.read(tmp_path)

@@ -166,13 +166,18 @@ def all_words() -> dict[str, str]:
 
 
 def words(metric: str) -> str:
-    """The readable name of a metric (metrics.yaml)."""
+    """The readable name of a metric. Raises IsslError if it has none."""
+    if metric not in all_words():
+        raise IsslError(f"metric {metric!r} has no words: name it in issl/audit/metrics.yaml")
     return all_words()[metric]
 
 
 def threshold(name: str, metric: str) -> float:
-    """The threshold in a claim's test of a metric, for figures."""
-    return next(test.threshold for test in claims()[name].tests if test.metric == metric)
+    """The threshold in a claim's test of a metric, for figures; IsslError if there is none."""
+    for test in claims()[name].tests:
+        if test.metric == metric:
+            return test.threshold
+    raise IsslError(f"claim {name!r} has no test of {metric!r}")
 
 
 def judge(

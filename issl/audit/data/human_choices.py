@@ -45,14 +45,24 @@ def read(root: str | Path | None = None) -> Int[np.ndarray, "10000 10"]:
         counts = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise IsslError(f"{path} is not a readable .npy file ({error}); copy it again") from error
-    if counts.shape != SHAPE:
-        raise IsslError(f"{path} holds {counts.shape}; need counts {SHAPE}; copy it again")
+    whole = counts.shape == SHAPE and counts.dtype.kind in "iu"
+    if not whole or counts.min() < 0 or not counts.sum(1).all():
+        raise IsslError(
+            f"{path} holds {counts.dtype} {counts.shape}; need whole-number counts {SHAPE} and at "
+            "least one person per image; copy it again"
+        )
     return np.asarray(counts)
 
 
 def ambiguity(images: Images, root: str | Path | None = None) -> np.ndarray:
     """The entropy of people's choices for each image (n,), in nats. The images must be from
-    CIFAR-10's test set, with its numbering; raises IsslError for another set."""
+    CIFAR-10's test set, with its numbering; raises IsslError for others."""
     if (why := missing(images.name, root)) is not None:
         raise IsslError(why)
-    return np.asarray(scipy.stats.entropy(read(root)[images.index.numpy()], axis=1))
+    counts, index = read(root), images.index.numpy()
+    if len(wrong := index[(index < 0) | (index >= len(counts))]):
+        raise IsslError(
+            f"{images.name}: index {wrong[0]}; people judged test images 0 to {len(counts) - 1}: "
+            "ask about these"
+        )
+    return np.asarray(scipy.stats.entropy(counts[index], axis=1))
