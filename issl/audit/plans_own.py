@@ -763,6 +763,7 @@ class Objectives(Scored):
 class Multiverse(Scored):
     """19_multiverse: on which of the choices that the paper leaves open does each answer depend?
 
+    scored                      how many images, the first ones, are scored; None: all
     ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
     copies                      how many copies of an image are added, at each of `copied_ranks` and
                                 among each of the `copied_among` numbers of images
@@ -771,6 +772,7 @@ class Multiverse(Scored):
     notebook: ClassVar[str] = "19_multiverse"
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
+    scored: int | None = Field(None, ge=16)
     ranks: tuple[int, ...] = (4, 64)
     dampings: tuple[float, ...] = (0.01, 1.0)
     averaged: int = Field(4, ge=2)
@@ -789,11 +791,15 @@ class Multiverse(Scored):
         }
 
     def tables(self) -> dict[str, Cells]:
-        known = self.encoders_of(self.methods)
+        known, images = self.encoders_of(self.methods), self.data(first=self.scored)
         readings = list(product(get_args(Output), get_args(Unit), self.variations().items()))
         scores: dict[Labels, Stage] = {
             (*labels, output, unit, varied): self.influence(
-                encoder, output=output, perturbation=noise_in(unit, self.mean, self.std), **changes
+                encoder,
+                data=images,
+                output=output,
+                perturbation=noise_in(unit, self.mean, self.std),
+                **changes,
             )
             for labels, encoder in known.items()
             for output, unit, (varied, changes) in readings
@@ -814,6 +820,8 @@ class Multiverse(Scored):
             )
         }
         return {
+            "images": Cells("part", {(0,): Known(data=images)}),
+            "pixels": Cells("set", {(self.dataset,): Pixels(data=images)}),
             "scores": Cells(f"{BY} output unit varied", scores),
             "copies": Cells(f"{BY} output rank among", copies),
         }

@@ -93,11 +93,10 @@ def _two_way(tables: Sequence[Table], statistic: Callable[..., np.ndarray]) -> E
     """The mean over queries of a statistic; the bootstrap resamples queries and subsets."""
     tables = [np.asarray(t, float) for t in tables]
     (q, m), rng = tables[0].shape, np.random.default_rng(0)
-    found = np.empty(RESAMPLES)
-    for k in range(RESAMPLES):
-        rows, columns = rng.integers(0, q, q), rng.integers(0, m, m)
-        found[k] = statistic(*(t[rows][:, columns] for t in tables)).mean()
-    return percentiles(statistic(*tables).mean(), found, q)
+    drawn = [(rng.integers(0, q, q), rng.integers(0, m, m)) for _ in range(RESAMPLES)]
+    rows, columns = (np.stack(places) for places in zip(*drawn, strict=True))
+    resampled = [t[rows[:, :, None], columns[:, None, :]] for t in tables]
+    return percentiles(statistic(*tables).mean(), statistic(*resampled).mean(-1), q)
 
 
 def log_loss(losses: Any) -> np.ndarray:
