@@ -33,6 +33,7 @@ from PIL import Image
 import issl
 from issl import cli
 from issl.audit import RELEASED, profiles
+from issl.audit.claims import readings
 from issl.files import REPOSITORY
 from issl.influence import reference
 from issl.pretraining.recipes import NAMES
@@ -325,8 +326,8 @@ def duplicates_at_the_ends(reading: str, encoder: str, by: str = "influence") ->
 def test_the_papers_galleries_are_the_figures_tables() -> None:
     """In the README, and in the method's tables, one a reading, a column a method."""
     methods = ["simclr", "byol", "barlow_twins", "untrained"]
-    percent, copies, times = {}, {}, {}
-    for reading in ("overnight-projector", "overnight", "overnight-normalised"):
+    percent, times = {}, {}
+    for reading in readings():
         of_pairs = values(f"{reading}/04_duplicates.csv", "detector", "metric", "method")
         records = json.loads((REPOSITORY / f"figures/{reading}/claims.json").read_text())
         car = {
@@ -337,7 +338,6 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
         alike = [car[m]["lowest_of_one_car"]["value"] for m in methods[:3]]
         alike.append(car["simclr"]["by_untrained"]["value"])
         low, high = zip(*(duplicates_at_the_ends(reading, m) for m in methods), strict=True)
-        copies[reading] = low
         auc = of_pairs["low influence", "auc_judged"][methods]
         shown = {
             "one photograph (mean; 1: none)": [f"{v:.1f}" for v in alike],
@@ -345,18 +345,21 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
             "100 highest images": high,
             "labelled duplicates": [f"{v:.2f}" for v in auc],
         }
-        if reading != "overnight-normalised":  # 03 is not drawn yet
-            share = 100 * values(f"{reading}/03_background_bias_ends.csv", "list", "method")
-            causal = values(f"{reading}/03_background_bias_causal.csv", "metric", "method")
-            percent[reading], times[reading] = share, np.exp(causal["log_ratio"])
-            for said, which, who in (
-                ("plain backgrounds among the 100 highest", "plain: highest", methods),
-                ("plain backgrounds among the 100 lowest", "plain: lowest", methods[:3]),
-                ("smooth backgrounds among the 100 highest", "plain or smooth: highest", methods),
-            ):
-                shown[said] = [f"{v:.0f}" for v in share[which][who]]
+        share = 100 * values(f"{reading}/03_background_bias_ends.csv", "list", "method")
+        causal = values(f"{reading}/03_background_bias_causal.csv", "metric", "method")
+        percent[reading], times[reading] = share, np.exp(causal["log_ratio"])
+        for said, which, who in (
+            ("plain backgrounds among the 100 highest", "plain: highest", methods),
+            ("plain backgrounds among the 100 lowest", "plain: lowest", methods[:3]),
+            ("smooth backgrounds among the 100 highest", "plain or smooth: highest", methods),
+        ):
+            shown[said] = [f"{v:.0f}" for v in share[which][who]]
         for said, numbers in shown.items():
             assert f"{said} | {' | '.join(map(str, numbers))} |" in IN_ONE_LINE, said
+    plain = values("overnight-normalised/03_background_bias.csv", "metric", "score", "method")
+    for score, who in (("influence", methods), ("stability loss ℓ", methods[:3])):
+        cells = [f"{v:.2f}" for v in plain["auc_labels", score][who]]
+        assert f"| {score.removesuffix(' ℓ')} | {' | '.join(cells)} |" in IN_ONE_LINE
     colour = values("overnight/03_background_bias_colours.csv", "score", "method", "metric")
     colour = colour["influence", "untrained"]
     ranks = pd.read_csv(REPOSITORY / "figures/overnight-projector/04_duplicates_series.csv")
@@ -368,7 +371,7 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     precision = found["value"]["precision"]
     chance = found["n"]["precision"] / found["n"]["auc_judged"]
     top = {reading: share["plain: highest"] for reading, share in percent.items()}
-    features, projector = times["overnight"], times["overnight-projector"]
+    features, projector, weak, weak_projector = times.values()
     norm, loss = (
         duplicates_at_the_ends("overnight-projector", "barlow_twins", by)[0]
         for by in ("grad_norm", "stability_loss")
@@ -379,15 +382,18 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
         f"scores {features['simclr']:.2f} times as high as on a texture on SimCLR's features "
         f"(untrained {features['untrained']:.2f}), and {projector['simclr']:.2f} times as high on "
         f"the projector's output (untrained {projector['untrained']:.2f})",
+        f"scores {weak['simclr']:.0f} times as high on features (untrained "
+        f"{weak['untrained']:.2f}) and {weak_projector['simclr']:.0f} times on the projector's "
+        f"output (untrained {weak_projector['untrained']:.2f})",
         f"at percentile {of_each['untrained', 0]:.0f}.",
         f"percentiles {least['simclr']:.0f} to {most['simclr']:.0f} (SimCLR), "
         f"{least['byol']:.0f} to {most['byol']:.0f} (BYOL) and {most['barlow_twins']:.0f} (Barlow",
         f"{top['overnight']['simclr']:.0f} of the 100 highest images (BYOL "
-        f"{top['overnight']['byol']:.0f}), "
-        f"{percent['overnight']['plain: random', 'no encoder']:.0f} to 16 of 100 random ones",
-        f"{top['overnight']['untrained']:.0f} of the 100 highest under an untrained network",
-        f"{copies['overnight-projector'][2]} of the 100 lowest images are duplicates, but "
-        f"{top['overnight-projector']['barlow_twins']:.0f} of the 100 highest is plain",
+        f"{top['overnight']['byol']:.0f}; an untrained network {top['overnight']['untrained']:.0f}; "
+        f"random images {percent['overnight']['plain: random', 'no encoder']:.0f} to 16)",
+        f"in {top['overnight-normalised']['simclr']:.0f} (BYOL "
+        f"{top['overnight-normalised']['byol']:.0f}, untrained "
+        f"{top['overnight-normalised']['untrained']:.0f})",
         f"{norm} of the 100 lowest images are duplicates; ranked by the stability loss, {loss} are",
         f"scores repeat (r = {r['noise', 'simclr']:.2f})",
         f"Two trainings agree less (r = {r['training', 'simclr']:.2f}; "
