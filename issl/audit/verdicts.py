@@ -383,14 +383,8 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
     if about.superseded:
         lines.append(_why(about))
     read = by_reading(own)
-    for method, part in read.groupby("method", sort=False) if len(read) else ():
-        if together := part["over_readings"].iloc[0]:
-            who = f" ({NAMES[str(method)]})" if method in NAMES else ""
-            told = {"range": "", "normalised": ", noise in normalised pixels"}
-            tried = "; ".join(
-                f"{r['output']}{told[r['unit']]}: {r['outcome']}" for _, r in part.iterrows()
-            )
-            lines.append(f"Readings{who}: {tried}. **{together.capitalize()}**.")
+    if len(read) and read["over_readings"].any():
+        lines += ["", _over_readings(read, about).rstrip()]
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
         data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"
@@ -402,6 +396,23 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
         rows.append((_method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
     head = ["", "measured at", "verdict (tests held)", "its tests"]
     return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
+
+
+def _over_readings(read: pd.DataFrame, about: Claim) -> str:
+    """One claim of `by_reading`: a row for each method, a column for each reading, with the number
+    that decides."""
+    told = {"range": "", "normalised": ", noise in normalised pixels"}
+    head = ["", *(f"{r['output']}{told[r['unit']]}" for r in readings().values()), "over readings"]
+    rows = []
+    for method, part in read.groupby("method", sort=False):
+        cells = {}
+        for _, r in part.iterrows():
+            number = _number(Estimate(r["value"], r["low"], r["high"], 0))
+            said = (MARKS[r["outcome"]], about.numbers.get(r["metric"], ""), number)
+            cells[r["reading"]] = " ".join(filter(None, said))
+        own = [cells.get(reading, "") for reading in readings()]
+        rows.append((NAMES.get(str(method), ""), *own, part["over_readings"].iloc[0]))
+    return _markdown(head, rows)
 
 
 def _scale(record: Record) -> int:
