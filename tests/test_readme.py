@@ -32,7 +32,7 @@ from PIL import Image
 
 import issl
 from issl import cli
-from issl.audit import RELEASED, profiles
+from issl.audit import RELEASED, profiles, verdicts
 from issl.audit.claims import readings
 from issl.files import REPOSITORY
 from issl.influence import reference
@@ -305,6 +305,23 @@ def test_what_a_training_did_is_the_figures_tables() -> None:
     for m in methods:
         cells = [f"{lds[f'without {k}', m]:.2f} ({slope[v, m]:.1f})" for k, v in shares.items()]
         assert f"| {NAMES[m]} | {' | '.join(cells)} |" in IN_ONE_LINE
+
+
+def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
+    """The sentences of docs/verdicts.md about readings."""
+    table = verdicts.by_reading(verdicts.kept_records(REPOSITORY / "figures"))
+    outcomes = table.set_index(["name", "method", "reading"])["outcome"]
+    held = outcomes[outcomes == "reproduced"]
+    assert held["semantic_bridges_of_degree"].index.tolist() == [("byol", "overnight-projector")]
+    assert len(outcomes["semantic_bridges_of_degree"]) == 12
+    assert set(outcomes["low_influence_duplicates"]) == {"contradicted"}
+    plain = outcomes["plain_backgrounds_lead"]
+    assert set(plain[:, "overnight-normalised"]) == {"reproduced"}
+    assert set(plain[:, "overnight-projector"]) == {"contradicted"}
+    one_car = table[table["name"] == "lowest_automobiles_are_one_car"]
+    assert set(one_car[one_car["method"] == "byol"]["value"]) == {1.0}
+    assert "reproduced" not in set(outcomes["training_seed_correlation"])
+    assert set(outcomes["gaussian_most_stable"]) == {"reproduced"}
 
 
 def duplicates_at_the_ends(reading: str, encoder: str, by: str = "influence") -> tuple[int, int]:
