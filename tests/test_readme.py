@@ -7,6 +7,7 @@ file instead of the network. `./run_all.sh` and `./run_all.sh --test` are what `
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from PIL import Image
 import issl
 from issl import cli
 from issl.audit import RELEASED, profiles, verdicts
-from issl.audit.claims import readings
+from issl.audit.stats import statistics
 from issl.files import REPOSITORY
 from issl.influence import reference
 from issl.pretraining.recipes import NAMES
@@ -324,27 +325,55 @@ def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     assert set(outcomes["gaussian_most_stable"]) == {"reproduced"}
 
 
-def duplicates_at_the_ends(reading: str, encoder: str, by: str = "influence") -> tuple[int, int]:
-    """Of the 100 lowest and highest images by a column, mean rank over encoders, those in a
-    labelled pair; from the released tables alone."""
-    labels = pd.read_csv(REPOSITORY / "issl/audit/data/labels/cifar10_duplicates.csv")
-    same = labels[labels["same"] == "yes"]
-    folder = REPOSITORY / "released/tables/influence"
+LABELS = REPOSITORY / "issl/audit/data/labels"
+WHO = ["simclr", "byol", "barlow_twins", "untrained"]
+HEADS = {  # of the method's tables about the paper's galleries
+    "overnight": "CIFAR-10, features",
+    "overnight-projector": "CIFAR-10, projector's output",
+    "overnight-normalised": "CIFAR-10, features, noise in normalised pixels",
+    "overnight-projector-normalised": "CIFAR-10, projector's output, noise in normalised pixels",
+}
+
+
+def method_table(head: str) -> dict[str, list[str]]:
+    """The rows of the table of docs/method.md with this first head cell, by their first cell."""
+    lines = (REPOSITORY / "docs/method.md").read_text().splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+    return {first: others for first, *others in cells}
+
+
+def scored(reading: str, encoder: str) -> list[pd.DataFrame]:
+    """The released scores under each encoder of a method."""
     output = reading.removeprefix("overnight")
-    files = list(folder.glob(f"cifar10-{encoder.replace('_', '-')}-w16-?{output}-noise0.parquet"))
+    name = f"cifar10-{encoder.replace('_', '-')}-w16-?{output}-noise0.parquet"
+    files = sorted((REPOSITORY / "released/tables/influence").glob(name))
     assert len(files) == (1 if encoder == "untrained" else 3)
-    ranks = sum(pd.read_parquet(f).set_index("index")[by].rank() for f in files)
-    copies = [*same["a"], *same["b"]]
-    ends = ranks.nsmallest(100), ranks.nlargest(100)
-    low, high = (int(end.index.isin(copies).sum()) for end in ends)
-    return low, high
+    return [pd.read_parquet(f).set_index("index") for f in files]
 
 
-def test_the_papers_galleries_are_the_figures_tables() -> None:
-    """In the README, and in the method's tables, one a reading, a column a method."""
-    methods = ["simclr", "byol", "barlow_twins", "untrained"]
-    percent, times = {}, {}
-    for reading in readings():
+def ends(reading: str, encoder: str, by: str = "influence") -> tuple[pd.Index, pd.Index]:
+    """The 100 lowest and the 100 highest images by the mean rank over encoders."""
+    ranks = sum(one[by].rank() for one in scored(reading, encoder))
+    return ranks.nsmallest(100).index, ranks.nlargest(100).index
+
+
+def test_the_papers_galleries_are_the_released_tables() -> None:
+    """The method's tables, one a reading, a column a method."""
+    pairs = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
+    background = pd.read_csv(LABELS / "cifar10_listed_backgrounds.csv", index_col="index")
+    background = background["background"]
+
+    def copies(images: pd.Index) -> str:
+        return str(int(images.isin([*pairs["a"], *pairs["b"]]).sum()))
+
+    def share(images: pd.Index, *kinds: str) -> str:
+        assert images.isin(background.index).all()
+        return str(int(background[images].isin(kinds).sum()))
+
+    for reading, head in HEADS.items():
+        low, high = zip(*(ends(reading, m) for m in WHO), strict=True)
         of_pairs = values(f"{reading}/04_duplicates.csv", "detector", "metric", "method")
         records = json.loads((REPOSITORY / f"figures/{reading}/claims.json").read_text())
         car = {
@@ -352,31 +381,69 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
             for r in records
             if r["name"] == "lowest_automobiles_are_one_car"
         }
-        alike = [car[m]["lowest_of_one_car"]["value"] for m in methods[:3]]
+        alike = [car[m]["lowest_of_one_car"]["value"] for m in WHO[:3]]
         alike.append(car["simclr"]["by_untrained"]["value"])
-        low, high = zip(*(duplicates_at_the_ends(reading, m) for m in methods), strict=True)
-        auc = of_pairs["low influence", "auc_judged"][methods]
-        shown = {
-            "one photograph (mean; 1: none)": [f"{v:.1f}" for v in alike],
-            "100 lowest images": low,
-            "100 highest images": high,
-            "labelled duplicates": [f"{v:.2f}" for v in auc],
+        auc = of_pairs["low influence", "auc_judged"][WHO]
+        assert method_table(head) == {
+            "of the five lowest automobiles, those from one photograph (mean; 1: none)": [
+                f"{v:.1f}" for v in alike
+            ],
+            "duplicates among the 100 lowest images": [copies(i) for i in low],
+            "duplicates among the 100 highest images": [copies(i) for i in high],
+            "AUC of low influence for labelled duplicates": [f"{v:.2f}" for v in auc],
+            "plain backgrounds among the 100 highest": [share(i, "plain") for i in high],
+            "plain backgrounds among the 100 lowest": [share(i, "plain") for i in low[:3]] + ["–"],
+            "plain or smooth backgrounds among the 100 highest": [
+                share(i, "plain", "smooth") for i in high
+            ],
         }
-        share = 100 * values(f"{reading}/03_background_bias_ends.csv", "list", "method")
-        causal = values(f"{reading}/03_background_bias_causal.csv", "metric", "method")
-        percent[reading], times[reading] = share, np.exp(causal["log_ratio"])
-        for said, which, who in (
-            ("plain backgrounds among the 100 highest", "plain: highest", methods),
-            ("plain backgrounds among the 100 lowest", "plain: lowest", methods[:3]),
-            ("smooth backgrounds among the 100 highest", "plain or smooth: highest", methods),
-        ):
-            shown[said] = [f"{v:.0f}" for v in share[which][who]]
-        for said, numbers in shown.items():
-            assert f"{said} | {' | '.join(map(str, numbers))} |" in IN_ONE_LINE, said
-    plain = values("overnight-normalised/03_background_bias.csv", "metric", "score", "method")
-    for score, who in (("influence", methods), ("stability loss ℓ", methods[:3])):
-        cells = [f"{v:.2f}" for v in plain["auc_labels", score][who]]
-        assert f"| {score.removesuffix(' ℓ')} | {' | '.join(cells)} |" in IN_ONE_LINE
+    by_loss, weak = {}, ", noise in normalised pixels"
+    for reading, noise in (("overnight", ""), ("overnight-normalised", weak)):
+        for word, by in (("stability loss", "stability_loss"), ("influence", "influence")):
+            high = [ends(reading, m, by)[1] for m in WHO]
+            by_loss[f"by {word}{noise}"] = [share(i, "plain") for i in high]
+    assert method_table("features: plain backgrounds among the 100 highest") == by_loss
+    swapped, file = {}, "03_background_bias_causal.csv"
+    for word, metric in (
+        ("stability loss", "log_ratio_stability_loss"),
+        ("influence", "log_ratio"),
+    ):
+        for who, named in (("simclr", ""), ("untrained", ", untrained")):
+            swapped[f"{word}{named}"] = [
+                f"{np.exp(values(f'{r}/{file}', 'metric', 'method')[metric, who]):.2f}"
+                for r in HEADS
+            ]
+    assert method_table("score on a flat background ÷ on a texture") == swapped
+
+
+def test_sentences_about_the_galleries_are_the_released_tables() -> None:
+    """In the README and in the method."""
+    weak, trained = "overnight-normalised", WHO[:3]
+    plain = {
+        r: 100 * values(f"{r}/03_background_bias_ends.csv", "list", "method")
+        for r in ("overnight", weak)
+    }
+    top = {r: share["plain: highest"].round().astype(int) for r, share in plain.items()}
+    by_loss = method_table("features: plain backgrounds among the 100 highest")["by stability loss"]
+    shared = [
+        len(ends(weak, m)[1].intersection(ends(weak, m, "stability_loss")[1])) for m in trained
+    ]
+    follows = [
+        one["influence"].corr(one["stability_loss"], method="spearman")
+        for m in trained
+        for one in scored(weak, m)
+    ]
+    auc, strong = (
+        values(f"{r}/03_background_bias.csv", "metric", "score", "method")["auc_labels"]
+        for r in (weak, "overnight")
+    )
+    loss = [*auc["stability loss ℓ"][trained], *strong["stability loss ℓ"][trained]]
+    margins = [
+        statistics.proportion_difference(*(np.arange(100) < top[weak][m] for m in (who, WHO[3])))
+        for who in trained
+    ]
+    margin = [f"{100 * e.value:.0f}" for e in margins]
+    around = [f"[{100 * e.low:.0f}, {100 * e.high:.0f}]".replace("-", "−") for e in margins]
     colour = values("overnight/03_background_bias_colours.csv", "score", "method", "metric")
     colour = colour["influence", "untrained"]
     ranks = pd.read_csv(REPOSITORY / "figures/overnight-projector/04_duplicates_series.csv")
@@ -385,41 +452,41 @@ def test_the_papers_galleries_are_the_figures_tables() -> None:
     r = values("overnight/01_seed_correlation_draws.csv", "draws", "seed", "method")[16]
     pairs = pd.read_csv(REPOSITORY / "figures/overnight/04_duplicates.csv")
     found = pairs.query("detector == 'low influence' and method == 'simclr'").set_index("metric")
-    precision = found["value"]["precision"]
     copies = found["n"]["precision"]
     chance = copies / found["n"]["auc_judged"]
     of_pairs = values("overnight-projector/04_duplicates.csv", "detector", "metric", "method")
-    nearest = of_pairs["low influence", "precision", "barlow_twins"]
-    top = {reading: share["plain: highest"] for reading, share in percent.items()}
-    features, projector, weak, weak_projector = times.values()
-    norm, loss = (
-        duplicates_at_the_ends("overnight-projector", "barlow_twins", by)[0]
+    known = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
+    norm, by_loss_low = (
+        ends("overnight-projector", "barlow_twins", by)[0].isin([*known["a"], *known["b"]]).sum()
         for by in ("grad_norm", "stability_loss")
     )
     for said in (
+        f"in {top['overnight']['simclr']} of the 100 highest images (BYOL "
+        f"{top['overnight']['byol']}, untrained {top['overnight']['untrained']}, random "
+        f"{plain['overnight']['plain: random', 'no encoder']:.0f} to 16)",
+        f"in {top[weak]['simclr']} (BYOL {top[weak]['byol']}, Barlow Twins "
+        f"{top[weak]['barlow_twins']}, untrained {top[weak]['untrained']})",
+        f"Ranked by the stability loss alone, in {by_loss[0]} (untrained {by_loss[3]})",
+        f"both share {shared[0]}, {shared[1]} and {shared[2]} images",
+        f"(rank correlation {min(follows):.2f} to {max(follows):.2f}; AUC "
+        f"{auc['influence', 'simclr']:.2f}, {auc['influence', 'byol']:.2f} and "
+        f"{auc['influence', 'barlow_twins']:.2f})",
+        f"its AUC for plain backgrounds is {min(loss):.2f} to {max(loss):.2f}",
+        f"{top[weak]['untrained']} is {margin[0]} for SimCLR {around[0]}, {margin[1]} for BYOL "
+        f"{around[1]} and {margin[2]} for Barlow Twins {around[2]}",
         f"(AUC {colour['auc_labels_white']:.2f}), others high ({colour['auc_labels_other']:.2f}), "
         f"all together at {colour['auc_labels']:.2f}",
-        f"scores {features['simclr']:.2f} times as high as on a texture on SimCLR's features "
-        f"(untrained {features['untrained']:.2f}), and {projector['simclr']:.2f} times as high on "
-        f"the projector's output (untrained {projector['untrained']:.2f})",
-        f"scores {weak['simclr']:.0f} times as high on features (untrained "
-        f"{weak['untrained']:.2f}) and {weak_projector['simclr']:.0f} times on the projector's "
-        f"output (untrained {weak_projector['untrained']:.2f})",
         f"at percentile {of_each['untrained', 0]:.0f}.",
         f"percentiles {least['simclr']:.0f} to {most['simclr']:.0f} (SimCLR), "
         f"{least['byol']:.0f} to {most['byol']:.0f} (BYOL) and {most['barlow_twins']:.0f} (Barlow",
-        f"{top['overnight']['simclr']:.0f} of the 100 highest images (BYOL "
-        f"{top['overnight']['byol']:.0f}; an untrained network {top['overnight']['untrained']:.0f}; "
-        f"random images {percent['overnight']['plain: random', 'no encoder']:.0f} to 16)",
-        f"in {top['overnight-normalised']['simclr']:.0f} (BYOL "
-        f"{top['overnight-normalised']['byol']:.0f}, untrained "
-        f"{top['overnight-normalised']['untrained']:.0f})",
-        f"{norm} of the 100 lowest images are duplicates; ranked by the stability loss, {loss} are",
+        f"{norm} of the 100 lowest images are duplicates; ranked by the stability loss, "
+        f"{by_loss_low} are",
         f"scores repeat: r = {r['noise', 'simclr']:.2f}.",
         f"two trainings agree less: {r['training', 'simclr']:.2f} "
         f"(BYOL {r['training', 'byol']:.2f})",
-        f"Of the {copies} lowest images, {precision:.0%} are labelled duplicates (chance: {chance:.0%})",
-        f"with {nearest:.0%} of the {copies}.",
+        f"Of the {copies} lowest images, {found['value']['precision']:.0%} are labelled duplicates "
+        f"(chance: {chance:.0%})",
+        f"with {of_pairs['low influence', 'precision', 'barlow_twins']:.0%} of the {copies}.",
     ):
         assert said in IN_ONE_LINE, said
 
