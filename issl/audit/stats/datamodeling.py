@@ -57,7 +57,7 @@ def lds(predicted: Table, measured: Table) -> Estimate:
 def lds_difference(predicted: Table, other: Table, measured: Table) -> Estimate:
     """The LDS of one prediction minus that of another, on the same queries and subsets."""
 
-    def statistic(p: Table, o: Table, y: Table) -> np.ndarray:
+    def statistic(p: np.ndarray, o: np.ndarray, y: np.ndarray) -> np.ndarray:
         return _spearman(p, y) - _spearman(o, y)
 
     return _two_way([predicted, other, measured], statistic)
@@ -66,7 +66,7 @@ def lds_difference(predicted: Table, other: Table, measured: Table) -> Estimate:
 def repeatability(measured: Runs) -> Estimate:
     """The same correlation between any two of s ≥ 2 repetitions, mean over all pairs."""
 
-    def statistic(*runs: Table) -> np.ndarray:
+    def statistic(*runs: np.ndarray) -> np.ndarray:
         return np.mean([_spearman(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
 
     return _two_way(list(measured), statistic)
