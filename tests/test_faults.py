@@ -204,7 +204,8 @@ def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "b": Task(partial(write, "b"), ["a"]),
         "c": Task(partial(write, "c"), ["a", "b"]),
         "share": Task(one_thread_and_gpu),
-        "killer": Task(die, ["whole", "killed"]),  # the last: what waits there would go with it
+        # the last: what waits for its process would go with it
+        "killer": Task(die, ["c", "share", "whole", "killed"]),
         "after": Task(fail, ["killer"]),
         "whole": Task(partial(trained, whole, False)),
         "killed": Task(partial(trained, killed, True)),
