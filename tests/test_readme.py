@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -310,7 +311,8 @@ def test_what_a_training_did_is_the_figures_tables() -> None:
 
 def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     """The sentences of docs/verdicts.md about readings."""
-    table = verdicts.by_reading(verdicts.kept_records(REPOSITORY / "figures"))
+    records = verdicts.kept_records(REPOSITORY / "figures")
+    table = verdicts.by_reading(records)
     outcomes = table.set_index(["name", "method", "reading"])["outcome"]
     held = outcomes[outcomes == "reproduced"]
     assert held["semantic_bridges_of_degree"].index.tolist() == [("byol", "overnight-projector")]
@@ -321,7 +323,7 @@ def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     assert set(plain[:, "overnight-projector"]) == {"contradicted"}
     against_460 = [
         r["provenance"]["profile"]
-        for r in verdicts.kept_records(REPOSITORY / "figures")
+        for r in records
         if r["name"] == "plain_backgrounds_lead" and r["metrics"]["plain_top_less_460"]["low"] > 0.1
     ]
     assert against_460 == ["overnight-normalised"] * 3
@@ -357,6 +359,7 @@ def method_table(head: str) -> dict[str, list[str]]:
     return {first: others for first, *others in cells}
 
 
+@cache
 def scored(reading: str, encoder: str) -> list[pd.DataFrame]:
     """The released scores under each encoder of a method."""
     output = reading.removeprefix("overnight")
