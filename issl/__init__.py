@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from issl.influence.kept import load_fitted as load_fitted
     from issl.influence.passes import Computing as Computing
     from issl.influence.perturbation import Augmentation as Augmentation
+    from issl.influence.perturbation import ClippedNoise as ClippedNoise
     from issl.influence.perturbation import GaussianNoise as GaussianNoise
     from issl.influence.scores import cross_influence as cross_influence
     from issl.influence.scores import self_influence as self_influence
@@ -47,7 +48,7 @@ _MODULES = {
     "influence.curvature": "Curvature Diagonal EKFAC Exact Identity LoGra RandomProjection",
     "influence.kept": "Fitted fit load_fitted",
     "influence.passes": "Computing",
-    "influence.perturbation": "Augmentation GaussianNoise",
+    "influence.perturbation": "Augmentation ClippedNoise GaussianNoise",
     "influence.scores": "cross_influence self_influence top_influences",
     "pretraining.encoder": "load_encoder",
     "measures": "knn_margins mean_of stability_measures",

@@ -13,7 +13,17 @@ from nets import BUILDS, make, pictures, projections, same_weights
 from torch import Tensor, nn
 
 import issl
-from issl import EKFAC, Computing, Diagonal, Exact, GaussianNoise, Identity, LoGra, self_influence
+from issl import (
+    EKFAC,
+    ClippedNoise,
+    Computing,
+    Diagonal,
+    Exact,
+    GaussianNoise,
+    Identity,
+    LoGra,
+    self_influence,
+)
 from issl.files import REPOSITORY
 from issl.influence import reference
 from issl.influence.curvature import draw_images
@@ -224,6 +234,10 @@ def test_noise_belongs_to_seed_and_index() -> None:
     noisy = GaussianNoise.of_normalised(PIXEL_STD, 0.05, 0.2).keyed(2)(x, index)
     wanted = GaussianNoise(0.05, 0.2).keyed(2)(normalise(x), index)
     torch.testing.assert_close(normalise(noisy), wanted, rtol=0, atol=1e-5)
+    # clipped: as in an image file
+    clipped = ClippedNoise.of_normalised(PIXEL_STD).keyed(2)(x, index)
+    torch.testing.assert_close(clipped, noisy.clip(0, 1), rtol=0, atol=0)
+    assert (clipped != noisy).any()
 
 
 def test_the_encoder_is_left_as_it_was() -> None:

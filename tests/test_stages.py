@@ -26,7 +26,7 @@ from issl.audit.cache import Artifacts, Stage
 from issl.audit.config import Config, as_plain
 from issl.audit.given import Given
 from issl.audit.settings import Data
-from issl.audit.stages import Embed, Influence, Pretrain, Prune
+from issl.audit.stages import Embed, Influence, Layers, Pretrain, Prune
 from issl.audit.stats.evaluate import knn_hits, probe_hits
 from issl.audit.stats.pixel_features import pixel_features
 from issl.audit.table_stages import COPY, Ablation, CopiesDiscount
@@ -75,6 +75,20 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Arti
     # its own curvature would give other scores
     alone = influence(data=test).read(artifacts)["influence"]
     assert not np.allclose(scores["influence"], alone, rtol=0.05)
+
+
+def test_some_layers_are_scored(artifacts: Artifacts) -> None:
+    for output in ("features", "projector"):
+        scores = {
+            layers: influence(curvature=issl.Diagonal(), layers=layers, output=output).read(
+                artifacts
+            )
+            for layers in get_args(Layers)
+        }
+        first, last = scores["first convolution"], scores["last block"]
+        assert (len(first.attrs["damping"]), len(last.attrs["damping"])) == (1, 2)
+        parts = first["influence"] + last["influence"]  # a score is a sum over layers
+        assert ((parts > 0) & (parts < scores["all"]["influence"])).all()
 
 
 def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:

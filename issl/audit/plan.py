@@ -56,11 +56,13 @@ Files = Annotated[
 ]
 
 
-def noise_in(unit: Unit, mean: float, std: float) -> GaussianNoise:
+def noise_in(
+    unit: Unit, mean: float, std: float, kind: type[GaussianNoise] = GaussianNoise
+) -> GaussianNoise:
     """Noise whose mean and std are in this unit; every encoder here normalises by PIXEL_STD."""
     if unit == "normalised":
-        return GaussianNoise.of_normalised(PIXEL_STD, mean, std)
-    return GaussianNoise(mean, std)
+        return kind.of_normalised(PIXEL_STD, mean, std)
+    return kind(mean, std)
 
 
 P = TypeVar("P", bound="Plan")

@@ -58,7 +58,8 @@ from issl.audit.table_stages import (
     Pixels,
     Removals,
 )
-from issl.influence.curvature import Curvature, Identity, LoGra, named_curvature
+from issl.influence.curvature import EKFAC, Curvature, Identity, LoGra, named_curvature
+from issl.influence.perturbation import ClippedNoise
 from issl.pretraining import recipes
 from issl.pretraining.batchnorm import estimate_statistics
 from issl.pretraining.encoder import Normalize, Output
@@ -68,6 +69,7 @@ SIMILARITY = "cosine similarity"  # of features, in place of cross-influence
 ALL = -1  # in place of an image that is left out: trained on all images
 MEASURED = 1000  # the noise seed of measurements: no score uses these draws
 CONTINUED = 100  # where the seeds for order and views of continued trainings start
+Other = Literal["PCA", "EK-FAC", "first convolution", "last block", "clipped"]  # ways to score
 Kind = Literal["continued", "from scratch"]  # ways to retrain
 # how a retrained encoder is measured: with BatchNorm's running statistics held, so only weights
 # differ; as it was trained; or with only its statistics, on the weights of the scored encoder
@@ -764,7 +766,8 @@ class Multiverse(Scored):
     """19_multiverse: on which of the choices that the paper leaves open does each answer depend?
 
     scored                      how many images, the first ones, are scored; None: all
-    ranks, dampings, averaged   what is varied, one at a time, from each of the four readings
+    ranks, dampings, averaged, others
+                                what is varied, one at a time, from each of the four readings
     copies                      how many copies of an image are added, at each of `copied_ranks` and
                                 among each of the `copied_among` numbers of images
     """
@@ -776,34 +779,40 @@ class Multiverse(Scored):
     ranks: tuple[int, ...] = (4, 64)
     dampings: tuple[float, ...] = (0.01, 1.0)
     averaged: int = Field(4, ge=2)
+    others: tuple[Other, ...] = ()
     copies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     copied_ranks: tuple[int, ...] = (4, 16)
     copied_among: tuple[int, ...] = (128, 512)
 
-    def variations(self) -> dict[str, dict[str, Any]]:
+    def variations(self, unit: Unit) -> dict[str, dict[str, Any]]:
         """What is varied beside the reading: the fields of a score that change, by name."""
-        found: dict[str, dict[str, Any]] = {"as stated": {}}
-        found |= {f"rank {r}": {"curvature": LoGra(r, self.damping)} for r in self.ranks}
-        found |= {f"damping {d:g}": {"curvature": LoGra(self.rank, d)} for d in self.dampings}
-        return found | {
+        pca = LoGra(self.rank, self.damping, projection="pca")
+        others: dict[Other, dict[str, Any]] = {
+            "PCA": {"curvature": pca},
+            "EK-FAC": {"curvature": EKFAC(self.damping)},
+            "first convolution": {"layers": "first convolution"},
+            "last block": {"layers": "last block"},
+            "clipped": {"perturbation": noise_in(unit, self.mean, self.std, ClippedNoise)},
+        }
+        return {
+            "as stated": {},
+            **{f"rank {r}": {"curvature": LoGra(r, self.damping)} for r in self.ranks},
+            **{f"damping {d:g}": {"curvature": LoGra(self.rank, d)} for d in self.dampings},
             "no curvature": {"curvature": Identity()},
             f"{self.averaged} draws": {"draws": self.averaged},
+            **{other: others[other] for other in self.others},
         }
 
     def tables(self) -> dict[str, Cells]:
         known, images = self.encoders_of(self.methods), self.data(first=self.scored)
-        readings = list(product(get_args(Output), get_args(Unit), self.variations().items()))
-        scores: dict[Labels, Stage] = {
-            (*labels, output, unit, varied): self.influence(
-                encoder,
-                data=images,
-                output=output,
-                perturbation=noise_in(unit, self.mean, self.std),
-                **changes,
-            )
-            for labels, encoder in known.items()
-            for output, unit, (varied, changes) in readings
-        }
+        scores: dict[Labels, Stage] = {}
+        for (labels, encoder), output, unit in product(
+            known.items(), get_args(Output), get_args(Unit)
+        ):
+            noise = noise_in(unit, self.mean, self.std)
+            stated = {"data": images, "output": output, "perturbation": noise}
+            for varied, changes in self.variations(unit).items():
+                scores[*labels, output, unit, varied] = self.influence(encoder, **stated | changes)
         first = {k: e for k, e in known.items() if k[1] == 0}
         copies: dict[Labels, Stage] = {
             (*labels, output, rank, among): CopiesDiscount(

@@ -35,6 +35,7 @@ from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors
 from issl.influence.curvature import LoGra, RandomProjection
 from issl.influence.kept import fit
+from issl.influence.layers import scored_layers
 from issl.influence.losses import CrossEntropy, stability_loss
 from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
@@ -51,6 +52,9 @@ from issl.through_training import Effects, influence_through_training, learner_o
 
 TOGETHER = 64  # queries of a mean in one pass
 Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # what is pruned
+Layers = Literal[
+    "all", "first convolution", "last block"
+]  # of the backbone; all: and a projector's
 Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 
 
@@ -218,6 +222,7 @@ class Influence(Table):
 
     others   these images are scored instead, under the curvature of `data`
     output   the encoder's output whose stability is scored; a projector's layers then count, too
+    layers   which layers are scored
     """
 
     name: ClassVar[str] = "influence"
@@ -232,6 +237,7 @@ class Influence(Table):
     loss: Literal["stability", "cross_entropy"] = "stability"
     others: Data | None = None
     output: Output = "features"
+    layers: Layers = "all"
 
     def compute(self, artifacts: Artifacts) -> pd.DataFrame:
         supervised = self.loss == "cross_entropy"
@@ -243,11 +249,22 @@ class Influence(Table):
             "seed": self.seed,
             "draws": self.draws,
             "loss": CrossEntropy() if supervised else stability_loss,
+            "skip": self._skipped(encoder),
             "computing": computing,
         }
         if self.others is None:
             return self_influence(encoder, images, **what)
         return fit(encoder, images, **what).score(self.others.load(), computing=computing)
+
+    def _skipped(self, encoder: nn.Module) -> list[str]:
+        """The names of the layers that are not scored."""
+        if self.layers == "all":
+            return []
+        names = list(scored_layers(encoder))
+        block = [n for n in names if "projector" not in n][-1].rpartition(".")[0]
+        last = {n for n in names if n.startswith(f"{block}.")}
+        kept = {names[0]} if self.layers == "first convolution" else last
+        return [n for n in names if n not in kept]
 
     def order(self, artifacts: Artifacts) -> np.ndarray:
         """The positions of the images, from the highest influence to the lowest."""

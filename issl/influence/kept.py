@@ -37,7 +37,14 @@ from issl.influence.curvature import EKFAC, Curvature, DenseSum, Diagonal, Exact
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.passes import Computing, Pass
 from issl.influence.per_example import Sketch
-from issl.influence.perturbation import Augmentation, GaussianNoise, Perturb, Perturbation, describe
+from issl.influence.perturbation import (
+    Augmentation,
+    ClippedNoise,
+    GaussianNoise,
+    Perturb,
+    Perturbation,
+    describe,
+)
 from issl.influence.scorer import Measurement, Scorer, as_images, open_scorer
 from issl.influence.scores import (
     Sums,
@@ -315,7 +322,7 @@ def summed(rows: Pass) -> dict[str, Tensor]:
 
 # --- the settings that sums belong to: to JSON values, and back ---
 
-KNOWN = (GaussianNoise, Augmentation, LoGra, EKFAC, Diagonal, Exact, CrossEntropy)
+KNOWN = (GaussianNoise, ClippedNoise, Augmentation, LoGra, EKFAC, Diagonal, Exact, CrossEntropy)
 BUILDS: dict[str, Any] = {c.__name__: c for c in KNOWN}
 BUILDS[describe(stability_loss)] = lambda: stability_loss
 

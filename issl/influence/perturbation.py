@@ -86,6 +86,16 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
+class ClippedNoise(GaussianNoise):
+    """The same noise, but pixels that leave [0, 1] are moved to its ends, as in an image file."""
+
+    def keyed(self, seed: int) -> Perturb:
+        """As `GaussianNoise.keyed`."""
+        noisy = super().keyed(seed)
+        return lambda x, index: noisy(x, index).clamp(0, 1)
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """x̂ = a random view of x, by one of pretraining's augmentations or by the whole chain of them.
 
