@@ -17,13 +17,15 @@ from issl.audit.cache import (
     released_index,
 )
 from issl.audit.claims import readings
+from issl.audit.config import as_plain
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
 from issl.audit.stages import Influence, Pretrain, State, Table
+from issl.audit.table_stages import CopiesDiscount
 from issl.data import datasets
 from issl.errors import IsslError
 from issl.files import provided
-from issl.influence.perturbation import GaussianNoise
+from issl.influence.perturbation import ClippedNoise, GaussianNoise
 from issl.pretraining import recipes
 
 USUAL = (GaussianNoise().std, 0.0)  # 0: cross-entropy is scored without noise
@@ -60,22 +62,30 @@ def _encoder(encoder: Pretrain) -> list[str]:
 def _settings(stage: Table) -> list[str]:
     """What else tells tables of the same kind and encoder apart."""
     order = list(in_dependency_order([stage]))
-    scores = [s for s in order if isinstance(s, Influence)]
+    scores = [s for s in order if isinstance(s, Influence | CopiesDiscount)]
     reading = [f"after{s.after}" for s in order if isinstance(s, State)]
     if any(s.output == "projector" for s in scores):
         reading.append("projector")
     if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
         reading.append("normalised")
-    if any(s.loss == "cross_entropy" for s in scores):
+    if any(isinstance(s, Influence) and s.loss == "cross_entropy" for s in scores):
         reading.append("cross-entropy")
-    if not isinstance(stage, Influence):
+    if not isinstance(stage, Influence | CopiesDiscount):
         share = getattr(stage, "share", None)
         return reading + ([] if share is None else [f"{share:.0%}".replace("%", "percent")])
-    draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
-    others = [] if stage.others is None else ["others"]
+    weighing = as_plain(stage.curvature)
+    kind = weighing.pop("type")
+    reading += [] if kind == "LoGra" else [kind.lower()]
+    reading += [v if isinstance(v, str) else f"{name}{v}" for name, v in weighing.items()]
     noise = stage.perturbation
     if isinstance(noise, GaussianNoise) and not noise.by_channel and noise.std not in USUAL:
         reading.append(f"std{noise.std}")
+    if isinstance(stage, CopiesDiscount):
+        return reading
+    reading += ["clipped"] if isinstance(noise, ClippedNoise) else []
+    reading += [] if stage.layers == "all" else [stage.layers.replace(" ", "-")]
+    draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
+    others = [] if stage.others is None else ["others"]
     return [*others, *reading, *draws, f"noise{stage.seed}"]
 
 
