@@ -180,6 +180,12 @@ def threshold(name: str, metric: str) -> float:
     raise IsslError(f"claim {name!r} has no test of {metric!r}")
 
 
+def stated(name: str) -> list[dict[str, Any]]:
+    """A claim's tests as records keep them."""
+    tests = claims()[name].tests
+    return [test.model_dump(exclude_none=True, exclude_defaults=True) for test in tests]
+
+
 def judge(
     name: str,
     metrics: dict[str, Estimate],
@@ -196,8 +202,8 @@ def judge(
         raise IsslError(
             f"claim {name!r} is about encoders: say what they learned (learned=plan.scale(method))"
         )
-    asked = [t for t in claim.tests if t.metric in metrics or not t.where_measured]
-    tests = [t.model_dump(exclude_none=True, exclude_defaults=True) for t in asked]
+    asked = {t.metric for t in claim.tests if t.metric in metrics or not t.where_measured}
+    tests = [test for test in stated(name) if test["metric"] in asked]
     return decide(name, tests, metrics, profile, dataset, learned)
 
 

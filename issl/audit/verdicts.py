@@ -16,10 +16,12 @@ from issl.audit.claims import (
     SUPERSEDED,
     UNTESTED,
     Claim,
+    all_words,
     claims,
     decide,
     over_readings,
     readings,
+    stated,
     words,
 )
 from issl.audit.stats.statistics import Estimate
@@ -88,10 +90,14 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 def _by_todays_rules(record: Record) -> Record:
     """A record with the outcome of its own tests, and its verdict, by the rules that hold now."""
     metrics = {name: Estimate.of(m) for name, m in record["metrics"].items()}
-    old = ("holds", "state")
-    tests = [{k: v for k, v in test.items() if k not in old} for test in record["tests"]]
-    profile, learned = record["provenance"]["profile"], record.get("learned")  # older ones lack it
+    tests, profile = _plain_tests(record), record["provenance"]["profile"]
+    learned = record.get("learned")  # older ones lack it
     return record | decide(record["name"], tests, metrics, profile, record["dataset"], learned)
+
+
+def _plain_tests(record: Record) -> list[Test]:
+    """A record's tests, as they were stated."""
+    return [{k: v for k, v in t.items() if k not in ("holds", "state")} for t in record["tests"]]
 
 
 def keep(records: Sequence[Record], folder: Path) -> Path:
@@ -350,19 +356,26 @@ def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     return found
 
 
-def markdown(records: Sequence[Record], repository: Path | None = None) -> str:
+def markdown(
+    records: Sequence[Record],
+    repository: Path | None = None,
+    history: Sequence[Record] | None = None,
+) -> str:
     """Every claim with what was found: those that stand, a section each; then the code's checks,
     and the tests that no longer decide.
 
     Args:
         records: Of any profiles.
         repository: Whose figures are linked, as from docs/; None: no links.
+        history: All records that are kept, to say when a test was first run; None: `records`.
     """
+    kept = records if history is None else history
     parts: dict[str, list[str]] = {"standing": [], "checks": [], "superseded": []}
     for own in _grouped(records, lambda r: r["name"]):
         about = claims()[own[0]["name"]]
         kind = "superseded" if about.superseded else "checks" if about.check else "standing"
-        parts[kind].append(_section(own, repository))
+        earlier = [r for r in kept if r["name"] == own[0]["name"]]
+        parts[kind].append(_section(own, repository, earlier))
     found = "".join(parts["standing"])
     for title, kind in (("Checks of the code", "checks"), ("Superseded tests", "superseded")):
         if parts[kind]:
@@ -371,15 +384,22 @@ def markdown(records: Sequence[Record], repository: Path | None = None) -> str:
     return found
 
 
-def _section(own: Sequence[Record], repository: Path | None) -> str:
-    """What the records of one claim say, the largest scale first."""
-    about = claims()[own[0]["name"]]
+def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Record]) -> str:
+    """What the records of one claim say, the largest scale first; all that are `kept` of it."""
+    name = own[0]["name"]
+    about = claims()[name]
     paper = "our question" if about.paper is None else f"the paper: {about.paper}"
-    first = min((r["provenance"] for r in own), key=lambda made: made["time"])
-    stated = "" if about.stated is None else f"tests stated {about.stated}, "
+    since = "" if about.stated is None else f"tests stated {about.stated}, "
     lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
     asked = f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`"
-    lines.append(f"{asked}; {stated}first recorded at {first['profile']} {first['time'][:10]}.")
+    lines.append(f"{asked}; {since}{_first_made(kept)}.")
+    tested = {test["metric"] for r in own for test in r["tests"]}
+    if more := dict.fromkeys(m for r in own for m in r["metrics"] if m not in tested):
+        named = (all_words().get(m, m.replace("_", " ")) for m in more)
+        lines.append(f"Also measured, without a test: {', '.join(named)}.")
+    for past in claims().values():
+        if past.superseded and past.superseded.by == name:
+            lines.append(f"Its former test stands below: *{past.claim.rstrip('.')}*.")
     if about.superseded:
         lines.append(_why(about))
     read = by_reading(own)
@@ -396,6 +416,18 @@ def _section(own: Sequence[Record], repository: Path | None) -> str:
         rows.append((_method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
     head = ["", "measured at", "verdict (tests held)", "its tests"]
     return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
+
+
+def _first_made(kept: Sequence[Record]) -> str:
+    """When and by which code a claim's tests, as they read now, were first run: the earliest record
+    that is kept of it."""
+    today = stated(kept[0]["name"])
+    same = [r for r in kept if all(plain in today for plain in _plain_tests(r))]
+    first = min((r["provenance"] for r in same or kept), key=lambda made: made["time"])
+    made = f"first kept record at {first['profile']} {first['time'][:10]}"
+    code, _, changed = first["commit"].partition(" ")
+    run = f"{made} in {code[:7]}{f' ({changed})' if changed else ''}"
+    return run if same else f"{run}, with an earlier test"
 
 
 def _over_readings(read: pd.DataFrame, about: Claim) -> str:
@@ -488,8 +520,14 @@ def pages(repository: Path) -> dict[Path, str]:
     README.md has the answers; docs/verdicts.md has each claim at the largest scale of its records.
     """
     records = kept_records(repository / "figures")
-    of_each = _grouped(records, lambda r: r["name"])
+    newest = _grouped(
+        sorted(records, key=lambda r: r["provenance"]["time"], reverse=True),
+        lambda r: (r["name"], r["variant"], r["provenance"]["profile"], r["copied"]),
+    )
+    outrun = {id(r) for runs in newest for r in runs[1:]}  # drawn images, measured again later
+    of_each = _grouped([r for r in records if id(r) not in outrun], lambda r: r["name"])
     shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
-    tables = {"README.md": answers(records), "docs/verdicts.md": markdown(shown, repository)}
+    found = markdown(shown, repository, records)
+    tables = {"README.md": answers(records), "docs/verdicts.md": found}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}
