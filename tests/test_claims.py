@@ -159,16 +159,22 @@ def test_the_tables_are_the_records_and_small_scales_decide_nothing(
 ) -> None:
     row = verdicts.table(records).loc[1]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
-    answers = verdicts.answers(records)
-    assert "| no | yes | r = 0.80 [0.70, 0.90], asked > 0.924 |" in answers
-    assert len(answers.splitlines()) == 2 + 2  # a check asks no question
+    answers = verdicts.answers(records, records)
+    assert answers.iloc[0, 1:5].tolist() == ["no", "yes", "r = 0.80 [0.70, 0.90] (> 0.924)", "–"]
+    assert len(answers) == 2  # a check asks no question
+    other = [
+        r | {"provenance": {**r["provenance"], "profile": "overnight-projector"}} for r in records
+    ]
+    over = verdicts.answers(records, [*records, *other])
+    assert over["holds in"].tolist() == ["2 of 4", "0 of 2"]
     said = verdicts.sentence(records[1:3])
     assert re.search(r"holds with BYOL \(0\.95 .* does not hold with SimCLR \(0\.80 ", said)
     # where a claim was measured at a larger scale, too, a smaller one is left out of the README
     small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
-    assert verdicts.answers([*small, *records]) == verdicts.answers(records)
+    assert verdicts.answers([*small, *records], records).equals(answers)
     untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
-    assert "| no | untested | r = 0.80" in verdicts.answers([small[1], untested[1]])
+    mixed = verdicts.answers([small[1], untested[1]], records)
+    assert mixed.iloc[0, 1:3].tolist() == ["no", "untested"]
     assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
 
 
@@ -185,6 +191,17 @@ def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> Non
     assert len(verdicts.good_for(found)["reproduced"]) == 1
     standing, superseded = verdicts.markdown(found).split("Superseded tests")
     assert "Superseded on" not in standing and f"by `{found[0]['name']}`" in superseded
+
+
+def test_the_first_record_by_todays_tests_is_told(records: list[verdicts.Record]) -> None:
+    made = {"time": "2026-01-02T00:00:00Z", "commit": "abcdef0123 with changes", "profile": "mini"}
+    one = records[1]
+    earlier = one | {"provenance": one["provenance"] | made}
+    page = verdicts.markdown([one], history=[one, earlier])
+    assert "first kept record at mini 2026-01-02 in abcdef0 (with changes)" in page
+    other = earlier | {"tests": [earlier["tests"][0] | {"above": 0.5}]}
+    assert "mini" not in verdicts.markdown([one], history=[one, other])
+    assert "with an earlier test" in verdicts.markdown([one], history=[other])
 
 
 def test_the_pages_show_the_records_that_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

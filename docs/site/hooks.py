@@ -27,6 +27,7 @@ COPIED = (
     "CITATION.cff",
     "figures/*/*.png",
     "notebooks/*.ipynb",
+    "issl/influence/reference.py",
 )  # and what they link to
 # the report of a run, with its executed notebooks, is a part of the site where it is there
 REPORT = Path(os.environ.get("ISSL_REPORT", REPOSITORY / "results" / "overnight-released"))

@@ -50,6 +50,12 @@ SCALE = {
     "overnight": "trained encoders of width 16, all of CIFAR-10",
     "overnight-released": "trained encoders of width 16, all of CIFAR-10, from the tables "
     "that come with the repository",
+    "overnight-projector": "trained encoders of width 16, all of CIFAR-10; another reading of the "
+    "paper: the projector's output is scored",
+    "overnight-normalised": "trained encoders of width 16, all of CIFAR-10; another reading of the "
+    "paper: noise in normalised pixels",
+    "overnight-projector-normalised": "trained encoders of width 16, all of CIFAR-10; another "
+    "reading of the paper: the projector's output, noise in normalised pixels",
     "overnight-cifar100": "trained encoders of width 16, all of CIFAR-100",
     "overnight-injected": "trained encoders of width 16, CIFAR-10 with duplicates put in",
     "paper": "ResNet-18 at full width, the paper's scale",
@@ -100,6 +106,7 @@ def build(
         scale=SCALE.get(profile, "a profile of its own"),
         claims=rows,
         answers=_answers(records),
+        table=_table(records, scale),
         missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
@@ -116,6 +123,13 @@ def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(r["name"] for r in told))
     names.sort(key=lambda name: (claims()[name].check, claims()[name].ours))
     return [finding(told, name) for name in names]
+
+
+def _table(records: Sequence[Record], scale: str) -> list[tuple[str, ...]]:
+    """The rows of the README's table that these records answer, with its head; without, none."""
+    own = [r | {"provenance": r["provenance"] | {"profile": scale}} for r in records]
+    found = verdicts.answers(own, verdicts.kept_records(provided("figures")))
+    return [tuple(found.columns), *found.itertuples(index=False, name=None)] if len(found) else []
 
 
 def _card_of_kept(name: str, scale: str) -> dict[str, Any]:

@@ -187,7 +187,10 @@ def by_reading(records: Sequence[Record]) -> pd.DataFrame:
                 {**about, "reading": profile, **readings()[profile], "metric": test["metric"]}
                 | {**number, "asked": _asked(test), "over_readings": together}
             )
-    return pd.DataFrame(rows)
+    known = (
+        "name claim outcome method reading output unit metric value low high asked over_readings"
+    )
+    return pd.DataFrame(rows, columns=known.split())
 
 
 def deciding(record: Record) -> Test:
@@ -403,7 +406,7 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
     if about.superseded:
         lines.append(_why(about))
     read = by_reading(own)
-    if len(read) and read["over_readings"].any():
+    if read["over_readings"].any():
         lines += ["", _over_readings(read, about).rstrip()]
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
@@ -452,12 +455,17 @@ def _scale(record: Record) -> int:
     return SCALES.index(profile) if profile in SCALES else -1
 
 
-def answers(records: Sequence[Record]) -> str:
+def answers(records: Sequence[Record], kept: Sequence[Record]) -> pd.DataFrame:
     """The README's table: a row for each question of claims.yaml and a column for each method,
     answered at the largest scale of its measurements.
 
-    What was measured on the JPEG copy counts, with a star, until it is measured again.
+    What was measured on the JPEG copy counts, with a star, until it is measured again. `kept`: the
+    records of all readings; the column "holds in" counts those, by reading and method, in which all
+    tests hold.
     """
+    read = by_reading(kept)
+    held = read["outcome"].eq("reproduced").groupby(read["name"]).agg(["sum", "size"])
+    several = read.groupby("name")["reading"].nunique().gt(1)
     asked = [r for r in records if claims()[r["name"]].question and _scale(r) >= 0]
     methods = [m for m in NAMES if m in {r["variant"] for r in asked}]
     rows = []
@@ -469,10 +477,12 @@ def answers(records: Sequence[Record]) -> str:
         about, first = claims()[own[0]["name"]], next(m for m in methods if m in latest)
         told = [_answer(latest[m]) if m in latest else "" for m in methods]
         whose = "" if first == methods[0] else f"{NAMES[first]}: "
-        number = whose + _deciding_number(latest[first])
-        rows.append((str(about.question), *told, number, about.notebook[:2]))
+        number, name = whose + _deciding_number(latest[first]), own[0]["name"]
+        some = "{} of {}".format(*held.loc[name]) if several.get(name, False) else "–"
+        rows.append((str(about.question), *told, number, some, about.notebook[:2]))
     names = [str(NAMES[m]) for m in methods]
-    return _markdown(["question", *names, f"{names[0]}'s number", "notebook"], rows)
+    head = ["question", *names, f"{names[0]}'s number (asked)", "holds in", "notebook"]
+    return pd.DataFrame(rows, columns=head)
 
 
 def _answer(record: Record) -> str:
@@ -484,13 +494,13 @@ def _answer(record: Record) -> str:
 
 
 def _deciding_number(record: Record) -> str:
-    """The number of the test that decides a record, and what this test asks of it. If all tests
-    hold, it is the last one, which asks the most."""
+    """The number of the test that decides a record, and in brackets what this test asks of it. If
+    all tests hold, it is the last one, which asks the most."""
     test = deciding(record)
     if test["holds"]:
         test = record["tests"][-1]
     name, number = claims()[record["name"]].numbers[test["metric"]], _measured(record, test)
-    return f"{name} = {_number(number)}, asked {_bound(test)}"
+    return f"{name} = {_number(number)} ({_bound(test)})"
 
 
 def _number_asked(record: Record, test: Test) -> str:
@@ -528,6 +538,8 @@ def pages(repository: Path) -> dict[Path, str]:
     of_each = _grouped([r for r in records if id(r) not in outrun], lambda r: r["name"])
     shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
     found = markdown(shown, repository, records)
-    tables = {"README.md": answers(records), "docs/verdicts.md": found}
+    answered = answers(records, records)
+    rows = answered.itertuples(index=False, name=None)
+    tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": found}
     places = {repository / name: text for name, text in tables.items()}
     return {place: in_page(place.read_text(), text) for place, text in places.items()}
