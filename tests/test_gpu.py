@@ -15,6 +15,7 @@ import torch
 
 import issl
 from issl import Augmentation, Computing, GaussianNoise, cross_influence, evaluate, self_influence
+from issl.audit.stats.evaluate import knn_hits
 from issl.devices import full_precision
 from issl.influence.curvature import KINDS, named_curvature
 from issl.pretraining import loop
@@ -87,7 +88,7 @@ def test_features_losses_and_votes(net: torch.nn.Module) -> None:
         features = evaluate.embed(copy.deepcopy(net), images, d)
         losses = evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d)
         known = found[0][0] if found else features
-        hits = evaluate.knn_hits(known, labels, known, labels, k=3, device=d)
+        hits = knn_hits(known, labels, known, labels, k=3, device=d)
         found.append((features, losses, hits))
     here, there = found
     torch.testing.assert_close(there[0], here[0], rtol=1e-4, atol=1e-5)

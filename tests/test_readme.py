@@ -186,6 +186,9 @@ def test_the_code_runs(small: None) -> None:
     for text in sorted(shown, key=lambda text: "def erase" in text):
         names = run_block(text)
         assert len(names["scores"]) in (12, 32) and (names["scores"]["influence"] >= 0).all()
+    (attributing,) = (text for text in blocks("python") if "influence_through_training(" in text)
+    effects = run_block(attributing.replace("batch_size=64", "batch_size=3"))["effects"]
+    assert effects.derivatives.shape == (1, 12)
     (fitting,) = (text for text in blocks("python") if "issl.fit(" in text)
     images = issl.load("folder:photos", size=32)
     names = run_block(fitting, **names | {"images": images})
@@ -340,6 +343,44 @@ def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     assert set(outcomes["gaussian_most_stable"]) == {"reproduced"}
 
 
+COMPARED = """
+agreement of two noise seeds, r | noise_seed_correlation pearson
+the same, sixteen draws averaged (first 5,000 images) | noise_seed_correlation_averaged pearson_of_16_draws
+agreement of two trainings, r | training_seed_correlation pearson
+the same, sixteen draws averaged | training_seed_correlation_averaged pearson_of_16_draws
+uniform backgrounds rank high, labelled, AUC | uniform_backgrounds_by_eye auc_labels
+bridges: neighbours in other classes, less controls' | semantic_bridges_of_degree cross_class_difference_of_degree
+low influence finds judged duplicates, AUC | low_influence_duplicates auc_judged
+of the five lowest automobiles, those that show one car (at least 1) | lowest_automobiles_are_one_car lowest_of_one_car
+people's disagreement, ρ | high_influence_ambiguous spearman_ambiguity
+strange images without static, AUC | high_influence_ambiguous auc_without_static
+Gaussian noise's r less the best augmentation's (first 1,000 images) | gaussian_most_stable margin_usual
+two trainings' agreement less that with a supervised model, ρ | supervised_differs_more_than_seeds seeds_less_supervised
+another SSL method's, less that with a supervised model | supervised_differs_more_than_seeds other_ssl_less_supervised
+edges of the top 5% removed: gain of modularity over matched images | influence_holds_classes_together_matched modularity_gain_matched
+R² by pixel statistics, of the repeatable part | more_than_statistics pixels_of_repeatable
+variance that repeats and statistics do not explain | more_than_statistics repeatable_beyond_statistics
+"""
+
+
+def test_the_copy_and_the_original_are_the_records() -> None:
+    kept = {
+        (r["name"], r["variant"], r["copied"]): r
+        for r in verdicts.kept_records(REPOSITORY / "figures")
+        if r["provenance"]["profile"] == "overnight"
+    }
+    rows = {}
+    for line in COMPARED.strip().splitlines():
+        row, _, asked = line.partition(" | ")
+        name, metric = asked.split()
+        each = [kept[name, m, copied] for m in WHO[:3] for copied in (True, False)]
+        rows[row] = [
+            f"{verdicts.with_interval(statistics.Estimate.of(r['metrics'][metric]))} {verdicts.MARKS[r['outcome']]}"
+            for r in each
+        ]
+    assert table_of("docs/verdicts.md", "claim, number") == rows
+
+
 LABELS = REPOSITORY / "issl/audit/data/labels"
 WHO = ["simclr", "byol", "barlow_twins", "untrained"]
 HEADS = {  # of the method's tables about the paper's galleries
@@ -351,8 +392,12 @@ HEADS = {  # of the method's tables about the paper's galleries
 
 
 def method_table(head: str) -> dict[str, list[str]]:
-    """The rows of the table of docs/method.md with this first head cell, by their first cell."""
-    lines = (REPOSITORY / "docs/method.md").read_text().splitlines()
+    return table_of("docs/method.md", head)
+
+
+def table_of(page: str, head: str) -> dict[str, list[str]]:
+    """The rows of a page's table with this first head cell, by their first cell."""
+    lines = (REPOSITORY / page).read_text().splitlines()
     start = next(k for k, line in enumerate(lines) if line.startswith(f"| {head} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]

@@ -98,7 +98,7 @@ def test_every_released_table_opens_with_pandas_alone_and_names_its_stage() -> N
         for path in (path for path in paths if path.suffix == ".parquet"):
             table = pd.read_parquet(path)
             assert table.attrs["stage"] == label and len(table)
-            assert path.parent.name == entry["stage"]
+            assert path.parent.name == entry["stage"] and f"`{entry['stage']}`" in dictionary
             assert "float64" not in set(map(str, table.dtypes))
             assert all(f"`{column}`" in dictionary for column in set(table) - set(drawn)), path
             each = [c for c in ("index", "perturbation", "draws", "seed") if c in table]

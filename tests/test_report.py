@@ -115,20 +115,21 @@ def test_without_anything_run_there_is_nothing_to_report(tmp_path: Path) -> None
         report.build("mini", {}, Artifacts(tmp_path), tmp_path)
 
 
-def test_an_answer_is_hidden_until_asked_for_and_a_phone_needs_no_scrolling(
-    browser: Any, site: Path
+@pytest.mark.parametrize("width", [360, 1280])
+def test_an_answer_is_hidden_until_asked_for_and_no_screen_needs_scrolling_sideways(
+    width: int, browser: Any, site: Path
 ) -> None:
     """And nothing is on the console, or asked of the network."""
     bad: list[str] = []
-    page = browser.new_page(viewport={"width": 360, "height": 700})
+    page = browser.new_page(viewport={"width": width, "height": 700})
     page.on("console", lambda m: bad.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: bad.append(str(e)))
     page.on("request", lambda r: bad.append(r.url))
     page.goto((site / "index.html").as_uri())
     wide = "document.documentElement.scrollWidth"
-    assert page.evaluate(wide) <= 360
+    assert page.evaluate(wide) <= width
     page.click("#notebooks h3 a >> nth=0")
-    assert page.locator("math").count() == 2 and page.evaluate(wide) <= 360
+    assert page.locator("math").count() == 2 and page.evaluate(wide) <= width
     assert not page.get_by_text("the answer: 42").is_visible()
     page.click("#unfold")
     assert page.locator("code", has_text="print").is_visible()

@@ -158,7 +158,7 @@ class Row:
     @property
     def numbers(self) -> list[str]:
         """Each method with its number."""
-        each = zip(self.methods, map(_number, self.estimates), strict=True)
+        each = zip(self.methods, map(with_interval, self.estimates), strict=True)
         return [f"{method} {number}".strip() for method, number in each]
 
     @property
@@ -263,7 +263,7 @@ def _first(record: Record) -> Estimate:
     return _measured(record, record["tests"][0])
 
 
-def _number(e: Estimate) -> str:
+def with_interval(e: Estimate) -> str:
     return f"{e.value:.2g}" if e.low == e.high == e.value else str(e)
 
 
@@ -318,7 +318,7 @@ def sentence(records: Sequence[Record]) -> str:
     parts = []
     for found, phrase in phrases.items():
         own = [r for r in records if r["outcome"] == found]
-        each = [(_method(r), _number(_first(r))) for r in own]
+        each = [(_method(r), with_interval(_first(r))) for r in own]
         if own and all(r["variant"] in NAMES for r in own):
             parts.append(f"{phrase} with {_listed([f'{m} ({x})' for m, x in each])}")
         elif own:
@@ -442,7 +442,7 @@ def _over_readings(read: pd.DataFrame, about: Claim) -> str:
     for method, part in read.groupby("method", sort=False):
         cells = {}
         for _, r in part.iterrows():
-            number = _number(Estimate(r["value"], r["low"], r["high"], 0))
+            number = with_interval(Estimate(r["value"], r["low"], r["high"], 0))
             said = (MARKS[r["outcome"]], about.numbers.get(r["metric"], ""), number)
             cells[r["reading"]] = " ".join(filter(None, said))
         own = [cells.get(reading, "") for reading in readings()]
@@ -500,13 +500,13 @@ def _deciding_number(record: Record) -> str:
     if test["holds"]:
         test = record["tests"][-1]
     name, number = claims()[record["name"]].numbers[test["metric"]], _measured(record, test)
-    return f"{name} = {_number(number)} ({_bound(test)})"
+    return f"{name} = {with_interval(number)} ({_bound(test)})"
 
 
 def _number_asked(record: Record, test: Test) -> str:
     """A test's number, and what the test asks of it."""
     what = "" if test["bound"] == "value" else "interval "
-    number = _number(_measured(record, test))
+    number = with_interval(_measured(record, test))
     return f"{words(test['metric'])} = {number}; asked: {what}{_bound(test)}"
 
 
