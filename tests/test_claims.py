@@ -165,6 +165,7 @@ def test_the_tables_are_the_records_and_small_scales_decide_nothing(
     other = [
         r | {"provenance": {**r["provenance"], "profile": "overnight-projector"}} for r in records
     ]
+    assert verdicts.answers([], records).empty
     over = verdicts.answers(records, [*records, *other])
     assert over["holds in"].tolist() == ["2 of 4", "0 of 2"]
     said = verdicts.sentence(records[1:3])

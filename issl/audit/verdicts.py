@@ -481,8 +481,9 @@ def answers(records: Sequence[Record], kept: Sequence[Record]) -> pd.DataFrame:
         some = "{} of {}".format(*held.loc[name]) if several.get(name, False) else "–"
         rows.append((str(about.question), *told, number, some, about.notebook[:2]))
     names = [str(NAMES[m]) for m in methods]
-    head = ["question", *names, f"{names[0]}'s number (asked)", "holds in", "notebook"]
-    return pd.DataFrame(rows, columns=head)
+    numbers = [f"{name}'s number (asked)" for name in names[:1]]
+    head = ["question", *names, *numbers, "holds in", "notebook"]
+    return pd.DataFrame(rows, columns=head if rows else [])
 
 
 def _answer(record: Record) -> str:
