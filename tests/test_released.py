@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from issl.audit import RELEASED
+from issl import cli
+from issl.audit import RELEASED, cache
 from issl.audit.again import differences
 from issl.audit.cache import INDEX, Artifacts, release, released_index
 from issl.audit.claims import readings
@@ -19,7 +20,7 @@ from issl.audit.settings import Data
 from issl.audit.stages import Embed, Pretrain
 from issl.audit.table_stages import Known, Pixels, Thumbnails, shown_images
 from issl.errors import IsslError
-from issl.files import REPOSITORY, provided
+from issl.files import REPOSITORY, file_digest, provided
 from issl.pretraining.encoder import read_encoder
 from issl.pretraining.learner import load_learner
 
@@ -87,6 +88,19 @@ def test_what_is_released_is_read_alone_and_damage_is_named(
     assert "pixels.parquet is damaged" in capsys.readouterr().err
     with pytest.raises(IsslError, match=r"e\.safetensors is damaged"):
         again.get(train)
+
+
+def test_a_damaged_table_ends_a_run_without_data_before_any_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "influence/cifar10-simclr-w16-0-noise0.parquet"
+    monkeypatch.setattr(
+        cache, "digest_once", lambda path: "" if str(path).endswith(name) else file_digest(path)
+    )
+    assert cli.main(["run", "--only", "01", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is damaged" in said and "--data-root" in said
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_every_released_table_opens_with_pandas_alone_and_names_its_stage() -> None:

@@ -27,7 +27,7 @@ FORWARD = ("stability loss", "feature norm", "kNN distance")  # a forward pass, 
 
 
 def table(
-    pixels: pd.DataFrame, geometry: pd.DataFrame, stability_loss: Sequence[float] | np.ndarray
+    pixels: pd.DataFrame, geometry: pd.DataFrame, stability_loss: pd.Series | np.ndarray
 ) -> pd.DataFrame:
     """Columns PIXELS and FORWARD, one row per image.
 
