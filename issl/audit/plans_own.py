@@ -546,7 +546,9 @@ class TrainingAware(Retrained):
                  score
     copies       how many copies of such an image are trained on, itself counted
     rates        other learning rates of the first run, to see where it stops being predictable
-    fresh        epochs of a training from fresh weights, for the same purpose
+    batches      other batch sizes of it, for the same purpose
+    early        … and the run from the earliest state that is kept of the training
+    fresh        … and epochs of a training from fresh weights
     """
 
     notebook: ClassVar[str] = "16_training_aware"
@@ -566,6 +568,8 @@ class TrainingAware(Retrained):
     own: int = Field(6, ge=4)
     copies: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 8)
     rates: tuple[float, ...] = (0.4,)
+    batches: tuple[Annotated[int, Field(ge=3)], ...] = ()
+    early: bool = False
     fresh: int = Field(1, ge=1)
 
     top: ClassVar[float] = 0.05  # of the images, removed by their score
@@ -612,11 +616,17 @@ class TrainingAware(Retrained):
         }
 
     def variants(self, first: Pretrain) -> dict[str, Pretrain]:
-        """The first run, at other learning rates and from fresh weights."""
+        """The first run, at other learning rates and batch sizes, and from earlier weights."""
         run = self.continued(first, 0)
         found = {f"learning rate {self.continued_lr:g}": run}
         for rate in self.rates:
             found[f"learning rate {rate:g}"] = self.continued(first, 0, lr=rate)
+        for size in self.batches:
+            found[f"batches of {size}"] = run.model_copy(update={"batch_size": size})
+        if self.early and first.snapshots:
+            after = first.snapshots[0]
+            name = f"after {after} of {first.epochs} epochs"
+            found[name] = run.model_copy(update={"start_after": after})
         fresh = {"data": run.data, "epochs": self.fresh, "batch_size": run.batch_size}
         return found | {"fresh weights": first.model_copy(update={**fresh, "snapshots": None})}
 

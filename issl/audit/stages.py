@@ -81,6 +81,7 @@ class Pretrain(Stage):
     without: Choice | None = None  # these images are not trained on; all else stays as it is
     gaps: bool = False  # their places in the batches stay empty
     start: Pretrain | None = None  # continue from this encoder
+    start_after: int | None = None  # … as it was after so many epochs, one of its snapshots
     snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
     calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
 
@@ -109,7 +110,7 @@ class Pretrain(Stage):
             **settings,
             keep=keep,
             gaps=self.gaps,
-            start=None if self.start is None else self.start.to_continue(artifacts),
+            start=self.began(artifacts),
             execution=Execution(device=artifacts.device, progress=artifacts.progress),
             checkpoint=Checkpoint(checkpoint, artifacts.checkpoint_seconds),
             after_epoch=after_epoch,
@@ -132,12 +133,14 @@ class Pretrain(Stage):
     def read(self, artifacts: Artifacts) -> nn.Module:
         return self.encoder(artifacts)
 
-    def to_continue(self, artifacts: Artifacts) -> Encoder | Learner:
-        """What a continued training starts from: the whole learner if it was kept, else backbone
-        and projector."""
-        if self.snapshots is not None:
-            return self.learner(artifacts)
-        encoder = self.encoder(artifacts, "projector")
+    def began(self, artifacts: Artifacts) -> Encoder | Learner | None:
+        """What this training continues from, if not from fresh weights: the whole learner if it was
+        kept, else backbone and projector."""
+        if self.start is None:
+            return None
+        if self.start.snapshots is not None:
+            return self.start.learner(artifacts, self.start_after)
+        encoder = self.start.encoder(artifacts, "projector")
         assert isinstance(encoder, Encoder)
         return encoder
 
@@ -531,7 +534,8 @@ class OfRun(Stage):
     def training(self, artifacts: Artifacts) -> tuple[Run, list[Measure]]:
         """The training, and what is asked after it."""
         run, images = self.run, self.run.data.load()
-        start = run.seed if run.start is None else run.start.to_continue(artifacts)
+        began = run.began(artifacts)
+        start = run.seed if began is None else began
         learner = learner_of(start, run.recipe, run.width, images).to(artifacts.device)
         steps = Run(learner, images, run.epochs, run.batch_size, run.seed)
         return steps, self.measures(learner, images, artifacts)
