@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,22 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any, **how: Any) -> None:
+    """Write a JSON file in one step; `how`: options of json.dumps."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, **how) + "\n")
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], header: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file in one step."""
+    from safetensors.torch import save_file  # slow to import
+
+    with atomic(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, header)
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -25,14 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from issl.data.images import Images
 from issl.devices import full_precision
 from issl.errors import IsslError, is_whole
-from issl.files import atomic, read_safetensors
+from issl.files import read_safetensors, write_safetensors
 from issl.influence.scorer import as_images
 from issl.measures import Measure, stability_measures
 from issl.pretraining.batchnorm import STATISTICS, differentiable_statistics
@@ -263,9 +262,7 @@ class Back:
             return
         found = {"values": self.value, "derivatives": self.derivatives}
         found["norms"] = torch.stack(self.norms)
-        with atomic(self.path) as part:
-            tensors = {k: v.contiguous() for k, v in {**self.adjoint, **found}.items()}
-            save_file(tensors, part, {"number": str(self.number)})
+        write_safetensors(self.path, {**self.adjoint, **found}, {"number": str(self.number)})
 
     def walk(self, progress: bool) -> float:
         """Go back to the first step; returns the seconds that it took."""

@@ -36,7 +36,7 @@ from issl.audit.config import Config
 from issl.data.identity import digest
 from issl.devices import device_name
 from issl.errors import IsslError
-from issl.files import atomic, file_digest, provided, remove_leftovers
+from issl.files import file_digest, provided, remove_leftovers, write_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"  # of released artifacts
@@ -303,8 +303,7 @@ def release(artifacts: Artifacts, stage: Stage, folder: Path, files: dict[str, s
         entries[name] = {"path": path, "sha256": file_digest(folder / path)}
     about = {**stage.content(), "made_with": made["made_with"], "files": entries}
     index = released_index(folder) | {stage.label: about}
-    with atomic(folder / INDEX) as part:
-        part.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_json(folder / INDEX, index, indent=1, sort_keys=True)
 
 
 def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: float) -> None:
@@ -321,8 +320,7 @@ def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: f
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    with atomic(folder / MANIFEST) as part:
-        part.write_text(json.dumps(content, indent=1))
+    write_json(folder / MANIFEST, content, indent=1)
 
 
 def _make_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -23,7 +22,7 @@ from issl.audit.stats.statistics import Estimate
 from issl.data.datasets import without_place
 from issl.devices import device_name
 from issl.errors import IsslError
-from issl.files import PACKAGE, REPOSITORY, atomic, installed
+from issl.files import PACKAGE, REPOSITORY, installed, write_json
 
 State = Literal["holds", "contradicted", "undecided"]
 # knn: the encoders' lowest kNN accuracy; untrained: the untrained network's; encoders: how many
@@ -334,8 +333,7 @@ def record(
         "provenance": source,
     }
     file = ".".join(part for part in (f"claim_{name}", variant.replace(" ", "_"), "json") if part)
-    with atomic(folder / file) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / file, content, indent=1)
     return content
 
 

@@ -3,7 +3,6 @@ digest."""
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from torch import nn
 from issl.audit.cache import Artifacts, Stage, digest_once
 from issl.audit.config import Config, differing
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import write_json
 from issl.pretraining.encoder import Output
 from issl.pretraining.other_encoders import Opened, open_encoder
 from issl.pretraining.recipes import Method
@@ -98,8 +97,7 @@ class Given(Stage):
             "layout": opened.about,
             "size": opened.size,
         }
-        with atomic(folder / "about.json") as part:
-            part.write_text(json.dumps(about, indent=1))
+        write_json(folder / "about.json", about, indent=1)
 
     def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
         """The encoder, in eval mode: only the backbone, because we could not be sure that something

@@ -6,7 +6,6 @@ value, low and high, and columns that say what it is about.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from matplotlib.patches import Rectangle
 
 from issl.audit.claims import all_words
 from issl.data.images import Images
-from issl.files import atomic
+from issl.files import atomic, write_json
 from issl.pretraining.recipes import NAMES
 
 PAGE = 7.0  # inches: the width of two columns of a paper
@@ -61,8 +60,7 @@ def save(
         figure.savefig(part, format="pdf", metadata={"CreationDate": None})
     with atomic(folder / f"{name}.csv") as part:
         data.to_csv(part, index=False)
-    with atomic(folder / f"{name}.json") as part:
-        part.write_text(json.dumps(provenance, indent=1) + "\n")
+    write_json(folder / f"{name}.json", provenance, indent=1)
 
 
 def panels(

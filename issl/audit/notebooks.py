@@ -16,7 +16,7 @@ from typing import Any
 
 from issl.audit.plan import Plan
 from issl.errors import IsslError
-from issl.files import PACKAGE, REPOSITORY, atomic, file_digest
+from issl.files import PACKAGE, REPOSITORY, atomic, file_digest, write_json
 
 
 def fingerprint(source: Path, plan: Plan, device: str) -> str:
@@ -61,8 +61,7 @@ def _record(plan: Plan) -> Path:
 
 def note_made(plan: Plan, key: str) -> None:
     """Record what the notebook's outputs were made from, with their checksums."""
-    with atomic(_record(plan)) as part:
-        part.write_text(json.dumps({"made_from": key, "files": _outputs(plan)}, indent=1))
+    write_json(_record(plan), {"made_from": key, "files": _outputs(plan)}, indent=1)
 
 
 def is_current(plan: Plan, key: str) -> bool:

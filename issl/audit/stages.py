@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -32,7 +31,7 @@ from issl.data.images import Images
 from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.evaluate import embed, stability_losses
-from issl.files import atomic, read_safetensors
+from issl.files import atomic, read_safetensors, write_json, write_safetensors
 from issl.influence.curvature import LoGra, RandomProjection
 from issl.influence.kept import fit
 from issl.influence.layers import scored_layers
@@ -171,8 +170,7 @@ class State(Stage):
         return self.run.method
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        with atomic(folder / "about.json") as part:
-            part.write_text(json.dumps({"training": self.run.label, "epochs": self.after}))
+        write_json(folder / "about.json", {"training": self.run.label, "epochs": self.after})
 
     def encoder(self, artifacts: Artifacts, output: Output = "features") -> nn.Module:
         return self.run.encoder(artifacts, output, self.after)
@@ -283,8 +281,7 @@ class Positions(Stage):
         raise NotImplementedError
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
-        with atomic(folder / "positions.json") as part:
-            part.write_text(json.dumps(sorted(int(i) for i in self.choose(artifacts))))
+        write_json(folder / "positions.json", sorted(int(i) for i in self.choose(artifacts)))
 
     def read(self, artifacts: Artifacts) -> list[int]:
         """The chosen positions, in increasing order."""
@@ -418,8 +415,8 @@ class Embed(Measured):
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         images = self.data.load()
         features = embed(self.encoder(artifacts), images, artifacts.device)
-        with atomic(folder / "features.safetensors") as part:
-            save_file({"features": features, "index": images.index}, part)
+        found = {"features": features, "index": images.index}
+        write_safetensors(folder / "features.safetensors", found)
 
     def read(self, artifacts: Artifacts) -> Tensor:
         """Features (n, d)."""
@@ -463,8 +460,7 @@ class Pairs(Stage):
 
 
 def _write_pairs(folder: Path, scores: Tensor) -> None:
-    with atomic(folder / "pairs.safetensors") as part:
-        save_file({"scores": scores.contiguous()}, part)
+    write_safetensors(folder / "pairs.safetensors", {"scores": scores})
 
 
 class Cross(Pairs):
@@ -581,8 +577,7 @@ class ThroughTraining(OfRun, Pairs):
         effects = self.effects(run, measures, artifacts)
         about = {"seconds": effects.seconds, "state_bytes": effects.state_bytes}
         about["growth"] = effects.growth[0].tolist()
-        with atomic(folder / "through.json") as part:
-            part.write_text(json.dumps(about))
+        write_json(folder / "through.json", about)
         _write_pairs(folder, effects.derivatives)
 
     def about(self, artifacts: Artifacts) -> dict[str, Any]:
@@ -666,8 +661,8 @@ class Neighbours(Stage):
 
     def make(self, folder: Path, artifacts: Artifacts) -> None:
         places, distances = map(torch.from_numpy, nearest(self.features.read(artifacts), self.k))
-        with atomic(folder / "neighbours.safetensors") as part:
-            save_file({"places": places.int(), "distances": distances}, part)
+        found = {"places": places.int(), "distances": distances}
+        write_safetensors(folder / "neighbours.safetensors", found)
 
     def read(self, artifacts: Artifacts) -> tuple[np.ndarray, np.ndarray]:
         """Positions and cosine distances, (n, k) each, the nearest first."""

@@ -27,7 +27,7 @@ from issl.audit.claims import (
 from issl.audit.stats.statistics import Estimate
 from issl.data.datasets import DRAWN
 from issl.errors import IsslError
-from issl.files import atomic
+from issl.files import write_json
 from issl.pretraining.recipes import NAMES
 
 Record = dict[str, Any]  # as issl.audit.claims.record writes it, with `copied` (`read_records`)
@@ -103,8 +103,7 @@ def _plain_tests(record: Record) -> list[Test]:
 def keep(records: Sequence[Record], folder: Path) -> Path:
     """Write FOLDER/claims.json, without `copied`, which the folder's name says."""
     kept = [{k: v for k, v in r.items() if k != "copied"} for r in records]
-    with atomic(folder / KEPT) as part:
-        part.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / KEPT, kept, indent=1, ensure_ascii=False)
     return folder / KEPT
 
 

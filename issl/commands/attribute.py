@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from safetensors.torch import save_file
 
 from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
 from issl.engine import whole
 from issl.errors import IsslError
-from issl.files import atomic, writable
+from issl.files import atomic, writable, write_safetensors
 from issl.influence.scores import as_queries
 from issl.pretraining.learner import load_learner
 from issl.through_training import Effects, agreement, influence_through_training, random_subsets
@@ -74,8 +73,8 @@ def main(options: argparse.Namespace) -> int:
         device=device,
         progress=shown,
     )
-    with atomic(out.with_suffix(".safetensors")) as part:
-        save_file({"derivatives": effects.derivatives, "index": images.index}, part)
+    kept = {"derivatives": effects.derivatives, "index": images.index}
+    write_safetensors(out.with_suffix(".safetensors"), kept)
     with atomic(out) as part:
         lists(effects, images, options.k).to_csv(part, index=False)
     print(f"{effects.growth[0].median():.3g} times: growth of the adjoint to the first step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from issl.commands import pictures
 from issl.commands.options import add_scoring_arguments, scoring_of, write_broken
 from issl.commands.reference import open_reference, percentiles
 from issl.errors import IsslError
-from issl.files import atomic, writable
+from issl.files import atomic, writable, write_json
 from issl.influence.layers import find_layers
 from issl.influence.parts import Scoring, score_in_parts, with_attributes
 from issl.influence.scores import self_influence
@@ -79,8 +78,7 @@ def main(options: argparse.Namespace) -> int:
         else:
             table.to_csv(part, index=False)
     if out.suffix == ".csv":  # the settings, which a parquet has in its metadata
-        with atomic(out.with_suffix(".json")) as part:
-            part.write_text(json.dumps(scores.attrs, indent=1) + "\n")
+        write_json(out.with_suffix(".json"), scores.attrs, indent=1)
     about = f"{Path(options.encoder).name}, {type(what.curvature).__name__}"
     pictures.contact_sheet(out.with_suffix(".png"), scores, images, about)
     print(

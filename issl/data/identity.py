@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from issl.errors import IsslError
-from issl.files import PACKAGE, atomic
+from issl.files import PACKAGE, write_json
 
 VERSION = 2  # of what is remembered
 DIGITS = 16  # of a digest
@@ -138,8 +138,7 @@ def remembered(
     except (OSError, ValueError, TypeError):  # not there, or damaged
         found = identify()
         try:
-            with atomic(kept) as part:
-                part.write_text(json.dumps(asdict(found)))
+            write_json(kept, asdict(found))
         except (IsslError, OSError) as error:  # the identity itself is still right
             said = f"which images {files[0]} holds cannot be remembered: {error}"
             print(said, file=sys.stderr, flush=True)

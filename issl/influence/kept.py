@@ -26,13 +26,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from issl.data.images import Images
 from issl.devices import free_memory, full_precision
 from issl.errors import IsslError
-from issl.files import atomic, read_safetensors
+from issl.files import read_safetensors, write_safetensors
 from issl.influence.curvature import EKFAC, Curvature, DenseSum, Diagonal, Exact, LoGra
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
 from issl.influence.passes import Computing, Pass
@@ -165,8 +164,7 @@ class Fitted:
         tensors |= {f"basis.{name}": value for name, value in self.bases.items()}
         for name, value in tensors.items():  # layers may share a basis, but not in the file
             tensors[name] = value.clone(memory_format=torch.contiguous_format)
-        with atomic(path) as part:
-            save_file(tensors, part, {HEADER: json.dumps(header)})
+        write_safetensors(path, tensors, {HEADER: json.dumps(header)})
 
     def _check_new(self, parts: Sequence[Mapping[str, Any]]) -> None:
         for part in parts:

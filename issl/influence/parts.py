@@ -23,7 +23,7 @@ from torch import nn
 from issl.data.images import Images, LazyPixels, own_names
 from issl.engine import Task
 from issl.errors import IsslError
-from issl.files import atomic, file_digest, remove_leftovers
+from issl.files import atomic, file_digest, remove_leftovers, write_json
 from issl.influence.kept import Fitted, as_setting, fit, load_fitted
 from issl.influence.passes import Computing
 from issl.influence.scorer import Measurement
@@ -113,8 +113,7 @@ def _claim(folder: Path, identity: str) -> None:
     mark = folder / "identity.json"
     remove_leftovers(folder)
     if not mark.exists():
-        with atomic(mark) as part:
-            part.write_text(json.dumps({"identity": identity}))
+        write_json(mark, {"identity": identity})
     elif json.loads(mark.read_text())["identity"] != identity:
         raise IsslError(
             f"{folder} holds scores of another encoder, images or setting; use another folder"

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from issl.errors import IsslError
-from issl.files import atomic, read_safetensors
+from issl.files import read_safetensors, write_safetensors
 from issl.pretraining.learner import Learner
 
 History = list[dict[str, int | float]]  # one entry per epoch
@@ -70,8 +69,7 @@ class Checkpoint:
         state = snapshot(learner, optimizer)
         tensors = {k if k.startswith(MOMENTUM) else f"model.{k}": v for k, v in state.items()}
         header = {"identity": json.dumps(identity), "history": json.dumps(history)}
-        with atomic(self.path) as part:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, part, header)
+        write_safetensors(self.path, tensors, header)
 
     def resume(
         self, learner: Learner, optimizer: torch.optim.Optimizer, identity: dict[str, Any]

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from issl.errors import IsslError, is_whole
-from issl.files import atomic, read_safetensors
+from issl.files import read_safetensors, write_safetensors
 
 # channel statistics of natural images (ImageNet's, the usual choice); every data set here uses them
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -160,9 +159,8 @@ def save_encoder(
     tensors = encoder.state_dict() | (beside or {})
     for name, value in tensors.items():
         kept = value.half() if half and value.is_floating_point() and value.ndim > 1 else value
-        tensors[name] = kept.detach().cpu().contiguous()
-    with atomic(path) as part:
-        save_file(tensors, part, {"issl": json.dumps(header)})
+        tensors[name] = kept.detach().cpu()
+    write_safetensors(path, tensors, {"issl": json.dumps(header)})
 
 
 def load_encoder(path: str | Path, output: Output = "features") -> nn.Module:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from issl.data.images import Images
 from issl.errors import IsslError
-from issl.files import atomic, read_safetensors
+from issl.files import read_safetensors, write_json, write_safetensors
 from issl.pretraining.checkpoint import State, restore, snapshot, weights_digest
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Course, optimizer_of, take
@@ -107,8 +106,7 @@ class States:
                 f"{self.folder} holds another training: {differing} differ; delete it, or use "
                 "another folder"
             )
-        with atomic(path) as part:
-            part.write_text(json.dumps(identity))
+        write_json(path, identity)
 
     def forward(self, progress: bool) -> tuple[Learner, float]:
         """Train; returns the learner at the end, and the seconds that it took."""
@@ -128,8 +126,7 @@ class States:
                 if self.folder is None:
                     self.kept[number] = state
                 elif not self._path(number).exists():
-                    with atomic(self._path(number)) as part:
-                        save_file({k: v.contiguous() for k, v in state.items()}, part)
+                    write_safetensors(self._path(number), state)
         self.bytes = sum(v.nbytes for v in (state or {}).values()) * -(-steps // self.every)
         return learner, time.monotonic() - began
 
