@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,23 @@ def test_every_released_table_opens_with_pandas_alone_and_names_its_stage() -> N
             assert all(f"`{column}`" in dictionary for column in set(table) - set(drawn)), path
             each = [c for c in ("index", "perturbation", "draws", "seed") if c in table]
             assert "index" not in table or not table.duplicated(each).any()
+
+
+def test_the_accuracies_of_encoders_are_those_of_their_tables() -> None:
+    """In released/README.md, and the range of the SSL ones in the README."""
+    lines = (REPOSITORY / "released/README.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `cifar10-")]
+    assert len(rows) == len(list((REPOSITORY / "released/encoders").glob("*.safetensors")))
+    reached = {}
+    for _, name, _, _, knn, probe, *_ in rows:
+        file = name.strip(" `").replace("_", "-")
+        table = pd.read_parquet(REPOSITORY / f"released/tables/evaluate/{file}.parquet")
+        told = [f"{table[column].mean():.1%}" for column in ("knn", "probe")]
+        assert [knn.strip(), probe.strip()] == told, file
+        reached[file] = 100 * table["knn"].mean()
+    ssl = [v for file, v in reached.items() if not re.search("supervised|untrained", file)]
+    readme = (REPOSITORY / "README.md").read_text()
+    assert f"kNN {min(ssl):.0f} to {max(ssl):.0f}%" in readme
 
 
 def test_the_first_door_draws_what_is_released_and_says_what_is_not() -> None:
