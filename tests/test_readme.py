@@ -581,6 +581,25 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
         assert said in IN_ONE_LINE, said
 
 
+def test_what_copies_leave_of_a_score_is_the_released_tables() -> None:
+    def left(column: str, output: str, rank: str, among: str, copies: int = 64) -> str:
+        name = f"cifar10-simclr-w16-0{among}{output}{rank}.parquet"
+        table = pd.read_parquet(REPOSITORY / "released/tables/copies" / name)
+        of = table.pivot(index="index", columns="copies", values=column)
+        return f"{(of[copies] / of[0]).mean():.2f}"
+
+    sets = ("-first1000", "-first10000", "")
+    told = table_of("docs/method.md", "share of the score left beside 64 copies, among")
+    assert list(told.values()) == [
+        [left(column, "", rank, among) for among in sets]
+        for rank in ("-rank4", "")
+        for column in ("influence", "predicted")
+    ]
+    on_projector = left("influence", "-projector", "", "")
+    assert f"among 50,000 images, {on_projector} is left" in IN_ONE_LINE
+    assert f"Beside 16 copies it is {left('influence', '', '', '', 16)}." in IN_ONE_LINE
+
+
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
     folder = REPOSITORY / "benchmarks"
     report = runpy.run_path(str(folder / "report.py"))
