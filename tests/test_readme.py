@@ -585,7 +585,7 @@ def test_what_copies_leave_of_a_score_is_the_released_tables() -> None:
     def left(column: str, output: str, rank: str, among: str, copies: int = 64) -> str:
         name = f"cifar10-simclr-w16-0{among}{output}{rank}.parquet"
         table = pd.read_parquet(REPOSITORY / "released/tables/copies" / name)
-        of = table.pivot(index="index", columns="copies", values=column)
+        of = table.pivot_table(index="index", columns="copies", values=column)
         return f"{(of[copies] / of[0]).mean():.2f}"
 
     sets = ("-first1000", "-first10000", "")

@@ -116,7 +116,7 @@ def test_every_released_table_opens_with_pandas_alone_and_names_its_stage() -> N
             assert path.parent.name == entry["stage"] and f"`{entry['stage']}`" in dictionary
             assert "float64" not in set(map(str, table.dtypes))
             assert all(f"`{column}`" in dictionary for column in set(table) - set(drawn)), path
-            each = [c for c in ("index", "perturbation", "draws", "seed") if c in table]
+            each = [c for c in ("index", "perturbation", "draws", "seed", "copies") if c in table]
             assert "index" not in table or not table.duplicated(each).any()
 
 
