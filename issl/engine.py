@@ -134,7 +134,13 @@ class _Workers:
         if engine.cluster is not None:
             self._at = stack.enter_context(_jobs(engine, self._refused))
         elif engine.scheduler is None:
-            self._at = stack.enter_context(_processes(engine.jobs or 1))
+            try:
+                self._at = stack.enter_context(_processes(engine.jobs or 1))
+            except RuntimeError as error:
+                raise IsslError(
+                    f"--jobs {engine.jobs}: the processes cannot reach each other ({error}); is "
+                    "this machine's loopback network up? (ip link set lo up)"
+                ) from error
             self._threads = max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
         try:
             self._client = stack.enter_context(Client(self._at, timeout=CONNECT))

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -221,6 +222,16 @@ def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len((killed / "resumed").read_text().split()) == 1
     one, two = (Artifacts(root).file(TRAINED, "encoder.safetensors") for root in (whole, killed))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_processes_that_cannot_reach_each_other_are_one_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine whose loopback network is down."""
+    failed = Mock(side_effect=RuntimeError("Timed out"))
+    monkeypatch.setattr(engine, "_processes", failed)
+    with pytest.raises(IsslError, match=r"--jobs 2: .*Timed out.* loopback"):
+        list(Engine(jobs=2).run({"one": Task(time.time)}))
 
 
 def test_a_dask_that_is_there_and_goes_away(tmp_path: Path) -> None:
