@@ -549,6 +549,7 @@ class TrainingAware(Retrained):
     batches      other batch sizes of it, for the same purpose
     early        … and the run from the earliest state that is kept of the training
     fresh        … and epochs of a training from fresh weights
+    whole        runs of one epoch over all images that the encoder was trained on
     """
 
     notebook: ClassVar[str] = "16_training_aware"
@@ -571,6 +572,7 @@ class TrainingAware(Retrained):
     batches: tuple[Annotated[int, Field(ge=3)], ...] = ()
     early: bool = False
     fresh: int = Field(1, ge=1)
+    whole: int = Field(2, ge=2)
 
     top: ClassVar[float] = 0.05  # of the images, removed by their score
     probed: ClassVar[float] = 0.05  # the share of the removals by which runs are compared
@@ -589,6 +591,12 @@ class TrainingAware(Retrained):
         small = 1.0 if self.small_views else found.recipe.small
         recipe = replace(found.recipe, small=small, **changes)
         return found.model_copy(update={"recipe": recipe})
+
+    def over_all(self, first: Pretrain, run: int) -> Pretrain:
+        """The encoder's training, continued for one epoch of all its images."""
+        found = self.continued(first, run)
+        longer = {"data": first.data, "epochs": 1, "batch_size": first.batch_size}
+        return found.model_copy(update=longer)
 
     def asked_of(self, run: Pretrain, asked: Asked, **more: Any) -> dict[str, Any]:
         """The fields of a stage that measures the encoder after this training."""
@@ -632,6 +640,7 @@ class TrainingAware(Retrained):
 
     def tables(self) -> dict[str, Cells]:
         names = "scores known picked each unseen own removed tops copied variants variants_removed"
+        names += " everyone whole"
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
@@ -649,6 +658,10 @@ class TrainingAware(Retrained):
                 of["removed"][*who, r, self.probed] = Without(
                     **self.asked_of(run, "each"), left_out=probes
                 )
+            of["everyone"][who] = self.influence(first)
+            for r in range(self.whole):
+                fields = self.asked_of(self.over_all(first, r), "unseen")
+                of["whole"][*who, r] = ThroughTraining(**fields)
             run = self.continued(first, 0)
             for share, count in self.removals.items():
                 of["removed"][*who, 0, share] = Without(
@@ -667,7 +680,7 @@ class TrainingAware(Retrained):
                     of["variants"][m, name] = ThroughTraining(**fields)
                     of["variants_removed"][m, name] = Without(**fields, left_out=probes)
         columns = {"known": f"{BY} about", "removed": f"{BY} run share"}
-        columns |= dict.fromkeys(("each", "unseen", "own"), f"{BY} run")
+        columns |= dict.fromkeys(("each", "unseen", "own", "whole"), f"{BY} run")
         columns |= dict.fromkeys(("variants", "variants_removed"), "method variant")
         return {
             "accuracy": under(self.encoders_of(self.methods), self.evaluation),
