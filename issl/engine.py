@@ -138,8 +138,8 @@ class _Workers:
                 self._at = stack.enter_context(_processes(engine.jobs or 1))
             except RuntimeError as error:
                 raise IsslError(
-                    f"--jobs {engine.jobs}: the processes cannot reach each other ({error}); is "
-                    "this machine's loopback network up? (ip link set lo up)"
+                    f"--jobs {engine.jobs}: its processes did not start ({error}); is this "
+                    "machine's loopback network up?"
                 ) from error
             self._threads = max(1, (os.cpu_count() or 1) // (engine.jobs or 1))
         try:

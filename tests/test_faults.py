@@ -224,9 +224,7 @@ def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_processes_that_cannot_reach_each_other_are_one_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_processes_that_do_not_start_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine whose loopback network is down."""
     failed = Mock(side_effect=RuntimeError("Timed out"))
     monkeypatch.setattr(engine, "_processes", failed)

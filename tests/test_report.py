@@ -93,6 +93,8 @@ def test_pages_show_formulas_as_mathml_text_as_text_and_the_records(site: Path) 
     assert "3 tests of 2 claims: 1 reproduced, 1 contradicted, 1 check passed" in index
     assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index
     assert "SimCLR 0.97 [0.87, 0.99]" in index
+    row = r'as the paper says\?</td>.*"holds in">–</td>.*<a href="#nb-01_seed_correlation">01</a>'
+    assert re.search(row, index)
 
 
 def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:

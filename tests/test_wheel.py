@@ -44,7 +44,8 @@ def test_the_wheel_carries_all_that_a_run_reads(built: dict[str, Path]) -> None:
     plans = ProfileOptions(RELEASED, door="tables").plans().values()
     drawn = {stage.label for plan in plans for stage in plan.stages()} & set(index)
     read = [f["path"] for label in drawn for f in index[label]["files"].values()]
-    released = [Path("released", name) for name in (*read, "index.json")]
+    released = [Path("released", name) for name in (*read, "index.json", "README.md")]
+    released += ours("released/encoders")
     parts = [ours("notebooks", "*.ipynb"), ours("notebooks", "profiles/*.yaml"), released]
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = set(wheel.namelist())

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -179,10 +179,10 @@ def threshold(name: str, metric: str) -> float:
     raise IsslError(f"claim {name!r} has no test of {metric!r}")
 
 
-def stated(name: str) -> list[dict[str, Any]]:
-    """A claim's tests as records keep them."""
-    tests = claims()[name].tests
-    return [test.model_dump(exclude_none=True, exclude_defaults=True) for test in tests]
+def stated(name: str, metrics: Container[str]) -> list[dict[str, Any]]:
+    """A claim's tests of these metrics, as records keep them."""
+    asked = [t for t in claims()[name].tests if t.metric in metrics or not t.where_measured]
+    return [test.model_dump(exclude_none=True, exclude_defaults=True) for test in asked]
 
 
 def judge(
@@ -201,9 +201,7 @@ def judge(
         raise IsslError(
             f"claim {name!r} is about encoders: say what they learned (learned=plan.scale(method))"
         )
-    asked = {t.metric for t in claim.tests if t.metric in metrics or not t.where_measured}
-    tests = [test for test in stated(name) if test["metric"] in asked]
-    return decide(name, tests, metrics, profile, dataset, learned)
+    return decide(name, stated(name, metrics), metrics, profile, dataset, learned)
 
 
 def decide(

@@ -547,8 +547,8 @@ class TrainingAware(Retrained):
     copies       how many copies of such an image are trained on, itself counted
     rates        other learning rates of the first run, to see where it stops being predictable
     batches      other batch sizes of it, for the same purpose
-    early        … and the run from the earliest state that is kept of the training
-    fresh        … and epochs of a training from fresh weights
+    early        start the run at the earliest kept state of the training, for the same purpose
+    fresh        epochs of a training from fresh weights, for the same purpose
     whole        runs of one epoch over all images that the encoder was trained on
     """
 
@@ -594,9 +594,8 @@ class TrainingAware(Retrained):
 
     def over_all(self, first: Pretrain, run: int) -> Pretrain:
         """The encoder's training, continued for one epoch of all its images."""
-        found = self.continued(first, run)
-        longer = {"data": first.data, "epochs": 1, "batch_size": first.batch_size}
-        return found.model_copy(update=longer)
+        found = in_batches(self.continued(first, run), first.batch_size)
+        return found.model_copy(update={"data": first.data, "epochs": 1})
 
     def asked_of(self, run: Pretrain, asked: Asked, **more: Any) -> dict[str, Any]:
         """The fields of a stage that measures the encoder after this training."""
@@ -630,7 +629,7 @@ class TrainingAware(Retrained):
         for rate in self.rates:
             found[f"learning rate {rate:g}"] = self.continued(first, 0, lr=rate)
         for size in self.batches:
-            found[f"batches of {size}"] = run.model_copy(update={"batch_size": size})
+            found[f"batches of {size}"] = in_batches(run, size)
         if self.early and first.snapshots:
             after = first.snapshots[0]
             name = f"after {after} of {first.epochs} epochs"
@@ -639,8 +638,8 @@ class TrainingAware(Retrained):
         return found | {"fresh weights": first.model_copy(update={**fresh, "snapshots": None})}
 
     def tables(self) -> dict[str, Cells]:
-        names = "scores known picked each unseen own removed tops copied variants variants_removed"
-        names += " everyone whole"
+        names = "scores known picked each unseen own removed tops copied everyone whole"
+        names += " variants variants_removed"
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
@@ -687,6 +686,12 @@ class TrainingAware(Retrained):
             "pixels": Cells("set", {(self.dataset,): Pixels(data=self.scored())}),
             **{name: Cells(columns.get(name, BY), stages) for name, stages in of.items()},
         }
+
+
+def in_batches(run: Pretrain, size: int) -> Pretrain:
+    """The training in batches of another size, with steps of the same learning rate."""
+    recipe = replace(run.recipe, lr=run.recipe.lr * run.batch_size / size)
+    return run.model_copy(update={"batch_size": size, "recipe": recipe})
 
 
 class Derivation(Plan):

@@ -62,13 +62,13 @@ def _encoder(encoder: Pretrain) -> list[str]:
 def _settings(stage: Table) -> list[str]:
     """What else tells tables of the same kind and encoder apart."""
     order = list(in_dependency_order([stage]))
-    scores = [s for s in order if isinstance(s, Influence | CopiesDiscount)]
+    noises = [getattr(s, "perturbation", None) for s in order]
     reading = [f"after{s.after}" for s in order if isinstance(s, State)]
-    if any(s.output == "projector" for s in scores):
+    if any(getattr(s, "output", None) == "projector" for s in order):
         reading.append("projector")
-    if any(isinstance(s.perturbation, GaussianNoise) and s.perturbation.by_channel for s in scores):
+    if any(isinstance(noise, GaussianNoise) and noise.by_channel for noise in noises):
         reading.append("normalised")
-    if any(isinstance(s, Influence) and s.loss == "cross_entropy" for s in scores):
+    if any(isinstance(s, Influence) and s.loss == "cross_entropy" for s in order):
         reading.append("cross-entropy")
     if not isinstance(stage, Influence | CopiesDiscount):
         share = getattr(stage, "share", None)
@@ -80,9 +80,9 @@ def _settings(stage: Table) -> list[str]:
     noise = stage.perturbation
     if isinstance(noise, GaussianNoise) and not noise.by_channel and noise.std not in USUAL:
         reading.append(f"std{noise.std}")
+    reading += ["clipped"] if isinstance(noise, ClippedNoise) else []
     if isinstance(stage, CopiesDiscount):
         return reading
-    reading += ["clipped"] if isinstance(noise, ClippedNoise) else []
     reading += [] if stage.layers == "all" else [stage.layers.replace(" ", "-")]
     draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
     others = [] if stage.others is None else ["others"]

@@ -22,9 +22,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from issl.audit import verdicts
+from issl.audit import RELEASED, verdicts
 from issl.audit.cache import Artifacts
-from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words, claims
+from issl.audit.claims import FAILED, PASSED, SUPERSEDED, UNTESTED, all_words, claims, readings
 from issl.audit.notebooks import hidden, own_paths
 from issl.audit.plan import Plan
 from issl.audit.profiles import all_stages, in_words_left_out
@@ -106,7 +106,7 @@ def build(
         scale=SCALE.get(profile, "a profile of its own"),
         claims=rows,
         answers=_answers(records),
-        table=_table(records, scale),
+        table=_table(records, profile),
         missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len(rows)} claims: {counts}",
         good_for={outcome: found for outcome, found in uses.items() if found},
@@ -125,10 +125,15 @@ def _answers(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [finding(told, name) for name in names]
 
 
-def _table(records: Sequence[Record], scale: str) -> list[tuple[str, ...]]:
-    """The rows of the README's table that these records answer, with its head; without, none."""
-    own = [r | {"provenance": r["provenance"] | {"profile": scale}} for r in records]
-    found = verdicts.answers(own, verdicts.kept_records(provided("figures")))
+def _table(records: Sequence[Record], profile: str) -> list[tuple[str, ...]]:
+    """The rows of the README's table that these records answer, with its head; without, none.
+
+    A variant of a profile counts as that profile. Other readings are known of released encoders.
+    """
+    scale = {"profile": profile.split("-")[0]}
+    own = [r | {"provenance": r["provenance"] | scale} for r in records]
+    known = profile in (RELEASED, *readings())
+    found = verdicts.answers(own, verdicts.kept_records(provided("figures")) if known else [])
     return [tuple(found.columns), *found.itertuples(index=False, name=None)] if len(found) else []
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -51,9 +51,8 @@ from issl.through_training import Effects, influence_through_training, learner_o
 
 TOGETHER = 64  # queries of a mean in one pass
 Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # what is pruned
-Layers = Literal[
-    "all", "first convolution", "last block"
-]  # of the backbone; all: and a projector's
+# of the backbone; with "all" those of a projector, too
+Layers = Literal["all", "first convolution", "last block"]
 Asked = Literal["each", "unseen", "own"]  # what is asked after a training
 
 
@@ -83,6 +82,13 @@ class Pretrain(Stage):
     start_after: int | None = None  # … as it was after so many epochs, one of its snapshots
     snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
     calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
+
+    @model_validator(mode="after")
+    def _starts_at_a_state_that_is_kept(self) -> Pretrain:
+        kept = () if self.start is None else (self.start.snapshots or ())
+        if self.start_after is not None and self.start_after not in kept:
+            raise ValueError(f"start_after={self.start_after}: the snapshots of `start` are {kept}")
+        return self
 
     @property
     def method(self) -> Method:
@@ -265,6 +271,8 @@ class Influence(Table):
         block = [n for n in names if "projector" not in n][-1].rpartition(".")[0]
         last = {n for n in names if n.startswith(f"{block}.")}
         kept = {names[0]} if self.layers == "first convolution" else last
+        if not kept:
+            raise IsslError(f"layers={self.layers!r}: {names[-1]} is in no block")
         return [n for n in names if n not in kept]
 
     def order(self, artifacts: Artifacts) -> np.ndarray:

@@ -48,6 +48,10 @@ END = "<!-- /verdicts -->"
 # until 2026-11-28 "cifar10" was a copy that had been re-encoded as JPEG, and the faces were a
 # different copy from today's: records from then are kept in folders whose names end like this
 COPIED, COPY = "-jpeg", "the JPEG copy"
+BY_READING = [
+    *("name", "claim", "method", "reading", "output", "unit"),
+    *("metric", "value", "low", "high", "asked", "outcome", "over_readings"),
+]
 SCALES = ("mini", "overnight", "paper")  # profiles whose records are kept, the largest last
 
 
@@ -113,6 +117,17 @@ def kept_records(figures: Path) -> list[Record]:
     return read_records(p for p in kept if p.parent.name.split("-")[0] in SCALES)
 
 
+def newest(records: Sequence[Record]) -> list[Record]:
+    """Without those that were measured again later (of drawn images, which are no copies)."""
+
+    def about(r: Record) -> Hashable:
+        return r["name"], r["variant"], r["provenance"]["profile"], r["copied"]
+
+    by_time = sorted(records, key=lambda r: str(r["provenance"]["time"]))
+    latest = {about(r): id(r) for r in by_time}
+    return [r for r in records if latest[about(r)] == id(r)]
+
+
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """One row per record: the claim, the method, our number of the first test, the verdict."""
     rows = []
@@ -170,8 +185,8 @@ class Row:
 
 def by_reading(records: Sequence[Record]) -> pd.DataFrame:
     """The multiverse: a row for each claim that still stands, method and primary reading that was
-    measured. Columns: name, claim, method, reading (its profile), output, unit, metric (of the
-    deciding test), value, low, high, asked (its threshold), outcome, over_readings."""
+    measured. Columns BY_READING: the reading is its profile, the metric that of the deciding test,
+    asked its threshold."""
     rows = []
     standing = [r for r in records if r["verdict"] in PHRASES and not r["copied"]]
     read = [r for r in standing if r["provenance"]["profile"] in readings()]
@@ -186,10 +201,7 @@ def by_reading(records: Sequence[Record]) -> pd.DataFrame:
                 {**about, "reading": profile, **readings()[profile], "metric": test["metric"]}
                 | {**number, "asked": _asked(test), "over_readings": together}
             )
-    known = (
-        "name claim outcome method reading output unit metric value low high asked over_readings"
-    )
-    return pd.DataFrame(rows, columns=known.split())
+    return pd.DataFrame(rows, columns=BY_READING)
 
 
 def deciding(record: Record) -> Test:
@@ -397,7 +409,7 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
     lines.append(f"{asked}; {since}{_first_made(kept)}.")
     tested = {test["metric"] for r in own for test in r["tests"]}
     if more := dict.fromkeys(m for r in own for m in r["metrics"] if m not in tested):
-        named = (all_words().get(m, m.replace("_", " ")) for m in more)
+        named = (all_words().get(m, f"`{m}`") for m in more)
         lines.append(f"Also measured, without a test: {', '.join(named)}.")
     for past in claims().values():
         if past.superseded and past.superseded.by == name:
@@ -423,8 +435,7 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
 def _first_made(kept: Sequence[Record]) -> str:
     """When and by which code a claim's tests, as they read now, were first run: the earliest record
     that is kept of it."""
-    today = stated(kept[0]["name"])
-    same = [r for r in kept if all(plain in today for plain in _plain_tests(r))]
+    same = [r for r in kept if _plain_tests(r) == stated(r["name"], r["metrics"])]
     first = min((r["provenance"] for r in same or kept), key=lambda made: made["time"])
     made = f"first kept record at {first['profile']} {first['time'][:10]}"
     code, _, changed = first["commit"].partition(" ")
@@ -530,15 +541,11 @@ def pages(repository: Path) -> dict[Path, str]:
     README.md has the answers; docs/verdicts.md has each claim at the largest scale of its records.
     """
     records = kept_records(repository / "figures")
-    newest = _grouped(
-        sorted(records, key=lambda r: r["provenance"]["time"], reverse=True),
-        lambda r: (r["name"], r["variant"], r["provenance"]["profile"], r["copied"]),
-    )
-    outrun = {id(r) for runs in newest for r in runs[1:]}  # drawn images, measured again later
-    of_each = _grouped([r for r in records if id(r) not in outrun], lambda r: r["name"])
+    standing = newest(records)
+    of_each = _grouped(standing, lambda r: r["name"])
     shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
     found = markdown(shown, repository, records)
-    answered = answers(records, records)
+    answered = answers(standing, standing)
     rows = answered.itertuples(index=False, name=None)
     tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": found}
     places = {repository / name: text for name, text in tables.items()}

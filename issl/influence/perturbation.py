@@ -52,8 +52,8 @@ class GaussianNoise:
             finite = all(math.isfinite(number_or_nan(v)) for v in numbers)
             if not finite or len(numbers) not in (1, 3) or (name == "std" and min(numbers) < 0):
                 raise IsslError(
-                    f"GaussianNoise({name}={value!r}): give a finite number, or one for each of "
-                    f"three channels{' (0 or more)' if name == 'std' else ''}"
+                    f"{type(self).__name__}({name}={value!r}): give a finite number, or one for "
+                    f"each of three channels{' (0 or more)' if name == 'std' else ''}"
                 )
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
