@@ -638,9 +638,11 @@ class TrainingAware(Retrained):
         return found | {"fresh weights": first.model_copy(update={**fresh, "snapshots": None})}
 
     def tables(self) -> dict[str, Cells]:
-        names = "scores known picked each unseen own removed tops copied everyone whole"
-        names += " variants variants_removed"
-        of: dict[str, dict[Labels, Stage]] = {name: {} for name in names.split()}
+        names = (
+            *("scores", "known", "picked", "each", "unseen", "own", "removed", "tops", "copied"),
+            *("everyone", "whole", "variants", "variants_removed"),
+        )
+        of: dict[str, dict[Labels, Stage]] = {name: {} for name in names}
         probes = self.random(self.probed, self.removals[self.probed])
         for m, e in product(self.methods, range(self.encoders)):
             first, who = self.training(m, e), (m, e)

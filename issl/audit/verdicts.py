@@ -477,6 +477,8 @@ def answers(records: Sequence[Record], kept: Sequence[Record]) -> pd.DataFrame:
     held = read["outcome"].eq("reproduced").groupby(read["name"]).agg(["sum", "size"])
     several = read.groupby("name")["reading"].nunique().gt(1)
     asked = [r for r in records if claims()[r["name"]].question and _scale(r) >= 0]
+    if not asked:
+        return pd.DataFrame()
     methods = [m for m in NAMES if m in {r["variant"] for r in asked}]
     rows = []
     for of_claim in _grouped(asked, lambda r: r["name"]):
@@ -491,9 +493,8 @@ def answers(records: Sequence[Record], kept: Sequence[Record]) -> pd.DataFrame:
         some = "{} of {}".format(*held.loc[name]) if several.get(name, False) else "–"
         rows.append((str(about.question), *told, number, some, about.notebook[:2]))
     names = [str(NAMES[m]) for m in methods]
-    numbers = [f"{name}'s number (asked)" for name in names[:1]]
-    head = ["question", *names, *numbers, "holds in", "notebook"]
-    return pd.DataFrame(rows, columns=head if rows else [])
+    head = ["question", *names, f"{names[0]}'s number (asked)", "holds in", "notebook"]
+    return pd.DataFrame(rows, columns=head)
 
 
 def _answer(record: Record) -> str:
