@@ -541,12 +541,14 @@ class TrainingAware(Retrained):
     runs         how many times the encoder continues training, with other order and views each time
     small_views  use views of half the side, as in most of its training, at a quarter of the cost
     removals     how many random subsets are left out of the first run, by their share of the images
+    probes       how many of those of `probed` are left out of the other runs, too
     unseen       how many test images, the first ones, the means are over
     own          how many training images are asked about themselves, evenly over the ranks of the
                  score
     copies       how many copies of such an image are trained on, itself counted
     rates        other learning rates of the first run, to see where it stops being predictable
     batches      other batch sizes of it, for the same purpose
+    lengths      other numbers of epochs of it, for the same purpose
     early        start the run at the earliest kept state of the training, for the same purpose
     fresh        epochs of a training from fresh weights, for the same purpose
     whole        runs of one epoch over all images that the encoder was trained on
@@ -565,11 +567,13 @@ class TrainingAware(Retrained):
     small_views: bool = True
     runs: int = Field(2, ge=2)
     removals: dict[float, Annotated[int, Field(ge=3)]] = Field({0.01: 4, 0.05: 6, 0.5: 4})
+    probes: int = Field(6, ge=3)
     unseen: int = Field(32, ge=4)
     own: int = Field(6, ge=4)
     copies: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 8)
     rates: tuple[float, ...] = (0.4,)
     batches: tuple[Annotated[int, Field(ge=3)], ...] = ()
+    lengths: tuple[Epochs, ...] = ()
     early: bool = False
     fresh: int = Field(1, ge=1)
     whole: int = Field(2, ge=2)
@@ -579,9 +583,10 @@ class TrainingAware(Retrained):
 
     @model_validator(mode="after")
     def _runs_are_compared(self) -> TrainingAware:
-        if self.probed not in self.removals:
+        if self.removals.get(self.probed, 0) < self.probes:
             raise ValueError(
-                f"removals = {self.removals}: runs are compared at {self.probed}; add it"
+                f"removals = {self.removals}: runs are compared at {self.probed} by {self.probes} "
+                "sets (probes); add them"
             )
         return self
 
@@ -623,13 +628,15 @@ class TrainingAware(Retrained):
         }
 
     def variants(self, first: Pretrain) -> dict[str, Pretrain]:
-        """The first run, at other learning rates and batch sizes, and from earlier weights."""
+        """The first run at other rates, in other batches, longer, and from earlier weights."""
         run = self.continued(first, 0)
         found = {f"learning rate {self.continued_lr:g}": run}
         for rate in self.rates:
             found[f"learning rate {rate:g}"] = self.continued(first, 0, lr=rate)
         for size in self.batches:
             found[f"batches of {size}"] = in_batches(run, size)
+        for epochs in self.lengths:
+            found[f"{epochs} epochs"] = run.model_copy(update={"epochs": epochs})
         if self.early and first.snapshots:
             after = first.snapshots[0]
             name = f"after {after} of {first.epochs} epochs"
@@ -643,7 +650,7 @@ class TrainingAware(Retrained):
             *("everyone", "whole", "variants", "variants_removed"),
         )
         of: dict[str, dict[Labels, Stage]] = {name: {} for name in names}
-        probes = self.random(self.probed, self.removals[self.probed])
+        probes = self.random(self.probed, self.probes)
         for m, e in product(self.methods, range(self.encoders)):
             first, who = self.training(m, e), (m, e)
             scores = of["scores"][who] = self.score(first)
