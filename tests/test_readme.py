@@ -596,13 +596,17 @@ def test_what_copies_leave_of_a_score_is_the_released_tables() -> None:
     told = table_of("docs/method.md", "share of the score left beside 64 copies, among")
     assert list(told.values()) == [
         [left(column, "", rank, among) for among in sets]
-        for rank in ("-rank4", "")
+        for rank in ("-rank4", "", "-rank64")
         for column in ("influence", "predicted")
     ]
     on_projector = left("influence", "-projector", "", "")
     assert f"among 50,000 images, {on_projector} is left" in IN_ONE_LINE
     (few,) = {left("influence", output, "", "", 16) for output in ("", "-projector")}
     assert f"Beside 16 copies it is {few} on both outputs" in IN_ONE_LINE
+    few, one = (left("influence", "", "-rank64", "", k) for k in (16, 1))
+    assert (
+        f"among 50,000 images, {few} is left beside 16 copies, but {one} beside one" in IN_ONE_LINE
+    )
 
 
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
