@@ -29,8 +29,8 @@ from torch.nn.functional import normalize
 import issl
 from issl.audit.stats import baselines, statistics
 from issl.audit.stats.neighbour_graph import nearest
-from issl.evaluate import embed
 from issl.files import provided
+from issl.measures import embed
 
 ENCODER = "encoders/cifar10-simclr-w16-0.safetensors"
 

@@ -26,12 +26,12 @@ from report import keep, machine
 from scipy.stats import spearmanr
 
 import issl
-from issl import evaluate
+from issl import measures
 from issl.audit.stats import evaluate as hits
 from issl.devices import full_precision
 from issl.files import REPOSITORY
 from issl.influence.losses import stability_loss
-from issl.influence.passes import Computing
+from issl.influence.scorer import Computing
 from issl.pretraining.encoder import load_encoder
 from issl.pretraining.learner import Learner
 from issl.pretraining.loop import Execution, epoch_uniforms, pretrain
@@ -169,7 +169,7 @@ def evaluation() -> dict[str, Any]:
     """Features and kNN of all of CIFAR-10 at full width."""
     train, test = issl.load("cifar10"), issl.load("cifar10", split="test")
     encoder = random_encoder(64, train)
-    (x, y), embedding = timed(lambda: [evaluate.embed(encoder, s, CUDA) for s in (train, test)])
+    (x, y), embedding = timed(lambda: [measures.embed(encoder, s, CUDA) for s in (train, test)])
     labels, truth = train.require_labels(), test.require_labels()
     _, knn = timed(lambda: hits.knn_hits(x, labels, y, truth, device=CUDA))
     return {"seconds": {"features": embedding, "kNN": knn}}

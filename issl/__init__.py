@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from issl.influence.kept import Fitted as Fitted
     from issl.influence.kept import fit as fit
     from issl.influence.kept import load_fitted as load_fitted
-    from issl.influence.passes import Computing as Computing
     from issl.influence.perturbation import Augmentation as Augmentation
     from issl.influence.perturbation import ClippedNoise as ClippedNoise
     from issl.influence.perturbation import GaussianNoise as GaussianNoise
+    from issl.influence.scorer import Computing as Computing
     from issl.influence.scores import cross_influence as cross_influence
     from issl.influence.scores import self_influence as self_influence
     from issl.influence.scores import top_influences as top_influences
@@ -47,7 +47,7 @@ _MODULES = {
     "errors": "IsslError",
     "influence.curvature": "Curvature Diagonal EKFAC Exact Identity LoGra RandomProjection",
     "influence.kept": "Fitted fit load_fitted",
-    "influence.passes": "Computing",
+    "influence.scorer": "Computing",
     "influence.perturbation": "Augmentation ClippedNoise GaussianNoise",
     "influence.scores": "cross_influence self_influence top_influences",
     "pretraining.encoder": "load_encoder",

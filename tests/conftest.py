@@ -1,7 +1,5 @@
 """Shared fixtures. jaxtyping's shapes are checked at run time in every test (beartype)."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

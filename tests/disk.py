@@ -1,7 +1,5 @@
 """Data sets in the layouts of the published ones, made small."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

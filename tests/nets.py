@@ -1,7 +1,5 @@
 """Small networks and images that the influence engine is tested on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import pandas as pd

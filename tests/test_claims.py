@@ -1,7 +1,5 @@
 """The rules by which claims are judged, the records, and the tables of verdicts made of them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -46,8 +44,6 @@ def test_a_test_is_contradicted_only_where_it_could_have_held_and_an_outcome_is_
         top, middle = Estimate(ceiling, 0.0, 1.0, 9), (low + high) / 2
         assert above.state({"rho": Estimate(middle, low, high, 9), "ceiling": top}) == state
         assert below.state({"rho": Estimate(-middle, -high, -low, 9), "ceiling": top}) == state
-    with pytest.raises(issl.IsslError, match="'ceiling'"):
-        above.state({"rho": Estimate(0.2, 0.1, 0.3, 9)})
     exact = claims.Condition(metric="rho", bound="value", above=0.0)
     assert exact.state({"rho": estimate(-1.0, 0)}) == "contradicted"
     p = claims.Condition(metric="p", bound="value", below=0.05, p_value=True)
@@ -72,9 +68,6 @@ def test_a_verdict_needs_a_profile_and_encoders_that_have_learned() -> None:
     ):
         few = judged(0.95, dataset=dataset, learned=LEARNED | changed)
         assert few == ("reproduced", claims.UNTESTED)
-    for wrong, named in (({"learned": None}, "what they learned"), ({"dataset": "x"}, "'x'")):
-        with pytest.raises(issl.IsslError, match=named):
-            judged(0.95, **wrong)
     for value, verdict in ((1e-9, claims.PASSED), (1.0, claims.FAILED)):  # of the code
         metrics = {"relative_difference": estimate(value, 0)}
         assert claims.judge("method_exact", metrics, "quick", "scenes")["verdict"] == verdict
@@ -136,9 +129,7 @@ def records(tmp_path: Path) -> list[verdicts.Record]:
     return verdicts.read_records(tmp_path.glob("claim_*.json"))
 
 
-def test_records_are_read_in_order_and_a_bad_one_is_named(
-    records: list[verdicts.Record], tmp_path: Path
-) -> None:
+def test_records_are_read_in_order_and_a_bad_one_is_named(records, tmp_path) -> None:
     names = [SEEDS, SEEDS, "low_influence_duplicates"]
     assert [r["name"] for r in records] == ["method_exact", *names]
     assert [r["variant"] for r in records] == ["", "simclr", "byol", "simclr"]
@@ -154,9 +145,7 @@ def test_records_are_read_in_order_and_a_bad_one_is_named(
             verdicts.read_records([path])
 
 
-def test_the_tables_are_the_records_and_small_scales_decide_nothing(
-    records: list[verdicts.Record],
-) -> None:
+def test_the_tables_are_the_records_and_small_scales_decide_nothing(records) -> None:
     row = verdicts.table(records).loc[1]
     assert row[["low", "high", "tests_held"]].tolist() == pytest.approx([0.7, 0.9, 0])
     answers = verdicts.answers(records, records)

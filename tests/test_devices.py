@@ -1,7 +1,5 @@
 """The machine: precision, GPUs that cannot be used, memory that runs out or is limited."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nets
@@ -10,9 +8,9 @@ import pytest
 import torch
 
 import issl
-from issl import devices, evaluate
+from issl import devices, measures
 from issl.devices import Batches, free_memory, full_precision, pick_device
-from issl.influence.passes import Computing
+from issl.influence.scorer import Computing
 from issl.influence.scores import self_influence
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -34,29 +32,20 @@ def test_full_precision_is_that_of_the_block_alone() -> None:
         assert not cudnn.deterministic
 
 
-def test_a_gpu_that_torch_cannot_use_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its driver is too old, or torch has no CUDA."""
+def test_a_gpu_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch) -> None:
+    """Unless it is hidden on purpose, or a container has the driver without the GPU."""
     gpu = tmp_path / "nvidia0"
     gpu.touch()
     monkeypatch.setattr(devices, "NODES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(issl.IsslError, match=r"nvidia0.*built for CUDA 13\.2, cannot use it"):
+    with pytest.raises(issl.IsslError, match="nvidia0"):
         pick_device("auto")
-    assert pick_device("cpu").type == "cpu"
     with monkeypatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert pick_device("auto").type == "cpu"
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(issl.IsslError, match="built for CPUs, cannot use it"):
-        pick_device("auto")
-    gpu.rename(gpu.with_name("nvidiactl"))  # a container without the GPU sees the driver
+    gpu.rename(gpu.with_name("nvidiactl"))
     assert pick_device("auto").type == "cpu"
-    with pytest.raises(issl.IsslError, match="torch sees no GPU"):
-        pick_device("cuda")
 
 
 def test_where_the_gpus_memory_runs_out_batches_are_halved() -> None:
@@ -85,7 +74,7 @@ def test_scores_and_features_survive_it() -> None:
     net, images = nets.make("batchnorm", torch.float32), nets.pictures(12)
     how, failures = Computing(batch_size=12), []
     whole = self_influence(net, images, computing=how)["influence"]
-    features = evaluate.embed(net, images)
+    features = measures.embed(net, images)
 
     def crowded(_: object, args: tuple[torch.Tensor]) -> None:
         if len(args[0]) > 8:
@@ -95,14 +84,12 @@ def test_scores_and_features_survive_it() -> None:
     net[0].register_forward_pre_hook(crowded)
     again = self_influence(net, images, computing=how)["influence"]
     np.testing.assert_allclose(again, whole, rtol=1e-5)
-    torch.testing.assert_close(evaluate.embed(net, images), features)
+    torch.testing.assert_close(measures.embed(net, images), features)
     assert len(failures) >= 2
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_containers_limit_counts(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_containers_limit_counts(version: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
     assert 10**6 < free_memory() < 10**14  # no cgroups: the machine's

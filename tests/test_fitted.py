@@ -1,24 +1,26 @@
-"""A curvature that is kept: fitted once, written, added up, and used for other images."""
+"""A curvature that is kept: fitted once, written, added up, and used for other images; and large
+sets in parts."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from disk import encoder
 from nets import make, pictures
-from safetensors.torch import save_file
 from torch import nn
 
 import issl
-from issl import EKFAC, Diagonal, Exact, GaussianNoise, Identity, LoGra
+from issl import EKFAC, Diagonal, Exact, GaussianNoise, LoGra, cli
+from issl.engine import Engine, Task
 from issl.influence import reference
-from issl.influence.kept import HEADER
 from issl.influence.losses import CrossEntropy
+from issl.influence.parts import Scoring, score_in_parts
+from issl.influence.scorer import Measurement
 
 PCA = LoGra(3, projection="pca", fit=20)
 
@@ -123,25 +125,23 @@ def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
-    net, names = make("batchnorm"), ("good", "old", "broken")
+    net, names = make("batchnorm"), ("good", "broken")
     files = {name: tmp_path / f"{name}.safetensors" for name in names}
     fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
     fitted.save(files["good"])
-    save_file({"a": torch.zeros(1)}, files["old"], {HEADER: json.dumps({"version": 3})})
     files["broken"].write_bytes(files["good"].read_bytes()[:-50])
     other, darker = make("batchnorm"), make("batchnorm")
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-3
     darker.forward = lambda x: nn.Sequential.forward(darker, x - 0.5)
-    for name, encoder, curvature, message in [
+    for name, given, curvature, message in [
         ("good", other, None, "another encoder"),
         ("good", darker, None, "other numbers of the images"),
-        ("old", net, None, "version 3"),
         ("broken", net, None, "curvature file .* is damaged"),
         ("good", net, LoGra(5), "curvature is .*4.* in one and .*5"),
     ]:
         with pytest.raises(issl.IsslError, match=message):
-            issl.load_fitted(files[name], encoder, curvature=curvature)
+            issl.load_fitted(files[name], given, curvature=curvature)
     second = issl.fit(net, pictures(20, seed=1), curvature=LoGra(4), seed=1)
     with pytest.raises(issl.IsslError, match="seed is 0 in one and 1"):
         fitted.add(second)
@@ -156,10 +156,6 @@ def test_what_cannot_be_done() -> None:
     large = nn.Sequential(nn.Flatten(), nn.Linear(432, 3000)).eval()
     for named, attempt in {
         r"same 20 images of random pictures": lambda: fitted.add(fitted),
-        r"same 20 images": lambda: fitted.extend(pictures(20)),
-        r"\(16, 16\) px": lambda: fitted.score(pictures(4, side=16)),
-        r"damping 0\.0": lambda: fitted.score(pictures(4), sweep=[0.0]),
-        r"sums nothing": lambda: issl.fit(large, pictures(4), curvature=Identity()),
         r"take .* GB": lambda: issl.fit(large, pictures(4), curvature=Exact()),
     }.items():
         with pytest.raises(issl.IsslError, match=named):
@@ -168,3 +164,59 @@ def test_what_cannot_be_done() -> None:
         net[0].weight.mul_(2)
     with pytest.raises(issl.IsslError, match="other features than when it was fitted"):
         fitted.score(pictures(4))
+
+
+WHAT = Measurement(GaussianNoise(), LoGra(4))
+
+
+def load(what: Measurement = WHAT, seed: int = 0, kept: Path | None = None) -> Scoring:
+    return Scoring(make("residual"), pictures(53, seed=seed), what, kept=kept)
+
+
+def tasks_of(folder: Path, **other: Any) -> dict[str, Task]:
+    return score_in_parts(folder, partial(load, **other), fit_part=20, score_part=8)
+
+
+def same_as_whole(folder: Path) -> None:
+    table = pd.read_parquet(folder / "scores")  # any reader of parquet data sets joins them
+    want = issl.self_influence(make("residual"), pictures(53), WHAT.perturbation, WHAT.curvature)
+    assert table["index"].tolist() == want["index"].tolist()
+    for column in ("influence", "stability_loss", "grad_norm"):
+        np.testing.assert_allclose(table[column], want[column], rtol=1e-9)
+
+
+def test_parts_give_the_scores_of_the_whole_and_are_not_computed_again(tmp_path: Path) -> None:
+    """Three of the fit, their sum, seven of the scores, the last of them in two processes."""
+    run = Engine().run(tasks_of(tmp_path))
+    for _ in range(6):  # three parts fitted, their sum, two parts scored
+        next(run)
+    run.close()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("0*.*")}
+    rest = tasks_of(tmp_path)
+    assert len(written) == 5 and set(rest) == {f"scores/{k:05}" for k in range(2, 7)}
+    assert not any(end.error for end in Engine(2).run(rest))
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert tasks_of(tmp_path) == {}
+    same_as_whole(tmp_path)
+    other = tasks_of(tmp_path / "other", kept=tmp_path / "curvature.safetensors")
+    assert len(other) == 7 and not any(end.error for end in Engine().run(other))
+    same_as_whole(tmp_path / "other")
+
+
+def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
+    tasks_of(tmp_path)
+    for other in ({"what": replace(WHAT, seed=1)}, {"seed": 1}):
+        with pytest.raises(issl.IsslError, match="holds scores of another"):
+            tasks_of(tmp_path, **other)
+
+
+def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = str(tmp_path / "all"), str(tmp_path / "one.parquet")
+    given = "influence --data scenes --n 12 --rank 2 --device cpu --encoder".split()
+    given += [encoder(tmp_path / "e.safetensors"), "--out"]
+    for out in (folder, file, folder):
+        capsys.readouterr()
+        assert cli.main([*given, out]) == 0
+    assert "0 of 0 missing parts made" in capsys.readouterr().out
+    one, parts = (pd.read_parquet(path) for path in (file, tmp_path / "all/scores"))
+    pd.testing.assert_frame_equal(one, parts, rtol=1e-6)

@@ -4,8 +4,6 @@
 processor rounds otherwise, which two epochs make 1% of.)
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """On a GPU (`pytest -m gpu`): the same numbers as on the CPU, and the host does not wait."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 import issl
-from issl import Augmentation, Computing, GaussianNoise, cross_influence, evaluate, self_influence
+from issl import Augmentation, Computing, GaussianNoise, cross_influence, measures, self_influence
 from issl.audit.stats.evaluate import knn_hits
 from issl.devices import full_precision
 from issl.influence.curvature import KINDS, named_curvature
@@ -85,8 +83,8 @@ def test_training_takes_the_same_steps_and_the_same_each_time(method: Method) ->
 def test_features_losses_and_votes(net: torch.nn.Module) -> None:
     images, labels, found = nets.pictures(60), torch.arange(60) % 3, []
     for d in (torch.device("cpu"), CUDA):
-        features = evaluate.embed(copy.deepcopy(net), images, d)
-        losses = evaluate.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d)
+        features = measures.embed(copy.deepcopy(net), images, d)
+        losses = measures.stability_losses(copy.deepcopy(net), images, GaussianNoise(), 0, 2, d)
         known = found[0][0] if found else features
         hits = knn_hits(known, labels, known, labels, k=3, device=d)
         found.append((features, losses, hits))

@@ -1,7 +1,5 @@
 """`hf:` reads what Hugging Face's datasets reads: the pixels of a folder, labels of every type."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -96,8 +94,6 @@ def test_splits_and_a_set_that_changed_in_its_place(photos: Path, tmp_path: Path
     pq.write_table(whole.slice(0, 8), tmp_path / "train.parquet")
     pq.write_table(whole.slice(8), tmp_path / "test.parquet")
     assert [len(issl.load(name, split)) for split in ("train", "test")] == [8, 5]
-    with pytest.raises(issl.IsslError, match=r"split 'val'.* has train, test"):
-        issl.load(name, "val")
     before, one = datasets.identity(name), issl.load(name, size=SIZE).pixels.identity()
     pq.write_table(whole.slice(8, 4), tmp_path / "train.parquet")
     assert datasets.identity(name).digest != before.digest and datasets.count(name) == 4
@@ -132,10 +128,8 @@ def test_texts_are_classes_and_columns_may_be_called_like_ours(tmp_path: Path) -
 
 def test_bad_tables(tmp_path: Path) -> None:
     for columns, message in [
-        ({"a": [1]}, "no column of images .*its columns are a"),
         ({"image": [{"bytes": None, "path": "/etc/passwd"}]}, "holds no encoded image but None"),
         ({"image": FOUR, "label": [-1, 5, 0, 1]}, "a label is -1"),
-        ({"image": FOUR, "label": [0.5, 1.0, 1.0, 1.0]}, "need whole numbers, or texts"),
     ]:
         with pytest.raises(issl.IsslError, match=message):
             issl.load(written(tmp_path, columns), size=16)

@@ -1,8 +1,6 @@
 """Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers
 are. Those that take longest are marked slow."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from itertools import product
@@ -24,7 +22,7 @@ from issl.audit.profiles import PLANS, ProfileOptions
 from issl.audit.stats import datamodeling, explained_variance, statistics
 from issl.audit.stats.neighbour_graph import neighbours_kept
 from issl.audit.stats.pixel_features import pixel_features
-from issl.evaluate import stability_losses
+from issl.measures import stability_losses
 from issl.pretraining.batchnorm import estimate_statistics
 
 # run with `--dist loadfile`: one worker runs them, once
@@ -258,7 +256,7 @@ def test_09_closed_form(out: Path) -> None:
 
 @pytest.mark.slow
 def test_10_is_what_the_trainings_in_the_cache_show(out: Path) -> None:
-    """By functions that test_response.py holds against their definitions."""
+    """By functions that test_statistics.py holds against their definitions."""
     p = plan(out, "10_validation")
     n, tables, seeds = len(p.training_set), p.tables(), range(2)
     after, own = (tables[name].stages for name in ("after subsets", "own losses"))

@@ -5,8 +5,6 @@ Commands run as they stand, but smaller: fewer images and epochs, a narrower enc
 file instead of the network. `./run_all.sh` and `./run_all.sh --test` are what `.ci/run` calls.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -126,9 +124,7 @@ common: {dataset: cifar10, n: 32, n_test: 20, width: 1, epochs: 1, batch_size: 1
     "line",
     [pytest.param(line, marks=pytest.mark.slow if RUNS.search(line) else ()) for line in OURS],
 )
-def test_the_command_does_what_it_says(
-    line: str, small: None, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_does_what_it_says(line, small, desk, tmp_path, monkeypatch) -> None:
     words = [w for w in shlex.split(line) if not re.fullmatch(r"ISSL_DATA=\S+", w)]
     if line in ("./run_all.sh", "./run_all.sh --test"):
         called = (REPOSITORY / ".ci/run").read_text()
@@ -324,14 +320,6 @@ def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     plain = outcomes["plain_backgrounds_lead"]
     assert set(plain[:, "overnight-normalised"]) == {"reproduced"}
     assert set(plain[:, "overnight-projector"]) == {"contradicted"}
-    against_460 = [
-        r["provenance"]["profile"]
-        for r in records
-        if r["name"] == "plain_backgrounds_lead" and r["metrics"]["plain_top_less_460"]["low"] > 0.1
-    ]
-    assert against_460 == ["overnight-normalised"] * 3
-    one_car = table[table["name"] == "lowest_automobiles_are_one_car"]
-    assert set(one_car[one_car["method"] == "byol"]["value"]) == {1.0}
     assert "reproduced" not in set(outcomes["training_seed_correlation"])
     repeats, more = outcomes["noise_seed_correlation"], outcomes["more_than_statistics"]
     assert set(repeats["byol"]) == set(repeats[:, "overnight-normalised"]) == {"reproduced"}

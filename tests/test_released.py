@@ -1,6 +1,5 @@
-"""What comes with the repository: found by the keys of `overnight`, without any data, and whole."""
-
-from __future__ import annotations
+"""What comes with the repository: found by the keys of `overnight`, without any data, and whole; a
+stranger's scores beside it."""
 
 import re
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+import issl
 from issl import cli
 from issl.audit import RELEASED, cache
 from issl.audit.again import differences
@@ -20,9 +20,11 @@ from issl.audit.profiles import ProfileOptions, all_stages
 from issl.audit.settings import Data
 from issl.audit.stages import Embed, Pretrain
 from issl.audit.table_stages import Known, Pixels, Thumbnails, shown_images
+from issl.commands.reference import open_reference
 from issl.errors import IsslError
 from issl.files import REPOSITORY, file_digest, provided
-from issl.pretraining.encoder import read_encoder
+from issl.influence.scorer import Measurement
+from issl.pretraining.encoder import Encoder, read_encoder
 from issl.pretraining.learner import load_learner
 
 
@@ -63,9 +65,7 @@ def test_every_released_artifact_is_one_of_overnight(tmp_path: Path) -> None:
     assert {str(p) for p in files if "unfinished" not in p.parts} == listed
 
 
-def test_what_is_released_is_read_alone_and_damage_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_released_is_read_alone_and_damage_is_named(tmp_path: Path, capsys) -> None:
     """A damaged table is computed again, a damaged encoder is an error."""
     data, released = Data(name="scenes", n=32), tmp_path / "released"
     train = Pretrain(data=data, width=1, epochs=2, batch_size=16, snapshots=(1,))
@@ -192,3 +192,30 @@ def test_pixels_that_are_not_shown_are_an_error(tmp_path: Path) -> None:
     other = next(k for k in range(64) if int(whole.index[k]) not in shown)
     with pytest.raises(IsslError, match=f"image {int(whole.index[other])} of scenes"):
         images.subset([other]).tensor()
+
+
+NAME = "cifar10-simclr-w16"
+WEIGHTS = REPOSITORY / f"released/encoders/{NAME}-1.safetensors"
+USUAL = Measurement(issl.GaussianNoise(0.05, 0.2), issl.LoGra(16, 0.1))
+
+
+def test_other_settings_or_another_architecture_are_one_error() -> None:
+    encoder = issl.load_encoder(WEIGHTS)
+    others = {"curvature": issl.LoGra(8), "perturbation": issl.GaussianNoise(0.05, 0.1), "draws": 2}
+    for name, value in others.items():
+        with pytest.raises(IsslError, match=f"--reference {NAME}.*{name}"):
+            open_reference(NAME, encoder, replace(USUAL, **{name: value}))
+    with pytest.raises(IsslError, match="another architecture"):
+        open_reference(NAME, Encoder(width=8).backbone, USUAL)
+
+
+def test_a_percentile_is_the_share_of_the_reference_below(tmp_path: Path) -> None:
+    reference = open_reference(NAME, issl.load_encoder(WEIGHTS), USUAL)
+    assert len(reference) == 50_000
+    out = str(tmp_path / "scores.csv")
+    command = f"influence --data scenes --n 24 --reference {NAME} --encoder".split()
+    assert cli.main([*command, str(WEIGHTS), "--out", out]) == 0
+    table = pd.read_csv(out)
+    want = [100 * (reference < score).mean() for score in table["influence"]]
+    np.testing.assert_allclose(table["reference_percentile"], want, atol=0.01)
+    assert min(want) < max(want)

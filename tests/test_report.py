@@ -1,9 +1,14 @@
-"""The report: its parts from what a run left, and the pages themselves in a browser, opened from
-files."""
+"""The report: its parts from what a run left, the pages in a browser, opened from files; and files
+and names of strangers: nothing in them runs, fills the memory, leaves its folder or asks the
+network."""
 
-from __future__ import annotations
-
+import json
+import os
+import pickle
 import re
+import sys
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +17,26 @@ from urllib.parse import unquote, urlsplit
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from disk import png
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 import issl
+from issl import cli
 from issl.audit import site as report
 from issl.audit.cache import Artifacts
 from issl.audit.claims import provenance, record
+from issl.audit.data import human_choices
 from issl.audit.profiles import PLANS
 from issl.audit.stats.statistics import Estimate
 from issl.audit.verdicts import read_records, summary
+from issl.files import REPOSITORY
+from issl.pretraining.other_encoders import open_encoder
 
 FORMULAS = "\n\nLet $x_i < 1$ and `cost: $5`:\n\n$$\\frac{a}{b}$$"
 TABLE = {"text/html": "<table><th>overlap_top1</th><td>barlow_twins</td></table>"}
@@ -33,13 +46,24 @@ def printed(text: str) -> list[nbformat.NotebookNode]:
     return [new_output("stream", text=text)]
 
 
+def write(out: Path, profile: str, books: dict[str, nbformat.NotebookNode], plans: dict) -> Path:
+    """The folder of a report on these executed notebooks; records may lie there already."""
+    results, figures = out / "results" / profile, out / "figures" / profile
+    figures.mkdir(parents=True)
+    for name, book in books.items():
+        nbformat.write(book, results / f"{name}.ipynb")
+        plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
+        (figures / f"{name}.csv").write_text("a\n1\n")
+    report.build(profile, plans, Artifacts(out / "artifacts"), out)
+    return results
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report on two notebooks."""
     out = tmp_path_factory.mktemp("report")
-    results, figures = out / "results/mini", out / "figures/mini"
+    results, books = out / "results/mini", {}
     results.mkdir(parents=True)
-    figures.mkdir(parents=True)
     source = provenance("overnight", {}, torch.device("cpu"), [])
     learned = {"knn": 0.4, "untrained": 0.2, "encoders": 3}
     about: dict[str, Any] = {"dataset": "scenes", "n": 40, "seeds": [0], "learned": learned}
@@ -57,12 +81,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             new_code_cell("t", outputs=[new_output("display_data", TABLE)]),
             new_code_cell("print('<b>')", outputs=printed("<b> & \x1b[31mred\x1b[0m")),
         ]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), results / f"{name}.ipynb")
-        plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
-        (figures / f"{name}.csv").write_text("a\n1\n")
+        books[name] = nbformat.v4.new_notebook(cells=cells)
     plans = {name: plan_of(profile="mini", out=str(out)) for name, plan_of in PLANS.items()}
-    report.build("mini", plans, Artifacts(out / "artifacts"), out)
-    return results
+    return write(out, "mini", books, plans)
 
 
 def test_every_link_leads_somewhere_and_nothing_is_fetched(site: Path) -> None:
@@ -112,11 +133,6 @@ def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
     assert report.bars(unknown)[0] is None
 
 
-def test_without_anything_run_there_is_nothing_to_report(tmp_path: Path) -> None:
-    with pytest.raises(issl.IsslError, match="holds no executed notebook"):
-        report.build("mini", {}, Artifacts(tmp_path), tmp_path)
-
-
 @pytest.mark.parametrize("width", [360, 1280])
 def test_an_answer_is_hidden_until_asked_for_and_no_screen_needs_scrolling_sideways(
     width: int, browser: Any, site: Path
@@ -137,3 +153,145 @@ def test_an_answer_is_hidden_until_asked_for_and_no_screen_needs_scrolling_sidew
     assert page.locator("code", has_text="print").is_visible()
     page.close()
     assert [said for said in bad if not said.startswith(("file:", "data:"))] == []
+
+
+# --- code in data, and a bomb ---
+
+
+class Evil:
+    """Unpickled with the usual reader, it creates a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_would_run_a_command_does_not(zipped: bool, tmp_path: Path) -> None:
+    mark, path = tmp_path / "was_here", tmp_path / "weights.pt"
+    content = {"state_dict": Evil(mark)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    said = r"holds more than tensors( \(it asks for \S*system\))?, and reading"
+    with pytest.raises(issl.IsslError, match=said):
+        open_encoder(str(path))
+    given = ["run", "--only", "03", "--checkpoint", f"simclr={path}", "--out", str(tmp_path)]
+    assert cli.main(given) == 2 and not mark.exists()
+
+
+def test_data_sets_in_pickles_do_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "was_here"
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]:
+        (batches / name).write_bytes(pickle.dumps(Evil(mark)))
+    with pytest.raises(issl.IsslError, match=r"differs or a file is missing.; download it again"):
+        issl.load("cifar10", root=tmp_path)
+    (tmp_path / "cifar10h").mkdir()
+    np.save(tmp_path / human_choices.FILE, np.array([Evil(mark)], dtype=object), allow_pickle=True)
+    with pytest.raises(issl.IsslError, match=r"is not a readable .npy file"):
+        human_choices.read(tmp_path)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(mark)))  # with the usual reader it runs
+    assert mark.exists()
+
+
+def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(30_000_000))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(issl.IsslError, match=r"declares 30\.0 MB of content in a file of 0\.0 MB"):
+        open_encoder(str(path))
+
+
+# --- names ---
+
+SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
+FORMULA = r"$\frac{1}{$_$"
+THERE = "http://elsewhere.example"
+
+
+def attack() -> Any:
+    """A notebook whose outputs hold what a name could bring into them, escaped or not."""
+    new = nbformat.v4
+    frame = pd.DataFrame({SCRIPT: [SCRIPT]}).to_html()
+    raw = (
+        f"{SCRIPT}<iframe src='{THERE}/a'></iframe><img src='{THERE}/a.png'>"
+        f"<link rel=stylesheet href='{THERE}/a.css'><style>p {{background: url({THERE}/)}}"
+        f"</style><p>x</p><object data='{THERE}/o'></object><base href='{THERE}/'>"
+        f"<meta http-equiv=refresh content='0; url={THERE}/'><svg onload=window.pwned=1></svg>"
+        "<a id=bad href='javascript:window.pwned=1'>here</a>"
+    )
+    places = f"{SCRIPT} of {Path.home()}/photos and {REPOSITORY}/issl/x.py"
+    trace = [f"File {sys.prefix}/lib/x.py", SCRIPT]
+    markdown = f"| a |\n|---|\n| {SCRIPT} ${SCRIPT}$ |"
+    shown = [("html", frame), ("html", raw), ("markdown", markdown), ("plain", SCRIPT)]
+    outputs = [
+        new.new_output("stream", text=places),
+        new.new_output("error", ename="E", evalue=SCRIPT, traceback=trace),
+        *(new.new_output("display_data", data={f"text/{kind}": text}) for kind, text in shown),
+    ]
+    title = new.new_markdown_cell(f"# {SCRIPT}\n\n## {SCRIPT}")
+    return new.new_notebook(cells=[title, new.new_code_cell(f"'{SCRIPT}'", outputs=outputs)])
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on images whose classes and columns have hostile names, in a folder of a person's
+    machine."""
+    out, rng = tmp_path_factory.mktemp("private"), np.random.default_rng(0)
+    images = [png(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)) for _ in range(24)]
+    names = [(SCRIPT, FORMULA)[k % 2] for k in range(24)]
+    table = pa.table({"image": images, "label": names, SCRIPT: names})
+    pq.write_table(table, out / "set.parquet")
+    data = f"hf:{out}/set.parquet"
+    results = out / "results/mine"
+    results.mkdir(parents=True)
+    place = {"out": str(out), "data_root": str(out)}
+    plan = PLANS["00_method"](profile="mine", dataset=data, n=24, images=12, **place)
+    source = plan.source()
+    metrics = {"relative_difference": Estimate(0.0, 0.0, 0.0, 4)}
+    record("method_exact", metrics, source, results, dataset=data, n=4, seeds=[0])
+    return write(out, "mine", {"00_method": attack()}, {"00_method": plan})
+
+
+def test_no_place_of_the_machine_is_in_the_report_or_a_record(hostile: Path) -> None:
+    texts = [hostile / "index.html", *(hostile / "report").rglob("*.*"), *hostile.glob("*.json")]
+    assert {p.suffix for p in texts} >= {".html", ".json", ".png"}
+    private = [str(hostile.parents[1]), str(Path.home()), str(REPOSITORY), sys.prefix]
+    for path in texts:
+        content = path.read_bytes().decode("utf-8", "replace")
+        assert [p for p in private if len(p) > 1 and p in content] == [], path.name
+    page = (hostile / "report/00_method.html").read_text()
+    assert "~/photos and REPOSITORY/issl/x.py" in page and "PYTHON/lib/x.py" in page
+    written = json.loads((hostile / "claim_method_exact.json").read_text())
+    assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == "hf:set.parquet"
+
+
+def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(
+    browser: Any, hostile: Path
+) -> None:
+    page, file, asked = browser.new_page(), hostile / "report/00_method.html", []
+
+    def offline(route: Any) -> None:
+        asked.append(route.request.url)
+        route.abort()
+
+    page.route(re.compile("^http"), offline)
+    page.goto((hostile / "index.html").as_uri())
+    assert page.evaluate("window.pwned") is None
+    page.goto(file.as_uri())
+    page.wait_for_timeout(300)
+    page.click("#bad")
+    assert page.evaluate("window.pwned") is None and page.url.endswith(file.name)
+    assert asked == []
+    # without its policy the attack succeeds: the assertions above could fail
+    policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')
+    bare, removed = policy.subn("", file.read_text())
+    file.with_name("bare.html").write_text(bare)
+    page.goto(file.with_name("bare.html").as_uri())
+    page.wait_for_timeout(300)
+    assert removed == 1 and page.evaluate("window.pwned") == 1 and len(asked) >= 3
+    page.close()

@@ -30,16 +30,15 @@ from issl.audit.stats.pixel_features import pixel_features
 from issl.data.images import Images
 from issl.devices import full_precision
 from issl.errors import IsslError
-from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors, write_json, write_safetensors
 from issl.influence.curvature import LoGra, RandomProjection
 from issl.influence.kept import fit
 from issl.influence.layers import scored_layers
 from issl.influence.losses import CrossEntropy, stability_loss
-from issl.influence.passes import Computing
 from issl.influence.perturbation import Augmentation, GaussianNoise
+from issl.influence.scorer import Computing
 from issl.influence.scores import as_queries, cross_influence, self_influence
-from issl.measures import Measure, knn_margins, mean_of, stability_measures
+from issl.measures import Measure, embed, knn_margins, mean_of, stability_losses, stability_measures
 from issl.pretraining.batchnorm import copy_statistics, estimate_statistics
 from issl.pretraining.checkpoint import Checkpoint
 from issl.pretraining.encoder import Encoder, Output, load_encoder, save_encoder
@@ -708,7 +707,7 @@ class Evaluate(Table):
     """Is the class found by weighted kNN, and by a linear probe? hits.parquet; the probe's C is
     among the table's `attrs`."""
 
-    name: ClassVar[str] = "evaluate"
+    name: ClassVar[str] = "measures"
     file: ClassVar[str] = "hits.parquet"
 
     train: Embed

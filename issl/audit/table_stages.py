@@ -35,14 +35,13 @@ from issl.audit.stats import baselines, evaluate, explained_variance, neighbour_
 from issl.audit.stats.pixel_features import pixel_features, texture
 from issl.audit.stats.removals import Seen
 from issl.audit.stats.tables import Numbers, tidy
-from issl.data.decoding import decode
-from issl.data.images import Images, LazyPixels, own_names
+from issl.data.images import Images, LazyPixels, decode, own_names
 from issl.devices import full_precision
 from issl.errors import IsslError
 from issl.influence.curvature import LoGra
 from issl.influence.kept import fit
-from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
+from issl.influence.scorer import Computing
 from issl.pretraining.encoder import Output
 
 COPY = 1 << 41  # offset of the indices of an image's copies, so that each has its own noise

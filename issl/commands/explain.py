@@ -18,18 +18,17 @@ from PIL import Image
 from issl.commands import pictures
 from issl.commands.options import add_image_arguments, load_images
 from issl.data import datasets
-from issl.data.decoding import decode
-from issl.data.images import Images, own_names
+from issl.data.images import Images, decode, own_names
 from issl.devices import pick_device
 from issl.engine import whole
 from issl.errors import IsslError
-from issl.evaluate import embed, stability_losses
 from issl.files import atomic, read_safetensors, writable
 from issl.influence.curvature import LoGra
 from issl.influence.layers import find_layers
-from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
+from issl.influence.scorer import Computing
 from issl.influence.scores import as_queries, cross_influence
+from issl.measures import embed, stability_losses
 from issl.pretraining.encoder import read_header
 from issl.pretraining.other_encoders import Opened, encoder_asked_for
 

@@ -19,9 +19,8 @@ from issl.influence.kept import load_fitted
 from issl.influence.layers import find_layers
 from issl.influence.losses import stability_loss
 from issl.influence.parts import Scoring
-from issl.influence.passes import Computing
 from issl.influence.perturbation import GaussianNoise
-from issl.influence.scorer import Measurement
+from issl.influence.scorer import Computing, Measurement
 from issl.pretraining.other_encoders import Opened, add_encoder_arguments, encoder_asked_for
 
 MEASURED: dict[str, Any] = {  # the options of a measurement, with their defaults

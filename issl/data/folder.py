@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from issl.data.decoding import Encoded
 from issl.data.identity import SetIdentity, digest, stamp
+from issl.data.images import Encoded
 from issl.errors import IsslError
 
 PREFIX = "folder:"

@@ -22,10 +22,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from issl.data.decoding import Encoded
 from issl.data.identity import DIGITS, SetIdentity, cache_folder, remembered, stamp
-from issl.data.images import OURS, own_names
-from issl.data.labels import class_labels
+from issl.data.images import OURS, Encoded, own_names
+from issl.data.torch_dataset import class_labels
 from issl.errors import IsslError
 
 PREFIX = "hf:"

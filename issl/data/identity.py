@@ -2,7 +2,7 @@
 
 A record is a label byte and then the pixels, channel first, as in CIFAR's binary files. So
 torchvision's pickles, Hugging Face's PNG and lossless WebP of the same images have one identity,
-and the MD5 sums of CIFAR-10's published files check ours (tests/test_identity.py). A set of lossy
+and the MD5 sums of CIFAR-10's published files check ours (tests/test_data.py). A set of lossy
 photos is identified by its files' bytes, because decoders may differ.
 
 `reference/` holds 8 bytes per image of each known set (a hash of the pixels, one pixel, the label).

@@ -21,9 +21,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from issl.data.decoding import decode
 from issl.data.identity import SetIdentity, as_records, differences, digest, remembered
-from issl.data.images import Images
+from issl.data.images import Images, decode
 from issl.errors import IsslError
 
 # from the number of images in the set to the positions of those wanted

@@ -34,7 +34,6 @@ from issl.errors import IsslError
 from issl.files import read_safetensors, write_safetensors
 from issl.influence.curvature import EKFAC, Curvature, DenseSum, Diagonal, Exact, LoGra
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.passes import Computing, Pass
 from issl.influence.per_example import Sketch
 from issl.influence.perturbation import (
     Augmentation,
@@ -44,7 +43,7 @@ from issl.influence.perturbation import (
     Perturbation,
     describe,
 )
-from issl.influence.scorer import Measurement, Scorer, as_images, open_scorer
+from issl.influence.scorer import Computing, Measurement, Pass, Scorer, as_images, open_scorer
 from issl.influence.scores import (
     Sums,
     check_sweep,

@@ -25,8 +25,7 @@ from issl.engine import Task
 from issl.errors import IsslError
 from issl.files import atomic, file_digest, remove_leftovers, write_json
 from issl.influence.kept import Fitted, as_setting, fit, load_fitted
-from issl.influence.passes import Computing
-from issl.influence.scorer import Measurement
+from issl.influence.scorer import Computing, Measurement
 from issl.pretraining.checkpoint import weights_digest
 
 FIT_PART, SCORE_PART = 16_384, 2_048  # images

@@ -26,9 +26,8 @@ from issl.devices import full_precision
 from issl.errors import IsslError, is_whole, number_or_nan
 from issl.influence.curvature import NO_CURVATURE, Accumulator, Curvature, LoGra, Whitening
 from issl.influence.losses import CrossEntropy, Loss, stability_loss
-from issl.influence.passes import Computing, Pass, Rows
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, describe
-from issl.influence.scorer import Measurement, as_images, open_scorer
+from issl.influence.scorer import Computing, Measurement, Pass, Rows, as_images, open_scorer
 
 EQUAL = 1e-6  # the relative spread below which scores are called equal
 QUERIES = 1 << 40  # more than any index of a numbered set; a folder's images have 62-bit hashes
