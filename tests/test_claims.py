@@ -1,7 +1,6 @@
 """The rules by which claims are judged, the records, and the tables of verdicts made of them."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +156,12 @@ def test_the_tables_are_the_records_and_small_scales_decide_nothing(records) -> 
     assert verdicts.answers([], records).empty
     over = verdicts.answers(records, [*records, *other])
     assert over["holds in"].tolist() == ["2 of 4", "0 of 2"]
-    said = verdicts.sentence(records[1:3])
-    assert re.search(r"holds with BYOL \(0\.95 .* does not hold with SimCLR \(0\.80 ", said)
     # where a claim was measured at a larger scale, too, a smaller one is left out of the README
     small = [r | {"provenance": r["provenance"] | {"profile": "mini"}} for r in records]
     assert verdicts.answers([*small, *records], records).equals(answers)
     untested = [r | {"verdict": claims.UNTESTED} for r in small[1:3]]
     mixed = verdicts.answers([small[1], untested[1]], records)
     assert mixed.iloc[0, 1:3].tolist() == ["no", "untested"]
-    assert verdicts.decided(untested) == [] and verdicts.decided(records) == records[1:]
 
 
 def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> None:
@@ -177,7 +173,6 @@ def test_superseded_tests_stay_visible_and_decide_nothing(tmp_path: Path) -> Non
         (tmp_path / f"claim_{name}.json").write_text(kept)
     found = verdicts.read_records(tmp_path.glob("claim_*.json"))
     assert [r["verdict"] for r in found] == ["reproduced", "superseded"]
-    assert verdicts.decided(found) == found[:1]
     assert len(verdicts.good_for(found)["reproduced"]) == 1
     standing, superseded = verdicts.markdown(found).split("Superseded tests")
     assert "Superseded on" not in standing and f"by `{found[0]['name']}`" in superseded

@@ -9,7 +9,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,12 +28,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 import issl
 from issl import cli
 from issl.audit import site as report
-from issl.audit.cache import Artifacts
 from issl.audit.claims import provenance, record
 from issl.audit.data import human_choices
 from issl.audit.profiles import PLANS
 from issl.audit.stats.statistics import Estimate
-from issl.audit.verdicts import read_records, summary
 from issl.files import REPOSITORY
 from issl.pretraining.other_encoders import open_encoder
 
@@ -54,7 +51,7 @@ def write(out: Path, profile: str, books: dict[str, nbformat.NotebookNode], plan
         nbformat.write(book, results / f"{name}.ipynb")
         plt.imsave(figures / f"{name}.png", np.zeros((20, 30)))
         (figures / f"{name}.csv").write_text("a\n1\n")
-    report.build(profile, plans, Artifacts(out / "artifacts"), out)
+    report.build(profile, plans, out)
     return results
 
 
@@ -112,25 +109,10 @@ def test_pages_show_formulas_as_mathml_text_as_text_and_the_records(site: Path) 
     assert "<th>overlap of the top 1%</th><td>Barlow Twins</td>" in text
     index = (site / "index.html").read_text()
     assert "3 tests of 2 claims: 1 reproduced, 1 contradicted, 1 check passed" in index
-    assert 'class="badge bad">BYOL ○ contradicted (0/1)' in index
-    assert "SimCLR 0.97 [0.87, 0.99]" in index
+    assert re.search(r"<td>BYOL</td>\s*<td>[^<]*</td>\s*<td>○ contradicted \(0/1\)", index)
+    assert re.search(r"= 0\.97 \[0\.87, 0\.99\]; asked: &gt; 0\.924", index)
     row = r'as the paper says\?</td>.*"holds in">–</td>.*<a href="#nb-01_seed_correlation">01</a>'
     assert re.search(row, index)
-
-
-def test_the_bars_of_the_verdicts_are_their_intervals(site: Path) -> None:
-    """On one scale, with the test's threshold: where the number is above it, so is the dot."""
-    records = read_records(sorted(site.glob("claim_*.json")))
-    row = next(r for r in summary(records) if r.notebook == "01_seed_correlation")
-    simclr, byol = report.bars(row)
-    assert simclr and byol and simclr["asked"] == byol["asked"]
-    assert byol["low"] < byol["value"] < byol["high"] <= simclr["asked"]
-    assert simclr["asked"] < simclr["value"] < simclr["high"]
-    ratio = (simclr["value"] - byol["value"]) / (byol["value"] - byol["low"])
-    assert ratio == pytest.approx(0.17 / 0.1, rel=0.02)
-    assert (site / "index.html").read_text().count('<svg class="interval') == len(records)
-    unknown = replace(row, estimates=[Estimate(np.nan, np.nan, np.nan, 9), *row.estimates[1:]])
-    assert report.bars(unknown)[0] is None
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -70,13 +70,13 @@ def test_differences_of_correlations() -> None:
     assert statistics.correlation_difference(a, np.exp(a), truth).high == pytest.approx(0)
 
 
-def test_a_margin_at_equal_strength_is_interpolated_and_open_beyond_the_grid() -> None:
+def test_a_margin_is_interpolated_and_open_beyond_the_grid() -> None:
     grid, other = np.stack([[A, B], [A, B + A]]), np.stack([A, RNG.standard_normal(400)])
     r = [np.corrcoef(*pair)[0, 1] for pair in (*grid, other)]
     for strength, value in ((0.1, r[0]), (0.1**0.5, (r[0] + r[1]) / 2), (1.0, r[1])):
-        got = statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, strength)
+        got = statistics.margin(grid, [0.1, 1.0], other, strength)
         assert got.value == pytest.approx(value - r[2]) and 0.3 < got.low < got.value < got.high
-    beyond = statistics.margin_at_equal_strength(grid, [0.1, 1.0], other, 1.1)
+    beyond = statistics.margin(grid, [0.1, 1.0], other, 1.1)
     assert beyond.value == pytest.approx(got.value) and ends(beyond) == (-np.inf, np.inf)
 
 

@@ -38,23 +38,16 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
     number and its column's standard deviation), and the lowest rank correlation of a column."""
     if list(here) != list(kept) or len(here) != len(kept):
         return np.inf, -1.0
-    most, rank = 0.0, 1.0
-    for column in kept:
-        a, b = here[column], kept[column]
-        if not pd.api.types.is_numeric_dtype(b):
-            most = most if a.equals(b) else np.inf
-            continue
-        a, b = a.astype(float), b.astype(float)
-        if not a.isna().equals(b.isna()):
-            return np.inf, -1.0
-        scale = b.abs().clip(lower=b.std() if len(b) > 1 else 0.0)
-        apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).fillna(0.0)
-        most = max(most, float(apart.max()))
-        if apart.max() > 0:
-            # a constant has no ranks
-            varies = a.min() < a.max() and b.min() < b.max()
-            rank = min(rank, float(a.corr(b, method="spearman")) if varies else -1.0)
-    return most, rank
+    numbers = list(kept.select_dtypes(["number", "bool"]))
+    a, b = here[numbers].astype(float), kept[numbers].astype(float)
+    if not here.drop(columns=numbers).equals(kept.drop(columns=numbers)):
+        return np.inf, -1.0
+    if not a.isna().equals(b.isna()):
+        return np.inf, -1.0
+    scale = b.abs().clip(lower=b.std().fillna(0.0), axis=1)
+    apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).max().fillna(0.0)
+    ranks = a.corrwith(b, method="spearman").fillna(-1.0)  # a constant has no ranks
+    return float(apart.max()), float(ranks[apart > 0].min() if apart.any() else 1.0)
 
 
 def check_again(options: ProfileOptions) -> int:

@@ -36,7 +36,7 @@ from issl.audit.config import Config
 from issl.data.identity import digest
 from issl.devices import device_name
 from issl.errors import IsslError
-from issl.files import file_digest, provided, remove_leftovers, write_json
+from issl.files import check_writable, file_digest, provided, remove_leftovers, write_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"  # of released artifacts
@@ -125,11 +125,11 @@ class Artifacts:
         if self._there(stage):
             return False
         work = final.with_name(final.name + ".part")
-        _make_folder(work.parent)
+        check_writable(work.parent, f"folder {work.parent} (--out)")
         with _locked(final.with_name(final.name + ".lock"), stage.label):
             if self._sound(final):  # another process has made it while we waited
                 return False
-            _make_folder(work)
+            work.mkdir(exist_ok=True)
             remove_leftovers(work)  # they would become part of the artifact
             began = time.monotonic()
             stage.make(work, self)
@@ -321,15 +321,6 @@ def _write_manifest(folder: Path, stage: Stage, device: torch.device, seconds: f
         },
     }
     write_json(folder / MANIFEST, content, indent=1)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IsslError(
-            f"folder {folder} cannot be written ({error}); choose another place with --out DIR"
-        ) from error
 
 
 @contextmanager

@@ -191,28 +191,20 @@ def judge(
     profile: str,
     dataset: str,
     learned: Learned | None = None,
+    tests: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The claim's tests with their states, the outcome, and the verdict at this profile. The
-    arguments are those of `record`; raises IsslError for an unknown claim."""
-    if name not in claims():
-        raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
-    claim = claims()[name]
-    if learned is None and claim.scale != "none":
-        raise IsslError(
-            f"claim {name!r} is about encoders: say what they learned (learned=plan.scale(method))"
-        )
-    return decide(name, stated(name, metrics), metrics, profile, dataset, learned)
-
-
-def decide(
-    name: str,
-    tests: Sequence[dict[str, Any]],
-    metrics: dict[str, Estimate],
-    profile: str,
-    dataset: str,
-    learned: Learned | None,
-) -> dict[str, Any]:
-    """What `judge` returns, for the given conditions."""
+    """The tests with their states, the outcome, and the verdict at this profile. The arguments are
+    those of `record`; `tests` are those of an older record, by default the claim's own. Raises
+    IsslError for an unknown claim, and where it is not said what the encoders learned."""
+    if tests is None:
+        if name not in claims():
+            raise IsslError(f"claim {name!r}: claims.yaml has {', '.join(claims())}")
+        if learned is None and claims()[name].scale != "none":
+            raise IsslError(
+                f"claim {name!r} is about encoders: say what they learned "
+                "(learned=plan.scale(method))"
+            )
+        tests = stated(name, metrics)
     states = [Condition(**test).state(metrics) for test in tests]
     found = outcome(states)
     return {

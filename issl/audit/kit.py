@@ -7,7 +7,6 @@ value, low and high, and columns that say what it is about.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -21,7 +20,6 @@ from matplotlib.patches import Rectangle
 
 from issl.audit.claims import all_words
 from issl.data.images import Images
-from issl.files import atomic, write_json
 from issl.pretraining.recipes import NAMES
 
 PAGE = 7.0  # inches: the width of two columns of a paper
@@ -47,20 +45,6 @@ def style() -> None:
     rc |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7)
     rc |= dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), 8)
     mpl.rcParams.update(rc)
-
-
-def save(
-    figure: Figure, name: str, data: pd.DataFrame, folder: Path, provenance: dict[str, Any]
-) -> None:
-    """Write NAME.png, NAME.pdf, NAME.csv (the numbers drawn) and NAME.json (where they come
-    from)."""
-    with atomic(folder / f"{name}.png") as part:
-        figure.savefig(part, format="png")
-    with atomic(folder / f"{name}.pdf") as part:
-        figure.savefig(part, format="pdf", metadata={"CreationDate": None})
-    with atomic(folder / f"{name}.csv") as part:
-        data.to_csv(part, index=False)
-    write_json(folder / f"{name}.json", provenance, indent=1)
 
 
 def panels(

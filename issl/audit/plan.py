@@ -36,6 +36,7 @@ from issl.data import datasets
 from issl.data.images import Images
 from issl.devices import pick_device
 from issl.errors import IsslError
+from issl.files import atomic, write_json
 from issl.influence.curvature import LoGra
 from issl.influence.perturbation import GaussianNoise
 from issl.pretraining import recipes
@@ -223,13 +224,7 @@ class Plan(Config):
         if not self.checkpoints:
             return self.training(method, number)
         method = method or self.method
-        files = self.checkpoints.get(method, ())
-        if number >= len(files):
-            raise IsslError(
-                f"{self.notebook}: no checkpoint number {number} of {method}; there are "
-                f"{len(files)}"
-            )
-        return Given(method=method, checkpoint=files[number])
+        return Given(method=method, checkpoint=self.checkpoints[method][number])
 
     @classmethod
     def of(cls: type[P], cell: Mapping[str, Any]) -> P:
@@ -315,13 +310,18 @@ class Plan(Config):
         return known | ({"learned": self.scale(method)} if "accuracy" in self.cells else {})
 
     def save(self, figure: Figure, table: pd.DataFrame, name: str = "") -> None:
-        """Write a figure with its numbers as NOTEBOOK or NOTEBOOK_name, and show it."""
-        import matplotlib.pyplot as plt
+        """Write a figure as NOTEBOOK or NOTEBOOK_name (PNG, PDF, its numbers as CSV, and where they
+        come from as JSON), and show it."""
+        import matplotlib.pyplot as plt  # slow to import
 
-        from issl.audit.kit import save  # slow to import, as matplotlib is
-
-        file = f"{self.notebook}_{name}" if name else self.notebook
-        save(figure, file, table, self.figures, self.source())
+        path = self.figures / (f"{self.notebook}_{name}" if name else self.notebook)
+        with atomic(path.with_suffix(".png")) as part:
+            figure.savefig(part, format="png")
+        with atomic(path.with_suffix(".pdf")) as part:
+            figure.savefig(part, format="pdf", metadata={"CreationDate": None})
+        with atomic(path.with_suffix(".csv")) as part:
+            table.to_csv(part, index=False)
+        write_json(path.with_suffix(".json"), self.source(), indent=1)
         plt.show()
 
     @property
@@ -493,14 +493,12 @@ class Scored(Plan):
         a, b = self.features(encoder, train), self.features(encoder, test or self.data("test"))
         return Evaluate(train=a, test=b, k=max(1, min(200, self.n // 20)))
 
-    def untrained(self, encoder: Pretrain | Given | None = None) -> Pretrain:
-        """The network of an encoder (by default the first) before any training: what it shows is
-        not due to training.
+    def untrained(self, encoder: Pretrain | Given) -> Pretrain:
+        """The network of an encoder before any training: what it shows is not due to training.
 
         It is the same for every method and whatever is left out, so it is made with one recipe on
         all images. For a given encoder it is a ResNet-18 of the same width.
         """
-        encoder = encoder or self.training()
         run = self.training() if isinstance(encoder, Given) else encoder
         changes = {
             "recipe": recipes.recipe("simclr", self.recipe),
@@ -520,8 +518,11 @@ class Readable(Scored):
     unit     of the noise's mean and std: the range of the pixels, or normalised pixels
     """
 
+    takes_checkpoints: ClassVar[bool] = True
+
     output: Output = "features"
     unit: Unit = "range"
+    methods: tuple[recipes.Method, ...] = recipes.SSL
 
     def gaussian(self, mean: float, std: float) -> GaussianNoise:
         return noise_in(self.unit, mean, std)

@@ -341,9 +341,7 @@ class Explained(Readable):
     """13_explained: how much of the score do simple statistics explain?"""
 
     notebook: ClassVar[str] = "13_explained"
-    takes_checkpoints: ClassVar[bool] = True
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
     def tables(self) -> dict[str, Cells]:
@@ -377,9 +375,7 @@ class Bridges(Readable):
     background's influence?"""
 
     notebook: ClassVar[str] = "14_bridges"
-    takes_checkpoints: ClassVar[bool] = True  # without the doses, which are trainings
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
     shares: tuple[float, ...] = (0.05, 0.1)
     draws: int = Field(40, ge=20)  # removals at random
@@ -510,14 +506,11 @@ class Taught(Retrained):
         return found
 
     def tables(self) -> dict[str, Cells]:
-        of: dict[str, dict[Labels, Stage]] = {
-            name: {} for name in ("scores", "removals", "losses", "features")
-        }
+        of: dict[str, dict[Labels, Stage]] = {name: {} for name in ("scores", "losses", "features")}
         for e in range(self.encoders):
             first = self.training(self.method, e)
             removals = self.removals(first)
             of["scores"] |= {(e, name): stage for name, stage in self.scores(first).items()}
-            of["removals"] |= {(e, *key): stage for key, stage in removals.items()}
             for kind, s in product(self.retraining, range(self.seeds)):
                 for channel, key in product(self.channels(kind), [("none", ALL), *removals]):
                     encoder = self.retrained(kind, s, first, removals.get(key))
@@ -528,7 +521,6 @@ class Taught(Retrained):
         return {
             "accuracy": under(self.encoders_of((self.method,)), self.evaluation),
             "scores": Cells("encoder score", of["scores"]),
-            "removals": Cells("encoder removed number", of["removals"]),
             "losses": Cells(each, of["losses"]),
             "features": Cells(each, of["features"]),
         }

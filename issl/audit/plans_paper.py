@@ -60,9 +60,7 @@ class SeedCorrelation(Readable):
     """
 
     notebook: ClassVar[str] = "01_seed_correlation"
-    takes_checkpoints: ClassVar[bool] = True
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     encoders: int = Field(2, ge=1)
     noise_seeds: int = Field(2, ge=2)
     draws: tuple[int, ...] = Field((1, 4), min_length=1)
@@ -107,7 +105,6 @@ class AugmentationAblation(Readable):
     """
 
     notebook: ClassVar[str] = "02_augmentation_ablation"
-    takes_checkpoints: ClassVar[bool] = True
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     scored: int = Field(128, ge=16)
@@ -172,9 +169,7 @@ class BackgroundBias(Readable):
     """03_background_bias: do images of high influence have uniform backgrounds?"""
 
     notebook: ClassVar[str] = "03_background_bias"
-    takes_checkpoints: ClassVar[bool] = True
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     gallery: int = Field(24, ge=1)
     neighbours: int = Field(10, ge=1)
     drawn: int = Field(512, ge=16)
@@ -223,9 +218,7 @@ class Duplicates(Readable):
     """
 
     notebook: ClassVar[str] = "04_duplicates"
-    takes_checkpoints: ClassVar[bool] = True
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     neighbours: int = Field(10, ge=1)
 
     def tables(self) -> dict[str, Cells]:
@@ -248,6 +241,7 @@ class Fairness(Readable):
     """
 
     notebook: ClassVar[str] = "05_fairness"
+    takes_checkpoints: ClassVar[bool] = False
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     attributes: tuple[str, ...] = Field(("group", "background"), min_length=1)
@@ -294,6 +288,7 @@ class Pruning(Readable):
     """
 
     notebook: ClassVar[str] = "06_pruning"
+    takes_checkpoints: ClassVar[bool] = False
 
     methods: tuple[recipes.Method, ...] = ("simclr",)
     arms: tuple[Removed, ...] = ("top", "bottom", "random")
@@ -334,7 +329,6 @@ class Pruning(Readable):
             judges[m, which, share, s] = self.judge(m, s, without)
         kept[UNTRAINED, 0] = self.untrained(self.judge(*each[0]))
         return {
-            "scores": Cells("method", {(m,): self.scores(m) for m in self.methods}),
             "accuracy": under(kept, self.evaluation),
             "runs": under(judges, self.evaluation, "method removed share seed"),
         }
@@ -350,9 +344,7 @@ class Outliers(Readable):
     """
 
     notebook: ClassVar[str] = "07_outliers"
-    takes_checkpoints: ClassVar[bool] = True
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     made_strange: float = Field(0.1, gt=0, le=0.5)
     loss_draws: int = Field(4, ge=1)
 
@@ -413,8 +405,8 @@ class SupervisedVsSSL(Readable):
     """
 
     notebook: ClassVar[str] = "08_supervised_vs_ssl"
+    takes_checkpoints: ClassVar[bool] = False
 
-    methods: tuple[recipes.Method, ...] = recipes.SSL
     encoders: int = Field(2, ge=2)
     supervised: int = Field(1, ge=1)
     equal_std: float | None = Field(None, gt=0)

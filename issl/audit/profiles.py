@@ -130,6 +130,11 @@ def covered(profile: str) -> list[str]:
     return select(only) if (only := _content(profile).get("notebooks")) else list(PLANS)
 
 
+def described(profile: str) -> str:
+    """What a profile is, in words."""
+    return str(_content(profile).get("about", "")) if profile in profiles() else ""
+
+
 def select(only: str) -> list[str]:
     """Notebook names from a list such as `03,00_method`."""
     chosen = []
@@ -189,7 +194,7 @@ def _content(profile: str) -> dict[str, Any]:
         possible = [name for name in profiles() if "base" not in _file(name)]
         raise IsslError(f"{profile}.yaml: base {base!r}; it may be {', '.join(possible)}")
     for entry, value in content.items():
-        if entry == "notebooks":
+        if entry in ("about", "notebooks"):
             changed[entry] = value
         else:
             changed[entry] = {**(changed.get(entry) or {}), **(value or {})}
@@ -202,7 +207,7 @@ def _file(profile: str) -> dict[str, Any]:
     if profile not in paths:
         raise IsslError(f"profile {profile!r}: there are {', '.join(paths)}")
     content: dict[str, Any] = copy.deepcopy(_parsed(paths[profile].read_text()))
-    allowed = ("base", "common", "notebooks", *PLANS)
+    allowed = ("about", "base", "common", "notebooks", *PLANS)
     unknown = set(content) - set(allowed)
     if unknown:
         raise IsslError(

@@ -91,7 +91,7 @@ def run(
     )
     if notebooks:
         print(f"figures: {options.folder / 'figures' / options.profile}")
-        print(f"report:  {_report(options, artifacts)}", flush=True)
+        print(f"report:  {_report(options)}", flush=True)
     if options.door is not None:
         print("to start from the encoders or the images: ./run_all.sh --help")
     return int(bool(failed or differ))
@@ -183,7 +183,7 @@ def _print_door(options: ProfileOptions, plans: dict[str, Plan]) -> None:
         print(f"not released yet: {text}", flush=True)
 
 
-def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
+def _report(options: ProfileOptions) -> Path | str:
     """Write the site of what this profile has produced so far; returns where it is, or why there
     is none."""
     from issl.audit.site import build  # slow to import
@@ -191,6 +191,6 @@ def _report(options: ProfileOptions, artifacts: Artifacts) -> Path | str:
     chosen = replace(options, only=None)
     try:
         plans, missing = chosen.plans(), chosen.not_released()
-        return build(options.profile, plans, artifacts, options.folder, missing)
+        return build(options.profile, plans, options.folder, missing)
     except IsslError as error:
         return f"none ({error})"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -81,13 +81,6 @@ class Pretrain(Stage):
     start_after: int | None = None  # … as it was after so many epochs, one of its snapshots
     snapshots: tuple[int, ...] | None = None  # the whole learner is kept after these epochs
     calibrated: bool = False  # BatchNorm's statistics are estimated anew at the end
-
-    @model_validator(mode="after")
-    def _starts_at_a_state_that_is_kept(self) -> Pretrain:
-        kept = () if self.start is None else (self.start.snapshots or ())
-        if self.start_after is not None and self.start_after not in kept:
-            raise ValueError(f"start_after={self.start_after}: the snapshots of `start` are {kept}")
-        return self
 
     @property
     def method(self) -> Method:
@@ -270,8 +263,6 @@ class Influence(Table):
         block = [n for n in names if "projector" not in n][-1].rpartition(".")[0]
         last = {n for n in names if n.startswith(f"{block}.")}
         kept = {names[0]} if self.layers == "first convolution" else last
-        if not kept:
-            raise IsslError(f"layers={self.layers!r}: {names[-1]} is in no block")
         return [n for n in names if n not in kept]
 
     def order(self, artifacts: Artifacts) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from issl.audit.claims import (
     Claim,
     all_words,
     claims,
-    decide,
+    judge,
     over_readings,
     readings,
     stated,
@@ -33,15 +32,9 @@ from issl.pretraining.recipes import NAMES
 Record = dict[str, Any]  # as issl.audit.claims.record writes it, with `copied` (`read_records`)
 Test = dict[str, Any]  # of a record
 KEPT = "claims.json"  # a profile's records, beside its figures
-PHRASES = {
-    "reproduced": "holds",
-    "partly": "holds in part",
-    "contradicted": "does not hold",
-    "undecided": "is undecided",
-}
-ANSWERS = {"reproduced": "yes", "partly": "in part", "contradicted": "no", "undecided": "open"}
-ANSWERS[UNTESTED] = "untested"
-MARKS = dict(zip((*PHRASES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇◌⊘✓✗", strict=True))
+OUTCOMES = ("reproduced", "partly", "contradicted", "undecided")
+ANSWERS = dict(zip((*OUTCOMES, UNTESTED), "yes,in part,no,open,untested".split(","), strict=True))
+MARKS = dict(zip((*OUTCOMES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇◌⊘✓✗", strict=True))
 STATES = {"holds": "●", "contradicted": "○", "undecided": "◇"}  # of a test
 BEGIN = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->"
 END = "<!-- /verdicts -->"
@@ -96,7 +89,7 @@ def _by_todays_rules(record: Record) -> Record:
     metrics = {name: Estimate.of(m) for name, m in record["metrics"].items()}
     tests, profile = _plain_tests(record), record["provenance"]["profile"]
     learned = record.get("learned")  # older ones lack it
-    return record | decide(record["name"], tests, metrics, profile, record["dataset"], learned)
+    return record | judge(record["name"], metrics, profile, record["dataset"], learned, tests)
 
 
 def _plain_tests(record: Record) -> list[Test]:
@@ -142,66 +135,22 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One claim at one profile, its methods together; the number is that of the first test.
-
-    Attributes:
-        claim: in words; whose it is, if not the paper's; why its test was replaced, if it was.
-        measured: the metric, in words.
-        methods: of each record; "" for a single record that is not about one method.
-        asked: the test's threshold.
-        n: images.
-        verdicts: of each record, with how many tests hold; only one if all agree.
-        reached: the plain verdict of each record.
-        failed: the tests that do not hold, in words.
-    """
-
-    claim: str
-    notebook: str
-    paper: str
-    measured: str
-    methods: list[str]
-    estimates: list[Estimate]
-    asked: float
-    n: int
-    verdicts: list[str]
-    reached: list[str]
-    failed: list[str]
-
-    @property
-    def numbers(self) -> list[str]:
-        """Each method with its number."""
-        each = zip(self.methods, map(with_interval, self.estimates), strict=True)
-        return [f"{method} {number}".strip() for method, number in each]
-
-    @property
-    def found(self) -> list[str]:
-        """The numbers and what they are, as lines."""
-        if len(self.estimates) == 1:
-            return [f"{self.measured} = {self.numbers[0]}"]
-        return [f"{self.measured}:", *self.numbers]
-
-
 def by_reading(records: Sequence[Record]) -> pd.DataFrame:
     """The multiverse: a row for each claim that still stands, method and primary reading that was
     measured. Columns BY_READING: the reading is its profile, the metric that of the deciding test,
     asked its threshold."""
     rows = []
-    standing = [r for r in records if r["verdict"] in PHRASES and not r["copied"]]
-    read = [r for r in standing if r["provenance"]["profile"] in readings()]
-    for of_claim in _grouped(read, lambda r: (r["name"], r["variant"])):
-        own = {r["provenance"]["profile"]: r for r in of_claim}
-        together = over_readings([r["outcome"] for r in own.values()]) if len(own) > 1 else ""
-        for profile, r in own.items():
-            test = deciding(r)
-            number = {k: r["metrics"][test["metric"]][k] for k in ("value", "low", "high")}
-            about = {k: r[k] for k in ("name", "claim", "outcome")} | {"method": r["variant"]}
-            rows.append(
-                {**about, "reading": profile, **readings()[profile], "metric": test["metric"]}
-                | {**number, "asked": _asked(test), "over_readings": together}
-            )
-    return pd.DataFrame(rows, columns=BY_READING)
+    for r in records:
+        profile, test = r["provenance"]["profile"], deciding(r)
+        if r["verdict"] in OUTCOMES and not r["copied"] and profile in readings():
+            asked = test["above"] if "above" in test else test["below"]
+            about = {"method": r["variant"], "reading": profile, **readings()[profile]}
+            rows.append({**r, **r["metrics"][test["metric"]], **about, **test, "asked": asked})
+    found = pd.DataFrame(rows, columns=BY_READING)
+    found = found.drop_duplicates(["name", "method", "reading"], keep="last", ignore_index=True)
+    each = found.groupby(["name", "method"])["outcome"]
+    together = each.transform(lambda o: over_readings(list(o)) if len(o) > 1 else "")
+    return found.assign(over_readings=together)
 
 
 def deciding(record: Record) -> Test:
@@ -212,52 +161,9 @@ def deciding(record: Record) -> Test:
     return found
 
 
-def _asked(test: Test) -> float:
-    """A test's threshold."""
-    return float(test["above"] if "above" in test else test["below"])
-
-
-def _measured(record: Record, test: Test) -> Estimate:
-    """The number that a test is about."""
-    return Estimate.of(record["metrics"][test["metric"]])
-
-
-def _bound(test: Test) -> str:
+def _asked(test: Test) -> str:
     """What a test asks of its number."""
-    return f"{'>' if 'above' in test else '<'} {_asked(test):g}"
-
-
-def summary(records: Sequence[Record]) -> list[Row]:
-    """A row for each claim, profile and kind of images."""
-    return [
-        _row(own)
-        for own in _grouped(records, lambda r: (r["name"], r["provenance"]["profile"], r["copied"]))
-    ]
-
-
-def _row(own: Sequence[Record]) -> Row:
-    one, methods = own[0], _methods(own)
-    about = claims()[one["name"]]
-    test, plain = one["tests"][0], [_verdict(r) for r in own]
-    failed = [
-        f"{m}: {failures(r)}".removeprefix(": ")
-        for m, r in zip(methods, own, strict=True)
-        if r["outcome"] != "reproduced"
-    ]
-    named = [f"{m} {v}".strip() for m, v in zip(methods, plain, strict=True)]
-    return Row(
-        claim=f"{about.claim}{' (ours)' if about.ours else ''} {_why(about)}".rstrip(),
-        notebook=one["notebook"],
-        paper="–" if one["paper"] is None else str(one["paper"]),
-        measured=words(test["metric"]),
-        methods=methods,
-        estimates=[_first(r) for r in own],
-        asked=_asked(test),
-        n=one["n"],
-        verdicts=named if len(set(plain)) > 1 else plain[:1],
-        reached=[r["verdict"] for r in own],
-        failed=failed,
-    )
+    return f"> {test['above']:g}" if "above" in test else f"< {test['below']:g}"
 
 
 def _grouped(
@@ -270,23 +176,18 @@ def _grouped(
     return found.values()
 
 
-def _first(record: Record) -> Estimate:
-    return _measured(record, record["tests"][0])
+def _number(record: Record, metric: str) -> str:
+    """A number, with its interval if it has one."""
+    return with_interval(Estimate.of(record["metrics"][metric]))
 
 
 def with_interval(e: Estimate) -> str:
     return f"{e.value:.2g}" if e.low == e.high == e.value else str(e)
 
 
-def _method(record: Record) -> str:
+def method(record: Record) -> str:
     """The record's variant as people write it."""
     return str(NAMES.get(record["variant"], record["variant"]))
-
-
-def _methods(records: Sequence[Record]) -> list[str]:
-    """The variant of each record; "" for a single record whose variant is not a method."""
-    alone = len(records) == 1 and records[0]["variant"] not in NAMES
-    return [""] if alone else [_method(r) for r in records]
 
 
 def _why(claim: Claim) -> str:
@@ -307,64 +208,19 @@ def _verdict(r: Record) -> str:
     return f"{MARKS[r['verdict']]} {r['verdict']} ({held})"
 
 
-def failures(record: Record) -> str:
-    """The tests of a record that do not hold: what was required, and what was found."""
-    found = []
-    for test in record["tests"]:
-        if not test["holds"]:
-            e = _measured(record, test)
-            side = "above" if "above" in test else "below"
-            bound = "" if test["bound"] == "value" else f"{test['bound']} end of "
-            value = f"{getattr(e, test['bound']):.3g}".replace("-", "−").replace("inf", "∞")
-            found.append(f"{bound}{words(test['metric'])} {side} {test[side]:g}: it is {value}")
-    return "; ".join(found)
-
-
-def sentence(records: Sequence[Record]) -> str:
-    """What one claim's records say: with which methods it holds, by which numbers, at what
-    scale."""
-    reached = {r["verdict"] for r in records}
-    check = reached <= {PASSED, FAILED}
-    phrases = {"reproduced": "passed", "contradicted": "failed"} if check else PHRASES
-    parts = []
-    for found, phrase in phrases.items():
-        own = [r for r in records if r["outcome"] == found]
-        each = [(_method(r), with_interval(_first(r))) for r in own]
-        if own and all(r["variant"] in NAMES for r in own):
-            parts.append(f"{phrase} with {_listed([f'{m} ({x})' for m, x in each])}")
-        elif own:
-            told = [f"{m}: {x}".removeprefix(": ") for m, x in each]
-            parts.append(f"{phrase} ({'; '.join(told)})")
-    measured, subject = words(records[0]["tests"][0]["metric"]), "check" if check else "claim"
-    text = f"Measured: {measured}. The {subject} {_listed(parts)}"
-    if reached == {SUPERSEDED}:
-        return text + "; another test has taken this one's place."
-    return text + ("; at this scale that decides nothing." if reached == {UNTESTED} else ".")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
-
-
-def decided(records: Sequence[Record]) -> list[Record]:
-    """The records whose verdict speaks about the claim: the scale allows it, the test stands."""
-    return [r for r in records if r["verdict"] in PHRASES]
-
-
 def good_for(records: Sequence[Record]) -> dict[str, list[str]]:
     """What the score is good for, by the outcome of each use's claim.
 
     Methods are named where their outcomes differ. These are outcomes, not verdicts: a profile too
     small for the claim speaks for itself alone.
     """
-    found: dict[str, list[str]] = {outcome: [] for outcome in PHRASES}
+    found: dict[str, list[str]] = {outcome: [] for outcome in OUTCOMES}
     for name, claim in claims().items():
         own = [r for r in records if r["name"] == name]
         if claim.use is None or claim.superseded or not own:
             continue
         for reached, uses in found.items():
-            if which := [_method(r) for r in own if r["outcome"] == reached]:
+            if which := [method(r) for r in own if r["outcome"] == reached]:
                 named = "" if len(which) == len(own) else f" [{', '.join(which)}]"
                 uses.append(claim.use + named)
     return found
@@ -427,7 +283,7 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
         if repository is not None and (repository / figure).is_file():
             where = f"[{where}](../{figure})"
         numbers = [f"{STATES[t['state']]} {_number_asked(r, t)}" for t in r["tests"]]
-        rows.append((_method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
+        rows.append((method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
     head = ["", "measured at", "verdict (tests held)", "its tests"]
     return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
 
@@ -509,31 +365,23 @@ def _deciding_number(record: Record) -> str:
     """The number of the test that decides a record, and in brackets what this test asks of it. If
     all tests hold, it is the last one, which asks the most."""
     test = deciding(record)
-    if test["holds"]:
-        test = record["tests"][-1]
-    name, number = claims()[record["name"]].numbers[test["metric"]], _measured(record, test)
-    return f"{name} = {with_interval(number)} ({_bound(test)})"
+    metric = (record["tests"][-1] if test["holds"] else test)["metric"]
+    test = next(t for t in record["tests"] if t["metric"] == metric)
+    name = claims()[record["name"]].numbers[metric]
+    return f"{name} = {_number(record, metric)} ({_asked(test)})"
 
 
 def _number_asked(record: Record, test: Test) -> str:
     """A test's number, and what the test asks of it."""
     what = "" if test["bound"] == "value" else "interval "
-    number = with_interval(_measured(record, test))
-    return f"{words(test['metric'])} = {number}; asked: {what}{_bound(test)}"
+    number = _number(record, test["metric"])
+    return f"{words(test['metric'])} = {number}; asked: {what}{_asked(test)}"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     lines = [f"| {' | '.join(head)} |", f"{'|---' * len(head)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)]) + "\n"
-
-
-def in_page(text: str, table: str) -> str:
-    """A page with a new table of verdicts between its markers. Raises IsslError without them."""
-    if BEGIN not in text or END not in text:
-        raise IsslError(f"the page lacks the markers of the table of verdicts: {BEGIN} … {END}")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
 
 
 def pages(repository: Path) -> dict[Path, str]:
@@ -545,9 +393,12 @@ def pages(repository: Path) -> dict[Path, str]:
     standing = newest(records)
     of_each = _grouped(standing, lambda r: r["name"])
     shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
-    found = markdown(shown, repository, records)
+    blocks = markdown(shown, repository, records)
     answered = answers(standing, standing)
     rows = answered.itertuples(index=False, name=None)
-    tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": found}
-    places = {repository / name: text for name, text in tables.items()}
-    return {place: in_page(place.read_text(), text) for place, text in places.items()}
+    tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": blocks}
+    found = {}
+    for name, table in tables.items():
+        before, rest = (repository / name).read_text().split(BEGIN)
+        found[repository / name] = f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
+    return found

@@ -14,7 +14,7 @@ import scipy  # its parts are imported when they are first used
 from jaxtyping import Float
 
 from issl.audit.stats.resampling import pearson, resampled_correlations
-from issl.audit.stats.statistics import Estimate
+from issl.audit.stats.statistics import Estimate, half_width
 from issl.errors import IsslError
 
 Groups = Sequence[Sequence[int]]
@@ -82,18 +82,15 @@ class Agreements:
         over_images = float(np.std(_weighted(self.resampled, weights), ddof=1))
         if not np.isfinite(value + over_images):
             return Estimate(value, -np.inf, np.inf, self.images)
-        variances, freedom = [over_images**2], [np.inf]
+        variances = [(over_images**2, np.inf)]
         for group in dict.fromkeys(tuple(g) for g in (own, *others, *less)):
             left = [self._weights(own, others, less, without=i) for i in group]
             without = [_weighted(self.value, w) for w in left if w is not None]
             if 1 < len(group) == len(without):
-                variances.append((len(group) - 1) * float(np.var(without)))
-                freedom.append(len(group) - 1)
-        total = sum(variances)
-        shares = sum(v**2 / df for v, df in zip(variances, freedom, strict=True))
-        t = scipy.stats.t.ppf(0.975, total**2 / shares) if shares > 0 else 1.96
-        half = float(t * np.sqrt(total))
-        return Estimate(value, float(value - half), float(value + half), self.images)
+                spread = (len(group) - 1) * float(np.var(without))
+                variances.append((spread, len(group) - 1))
+        half = half_width(variances)
+        return Estimate(value, value - half, value + half, self.images)
 
     def _weights(
         self, own: Sequence[int], others: Groups, less: Groups, without: int | None = None

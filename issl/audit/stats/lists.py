@@ -32,11 +32,6 @@ def between_queries(lists: Lists) -> float:
     return float(overlap(pairs[:, 0], pairs[:, 1]).mean())
 
 
-def of_class(lists: Lists, labels: np.ndarray, of_query: np.ndarray) -> Float[np.ndarray, " q"]:
-    """The share of each list that is of its query's class."""
-    return np.array([(labels[row] == c).mean() for row, c in zip(lists, of_query, strict=True)])
-
-
 def differences(
     scores: Mapping[str, Float[Tensor, "q n"]], k: int, labels: np.ndarray, of_query: np.ndarray
 ) -> dict[str, Estimate]:
@@ -57,5 +52,6 @@ def differences(
         rho = [pd.Series(x).corr(pd.Series(y), method="spearman") for x, y in pairs]
         found[f"overlap_{a}_and_{b}"] = mean(overlap(lists[a], lists[b]))
         found[f"rank_correlation_{a}_and_{b}"] = mean(np.array(rho))
-    shares = {name: of_class(rows, labels, of_query) for name, rows in lists.items()}
-    return found | {f"same_class_{name}": mean(share) for name, share in shares.items()}
+    for name, rows in lists.items():
+        found[f"same_class_{name}"] = mean((labels[rows] == of_query[:, None]).mean(1))
+    return found

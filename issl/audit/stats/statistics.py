@@ -105,17 +105,23 @@ def over_encoders(
         between = (k - 1) * float(np.var(without))
 
     def half(side: np.ndarray) -> float:
-        within = float(np.mean(side) / 1.96) ** 2
-        if not np.isfinite(within) or between == 0:
-            return 1.96 * math.sqrt(within)
-        df = (between + within) ** 2 / (between**2 / (k - 1))
-        return float(scipy.stats.t.ppf(0.975, df)) * math.sqrt(between + within)
+        return half_width([(between, k - 1), (float(np.mean(side) / 1.96) ** 2, np.inf)])
 
     low_end, high_end = centre - half(value - low), centre + half(high - value)
     if low_end == high_end and np.isfinite([least, most]).all():
         other = 1 - 0.025 ** (1 / k)
         low_end, high_end = centre - other * (centre - least), centre + other * (most - centre)
     return Estimate(centre, max(float(least), low_end), min(float(most), high_end), estimates[0].n)
+
+
+def half_width(variances: Sequence[tuple[float, int | float]]) -> float:
+    """t_{0.975, df} √V for the sum V of independent variances, given with their degrees of freedom;
+    df is Welch's."""
+    total = sum(v for v, _ in variances)
+    shares = sum(v**2 / df for v, df in variances if v)
+    if not np.isfinite(total) or shares == 0:
+        return 1.96 * math.sqrt(total)
+    return float(scipy.stats.t.ppf(0.975, total**2 / shares)) * math.sqrt(total)
 
 
 def top(score: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
@@ -295,37 +301,23 @@ def correlation_difference(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> E
     return _of_correlations(columns, [(0, 2), (1, 2)], lambda r: r[:, 0] - r[:, 1], ranked=True)
 
 
-def matching_weights(strengths: Sequence[float], target: float) -> np.ndarray:
-    """Weights of a grid's entries that interpolate to `target`, linearly in log strength.
-
-    Beyond the ends of the grid, the nearest end has all the weight. strengths > 0, in any order.
-    """
-    logs = np.log(np.asarray(strengths, float))
-    order = np.argsort(logs)
-    unit = np.eye(len(logs))
-    return np.array([np.interp(np.log(target), logs[order], row[order]) for row in unit])
-
-
-def correlation_margin(
-    grid: Float[np.ndarray, "g 2 n"], weights: np.ndarray, other: Float[np.ndarray, "2 n"]
-) -> Estimate:
-    """r between two seeds, weighted over a grid of settings, minus r of another; bootstrap."""
-    columns = np.concatenate([*np.asarray(grid, float), np.asarray(other, float)])
-    pairs = [(k, k + 1) for k in range(0, len(columns), 2)]
-    return _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1])
-
-
-def margin_at_equal_strength(
+def margin(
     grid: Float[np.ndarray, "g 2 n"],
     strengths: Sequence[float],
     other: Float[np.ndarray, "2 n"],
     strength: float,
 ) -> Estimate:
-    """As `correlation_margin`, with the grid interpolated to the strength of the other setting.
+    """r between two seeds, interpolated over a grid of settings to the strength of another setting
+    (linearly in log strength), minus the r of that; bootstrap.
 
     Beyond the ends of the grid the nearest end is no match, so the interval is open.
     """
-    found = correlation_margin(grid, matching_weights(strengths, strength), other)
+    logs = np.log(np.asarray(strengths, float))
+    order, unit = np.argsort(logs), np.eye(len(logs))
+    weights = np.array([np.interp(np.log(strength), logs[order], row[order]) for row in unit])
+    columns = np.concatenate([*np.asarray(grid, float), np.asarray(other, float)])
+    pairs = [(k, k + 1) for k in range(0, len(columns), 2)]
+    found = _of_correlations(columns, pairs, lambda r: r[:, :-1] @ weights - r[:, -1])
     inside = min(strengths) <= strength <= max(strengths)
     return found if inside else Estimate(found.value, -np.inf, np.inf, found.n)
 
