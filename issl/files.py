@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ PACKAGE = Path(__file__).parent  # of this library
 REPOSITORY = PACKAGE.parent  # the checkout, where the library runs from one
 BUNDLED = PACKAGE / "bundled"  # the parts of it in a wheel: notebooks, encoders, records
 PART = ".issl-part-"  # in the names of files being written, and of no others
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of a file system without locks
 READING = {errno.EACCES, errno.EPERM, errno.EIO}  # reading a file can fail with these too
 # why the system cannot write a file, where no program is to blame
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *READING}
@@ -52,9 +51,11 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, handle = _locked_new(path)
+        handle, made = tempfile.mkstemp(path.suffix, f".{path.name}{PART}", path.parent)
+        os.close(handle)
     except OSError as error:
         raise _cannot_write(path, error) from error
+    part = Path(made)
     try:
         yield part
         part.chmod(0o666 & ~UMASK)
@@ -70,47 +71,15 @@ def atomic(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
-        os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files that killed processes left in this folder."""
+def remove_leftovers(folder: Path, age: float = 3600.0) -> None:
+    """Remove the unfinished files that killed processes left in this folder: those that nobody has
+    written to for `age` seconds."""
     for path in folder.glob(f".*{PART}*"):
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue  # it was just finished, or is another user's
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # it is in use, or there are no locks here
-        else:
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
-
-
-def _locked_new(target: Path) -> tuple[Path, int]:
-    """A new file beside `target`, locked while this process uses it."""
-    while True:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.name}{PART}", suffix=target.suffix, dir=target.parent
-        )
-        os.close(handle)
-        path = Path(name)
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another process took it for a leftover before it was locked
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return path, handle  # a leftover looks like a file in use, so none is removed
-        if path.exists():
-            return path, handle
-        os.close(handle)
+        with suppress(OSError):  # it was just finished, or is another user's
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def why_no_room(error: BaseException) -> str | None:

@@ -204,7 +204,6 @@ def test_it_takes_positions_as_a_tensor_does(photos: Path) -> None:
         assert torch.equal(lazy[where], held[where]), where
     assert (lazy.shape, lazy.ndim, lazy.dtype) == (held.shape, 4, torch.uint8)
     assert torch.equal(torch.stack(list(lazy)), held)
-    assert [len(x) for x in lazy.split(10)] == [10, 3]
     assert torch.equal(lazy.subset(np.array([4, 1])).subset(np.array([1]))[:], held[1:2])
 
 

@@ -1,6 +1,7 @@
 """A curvature that is kept: fitted once, written, added up, and used for other images; and large
 sets in parts."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from disk import encoder
 from nets import make, pictures
+from safetensors.torch import save_file
 from torch import nn
 
 import issl
 from issl import EKFAC, Diagonal, Exact, GaussianNoise, LoGra, cli
 from issl.engine import Engine, Task
 from issl.influence import reference
+from issl.influence.kept import HEADER
 from issl.influence.losses import CrossEntropy
 from issl.influence.parts import Scoring, score_in_parts
 from issl.influence.scorer import Measurement
@@ -125,10 +128,11 @@ def test_a_loss_and_a_perturbation_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:
-    net, names = make("batchnorm"), ("good", "broken")
+    net, names = make("batchnorm"), ("good", "old", "broken")
     files = {name: tmp_path / f"{name}.safetensors" for name in names}
     fitted = issl.fit(net, pictures(20), curvature=LoGra(4))
     fitted.save(files["good"])
+    save_file({"a": torch.zeros(1)}, files["old"], {HEADER: json.dumps({"version": 3})})
     files["broken"].write_bytes(files["good"].read_bytes()[:-50])
     other, darker = make("batchnorm"), make("batchnorm")
     with torch.no_grad():
@@ -137,6 +141,7 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     for name, given, curvature, message in [
         ("good", other, None, "another encoder"),
         ("good", darker, None, "other numbers of the images"),
+        ("old", net, None, "version 3"),
         ("broken", net, None, "curvature file .* is damaged"),
         ("good", net, LoGra(5), "curvature is .*4.* in one and .*5"),
     ]:

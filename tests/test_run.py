@@ -264,10 +264,11 @@ def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact
     file = work / "encoder.safetensors"
     done = subprocess.run([sys.executable, "-c", DIES_WHILE_IT_WRITES, file], check=False)
     assert done.returncode == -signal.SIGKILL and len(left_over(work)) == 1
-    with atomic(work / "mine.json") as part:
-        part.write_text("{}")
+    (old,) = left_over(work)
+    os.utime(old, (0, 0))
+    with atomic(tmp_path / "mine.json") as part, atomic(work / "mine.json") as mine:
         remove_leftovers(work)
-        assert left_over(work) == [part]  # this one is being written
+        assert left_over(work) == [mine] and part.exists()  # these are being written
     (work / "mine.json").unlink()
     assert made(tmp_path) == undisturbed[1]
     assert left_over(tmp_path / "pretrain" / TRAINED.key) == []

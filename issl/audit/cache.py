@@ -130,7 +130,7 @@ class Artifacts:
             if self._sound(final):  # another process has made it while we waited
                 return False
             work.mkdir(exist_ok=True)
-            remove_leftovers(work)  # they would become part of the artifact
+            remove_leftovers(work, age=0.0)  # they would become part of the artifact
             began = time.monotonic()
             stage.make(work, self)
             _write_manifest(work, stage, self.device, time.monotonic() - began)

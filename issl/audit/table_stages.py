@@ -118,7 +118,7 @@ def _png(pixels: UInt8[torch.Tensor, "3 h w"]) -> bytes:
 
 
 class _Pngs:
-    """The pixels of the images of a set that are shown (`issl.data.images.Source`)."""
+    """The pixels of a set's images that are shown: a source of `issl.data.images.LazyPixels`."""
 
     def __init__(self, name: str, index: np.ndarray, pngs: dict[int, bytes], size: int):
         self.name, self.index, self.pngs, self.size = name, index, pngs, size

@@ -10,11 +10,11 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import BinaryIO, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pandas as pd
@@ -33,21 +33,6 @@ OURS = (
 ).split()
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Where lazy pixels come from; several threads call its methods at once."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> UInt8[np.ndarray, "3 h w"]:
-        """Image i, decoded; IsslError that names it if it is broken."""
-        ...
-
-    def identity(self) -> str:
-        """A text that changes when the images may have changed."""
-        ...
-
-
 class LazyPixels:
     """The uint8 pixels (n, 3, h, w) of some images of a source. They are indexed like a tensor,
     and give tensors.
@@ -56,6 +41,9 @@ class LazyPixels:
     process that holds a GPU need not fork. At most one batch is held ahead.
 
     Args:
+        source: Has a length, decodes image i by [i] (uint8, (3, h, w); an IsslError names a broken
+            one), and gives an identity(), a text that changes when the images may have changed.
+            Several threads call it at once.
         size: (h, w) of every image.
         rows: Which images of the source; default: all.
         workers: The number of decoding threads; default: one per core.
@@ -65,7 +53,7 @@ class LazyPixels:
 
     def __init__(
         self,
-        source: Source,
+        source: Any,
         size: tuple[int, int],
         rows: np.ndarray | None = None,
         workers: int | None = None,
@@ -92,14 +80,6 @@ class LazyPixels:
         chosen = torch.as_tensor(where)
         found = self._decoded(chosen.reshape(-1).tolist())
         return found[0] if chosen.ndim == 0 else found
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self.split(64):
-            yield from batch
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """All images in batches, as `Tensor.split` gives them."""
-        return (self[k : k + size] for k in range(0, len(self), size))
 
     def subset(self, rows: np.ndarray) -> LazyPixels:
         """These images, still not decoded."""

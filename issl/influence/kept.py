@@ -308,11 +308,7 @@ def summed(rows: Pass) -> dict[str, Tensor]:
     totals = {}
     for name, found in rows.accumulate().items():
         total, r = None if found is None else found.total, widths[name]
-        if total is None or tuple(total.shape) not in ((r,), (r, r)):
-            raise IsslError(
-                f"curvature {curvature} cannot be kept: its accumulator must have a `total` of "
-                f"shape ({r},) or ({r}, {r}) once all images are added"
-            )
+        assert total is not None and tuple(total.shape) in ((r,), (r, r)), curvature
         totals[name] = total.cpu()
     return totals
 
@@ -395,15 +391,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
         )
     metadata, tensors = read_safetensors(path, "curvature file")
     header: dict[str, Any] = json.loads(metadata.get(HEADER, "{}"))
-    if "version" not in header:
+    if header.get("version") != VERSION:
         raise IsslError(
-            f"{path} is not a curvature file: its header has no entry {HEADER}; give a file that "
-            "Fitted.save wrote"
-        )
-    if header["version"] != VERSION:
-        raise IsslError(
-            f"curvature file {path} has version {header['version']}; this library reads {VERSION}; "
-            "fit it again, or use the library that wrote it"
+            f"curvature file {path} has version {header.get('version')}; this library reads "
+            f"{VERSION}; give one that Fitted.save or `issl fit` wrote, or fit it again"
         )
     kinds: dict[str, dict[str, Tensor]] = {"sum": {}, "basis": {}}
     for key, value in tensors.items():

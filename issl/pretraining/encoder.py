@@ -94,10 +94,6 @@ class Head:
     layers: int = 2
     norm: bool = False
 
-    def __post_init__(self) -> None:
-        if not all(is_whole(number, 1) for number in (self.hidden, self.out, self.layers)):
-            raise IsslError(f"{self}: hidden, out and layers must be 1 or more")
-
     def build(self, inside: int) -> nn.Sequential:
         """The network, from `inside` values to `out`."""
         parts: list[nn.Module] = []

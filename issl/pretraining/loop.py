@@ -46,7 +46,7 @@ WORTH_COMPILING = 2_000_000  # images seen by a run, above which a minute of com
 VERSIONS = 128  # of a function that torch compiles, in one process
 SIMCLR = published("simclr")
 COLUMNS = ("epoch", "loss", "feature_std", "lr", "images_per_second")  # of the history
-AfterEpoch = Callable[[int, Learner], dict[str, float] | None]
+AfterEpoch = Callable[[int, Learner], None]
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def pretrain(
         checkpoint: Where the run is saved, so that it can be continued.
         after_epoch: Called after each epoch with the number of epochs done and the learner, before
             that epoch's checkpoint is written, so the files that it writes exist when a run
-            resumes. The numbers it returns, if any, are added to the history.
+            resumes.
 
     Returns:
         The encoder (on the CPU, in eval mode), and its history, one row per epoch: epoch, loss,
@@ -318,7 +318,7 @@ def pretrain(
             _check_health(learner, epoch, mean_loss, std, batch_size)
             history.append(dict(zip(COLUMNS, (epoch, mean_loss, std, step.lr, speed), strict=True)))
             if after_epoch is not None:
-                history[-1] |= after_epoch(epoch + 1, learner) or {}
+                after_epoch(epoch + 1, learner)
                 learner.train()
             bar.set_postfix(loss=f"{mean_loss:.3f}")
             if time.monotonic() - saved_at >= checkpoint.seconds:

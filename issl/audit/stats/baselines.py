@@ -25,7 +25,7 @@ def pixel_closeness(images: Images) -> np.ndarray:
 
 def hash_closeness(images: Images) -> np.ndarray:
     """Minus the Hamming distance from a 64-bit perceptual hash to the nearest other image's."""
-    pictures = (Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels)
+    pictures = (Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.tensor())
     bits = np.stack([imagehash.phash(p).hash.ravel() for p in pictures]).astype(np.float32)
     return -np.rint(_to_nearest(bits) ** 2)  # of bits, the squared distance is Hamming's
 

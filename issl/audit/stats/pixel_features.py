@@ -29,7 +29,7 @@ def pixel_features(images: Images) -> pd.DataFrame:
         UNIFORM_STD).
     """
     parts = []
-    for pixels in images.pixels.split(2048):
+    for pixels in images.tensor().split(2048):
         x = pixels.float() / 255
         grey = luma(x).flatten(1)
         frame = torch.ones(x.shape[-2:], dtype=torch.bool)
@@ -58,7 +58,7 @@ def texture(images: Images) -> pd.DataFrame:
         jpeg_size (bytes as a JPEG of quality 90).
     """
     edges, sizes = [], []
-    for pixels in images.pixels:
+    for pixels in images.tensor():
         dy, dx = np.gradient(luma(pixels[None].float() / 255)[0].squeeze().numpy())
         edges.append(np.hypot(dy, dx).mean())
         with io.BytesIO() as file:
