@@ -698,7 +698,7 @@ class Evaluate(Table):
     """Is the class found by weighted kNN, and by a linear probe? hits.parquet; the probe's C is
     among the table's `attrs`."""
 
-    name: ClassVar[str] = "measures"
+    name: ClassVar[str] = "evaluate"
     file: ClassVar[str] = "hits.parquet"
 
     train: Embed
