@@ -67,6 +67,7 @@ def build(
         raise IsslError(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
+    history = [*verdicts.kept_records(provided("figures")), *records]
     left_out = left_out or {}
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
@@ -78,7 +79,7 @@ def build(
         "index.html",
         profile=profile,
         about=described(profile),
-        verdicts=_staying(_html(verdicts.markdown(records))),
+        verdicts=_staying(_html(verdicts.markdown(records, history=history))),
         table=_table(records, profile),
         missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len({r['name'] for r in records})} claims: {counts}",

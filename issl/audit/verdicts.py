@@ -305,14 +305,14 @@ def _over_readings(read: pd.DataFrame, about: Claim) -> str:
     told = {"range": "", "normalised": ", noise in normalised pixels"}
     head = ["", *(f"{r['output']}{told[r['unit']]}" for r in readings().values()), "over readings"]
     rows = []
-    for method, part in read.groupby("method", sort=False):
+    for who, part in read.groupby("method", sort=False):
         cells = {}
         for _, r in part.iterrows():
             number = with_interval(Estimate(r["value"], r["low"], r["high"], 0))
             said = (MARKS[r["outcome"]], about.numbers.get(r["metric"], ""), number)
             cells[r["reading"]] = " ".join(filter(None, said))
         own = [cells.get(reading, "") for reading in readings()]
-        rows.append((NAMES.get(str(method), ""), *own, part["over_readings"].iloc[0]))
+        rows.append((NAMES.get(str(who), ""), *own, part["over_readings"].iloc[0]))
     return _markdown(head, rows)
 
 
