@@ -50,8 +50,8 @@ def new(width: int) -> tuple[Learner, torch.optim.Optimizer]:
 
 
 def ours(images: issl.Images, asked: Namespace, precision: str, turn: Turn) -> None:
-    """The step of issl.pretrain: views as tensor operations, NHWC, bf16 where the CPU computes
-    it."""
+    """The step of `pretraining.loop.pretrain`: views as tensor operations, NHWC, bf16 where the CPU
+    computes it."""
     learner, optimizer = new(asked.width)
     learner = learner.for_training()
     for x, u in batches(images, asked, turn):

@@ -13,7 +13,7 @@ import torch
 
 HEAD = """# Benchmarks
 
-Written by `python benchmarks/influence.py` and `python benchmarks/pretraining.py`; do not edit. All methods of a table
+Written by the programs in benchmarks/; do not edit. All methods of a table
 ran in one process, taking turns batch by batch, so the ratios compare methods that met the same machine.
 Seconds are this machine's. For influence, the ratio is the time over that of a plain forward and backward pass of the
 same loss on the same images. The whole time is from the encoder to the scores; the median batch, for methods of one

@@ -51,7 +51,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(path.suffix, f".{path.name}{PART}", path.parent)
+        handle, made = tempfile.mkstemp(
+            suffix=path.suffix, prefix=f".{path.name}{PART}", dir=path.parent
+        )
         os.close(handle)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -75,10 +77,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, age: float = 3600.0) -> None:
     """Remove the unfinished files that killed processes left in this folder: those that nobody has
-    written to for `age` seconds."""
+    written to for `age` seconds. 0: all, whatever the clock of the file system says."""
     for path in folder.glob(f".*{PART}*"):
         with suppress(OSError):  # it was just finished, or is another user's
-            if time.time() - path.stat().st_mtime >= age:
+            if age == 0 or time.time() - path.stat().st_mtime >= age:
                 path.unlink()
 
 

@@ -1,4 +1,5 @@
-"""Measures of an encoder: differentiable functions of its backbone, one number for each query.
+"""Measures of an encoder: differentiable functions of its backbone, one number for each query; and
+the features and stability losses of whole sets.
 
 The backbone is in eval mode. A measure split into a list of several, for a few queries each, holds
 fewer activations at a time.
@@ -22,6 +23,7 @@ from issl.influence.losses import stability_loss
 from issl.influence.perturbation import GaussianNoise, Perturb, Perturbation, keyed_draws
 
 Measure = Callable[[nn.Module], Float[Tensor, " q"]]
+CPU = torch.device("cpu")
 TOGETHER = 8  # queries in one forward pass: each one's gradient goes back through all of them
 
 
@@ -107,9 +109,6 @@ def like(backbone: nn.Module, x: Tensor) -> Tensor:
     """`x` on the backbone's device, in its precision."""
     weight = next(backbone.parameters())
     return x.to(weight.device, weight.dtype)
-
-
-CPU = torch.device("cpu")
 
 
 @torch.no_grad()

@@ -67,6 +67,8 @@ def test_a_verdict_needs_a_profile_and_encoders_that_have_learned() -> None:
     ):
         few = judged(0.95, dataset=dataset, learned=LEARNED | changed)
         assert few == ("reproduced", claims.UNTESTED)
+    with pytest.raises(issl.IsslError, match="what they learned"):
+        judged(0.95, learned=None)
     for value, verdict in ((1e-9, claims.PASSED), (1.0, claims.FAILED)):  # of the code
         metrics = {"relative_difference": estimate(value, 0)}
         assert claims.judge("method_exact", metrics, "quick", "scenes")["verdict"] == verdict

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import issl
-from issl import EKFAC, Diagonal, Exact, GaussianNoise, LoGra, cli
+from issl import EKFAC, Diagonal, Exact, GaussianNoise, Identity, LoGra, cli
 from issl.engine import Engine, Task
 from issl.influence import reference
 from issl.influence.kept import HEADER
@@ -161,6 +161,8 @@ def test_what_cannot_be_done() -> None:
     large = nn.Sequential(nn.Flatten(), nn.Linear(432, 3000)).eval()
     for named, attempt in {
         r"same 20 images of random pictures": lambda: fitted.add(fitted),
+        r"\(16, 16\) px": lambda: fitted.score(pictures(4, side=16)),
+        r"sums nothing": lambda: issl.fit(large, pictures(4), curvature=Identity()),
         r"take .* GB": lambda: issl.fit(large, pictures(4), curvature=Exact()),
     }.items():
         with pytest.raises(issl.IsslError, match=named):
@@ -213,6 +215,8 @@ def test_a_folder_belongs_to_one_measurement(tmp_path: Path) -> None:
     for other in ({"what": replace(WHAT, seed=1)}, {"seed": 1}):
         with pytest.raises(issl.IsslError, match="holds scores of another"):
             tasks_of(tmp_path, **other)
+    with pytest.raises(issl.IsslError, match="bases from images"):
+        tasks_of(tmp_path / "new", what=replace(WHAT, curvature=EKFAC()))
 
 
 def test_the_command_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

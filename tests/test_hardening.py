@@ -4,6 +4,7 @@ One row a case: an IsslError in one line that names the thing, before any long w
 """
 
 import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 import torch
 from disk import encoded, png
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as Quantised
 from torch.nn.utils import parametrizations
 
 import issl
 from issl import Computing, GaussianNoise, cli
+from issl.pretraining.other_encoders import open_encoder
 
 IMAGES = issl.load("scenes", n=6)
 PIXELS = (np.arange(3 * 16 * 16) % 251).astype(np.uint8).reshape(3, 16, 16)
@@ -75,6 +78,13 @@ def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
     return model.eval()
 
 
+def of_another_width(folder: Path) -> str:
+    """An encoder whose header says another width than that of its weights."""
+    path = disk.encoder(folder / "e.safetensors")
+    save_file(load_file(path), path, {"issl": json.dumps({"width": 1, "head": {}})})
+    return path
+
+
 def load(folder: Path, *contents: bytes) -> Tensor:
     """A folder of these files: 0.png, 1.png, …"""
     for k, content in enumerate(contents):
@@ -91,6 +101,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shared weight": (lambda _: score(tied()), "0 and 1 share one weight"),
     "detached": (lambda _: score(gives(lambda f: f.detach())), "encoder cuts its features"),
     "mixing": (lambda _: score(gives(lambda f: f + f.mean(0))), "other features alone"),
+    "traced": (lambda _: score(torch.jit.trace(net(), IMAGES.pixels[:1] / 255)), "torch.jit"),
+    "gives a tuple": (lambda _: score(gives(lambda f: (f, f))), "encoder gives tuple"),
     "quantised": (lambda _: score(with_last(lambda _: Quantised(4, 5))), "4 is a Linear"),
     "gives NaN": (lambda _: score(gives(lambda f: f / 0)), "NaN or infinite features for image"),
     "gives zeros": (lambda _: score(gives(lambda f: f * 0)), "all-zero, .* for image index 0, 1"),
@@ -108,6 +120,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     # files
     "pixels of floats": (lambda f: load(f, encoded(Image.new("F", (9, 9)), "TIFF")), "mode F"),
     "a huge image": (lambda f: load(f, b"P6 60000 60000 255\n"), "0.png .*3600000000 pixels"),
+    "another width in it": (lambda f: open_encoder(of_another_width(f)), "width 1"),
 }
 
 

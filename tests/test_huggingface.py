@@ -130,6 +130,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     for columns, message in [
         ({"image": [{"bytes": None, "path": "/etc/passwd"}]}, "holds no encoded image but None"),
         ({"image": FOUR, "label": [-1, 5, 0, 1]}, "a label is -1"),
+        ({"image": FOUR, "label": [0.5, 1.0, 1.0, 1.0]}, "need whole numbers, or texts"),
     ]:
         with pytest.raises(issl.IsslError, match=message):
             issl.load(written(tmp_path, columns), size=16)

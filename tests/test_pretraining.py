@@ -380,6 +380,7 @@ def test_bad_settings() -> None:
     for how, arguments, named in [
         (SIMCLR, {"keep": out, "gaps": True}, "0 image of a batch is left"),
         (SUPERVISED, {}, "'scenes' have no labels"),
+        (SIMCLR, {"seed": 2048}, "seed up to 2047"),
         (replace(SIMCLR, lr=1e20, warmup=0), {"epochs": 3}, "diverged in epoch"),
         (heavy, {"epochs": 30}, r"collapsed in epoch .*weight_decay=60.*tau=0.97"),
     ]:

@@ -320,6 +320,12 @@ def test_what_is_known_of_the_papers_claims_is_in_the_records() -> None:
     plain = outcomes["plain_backgrounds_lead"]
     assert set(plain[:, "overnight-normalised"]) == {"reproduced"}
     assert set(plain[:, "overnight-projector"]) == {"contradicted"}
+    against_460 = [
+        r["provenance"]["profile"]
+        for r in records
+        if r["name"] == "plain_backgrounds_lead" and r["metrics"]["plain_top_less_460"]["low"] > 0.1
+    ]
+    assert against_460 == ["overnight-normalised"] * 3
     assert "reproduced" not in set(outcomes["training_seed_correlation"])
     repeats, more = outcomes["noise_seed_correlation"], outcomes["more_than_statistics"]
     assert set(repeats["byol"]) == set(repeats[:, "overnight-normalised"]) == {"reproduced"}

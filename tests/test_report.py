@@ -192,7 +192,7 @@ def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, monkeypatch:
 
 SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 FORMULA = r"$\frac{1}{$_$"
-THERE = "http://elsewhere.example"
+THERE, NAME = "http://elsewhere.example", "a$b$<img src=x>.parquet"
 
 
 def attack() -> Any:
@@ -227,8 +227,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [png(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)) for _ in range(24)]
     names = [(SCRIPT, FORMULA)[k % 2] for k in range(24)]
     table = pa.table({"image": images, "label": names, SCRIPT: names})
-    pq.write_table(table, out / "set.parquet")
-    data = f"hf:{out}/set.parquet"
+    pq.write_table(table, out / NAME)
+    data = f"hf:{out}/{NAME}"
     results = out / "results/mine"
     results.mkdir(parents=True)
     place = {"out": str(out), "data_root": str(out)}
@@ -249,7 +249,9 @@ def test_no_place_of_the_machine_is_in_the_report_or_a_record(hostile: Path) -> 
     page = (hostile / "report/00_method.html").read_text()
     assert "~/photos and REPOSITORY/issl/x.py" in page and "PYTHON/lib/x.py" in page
     written = json.loads((hostile / "claim_method_exact.json").read_text())
-    assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == "hf:set.parquet"
+    assert written["dataset"] == written["provenance"]["parameters"]["dataset"] == f"hf:{NAME}"
+    index = (hostile / "index.html").read_text()
+    assert "hf:a$b$&lt;img src=x&gt;" in index and "<math" not in index
 
 
 def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(

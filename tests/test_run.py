@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -270,6 +271,7 @@ def test_what_a_killed_process_was_writing_is_removed_and_no_part_of_an_artifact
         remove_leftovers(work)
         assert left_over(work) == [mine] and part.exists()  # these are being written
     (work / "mine.json").unlink()
+    (work / f".encoder.safetensors{PART}x").write_text("half")  # a moment ago
     assert made(tmp_path) == undisturbed[1]
     assert left_over(tmp_path / "pretrain" / TRAINED.key) == []
 
@@ -368,6 +370,14 @@ def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len((killed / "resumed").read_text().split()) == 1
     one, two = (Artifacts(root).file(TRAINED, "encoder.safetensors") for root in (whole, killed))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_processes_that_do_not_start_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose loopback network is down."""
+    failed = Mock(side_effect=RuntimeError("Timed out"))
+    monkeypatch.setattr(engine, "_processes", failed)
+    with pytest.raises(IsslError, match=r"--jobs 2: .*Timed out.* loopback"):
+        list(Engine(jobs=2).run({"one": Task(time.time)}))
 
 
 def test_a_dask_that_is_there_and_goes_away(tmp_path: Path) -> None:

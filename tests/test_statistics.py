@@ -141,19 +141,17 @@ def test_aucs_are_scikit_learns_and_pairs_count_once() -> None:
     assert p == pytest.approx(stats.mannwhitneyu(score[FLAG], score[~FLAG]).pvalue)
 
 
-def test_average_precision_is_scikit_learns_over_the_images_or_clusters_drawn() -> None:
-    score = np.round(A, 1)
-    for groups in (np.arange(400), np.arange(400) // 4):
-        rng, n = np.random.default_rng(0), int(groups.max()) + 1
-        drawn = []
-        for _ in range(RESAMPLES):
-            chosen = np.bincount(rng.integers(0, n, n), minlength=n)[groups]
-            rows = np.repeat(np.arange(400), chosen)
-            if FLAG[rows].any():
-                drawn.append(average_precision_score(FLAG[rows], score[rows]))
-        got = statistics.average_precision(score, FLAG, groups)
-        assert got.value == pytest.approx(average_precision_score(FLAG, score))
-        assert ends(got) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+def test_average_precision_is_scikit_learns_over_the_clusters_drawn() -> None:
+    score, groups = np.round(A, 1), np.arange(400) // 4
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = np.bincount(rng.integers(0, 100, 100), minlength=100)[groups]
+        rows = np.repeat(np.arange(400), chosen)
+        if FLAG[rows].any():
+            drawn.append(average_precision_score(FLAG[rows], score[rows]))
+    got = statistics.average_precision(score, FLAG, groups)
+    assert got.value == pytest.approx(average_precision_score(FLAG, score))
+    assert ends(got) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
 
 
 # --- means, tests, several encoders
@@ -373,11 +371,10 @@ def test_lds_is_the_mean_of_spearmans_by_query() -> None:
     assert datamodeling.lds_difference(predicted, predicted, TRUTH).high == 0
 
 
-@pytest.mark.parametrize("noise", [0.5, 2.0])
-def test_the_ceiling_is_what_the_truth_itself_reaches(noise: float) -> None:
+def test_the_ceiling_is_what_the_truth_itself_reaches() -> None:
     """Repetitions are truth and noise: their mean goes with the truth up to the ceiling."""
     truth = np.random.default_rng(1).normal(size=(80, 150))
-    runs = truth + noise * np.random.default_rng(2).normal(size=(3, 80, 150))
+    runs = truth + 2 * np.random.default_rng(2).normal(size=(3, 80, 150))
     cap = datamodeling.ceiling(datamodeling.repeatability(runs), 3)
     assert datamodeling.lds(truth, runs.mean(0)).value == pytest.approx(cap.value, abs=0.02)
 

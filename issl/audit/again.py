@@ -46,8 +46,10 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
         return np.inf, -1.0
     scale = b.abs().clip(lower=b.std().fillna(0.0), axis=1)
     apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).max().fillna(0.0)
-    ranks = a.corrwith(b, method="spearman").fillna(-1.0)  # a constant has no ranks
-    return float(apart.max()), float(ranks[apart > 0].min() if apart.any() else 1.0)
+    if not (differ := list(apart.index[apart > 0])):
+        return 0.0, 1.0
+    ranks = a[differ].corrwith(b[differ], method="spearman").fillna(-1.0)  # a constant has none
+    return float(apart.max()), float(ranks.min())
 
 
 def check_again(options: ProfileOptions) -> int:

@@ -1,4 +1,4 @@
-"""The kit that notebooks draw with: one style, a few kinds of panel, and one way to save.
+"""The kit that notebooks draw with: one style, and a few kinds of panel.
 
 A panel takes a tidy table (`issl.audit.stats.tables`): a row for each estimate, with the columns
 value, low and high, and columns that say what it is about.

@@ -654,10 +654,10 @@ class TrainingAware(Retrained):
                 for asked in get_args(Asked):
                     fields = self.asked_of(run, asked, picked=picked if asked == "own" else None)
                     of[asked][*who, r] = ThroughTraining(**fields)
-                # … measured under the order and views of this run
-                of["removed"][*who, r, self.probed] = Without(
-                    **self.asked_of(run, "each"), left_out=probes
-                )
+                if r:  # measured under the order and views of this run; the first: below
+                    of["removed"][*who, r, self.probed] = Without(
+                        **self.asked_of(run, "each"), left_out=probes
+                    )
             of["everyone"][who] = self.influence(first)
             for r in range(self.whole):
                 fields = self.asked_of(self.over_all(first, r), "unseen")

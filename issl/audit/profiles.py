@@ -132,7 +132,7 @@ def covered(profile: str) -> list[str]:
 
 def described(profile: str) -> str:
     """What a profile is, in words."""
-    return str(_content(profile).get("about", "")) if profile in profiles() else ""
+    return str(_file(profile).get("about", "")) if profile in profiles() else ""
 
 
 def select(only: str) -> list[str]:

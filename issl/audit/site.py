@@ -68,6 +68,7 @@ def build(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
     history = [*verdicts.kept_records(provided("figures")), *records]
+    told = [r | {"dataset": str(escape(r["dataset"])).replace("$", "&#36;")} for r in records]
     left_out = left_out or {}
     reached = [r["verdict"] for r in records]
     counts = ", ".join(f"{reached.count(v)} {v}" for v in KINDS if v in reached)
@@ -79,7 +80,7 @@ def build(
         "index.html",
         profile=profile,
         about=described(profile),
-        verdicts=_staying(_html(verdicts.markdown(records, history=history))),
+        verdicts=_staying(_html(verdicts.markdown(told, history=history))),
         table=_table(records, profile),
         missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len({r['name'] for r in records})} claims: {counts}",

@@ -1,4 +1,4 @@
-"""All verdicts together: the records that notebooks leave, as rows, Markdown and sentences."""
+"""All verdicts together: the records that notebooks leave, as rows and Markdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ Record = dict[str, Any]  # as issl.audit.claims.record writes it, with `copied` 
 Test = dict[str, Any]  # of a record
 KEPT = "claims.json"  # a profile's records, beside its figures
 OUTCOMES = ("reproduced", "partly", "contradicted", "undecided")
-ANSWERS = dict(zip((*OUTCOMES, UNTESTED), "yes,in part,no,open,untested".split(","), strict=True))
+ANSWERS = {"reproduced": "yes", "partly": "in part", "contradicted": "no", "undecided": "open"}
+ANSWERS[UNTESTED] = "untested"
 MARKS = dict(zip((*OUTCOMES, UNTESTED, SUPERSEDED, PASSED, FAILED), "●◐○◇◌⊘✓✗", strict=True))
 STATES = {"holds": "●", "contradicted": "○", "undecided": "◇"}  # of a test
 BEGIN = "<!-- verdicts: written by `issl verdicts --readme`, do not edit -->"
@@ -260,7 +261,8 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
     about = claims()[name]
     paper = "our question" if about.paper is None else f"the paper: {about.paper}"
     since = "" if about.stated is None else f"tests stated {about.stated}, "
-    lines = [f"### {about.claim.rstrip('.')}{' (ours)' if about.ours else ''}", ""]
+    kind = " (superseded)" if about.superseded else " (ours)" if about.ours else ""
+    lines = [f"### {about.claim.rstrip('.')}{kind}", ""]
     asked = f"{paper[0].upper()}{paper[1:]}. Notebook `{about.notebook}`"
     lines.append(f"{asked}; {since}{_first_made(kept)}.")
     tested = {test["metric"] for r in own for test in r["tests"]}
@@ -269,7 +271,7 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
         lines.append(f"Also measured, without a test: {', '.join(named)}.")
     for past in claims().values():
         if past.superseded and past.superseded.by == name:
-            lines.append(f"Its former test stands below: *{past.claim.rstrip('.')}*.")
+            lines.append(f"It replaced the test of *{past.claim.rstrip('.')}*.")
     if about.superseded:
         lines.append(_why(about))
     read = by_reading(own)
@@ -365,10 +367,10 @@ def _deciding_number(record: Record) -> str:
     """The number of the test that decides a record, and in brackets what this test asks of it. If
     all tests hold, it is the last one, which asks the most."""
     test = deciding(record)
-    metric = (record["tests"][-1] if test["holds"] else test)["metric"]
-    test = next(t for t in record["tests"] if t["metric"] == metric)
-    name = claims()[record["name"]].numbers[metric]
-    return f"{name} = {_number(record, metric)} ({_asked(test)})"
+    if test["holds"]:
+        test = record["tests"][-1]
+    name = claims()[record["name"]].numbers[test["metric"]]
+    return f"{name} = {_number(record, test['metric'])} ({_asked(test)})"
 
 
 def _number_asked(record: Record, test: Test) -> str:
@@ -398,7 +400,10 @@ def pages(repository: Path) -> dict[Path, str]:
     rows = answered.itertuples(index=False, name=None)
     tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": blocks}
     found = {}
-    for name, table in tables.items():
-        before, rest = (repository / name).read_text().split(BEGIN)
-        found[repository / name] = f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
+    for name, text in tables.items():
+        before, begin, rest = (repository / name).read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise IsslError(f"{name} lacks the markers of the table of verdicts: {BEGIN} … {END}")
+        found[repository / name] = f"{before}{BEGIN}\n{text}{END}{after}"
     return found

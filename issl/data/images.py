@@ -1,7 +1,9 @@
 """A set of images with what is known about each: the input of every part of the library.
 
 `issl.load` (in `issl.data.datasets`) makes them. Pixels are a tensor, or `LazyPixels`, which are
-decoded on demand, the next ones ahead of time, so that they need not fit into memory.
+decoded on demand, the next ones ahead of time, so that they need not fit into memory. `Encoded` is
+a set of encoded images, the files of a folder or the rows of a table: every format and mode that
+Pillow reads, upright, in 8 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from torch import Tensor
 
 from issl.errors import IsslError
 
+TAIL = 4096  # bytes at a file's end in which its closing mark must be
+CLOSING = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 # the columns that we add to tables of scores and of images: a set's own column of such a name is
 # renamed when it is read
 OURS = (
@@ -220,10 +224,6 @@ def sample_positions(name: str, total: int, n: int | None, seed: int) -> np.ndar
     if n > total:
         raise IsslError(f"n={n}: data set {name!r} has {total} images here; ask for 1 to {total}")
     return np.sort(np.random.default_rng(seed).choice(total, n, replace=False))
-
-
-TAIL = 4096  # bytes at a file's end in which its closing mark must be
-CLOSING = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 @dataclass(frozen=True)

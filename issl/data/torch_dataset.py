@@ -1,5 +1,5 @@
 """Any map-style torch Dataset as `Images`, with its own files and transforms, decoded when it is
-needed."""
+needed; and labels of any kind as numbers with names (`class_labels`)."""
 
 from __future__ import annotations
 

@@ -308,7 +308,11 @@ def summed(rows: Pass) -> dict[str, Tensor]:
     totals = {}
     for name, found in rows.accumulate().items():
         total, r = None if found is None else found.total, widths[name]
-        assert total is not None and tuple(total.shape) in ((r,), (r, r)), curvature
+        if total is None or tuple(total.shape) not in ((r,), (r, r)):
+            raise IsslError(
+                f"curvature {curvature} cannot be kept: its accumulator must have a `total` of "
+                f"shape ({r},) or ({r}, {r}) once all images are added"
+            )
         totals[name] = total.cpu()
     return totals
 

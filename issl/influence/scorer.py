@@ -1,4 +1,10 @@
-"""What is measured, and the encoder that it is measured on: views, checks, per-image gradients."""
+"""What is measured, and the encoder that it is measured on: views, checks, per-image gradients;
+and passes over images.
+
+The rows of all images (what is kept of their gradients) are needed twice: for the curvature, then
+for the scores. So a `Pass` can be repeated: from memory ("ram"), or by another forward and backward
+pass ("recomputed"), which gives the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +44,10 @@ from issl.influence.per_example import (
 from issl.influence.perturbation import Perturb, Perturbation, describe, keyed_draws
 from issl.keyed_random import uniform
 
+Memory = Literal["auto", "ram", "recomputed"]
+Rows = Mapping[str, Tensor]  # those of a chunk, on the CPU: see `Scorer.rows`
+CHUNK = 512  # the most images whose rows are computed together;
+CHUNK_BYTES = 2**30  # fewer if their rows would take more than this
 LARGEST_SEED = 1 << 62  # well within the 64 bits of a key
 MOMENT_BATCH = 64  # fixed, so that bases from moments do not depend on the caller's batch size
 
@@ -287,12 +297,6 @@ def as_images(images: Images | Tensor, what: str = "images") -> Images:
     if 0 in images.pixels.shape:
         raise IsslError(f"{what} {images.name!r}: the set is empty, or holds no pixels")
     return images
-
-
-Memory = Literal["auto", "ram", "recomputed"]
-Rows = Mapping[str, Tensor]  # those of a chunk, on the CPU: see `Scorer.rows`
-CHUNK = 512  # the most images whose rows are computed together;
-CHUNK_BYTES = 2**30  # fewer if their rows would take more than this
 
 
 @dataclass(frozen=True)

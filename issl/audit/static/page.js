@@ -1,7 +1,9 @@
 "use strict";
 // A figure at its own size and back; all code of a notebook at once.
 document.querySelectorAll("button.figure").forEach((figure) => {
-  figure.addEventListener("click", () => figure.classList.toggle("own"));
+  figure.addEventListener("click", () => {
+    figure.setAttribute("aria-pressed", String(figure.classList.toggle("own")));
+  });
 });
 const unfold = document.getElementById("unfold");
 if (unfold) unfold.addEventListener("click", () => {
