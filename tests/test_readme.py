@@ -562,8 +562,8 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
         f"two draws agree (r = {repeats:.2f}; paper: 0.97)",
         f"(rank correlation {min(follows):.2f} to {max(follows):.2f})",
         f"its AUC for plain backgrounds is {min(loss):.2f} to {max(loss):.2f}",
-        f"(AUC {colour['auc_labels_white']:.2f}), others high ({colour['auc_labels_other']:.2f}), "
-        f"all together at {colour['auc_labels']:.2f}",
+        f"(AUC {colour['auc_labels_white']:.2f}), the others slightly high "
+        f"({colour['auc_labels_other']:.2f}). All together have {colour['auc_labels']:.2f}",
         f"at percentile {of_each['untrained', 0]:.0f}.",
         f"percentiles {least['simclr']:.0f} to {most['simclr']:.0f} (SimCLR), "
         f"{least['byol']:.0f} to {most['byol']:.0f} (BYOL) and {most['barlow_twins']:.0f} (Barlow",
