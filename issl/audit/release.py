@@ -1,6 +1,6 @@
 """Release tables: `python -m issl.audit.release --out DIR` copies into released/, under readable
-names, the tables that were made in DIR and that the default profile or a reading of the paper draws
-from."""
+names, the tables (and derivatives of trainings) that were made in DIR and that the default profile
+or a reading of the paper draws from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from issl.audit.claims import readings
 from issl.audit.config import as_plain
 from issl.audit.profiles import ProfileOptions
 from issl.audit.settings import Data
-from issl.audit.stages import Influence, Pretrain, State, Table
+from issl.audit.stages import (
+    CopiesTrainedOn,
+    Influence,
+    Pretrain,
+    State,
+    Table,
+    ThroughTraining,
+    Without,
+)
 from issl.audit.table_stages import CopiesDiscount
 from issl.data import datasets
 from issl.errors import IsslError
@@ -29,6 +37,19 @@ from issl.influence.perturbation import ClippedNoise, GaussianNoise
 from issl.pretraining import recipes
 
 USUAL = (GaussianNoise().std, 0.0)  # 0: cross-entropy is scored without noise
+
+
+def files_of(stage: Table | ThroughTraining) -> dict[str, str]:
+    """The paths in the release of a stage's files."""
+    if isinstance(stage, ThroughTraining):
+        files = ["pairs.safetensors", "through.json"]
+    elif isinstance(stage, Without | CopiesTrainedOn):
+        files = [stage.file]
+    else:
+        return {stage.file: path_of(stage)}
+    encoder = _encoder(stage.run.start or stage.run)
+    name = "-".join([stage.run.data.name, *encoder, stage.key]).replace("_", "-")
+    return {file: f"tables/{stage.name}/{name}{Path(file).suffix}" for file in files}
 
 
 def path_of(stage: Table) -> str:
@@ -104,15 +125,16 @@ def main() -> None:
     for plan in plans:
         for stage in plan.stages():
             drawn = plan.dataset in datasets.DRAWN
-            if not isinstance(stage, Table) or drawn or stage.label in index:
+            if not isinstance(stage, Table | ThroughTraining) or drawn or stage.label in index:
                 continue
             if (here.folder(stage) / MANIFEST).is_file():
-                path = path_of(stage)
-                if path in [f["path"] for entry in index.values() for f in entry["files"].values()]:
-                    raise IsslError(f"{path} is another table's; give this one its own name")
-                release(here, stage, folder, {stage.file: path})
+                files = files_of(stage)
+                taken = {f["path"] for entry in index.values() for f in entry["files"].values()}
+                if both := taken.intersection(files.values()):
+                    raise IsslError(f"{min(both)} is another table's; give this one its own name")
+                release(here, stage, folder, files)
                 index = released_index(folder)
-                print(path)
+                print(*files.values())
 
 
 if __name__ == "__main__":
