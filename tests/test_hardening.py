@@ -79,7 +79,6 @@ def with_last(change: Callable[[Any], nn.Module]) -> nn.Module:
 
 
 def of_another_width(folder: Path) -> str:
-    """An encoder whose header says another width than that of its weights."""
     path = disk.encoder(folder / "e.safetensors")
     save_file(load_file(path), path, {"issl": json.dumps({"width": 1, "head": {}})})
     return path

@@ -373,7 +373,6 @@ def test_processes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_processes_that_do_not_start_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine whose loopback network is down."""
     monkeypatch.setattr(engine, "_processes", Mock(side_effect=RuntimeError("Timed out")))
     with pytest.raises(IsslError, match=r"--jobs 2: .*Timed out.* loopback"):
         list(Engine(jobs=2).run({"one": Task(time.time)}))
