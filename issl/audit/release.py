@@ -1,6 +1,6 @@
 """Release tables: `python -m issl.audit.release --out DIR` copies into released/, under readable
-names, the tables (and derivatives of trainings) that were made in DIR and that the default profile
-or a reading of the paper draws from."""
+names, the tables, and the numbers for pairs of images, that were made in DIR and that the default
+profile or a reading of the paper draws from."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from issl.audit.settings import Data
 from issl.audit.stages import (
     CopiesTrainedOn,
     Influence,
+    Pairs,
     Pretrain,
     State,
     Table,
@@ -39,16 +40,16 @@ from issl.pretraining import recipes
 USUAL = (GaussianNoise().std, 0.0)  # 0: cross-entropy is scored without noise
 
 
-def files_of(stage: Table | ThroughTraining) -> dict[str, str]:
+def files_of(stage: Table | Pairs) -> dict[str, str]:
     """The paths in the release of a stage's files."""
-    if isinstance(stage, ThroughTraining):
-        files = ["pairs.safetensors", "through.json"]
+    if isinstance(stage, Pairs):
+        files = ["pairs.safetensors", *(["through.json"] * isinstance(stage, ThroughTraining))]
     elif isinstance(stage, Without | CopiesTrainedOn):
         files = [stage.file]
     else:
         return {stage.file: path_of(stage)}
-    encoder = _encoder(stage.run.start or stage.run)
-    name = "-".join([stage.run.data.name, *encoder, stage.key]).replace("_", "-")
+    first = next(s for s in in_dependency_order([stage]) if isinstance(s, Pretrain))
+    name = "-".join([first.data.name, *_encoder(first), stage.key]).replace("_", "-")
     return {file: f"tables/{stage.name}/{name}{Path(file).suffix}" for file in files}
 
 
@@ -105,8 +106,9 @@ def _settings(stage: Table) -> list[str]:
     if isinstance(stage, CopiesDiscount):
         return reading
     reading += [] if stage.layers == "all" else [stage.layers.replace(" ", "-")]
-    draws = [f"draws{stage.draws}"] if stage.data.first is not None else []
-    others = [] if stage.others is None else ["others"]
+    of, some = stage.others, stage.data.first is not None or stage.draws > 1
+    others = [] if of is None else ["others", *([] if of.first is None else [f"first{of.first}"])]
+    draws = [f"draws{stage.draws}"] if some else []
     return [*others, *reading, *draws, f"noise{stage.seed}"]
 
 
@@ -125,7 +127,7 @@ def main() -> None:
     for plan in plans:
         for stage in plan.stages():
             drawn = plan.dataset in datasets.DRAWN
-            if not isinstance(stage, Table | ThroughTraining) or drawn or stage.label in index:
+            if not isinstance(stage, Table | Pairs) or drawn or stage.label in index:
                 continue
             if (here.folder(stage) / MANIFEST).is_file():
                 files = files_of(stage)
