@@ -267,8 +267,10 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
     lines.append(f"{asked}; {since}{_first_made(kept)}.")
     tested = {test["metric"] for r in own for test in r["tests"]}
     if more := dict.fromkeys(m for r in own for m in r["metrics"] if m not in tested):
-        named = (all_words().get(m, f"`{m}`") for m in more)
-        lines.append(f"Also measured, without a test: {', '.join(named)}.")
+        named = [all_words()[m] for m in more if m in all_words()]
+        rest = f"{len(more) - len(named)} {'more' if named else 'numbers'} in `{KEPT}`"
+        told = ", ".join([*named, *([rest] if len(named) < len(more) else [])])
+        lines.append(f"Also measured, without a test: {told}.")
     for past in claims().values():
         if past.superseded and past.superseded.by == name:
             lines.append(f"It replaced the test of *{past.claim.rstrip('.')}*.")
