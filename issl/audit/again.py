@@ -40,9 +40,8 @@ def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
         return np.inf, -1.0
     numbers = list(kept.select_dtypes(["number", "bool"]))
     a, b = here[numbers].astype(float), kept[numbers].astype(float)
-    if not here.drop(columns=numbers).equals(kept.drop(columns=numbers)):
-        return np.inf, -1.0
-    if not a.isna().equals(b.isna()):
+    same_words = here.drop(columns=numbers).equals(kept.drop(columns=numbers))
+    if not (same_words and a.isna().equals(b.isna())):
         return np.inf, -1.0
     scale = b.abs().clip(lower=b.std().fillna(0.0), axis=1)
     apart = ((a - b).abs() / scale.where(scale > 0, 1.0)).max().fillna(0.0)

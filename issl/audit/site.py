@@ -67,7 +67,7 @@ def build(
         raise IsslError(
             f"{results} holds no executed notebook; `issl run --profile {profile}` makes them"
         )
-    history = [*verdicts.kept_records(provided("figures")), *records]
+    kept = verdicts.kept_records(provided("figures"))
     told = [r | {"dataset": str(escape(r["dataset"])).replace("$", "&#36;")} for r in records]
     left_out = left_out or {}
     reached = [r["verdict"] for r in records]
@@ -80,8 +80,8 @@ def build(
         "index.html",
         profile=profile,
         about=described(profile),
-        verdicts=_staying(_html(verdicts.markdown(told, history=history))),
-        table=_table(records, profile),
+        verdicts=_staying(_html(verdicts.markdown(told, history=[*kept, *records]))),
+        table=_table(records, profile, kept),
         missing=in_words_left_out(left_out),
         counts=f"{len(records)} tests of {len({r['name'] for r in records})} claims: {counts}",
         cards=cards,
@@ -90,7 +90,9 @@ def build(
     return index
 
 
-def _table(records: Sequence[Record], profile: str) -> list[tuple[str, ...]]:
+def _table(
+    records: Sequence[Record], profile: str, kept: Sequence[Record]
+) -> list[tuple[str, ...]]:
     """The rows of the README's table that these records answer, with its head; without, none.
 
     A variant of a profile counts as that profile. Other readings are known of released encoders.
@@ -98,7 +100,7 @@ def _table(records: Sequence[Record], profile: str) -> list[tuple[str, ...]]:
     scale = {"profile": profile.split("-")[0]}
     own = [r | {"provenance": r["provenance"] | scale} for r in records]
     known = profile in (RELEASED, *readings())
-    found = verdicts.answers(own, verdicts.kept_records(provided("figures")) if known else [])
+    found = verdicts.answers(own, kept if known else [])
     return [tuple(found.columns), *found.itertuples(index=False, name=None)] if len(found) else []
 
 
