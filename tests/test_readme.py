@@ -29,6 +29,8 @@ import torch
 import torchvision
 from disk import write_cifar10
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 import issl
 from issl import cli
@@ -286,7 +288,6 @@ def test_what_a_training_did_is_the_figures_tables() -> None:
     slope = values(f"{file}.csv", "metric", "share", "method")["slope"]
     exact = values(f"{file}.csv", "metric", "effect", "method")
     limit = values(f"{file}_limits.csv", "metric", "variant", "method")["lds"]
-    methods = ["simclr", "byol", "barlow_twins"]
     rows = [(variant, limit[variant]) for variant in limit.index.unique("variant")]
     rows.append(("mean derivative of two other runs", lds["other order and views"]))
     rows.append(("agreement of two such measurements", lds["two measurements agree"]))
@@ -303,9 +304,9 @@ def test_what_a_training_did_is_the_figures_tables() -> None:
         rows.append((f"{said}: the paper's score", exact["spearman", f"unseen {of}{images}"]))
         rows.append((f"{said}: ceiling", exact["ceiling", f"unseen {of}{images}"]))
     for said, numbers in rows:
-        assert row(said, numbers[methods]) in IN_ONE_LINE, said
+        assert row(said, numbers[SSL]) in IN_ONE_LINE, said
     shares = {"0.2%": 0.002, "1%": 0.01, "5%": 0.05, "10%": 0.1, "50%": 0.5}
-    for m in methods:
+    for m in SSL:
         cells = [f"{lds[f'without {k}', m]:.2f} ({slope[v, m]:.1f})" for k, v in shares.items()]
         assert f"| {NAMES[m]} | {' | '.join(cells)} |" in IN_ONE_LINE
 
@@ -366,7 +367,7 @@ def test_the_copy_and_the_original_are_the_records() -> None:
     for line in COMPARED.strip().splitlines():
         row, _, asked = line.partition(" | ")
         name, metric = asked.split()
-        each = [kept[name, m, copied] for m in WHO[:3] for copied in (True, False)]
+        each = [kept[name, m, copied] for m in SSL for copied in (True, False)]
         numbers = [statistics.Estimate.of(r["metrics"][metric]) for r in each]
         rows[row] = [
             f"{verdicts.with_interval(number)} {verdicts.MARKS[r['outcome']]}"
@@ -376,7 +377,8 @@ def test_the_copy_and_the_original_are_the_records() -> None:
 
 
 LABELS = REPOSITORY / "issl/audit/data/labels"
-WHO = ["simclr", "byol", "barlow_twins", "untrained"]
+SSL = ["simclr", "byol", "barlow_twins"]
+WHO = [*SSL, "untrained"]
 HEADS = {  # of the method's tables about the paper's galleries
     "overnight": "CIFAR-10, features",
     "overnight-projector": "CIFAR-10, projector's output",
@@ -434,8 +436,8 @@ def test_the_papers_galleries_are_the_released_tables() -> None:
     for reading, head in HEADS.items():
         low, high = zip(*(ends(reading, m) for m in WHO), strict=True)
         of_pairs = values(f"{reading}/04_duplicates.csv", "detector", "metric", "method")
-        car = {m: numbers[reading, "lowest_automobiles_are_one_car", m] for m in WHO[:3]}
-        alike = [f"{car[m]['lowest_of_one_car']['value']:.1f}" for m in WHO[:3]]
+        car = {m: numbers[reading, "lowest_automobiles_are_one_car", m] for m in SSL}
+        alike = [f"{car[m]['lowest_of_one_car']['value']:.1f}" for m in SSL]
         alike.append(f"{car['simclr']['by_untrained']['value']:.1f}")
         auc = of_pairs["low influence", "auc_judged"][WHO]
         smooth = [share(i, "plain", "smooth") for i in high]
@@ -449,7 +451,7 @@ def test_the_papers_galleries_are_the_released_tables() -> None:
             "plain or smooth backgrounds among the 100 highest": smooth,
         }
     nearest = {
-        f"{word}{noise}": [f"{numbers[reading, name, m][metric]['value']:.2f}" for m in WHO[:3]]
+        f"{word}{noise}": [f"{numbers[reading, name, m][metric]['value']:.2f}" for m in SSL]
         for word, name, metric in (
             ("r of two draws of the noise", "noise_seed_correlation", "pearson"),
             ("r of two trainings, one draw each", "training_seed_correlation", "pearson"),
@@ -493,7 +495,7 @@ def test_the_papers_galleries_are_the_released_tables() -> None:
 
 def test_sentences_about_the_galleries_are_the_released_tables() -> None:
     """In the README and in the method."""
-    weak, trained = "overnight-normalised", WHO[:3]
+    weak = "overnight-normalised"
     plain = {
         r: 100 * values(f"{r}/03_background_bias_ends.csv", "list", "method")
         for r in ("overnight", weak)
@@ -501,22 +503,22 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
     top = {r: share["plain: highest"].round().astype(int) for r, share in plain.items()}
     of_plain = method_table("features: plain backgrounds among the 100 highest")
     by_loss = of_plain["by stability loss"]
-    shared = [
-        len(ends(weak, m)[1].intersection(ends(weak, m, "stability_loss")[1])) for m in trained
-    ]
+    shared = [len(ends(weak, m)[1].intersection(ends(weak, m, "stability_loss")[1])) for m in SSL]
     follows = [
         one["influence"].corr(one["stability_loss"], method="spearman")
-        for m in trained
+        for m in SSL
         for one in scored(weak, m)
     ]
     auc, strong = (
         values(f"{r}/03_background_bias.csv", "metric", "score", "method")["auc_labels"]
         for r in (weak, "overnight")
     )
-    loss = [*auc["stability loss ℓ"][trained], *strong["stability loss ℓ"][trained]]
+    loss = [*auc["stability loss ℓ"][SSL], *strong["stability loss ℓ"][SSL]]
     margins = [
-        statistics.proportion_difference(*(np.arange(100) < top[weak][m] for m in (who, WHO[3])))
-        for who in trained
+        statistics.proportion_difference(
+            *(np.arange(100) < top[weak][m] for m in (who, "untrained"))
+        )
+        for who in SSL
     ]
     margin = [f"{100 * e.value:.0f} [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in margins]
     assert of_plain["the same, less untrained"] == [m.replace("-", "−") for m in margin] + ["–"]
@@ -569,6 +571,64 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
         assert said in IN_ONE_LINE, said
 
 
+def test_what_is_counted_of_labels_and_encoders() -> None:
+    """In the method and in the verdicts."""
+    known = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
+    same = coo_matrix((np.ones(len(known)), (known["a"], known["b"])), shape=(50_000, 50_000))
+    photograph = connected_components(same, directed=False)[1]
+    listed = pd.read_csv(LABELS / "cifar10_listed_backgrounds.csv", index_col="index")
+    is_plain = listed["background"] == "plain"
+    high = ends("overnight-normalised", "barlow_twins")[1]
+    shown = len({*photograph[high]}), len({*photograph[high[is_plain[high]]]})
+    random = listed[listed["random"] == 1]
+    plain, smooth = (random["background"].eq(kind).sum() for kind in ("plain", "smooth"))
+    assert not random.index.isin([*known["a"], *known["b"]]).any()
+    earlier = pd.read_csv(LABELS / "cifar10_backgrounds.csv")["uniform"].eq("yes")
+    learned = {
+        (r["provenance"]["profile"], r["name"], r["variant"], r["copied"]): r.get("learned")
+        for r in verdicts.kept_records(REPOSITORY / "figures")
+    }
+    accuracy = {
+        head: [f"{learned['overnight', 'noise_seed_correlation', m, k]['knn']:.1%}" for m in SSL]
+        for head, k in (("the JPEG copy", True), ("CIFAR-10 as published", False))
+    }
+    assert table_of("docs/verdicts.md", "least kNN accuracy of the three") == accuracy
+    small = learned["mini", "influence_is_the_effect", "simclr", False]
+    swapped = learned["overnight", "causal_background", "", False]
+    pruned = learned["overnight", "pruning_helps", "simclr", True]
+    faces = learned["overnight", "group_differences", "simclr", True]
+    assert faces["knn"] - faces["untrained"] < 0.05
+    for said in (
+        f"hundred highest show only {shown[0]} photographs, {shown[1]} of them plain",
+        f"Of 100 random ones, {plain} have plain backgrounds and {plain + smooth} plain or smooth",
+        f"Of another {len(earlier)}, labelled earlier, {earlier.sum()} are plain "
+        f"({earlier.mean():.0%})",
+        f"{len(earlier) + 100} random images, of which {(plain + earlier.sum()) / 460:.0%} are plain",
+        f"contains one photograph of that car {np.bincount(photograph).max()} times",
+        f"SimCLR's kNN {small['knn']:.0%} (untrained: {small['untrained']:.0%})",
+        f"(least kNN of three {swapped['knn']:.0%}, untrained {swapped['untrained']:.0%})",
+        f"(60 epochs, least kNN {pruned['knn']:.0%})",
+    ):
+        assert said in IN_ONE_LINE, said
+    before = set(random.index)
+    for reading in ("overnight", "overnight-projector"):
+        before.update(ends(reading, "untrained")[1])
+        before.update(*(images for m in SSL for images in ends(reading, m)))
+    again = {
+        output: [
+            f"{len(seen)} ({is_plain[seen].sum()})"
+            for m in SSL
+            for seen in [[i for i in ends(f"overnight{reading}", m)[1] if i in before]]
+        ]
+        for output, reading in (
+            ("features", "-normalised"),
+            ("projector's output", "-projector-normalised"),
+        )
+    }
+    head = "of the hundred highest in normalised pixels, labelled before (plain)"
+    assert table_of("docs/verdicts.md", head) == again
+
+
 def test_what_other_choices_change_is_the_figures_table() -> None:
     table = pd.read_csv(REPOSITORY / "figures/overnight/19_multiverse_simclr.csv")
     of = table[table["metric"] == "auc"].set_index(["unit", "output"])["value"]
@@ -615,6 +675,14 @@ def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
     said = f"an AUC of {cleanlab:.2f}, low influence with {auc['low influence']:.2f}"
     assert said in IN_ONE_LINE
     assert f"{part['images']:,} images, {part['in_pairs']} of them" in IN_ONE_LINE
+    once = json.loads((folder / "measured/once.json").read_text())["rows"]
+    tried = {row["what"]: [row["measured"]] for row in once}
+    assert table_of("docs/reliability.md", "what was tried").items() <= tried.items()
+    for row in once:
+        for said in row.get("on_pages", ()):
+            assert said in IN_ONE_LINE, said
+            of_row = re.findall(r"[\d.]*\d", row["what"] + row["measured"])
+            assert set(re.findall(r"[\d.]*\d", said)) <= set(of_row), said
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:
