@@ -45,6 +45,12 @@ def data_root() -> Path:
     return Path(root).resolve()
 
 
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without data; a test of real data is given its `data_root`."""
+    monkeypatch.delenv("ISSL_DATA", raising=False)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirteen JPEGs of mixed size in three folders."""

@@ -16,14 +16,13 @@ from sklearn.metrics import silhouette_score
 
 import issl
 from issl.audit.data import human_choices
-from issl.audit.data.background_labels import LISTED, background_labels, listed_backgrounds
+from issl.audit.data.background_labels import LABELS, LISTED, background_labels, listed_backgrounds
 from issl.audit.data.injection import ATYPICAL, DUPLICATES, inject
 from issl.audit.data.known_duplicates import known_duplicates
 from issl.audit.stats import baselines, neighbour_graph
 from issl.audit.stats.evaluate import PENALTIES, knn_hits, knn_votes, probe_hits
 from issl.data import judged_pairs, scenes
 from issl.data.images import Images
-from issl.files import PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +129,6 @@ def test_a_pair_whose_original_was_overwritten_is_none() -> None:
         for original in of[(now == of) & (of >= 0)]:
             assert same[place(got, original)]  # it is what it was
         assert ((now >= 0) == (kinds != "")).all()
-
-
-LABELS = PACKAGE / "audit" / "data" / "labels" / "cifar10_backgrounds.csv"
 
 
 def black(index: np.ndarray) -> Images:

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from nets import same_weights
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor, nn
@@ -98,14 +97,12 @@ def test_a_training_image_stands_by_itself(trained: Path, tmp_path: Path) -> Non
     assert row["influence"] == pytest.approx(own["influence"][7], rel=1e-3)
 
 
-def test_a_photo_is_fitted_only_where_asked_for(trained: Path, tmp_path: Path, capsys) -> None:
-    photo = tmp_path / "photo.jpg"
-    drawn = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(drawn).save(photo)
-    assert run(trained, tmp_path, str(photo)) == 2
+def test_a_photo_is_fitted_only_where_asked_for(trained, photos, tmp_path: Path, capsys) -> None:
+    photo = str(photos / "a/00.jpg")
+    assert run(trained, tmp_path, photo) == 2
     said = capsys.readouterr().err
-    assert "photo.jpg is 90 × 60 px" in said and "--fit" in said
-    assert run(trained, tmp_path, str(photo), "--fit") == 0
+    assert "00.jpg is 40 × 30 px" in said and "--fit" in said
+    assert run(trained, tmp_path, photo, "--fit") == 0
 
 
 def test_a_stages_encoder_and_images_that_changed(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -35,13 +35,14 @@ def same(a: pd.DataFrame, b: pd.DataFrame, rtol: float = 0.0) -> None:
 
 @pytest.mark.parametrize("draws", [1, 2])
 @pytest.mark.parametrize("curvature", [LoGra(3), PCA, EKFAC(fit=10), Diagonal(), Exact()], ids=repr)
-def test_fit_then_score_is_self_influence(curvature, draws: int, tmp_path: Path) -> None:
+def test_fit_then_score_is_self_influence(curvature, draws, tmp_path: Path, monkeypatch) -> None:
     """Exact's many columns make the other side take its Gram form."""
     net, images = make("batchnorm"), pictures(90)
     want = issl.self_influence(net, images, curvature=curvature, seed=3, draws=draws, sweep=[0.5])
     fitted = issl.fit(net, images, curvature=curvature, seed=3, draws=draws)
     same(fitted.score(images, sweep=[0.5]), want, rtol=1e-8)
     fitted.save(tmp_path / "c.safetensors")
+    monkeypatch.setattr("issl.influence.curvature.random_rows", None)  # another torch draws others
     opened = issl.load_fitted(tmp_path / "c.safetensors", net)
     same(opened.score(images, sweep=[0.5]), fitted.score(images, sweep=[0.5]))
 
@@ -82,22 +83,10 @@ def test_parts_add_up_to_the_whole(curvature, draws: int) -> None:
     parts = [images.subset(range(*ends)) for ends in ((0, 11), (11, 40), (40, 60))]
     a, b, c = (issl.fit(net, part, curvature=curvature, draws=draws) for part in parts)
     whole = issl.fit(net, images, curvature=curvature, draws=draws)
+    b = replace(b, bases={name: x + 1e-7 for name, x in b.bases.items()})  # rounded elsewhere
     for added in (c.add(a).add(b), a.extend(parts[1]).extend(parts[2])):
         assert added.n == 60
         same(added.score(images), whole.score(images), rtol=1e-10)
-
-
-def test_projections_come_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version of torch may make other random ones from the seed."""
-    net, images = make("batchnorm"), pictures(30)
-    fitted = issl.fit(net, images, curvature=LoGra(3))
-    fitted.save(tmp_path / "c.safetensors")
-    monkeypatch.setattr("issl.influence.curvature.random_rows", None)
-    opened = issl.load_fitted(tmp_path / "c.safetensors", net)
-    same(opened.score(images), fitted.score(images))
-    rounded = {name: basis + 1e-7 for name, basis in fitted.bases.items()}
-    others = replace(fitted, parts=({"images": "others", "n": 8, "index": ""},), bases=rounded)
-    assert opened.add(others).n == 38
 
 
 def test_bases_from_images_are_extended_and_not_added() -> None:

@@ -146,6 +146,7 @@ COMMANDS = {  # what must be named
     "run --profile huge --out OUT": "profile 'huge'",
     "run --profile mini --data-root /nowhere": "there is no /nowhere/",
     "run --out /proc/nothing": "cannot be written",
+    "run --only 06 --checkpoint simclr=ENCODER --out OUT": "06_pruning",
 }
 
 
@@ -155,11 +156,9 @@ def test_a_bad_command_fails_at_once_and_leaves_nothing(
 ) -> None:
     encoder = disk.encoder(tmp_path / "e.safetensors")
     given = words.replace("ENCODER", encoder).replace("OUT", str(tmp_path / "out")).split()
-    work = (
-        "issl.pretraining.loop.epoch_batches issl.devices.Batches.__call__ issl.engine.Engine.run"
-    )
+    work = "pretraining.loop.epoch_batches devices.Batches.__call__ engine.Engine.run"
     for place in work.split():
-        monkeypatch.setattr(place, lambda *_: pytest.fail("work was begun"))
+        monkeypatch.setattr(f"issl.{place}", lambda *_: pytest.fail("work was begun"))
     try:
         code = cli.main(given)
     except SystemExit as stop:  # argparse's

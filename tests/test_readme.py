@@ -237,9 +237,7 @@ def test_adding_a_notebook(checkout: Path) -> None:
     assert "Bright images have high influence" in report
 
 
-TRAINED = (
-    "--data scenes --n 24 --width 1 --epochs 2 --batch-size 8 --recipe short --out e.safetensors"
-)
+TINY = "--data scenes --n 24 --width 1 --epochs 2 --batch-size 8 --recipe short --out e.safetensors"
 
 
 def test_a_method_is_one_file(checkout: Path) -> None:
@@ -250,14 +248,14 @@ def test_a_method_is_one_file(checkout: Path) -> None:
     recipes = checkout / "issl/pretraining/recipes.py"
     row = re.search(r'    Recipe\("vicreg", "sgd".*\n', recipes.read_text())[0]
     recipes.write_text(recipes.read_text().replace(row, row + row.replace("vicreg", "mine")))
-    in_checkout(checkout, f"pretrain --method mine {TRAINED}")
+    in_checkout(checkout, f"pretrain --method mine {TINY}")
     assert np.isfinite(pd.read_csv(checkout / "e.csv")["loss"]).all()
 
 
 def test_adding_a_curvature(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed(checkout, "curvature.py")
     monkeypatch.chdir(checkout)
-    issl_(f"pretrain {TRAINED}")
+    issl_(f"pretrain {TINY}")
     how = "--encoder e.safetensors --curvature scale --damping 0.5 --out s.csv"
     in_checkout(checkout, f"influence --data scenes --n 24 {how}")
     # by the formula: in each layer ‖g‖² over 1.5 times the mean of the curvature's diagonal
@@ -358,16 +356,11 @@ variance that repeats and statistics do not explain | more_than_statistics repea
 
 
 def test_the_copy_and_the_original_are_the_records() -> None:
-    kept = {
-        (r["name"], r["variant"], r["copied"]): r
-        for r in verdicts.kept_records(REPOSITORY / "figures")
-        if r["provenance"]["profile"] == "overnight"
-    }
     rows = {}
     for line in COMPARED.strip().splitlines():
         row, _, asked = line.partition(" | ")
         name, metric = asked.split()
-        each = [kept[name, m, copied] for m in SSL for copied in (True, False)]
+        each = [records()["overnight", name, m, copied] for m in SSL for copied in (True, False)]
         numbers = [statistics.Estimate.of(r["metrics"][metric]) for r in each]
         rows[row] = [
             f"{verdicts.with_interval(number)} {verdicts.MARKS[r['outcome']]}"
@@ -376,7 +369,16 @@ def test_the_copy_and_the_original_are_the_records() -> None:
     assert table_of("docs/verdicts.md", "claim, number") == rows
 
 
+@cache
+def records() -> dict[tuple[str, str, str, bool], dict[str, Any]]:
+    """Those that are kept, by profile, claim, variant and whether of the JPEG copy."""
+    kept = verdicts.kept_records(REPOSITORY / "figures")
+    return {(r["provenance"]["profile"], r["name"], r["variant"], r["copied"]): r for r in kept}
+
+
 LABELS = REPOSITORY / "issl/audit/data/labels"
+PAIRS = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
+COPIES = [*PAIRS["a"], *PAIRS["b"]]
 SSL = ["simclr", "byol", "barlow_twins"]
 WHO = [*SSL, "untrained"]
 HEADS = {  # of the method's tables about the paper's galleries
@@ -417,22 +419,17 @@ def ends(reading: str, encoder: str, by: str = "influence") -> tuple[pd.Index, p
 
 def test_the_papers_galleries_are_the_released_tables() -> None:
     """The method's tables, one a reading, a column a method."""
-    pairs = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
     background = pd.read_csv(LABELS / "cifar10_listed_backgrounds.csv", index_col="index")
     background = background["background"]
 
     def copies(images: pd.Index) -> str:
-        return str(int(images.isin([*pairs["a"], *pairs["b"]]).sum()))
+        return str(int(images.isin(COPIES).sum()))
 
     def share(images: pd.Index, *kinds: str) -> str:
         assert images.isin(background.index).all()
         return str(int(background[images].isin(kinds).sum()))
 
-    numbers = {
-        (r["provenance"]["profile"], r["name"], r["variant"]): r["metrics"]
-        for r in verdicts.kept_records(REPOSITORY / "figures")
-        if not r["copied"]
-    }
+    numbers = {key[:3]: r["metrics"] for key, r in records().items() if not key[3]}
     for reading, head in HEADS.items():
         low, high = zip(*(ends(reading, m) for m in WHO), strict=True)
         of_pairs = values(f"{reading}/04_duplicates.csv", "detector", "metric", "method")
@@ -481,45 +478,30 @@ def test_the_papers_galleries_are_the_released_tables() -> None:
     told = method_table("top 5%: share of edges to flat frames, less that of others")
     assert {k: [v.replace("−", "-") for v in cells] for k, cells in told.items()} == bridges
     swapped, file = {}, "03_background_bias_causal.csv"
-    for word, metric in (
-        ("stability loss", "log_ratio_stability_loss"),
-        ("influence", "log_ratio"),
-    ):
+    for word, by in (("stability loss", "log_ratio_stability_loss"), ("influence", "log_ratio")):
         for who, named in (("simclr", ""), ("untrained", ", untrained")):
-            swapped[f"{word}{named}"] = [
-                f"{np.exp(values(f'{r}/{file}', 'metric', 'method')[metric, who]):.2f}"
-                for r in HEADS
-            ]
+            of = [np.exp(values(f"{r}/{file}", "metric", "method")[by, who]) for r in HEADS]
+            swapped[f"{word}{named}"] = [f"{ratio:.2f}" for ratio in of]
     assert method_table("score on a flat background ÷ on a texture") == swapped
 
 
 def test_sentences_about_the_galleries_are_the_released_tables() -> None:
     """In the README and in the method."""
-    weak = "overnight-normalised"
-    plain = {
-        r: 100 * values(f"{r}/03_background_bias_ends.csv", "list", "method")
-        for r in ("overnight", weak)
-    }
+    weak, file = "overnight-normalised", "03_background_bias_ends.csv"
+    plain = {r: 100 * values(f"{r}/{file}", "list", "method") for r in ("overnight", weak)}
     top = {r: share["plain: highest"].round().astype(int) for r, share in plain.items()}
     of_plain = method_table("features: plain backgrounds among the 100 highest")
     by_loss = of_plain["by stability loss"]
     shared = [len(ends(weak, m)[1].intersection(ends(weak, m, "stability_loss")[1])) for m in SSL]
-    follows = [
-        one["influence"].corr(one["stability_loss"], method="spearman")
-        for m in SSL
-        for one in scored(weak, m)
-    ]
+    each = [one for m in SSL for one in scored(weak, m)]
+    follows = [one["influence"].corr(one["stability_loss"], method="spearman") for one in each]
     auc, strong = (
         values(f"{r}/03_background_bias.csv", "metric", "score", "method")["auc_labels"]
         for r in (weak, "overnight")
     )
     loss = [*auc["stability loss ℓ"][SSL], *strong["stability loss ℓ"][SSL]]
-    margins = [
-        statistics.proportion_difference(
-            *(np.arange(100) < top[weak][m] for m in (who, "untrained"))
-        )
-        for who in SSL
-    ]
+    hits = {m: np.arange(100) < top[weak][m] for m in WHO}
+    margins = [statistics.proportion_difference(hits[m], hits["untrained"]) for m in SSL]
     margin = [f"{100 * e.value:.0f} [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in margins]
     assert of_plain["the same, less untrained"] == [m.replace("-", "−") for m in margin] + ["–"]
     assert of_plain["images in both of the last lists"] == [*map(str, shared), "–"]
@@ -538,9 +520,8 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
     copies = found["n"]["precision"]
     chance = copies / found["n"]["auc_judged"]
     of_pairs = values("overnight-projector/04_duplicates.csv", "detector", "metric", "method")
-    known = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
     norm, by_loss_low = (
-        ends("overnight-projector", "barlow_twins", by)[0].isin([*known["a"], *known["b"]]).sum()
+        ends("overnight-projector", "barlow_twins", by)[0].isin(COPIES).sum()
         for by in ("grad_norm", "stability_loss")
     )
     alike = method_table("CIFAR-10, projector's output")["duplicates among the 100 lowest images"]
@@ -573,8 +554,7 @@ def test_sentences_about_the_galleries_are_the_released_tables() -> None:
 
 def test_what_is_counted_of_labels_and_encoders() -> None:
     """In the method and in the verdicts."""
-    known = pd.read_csv(LABELS / "cifar10_duplicates.csv").query("same == 'yes'")
-    same = coo_matrix((np.ones(len(known)), (known["a"], known["b"])), shape=(50_000, 50_000))
+    same = coo_matrix((np.ones(len(PAIRS)), (PAIRS["a"], PAIRS["b"])), shape=(50_000, 50_000))
     photograph = connected_components(same, directed=False)[1]
     listed = pd.read_csv(LABELS / "cifar10_listed_backgrounds.csv", index_col="index")
     is_plain = listed["background"] == "plain"
@@ -582,12 +562,9 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
     shown = len({*photograph[high]}), len({*photograph[high[is_plain[high]]]})
     random = listed[listed["random"] == 1]
     plain, smooth = (random["background"].eq(kind).sum() for kind in ("plain", "smooth"))
-    assert not random.index.isin([*known["a"], *known["b"]]).any()
+    assert not random.index.isin(COPIES).any()
     earlier = pd.read_csv(LABELS / "cifar10_backgrounds.csv")["uniform"].eq("yes")
-    learned = {
-        (r["provenance"]["profile"], r["name"], r["variant"], r["copied"]): r.get("learned")
-        for r in verdicts.kept_records(REPOSITORY / "figures")
-    }
+    learned = {key: r.get("learned") for key, r in records().items()}
     accuracy = {
         head: [f"{learned['overnight', 'noise_seed_correlation', m, k]['knn']:.1%}" for m in SSL]
         for head, k in (("the JPEG copy", True), ("CIFAR-10 as published", False))
@@ -657,9 +634,7 @@ def test_what_copies_leave_of_a_score_is_the_released_tables() -> None:
     (few,) = {left("influence", output, "", "", 16) for output in ("", "-projector")}
     assert f"Beside 16 copies it is {few} on both outputs" in IN_ONE_LINE
     few, one = (left("influence", "", "-rank64", "", k) for k in (16, 1))
-    assert (
-        f"among 50,000 images, {few} is left beside 16 copies, but {one} beside one" in IN_ONE_LINE
-    )
+    assert f"{few} is left beside 16 copies, but {one} beside one" in IN_ONE_LINE
 
 
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
@@ -686,21 +661,18 @@ def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:
+    own = "overnight"
     rows = {
-        "influence": ("overnight", "influence", "simclr"),
+        "influence": (own, "influence", "simclr"),
         "influence, projector's output": ("overnight-projector", "influence", "simclr"),
         "influence, noise in normalised pixels": ("overnight-normalised", "influence", "simclr"),
-        "stability loss": ("overnight", "stability loss ℓ", "simclr"),
-        "gradient norm": ("overnight", "gradient norm ‖g‖", "simclr"),
-        "distance to the nearest in features": ("overnight", "kNN distance", "simclr"),
-        "entropy of the kNN vote, with labels": ("overnight", "entropy of the kNN vote", "simclr"),
-        "distance to a class's prototype, with labels": (
-            "overnight",
-            "distance to a prototype",
-            "simclr",
-        ),
-        "perceptual hash": ("overnight", "perceptual hash", "no encoder"),
-        "influence under an untrained network": ("overnight", "influence", "untrained"),
+        "stability loss": (own, "stability loss ℓ", "simclr"),
+        "gradient norm": (own, "gradient norm ‖g‖", "simclr"),
+        "distance to the nearest in features": (own, "kNN distance", "simclr"),
+        "entropy of the kNN vote, with labels": (own, "entropy of the kNN vote", "simclr"),
+        "distance to a class's prototype, with labels": (own, "distance to a prototype", "simclr"),
+        "perceptual hash": (own, "perceptual hash", "no encoder"),
+        "influence under an untrained network": (own, "influence", "untrained"),
     }
     columns = {
         "04_duplicates": ("detector", "auc_judged"),

@@ -28,12 +28,6 @@ from issl.pretraining.encoder import Encoder, read_encoder
 from issl.pretraining.learner import load_learner
 
 
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without data."""
-    monkeypatch.delenv("ISSL_DATA", raising=False)
-
-
 def test_every_released_artifact_is_one_of_overnight(tmp_path: Path) -> None:
     """In a reading of the paper, in the notebook about faces, or drawn from tables. And every
     encoder is the whole learner, and says how it was trained."""
@@ -91,9 +85,7 @@ def test_what_is_released_is_read_alone_and_damage_is_named(tmp_path: Path, caps
         again.get(train)
 
 
-def test_a_damaged_table_ends_a_run_without_data_before_any_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_table_ends_a_run_before_any_figure(tmp_path: Path, monkeypatch, capsys) -> None:
     name = "influence/cifar10-simclr-w16-0-noise0.parquet"
     monkeypatch.setattr(
         cache, "digest_once", lambda path: "" if str(path).endswith(name) else file_digest(path)

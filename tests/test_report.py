@@ -254,9 +254,7 @@ def test_no_place_of_the_machine_is_in_the_report_or_a_record(hostile: Path) -> 
     assert "hf:a$b$&lt;img src=x&gt;" in index and "<math" not in index
 
 
-def test_nothing_in_a_name_runs_or_asks_the_network_and_the_page_still_works(
-    browser: Any, hostile: Path
-) -> None:
+def test_nothing_in_a_name_runs_or_asks_the_network(browser: Any, hostile: Path) -> None:
     page, file, asked = browser.new_page(), hostile / "report/00_method.html", []
 
     def offline(route: Any) -> None:

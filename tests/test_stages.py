@@ -84,12 +84,8 @@ def test_other_images_are_scored_under_the_curvature_of_the_data(artifacts: Arti
 
 def test_some_layers_are_scored(artifacts: Artifacts) -> None:
     for output in ("features", "projector"):
-        scores = {
-            layers: influence(curvature=issl.Diagonal(), layers=layers, output=output).read(
-                artifacts
-            )
-            for layers in get_args(Layers)
-        }
+        how = {"curvature": issl.Diagonal(), "output": output}
+        scores = {k: influence(layers=k, **how).read(artifacts) for k in get_args(Layers)}
         first, last = scores["first convolution"], scores["last block"]
         assert (len(first.attrs["damping"]), len(last.attrs["damping"])) == (1, 2)
         parts = first["influence"] + last["influence"]  # a score is a sum over layers
@@ -234,10 +230,7 @@ def test_pick_draw_and_top_choose_what_they_say(artifacts: Artifacts) -> None:
     images, queries = DATA.load(), as_queries(query.load())
     want = issl.cross_influence(TRAIN.encoder(artifacts), images, queries, **how)
     torch.testing.assert_close(cross.read(artifacts), want)
-    a, b = (
-        torch.nn.functional.normalize(features.read(artifacts), dim=1)
-        for features in (asked, known)
-    )
+    a, b = (torch.nn.functional.normalize(f.read(artifacts), dim=1) for f in (asked, known))
     torch.testing.assert_close(near.read(artifacts).float(), a @ b.T, rtol=1e-4, atol=1e-5)
     for stage in (cross, near):
         best = stage.read(artifacts)[3].topk(4).indices.sort()[0].tolist()

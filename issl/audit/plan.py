@@ -99,6 +99,7 @@ class Plan(Config):
 
     door                   what a run starts from: everything that comes with the repository
                            ("tables"), only its "encoders", or nothing of it ("images")
+    pdf                    write figures as PDF, too, which takes as long as all else about them
     duplicates, atypical   shares of the images that are replaced, see `issl.audit.data.injection`;
                            0 nearly everywhere
     methods                for notebooks about several; `method` for those about one
@@ -120,6 +121,7 @@ class Plan(Config):
     data_root: str | None = None
     device: str = "auto"
     door: Door = "tables"
+    pdf: bool = True
     dataset: str = "scenes"
     n: int = Field(512, ge=16)
     n_test: int = Field(300, ge=16)
@@ -310,15 +312,17 @@ class Plan(Config):
         return known | ({"learned": self.scale(method)} if "accuracy" in self.cells else {})
 
     def save(self, figure: Figure, table: pd.DataFrame, name: str = "") -> None:
-        """Write a figure as NOTEBOOK or NOTEBOOK_name (PNG, PDF, its numbers as CSV, and where they
-        come from as JSON), and show it."""
+        """Write a figure as NOTEBOOK or NOTEBOOK_name (PNG, PDF where the plan asks for it, its
+        numbers as CSV, and where they come from as JSON), and show it."""
         import matplotlib.pyplot as plt  # slow to import
 
         path = self.figures / (f"{self.notebook}_{name}" if name else self.notebook)
         with atomic(path.with_suffix(".png")) as part:
             figure.savefig(part, format="png")
-        with atomic(path.with_suffix(".pdf")) as part:
-            figure.savefig(part, format="pdf", metadata={"CreationDate": None})
+        path.with_suffix(".pdf").unlink(missing_ok=True)  # an earlier run's
+        if self.pdf:
+            with atomic(path.with_suffix(".pdf")) as part:
+                figure.savefig(part, format="pdf", metadata={"CreationDate": None})
         with atomic(path.with_suffix(".csv")) as part:
             table.to_csv(part, index=False)
         write_json(path.with_suffix(".json"), self.source(), indent=1)
