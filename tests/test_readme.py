@@ -573,6 +573,10 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
     small = learned["mini", "influence_is_the_effect", "simclr", False]
     swapped = learned["overnight", "causal_background", "", False]
     pruned = learned["overnight", "pruning_helps", "simclr", True]
+    over_random = records()["overnight", "pruning_helps", "simclr", True]["metrics"][
+        "top_less_random"
+    ]
+    seen = 100 * (over_random["high"] - over_random["low"]) / 2
     faces = learned["overnight", "group_differences", "simclr", True]
     assert faces["knn"] - faces["untrained"] < 0.05
     for said in (
@@ -585,6 +589,7 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
         f"SimCLR's kNN {small['knn']:.0%} (untrained: {small['untrained']:.0%})",
         f"(least kNN of three {swapped['knn']:.0%}, untrained {swapped['untrained']:.0%})",
         f"(60 epochs, least kNN {pruned['knn']:.0%})",
+        f"cannot see a gain in probe accuracy of less than about {seen:.1f} points",
     ):
         assert said in IN_ONE_LINE, said
     before = set(random.index)

@@ -201,6 +201,10 @@ def test_prune_and_thin_choose_what_they_say(artifacts: Artifacts) -> None:
     assert sorted(order[pruned("bottom")]) == list(range(37, 49))
     assert pruned("bottom", share=0.001) == pruned("top", share=0.001) == []
     assert len(pruned("random")) == 12 and pruned("random") != pruned("random", 1)
+    classes = scored.data.load().require_labels()
+    matched = pruned("random of class")
+    assert torch.equal(classes[matched].bincount(), classes[pruned("top")].bincount())
+    assert matched != pruned("random of class", 1) and len(set(matched)) == 12
     border = pixel_features(scored.data.load())["border_std"]
     flattest = border.rank(method="first").to_numpy() <= 24
     top, some = pruned("top flat"), pruned("random flat")

@@ -281,9 +281,11 @@ class Fairness(Readable):
 class Pruning(Readable):
     """06_pruning: does removing the images of highest influence improve what is learned?
 
-    arms           what is removed. The "flat" arms take twice as many images, those with the
-                   flattest frames, and remove half: "top flat" the half of higher influence (the
-                   paper looks at uniform backgrounds of high influence), "random flat" any half
+    arms           what is removed. "random of class" removes as many of each class as "top" does,
+                   since classes differ in influence. The "flat" arms take twice as many images,
+                   those with the flattest frames, and remove half: "top flat" the half of higher
+                   influence (the paper looks at uniform backgrounds of high influence), "random
+                   flat" any half
     judges_epochs  epochs of the encoders that judge, which are many; None: as the scored encoder
     """
 

@@ -49,7 +49,8 @@ from issl.pretraining.states import Run
 from issl.through_training import Effects, influence_through_training, learner_of, values_of
 
 TOGETHER = 64  # queries of a mean in one pass
-Removed = Literal["top", "bottom", "random", "top flat", "random flat"]  # what is pruned
+# what is pruned
+Removed = Literal["top", "bottom", "random", "random of class", "top flat", "random flat"]
 # of the backbone; with "all" those of a projector, too
 Layers = Literal["all", "first convolution", "last block"]
 Asked = Literal["each", "unseen", "own"]  # what is asked after a training
@@ -289,8 +290,8 @@ class Positions(Stage):
 
 class Prune(Positions):
     """Choose a share of the images: those with the highest or the lowest score, or random ones.
-    "flat" chooses only from the images with the flattest frames (`pixel_features`: border_std),
-    twice as many as it chooses."""
+    "of class" chooses as many of each class as are among the highest. "flat" chooses only from the
+    images with the flattest frames (`pixel_features`: border_std), twice as many as it chooses."""
 
     name: ClassVar[str] = "prune"
 
@@ -300,12 +301,18 @@ class Prune(Positions):
     seed: int = Field(0, ge=0)  # of `random`
 
     def choose(self, artifacts: Artifacts) -> np.ndarray:
-        order = self.influence.order(artifacts)
+        order = highest = self.influence.order(artifacts)
         count = round(self.share * len(order))
+        data = self.influence.others or self.influence.data
         if self.which.startswith("random"):
             order = np.random.default_rng(self.seed).permutation(len(order))
+        if self.which.endswith("of class"):
+            classes = data.load().require_labels().numpy()
+            wanted = np.bincount(classes[highest[:count]])
+            drawn = [order[classes[order] == k][:some] for k, some in enumerate(wanted)]
+            order = np.concatenate(drawn)
         if self.which.endswith("flat"):
-            images = (self.influence.others or self.influence.data).load()
+            images = data.load()
             frames = pixel_features(images)["border_std"].to_numpy()
             order = order[np.isin(order, np.argsort(frames, kind="stable")[: 2 * count])]
         return order[len(order) - count :] if self.which == "bottom" else order[:count]
