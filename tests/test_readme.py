@@ -564,6 +564,7 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
     plain, smooth = (random["background"].eq(kind).sum() for kind in ("plain", "smooth"))
     assert not random.index.isin(COPIES).any()
     earlier = pd.read_csv(LABELS / "cifar10_backgrounds.csv")["uniform"].eq("yes")
+    both = (plain + earlier.sum()) / (100 + len(earlier))
     learned = {key: r.get("learned") for key, r in records().items()}
     accuracy = {
         head: [f"{learned['overnight', 'noise_seed_correlation', m, k]['knn']:.1%}" for m in SSL]
@@ -572,11 +573,8 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
     assert table_of("docs/verdicts.md", "least kNN accuracy of the three") == accuracy
     small = learned["mini", "influence_is_the_effect", "simclr", False]
     swapped = learned["overnight", "causal_background", "", False]
-    pruned = learned["overnight", "pruning_helps", "simclr", True]
-    over_random = records()["overnight", "pruning_helps", "simclr", True]["metrics"][
-        "top_less_random"
-    ]
-    seen = 100 * (over_random["high"] - over_random["low"]) / 2
+    pruning = records()["overnight", "pruning_helps", "simclr", True]
+    gain = statistics.Estimate.of(pruning["metrics"]["top_less_random"])
     faces = learned["overnight", "group_differences", "simclr", True]
     assert faces["knn"] - faces["untrained"] < 0.05
     for said in (
@@ -584,31 +582,28 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
         f"Of 100 random ones, {plain} have plain backgrounds and {plain + smooth} plain or smooth",
         f"Of another {len(earlier)}, labelled earlier, {earlier.sum()} are plain "
         f"({earlier.mean():.0%})",
-        f"{len(earlier) + 100} random images, of which {(plain + earlier.sum()) / 460:.0%} are plain",
+        f"{len(earlier) + 100} random images, of which {both:.0%} are plain",
         f"contains one photograph of that car {np.bincount(photograph).max()} times",
         f"SimCLR's kNN {small['knn']:.0%} (untrained: {small['untrained']:.0%})",
         f"(least kNN of three {swapped['knn']:.0%}, untrained {swapped['untrained']:.0%})",
-        f"(60 epochs, least kNN {pruned['knn']:.0%})",
-        f"cannot see a gain in probe accuracy of less than about {seen:.1f} points",
+        f"(60 epochs, least kNN {pruning['learned']['knn']:.0%})",
+        f"cannot see a gain in probe accuracy of less than about {50 * (gain.high - gain.low):.1f} points",
     ):
         assert said in IN_ONE_LINE, said
     before = set(random.index)
     for reading in ("overnight", "overnight-projector"):
         before.update(ends(reading, "untrained")[1])
         before.update(*(images for m in SSL for images in ends(reading, m)))
-    again = {
-        output: [
-            f"{len(seen)} ({is_plain[seen].sum()})"
-            for m in SSL
-            for seen in [[i for i in ends(f"overnight{reading}", m)[1] if i in before]]
-        ]
-        for output, reading in (
-            ("features", "-normalised"),
-            ("projector's output", "-projector-normalised"),
-        )
-    }
+
+    def again(reading: str) -> list[str]:
+        seen = [ends(reading, m)[1].intersection([*before]) for m in SSL]
+        return [f"{len(images)} ({is_plain[images].sum()})" for images in seen]
+
     head = "of the hundred highest in normalised pixels, labelled before (plain)"
-    assert table_of("docs/verdicts.md", head) == again
+    assert table_of("docs/verdicts.md", head) == {
+        "features": again("overnight-normalised"),
+        "projector's output": again("overnight-projector-normalised"),
+    }
 
 
 def test_what_other_choices_change_is_the_figures_table() -> None:
@@ -639,7 +634,8 @@ def test_what_copies_leave_of_a_score_is_the_released_tables() -> None:
     (few,) = {left("influence", output, "", "", 16) for output in ("", "-projector")}
     assert f"Beside 16 copies it is {few} on both outputs" in IN_ONE_LINE
     few, one = (left("influence", "", "-rank64", "", k) for k in (16, 1))
-    assert f"{few} is left beside 16 copies, but {one} beside one" in IN_ONE_LINE
+    said = f"among 50,000 images, {few} is left beside 16 copies, but {one} beside one"
+    assert said in IN_ONE_LINE
 
 
 def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:

@@ -319,10 +319,11 @@ class Plan(Config):
         path = self.figures / (f"{self.notebook}_{name}" if name else self.notebook)
         with atomic(path.with_suffix(".png")) as part:
             figure.savefig(part, format="png")
-        path.with_suffix(".pdf").unlink(missing_ok=True)  # an earlier run's
         if self.pdf:
             with atomic(path.with_suffix(".pdf")) as part:
                 figure.savefig(part, format="pdf", metadata={"CreationDate": None})
+        else:
+            path.with_suffix(".pdf").unlink(missing_ok=True)  # an earlier run's
         with atomic(path.with_suffix(".csv")) as part:
             table.to_csv(part, index=False)
         write_json(path.with_suffix(".json"), self.source(), indent=1)
