@@ -182,7 +182,7 @@ def test_06_and_08_are_the_accuracies_of_the_encoders_trained_without(out: Path)
     # the scored encoder's own length, not the judges'
     assert pruning.scores("simclr").pretrain.epochs == 1
     assert {pruning.judge("simclr", s).epochs for s in pruning.judges} == {2}
-    for p, suffix, count in ((pruning, "", 12), (compared, "_pruning", 16)):
+    for p, suffix, count in ((pruning, "", 2 * (1 + 6)), (compared, "_pruning", 16)):
         table = numbers(out, p.notebook + suffix)
         runs = table[table["table"] == "runs"].set_index(p.cells["runs"].columns.split())
         assert len(runs) == count
