@@ -61,8 +61,7 @@ def write_cifar10(root: Path, train: int, test: int) -> None:
 def write_torchvision(
     root: Path, kind: str, batches: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CIFAR in torchvision's layout, with the checksums that it verifies: the pixels and labels of
-    each file, of which the last is the test set's."""
+    """CIFAR in torchvision's layout, with its checksums; the last file is the test set's."""
     of = getattr(torchvision.datasets, kind)
     base, sums = root / of.base_folder, {}
     base.mkdir(parents=True)

@@ -135,8 +135,7 @@ def how(method: str, optimizer: str = "sgd") -> Recipe:
 
 
 def network(whole: bool = False) -> nn.Module:
-    """A backbone without kinks, within which a finite difference would be of two functions; or a
-    whole ResNet."""
+    """A smooth backbone, which finite differences suit, or a whole ResNet."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         if whole:

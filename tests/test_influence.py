@@ -73,8 +73,7 @@ def equals_the_reference(
     kept: dict[str, tuple[Tensor, Tensor]] | None = None,
     diagonal: bool = False,
 ) -> pd.DataFrame:
-    """Asserts it of self-influence at two dampings, and of cross-influence; `kept` as in
-    `reference.project`."""
+    """Self-influence at two dampings and cross-influence; `kept` as in `reference.project`."""
     net, images, query = make(name), pictures(n), pictures(5, seed=9)
     g, q = gradients(name, n)[1], gradients(name, 5, 9)[1]
     if kept is not None:
@@ -264,8 +263,7 @@ def test_images_for_moments_are_not_those_of_extreme_views() -> None:
 
 
 class Base(nn.Module):
-    """A picture's patches as 9 tokens of 8 numbers, and two layers, used as told; `plain`: in a
-    way that autograd follows."""
+    """9 patches as tokens of 8 numbers, and two layers; `plain`: so that autograd follows."""
 
     plain = False
 

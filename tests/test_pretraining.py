@@ -199,8 +199,7 @@ def test_lars_is_lightlys() -> None:
 
 
 def test_lars_by_hand_with_clip() -> None:
-    """r = min(trust ‖p‖ / (‖g‖ + wd ‖p‖) / lr, 1): one step, against the formula; zero weights take
-    a plain step."""
+    """r = min(trust ‖p‖ / (‖g‖ + wd ‖p‖) / lr, 1) in a step; zero weights take a plain step."""
     weights = [torch.tensor(w) for w in ([[3.0, 4.0]], [[300.0, 400.0]], [[0.0, 0.0]], [1.0, 2.0])]
     slopes = [torch.tensor([[0.6, 0.8]])] * 3 + [torch.tensor([0.6, 0.8])]
     params = [nn.Parameter(w.clone()) for w in weights]

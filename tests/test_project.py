@@ -42,8 +42,7 @@ MODULES = {  # dotted name → file; a package stands for its __init__
 
 
 def test_packages_and_python_have_one_truth() -> None:
-    """pyproject.toml; environment.yml agrees, and the lock holds every dependency with hashes and
-    no address."""
+    """pyproject.toml; environment.yml agrees, and the lock has every hash and no address."""
     environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
     packages = ["python" + ABOUT["requires-python"], "pip", {"pip": ["-r requirements.lock"]}]
     assert environment["dependencies"] == packages
@@ -72,8 +71,7 @@ def test_nothing_names_a_machine_or_a_registry_host() -> None:
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:
-    """Neither `import issl` nor the usage of a command imports torch, or changes the
-    environment."""
+    """Neither `import issl` nor a command's usage imports torch or changes the environment."""
     code = """
 import os, sys
 before = dict(os.environ)

@@ -35,6 +35,8 @@ from scipy.sparse.csgraph import connected_components
 import issl
 from issl import cli
 from issl.audit import RELEASED, profiles, verdicts
+from issl.audit.cache import Stage, released_index
+from issl.audit.stages import Pretrain
 from issl.audit.stats import statistics
 from issl.files import REPOSITORY
 from issl.influence import reference
@@ -279,8 +281,7 @@ def row(head: str, numbers: Iterable[float | None]) -> str:
 
 
 def test_what_a_training_did_is_the_figures_tables() -> None:
-    """As notebook 16 left them: a row each, a column a method, or the LDS with its slope the other
-    way round."""
+    """A row each, a column a method; the LDS with its slope the other way round."""
     file = "mini/16_training_aware"
     lds = values(f"{file}.csv", "metric", "predictor", "method")["lds"]
     slope = values(f"{file}.csv", "metric", "share", "method")["slope"]
@@ -659,6 +660,31 @@ def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
             assert said in IN_ONE_LINE, said
             of_row = re.findall(r"[\d.]*\d", row["what"] + row["measured"])
             assert set(re.findall(r"[\d.]*\d", said)) <= set(of_row), said
+
+
+def test_hours_are_those_of_the_released_stages() -> None:
+    """Hours of 05's and 06's trainings, to come, are arithmetic from SimCLR's released ones."""
+    index = released_index(REPOSITORY / "released")
+
+    def hours(stages: Iterable[Stage]) -> float:
+        known = [index[s.label] for s in stages if s.label in index]
+        return sum(entry["made_with"]["seconds"] for entry in known) / 3600
+
+    said = {
+        name.strip("`"): h for name, _, *h in table_of("docs/verdicts.md", "of the paper").values()
+    }
+    assert said.pop("09_linear_theory") == ["no encoder", "no data"]
+    plans = profiles.read_profile("overnight", list(said))
+    encoders = plans["01_seed_correlation"].encoders_of(["simclr"]).values()
+    an_image = hours(encoders) / sum(e.epochs * 50_000 for e in encoders)
+    for name, plan in plans.items():
+        stages = set(profiles.all_stages([plan]))
+        trained = {s for s in stages if isinstance(s, Pretrain)}
+        want = [f"{hours(stages - trained):.1f}", f"{hours(trained):.0f}"]
+        if name in ("05_fairness", "06_pruning"):
+            to_come = sum(s.epochs for s in trained if s.label not in index)
+            want = ["–", f"{to_come * plan.n * an_image:.0f}"]
+        assert said[name] == want, name
 
 
 def test_which_score_finds_what_is_the_figures_tables() -> None:

@@ -29,8 +29,7 @@ from issl.pretraining.learner import load_learner
 
 
 def test_every_released_artifact_is_one_of_overnight(tmp_path: Path) -> None:
-    """In a reading of the paper, in the notebook about faces, or drawn from tables. And every
-    encoder is the whole learner, and says how it was trained."""
+    """Or drawn from tables. Every encoder is the whole learner, and says how it was trained."""
     options = [*map(ProfileOptions, readings()), ProfileOptions("overnight", only="05,16")]
     options.append(ProfileOptions(RELEASED, door="tables"))  # people's choices are not released
     stages = {stage.label: stage for o in options for stage in all_stages(o.plans().values())}

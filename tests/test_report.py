@@ -221,8 +221,7 @@ def attack() -> Any:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on images whose classes and columns have hostile names, in a folder of a person's
-    machine."""
+    """A report on classes and columns with hostile names, in a folder of a person's machine."""
     out, rng = tmp_path_factory.mktemp("private"), np.random.default_rng(0)
     images = [png(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)) for _ in range(24)]
     names = [(SCRIPT, FORMULA)[k % 2] for k in range(24)]

@@ -111,8 +111,7 @@ def test_two_processes_make_a_stage_once(tmp_path: Path) -> None:
 
 
 def test_a_key_is_the_hash_of_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the settings that are not defaults counts, so fields may come and go; what an
-    artifact needs counts with its own version."""
+    """Defaults do not count, so fields may come and go; what an artifact needs does."""
     trained = Pretrain(data=DATA, width=4, epochs=2)
     data = {"images": f"scenes-{scenes.VERSION}", "n": 48}
     assert trained.settings() == {"data": data, "width": 4, "epochs": 2}
