@@ -109,9 +109,6 @@ def test_readings_change_their_choices_alone_and_their_outcomes_are_counted() ->
         assert claims.over_readings(found).startswith(said)
 
 
-# --- records, and what is made of them
-
-
 def recorded(folder: Path, name: str, variant: str, **metrics: Estimate) -> verdicts.Record:
     """At overnight."""
     source = claims.provenance("overnight", {}, torch.device("cpu"), ["influence/1"])

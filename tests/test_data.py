@@ -23,8 +23,6 @@ from issl import Computing, LoGra, cli, keyed_random
 from issl.data import datasets, identity, published, scenes
 from issl.data.images import LazyPixels
 
-# --- scenes ---
-
 
 def test_scenes_are_deterministic_and_nested() -> None:
     a, b = scenes.draw(300), scenes.draw(120)
@@ -54,9 +52,6 @@ def test_scenes_and_their_duplicates_are_what_they_say() -> None:
     assert (same == (copies["duplicate_kind"] == "exact").to_numpy()).all()
 
 
-# --- Images ---
-
-
 def test_subset_keeps_identity() -> None:
     images = issl.load("scenes", n=50)
     part = images.subset([7, 3, -1])
@@ -65,9 +60,6 @@ def test_subset_keeps_identity() -> None:
     for bad, message in (([50], "position 50"), ([1, 1], "occurs twice"), ([True], "of length 1")):
         with pytest.raises(issl.IsslError, match=message):
             images.subset(bad)
-
-
-# --- published sets ---
 
 
 @pytest.fixture
@@ -128,9 +120,6 @@ def test_real_faces(data_root: Path) -> None:
     faces = issl.load("fairface", n=100, root=data_root)
     assert faces.pixels.shape == (100, 3, 64, 64)
     assert set(faces.attributes["gender"]) == {"Male", "Female"}
-
-
-# --- folders ---
 
 
 def saved(path: Path, pixels: np.ndarray) -> None:
@@ -210,9 +199,6 @@ def test_threads_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyed_random, "SEVERAL_THREADS", 0)
     several = [draw(3, index, shape) for draw in (keyed_random.normal, keyed_random.uniform)]
     assert all(torch.equal(a, b) for a, b in zip(alone, several, strict=True))
-
-
-# --- datasets of one's own ---
 
 
 def test_a_torch_dataset(photos: Path) -> None:

@@ -572,12 +572,22 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
         for head, k in (("the JPEG copy", True), ("CIFAR-10 as published", False))
     }
     assert table_of("docs/verdicts.md", "least kNN accuracy of the three") == accuracy
-    small = learned["mini", "influence_is_the_effect", "simclr", False]
+    small, little, also_little = (learned["mini", "influence_is_the_effect", m, False] for m in SSL)
     swapped = learned["overnight", "causal_background", "", False]
     pruning = records()["overnight", "pruning_helps", "simclr", True]
     gain = statistics.Estimate.of(pruning["metrics"]["top_less_random"])
     faces = learned["overnight", "group_differences", "simclr", True]
     assert faces["knn"] - faces["untrained"] < 0.05
+    assert f"{little['knn']:.2f}" == f"{also_little['knn']:.2f}"
+    fooled = records()["mini", "predicts_subsets", "continued", True]["metrics"]
+    lds = [f"{fooled['lds'][k]:.2f}".replace("-", "−") for k in ("value", "low", "high")]
+    of_five = {
+        (m, profile): r["metrics"]["lowest_of_one_car"]["value"]
+        for (profile, name, m, copied), r in records().items()
+        if name == "lowest_automobiles_are_one_car" and not copied
+    }
+    assert len(of_five) == 12
+    assert {n for (m, _), n in of_five.items() if m == "byol"} == {1.0}
     for said in (
         f"hundred highest show only {shown[0]} photographs, {shown[1]} of them plain",
         f"Of 100 random ones, {plain} have plain backgrounds and {plain + smooth} plain or smooth",
@@ -587,6 +597,12 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
         f"contains one photograph of that car {np.bincount(photograph).max()} times",
         f"SimCLR's kNN {small['knn']:.0%} (untrained: {small['untrained']:.0%})",
         f"(least kNN of three {swapped['knn']:.0%}, untrained {swapped['untrained']:.0%})",
+        f"The BYOL and Barlow Twins encoders have learned little (kNN {little['knn']:.0%}, "
+        f"untrained {little['untrained']:.0%})",
+        f"| {lds[0]}, 95% interval from {lds[1]} to {lds[2]} |",
+        f"| what a perfect score could have reached | {fooled['ceiling']['value']:.2f} |",
+        f"SimCLR has {of_five['simclr', 'overnight-projector']:.1f} and "
+        f"Barlow Twins {of_five['barlow_twins', 'overnight-projector']:.1f}",
         f"(60 epochs, least kNN {pruning['learned']['knn']:.0%})",
         f"cannot see a gain in probe accuracy of less than about {50 * (gain.high - gain.low):.1f} points",
     ):
@@ -652,6 +668,10 @@ def test_what_benchmarks_measured_is_what_the_pages_say(tmp_path: Path) -> None:
     said = f"an AUC of {cleanlab:.2f}, low influence with {auc['low influence']:.2f}"
     assert said in IN_ONE_LINE
     assert f"{part['images']:,} images, {part['in_pairs']} of them" in IN_ONE_LINE
+    wide = json.loads((folder / "measured/wide.json").read_text())["rows"]
+    cost = {r["method"]: f"{r['ratio']:.2f}" for r in wide}
+    said = f"LogIX costs {cost['LogIX rank 16']} of a plain pass, `issl` {cost['LoGra rank 16']})"
+    assert said in IN_ONE_LINE
     once = json.loads((folder / "measured/once.json").read_text())["rows"]
     tried = {row["what"]: [row["measured"]] for row in once}
     assert table_of("docs/reliability.md", "what was tried").items() <= tried.items()

@@ -137,9 +137,6 @@ def test_an_answer_is_hidden_until_asked_for_and_no_screen_needs_scrolling_sidew
     assert [said for said in bad if not said.startswith(("file:", "data:"))] == []
 
 
-# --- code in data, and a bomb ---
-
-
 class Evil:
     """Unpickled with the usual reader, it creates a file."""
 
@@ -187,8 +184,6 @@ def test_a_zip_bomb_is_refused_by_its_declared_size(tmp_path: Path, monkeypatch:
     with pytest.raises(issl.IsslError, match=r"declares 30\.0 MB of content in a file of 0\.0 MB"):
         open_encoder(str(path))
 
-
-# --- names ---
 
 SCRIPT = "</script></pre><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 FORMULA = r"$\frac{1}{$_$"

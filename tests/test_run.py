@@ -298,9 +298,6 @@ def test_a_damaged_artifact_is_told_and_made_again_alone(tmp_path, undisturbed, 
         assert {p: p.stat().st_mtime_ns for p in others} == others
 
 
-# --- tasks ---
-
-
 def append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(f"{text}\n")
