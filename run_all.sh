@@ -13,7 +13,7 @@ Usage: ./run_all.sh [--test [PYTEST ARGS…] | ISSL RUN OPTIONS…]
   ./run_all.sh --check --data-root DIR
                                     one of these tables, and is it the same: minutes
   ./run_all.sh --from images --data-root DIR
-                                    the encoders, too: two nights
+                                    the encoders, too: CIFAR-10, FairFace, days
   ./run_all.sh --profile quick      the whole machinery, rehearsed with tiny encoders on synthetic images: minutes
   ./run_all.sh --test               set up, then run the tests
   ./run_all.sh --help               this text, and the options of `issl run`
