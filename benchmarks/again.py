@@ -21,25 +21,24 @@ import torch
 from report import keep, machine
 
 from issl.audit import RELEASED
-from issl.audit.again import differences
-from issl.audit.cache import MANIFEST, Artifacts, Stage, in_dependency_order, released_index
+from issl.audit.again import differences_from_released, released_table
+from issl.audit.cache import MANIFEST, Artifacts, Stage, in_dependency_order
 from issl.audit.profiles import ProfileOptions, all_stages
 from issl.audit.stages import Table
-from issl.files import provided
 
 NOTED = Path(__file__).with_name("measured") / "again.json"
 
 
-def again(stage: Stage, artifacts: Artifacts, name: str | None) -> dict[str, Any] | None:
-    """Make the stage; for the released table of this name, how far the two are apart."""
+def again(stage: Stage, artifacts: Artifacts) -> dict[str, Any] | None:
+    """Make the stage; for a table that is released, how far the two are apart."""
     torch.set_num_threads(1)
     folder = artifacts.get(stage)
-    if name is None or not isinstance(stage, Table):
+    if not isinstance(stage, Table) or (name := released_table(stage)) is None:
         return None
-    here, kept = (pd.read_parquet(p) for p in (folder / stage.file, provided("released") / name))
-    most, rank = differences(here, kept)
+    most, rank = differences_from_released(stage, artifacts)
     seconds = json.loads((folder / MANIFEST).read_text())["made_with"]["seconds"]
-    return {"table": name, "kind": stage.name, "seconds": seconds, "most": most, "rank": rank}
+    about = {"stage": stage.label, "table": name, "kind": stage.name, "seconds": seconds}
+    return about | {"most": most, "rank": rank}
 
 
 def note(each: list[dict[str, Any]], of: int) -> None:
@@ -60,27 +59,20 @@ def main() -> None:
     given = parser.parse_args()
     data_root = Path(os.environ["ISSL_DATA"])
     everything = ProfileOptions(RELEASED, None, data_root, "cpu", given.out, door="encoders")
-    index = released_index(provided("released"))
-
-    def released(stage: Stage) -> str | None:
-        """The released table that this stage should equal."""
-        if not isinstance(stage, Table) or stage.label not in index:
-            return None
-        return str(index[stage.label]["files"][stage.file]["path"])
-
-    of = len({released(s) for s in all_stages(everything.plans().values())} - {None})
-    each = json.loads(NOTED.read_text())["each"] if NOTED.is_file() else []
-    noted = {row["table"] for row in each}
+    wanted = {s.label for s in all_stages(everything.plans().values()) if released_table(s)}
+    before = json.loads(NOTED.read_text())["each"] if NOTED.is_file() else []
+    each = [row for row in before if row["stage"] in wanted]  # others were released anew since
+    noted = {row["stage"] for row in each}
     plans = list(replace(everything, only=given.only).plans().values())
-    wanted = (stage for plan in plans for stage in plan.stages())
-    todo = list(in_dependency_order(wanted, lambda stage: released(stage) in noted))
+    stages = (stage for plan in plans for stage in plan.stages())
+    todo = list(in_dependency_order(stages, lambda stage: stage.label in noted))
     with ProcessPoolExecutor(given.jobs) as pool:
         artifacts = plans[0].artifacts()
-        for done in as_completed([pool.submit(again, s, artifacts, released(s)) for s in todo]):
+        for done in as_completed([pool.submit(again, s, artifacts) for s in todo]):
             if (row := done.result()) is not None:
                 each.append(row)
-                note(each, of)
-                print(f"{len(each)} of {of}  {row}", flush=True)
+                note(each, len(wanted))
+                print(f"{len(each)} of {len(wanted)}  {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -161,8 +161,6 @@ def test_what_was_read_before_is_read_as_before(tmp_path: Path, pixels: np.ndarr
     assert datasets.identity(f"folder:{tmp_path}").digest == key
 
 
-# --- decoded when they are needed: the same numbers as in memory ---
-
 SIDE = 24
 
 

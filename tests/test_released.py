@@ -29,7 +29,7 @@ from issl.pretraining.learner import load_learner
 
 
 def test_every_released_artifact_is_one_of_overnight(tmp_path: Path) -> None:
-    """Or drawn from tables. Every encoder is the whole learner, and says how it was trained."""
+    """Of any reading, of 05 or 16. Encoders are whole learners and say how they were trained."""
     options = [*map(ProfileOptions, readings()), ProfileOptions("overnight", only="05,16")]
     options.append(ProfileOptions(RELEASED, door="tables"))  # people's choices are not released
     stages = {stage.label: stage for o in options for stage in all_stages(o.plans().values())}

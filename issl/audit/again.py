@@ -20,17 +20,27 @@ IN_RANK = 0.9999  # Spearman's rank correlation
 
 def compared(stages: Iterable[Stage], artifacts: Artifacts) -> Iterator[tuple[str, bool]]:
     """A line about each released table computed here, and False if it differs but should not."""
-    index = released_index(provided("released"))
-    released = replace(artifacts, released=provided("released"), only=None)
     for stage in stages:
-        if isinstance(stage, Table) and stage.label in index:
-            here = pd.read_parquet(artifacts.file(stage, stage.file))
-            kept = pd.read_parquet(released.released_file(stage, stage.file))
-            most, rank = differences(here, kept)
+        if isinstance(stage, Table) and (path := released_table(stage)) is not None:
+            most, rank = differences_from_released(stage, artifacts)
             same = most <= EQUAL or rank >= IN_RANK
             word = "same" if same else "DIFFERS" if stage.repeatable else "other"
-            path = index[stage.label]["files"][stage.file]["path"]
             yield f"{word:8} {path}: at most {most:.1e}, rank {rank:.6f}", same or word == "other"
+
+
+def released_table(stage: Stage) -> str | None:
+    """The path of the released table that the stage should equal, in released/."""
+    index = released_index(provided("released"))
+    if not isinstance(stage, Table) or stage.label not in index:
+        return None
+    return str(index[stage.label]["files"][stage.file]["path"])
+
+
+def differences_from_released(stage: Table, artifacts: Artifacts) -> tuple[float, float]:
+    """`differences` of the stage's table, made here, and the released one."""
+    released = replace(artifacts, released=provided("released"), only=None)
+    here = pd.read_parquet(artifacts.file(stage, stage.file))
+    return differences(here, pd.read_parquet(released.released_file(stage, stage.file)))
 
 
 def differences(here: pd.DataFrame, kept: pd.DataFrame) -> tuple[float, float]:
