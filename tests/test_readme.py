@@ -392,8 +392,8 @@ WHO = [*SSL, "untrained"]
 HEADS = {  # of the method's tables about the paper's galleries
     "overnight": "CIFAR-10, features",
     "overnight-projector": "CIFAR-10, projector's output",
-    "overnight-normalised": "CIFAR-10, features, noise in normalised pixels",
-    "overnight-projector-normalised": "CIFAR-10, projector's output, noise in normalised pixels",
+    "overnight-normalised": "CIFAR-10, features, noise on normalised pixels",
+    "overnight-projector-normalised": "CIFAR-10, projector's output, noise on normalised pixels",
 }
 
 
@@ -464,11 +464,11 @@ def test_the_papers_galleries_are_the_released_tables() -> None:
         )
         for reading, noise in (
             ("overnight", ""),
-            ("overnight-normalised", ", in normalised pixels"),
+            ("overnight-normalised", ", on normalised pixels"),
         )
     }
     assert method_table("features, three encoders a method") == nearest
-    by_loss, weak = {}, ", noise in normalised pixels"
+    by_loss, weak = {}, ", noise on normalised pixels"
     for reading, noise in (("overnight", ""), ("overnight-normalised", weak)):
         for word, by in (("stability loss", "stability_loss"), ("influence", "influence")):
             high = [ends(reading, m, by)[1] for m in WHO]
@@ -623,7 +623,7 @@ def test_what_is_counted_of_labels_and_encoders() -> None:
         seen = [ends(reading, m)[1].intersection([*before]) for m in SSL]
         return [f"{len(images)} ({is_plain[images].sum()})" for images in seen]
 
-    head = "of the hundred highest in normalised pixels, labelled before (plain)"
+    head = "of the hundred highest on normalised pixels, labelled before (plain)"
     assert table_of("docs/verdicts.md", head) == {
         "features": again("overnight-normalised"),
         "projector's output": again("overnight-projector-normalised"),
@@ -719,7 +719,7 @@ def test_which_score_finds_what_is_the_figures_tables() -> None:
     rows = {
         "influence": (own, "influence", "simclr"),
         "influence, projector's output": ("overnight-projector", "influence", "simclr"),
-        "influence, noise in normalised pixels": ("overnight-normalised", "influence", "simclr"),
+        "influence, noise on normalised pixels": ("overnight-normalised", "influence", "simclr"),
         "stability loss": (own, "stability loss ℓ", "simclr"),
         "gradient norm": (own, "gradient norm ‖g‖", "simclr"),
         "distance to the nearest in features": (own, "kNN distance", "simclr"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,9 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
     tested = {test["metric"] for r in own for test in r["tests"]}
     if more := dict.fromkeys(m for r in own for m in r["metrics"] if m not in tested):
         named = [all_words()[m] for m in more if m in all_words()]
-        rest = f"{len(more) - len(named)} {'more' if named else 'numbers'} in `{KEPT}`"
+        left = len(more) - len(named)
+        what = "more" if named else "number" if left == 1 else "numbers"
+        rest = f"{left} {what} in `{KEPT}`"
         told = ", ".join([*named, *([rest] if len(named) < len(more) else [])])
         lines.append(f"Also measured, without a test: {told}.")
     for past in claims().values():
@@ -276,20 +279,39 @@ def _section(own: Sequence[Record], repository: Path | None, kept: Sequence[Reco
             lines.append(f"It replaced the test of *{past.claim.rstrip('.')}*.")
     if about.superseded:
         lines.append(_why(about))
-    read = by_reading(own)
-    if read["over_readings"].any():
-        lines += ["", _over_readings(read, about).rstrip()]
+    over = by_reading(own)[["method", "over_readings"]].drop_duplicates()
+    each = [f"{NAMES.get(who) or 'Over readings'}: {o}" for who, o in over.to_numpy() if o]
+    lines += ["", *(f"- {told}." for told in each)] if each else []
+    return "\n".join([*lines, "", _table_of_tests(own, repository)]) + "\n"
+
+
+def _table_of_tests(own: Sequence[Record], repository: Path | None) -> str:
+    """The records of one claim: a row for each and a column for each test. If there are several
+    readings, a row is named by its own, else by its profile."""
+    several = len({r["provenance"]["profile"] for r in own} & readings().keys()) > 1
+    asked = dict.fromkeys(_asked_in_full(t) for r in own for t in r["tests"])
     rows = []
     for r in sorted(own, key=lambda r: (-_scale(r), r["copied"])):
-        data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"
-        where = r["provenance"]["profile"]
-        figure = f"figures/{where}{COPIED if r['copied'] else ''}/{about.notebook}.png"
+        profile = r["provenance"]["profile"]
+        where = _reading(profile) if several and profile in readings() else profile
+        folder = profile + (COPIED if r["copied"] else "")
+        figure = f"figures/{folder}/{claims()[r['name']].notebook}.png"
         if repository is not None and (repository / figure).is_file():
             where = f"[{where}](../{figure})"
-        numbers = [f"{STATES[t['state']]} {_number_asked(r, t)}" for t in r["tests"]]
-        rows.append((method(r), f"{where}, {data}", _verdict(r), "<br>".join(numbers)))
-    head = ["", "measured at", "verdict (tests held)", "its tests"]
-    return "\n".join([*lines, "", _markdown(head, rows)]) + "\n"
+        data = f"{r['dataset']}, n = {r['n']:,}{f' ({COPY})' if r['copied'] else ''}"
+        found = {
+            _asked_in_full(t): f"{STATES[t['state']]} {_number(r, t['metric'])}" for t in r["tests"]
+        }
+        cells = [found.get(test, "–") for test in asked]
+        rows.append((method(r), f"{where}, {data}", *cells, _verdict(r)))
+    return _markdown(["", "measured at", *asked, "verdict (tests held)"], rows)
+
+
+def _reading(profile: str) -> str:
+    """A reading as people write it."""
+    read = readings()[profile]
+    unit = ", noise on normalised pixels" if read["unit"] == "normalised" else ""
+    return read["output"] + unit
 
 
 def _first_made(kept: Sequence[Record]) -> str:
@@ -301,23 +323,6 @@ def _first_made(kept: Sequence[Record]) -> str:
     code, _, changed = first["commit"].partition(" ")
     run = f"{made} in {code[:7]}{f' ({changed})' if changed else ''}"
     return run if same else f"{run}, with an earlier test"
-
-
-def _over_readings(read: pd.DataFrame, about: Claim) -> str:
-    """One claim of `by_reading`: a row for each method, a column for each reading, with the number
-    that decides."""
-    told = {"range": "", "normalised": ", noise in normalised pixels"}
-    head = ["", *(f"{r['output']}{told[r['unit']]}" for r in readings().values()), "over readings"]
-    rows = []
-    for who, part in read.groupby("method", sort=False):
-        cells = {}
-        for _, r in part.iterrows():
-            number = with_interval(Estimate(r["value"], r["low"], r["high"], 0))
-            said = (MARKS[r["outcome"]], about.numbers.get(r["metric"], ""), number)
-            cells[r["reading"]] = " ".join(filter(None, said))
-        own = [cells.get(reading, "") for reading in readings()]
-        rows.append((NAMES.get(str(who), ""), *own, part["over_readings"].iloc[0]))
-    return _markdown(head, rows)
 
 
 def _scale(record: Record) -> int:
@@ -375,17 +380,23 @@ def _deciding_number(record: Record) -> str:
     return f"{name} = {_number(record, test['metric'])} ({_asked(test)})"
 
 
-def _number_asked(record: Record, test: Test) -> str:
-    """A test's number, and what the test asks of it."""
+def _asked_in_full(test: Test) -> str:
+    """A test's number in words, and what the test asks of it."""
     what = "" if test["bound"] == "value" else "interval "
-    number = _number(record, test["metric"])
-    return f"{words(test['metric'])} = {number}; asked: {what}{_asked(test)}"
+    return f"{words(test['metric'])} ({what}{_asked(test)})"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     lines = [f"| {' | '.join(head)} |", f"{'|---' * len(head)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)]) + "\n"
+
+
+def _contents(sections: str) -> str:
+    """A list of links to the sections, by the rule that gives a heading its address."""
+    titles = re.findall("^### (.*)$", sections, re.MULTILINE)
+    slugs = [re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-") for title in titles]
+    return "".join(f"- [{t}](#{slug})\n" for t, slug in zip(titles, slugs, strict=True))
 
 
 def pages(repository: Path) -> dict[Path, str]:
@@ -398,6 +409,7 @@ def pages(repository: Path) -> dict[Path, str]:
     of_each = _grouped(standing, lambda r: r["name"])
     shown = [r for own in of_each for r in own if _scale(r) == max(map(_scale, own))]
     blocks = markdown(shown, repository, records)
+    blocks = f"{_contents(blocks.partition('<details')[0])}\n{blocks}"
     answered = answers(standing, standing)
     rows = answered.itertuples(index=False, name=None)
     tables = {"README.md": _markdown(answered.columns.tolist(), rows), "docs/verdicts.md": blocks}
