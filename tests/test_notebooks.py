@@ -1,5 +1,4 @@
-"""Every notebook through papermill at a tiny setting: not only that it runs, but what its numbers
-are. Those that take longest are marked slow."""
+"""Every notebook through papermill at a tiny setting: that it runs, and what its numbers are."""
 
 import json
 from functools import cache
@@ -136,8 +135,8 @@ def test_03_compares_with_the_truth(out: Path) -> None:
     ordinary = known["atypical"] == ""
     scores = p.influence(p.pretrain("byol")).read(p.artifacts())["influence"]
     want = statistics.auc(*(x[ordinary].to_numpy() for x in (scores, known["uniform"])))
-    got = values(out, "uniform_backgrounds_by_eye.byol")
-    assert got["auc_labels"] == pytest.approx(want.value)
+    got = values(out, "uniform_backgrounds_by_eye.byol")["auc_labels"]
+    assert got == pytest.approx(want.value)
     assert record(out, "causal_background")["n"] == 16
 
 
@@ -172,8 +171,7 @@ def test_05_effects_are_over_encoders_and_thinning_takes_images_of_one_group(out
     after = p.each("scores without")
     ranks = [after["simclr", 0, which]["influence"].rank() for which in ("group", "random")]
     rise = (ranks[0][cool].mean() - ranks[1][cool].mean()) / len(cool)
-    got = values(out, "thinned_group_rises.simclr")
-    assert got["rank_difference"] == pytest.approx(rise)
+    assert values(out, "thinned_group_rises.simclr")["rank_difference"] == pytest.approx(rise)
 
 
 @pytest.mark.slow
@@ -207,8 +205,7 @@ def test_07_new_images_are_scored_under_the_curvature_of_the_training_set(out: P
     want = np.mean([auc(score) for (method, _), score in scores.items() if method == "byol"])
     got = values(out, "high_influence_ambiguous.byol")
     assert got["auc_without_static"] == pytest.approx(want)
-    control = auc(scores["untrained", 0])
-    assert got["untrained_auc_without_static"] == pytest.approx(control)
+    assert got["untrained_auc_without_static"] == pytest.approx(auc(scores["untrained", 0]))
 
 
 @pytest.mark.slow
@@ -320,10 +317,8 @@ def test_13_the_share_of_what_two_noise_seeds_agree_on(out: Path) -> None:
     for who in ("byol", "untrained"):
         of = [k for method, k, noise in scores if method == who and noise == 0]
         pairs = [[scores[who, k, noise]["influence"] for noise in (0, 1)] for k in of]
-        rs = [
-            np.corrcoef(*(explained_variance.normal_scores(v.to_numpy()) for v in pair))[0, 1]
-            for pair in pairs
-        ]
+        normal = [map(explained_variance.normal_scores, np.array(pair)) for pair in pairs]
+        rs = [np.corrcoef(*pair)[0, 1] for pair in normal]
         assert table[who, "together", "repeatable"] == pytest.approx(np.mean(rs))
         plain = [rank_correlation(pair[0], contrast) for pair in pairs]
         assert table[who, "alone", "contrast"] == pytest.approx(np.mean(plain))
