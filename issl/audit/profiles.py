@@ -252,7 +252,7 @@ def in_words_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     for name, methods in left_out.items():
         by_methods.setdefault(tuple(methods), []).append(name.split("_")[0])
     return [
-        f"{', '.join(str(NAMES[m]) for m in methods) or 'all'} of {', '.join(numbers)}"
+        ", ".join(numbers) + (f" ({', '.join(str(NAMES[m]) for m in methods)})" if methods else "")
         for methods, numbers in by_methods.items()
     ]
 
